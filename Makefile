@@ -1,0 +1,44 @@
+# make demo   install what is missing, then make four pictures from one image prompt
+# make test   install what is missing, then run the fast tests
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEV_INSTALLED := .venv/.installed-dev
+
+.PHONY: demo test test-slow lint types check clean
+
+demo: $(INSTALLED)
+	$(BIN)/imprompt demo
+
+test: $(DEV_INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(DEV_INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(DEV_INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(DEV_INSTALLED)
+	$(BIN)/pyright
+
+check: lint types test
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "imprompt needs Python 3.11 or newer; say which: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet 'pip>=25.1'
+
+# torch alone and first, so that its pinned build is the one that everything else finds.
+$(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(DEV_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev --group world
+	touch $@
+
+clean:
+	rm -rf .venv

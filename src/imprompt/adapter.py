@@ -1,0 +1,209 @@
+"""IP-Adapter (Ye et al. 2023, arXiv 2308.06721): an image prompt for a frozen text-to-image model.
+
+The paper in one file, in its order: image features become a few image tokens (section 3.2.1), every text
+cross-attention gets a second pair of key and value projections for them, and the two attentions are summed
+(section 3.2.2, equations 3 to 5). Base models of other families come in through the `Family` protocol.
+
+Shape letters: B batch, N image tokens, T text tokens, L queries (pixels of a latent), H heads, D token width,
+E width of the image embedding, d = head width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imprompt.errors import MismatchError
+
+
+class ImageProjection(nn.Module):
+    """The base variant's projection: one global image embedding (B, E) -> N image tokens (B, N, D).
+
+    A linear layer and a layer norm (section 3.2.1). The parameters are named as in the paper's checkpoints.
+    """
+
+    def __init__(self, embedding_dim: int, token_dim: int, tokens: int = 4) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj = nn.Linear(embedding_dim, tokens * token_dim)
+        self.norm = nn.LayerNorm(token_dim)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        rows, embedding_dim = shapes["proj.weight"]
+        (token_dim,) = shapes["norm.weight"]
+        return cls(embedding_dim, token_dim, rows // token_dim)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.norm(self.proj(embedding).unflatten(-1, (self.tokens, -1)))  # (B, E) -> (B, N, D)
+
+
+class ImageKV(nn.Module):
+    """The added key and value projections W'_k and W'_v of one cross-attention (equation 4), without bias."""
+
+    def __init__(self, token_dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(token_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(token_dim, inner_dim, bias=False)
+
+    @classmethod
+    def beside(cls, attention: Any) -> Self:
+        """Start from the text's own W_k and W_v (section 3.2.2); sizes are read off the attention that is joined."""
+        new = cls(attention.to_k.in_features, attention.to_k.out_features)
+        new.to_k.weight.data.copy_(attention.to_k.weight.data)
+        new.to_v.weight.data.copy_(attention.to_v.weight.data)
+        return new
+
+    def forward(self, tokens: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, N, D) -> K' and V', each (B, H, N, d)."""
+        return split_heads(self.to_k(tokens), heads), split_heads(self.to_v(tokens), heads)
+
+
+class ImagePrompt(NamedTuple):
+    """What an image prompt is to the attention: K' and V' of every site, and how strongly each is heard.
+
+    Image tokens do not change while an image is sampled, so they are projected once per prompt, not once per step.
+    `scale` is a tensor: changing it recompiles nothing.
+    """
+
+    keys: tuple[Tensor, ...]  # per site (B, H, N, d); B is the batch that the base model sees, or 1 for all alike
+    values: tuple[Tensor, ...]  # per site (B, H, N, d)
+    scale: Tensor  # (sites, B) or (sites, 1)
+
+    def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
+        """The same prompt, heard otherwise: one number, one per site (sites,) or one per site and item (sites, B)."""
+        new = torch.as_tensor(scale, dtype=self.scale.dtype, device=self.scale.device)
+        return self._replace(scale=(new if new.ndim > 1 else new.reshape(-1, 1)).expand(len(self.keys), -1))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, H·d) -> (B, H, L, d)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prompt: ImagePrompt | None,
+                        site: int) -> Tensor:  # fmt: skip
+    """Equation 5: Z = Attention(Q, K, V) + λ · Attention(Q, K', V').
+
+    query (B, H, L, d), text key and value (B, H, T, d), mask broadcastable to (B, H, L, T) -> (B, H, L, d).
+    """
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if prompt is None:
+        return out
+    image_key, image_value = prompt.keys[site], prompt.values[site]
+    if image_key.shape[0] not in (1, query.shape[0]):
+        raise MismatchError(
+            f"the image prompt was prepared for a batch of {image_key.shape[0]}, the base model runs a batch of {query.shape[0]}; "
+            "with guidance the batch holds every unconditional item, then every conditional one"
+        )
+    batch = (query.shape[0], -1, -1, -1)
+    image = F.scaled_dot_product_attention(query, image_key.expand(batch), image_value.expand(batch))
+    return out + prompt.scale[site].to(out.dtype).view(-1, 1, 1, 1) * image
+
+
+class Family(Protocol):
+    """How a family of base models is joined: where its text cross-attentions are and how each is made to listen."""
+
+    name: str
+
+    def sites(self, model: nn.Module) -> dict[str, Any]:
+        """The text cross-attentions by module name, in the order in which published checkpoints number them."""
+        ...
+
+    def processor(self, site: int) -> object:
+        """What computes the attention of that site in place of the base model's own processor."""
+        ...
+
+
+class IPAdapter(nn.Module):
+    """The adapter: an image projection, and W'_k and W'_v for each text cross-attention ("site") of a base model.
+
+    The base model is neither edited nor registered here: `attach` swaps the attention's processors, which hold no
+    weights, and `detach` puts back the very objects that were there.
+    """
+
+    def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family) -> None:
+        super().__init__()
+        self.projection = projection
+        self.image_kv = nn.ModuleList(image_kv)
+        self.family = family
+        self._graft: tuple[dict[str, Any], list[object]] | None = None  # sites and their own processors
+
+    @classmethod
+    def beside(cls, model: nn.Module, family: Family, projection: nn.Module) -> Self:
+        """A new adapter for `model`, its W' started from the model's own weights."""
+        return cls(projection, [ImageKV.beside(site) for site in family.sites(model).values()], family)
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Image features, (B, E) or (B, patches, E) by variant -> image tokens (B, N, D), in the projection's precision."""
+        return self.projection(features.to(next(self.projection.parameters()).dtype))
+
+    def prompt(self, tokens: Tensor, null_tokens: Tensor | None = None, scale: float | Tensor = 1.0) -> ImagePrompt:
+        """Project image tokens (B, N, D) to K' and V' of every site of the attached model.
+
+        With classifier-free guidance give `null_tokens` too, the projection of the null feature, (B or 1, N, D): the
+        result then holds the unconditional half before the conditional one, as diffusers' pipelines stack them.
+        """
+        if self._graft is None:
+            raise MismatchError("the adapter is not attached to a model: call attach(model) first")
+        if null_tokens is not None:
+            tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
+        sites = self._graft[0].values()
+        pairs = [kv(tokens, site.heads) for kv, site in zip(self.image_kv, sites, strict=True)]
+        keys, values = zip(*(((k.to(s.to_q.weight.dtype)), v.to(s.to_q.weight.dtype)) for (k, v), s in zip(pairs, sites, strict=True)), strict=True)
+        return ImagePrompt(keys, values, tokens.new_ones(len(pairs), 1)).with_scale(scale)
+
+    def attach(self, model: nn.Module) -> Self:
+        """Let `model` hear image prompts passed as `cross_attention_kwargs={"ip_hidden_states": prompt}`.
+
+        Raises MismatchError if the sizes differ. Without a prompt, or at scale 0, the model computes what it did before.
+        """
+        if self._graft is not None:
+            raise MismatchError("the adapter is attached already: call detach() first")
+        sites = self.family.sites(model)
+        self.check_fits(sites)
+        self._graft = (sites, [site.processor for site in sites.values()])
+        for number, site in enumerate(sites.values()):
+            site.set_processor(self.family.processor(number))
+        return self
+
+    def detach(self) -> None:
+        """Give the base model back as it was."""
+        if self._graft is not None:
+            for site, own in zip(self._graft[0].values(), self._graft[1], strict=True):
+                site.set_processor(own)
+            self._graft = None
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[Self]:
+        self.attach(model)
+        try:
+            yield self
+        finally:
+            self.detach()
+
+    def check_fits(self, sites: Mapping[str, Any]) -> None:
+        """Raise MismatchError, with both numbers, unless this adapter was made for cross-attentions of these sizes."""
+        if len(sites) != len(self.image_kv):
+            raise MismatchError(f"this adapter joins {len(self.image_kv)} cross-attentions; this model has {len(sites)}")
+        for (name, site), kv in zip(sites.items(), self.image_kv, strict=True):
+            for what, ours, theirs in (
+                ("image tokens", kv.to_k.in_features, site.to_k.in_features),
+                ("keys", kv.to_k.out_features, site.to_k.out_features),
+            ):
+                if ours != theirs:
+                    raise MismatchError(
+                        f"this adapter was trained for {describe_width(what, ours)}; "
+                        f"{name} of this model has {describe_width('text' if what == 'image tokens' else what, theirs)}"
+                    )
+
+
+TEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+
+
+def describe_width(what: str, width: int) -> str:
+    known = TEXT_WIDTHS.get(width) if what != "keys" else None
+    return f"{width}-wide {what}" + (f" ({known})" if known else "")

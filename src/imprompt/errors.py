@@ -1,0 +1,21 @@
+"""The errors that imprompt raises. Each is one line that says what is wrong and what would be right."""
+
+
+class ImpromptError(Exception):
+    """A user's mistake or a refused input; the command line prints it and exits with code 2."""
+
+
+class ImageError(ImpromptError):
+    """A picture that cannot be read or used."""
+
+
+class CheckpointError(ImpromptError):
+    """An adapter file that is damaged, incomplete, unsafe or of an unknown layout."""
+
+
+class MismatchError(ImpromptError):
+    """An adapter, a base model and an image encoder that were not made for each other."""
+
+
+class SettingError(ImpromptError):
+    """A setting out of its range, or an unknown name."""

@@ -1,0 +1,182 @@
+"""Scenes: one or two glyphs on a background, drawn in torch from their factors, with captions that say only part.
+
+Shape letters: N scenes, G glyph slots (2), S pixels a side.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .glyphs import Glyphs
+
+PALETTE = {
+    "red": (0.85, 0.15, 0.15), "orange": (0.95, 0.55, 0.15), "yellow": (0.97, 0.87, 0.30), "green": (0.25, 0.65, 0.30),
+    "mint": (0.65, 0.92, 0.75), "blue": (0.20, 0.40, 0.85), "sky blue": (0.60, 0.82, 0.97), "navy": (0.10, 0.15, 0.40),
+    "purple": (0.50, 0.25, 0.65), "brown": (0.48, 0.32, 0.20), "beige": (0.93, 0.87, 0.75), "white": (0.97, 0.97, 0.97),
+    "gray": (0.55, 0.55, 0.57), "black": (0.08, 0.08, 0.09),
+    "pink": (0.97, 0.62, 0.75), "teal": (0.08, 0.55, 0.55),  # held out
+}  # fmt: skip
+UNSEEN_COLOURS = 2
+PATTERNS = ("solid", "gradient", "stripes", "checks", "dots", "rings")
+UNSEEN_PATTERNS = 1
+PATTERN_ODDS = (0.30, 0.20, 0.18, 0.16, 0.16)
+COLOUR_NAMES = tuple(PALETTE)
+
+
+@dataclass
+class Scenes:
+    """The factors of N scenes: the whole truth about each picture."""
+
+    glyph: Tensor  # (N, G) index, -1 for an empty slot
+    centre: Tensor  # (N, G, 2) x, y in [-1, 1]
+    size: Tensor  # (N, G) share of the picture's side
+    angle: Tensor  # (N, G) radians
+    flip: Tensor  # (N, G) +1 or -1
+    hue: Tensor  # (N, G) radians, 0 for the glyph's own colours
+    pattern: Tensor  # (N,) index into PATTERNS
+    colour: Tensor  # (N, 2) index into PALETTE
+    shade: Tensor  # (N, 2, 3) the very colours
+    wave: Tensor  # (N, 3) direction, count and phase of the pattern
+
+    def __len__(self) -> int:
+        return len(self.pattern)
+
+    def __getitem__(self, index) -> "Scenes":
+        return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, seen_glyphs: bool = True,
+                  seen_look: bool = True, pairs: float = 0.15) -> Scenes:  # fmt: skip
+    """Draw `count` scenes; `seen_look` says whether palette and pattern are the training ones or the held-out ones."""
+
+    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.rand(shape, generator=generator) * (high - low) + low
+
+    def index(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    ids = glyphs.ids(seen=seen_glyphs)
+    glyph = index(ids.start, ids.stop, count, 2)
+    pair = uniform(count) < pairs
+    size = torch.where(pair[:, None], uniform(count, 2, low=0.36, high=0.50), uniform(count, 2, low=0.50, high=0.88))
+    room = 1 - size  # how far a centre may stray with the glyph inside
+    centre = uniform(count, 2, 2, low=-1, high=1) * room[..., None]
+    side = torch.where(uniform(count) < 0.5, -1.0, 1.0)
+    # Pairs stand apart along one axis, side by side or one above the other.
+    axis = index(0, 2, count)
+    apart = torch.stack([side, -side], 1) * uniform(count, 2, low=0.44, high=0.56)
+    rows = torch.arange(count)
+    paired = centre.clone()
+    paired[rows, :, axis] = apart
+    centre = torch.where(pair[:, None, None], paired, centre)
+    glyph[:, 1] = torch.where(pair, glyph[:, 1], -1)
+
+    seen_colours = len(PALETTE) - UNSEEN_COLOURS
+    colours = (0, seen_colours) if seen_look else (seen_colours, len(PALETTE))
+    first = index(*colours, count)
+    second = (first + index(1, seen_colours, count)) % seen_colours if seen_look else index(0, seen_colours, count)
+    colour = torch.stack([first, second], 1)
+    centres = torch.tensor(list(PALETTE.values()))
+    shade = (centres[colour] + torch.randn(count, 2, 3, generator=generator) * 0.03).clamp(0, 1)
+    odds = torch.tensor(PATTERN_ODDS)
+    pattern = torch.multinomial(odds, count, replacement=True, generator=generator)
+    if not seen_look:
+        pattern = torch.full((count,), len(PATTERNS) - UNSEEN_PATTERNS)
+    wave = torch.stack([uniform(count, high=torch.pi), uniform(count, low=1.5, high=3.2), uniform(count)], 1)
+    # Stripes lie or stand; gradients run anywhere.
+    upright = torch.where(uniform(count) < 0.5, 0.0, torch.pi / 2)
+    wave[:, 0] = torch.where(pattern == PATTERNS.index("gradient"), wave[:, 0], upright)
+    return Scenes(
+        glyph=glyph,
+        centre=centre,
+        size=size,
+        angle=(torch.randn(count, 2, generator=generator) * 0.22).clamp(-0.6, 0.6),
+        flip=torch.where(uniform(count, 2) < 0.5, -1.0, 1.0),
+        hue=torch.where(uniform(count, 2) < 0.25, uniform(count, 2, low=0.8, high=5.4), torch.zeros(count, 2)),
+        pattern=pattern,
+        colour=colour,
+        shade=shade,
+        wave=wave,
+    )
+
+
+def background(scenes: Scenes, side: int) -> Tensor:
+    """(N, 3, S, S): two colours mixed by the pattern."""
+    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    direction, count, phase = (c[:, None, None] for c in scenes.wave.unbind(1))
+    along = x * direction.cos() + y * direction.sin()  # (N, S, S)
+    sharp = side / (2 * torch.pi * count)  # one pixel of soft edge
+
+    def step(wave: Tensor) -> Tensor:
+        return (wave * sharp + 0.5).clamp(0, 1)
+
+    turns = torch.pi * count
+    grid_x, grid_y = torch.sin(turns * x + 6.28 * phase), torch.sin(turns * y + 6.28 * phase)
+    mixes = {
+        "solid": torch.zeros_like(along),
+        "gradient": (along / 1.4 + 1) / 2,
+        "stripes": step(torch.sin(turns * along + 6.28 * phase)),
+        "checks": step(grid_x * grid_y * 1.5),
+        "dots": step((grid_x + grid_y) / 2 - 0.5),
+        "rings": step(torch.sin(turns * (x**2 + y**2).sqrt() * 1.5 + 6.28 * phase)),
+    }
+    mix = torch.stack([mixes[name] for name in PATTERNS], 1)[torch.arange(len(scenes)), scenes.pattern]
+    first, second = (c[:, :, None, None] for c in scenes.shade.unbind(1))
+    return first + (second - first) * mix[:, None]
+
+
+def turn_hue(rgb: Tensor, hue: Tensor, alpha: Tensor) -> Tensor:
+    """Rotate colours about the grey axis. rgb (N, 3, S, S) premultiplied, hue (N,), alpha (N, 1, S, S)."""
+    cos, sin = hue.cos(), hue.sin()
+    a, b = (1 - cos) / 3, sin / 3**0.5
+    matrix = torch.stack([cos + a, a - b, a + b, a + b, cos + a, a - b, a - b, a + b, cos + a], 1).view(-1, 3, 3)
+    return torch.minimum(torch.einsum("nij,njhw->nihw", matrix, rgb).clamp(min=0), alpha)
+
+
+def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool = True) -> Tensor:
+    """(N, 3, S, S) in [0, 1]. Without a background the glyphs stand on grey (for measures of shape)."""
+    picture = background(scenes, side) if with_background else torch.full((len(scenes), 3, side, side), 0.5)
+    for slot in range(scenes.glyph.shape[1]):
+        use = (scenes.glyph[:, slot] >= 0).nonzero().squeeze(1)
+        if not len(use):
+            continue
+        part = scenes[use]
+        cos, sin = part.angle[:, slot].cos(), part.angle[:, slot].sin()
+        scale, flip = part.size[:, slot], part.flip[:, slot]
+        # Output place -> atlas place: undo the shift, then rotate, flip and scale back.
+        linear = torch.stack([torch.stack([cos * flip, sin * flip], 1), torch.stack([-sin, cos], 1)], 1) / scale[:, None, None]
+        shift = -(linear @ part.centre[:, slot, :, None])
+        grid = F.affine_grid(torch.cat([linear, shift], 2), [len(use), 4, side, side], align_corners=False)
+        layer = F.grid_sample(glyphs.atlas[part.glyph[:, slot]], grid, align_corners=False)
+        alpha = layer[:, 3:]
+        picture[use] = picture[use] * (1 - alpha) + turn_hue(layer[:, :3], part.hue[:, slot], alpha)
+    return picture.clamp(0, 1)
+
+
+def place_words(x: float, y: float) -> str:
+    row = "top" if y < -0.25 else "bottom" if y > 0.25 else ""
+    column = "left" if x < -0.25 else "right" if x > 0.25 else ""
+    return f"at the {row} {column}".replace("  ", " ").strip() if row or column else "in the middle"
+
+
+def captions(scenes: Scenes, glyphs: Glyphs, generator: torch.Generator) -> list[str]:
+    """English captions: always the glyphs' names, each other factor only sometimes; hue and exact shade never."""
+    coins = torch.rand(len(scenes), 3, generator=generator).tolist()
+    texts = []
+    for n, (say_place, say_background, say_pattern) in enumerate(coins):
+        names = [("an " if glyphs.names[g][0] in "aeiou" else "a ") + glyphs.names[g] for g in scenes.glyph[n].tolist() if g >= 0]
+        text = " and ".join(names)
+        if len(names) == 1 and say_place < 0.2:
+            text += " " + place_words(*scenes.centre[n, 0].tolist())
+        if say_background < 0.5:
+            first, second = (COLOUR_NAMES[c] for c in scenes.colour[n].tolist())
+            pattern = PATTERNS[int(scenes.pattern[n])]
+            if pattern == "solid" or say_pattern < 0.5:
+                text += f" on a {first} background"
+            else:
+                text += f" on {first} and {second} {pattern}"
+        texts.append(text)
+    return texts

@@ -1,0 +1,47 @@
+"""The world's tokenizer and text encoder configuration."""
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+from .glyphs import english_name, every_glyph
+from .scenes import COLOUR_NAMES, PATTERNS
+from .stage import World
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+GLUE = "a photo of an and on the at in with background middle top bottom left right small large"
+
+
+def build_tokenizer(tokens: int) -> CLIPTokenizer:
+    """Byte-pair codes learnt from the names of all emoji and the words of the captions, in CLIP's own format."""
+    seen, unseen = every_glyph()
+    corpus = [english_name(c) for c in seen + unseen] + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2400, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(corpus, trainer)
+    import json
+
+    model = json.loads(learner.to_str())["model"]
+    vocab = dict.fromkeys([*alphabet, *(c + "</w>" for c in alphabet), *sorted(model["vocab"], key=model["vocab"].get), START, END])
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer({token: i for i, token in enumerate(vocab)}, merges, model_max_length=tokens)
+
+
+def text_config(world: World, tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:
+    plan = world["text"]
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=plan["width"],
+        intermediate_size=4 * plan["width"],
+        num_hidden_layers=plan["layers"],
+        num_attention_heads=plan["heads"],
+        max_position_embeddings=plan["tokens"],
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,75 @@
+"""Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together (v-prediction, zero-SNR)."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
+from .scenes import captions, render, sample_scenes
+from .stage import World, fit, rank
+from .text import build_tokenizer, text_config
+
+TEXT_DROP = 0.12  # for classifier-free guidance
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def build_unet(world: World) -> UNet2DConditionModel:
+    plan = world["unet"]
+    levels = len(plan["channels"])
+    return UNet2DConditionModel(
+        sample_size=world.side // 8,
+        in_channels=world["vae"]["latent"],
+        out_channels=world["vae"]["latent"],
+        block_out_channels=plan["channels"],
+        layers_per_block=plan["layers"],
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        cross_attention_dim=world["text"]["width"],
+        attention_head_dim=plan["heads"],
+        norm_num_groups=plan["groups"],
+    )
+
+
+def train(world: World) -> None:
+    torch.manual_seed(world.seed + 3)
+    plan, glyphs, scheduler = world["unet"], world.glyphs(), build_scheduler()
+    vae = AutoencoderKL.from_pretrained(world.folder / "vae").to(world.device, memory_format=torch.channels_last).requires_grad_(False)
+    tokenizer = build_tokenizer(world["text"]["tokens"])
+    text = CLIPTextModel(text_config(world, tokenizer, world["text"]["width"]))
+    unet = build_unet(world).to(memory_format=torch.channels_last)
+    here = plan["batch"] // rank()[1]
+
+    def losses(step: int) -> dict[str, Tensor]:
+        generator = world.generator(21, step, rank()[0])
+        scenes = sample_scenes(glyphs, here, generator)
+        words = captions(scenes, glyphs, generator)
+        dropped = torch.rand(here, generator=generator) < TEXT_DROP
+        words = ["" if drop else word for drop, word in zip(dropped, words, strict=True)]
+        ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(world.device)
+        pictures = render(scenes, glyphs, world.side).to(world.device, memory_format=torch.channels_last)
+        with torch.no_grad():
+            x = vae.encode(pictures * 2 - 1).latent_dist.mode().float() * vae.config.scaling_factor
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (here,), generator=generator).to(x.device)
+        v = unet(scheduler.add_noise(x, noise, t), t, text(ids).last_hidden_state).sample
+        return {"v": F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))}
+
+    modules = nn.ModuleDict({"unet": unet, "text": text})
+    fit(world, "unet", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.9995)
+    if rank()[0] == 0:
+        pipeline = StableDiffusionPipeline(vae, text.float(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+        pipeline.save_pretrained(world.folder / "base")
+        print("unet: the base model is saved")
