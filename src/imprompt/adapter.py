@@ -76,7 +76,7 @@ class ImagePrompt(NamedTuple):
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
         """The same prompt, heard otherwise: one number, one per site (sites,) or one per site and item (sites, B)."""
         new = torch.as_tensor(scale, dtype=self.scale.dtype, device=self.scale.device)
-        return self._replace(scale=(new if new.ndim > 1 else new.reshape(-1, 1)).expand(len(self.keys), -1))
+        return self._replace(scale=(new if new.ndim > 1 else new.reshape(-1, 1)).expand(len(self.keys), -1).contiguous())
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The variants of the adapter: a row says which image feature it reads and which projection makes it image tokens."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ from imprompt.projections.mlp import FullProjection
 from imprompt.projections.resampler import Resampler
 
 Feature = Literal["pooled", "penultimate"]
+Shapes = Mapping[str, Sequence[int]]
 Projection = type[ImageProjection] | type[FullProjection] | type[Resampler]
 
 
@@ -23,6 +25,7 @@ class Variant:
     projection   features -> image tokens
     signature    the key by which the paper's checkpoints tell this variant from the others
     feature_key  the key whose last dimension is the feature's width
+    token_shape  shapes of the projection's tensors -> (N, D) of its image tokens; N is None where every patch becomes one
     """
 
     name: str
@@ -31,14 +34,20 @@ class Variant:
     projection: Projection
     signature: str
     feature_key: str
+    token_shape: Callable[[Shapes], tuple[int | None, int]]
 
 
 # In the order in which signatures are tried.
+# fmt: off
 VARIANTS = (
-    Variant("base", "pooled", "zero embedding", ImageProjection, "proj.weight", "proj.weight"),
-    Variant("full", "penultimate", "zero picture", FullProjection, "proj.3.weight", "proj.0.weight"),
-    Variant("plus", "penultimate", "zero picture", Resampler, "latents", "proj_in.weight"),
+    Variant("base", "pooled", "zero embedding", ImageProjection, "proj.weight", "proj.weight",
+            lambda shapes: (shapes["proj.weight"][0] // shapes["norm.weight"][0], shapes["norm.weight"][0])),
+    Variant("full", "penultimate", "zero picture", FullProjection, "proj.3.weight", "proj.0.weight",
+            lambda shapes: (None, shapes["proj.3.weight"][0])),
+    Variant("plus", "penultimate", "zero picture", Resampler, "latents", "proj_in.weight",
+            lambda shapes: (shapes["latents"][1], shapes["norm_out.weight"][0])),
 )
+# fmt: on
 BY_NAME = {row.name: row for row in VARIANTS}
 
 

@@ -2,19 +2,24 @@
 
 import argparse
 import os
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from . import clip, unet, vae
 from .stage import World
 
-STAGES = {
-    "vae": vae.train,
-    "clip": clip.train,
-    "judge": lambda world: clip.train(World(world.budget, world.folder, seed=world.seed + 1000), "judge"),
-    "unet": unet.train,
+STAGES = {  # name -> module, function, and how far its seed is from the world's
+    "vae": ("vae", "train", 0),
+    "clip": ("clip", "train", 0),
+    "judge": ("clip", "train_judge", 1000),
+    "unet": ("unet", "train", 0),
+    "assemble": ("assemble", "assemble", 0),
+    "scenes": ("assemble", "scenes", 0),
+    "ship": ("assemble", "ship", 0),
+    "evaluate": ("evaluate", "evaluate", 0),
 }
 
 
@@ -30,7 +35,9 @@ def main() -> None:
         dist.init_process_group("gloo")
     world = World(args.budget, args.folder or Path("runs") / f"emoji-{args.budget}")
     world.folder.mkdir(parents=True, exist_ok=True)
-    STAGES[args.stage](world)
+    module, function, apart = STAGES[args.stage]
+    stage = getattr(import_module(f".{module}", __package__), function)
+    stage(replace(world, seed=world.seed + apart))
 
 
 if __name__ == "__main__":

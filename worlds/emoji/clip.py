@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -73,10 +74,15 @@ def train(world: World, name: str = "clip") -> None:
     vision.save_pretrained(folder / "image_encoder")
     text.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
+    save_file({key: value.half().contiguous() for key, value in heads.state_dict().items()}, folder / "heads.safetensors")
     CLIPImageProcessorPil(size={"shortest_edge": world.side}, crop_size=world.side).save_pretrained(folder / "feature_extractor")
     for label, seen in (("seen", True), ("unseen", False)):
         found = retrieval(world, vision, glyphs, seen=seen)
         print(f"{name}: {found:.1%} of 256 {label} scenes found again after noise, from their embedding")
+
+
+def train_judge(world: World) -> None:
+    train(world, "judge")
 
 
 @torch.no_grad()

@@ -106,6 +106,7 @@ def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int]
 
     amp = half_precision(world.device)
     clock = saved = time.monotonic()
+    counted = start
     seen: dict[str, float] = {}
     for step in range(start, steps):
         for group in optimizer.param_groups:
@@ -129,8 +130,8 @@ def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int]
         for key, value in losses.items():
             seen[key] = seen.get(key, value.item()) * 0.98 + value.item() * 0.02
         if (step + 1) % 50 == 0 and rank()[0] == 0:
-            rate = 50 * batch / (time.monotonic() - clock)
-            clock = time.monotonic()
+            rate = (step + 1 - counted) * batch / (time.monotonic() - clock)
+            clock, counted = time.monotonic(), step + 1
             means = "  ".join(f"{key} {value:.4f}" for key, value in seen.items())
             print(f"{name} {step + 1}/{steps}  {rate:.0f} samples/s  {means}", flush=True)
         if time.monotonic() - saved > SAVE_EVERY:

@@ -30,7 +30,7 @@ def build_unet(world: World) -> UNet2DConditionModel:
     plan = world["unet"]
     levels = len(plan["channels"])
     return UNet2DConditionModel(
-        sample_size=world.side // 8,
+        sample_size=world.side // 4,
         in_channels=world["vae"]["latent"],
         out_channels=world["vae"]["latent"],
         block_out_channels=plan["channels"],

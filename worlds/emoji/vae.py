@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, pictures (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/8, S/8)."""
+"""Stage 1: the autoencoder, pictures (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/4, S/4)."""
 
 import torch
 import torch.nn.functional as F

@@ -2,13 +2,20 @@
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
+from imprompt.errors import CheckpointError, MismatchError
+from imprompt.models import BIG_G, VIT_H, KnownModel, Place, first_line
 from imprompt.variants import Feature, Variant
+
+# Where the encoder of an adapter without a header probably is, by feature and its width.
+BY_WIDTH = {("pooled", 1024): VIT_H, ("penultimate", 1280): VIT_H, ("pooled", 1280): BIG_G, ("penultimate", 1664): BIG_G}
+MAX_ASPECT = 2  # the encoder sees the central square: what lies far outside is cut off before resizing
 
 
 class VisionEncoder:
@@ -26,7 +33,7 @@ class VisionEncoder:
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """RGB pictures -> the encoder's input (B, 3, S, S): resized by the short side, centre-cropped, normalised."""
-        pixels = self.processor(list(images), return_tensors="pt").pixel_values
+        pixels = self.processor([cut_ends(image) for image in images], return_tensors="pt").pixel_values
         return pixels.to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
@@ -52,3 +59,69 @@ class VisionEncoder:
             digest.update(f"{name}{tuple(weight.shape)}".encode())
             digest.update(weight.flatten()[:64].to("cpu", torch.float16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def cut_ends(image: Image) -> Image:
+    """The middle of a very long or tall picture: resizing the whole by its short side could take gigabytes."""
+    width, height = (min(image.width, MAX_ASPECT * image.height), min(image.height, MAX_ASPECT * image.width))
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def load_encoder(file: Any, told: Place | None, model: KnownModel, given: str | Path | None, device: str,
+                 dtype: torch.dtype) -> VisionEncoder:  # fmt: skip
+    """The image encoder for an adapter file, checked against it: the given one, or the one its name, header, model or width tells.
+
+    Raises MismatchError with both widths, or if the encoder's weights are not those that the adapter was trained with.
+    """
+    encoder = open_encoder(Place(str(given)) if given is not None else told or place_of(file, model), device, dtype)
+    check_encoder(encoder, file)
+    return encoder
+
+
+def open_encoder(place: Place, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
+    """The image encoder in a folder or on the Hub; CheckpointError if there is none."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+    source, subfolder = place.fetch_folder()
+    try:
+        network = CLIPVisionModelWithProjection.from_pretrained(source, subfolder=subfolder or "", dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no image encoder at {place} ({first_line(error)})") from error
+    side = network.config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return VisionEncoder(network.to(device), processor, str(place))
+
+
+def place_of(file: Any, model: KnownModel) -> Place:
+    """Where the encoder of an adapter file is, as far as its header, the model or its widths tell."""
+    if file.header is not None and file.header.encoder:
+        return Place.parse(file.header.encoder)
+    base, _ = model.base.fetch_folder()
+    if (Path(base) / "image_encoder").is_dir():
+        return Place(str(Path(base) / "image_encoder"))
+    place = BY_WIDTH.get((file.variant.feature, file.feature_dim))
+    if place is None:
+        raise MismatchError(
+            f"this adapter reads {file.feature_dim}-wide {file.variant.feature} features and does not say of which image encoder: "
+            "give it with encoder="
+        )
+    return place
+
+
+def check_encoder(encoder: VisionEncoder, file: Any) -> None:
+    """Raise MismatchError unless `encoder` is the one that the adapter file was trained with, as far as can be told."""
+    width = encoder.feature_dim(file.variant.feature)
+    if width != file.feature_dim:
+        raise MismatchError(
+            f"this adapter reads {file.feature_dim}-wide {file.variant.feature} features ({file.suits()}); "
+            f"the image encoder {encoder.source} gives {width}-wide ones"
+        )
+    expected = file.header.encoder_fingerprint if file.header is not None else ""
+    if expected and encoder.model.dtype != torch.bfloat16 and encoder.fingerprint() != expected:
+        raise MismatchError(
+            f"this adapter was trained with other weights of the image encoder ({file.header.encoder}, fingerprint {expected}); "
+            f"{encoder.source} has fingerprint {encoder.fingerprint()}"
+        )

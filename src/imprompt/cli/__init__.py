@@ -1,0 +1,40 @@
+"""The command line. Commands import what they need when they run, so that `imprompt --help` is quick."""
+
+import os
+import sys
+
+import typer
+
+from imprompt.errors import ImpromptError
+
+app = typer.Typer(
+    name="imprompt",
+    help="Image prompts for text-to-image diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    from imprompt.cli import adapters, generate, train
+
+    for commands in (generate, train, adapters):
+        commands.register(app)
+    try:
+        app()
+    except ImpromptError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def fail(message: str) -> None:
+    print("imprompt: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)

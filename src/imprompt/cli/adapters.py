@@ -1,0 +1,60 @@
+"""`imprompt inspect` and `imprompt convert`: adapter files."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class LayoutName(StrEnum):
+    imprompt = "imprompt"
+    paper = "paper"
+    diffusers = "diffusers"
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(inspect)
+    app.command()(convert)
+
+
+def inspect(file: Annotated[Path, typer.Argument(help="An adapter file, or a folder that holds one.")]) -> None:
+    """Say what an adapter file is: for which model and image encoder, how many parameters."""
+    from imprompt.checkpoint import describe, read_adapter
+
+    rows = describe(read_adapter(file))
+    wide = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:{wide}}  {value}")
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="An adapter file in any known layout.")],
+    target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .bin for the paper's layout.")],
+    to: Annotated[LayoutName, typer.Option("--to", help="The layout to write.")] = LayoutName.imprompt,
+    model: Annotated[str | None, typer.Option(help="The base model, where the file only numbers an unknown one's layers.")] = None,
+) -> None:
+    """Write an adapter in another layout; nothing is lost either way."""
+    from imprompt.checkpoint import read_adapter, write_adapter
+
+    write_adapter(target, read_adapter(source), to.value, sites_of(model) if model else None)
+    print(f"{target}  {to.value} layout")
+
+
+def sites_of(model: str) -> list[str]:
+    """The names of a base model's cross-attentions, from its configuration alone."""
+    import torch
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    from imprompt.attention import family_of
+    from imprompt.errors import CheckpointError
+    from imprompt.models import find_model, first_line
+
+    source, _ = find_model(model).base.fetch_folder()
+    try:
+        config = UNet2DConditionModel.load_config(source, subfolder="unet")
+    except OSError as error:
+        raise CheckpointError(f"{model} holds no UNet ({first_line(error)})") from error
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    return list(family_of(unet).sites(unet))

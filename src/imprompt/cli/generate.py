@@ -1,0 +1,143 @@
+"""`imprompt generate`, `imprompt demo` and `imprompt models`."""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imprompt.errors import SettingError
+
+if TYPE_CHECKING:
+    from imprompt.sampling.record import Request
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(generate)
+    app.command()(demo)
+    app.command()(models)
+
+
+def generate(
+    images: Annotated[list[Path] | None, typer.Argument(help="Image prompts: each gives its own results.", show_default=False)] = None,
+    prompt: Annotated[str, typer.Option(help="Text that goes with the image prompt.")] = "",
+    negative: Annotated[str, typer.Option(help="Text to keep away from.")] = "",
+    scale: Annotated[float, typer.Option(help="How strongly the image prompt is heard; about 0.5 with a text.")] = 1.0,
+    model: Annotated[str, typer.Option(help="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")] = "emoji",
+    adapter: Annotated[str | None, typer.Option(help="base, plus, a file, a training run's state, or a Hub file.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say.")] = None,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Results per image prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Result i has seed + i; random if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's own if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    together: Annotated[bool, typer.Option("--together", help="All image prompts prompt the same results.")] = False,
+    init: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Redraw only the white part of --init (inpainting).")] = None,
+    strength: Annotated[float, typer.Option(help="How much of --init is redrawn, 0 to 1.")] = 0.8,
+    out: Annotated[Path, typer.Option(help="Folder for the results, or a file name ending in .png.")] = Path("out"),
+    like: Annotated[Path | None, typer.Option(help="Repeat the picture in this PNG; other options are read from it.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures made at once.", min=1)] = 4,
+) -> None:
+    """Make pictures that follow an image prompt."""
+    from imprompt.sampling.record import Request, read_request
+
+    if like is not None:
+        if images:
+            raise SettingError("--like takes its image prompts from the PNG: give either IMAGES or --like")
+        run(read_request(like), out, device)
+        return
+    request = Request.check(
+        model=model,
+        adapter=adapter,
+        encoder=encoder,
+        images=images or [],
+        init_image=init,
+        mask_image=mask,
+        batch_size=batch_size,
+        dtype=dtype,
+        settings={
+            "prompt": prompt,
+            "negative_prompt": negative,
+            "scale": scale,
+            "num_images": num_images,
+            "seed": seed,
+            "steps": steps,
+            "guidance": guidance,
+            "width": width,
+            "height": height,
+            "together": together,
+            "strength": strength,
+        },
+    )
+    run(request, out, device)
+
+
+def run(request: "Request", out: Path, device: str | None = None) -> list[Path]:
+    """Check, load, make, write; say what was made."""
+    check_writable(out)
+    for picture in request.pictures():
+        picture.check()
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with console.status(f"loading {request.model} …"):
+        pipeline = request.load(device)
+    columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("sampling", total=None)
+        result = request.run(pipeline, lambda done, total: progress.update(bar, completed=done, total=total))
+    from imprompt.sampling.record import save_results
+
+    paths = save_results(result, request, out)
+    for path, seed in zip(paths, result.seeds, strict=False):
+        print(f"{path}  seed {seed}")
+    for path in paths[len(result.seeds) :]:
+        print(f"{path}  all of them")
+    return paths
+
+
+def check_writable(out: Path) -> None:
+    """Raise SettingError, before anything is computed, if the results could not be written."""
+    folder = out.parent if out.suffix else out
+    if out.suffix and out.suffix.lower() != ".png":
+        raise SettingError(f"{out}: results are PNG files; give a name ending in .png, or a folder")
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"{folder} is a file; results need a folder")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SettingError(f"{place} may not be written to; give another place with --out")
+
+
+def demo(out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out")) -> None:
+    """Make four pictures from one image prompt with the packaged model, and say how long it took."""
+    from imprompt.models import PACKAGED
+    from imprompt.sampling.record import Request
+
+    start = time.monotonic()
+    prompt = PACKAGED / "emoji" / "demo.png"
+    request = Request.check(model="emoji", images=[prompt], settings={"num_images": 4, "seed": 7})
+    paths = run(request, out)
+    print(f"Four pictures that follow {prompt}: {time.monotonic() - start:.1f} s, model load included.")
+    print(f"See {paths[-1]}; more: imprompt generate --help")
+
+
+def models() -> None:
+    """List the models and adapters that can be named, and where they come from."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from imprompt.models import MODELS
+
+    table = Table("model", "adapter", "file", "image encoder", box=None, pad_edge=False)
+    for model in MODELS.values():
+        table.add_row(model.name, "", str(model.base), model.about)
+        for name, known in model.adapters.items():
+            table.add_row("", name, str(known.file), str(known.encoder))
+    width: dict[str, Any] = {} if os.isatty(1) else {"width": 200}
+    Console(**width).print(table)

@@ -1,0 +1,182 @@
+"""Facts about adapter files: how each layout names its tensors, which files are something else, what the sizes speak of."""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from imprompt.errors import CheckpointError
+from imprompt.variants import Feature
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name an adapter's tensors, for reading and for writing.
+
+    projection  what stands before the names that the projection's own module uses
+    kv          key of one added projection: {part} is k or v, {site} the site's name or number
+    numbered    site i is called 2·i + 1: its place among all attention processors of a UNet, self-attention included
+    suffixes    of the files that are written so; none where the layout is only read
+    """
+
+    name: str
+    projection: str
+    kv: str
+    numbered: bool
+    suffixes: tuple[str, ...]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        site = r"([1-9]\\d{0,2})" if self.numbered else "(.+)"  # doubled backslash: it is used as a replacement
+        return re.compile(re.sub(r"\\{site\\}", site, re.escape(self.kv)).replace(r"\{part\}", "[kv]"))
+
+    def key(self, site: str, part: str) -> str:
+        return self.kv.format(site=site, part=part)
+
+    def sites_in(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """The names or numbers of all sites that should be there, judged by those that are."""
+        found = {match[1] for key in keys if (match := self._pattern.fullmatch(key))}
+        return self.numbers((max(map(int, found), default=0) + 1) // 2) if self.numbered else in_model_order(found)
+
+    @staticmethod
+    def numbers(count: int) -> tuple[str, ...]:
+        return tuple(str(2 * site + 1) for site in range(count))
+
+
+# In the order in which they are tried. "modules" is one layout in two dresses: flat, and nested in a pickle.
+LAYOUTS = (
+    Layout("imprompt", "projection.", "image_kv.{site}.to_{part}.weight", False, (".safetensors",)),
+    Layout("paper", "image_proj.", "ip_adapter.{site}.to_{part}_ip.weight", True, (".safetensors", ".bin")),
+    Layout("modules", "image_proj_model.", "adapter_modules.{site}.to_{part}_ip.weight", True, (".safetensors",)),
+    Layout("modules", "image_proj.", "adapter_modules.{site}.to_{part}_ip.weight", True, (".bin",)),
+    Layout("accelerate state", "image_proj_model.", "unet.{site}.processor.to_{part}_ip.weight", False, ()),
+)
+ALIASES = {"diffusers": "paper"}
+
+# (what it is, patterns that all occur among its keys), most telling first.
+FOREIGN = (
+    ("a CSGO adapter: not supported yet", (r"content_image_proj\.|to_[kv]_ip_content",)),
+    ("an IP-Adapter-Instruct adapter: not supported yet", (r"proj_(new|prompt)_input\.",)),
+    ("an SD3 adapter with a TimeResampler: not supported yet", (r"time_embedding\.linear_1\.|layers\.\d+\.2\.1\.|\.norm_ip\.",)),
+    ("a Flux adapter by XLabs: not supported yet", (r"ip_adapter_double_stream|ip_adapter_proj_model\.|\.to_[kv]_ip\.bias$",)),
+    ("a FaceID-Plus adapter: not supported yet", (r"perceiver_resampler\.",)),
+    ("a FaceID adapter: not supported yet", (r"^image_proj(_model)?\.", r"\.to_(q|k|v|out)_lora\.")),
+    ("an adapter for Flux or another transformer model: not supported yet", (r"^ip_?adapter(_modules)?\.0\.to_k_ip\.",)),
+    ("a FaceID-Portrait adapter: not supported yet", (r"\.proj\.2\.weight$", r"^image_proj(_model)?\.norm\.weight$")),
+    ("a LoRA, not an image-prompt adapter", (r"lora",)),
+    ("an image encoder, not an adapter", (r"^(vision_model|visual)\.",)),
+    ("a base model, not an adapter", (r"^(state_dict\.)?model\.diffusion_model\.|^conv_in\.weight$",)),
+)
+
+
+class Blocks(NamedTuple):
+    """Where a UNet has text cross-attentions: (attentions, transformer blocks in each) of every block."""
+
+    down: tuple[tuple[int, int], ...]
+    up: tuple[tuple[int, int], ...]
+    mid: tuple[int, int]
+
+
+SD = Blocks(down=((2, 1), (2, 1), (2, 1), (0, 0)), up=((0, 0), (3, 1), (3, 1), (3, 1)), mid=(1, 1))
+SDXL = Blocks(down=((0, 0), (2, 2), (2, 10)), up=((3, 10), (3, 2), (0, 0)), mid=(1, 10))
+
+# (text width, cross-attentions) -> base model
+MODELS = {
+    (768, 16): ("SD 1.x", SD),
+    (1024, 16): ("SD 2.x", SD),
+    (2048, 70): ("SDXL", SDXL),
+}
+
+# (feature, its width) -> image encoder, and a repository that has it
+ENCODERS: dict[tuple[Feature, int], tuple[str, str]] = {
+    ("pooled", 768): ("CLIP ViT-L/14", "openai/clip-vit-large-patch14"),
+    ("pooled", 1024): ("OpenCLIP ViT-H/14", "h94/IP-Adapter models/image_encoder"),
+    ("pooled", 1280): ("OpenCLIP ViT-bigG/14", "h94/IP-Adapter sdxl_models/image_encoder"),
+    ("penultimate", 1024): ("CLIP ViT-L/14", "openai/clip-vit-large-patch14"),
+    ("penultimate", 1280): ("OpenCLIP ViT-H/14", "h94/IP-Adapter models/image_encoder"),
+    ("penultimate", 1664): ("OpenCLIP ViT-bigG/14", "h94/IP-Adapter sdxl_models/image_encoder"),
+}
+FEATURES: dict[Feature, str] = {"pooled": "pooled embedding", "penultimate": "penultimate hidden states"}
+REGISTRATION_ORDER = ("down_blocks", "up_blocks", "mid_block")  # of diffusers' UNets: the middle comes last
+
+
+def wanted(keys: Collection[str]) -> list[str]:
+    """The keys without the frozen base model that accelerate's training states carry along.
+
+    Such a state may hold the adapter twice, as `adapter_modules.*` and inside `unet.*`: the former is kept.
+    """
+    twice = any(key.startswith("adapter_modules.") for key in keys)
+    return [key for key in keys if not key.startswith("unet.") or (".processor." in key and not twice)]
+
+
+def foreign(keys: Collection[str]) -> str | None:
+    """What a file with these keys is, if it is a known thing that is not an adapter which is read here."""
+    for what, patterns in FOREIGN:
+        if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
+            return what
+    return None
+
+
+def layout_of(keys: Collection[str]) -> Layout | None:
+    """The layout that these keys speak of most, None if no layout knows any of them."""
+
+    def known_halves(layout: Layout) -> int:
+        return any(key.startswith(layout.projection) for key in keys) + bool(layout.sites_in(keys))
+
+    best = max(LAYOUTS, key=known_halves)
+    return best if known_halves(best) else None
+
+
+def layout_to_write(name: str, suffix: str) -> Layout:
+    """The row for that name and file suffix; CheckpointError, with what there is, if none."""
+    name = ALIASES.get(name, name)
+    suffixes = {suffix: layout for layout in LAYOUTS if layout.name == name for suffix in layout.suffixes}
+    if not suffixes:
+        known = dict.fromkeys([*(layout.name for layout in LAYOUTS if layout.suffixes), *ALIASES])
+        raise CheckpointError(f"unknown layout {name!r} to write; known: {', '.join(known)}")
+    if suffix not in suffixes:
+        raise CheckpointError(
+            f"the {name} layout is written as {' or '.join(suffixes)}, not as {suffix or 'a file without suffix'}"
+        )
+    return suffixes[suffix]
+
+
+def in_model_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Site names in the order in which diffusers registers them."""
+
+    def place(name: str) -> tuple[bool, int, list[int], str]:
+        block = name.split(".")[0]
+        known = block in REGISTRATION_ORDER
+        return not known, REGISTRATION_ORDER.index(block) if known else 0, [int(n) for n in re.findall(r"\d+", name)], name
+
+    return tuple(sorted(names, key=place))
+
+
+def site_names(blocks: Blocks) -> tuple[str, ...]:
+    """Module names of the text cross-attentions, in the order of diffusers' `attn_processors`."""
+
+    def of_block(block: str, attentions: int, depth: int) -> Iterator[str]:
+        for attention in range(attentions):
+            yield from (f"{block}.attentions.{attention}.transformer_blocks.{i}.attn2" for i in range(depth))
+
+    numbered = [(f"down_blocks.{i}", row) for i, row in enumerate(blocks.down)]
+    numbered += [(f"up_blocks.{i}", row) for i, row in enumerate(blocks.up)]
+    return tuple(name for block, row in [*numbered, ("mid_block", blocks.mid)] for name in of_block(block, *row))
+
+
+def known_sites(token_dim: int, count: int) -> tuple[str, ...] | None:
+    """The site names of the known model with so many cross-attentions to text of that width."""
+    model = MODELS.get((token_dim, count))
+    return site_names(model[1]) if model else None
+
+
+def suits(feature: Feature, feature_dim: int | None, token_dim: int | None, sites: int) -> str:
+    """Which base model and image encoder an adapter of these sizes was probably made for, in words."""
+    model = MODELS[token_dim, sites][0] if token_dim and (token_dim, sites) in MODELS else "a model"
+    text = f"{model} with {token_dim or '?'}-wide text and {sites} cross-attentions"
+    if feature_dim is None:
+        return text
+    name, repository = ENCODERS.get((feature, feature_dim), ("", ""))
+    encoder = f"image encoder: {name or 'one'} with {feature_dim}-wide {FEATURES[feature]}"
+    return f"{text}; {encoder}" + (f", e.g. {repository}" if repository else "")

@@ -1,0 +1,154 @@
+"""The names that a user may say: base models, the adapters made for them, and the image encoders these need."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from imprompt.errors import CheckpointError, SettingError
+
+PACKAGED = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder on the Hub, or inside this package where `repo` is empty."""
+
+    repo: str
+    path: str = ""
+
+    def __str__(self) -> str:
+        return (f"{self.repo}:{self.path}" if self.path else self.repo) if self.repo else f"packaged:{self.path}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of `str`: "owner/name:path", "packaged:path" or a folder."""
+        repo, _, path = text.partition(":")
+        return cls("" if repo == "packaged" else repo, path)
+
+    def fetch_file(self) -> Path:
+        """The file on this disk, downloaded if need be."""
+        if not self.repo:
+            return PACKAGED / self.path
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.repo, self.path))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or folder") from error
+
+    def fetch_folder(self) -> tuple[str, str | None]:
+        """What `from_pretrained` takes: (repository or folder, subfolder)."""
+        return (self.repo, self.path or None) if self.repo else (str(PACKAGED / self.path), None)
+
+
+@dataclass(frozen=True)
+class KnownAdapter:
+    """An adapter by name: its file and the image encoder that it was trained with."""
+
+    file: Place
+    encoder: Place
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A base model by name; the first adapter is the default."""
+
+    name: str
+    about: str
+    base: Place
+    adapters: Mapping[str, KnownAdapter] = field(default_factory=dict)
+    steps: int = 50
+    guidance: float = 7.5
+
+
+IP = "h94/IP-Adapter"
+VIT_H = Place(IP, "models/image_encoder")
+BIG_G = Place(IP, "sdxl_models/image_encoder")
+EMOJI_ENCODER = Place("", "emoji/image_encoder")
+
+
+def _h94(folder: str, **files: tuple[str, Place]) -> dict[str, KnownAdapter]:
+    return {name.replace("_", "-"): KnownAdapter(Place(IP, f"{folder}/{file}.safetensors"), encoder) for name, (file, encoder) in files.items()}
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        KnownModel(
+            "emoji",
+            "small world of emoji, 64 px, packaged: works offline on a laptop",
+            Place("", "emoji"),
+            {name: KnownAdapter(Place("", f"emoji/adapters/{name}.safetensors"), EMOJI_ENCODER) for name in ("base", "plus")},
+            steps=25,
+            guidance=3.0,
+        ),
+        KnownModel(
+            "sd15",
+            "Stable Diffusion 1.5, 512 px",
+            Place("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+            _h94(
+                "models",
+                base=("ip-adapter_sd15", VIT_H),
+                plus=("ip-adapter-plus_sd15", VIT_H),
+                plus_face=("ip-adapter-plus-face_sd15", VIT_H),
+                full_face=("ip-adapter-full-face_sd15", VIT_H),
+                base_vit_G=("ip-adapter_sd15_vit-G", BIG_G),
+            ),
+        ),
+        KnownModel(
+            "sdxl",
+            "Stable Diffusion XL, 1024 px",
+            Place("stabilityai/stable-diffusion-xl-base-1.0"),
+            _h94(
+                "sdxl_models",
+                base=("ip-adapter_sdxl_vit-h", VIT_H),
+                plus=("ip-adapter-plus_sdxl_vit-h", VIT_H),
+                plus_face=("ip-adapter-plus-face_sdxl_vit-h", VIT_H),
+                base_bigG=("ip-adapter_sdxl", BIG_G),
+            ),
+        ),
+    )
+}
+
+
+def find_model(name: str) -> KnownModel:
+    """A model by name, folder or Hub id; SettingError if it is none of these."""
+    if name in MODELS:
+        return MODELS[name]
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "model_index.json").exists():
+            raise SettingError(f"{name} is no model: it holds no model_index.json (a folder that diffusers saved)")
+        return KnownModel(name, "folder", Place(name))
+    if name.count("/") == 1 and not name.startswith((".", "/")):
+        return KnownModel(name, "Hub", Place(name))
+    raise SettingError(f"unknown model {name!r}; known: {', '.join(MODELS)}, a folder with model_index.json, or a Hub id owner/name")
+
+
+def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | None]:
+    """An adapter's file, and its image encoder where the name tells it.
+
+    `name`: one of the model's adapters (None: its first), a file, a folder with a training state, or a file on the Hub
+    as owner/repository/path.safetensors.
+    """
+    if name is None and model.adapters:
+        name = next(iter(model.adapters))
+    if name is None:
+        raise SettingError(f"no adapter is known for {model.name}; give a file with adapter=")
+    if name in model.adapters:
+        known = model.adapters[name]
+        return known.file.fetch_file(), known.encoder
+    if Path(name).exists():
+        return Path(name), None
+    owner, _, rest = name.partition("/")
+    repository, _, path = rest.partition("/")
+    if path and not name.startswith((".", "/")):
+        return Place(f"{owner}/{repository}", path).fetch_file(), None
+    named = f"one of {', '.join(model.adapters)}, " if model.adapters else ""
+    raise SettingError(f"no adapter {name!r} for {model.name}: give {named}a file, a folder, or owner/repository/file.safetensors on the Hub")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

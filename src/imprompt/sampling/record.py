@@ -1,0 +1,169 @@
+"""A request as it stands in the PNG that it made: enough to repeat the picture, and to notice when it cannot be."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from PIL import Image, PngImagePlugin
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from imprompt.errors import ImageError, SettingError
+from imprompt.images import grid, open_image
+from imprompt.sampling.settings import Settings, one_line
+
+if TYPE_CHECKING:
+    from imprompt.sampling.generate import ImagePromptPipeline, OnStep, Result
+
+KEY = "imprompt"  # of the PNG's text
+
+
+class PictureFile(BaseModel):
+    """A picture by its path, and a hash of what it held, so that a changed file is noticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path
+    sha256: str = ""
+
+    def check(self) -> None:
+        """ImageError if the file cannot be used, or is not what it was."""
+        open_image(self.path)
+        if self.sha256 and hash_of(self.path) != self.sha256:
+            raise ImageError(f"{self.path} is not the picture that it was: the result would differ from the one to repeat")
+
+    def with_hash(self) -> "PictureFile":
+        return PictureFile(path=self.path.absolute(), sha256=hash_of(self.path))
+
+
+def _as_picture(value: Any) -> Any:
+    return {"path": value} if isinstance(value, (str, Path)) else value
+
+
+AnyPicture = Annotated[PictureFile, BeforeValidator(_as_picture)]
+
+
+class Request(BaseModel):
+    """One call of `imprompt generate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "emoji"
+    adapter: str | None = None
+    encoder: str | None = None
+    images: list[AnyPicture] = Field(default_factory=list)
+    init_image: AnyPicture | None = None
+    mask_image: AnyPicture | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 4
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    settings: Settings = Settings()
+    only: int | None = None  # the one picture of the call to make
+
+    @classmethod
+    def check(cls, **values: Any) -> Self:
+        """The request, or SettingError with one line."""
+        try:
+            request = cls.model_validate(values)
+        except ValidationError as error:
+            raise SettingError(one_line(error)) from error
+        if not request.images:
+            raise SettingError("no image prompt was given: name at least one picture")
+        return request
+
+    def pictures(self) -> list[PictureFile]:
+        """Every file that the request reads."""
+        return [*self.images, *(p for p in (self.init_image, self.mask_image) if p is not None)]
+
+    def load(self, device: str | None = None) -> "ImagePromptPipeline":
+        import torch
+
+        from imprompt.sampling.generate import ImagePromptPipeline
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        return ImagePromptPipeline.from_pretrained(self.model, adapter=self.adapter, encoder=self.encoder, device=device, dtype=dtype)
+
+    def run(self, pipeline: "ImagePromptPipeline", on_step: "OnStep | None" = None) -> "Result":
+        return pipeline(
+            [p.path for p in self.images],
+            init_image=self.init_image.path if self.init_image else None,
+            mask_image=self.mask_image.path if self.mask_image else None,
+            batch_size=self.batch_size,
+            only=self.only,
+            on_step=on_step,
+            **self.settings.model_dump(),
+        )
+
+    def made(self, result: "Result", index: int) -> str:
+        """The JSON that goes into picture `index` of the call: every default filled in, every file hashed."""
+        from imprompt import __version__
+
+        whole = self.model_copy(
+            update={
+                "images": [p.with_hash() for p in self.images],
+                "init_image": self.init_image.with_hash() if self.init_image else None,
+                "mask_image": self.mask_image.with_hash() if self.mask_image else None,
+                "settings": result.settings,
+                "only": index if self.only is None else self.only,
+            }
+        )
+        return json.dumps({"imprompt": __version__, **whole.model_dump(mode="json")}, ensure_ascii=False)
+
+
+def read_request(path: Path) -> Request:
+    """The request that made a PNG of ours; ImageError if it is none."""
+    open_image(path)
+    with Image.open(path) as picture:
+        text = getattr(picture, "text", {}).get(KEY)
+    if text is None:
+        raise ImageError(f"{path} was not made by imprompt, or its metadata was removed: it does not say how to repeat it")
+    try:
+        told = json.loads(text)
+        told.pop("imprompt", None)
+    except (ValueError, AttributeError) as error:
+        raise ImageError(f"{path}: its metadata is damaged") from error
+    return Request.check(**told)
+
+
+def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
+    """Write every picture with its request inside, and a grid of several. `out` is a folder, or a name ending in .png."""
+    folder, stem = (out.parent, out.stem) if out.suffix else (out, request.images[0].path.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    several = len(result.images) > 1
+    paths = []
+    for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
+        name = f"{stem}-{seed}" if several or not out.suffix else stem
+        paths.append(save_png(picture, free_name(folder, name, reuse=bool(out.suffix)), request.made(result, index)))
+    if several:
+        sheet = grid(result.images, columns=result.settings.num_images if len(request.images) > 1 else None)
+        paths.append(save_png(sheet, free_name(folder, f"{stem}-{result.seeds[0]}-grid", reuse=bool(out.suffix))))
+    return paths
+
+
+def free_name(folder: Path, stem: str, *, reuse: bool) -> Path:
+    """A path that overwrites nothing, unless the user named the file."""
+    path, number = folder / f"{stem}.png", 2
+    while path.exists() and not reuse:
+        path, number = folder / f"{stem}-{number}.png", number + 1
+    return path
+
+
+def save_png(picture: Image.Image, path: Path, text: str | None = None) -> Path:
+    """Write beside, flush to disk, then rename: a reader sees the whole file or none."""
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_itxt(KEY, text)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            picture.save(file, "PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,47 @@
+"""What a picture was made with: checked once, kept in the PNG, enough to make it again."""
+
+import math
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from imprompt.errors import SettingError
+
+
+class Settings(BaseModel):
+    """The numbers and texts of one call. `steps`, `guidance`, `width` and `height` of None are the model's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    num_images: Annotated[int, Field(ge=1, le=10_000)] = 1
+    steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63 - 10_000)] | None = None
+    width: Annotated[int, Field(ge=8, le=16_384)] | None = None
+    height: Annotated[int, Field(ge=8, le=16_384)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.8
+    together: bool = False
+
+    @classmethod
+    def check(cls, **values: object) -> Self:
+        """The settings, or SettingError with one line that names the first wrong value and what is allowed."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise SettingError(one_line(error)) from error
+
+    @model_validator(mode="after")
+    def _finite(self) -> Self:
+        if not math.isfinite(self.scale):
+            raise ValueError("scale must be a finite number")
+        return self
+
+
+def one_line(error: ValidationError) -> str:
+    """pydantic's first complaint as one sentence: name, value, what is allowed."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"])) or "settings"
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"

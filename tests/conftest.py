@@ -1,0 +1,22 @@
+"""Fixtures that several test files share; the models come from `tests.tiny`."""
+
+import pytest
+from diffusers import UNet2DConditionModel
+from hypothesis import settings
+
+from imprompt.encoders.vision import VisionEncoder
+from tests.tiny import UNETS, tiny_encoder, tiny_unet
+
+settings.register_profile("imprompt", deadline=None, max_examples=12, derandomize=True)
+settings.load_profile("imprompt")
+
+
+@pytest.fixture(params=UNETS)
+def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
+    """A fresh base model of each structure."""
+    return tiny_unet(request.param)
+
+
+@pytest.fixture(scope="session")
+def encoder() -> VisionEncoder:
+    return tiny_encoder()

@@ -1,0 +1,229 @@
+"""Tiny, seeded stand-ins for the models that the tests need. Their structure is that of the real ones; only widths shrink."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from imprompt.adapter import ImageProjection, ImagePrompt, IPAdapter
+from imprompt.attention import family_of
+from imprompt.encoders.vision import VisionEncoder
+from imprompt.projections.mlp import FullProjection
+from imprompt.projections.resampler import Resampler
+from imprompt.variants import variant
+
+# The UNets as published.
+SD1 = {"cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8}
+SD2 = SD1 | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+SDXL = {
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+# The same, narrow.
+POOLED_DIM = 16
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": SD1 | {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8},
+    "sd2": SD2 | {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "attention_head_dim": (2, 4, 8, 8)},
+    "sdxl": SDXL
+    | {
+        "block_out_channels": (16, 32, 64),
+        "norm_num_groups": 8,
+        "attention_head_dim": (2, 4, 8),
+        "transformer_layers_per_block": (1, 1, 2),
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + POOLED_DIM,
+    },
+}
+TEXT_TOKENS = 11
+FEATURE_DIMS = {"pooled": 24, "penultimate": 32}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside; the random state outside stays what it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def freeze(module: Any) -> Any:
+    return module.eval().requires_grad_(False)
+
+
+def tiny_unet(base: str = "sd1", seed: int = 0, **overrides: Any) -> UNet2DConditionModel:
+    """A frozen UNet of the structure of `base`; its text is as wide as the real one's."""
+    with seeded(seed):
+        return freeze(UNet2DConditionModel(**UNETS[base] | overrides))
+
+
+def smallest_unet() -> UNet2DConditionModel:
+    """Four text cross-attentions, for what is slow per layer."""
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    return tiny_unet(**blocks, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=32)
+
+
+def tiny_encoder(seed: int = 1) -> VisionEncoder:
+    """A CLIP vision tower of 257 tokens, as ViT-H's; the pooled and the penultimate feature have different widths."""
+    hidden, pooled = FEATURE_DIMS["penultimate"], FEATURE_DIMS["pooled"]
+    config = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=48,
+        projection_dim=pooled,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=2,
+    )
+    with seeded(seed):
+        model = CLIPVisionModelWithProjection(config)
+    return VisionEncoder(model, CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}))
+
+
+def pictures(count: int, seed: int = 2) -> list[Image.Image]:
+    """Noise, wider than high."""
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 40, 56, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in noise]
+
+
+def tiny_projection(name: str, token_dim: int) -> nn.Module:
+    """Of the shapes that other implementations can read too: 4 tokens for base, 4 layers and 64-wide heads for plus."""
+    feature_dim = FEATURE_DIMS[variant(name).feature]
+    if name == "plus":
+        return Resampler(feature_dim, token_dim, tokens=5, width=128)
+    return {"base": ImageProjection, "full": FullProjection}[name](feature_dim, token_dim)
+
+
+def tiny_adapter(model: UNet2DConditionModel, name: str = "base", seed: int = 3) -> IPAdapter:
+    """An adapter of variant `name` beside `model`, as if trained: every parameter is away from where it starts."""
+    with seeded(seed):
+        adapter = IPAdapter.beside(model, family_of(model), tiny_projection(name, model.config.cross_attention_dim))
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    return adapter
+
+
+def noise_inputs(model: UNet2DConditionModel, batch: int, seed: int = 4) -> dict[str, Any]:
+    """Arguments of one noise prediction; latents are higher than wide, and each item has its own timestep."""
+    with seeded(seed):
+        inputs = {
+            "sample": torch.randn(batch, 4, 16, 8),
+            "timestep": torch.randint(1000, (batch,)),
+            "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, model.config.cross_attention_dim),
+        }
+        if model.config.addition_embed_type == "text_time":
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, POOLED_DIM), "time_ids": torch.full((batch, 6), 32.0)}
+    return inputs
+
+
+def noise(model: nn.Module, inputs: dict[str, Any], prompt: ImagePrompt | None = None) -> Tensor:
+    """The noise that `model` predicts, with or without an image prompt."""
+    return model(**inputs, cross_attention_kwargs={"ip_hidden_states": prompt} if prompt else None).sample
+
+
+def random_prompt(adapter: IPAdapter, batch: int, scale: float | Tensor = 1.0, seed: int = 5) -> ImagePrompt:
+    """A prompt from random image tokens; the adapter must be attached."""
+    with seeded(seed):
+        tokens = torch.randn(batch, 3, adapter.image_kv[0].to_k.in_features, dtype=next(adapter.parameters()).dtype)
+    return adapter.prompt(tokens, scale=scale)
+
+
+def paper_layout(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:
+    """The adapter's weights as the paper's checkpoints hold them: cross-attention i is attention processor 2i + 1."""
+    ip_adapter = {}
+    for number, kv in enumerate(adapter.image_kv):
+        ip_adapter[f"{2 * number + 1}.to_k_ip.weight"] = kv.to_k.weight.detach()
+        ip_adapter[f"{2 * number + 1}.to_v_ip.weight"] = kv.to_v.weight.detach()
+    return {"image_proj": dict(adapter.projection.state_dict()), "ip_adapter": ip_adapter}
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=TEXT_TOKENS)
+
+
+def tiny_text_encoder(
+    kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection], tokenizer: CLIPTokenizer, width: int, seed: int
+) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=40,
+        projection_dim=POOLED_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with seeded(seed):
+        return freeze(kind(config))
+
+
+def pipeline_parts(base: str) -> dict[str, Any]:
+    """What the pipelines of both kinds need; the text is 32 wide."""
+    with seeded(6):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            latent_channels=4,
+        )
+    encoder = tiny_encoder()
+    return {
+        "vae": freeze(vae),
+        "unet": tiny_unet(base, cross_attention_dim=32),
+        "tokenizer": tiny_tokenizer(),
+        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        "image_encoder": encoder.model,
+        "feature_extractor": encoder.processor,
+    }
+
+
+def tiny_sd() -> StableDiffusionPipeline:
+    parts = pipeline_parts("sd1")
+    text_encoder = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 32, seed=7)
+    return quiet(StableDiffusionPipeline(**parts, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False))
+
+
+def tiny_sdxl() -> StableDiffusionXLPipeline:
+    parts = pipeline_parts("sdxl")
+    first = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 16, seed=8)
+    second = tiny_text_encoder(CLIPTextModelWithProjection, parts["tokenizer"], 16, seed=9)
+    return quiet(
+        StableDiffusionXLPipeline(
+            **parts, tokenizer_2=parts["tokenizer"], text_encoder=first, text_encoder_2=second, add_watermarker=False
+        )
+    )
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPELINES = {"sd1": tiny_sd, "sdxl": tiny_sdxl}

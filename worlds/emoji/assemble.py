@@ -1,0 +1,81 @@
+"""Stages between the trainings: put the model together as it ships, render the adapters' pictures, take the adapters in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from imprompt.checkpoint import AdapterFile, read_adapter, write_adapter
+from imprompt.models import PACKAGED
+
+from .scenes import captions, render, sample_scenes
+from .stage import HERE, World
+
+SHIPPED = PACKAGED / "emoji"
+ADAPTERS = ("base", "plus")
+LIMIT, FILE_LIMIT = 35e6, 16e6  # bytes
+
+
+def assemble(world: World) -> None:
+    """The base model and the image encoder as float16, in diffusers' folder layout: what the adapters are trained on."""
+    pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "base", torch_dtype=torch.float16)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(world.folder / "clip" / "image_encoder", dtype=torch.float16)
+    processor = CLIPImageProcessorPil.from_pretrained(world.folder / "clip" / "feature_extractor")
+    pipeline.register_modules(image_encoder=encoder, feature_extractor=processor)
+    for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "feature_extractor"):
+        shutil.rmtree(SHIPPED / part, ignore_errors=True)
+    pipeline.save_pretrained(SHIPPED)
+    judge = HERE / "judge"
+    CLIPVisionModelWithProjection.from_pretrained(world.folder / "judge" / "image_encoder", dtype=torch.float16).save_pretrained(judge)
+    shutil.copy(world.folder / "judge" / "heads.safetensors", judge / "heads.safetensors")
+    report(SHIPPED)
+
+
+def report(folder: Path) -> None:
+    """Sizes of what ships; an error if it is over the limit."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    for path in sorted(files, key=lambda p: -p.stat().st_size)[:8]:
+        print(f"{path.stat().st_size / 1e6:7.2f} MB  {path.relative_to(folder)}")
+    print(f"{total / 1e6:7.2f} MB  in all")
+    if total > LIMIT or any(path.stat().st_size > FILE_LIMIT for path in files):
+        raise SystemExit(f"over the limit of {LIMIT / 1e6:.0f} MB in all or {FILE_LIMIT / 1e6:.0f} MB a file")
+
+
+def scenes(world: World) -> None:
+    """The adapters' training set: pictures and metadata.jsonl, as any user's folder would be."""
+    glyphs, folder = world.glyphs(), world.folder / "scenes"
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for start in range(0, world["prompts"], 1000):
+        generator = world.generator(31, start)
+        chunk = sample_scenes(glyphs, min(1000, world["prompts"] - start), generator)
+        pictures = (render(chunk, glyphs, world.side) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        for offset, (picture, text) in enumerate(zip(pictures, captions(chunk, glyphs, generator), strict=True)):
+            name = f"{start + offset:06d}.png"
+            Image.fromarray(picture).save(folder / name, compress_level=1)
+            lines.append(json.dumps({"file_name": name, "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    print(f"scenes: {len(lines)} pictures in {folder}")
+
+
+def ship(world: World) -> None:
+    """Take the trained adapters into the package, as float16."""
+    for name in ADAPTERS:
+        file = read_adapter(world.folder / f"adapter-{name}" / "latest")
+        half = AdapterFile(
+            file.variant,
+            {key: value.half() for key, value in file.projection.items()},
+            [(k.half(), v.half()) for k, v in file.kv],
+            file.sites,
+            file.header,
+            file.layout,
+        )
+        (SHIPPED / "adapters").mkdir(exist_ok=True)
+        write_adapter(SHIPPED / "adapters" / f"{name}.safetensors", half)
+    report(SHIPPED)
+

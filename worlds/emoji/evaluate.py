@@ -1,0 +1,206 @@
+"""What the shipped model can do, measured: `python -m worlds.emoji evaluate` prints the table that the model card holds.
+
+The judge is an encoder of its own seed and size that never conditioned anything; colours and shapes are measured
+against the scenes' own factors. Shape letters: N scenes, S pixels a side.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from imprompt.images import grid
+from imprompt.sampling.generate import ImagePromptPipeline
+
+from .assemble import ADAPTERS, SHIPPED
+from .clip import preprocess
+from .glyphs import Glyphs
+from .scenes import Scenes, background, captions, render, sample_scenes
+from .stage import HERE, World
+from .vae import psnr, reconstruct
+
+COUNT = 128
+SETS = {  # label -> which glyphs and which palettes and patterns
+    "seen glyphs, new compositions": (True, True),
+    "unseen glyphs": (False, True),
+    "unseen glyphs, palettes and pattern": (False, False),
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The measuring encoder: embeddings for retrieval, and which of the seen glyphs it sees."""
+
+    encoder: CLIPVisionModelWithProjection
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def load(cls) -> "Judge":
+        heads = load_file(HERE / "judge" / "heads.safetensors")
+        encoder = CLIPVisionModelWithProjection.from_pretrained(HERE / "judge").eval()
+        return cls(encoder, heads["glyph.weight"].float(), heads["glyph.bias"].float())
+
+    @torch.no_grad()
+    def embed(self, pictures: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] -> unit embeddings (N, E)"""
+        return F.normalize(self.encoder(preprocess(pictures)).image_embeds, dim=1)
+
+    @torch.no_grad()
+    def glyph(self, pictures: Tensor) -> Tensor:
+        """(N, 3, S, S) -> the likeliest seen glyph (N,)"""
+        return F.linear(self.encoder(preprocess(pictures)).image_embeds, self.weight, self.bias).argmax(1)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    return torch.stack([torch.from_numpy(np.asarray(image)).permute(2, 0, 1) for image in images]).float() / 255
+
+
+def retrieval(found: Tensor, prompts: Tensor) -> float:
+    """How often a result's nearest prompt, of all, is its own. Embeddings (N, E)."""
+    return (found @ prompts.T).argmax(1).eq(torch.arange(len(found))).float().mean().item()
+
+
+def background_error(pictures: Tensor, scenes: Scenes) -> Tensor:
+    """Mean absolute difference (of 255) from the true background, where no glyph can be: the corners and edges (N,)."""
+    side = pictures.shape[-1]
+    rim = torch.ones(side, side, dtype=torch.bool)
+    rim[3:-3, 3:-3] = False
+    blurred = [F.avg_pool2d(x, 5, 1, 2)[..., rim] for x in (pictures, background(scenes, side))]
+    return (blurred[0] - blurred[1]).abs().mean((1, 2)) * 255
+
+
+def outlines(pictures: Tensor) -> Tensor:
+    """Edge strength by place and direction, (N, 8·8·8) unit vectors: a histogram of oriented gradients."""
+    grey = pictures.mean(1, keepdim=True)
+    dx = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1, 0, 0))
+    dy = F.pad(grey[..., 1:, :] - grey[..., :-1, :], (0, 0, 0, 1))
+    turn = ((torch.atan2(dy, dx) / torch.pi) % 1 * 8).floor().clamp(max=7).long()
+    strength = (dx**2 + dy**2).sqrt()
+    bins = torch.zeros(len(pictures), 8, *grey.shape[-2:]).scatter_(1, turn, strength)
+    return F.normalize(F.adaptive_avg_pool2d(bins, 8).flatten(1), dim=1)
+
+
+def follow(pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Image prompt alone, scale 1: does the result follow its own prompt and not another's?"""
+    side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
+    prompts = render(scenes, glyphs, side)
+    made = to_tensor(pipe([to_image(p) for p in prompts], seed=0, batch_size=32).images)
+    other = torch.roll(torch.arange(len(scenes)), 1)
+    # The ceiling: another real picture of the same scene, a little moved.
+    again = Scenes(**{**vars(scenes), "centre": scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)})
+    shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(render(again, glyphs, side))
+    own_glyph = judge.glyph(made).eq(scenes.glyph[:, 0]) | judge.glyph(made).eq(scenes.glyph[:, 1])
+    row = {
+        "retrieval": retrieval(judge.embed(made), judge.embed(prompts)),
+        "background error, own": background_error(made, scenes).mean().item(),
+        "background error, shuffled": background_error(made, scenes[other]).mean().item(),
+        "outline likeness, own": (shapes * prompt_shapes).sum(1).mean().item(),
+        "outline likeness, shuffled": (shapes * prompt_shapes[other]).sum(1).mean().item(),
+        "outline likeness, ceiling": (ceiling * prompt_shapes).sum(1).mean().item(),
+        "PSNR to the prompt": psnr(made, prompts).mean().item(),
+    }
+    if bool((scenes.glyph[:, 0] < glyphs.seen).all()):
+        row["own glyph"] = own_glyph.float().mean().item()
+    return row, prompts, made
+
+
+def with_text(pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, world: World, scale: float) -> tuple[dict[str, float], Tensor, Tensor]:
+    """A text that names one glyph, an image prompt that shows another: is the text's glyph there, in the image's palette?"""
+    generator = world.generator(43)
+    scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
+    named = (scenes.glyph[:, 0] + 1 + torch.randint(glyphs.seen - 1, (COUNT,), generator=generator)) % glyphs.seen
+    texts = captions(Scenes(**{**vars(scenes), "glyph": torch.stack([named, -torch.ones_like(named)], 1)}), glyphs, generator)
+    texts = [text.split(" on ")[0].split(" at ")[0].split(" in the ")[0] for text in texts]
+    prompts = render(scenes, glyphs, world.side)
+    made = []
+    for start in range(0, COUNT, 32):  # the façade takes one text a call; diffusers' own call takes many
+        chunk = range(start, start + 32)
+        image_prompt = pipe.prompt([to_image(prompts[i]) for i in chunk], guidance=True, scale=scale)
+        made += pipe.pipeline(
+            [texts[i] for i in chunk],
+            num_inference_steps=pipe.model.steps,
+            guidance_scale=pipe.model.guidance,
+            generator=[torch.Generator().manual_seed(i) for i in chunk],
+            cross_attention_kwargs={"ip_hidden_states": image_prompt},
+        ).images
+    made = to_tensor(made)
+    error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])
+    glyph, palette = judge.glyph(made).eq(named), error < 0.25 * other.mean()
+    return {
+        "text's glyph": glyph.float().mean().item(),
+        "image's glyph": judge.glyph(made).eq(scenes.glyph[:, 0]).float().mean().item(),
+        "image's palette": palette.float().mean().item(),
+        "both right": (glyph & palette).float().mean().item(),
+    }, prompts, made
+
+
+def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: int = 6) -> None:
+    """Prompt and result side by side, enlarged twice."""
+    cells = [to_image(torch.cat([prompts[i], made[i]], 2)) for i in range(pairs)]
+    picture = grid(cells, columns=columns, gap=6)
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS).save(path, optimize=True)
+
+
+def check_judge(judge: Judge, glyphs: Glyphs, world: World) -> dict[str, float]:
+    """The ruler itself, on real scenes: can it find a scene drawn again, and name its glyph?"""
+    generator = world.generator(44)
+    scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
+    again = Scenes(**{**vars(scenes), "centre": scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)})
+    pictures, redrawn = render(scenes, glyphs, world.side), render(again, glyphs, world.side)
+    return {
+        "judge: scene drawn again found": retrieval(judge.embed(redrawn), judge.embed(pictures)),
+        "judge: glyph named": judge.glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
+    }
+
+
+def evaluate(world: World) -> None:
+    glyphs, judge, docs = world.glyphs(), Judge.load(), HERE.parents[1] / "docs" / "emoji"
+    docs.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, float]] = {"judge": check_judge(judge, glyphs, world)}
+    vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
+    for label, (glyphs_seen, look_seen) in SETS.items():
+        scenes = sample_scenes(glyphs, 256, world.generator(41, glyphs_seen, look_seen), seen_glyphs=glyphs_seen, seen_look=look_seen)
+        pictures = render(scenes, glyphs, world.side)
+        results[f"VAE: {label}"] = {"PSNR": psnr(reconstruct(vae, pictures), pictures).mean().item()}
+    for name in ADAPTERS:
+        pipe = ImagePromptPipeline.from_pretrained("emoji", adapter=name)
+        for label, (glyphs_seen, look_seen) in SETS.items():
+            generator = world.generator(42, glyphs_seen, look_seen)
+            scenes = sample_scenes(glyphs, COUNT, generator, seen_glyphs=glyphs_seen, seen_look=look_seen)
+            row, prompts, made = follow(pipe, judge, glyphs, scenes, generator)
+            results[f"{name}: {label}"] = row
+            sheet(prompts, made, docs / f"{name}-{label.split(',')[0].replace(' ', '-')}{'' if look_seen else '-and-looks'}.png")
+            print(name, label, row, flush=True)
+        for scale in (0.5,):
+            row, prompts, made = with_text(pipe, judge, glyphs, world, scale)
+            results[f"{name}: text and image, scale {scale}"] = row
+            sheet(prompts, made, docs / f"{name}-with-text.png")
+            print(name, "text", row, flush=True)
+    (docs / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+PERCENT = {"retrieval", "own glyph", "text's glyph", "image's glyph", "image's palette", "both right", "judge: scene drawn again found", "judge: glyph named"}
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The results as Markdown."""
+    lines = ["| what | measure | value |", "|---|---|---|"]
+    for label, row in results.items():
+        for measure, value in row.items():
+            shown = f"{value:.1%}" if measure in PERCENT else f"{value:.3f}" if "likeness" in measure else f"{value:.1f}"
+            lines.append(f"| {label} | {measure} | {shown} |")
+    return "\n".join(lines)
