@@ -349,6 +349,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet: UNet2DConditionModel) 
     plain = gradients(unet, row)
     unet.train()
     unet.enable_gradient_checkpointing()
+    assert unet.is_gradient_checkpointing
     for name, gradient in gradients(unet, row).items():
         torch.testing.assert_close(gradient, plain[name], rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 

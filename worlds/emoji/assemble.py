@@ -22,7 +22,7 @@ LIMIT, FILE_LIMIT = 35e6, 16e6  # bytes
 
 def assemble(world: World) -> None:
     """The base model and the image encoder as float16, in diffusers' folder layout: what the adapters are trained on."""
-    pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "base", torch_dtype=torch.float16)
+    pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "base", dtype=torch.float16)
     encoder = CLIPVisionModelWithProjection.from_pretrained(world.folder / "clip" / "image_encoder", dtype=torch.float16)
     processor = CLIPImageProcessorPil.from_pretrained(world.folder / "clip" / "feature_extractor")
     pipeline.register_modules(image_encoder=encoder, feature_extractor=processor)

@@ -35,6 +35,16 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
+def quiet() -> None:
+    """Keep the libraries' loading bars and notices out of the terminal; the commands show their own progress."""
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    for log in (diffusers_log, transformers_log):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+
+
 def fail(message: str) -> None:
     print("imprompt: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)

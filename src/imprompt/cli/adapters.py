@@ -34,7 +34,7 @@ def convert(
     to: Annotated[LayoutName, typer.Option("--to", help="The layout to write.")] = LayoutName.imprompt,
     model: Annotated[str | None, typer.Option(help="The base model, where the file only numbers an unknown one's layers.")] = None,
 ) -> None:
-    """Write an adapter in another layout; nothing is lost either way."""
+    """Write an adapter in another layout, its weights bit for bit. A .bin has no place for the header; .safetensors keeps it."""
     from imprompt.checkpoint import read_adapter, write_adapter
 
     write_adapter(target, read_adapter(source), to.value, sites_of(model) if model else None)

@@ -85,8 +85,11 @@ def run(request: "Request", out: Path, device: str | None = None) -> list[Path]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    from imprompt.cli import quiet
+
     console = Console(stderr=True)
     with console.status(f"loading {request.model} …"):
+        quiet()
         pipeline = request.load(device)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -24,7 +24,10 @@ def train(
         return
     from rich.progress import Progress, TextColumn
 
+    from imprompt.cli import quiet
     from imprompt.training import loop
+
+    quiet()
 
     class Bars(loop.Watcher):
         """Progress bars in the terminal."""

@@ -42,8 +42,10 @@ class Resampler(nn.Module):
                  hidden: int | None = None, depth: int = 4) -> None:  # fmt: skip
         super().__init__()
         width = width or token_dim
-        inner, hidden = inner or width, hidden or 4 * width
-        self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)
+        inner, hidden = inner or max(width // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * width
+        if inner % HEAD_DIM:
+            raise ValueError(f"the resampler's attention is {inner} wide, no multiple of its heads' {HEAD_DIM}")
+        self.latents = nn.Parameter(torch.empty(1, tokens, width).normal_(std=width**-0.5))
         self.proj_in = nn.Linear(feature_dim, width)
         self.layers = nn.ModuleList(nn.ModuleList([PerceiverAttention(width, inner), feed_forward(width, hidden)]) for _ in range(depth))
         self.proj_out = nn.Linear(width, token_dim)
@@ -59,7 +61,7 @@ class Resampler(nn.Module):
             width=width,
             inner=shapes["layers.0.0.to_q.weight"][0],
             hidden=shapes["layers.0.1.1.weight"][0],
-            depth=sum(key.endswith(".0.to_q.weight") for key in shapes),
+            depth=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers.")),
         )
 
     def forward(self, features: Tensor) -> Tensor:

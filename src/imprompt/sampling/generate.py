@@ -73,7 +73,7 @@ class ImagePromptPipeline:
         file = read_adapter(path)
         vision = load_encoder(file, told, known, encoder, device, dtype)
         source, _ = known.base.fetch_folder()
-        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, image_encoder=None, **options).to(device)
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, image_encoder=None, **options).to(device)
         if type(pipeline).__name__ not in TASKS:
             raise MismatchError(f"{model} is a {type(pipeline).__name__}; image prompts are known for {', '.join(TASKS)}")
         pipeline.set_progress_bar_config(disable=True)
