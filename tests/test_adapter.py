@@ -172,11 +172,12 @@ def test_families_are_found() -> None:
 @pytest.mark.parametrize(
     ("base", "overrides", "message"),
     [
-        ("sd2", {}, r"768-wide image tokens \(SD 1.x\); .*attn2 of this model has 1024-wide text \(SD 2.x\)"),
-        ("sdxl", {}, "joins 16 cross-attentions; this model has 17"),
-        ("sd1", {"block_out_channels": (16, 32, 64, 128)}, "64-wide keys; mid_block.*attn2 of this model has 128-wide keys"),
+        ("sd2", {}, r"768-wide text \(SD 1.x\); the text of this model is 1024 wide \(SD 2.x\)"),
+        ("sdxl", {}, r"768-wide text \(SD 1.x\); the text of this model is 2048 wide \(SDXL\)"),
+        ("sdxl", {"cross_attention_dim": 768}, "joins 16 cross-attentions; this model has 17"),
+        ("sd1", {"block_out_channels": (16, 32, 64, 128)}, "64-wide keys at mid_block.*attn2; this model's are 128 wide"),
     ],
-    ids=["text-width", "number", "width"],
+    ids=["text-width", "sdxl", "number", "width"],
 )
 def test_wrong_model_is_refused_with_both_numbers(base: str, overrides: dict[str, Any], message: str) -> None:
     adapter, other = tiny_adapter(tiny_unet("sd1")), tiny_unet(base, **overrides)

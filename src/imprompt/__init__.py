@@ -25,7 +25,16 @@ _HOMES = {
     "write_adapter": "checkpoint",
 }
 
-__all__ = ["IPAdapter", "ImagePrompt", "ImagePromptPipeline", "ImpromptError", "Result", "load_adapter", "read_adapter", "write_adapter"]
+__all__ = [
+    "IPAdapter",
+    "ImagePrompt",
+    "ImagePromptPipeline",
+    "ImpromptError",
+    "Result",
+    "load_adapter",
+    "read_adapter",
+    "write_adapter",
+]
 
 
 def __getattr__(name: str) -> Any:

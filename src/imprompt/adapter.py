@@ -84,13 +84,21 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention(Q, K, V) = softmax(QKᵀ/√d) V (equation 3); query (B, H, L, d), key and value (B, H, T, d) -> (B, H, L, d)."""
+    if query.is_cpu and query.requires_grad:  # training on a CPU: the fused kernel's backward pass is far slower there
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return (scores if mask is None else scores + mask).softmax(-1).to(value.dtype) @ value
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
 def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prompt: ImagePrompt | None,
                         site: int) -> Tensor:  # fmt: skip
     """Equation 5: Z = Attention(Q, K, V) + λ · Attention(Q, K', V').
 
     query (B, H, L, d), text key and value (B, H, T, d), mask broadcastable to (B, H, L, T) -> (B, H, L, d).
     """
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    out = attention(query, key, value, mask)
     if prompt is None:
         return out
     image_key, image_value = prompt.keys[site], prompt.values[site]
@@ -100,7 +108,7 @@ def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
             "with guidance the batch holds every unconditional item, then every conditional one"
         )
     batch = (query.shape[0], -1, -1, -1)
-    image = F.scaled_dot_product_attention(query, image_key.expand(batch), image_value.expand(batch))
+    image = attention(query, image_key.expand(batch), image_value.expand(batch))
     return out + prompt.scale[site].to(out.dtype).view(-1, 1, 1, 1) * image
 
 
@@ -153,7 +161,9 @@ class IPAdapter(nn.Module):
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
         sites = self._graft[0].values()
         pairs = [kv(tokens, site.heads) for kv, site in zip(self.image_kv, sites, strict=True)]
-        keys, values = zip(*(((k.to(s.to_q.weight.dtype)), v.to(s.to_q.weight.dtype)) for (k, v), s in zip(pairs, sites, strict=True)), strict=True)
+        keys, values = zip(
+            *(((k.to(s.to_q.weight.dtype)), v.to(s.to_q.weight.dtype)) for (k, v), s in zip(pairs, sites, strict=True)), strict=True
+        )
         return ImagePrompt(keys, values, tokens.new_ones(len(pairs), 1)).with_scale(scale)
 
     def attach(self, model: nn.Module) -> Self:
@@ -187,23 +197,26 @@ class IPAdapter(nn.Module):
 
     def check_fits(self, sites: Mapping[str, Any]) -> None:
         """Raise MismatchError, with both numbers, unless this adapter was made for cross-attentions of these sizes."""
+        pairs: list[tuple[str, Any, Any]] = [
+            (name, site, kv) for (name, site), kv in zip(sites.items(), self.image_kv, strict=False)
+        ]
+        for name, site, kv in pairs:
+            ours, theirs = kv.to_k.in_features, site.to_k.in_features
+            if ours != theirs:
+                raise MismatchError(
+                    f"this adapter was trained for {ours}-wide text{known_as(ours)}; "
+                    f"the text of this model is {theirs} wide{known_as(theirs)} ({name})"
+                )
         if len(sites) != len(self.image_kv):
             raise MismatchError(f"this adapter joins {len(self.image_kv)} cross-attentions; this model has {len(sites)}")
-        for (name, site), kv in zip(sites.items(), self.image_kv, strict=True):
-            for what, ours, theirs in (
-                ("image tokens", kv.to_k.in_features, site.to_k.in_features),
-                ("keys", kv.to_k.out_features, site.to_k.out_features),
-            ):
-                if ours != theirs:
-                    raise MismatchError(
-                        f"this adapter was trained for {describe_width(what, ours)}; "
-                        f"{name} of this model has {describe_width('text' if what == 'image tokens' else what, theirs)}"
-                    )
+        for name, site, kv in pairs:
+            ours, theirs = kv.to_k.out_features, site.to_k.out_features
+            if ours != theirs:
+                raise MismatchError(f"this adapter was trained for {ours}-wide keys at {name}; this model's are {theirs} wide")
 
 
 TEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 
 
-def describe_width(what: str, width: int) -> str:
-    known = TEXT_WIDTHS.get(width) if what != "keys" else None
-    return f"{width}-wide {what}" + (f" ({known})" if known else "")
+def known_as(text_width: int) -> str:
+    return f" ({TEXT_WIDTHS[text_width]})" if text_width in TEXT_WIDTHS else ""

@@ -36,7 +36,9 @@ def open_image(source: str | Path | Image.Image, *, max_pixels: int = MAX_PIXELS
                 picture.seek(0)
                 return to_rgb(picture)
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is far larger than the limit of {max_pixels // 1_000_000} million pixels; make it smaller first") from error
+        raise ImageError(
+            f"{path} is far larger than the limit of {max_pixels // 1_000_000} million pixels; make it smaller first"
+        ) from error
     except UnidentifiedImageError as error:
         kind = "is empty" if path.stat().st_size == 0 else "is not a picture in a format that is known (PNG, JPEG, WebP, …)"
         raise ImageError(f"{path} {kind}") from error

@@ -36,7 +36,9 @@ class Place:
         try:
             return Path(hf_hub_download(self.repo, self.path))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or folder") from error
+            raise CheckpointError(
+                f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or folder"
+            ) from error
 
     def fetch_folder(self) -> tuple[str, str | None]:
         """What `from_pretrained` takes: (repository or folder, subfolder)."""
@@ -70,7 +72,10 @@ EMOJI_ENCODER = Place("", "emoji/image_encoder")
 
 
 def _h94(folder: str, **files: tuple[str, Place]) -> dict[str, KnownAdapter]:
-    return {name.replace("_", "-"): KnownAdapter(Place(IP, f"{folder}/{file}.safetensors"), encoder) for name, (file, encoder) in files.items()}
+    return {
+        name.replace("_", "-"): KnownAdapter(Place(IP, f"{folder}/{file}.safetensors"), encoder)
+        for name, (file, encoder) in files.items()
+    }
 
 
 MODELS = {
@@ -124,7 +129,9 @@ def find_model(name: str) -> KnownModel:
         return KnownModel(name, "folder", Place(name))
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return KnownModel(name, "Hub", Place(name))
-    raise SettingError(f"unknown model {name!r}; known: {', '.join(MODELS)}, a folder with model_index.json, or a Hub id owner/name")
+    raise SettingError(
+        f"unknown model {name!r}; known: {', '.join(MODELS)}, a folder with model_index.json, or a Hub id owner/name"
+    )
 
 
 def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | None]:
@@ -147,7 +154,9 @@ def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | Non
     if path and not name.startswith((".", "/")):
         return Place(f"{owner}/{repository}", path).fetch_file(), None
     named = f"one of {', '.join(model.adapters)}, " if model.adapters else ""
-    raise SettingError(f"no adapter {name!r} for {model.name}: give {named}a file, a folder, or owner/repository/file.safetensors on the Hub")
+    raise SettingError(
+        f"no adapter {name!r} for {model.name}: give {named}a file, a folder, or owner/repository/file.safetensors on the Hub"
+    )
 
 
 def first_line(error: BaseException) -> str:

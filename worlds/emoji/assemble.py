@@ -29,10 +29,23 @@ def assemble(world: World) -> None:
     for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "feature_extractor"):
         shutil.rmtree(SHIPPED / part, ignore_errors=True)
     pipeline.save_pretrained(SHIPPED)
+    for path in SHIPPED.rglob("*.json"):
+        tidy(path)
     judge = HERE / "judge"
-    CLIPVisionModelWithProjection.from_pretrained(world.folder / "judge" / "image_encoder", dtype=torch.float16).save_pretrained(judge)
+    CLIPVisionModelWithProjection.from_pretrained(world.folder / "judge" / "image_encoder", dtype=torch.float16).save_pretrained(
+        judge
+    )
     shutil.copy(world.folder / "judge" / "heads.safetensors", judge / "heads.safetensors")
     report(SHIPPED)
+
+
+def tidy(path: Path) -> None:
+    """No paths of the machine that made it; and float32 as what plain `from_pretrained` gives, though stored as float16."""
+    facts = json.loads(path.read_text())
+    facts.pop("_name_or_path", None)
+    if "dtype" in facts:
+        facts["dtype"] = "float32"
+    path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def report(folder: Path) -> None:
@@ -78,4 +91,3 @@ def ship(world: World) -> None:
         (SHIPPED / "adapters").mkdir(exist_ok=True)
         write_adapter(SHIPPED / "adapters" / f"{name}.safetensors", half)
     report(SHIPPED)
-

@@ -56,8 +56,12 @@ def train(world: World, name: str = "clip") -> None:
         generator = world.generator(11, step)
         scenes = sample_scenes(glyphs, plan["batch"], generator)
         pictures = render(scenes, glyphs, world.side)
-        tokens = tokenizer(captions(scenes, glyphs, generator), padding="max_length", truncation=True, return_tensors="pt").to(world.device)
-        shown = torch.zeros(len(scenes), glyphs.seen + 1).scatter_(1, scenes.glyph % (glyphs.seen + 1), 1.0)[:, :-1].to(world.device)
+        tokens = tokenizer(captions(scenes, glyphs, generator), padding="max_length", truncation=True, return_tensors="pt").to(
+            world.device
+        )
+        shown = (
+            torch.zeros(len(scenes), glyphs.seen + 1).scatter_(1, scenes.glyph % (glyphs.seen + 1), 1.0)[:, :-1].to(world.device)
+        )
         pictures = pictures.to(world.device)
         image = vision(preprocess(pictures)).image_embeds.float()
         words = text(tokens.input_ids).text_embeds.float()

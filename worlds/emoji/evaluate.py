@@ -93,7 +93,9 @@ def outlines(pictures: Tensor) -> Tensor:
     return F.normalize(F.adaptive_avg_pool2d(bins, 8).flatten(1), dim=1)
 
 
-def follow(pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator) -> tuple[dict[str, float], Tensor, Tensor]:
+def follow(
+    pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
+) -> tuple[dict[str, float], Tensor, Tensor]:
     """Image prompt alone, scale 1: does the result follow its own prompt and not another's?"""
     side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
     prompts = render(scenes, glyphs, side)
@@ -117,7 +119,10 @@ def follow(pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, scenes: Scen
     return row, prompts, made
 
 
-def with_text(pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, world: World, scale: float) -> tuple[dict[str, float], Tensor, Tensor]:
+@torch.no_grad()
+def with_text(
+    pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, world: World, scale: float
+) -> tuple[dict[str, float], Tensor, Tensor]:
     """A text that names one glyph, an image prompt that shows another: is the text's glyph there, in the image's palette?"""
     generator = world.generator(43)
     scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
@@ -128,23 +133,27 @@ def with_text(pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, world: Wo
     made = []
     for start in range(0, COUNT, 32):  # the façade takes one text a call; diffusers' own call takes many
         chunk = range(start, start + 32)
-        image_prompt = pipe.prompt([to_image(prompts[i]) for i in chunk], guidance=True, scale=scale)
+        tokens = pipe.image_tokens([to_image(prompts[i]) for i in chunk])
         made += pipe.pipeline(
             [texts[i] for i in chunk],
             num_inference_steps=pipe.model.steps,
             guidance_scale=pipe.model.guidance,
             generator=[torch.Generator().manual_seed(i) for i in chunk],
-            cross_attention_kwargs={"ip_hidden_states": image_prompt},
+            cross_attention_kwargs={"ip_hidden_states": pipe.prompt(tokens, guided=True, scale=scale)},
         ).images
     made = to_tensor(made)
     error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])
     glyph, palette = judge.glyph(made).eq(named), error < 0.25 * other.mean()
-    return {
-        "text's glyph": glyph.float().mean().item(),
-        "image's glyph": judge.glyph(made).eq(scenes.glyph[:, 0]).float().mean().item(),
-        "image's palette": palette.float().mean().item(),
-        "both right": (glyph & palette).float().mean().item(),
-    }, prompts, made
+    return (
+        {
+            "text's glyph": glyph.float().mean().item(),
+            "image's glyph": judge.glyph(made).eq(scenes.glyph[:, 0]).float().mean().item(),
+            "image's palette": palette.float().mean().item(),
+            "both right": (glyph & palette).float().mean().item(),
+        },
+        prompts,
+        made,
+    )
 
 
 def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: int = 6) -> None:
@@ -172,7 +181,9 @@ def evaluate(world: World) -> None:
     results: dict[str, dict[str, float]] = {"judge": check_judge(judge, glyphs, world)}
     vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
     for label, (glyphs_seen, look_seen) in SETS.items():
-        scenes = sample_scenes(glyphs, 256, world.generator(41, glyphs_seen, look_seen), seen_glyphs=glyphs_seen, seen_look=look_seen)
+        scenes = sample_scenes(
+            glyphs, 256, world.generator(41, glyphs_seen, look_seen), seen_glyphs=glyphs_seen, seen_look=look_seen
+        )
         pictures = render(scenes, glyphs, world.side)
         results[f"VAE: {label}"] = {"PSNR": psnr(reconstruct(vae, pictures), pictures).mean().item()}
     for name in ADAPTERS:
@@ -193,7 +204,16 @@ def evaluate(world: World) -> None:
     print(table(results))
 
 
-PERCENT = {"retrieval", "own glyph", "text's glyph", "image's glyph", "image's palette", "both right", "judge: scene drawn again found", "judge: glyph named"}
+PERCENT = {
+    "retrieval",
+    "own glyph",
+    "text's glyph",
+    "image's glyph",
+    "image's palette",
+    "both right",
+    "judge: scene drawn again found",
+    "judge: glyph named",
+}
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import emoji
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+import emoji
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian: fonts-noto-color-emoji (OFL)
 FONT_SIZE = 109  # the one bitmap size that the font holds

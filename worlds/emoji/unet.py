@@ -47,7 +47,11 @@ def build_unet(world: World) -> UNet2DConditionModel:
 def train(world: World) -> None:
     torch.manual_seed(world.seed + 3)
     plan, glyphs, scheduler = world["unet"], world.glyphs(), build_scheduler()
-    vae = AutoencoderKL.from_pretrained(world.folder / "vae").to(world.device, memory_format=torch.channels_last).requires_grad_(False)
+    vae = (
+        AutoencoderKL.from_pretrained(world.folder / "vae")
+        .to(world.device, memory_format=torch.channels_last)
+        .requires_grad_(False)
+    )
     tokenizer = build_tokenizer(world["text"]["tokens"])
     text = CLIPTextModel(text_config(world, tokenizer, world["text"]["width"]))
     unet = build_unet(world).to(memory_format=torch.channels_last)

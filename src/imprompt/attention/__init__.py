@@ -22,4 +22,6 @@ def family_of(model: nn.Module) -> Family:
     for name in FAMILIES:
         if (found := import_module(f"imprompt.attention.{name}").FAMILY).matches(model):
             return found
-    raise MismatchError(f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}): it has no text cross-attention to join")
+    raise MismatchError(
+        f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}): it has no text cross-attention to join"
+    )

@@ -17,13 +17,13 @@ class DecoupledAttention:
         self.site = site
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 attention_mask: Tensor | None = None, temb: Tensor | None = None,
+                 attention_mask: Tensor | None = None, temb: Tensor | None = None,  # noqa: ARG002 - diffusers passes it
                  ip_hidden_states: ImagePrompt | None = None) -> Tensor:  # fmt: skip
         """hidden_states (B, L, C), encoder_hidden_states (B, T, D), mask (B·H, 1, T) or None -> (B, L, C)."""
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
-            attention_mask = attention_mask.unflatten(0, (-1, attn.heads))
+            mask: Tensor = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
+            attention_mask = mask.unflatten(0, (-1, attn.heads))
         query = split_heads(attn.to_q(hidden_states), attn.heads)
         key = split_heads(attn.to_k(text), attn.heads)
         value = split_heads(attn.to_v(text), attn.heads)

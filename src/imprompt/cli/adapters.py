@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,9 +52,9 @@ def sites_of(model: str) -> list[str]:
 
     source, _ = find_model(model).base.fetch_folder()
     try:
-        config = UNet2DConditionModel.load_config(source, subfolder="unet")
+        config: Any = UNet2DConditionModel.load_config(source, subfolder="unet")
     except OSError as error:
         raise CheckpointError(f"{model} holds no UNet ({first_line(error)})") from error
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+        unet: Any = UNet2DConditionModel.from_config(config)
     return list(family_of(unet).sites(unet))

@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    images: Annotated[list[Path] | None, typer.Argument(help="Image prompts: each gives its own results.", show_default=False)] = None,
+    images: Annotated[
+        list[Path] | None, typer.Argument(help="Image prompts: each gives its own results.", show_default=False)
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Text that goes with the image prompt.")] = "",
     negative: Annotated[str, typer.Option(help="Text to keep away from.")] = "",
     scale: Annotated[float, typer.Option(help="How strongly the image prompt is heard; about 0.5 with a text.")] = 1.0,

@@ -91,8 +91,11 @@ def open_encoder(place: Place, device: str | torch.device, dtype: torch.dtype) -
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no image encoder at {place} ({first_line(error)})") from error
     side = network.config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    return VisionEncoder(network.to(device), processor, str(place))
+    shortest: Any = {"shortest_edge": side}
+    square: Any = {"height": side, "width": side}
+    processor = CLIPImageProcessorPil(size=shortest, crop_size=square)
+    network.to(device)  # pyright: ignore[reportArgumentType] - transformers' decorated `to` loses its signature
+    return VisionEncoder(network, processor, str(place))
 
 
 def place_of(file: Any, model: KnownModel) -> Place:
@@ -119,8 +122,10 @@ def check_encoder(encoder: VisionEncoder, file: Any) -> None:
             f"this adapter reads {file.feature_dim}-wide {file.variant.feature} features ({file.suits()}); "
             f"the image encoder {encoder.source} gives {width}-wide ones"
         )
-    expected = file.header.encoder_fingerprint if file.header is not None else ""
-    if expected and encoder.model.dtype != torch.bfloat16 and encoder.fingerprint() != expected:
+    if file.header is None or not file.header.encoder_fingerprint or encoder.model.dtype == torch.bfloat16:
+        return  # it does not say which weights, or these were rounded too coarsely to tell
+    expected = file.header.encoder_fingerprint
+    if encoder.fingerprint() != expected:
         raise MismatchError(
             f"this adapter was trained with other weights of the image encoder ({file.header.encoder}, fingerprint {expected}); "
             f"{encoder.source} has fingerprint {encoder.fingerprint()}"

@@ -47,7 +47,9 @@ class Resampler(nn.Module):
             raise ValueError(f"the resampler's attention is {inner} wide, no multiple of its heads' {HEAD_DIM}")
         self.latents = nn.Parameter(torch.empty(1, tokens, width).normal_(std=width**-0.5))
         self.proj_in = nn.Linear(feature_dim, width)
-        self.layers = nn.ModuleList(nn.ModuleList([PerceiverAttention(width, inner), feed_forward(width, hidden)]) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(width, inner), feed_forward(width, hidden)]) for _ in range(depth)
+        )
         self.proj_out = nn.Linear(width, token_dim)
         self.norm_out = nn.LayerNorm(token_dim)
 

@@ -17,7 +17,7 @@ from imprompt.encoders.vision import VisionEncoder, load_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, Place, find_adapter, find_model
-from imprompt.sampling.settings import Settings
+from imprompt.sampling.settings import Resolved, Settings
 from imprompt.variants import Variant
 
 Picture = str | Path | Image.Image
@@ -26,9 +26,15 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 # Which of diffusers' pipelines does what, by the class that the model was saved with.
 TASKS = {
     "StableDiffusionPipeline": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    "StableDiffusionXLPipeline": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+    "StableDiffusionXLPipeline": (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    ),
 }
 TEXT, IMAGE, INPAINT = range(3)
+FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")  # of a pipeline's constructor, beside its components
+ENCODED_AT_ONCE = 32  # pictures
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Result:
 
     images: list[Image.Image]
     seeds: list[int]
-    settings: Settings
+    settings: Resolved
 
 
 class ImagePromptPipeline:
@@ -80,107 +86,98 @@ class ImagePromptPipeline:
         live = build_adapter(file, family_of(pipeline.unet)).to(device).attach(pipeline.unet)
         return cls(pipeline, live, vision, file.variant, model=known)
 
-    def prompt(self, images: Sequence[Image.Image], *, guidance: bool, scale: float = 1.0, repeat: int = 1,
-               together: bool = False) -> ImagePrompt:  # fmt: skip
-        """Pictures -> what `cross_attention_kwargs={"ip_hidden_states": …}` takes, for one result per picture (× repeat).
+    def image_tokens(self, images: Sequence[Image.Image], *, together: bool = False) -> Tensor:
+        """Pictures -> the image tokens of each result (results, N, D): one result per picture, or one for all `together`."""
+        tokens = [
+            self.adapter.tokens(self.encoder.features(images[start : start + ENCODED_AT_ONCE], self.variant.feature))
+            for start in range(0, len(images), ENCODED_AT_ONCE)
+        ]
+        return torch.cat(tokens).flatten(0, 1)[None] if together else torch.cat(tokens)
 
-        `together` makes all pictures prompt the same result: their image tokens stand side by side.
-        `guidance` says whether the pipeline runs with classifier-free guidance.
+    def prompt(self, tokens: Tensor, *, guided: bool, scale: float = 1.0) -> ImagePrompt:
+        """Image tokens (B, N, D) -> what any pipeline of diffusers takes as `cross_attention_kwargs={"ip_hidden_states": …}`.
+
+        `guided` says whether that pipeline runs with classifier-free guidance: the unconditional half is then put first.
         """
-        tokens = self.adapter.tokens(self.encoder.features(images, self.variant.feature))  # (pictures, N, D)
-        null = self.adapter.tokens(self.encoder.null_features(self.variant)) if guidance else None  # (1, N, D)
-        if together:
-            null = null.repeat(1, len(tokens), 1) if null is not None else None
-            tokens = tokens.flatten(0, 1)[None]
-        return self.adapter.prompt(tokens.repeat_interleave(repeat, 0), null, scale)
+        if not guided:
+            return self.adapter.prompt(tokens, scale=scale)
+        null = self.adapter.tokens(self.encoder.null_features(self.variant))  # (1, N, D)
+        return self.adapter.prompt(tokens, null.repeat(1, tokens.shape[1] // null.shape[1], 1), scale)
 
     @torch.no_grad()
     def __call__(self, image: Picture | Sequence[Picture], prompt: str = "", *, init_image: Picture | None = None,
-                 mask_image: Picture | None = None, batch_size: int = 4, only: int | None = None,
-                 on_step: OnStep | None = None, pipeline_options: dict[str, Any] | None = None, **settings: Any) -> Result:  # fmt: skip
+                 mask_image: Picture | None = None, batch_size: int = 4, only: int | None = None, on_step: OnStep | None = None,
+                 pipeline_options: dict[str, Any] | None = None, **settings: Any) -> Result:  # fmt: skip
         """Make pictures that follow `image`.
 
         A list of pictures gives one result each (× num_images); with `together=True` they all prompt the same result.
         `init_image` starts from a picture (`strength` of it is redrawn); `mask_image` redraws its white part only.
         Picture i depends on seed and i alone: another `batch_size` changes it by rounding at most, and `only=i` makes
-        picture i of the call again bit for bit (on the same machine). Other settings: see `Settings`.
+        picture i of the call again bit for bit (on the same machine). Other settings: see `Settings`;
+        `pipeline_options` go to the call of diffusers' pipeline.
         """
-        checked = self._fill(Settings.check(prompt=prompt, **settings), init_image)
+        start = open_image(init_image) if init_image is not None else None
+        mask = open_mask(mask_image) if mask_image is not None else None
+        chosen = self.resolve(Settings.check(prompt=prompt, **settings), start)
         pictures = [open_image(p) for p in ([image] if isinstance(image, (str, Path, Image.Image)) else image)]
         if not pictures:
             raise SettingError("no image prompt was given: name at least one picture")
-        groups = [pictures] if checked.together else [[p] for p in pictures]
-        task, task_options = self._task(init_image, mask_image, checked)
-        guided = checked.guidance > 1 and self.pipeline.unet.config.get("time_cond_proj_dim") is None  # pyright: ignore[reportOptionalOperand]
-        jobs = [(group, number) for group in groups for number in range(checked.num_images)]
-        seeds = [checked.seed + i for i in range(len(jobs))]  # pyright: ignore[reportOptionalOperand]
-        rounds = [range(i, min(i + batch_size, len(jobs))) for i in range(0, len(jobs), batch_size)]
+        pipeline, options = self._task(start, mask, chosen)
+        guided = chosen.guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as diffusers decides
+        tokens = self.image_tokens(pictures, together=chosen.together).repeat_interleave(chosen.num_images, 0)
+        rounds = [range(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
         if only is not None:
             rounds = [chunk for chunk in rounds if only in chunk]
-        prompts = [self.prompt(group, guidance=guided, scale=checked.scale, together=checked.together) for group in groups]
-        made: list[Image.Image] = []
+        steps = chosen.steps if start is None else int(chosen.steps * chosen.strength)
+        made: dict[int, Image.Image] = {}
         for number, chunk in enumerate(rounds):
-            made += task(
-                prompt=[checked.prompt] * len(chunk),
-                negative_prompt=[checked.negative_prompt] * len(chunk) if checked.negative_prompt else None,
-                num_inference_steps=checked.steps,
-                guidance_scale=checked.guidance,
-                generator=[torch.Generator().manual_seed(seeds[i]) for i in chunk],
-                cross_attention_kwargs={"ip_hidden_states": stack(prompts, [i // checked.num_images for i in chunk], guided)},
-                callback_on_step_end=_reporter(on_step, number, len(rounds), checked, init_image is not None),
-                **task_options(len(chunk)),
+            results = pipeline(
+                prompt=[chosen.prompt] * len(chunk),
+                negative_prompt=[chosen.negative_prompt] * len(chunk) if chosen.negative_prompt else None,
+                num_inference_steps=chosen.steps,
+                guidance_scale=chosen.guidance,
+                generator=[torch.Generator().manual_seed(chosen.seed + i) for i in chunk],
+                cross_attention_kwargs={"ip_hidden_states": self.prompt(tokens[list(chunk)], guided=guided, scale=chosen.scale)},
+                callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
+                **{name: [value] * len(chunk) if isinstance(value, Image.Image) else value for name, value in options.items()},
                 **(pipeline_options or {}),
             ).images
-        if mask_image is not None and init_image is not None:
-            made = [keep_outside(picture, open_image(init_image), open_mask(mask_image)) for picture in made]
-        done = [i for chunk in rounds for i in chunk]
-        kept = [i for i in done if only is None or i == only]
-        return Result([made[done.index(i)] for i in kept], [seeds[i] for i in kept], checked)
+            made |= dict(zip(chunk, results, strict=True))
+        if start is not None and mask is not None:
+            made = {i: keep_outside(picture, start, mask) for i, picture in made.items()}
+        kept = [i for i in made if only is None or i == only]
+        return Result([made[i] for i in kept], [chosen.seed + i for i in kept], chosen)
 
-    def _fill(self, settings: Settings, init_image: Picture | None) -> Settings:
+    def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Every default filled in: the model's steps, guidance and size, and a seed if none was given."""
         unit = self.pipeline.vae_scale_factor
         native = self.pipeline.unet.config.sample_size * unit
-        width, height = native, native
-        if init_image is not None:  # the native area in the first picture's shape
-            start = open_image(init_image)
-            ratio = (start.width / start.height) ** 0.5
-            width, height = (max(unit, round(native * r / unit) * unit) for r in (ratio, 1 / ratio))
-        filled = settings.model_copy(
-            update={
-                "steps": settings.steps or self.model.steps,
-                "guidance": self.model.guidance if settings.guidance is None else settings.guidance,
-                "seed": randbelow(2**31) if settings.seed is None else settings.seed,
-                "width": settings.width or width,
-                "height": settings.height or height,
-            }
-        )
-        for name, value in (("width", filled.width), ("height", filled.height)):
+        ratio = 1.0 if start is None else (start.width / start.height) ** 0.5  # the native area in the first picture's shape
+        width, height = (max(unit, round(native * side / unit) * unit) for side in (ratio, 1 / ratio))
+        own = {"steps": self.model.steps, "guidance": self.model.guidance, "width": width, "height": height}
+        given = {name: value for name, value in settings.model_dump().items() if value is not None}
+        resolved = Resolved.model_validate({"seed": randbelow(2**31), **own, **given})
+        for name, value in (("width", resolved.width), ("height", resolved.height)):
             if value % unit:
                 below = value // unit * unit
-                raise SettingError(f"{name} = {value}: this model's VAE takes multiples of {unit}, such as {below} or {below + unit}")
-        return filled
+                raise SettingError(
+                    f"{name} = {value}: this model's VAE takes multiples of {unit}, such as {below} or {below + unit}"
+                )
+        return resolved
 
-    def _task(self, init_image: Picture | None, mask_image: Picture | None, settings: Settings) -> tuple[Any, Callable[[int], dict[str, Any]]]:
-        """The diffusers pipeline for the task, over the same components, and what it takes for a batch of n."""
-        if mask_image is not None and init_image is None:
-            raise SettingError("mask_image says what to redraw of a picture: give that picture as init_image")
-        size = (settings.width, settings.height)
-        if init_image is None:
-            return self._pipeline(TEXT), lambda n: {"width": size[0], "height": size[1]}
-        if int(settings.steps * settings.strength) < 1:  # pyright: ignore[reportOperatorIssue]
+    def _task(self, start: Image.Image | None, mask: Image.Image | None, settings: Resolved) -> tuple[Any, dict[str, Any]]:
+        """The pipeline of diffusers for the task, over the same components, and what it takes beside the prompts."""
+        size = {"width": settings.width, "height": settings.height}
+        if start is None:
+            if mask is not None:
+                raise SettingError("mask_image says what to redraw of a picture: give that picture as init_image")
+            return self._pipeline(TEXT), size
+        if int(settings.steps * settings.strength) < 1:
             raise SettingError(f"strength {settings.strength} of {settings.steps} steps leaves no step to run: raise either")
-        start = open_image(init_image).resize(size, Image.Resampling.LANCZOS)  # pyright: ignore[reportArgumentType]
-        if mask_image is None:
-            return self._pipeline(IMAGE), lambda n: {"image": [start] * n, "strength": settings.strength}
-        mask = open_mask(mask_image).resize(size, Image.Resampling.LANCZOS)  # pyright: ignore[reportArgumentType]
-        return self._pipeline(INPAINT), lambda n: {
-            "image": [start] * n,
-            "mask_image": [mask] * n,
-            "strength": settings.strength,
-            "width": size[0],
-            "height": size[1],
-        }
+        begin = {"image": start.resize(settings.size, Image.Resampling.LANCZOS), "strength": settings.strength}
+        if mask is None:
+            return self._pipeline(IMAGE), begin
+        return self._pipeline(INPAINT), begin | size | {"mask_image": mask.resize(settings.size, Image.Resampling.LANCZOS)}
 
     def _pipeline(self, task: int) -> Any:
         import diffusers
@@ -188,27 +185,16 @@ class ImagePromptPipeline:
         name = TASKS[type(self.pipeline).__name__][task]
         if name == type(self.pipeline).__name__:
             return self.pipeline
-        other = getattr(diffusers, name)(**self.pipeline.components, **_flags(self.pipeline))
+        flags = {flag: value for flag, value in self.pipeline.config.items() if flag in FLAGS}
+        other = getattr(diffusers, name)(**self.pipeline.components, **flags)
         other.set_progress_bar_config(disable=True)
         return other
 
 
-def stack(prompts: Sequence[ImagePrompt], which: Sequence[int], guided: bool) -> ImagePrompt:
-    """The prompts of a batch, item by item; with guidance the unconditional half first, then the conditional one."""
-
-    def rows(tensors: Sequence[Tensor]) -> Tensor:
-        halves = range(2) if guided else range(1)
-        return torch.cat([tensors[w][h : h + 1] for h in halves for w in which])
-
-    sites = range(len(prompts[0].keys))
-    keys = tuple(rows([p.keys[s] for p in prompts]) for s in sites)
-    values = tuple(rows([p.values[s] for p in prompts]) for s in sites)
-    return ImagePrompt(keys, values, prompts[0].scale)
-
-
 def keep_outside(made: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:
     """The redrawn part of `made` on the untouched rest of `start`."""
-    return Image.composite(made, start.resize(made.size, Image.Resampling.LANCZOS), mask.resize(made.size, Image.Resampling.LANCZOS))
+    start, mask = (picture.resize(made.size, Image.Resampling.LANCZOS) for picture in (start, mask))
+    return Image.composite(made, start, mask)
 
 
 def default_device() -> str:
@@ -217,18 +203,13 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _flags(pipeline: Any) -> dict[str, Any]:
-    """Constructor options of a diffusers pipeline that are no components."""
-    return {name: pipeline.config[name] for name in ("requires_safety_checker", "force_zeros_for_empty_prompt") if name in pipeline.config}
-
-
-def _reporter(on_step: OnStep | None, number: int, rounds: int, settings: Settings, partial: bool) -> Callable[..., dict[str, Any]] | None:
+def reporter(on_step: OnStep | None, before: int, steps: int, total: int) -> Callable[..., dict[str, Any]] | None:
+    """diffusers' callback after each of a round's steps, `before` of `total` being done when the round starts."""
     if on_step is None:
         return None
-    steps = int(settings.steps * settings.strength) if partial else settings.steps  # pyright: ignore[reportOperatorIssue]
 
     def report(_pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(number * steps + min(step + 1, steps), rounds * steps)  # pyright: ignore[reportOperatorIssue]
+        on_step(before + min(step + 1, steps), total)
         return tensors
 
     return report

@@ -81,7 +81,9 @@ class Request(BaseModel):
         from imprompt.sampling.generate import ImagePromptPipeline
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
-        return ImagePromptPipeline.from_pretrained(self.model, adapter=self.adapter, encoder=self.encoder, device=device, dtype=dtype)
+        return ImagePromptPipeline.from_pretrained(
+            self.model, adapter=self.adapter, encoder=self.encoder, device=device, dtype=dtype
+        )
 
     def run(self, pipeline: "ImagePromptPipeline", on_step: "OnStep | None" = None) -> "Result":
         return pipeline(

@@ -1,17 +1,16 @@
 """What a picture was made with: checked once, kept in the PNG, enough to make it again."""
 
-import math
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imprompt.errors import SettingError
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True):
     """The numbers and texts of one call. `steps`, `guidance`, `width` and `height` of None are the model's own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -33,11 +32,19 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise SettingError(one_line(error)) from error
 
-    @model_validator(mode="after")
-    def _finite(self) -> Self:
-        if not math.isfinite(self.scale):
-            raise ValueError("scale must be a finite number")
-        return self
+
+class Resolved(Settings, frozen=True):
+    """Settings with every default filled in."""
+
+    steps: int = 50
+    guidance: float = 7.5
+    seed: int = 0
+    width: int = 512
+    height: int = 512
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
 
 
 def one_line(error: ValidationError) -> str:

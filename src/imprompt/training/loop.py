@@ -110,6 +110,8 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
         prediction_type=objective.prediction_type,  # pyright: ignore[reportArgumentType]
         licence=recipe.licence,
     )
+    if accelerator.device.type == "cpu":
+        kit.pipeline.unet.set_attn_processor(unfused())
     model = AdaptedModel(kit.pipeline.unet.to(memory_format=torch.channels_last).train(), kit.adapter)
     optimizer = torch.optim.AdamW(kit.adapter.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
     done = resume(recipe.output, kit.adapter, optimizer)
@@ -118,7 +120,11 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
     def save(step: int) -> Path:
         now = origin.model_copy(update={"training_steps": step})
         folder = save_state(
-            recipe.output, step, lambda path: save_adapter(path, kit.adapter, kit.variant, kit.sites, now), optimizer.optimizer, recipe.keep
+            recipe.output,
+            step,
+            lambda path: save_adapter(path, kit.adapter, kit.variant, kit.sites, now),
+            optimizer.optimizer,
+            recipe.keep,
         )
         watcher.saved(folder)
         return folder
@@ -160,7 +166,9 @@ def step_batch(step: int, recipe: Recipe, features: Features, scaling: float, ra
     """This process's share of the step's batch; the batch of all processes is a function of step and seed alone."""
     plan = recipe.optimization
     rows = batch_rows(step, plan.batch_size, len(features), recipe.seed).chunk(processes)[rank]
-    return take(features, rows, recipe.data, scaling, torch.Generator().manual_seed((recipe.seed * 1_000_033 + step) * 1_009 + rank))
+    return take(
+        features, rows, recipe.data, scaling, torch.Generator().manual_seed((recipe.seed * 1_000_033 + step) * 1_009 + rank)
+    )
 
 
 def resume(run: Path, adapter: IPAdapter, optimizer: torch.optim.Optimizer) -> int:
@@ -172,6 +180,13 @@ def resume(run: Path, adapter: IPAdapter, optimizer: torch.optim.Optimizer) -> i
     adapter.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(optimizer_state)
     return step
+
+
+def unfused() -> Any:
+    """diffusers' attention without the fused kernel, whose backward pass is slow on CPUs."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    return AttnProcessor()
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:

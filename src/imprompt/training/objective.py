@@ -1,5 +1,6 @@
 """What the adapted model is trained to predict. Shape letters as in `imprompt.training.data`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from imprompt.errors import SettingError
 
-TARGETS = {
-    "epsilon": lambda schedule, latents, noise, t: noise,
+Target = Callable[[Any, Tensor, Tensor, Tensor], Tensor]  # (schedule, latents, noise, timesteps) -> target
+
+TARGETS: dict[str, Target] = {
+    "epsilon": lambda _schedule, _latents, noise, _t: noise,
     "v_prediction": lambda schedule, latents, noise, t: schedule.get_velocity(latents, noise, t),
 }
 
@@ -20,7 +23,7 @@ class Objective:
     def __init__(self, scheduler: Any) -> None:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        self.schedule = DDPMScheduler.from_config(scheduler.config)
+        self.schedule: Any = DDPMScheduler.from_config(scheduler.config)
         self.prediction_type: str = self.schedule.config["prediction_type"]
         if self.prediction_type not in TARGETS:
             raise SettingError(f"this model predicts {self.prediction_type!r}; training knows {', '.join(TARGETS)}")
@@ -30,7 +33,7 @@ class Objective:
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         t = torch.randint(0, self.schedule.config["num_train_timesteps"], (len(latents),), generator=generator).to(latents.device)
         target = TARGETS[self.prediction_type](self.schedule, latents, noise, t)
-        return self.schedule.add_noise(latents, noise, t), t, target  # pyright: ignore[reportArgumentType]
+        return self.schedule.add_noise(latents, noise, t), t, target
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(prediction.float(), target.float())

@@ -2,6 +2,7 @@
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -73,7 +74,10 @@ class Recipe(Part):
         return self
 
 
-def read_recipe(path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 - never changed
+GROUPS = {"data": Data, "optimization": Optimization}
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `key.sub=value` overrides; SettingError with one line that names the key."""
     try:
         table = tomllib.loads(path.read_text())
@@ -101,16 +105,17 @@ def _set(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a text
-    *folders, last = key.strip().split(".")
-    for folder in folders:
-        table = table.setdefault(folder, {})
+    groups, _, name = key.strip().rpartition(".")
+    for group in filter(None, groups.split(".")):
+        table = table.setdefault(group, {})
         if not isinstance(table, dict):
-            raise SettingError(f"--set {override}: {folder} is no group of keys")
-    table[last] = value
+            raise SettingError(f"--set {override}: {group} is no group of keys")
+    table[name] = value
 
 
 def _meant(loc: tuple[str | int, ...]) -> str:
-    groups = {"data": Data, "optimization": Optimization}
-    known = groups.get(str(loc[0]), Recipe).model_fields if len(loc) > 1 else Recipe.model_fields
-    near = difflib.get_close_matches(str(loc[-1]), known, 1)
+    """What an unknown key was probably meant to be; `loc` is (key,) or (group, key)."""
+    group, key = str(loc[0]), str(loc[len(loc) - 1])
+    known = (GROUPS.get(group, Recipe) if len(loc) > 1 else Recipe).model_fields
+    near = difflib.get_close_matches(key, known, 1)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"

@@ -42,7 +42,7 @@ def load_state(run: Path) -> tuple[int, Path, dict[str, Any]] | None:
     try:
         step = json.loads((folder / "state.json").read_text())["step"]
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{folder} is damaged ({error}); remove it and point latest to an older step") from error
     return step, folder, optimizer
 

@@ -1,0 +1,195 @@
+"""The façade, on the packaged model: what a picture depends on, and what the other tasks do."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from imprompt import ImagePromptPipeline
+from imprompt.encoders.vision import check_encoder
+from imprompt.errors import MismatchError, SettingError
+from imprompt.images import open_image
+from imprompt.sampling.record import Request, read_request, save_results
+
+STEPS = 3
+
+
+def picture(background: str, shape: str = "red") -> Image.Image:
+    image = Image.new("RGB", (64, 64), background)
+    ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=shape)
+    return image
+
+
+BLUE, YELLOW = picture("blue"), picture("yellow", "green")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ImagePromptPipeline:
+    return ImagePromptPipeline.from_pretrained("emoji", device="cpu")
+
+
+def values(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(values(a) - values(b)).max())
+
+
+def test_each_picture_of_a_list_prompts_its_own_result(pipe: ImagePromptPipeline) -> None:
+    both = pipe([BLUE, YELLOW], seed=3, steps=STEPS).images
+    alone = [pipe(BLUE, seed=3, steps=STEPS).images[0], pipe(YELLOW, seed=4, steps=STEPS).images[0]]
+    assert len(both) == 2
+    assert all(difference(a, b) <= 1 for a, b in zip(both, alone, strict=True))
+    assert difference(*both) > 20
+
+
+def test_a_picture_depends_on_seed_and_number_alone(pipe: ImagePromptPipeline) -> None:
+    whole = pipe(BLUE, num_images=5, seed=11, steps=STEPS, batch_size=5)
+    parts = pipe(BLUE, num_images=5, seed=11, steps=STEPS, batch_size=2)
+    last = pipe(BLUE, seed=15, steps=STEPS)
+    assert whole.seeds == parts.seeds == [11, 12, 13, 14, 15]
+    assert all(difference(a, b) <= 1 for a, b in zip(whole.images, parts.images, strict=True))
+    assert difference(whole.images[4], last.images[0]) <= 1
+    assert difference(whole.images[0], whole.images[1]) > 5
+
+
+def test_one_picture_of_a_call_again_bit_for_bit(pipe: ImagePromptPipeline) -> None:
+    whole = pipe([BLUE, YELLOW], num_images=3, seed=5, steps=STEPS, batch_size=4)
+    for index in (0, 3, 5):
+        again = pipe([BLUE, YELLOW], num_images=3, seed=5, steps=STEPS, batch_size=4, only=index)
+        assert again.seeds == [5 + index]
+        assert difference(whole.images[index], again.images[0]) == 0
+
+
+def test_pictures_together_prompt_one_result(pipe: ImagePromptPipeline) -> None:
+    together = pipe([BLUE, YELLOW], together=True, num_images=2, seed=1, steps=STEPS)
+    assert len(together.images) == 2
+    twice = pipe([BLUE, BLUE], together=True, seed=1, steps=STEPS)
+    once = pipe(BLUE, seed=1, steps=STEPS)
+    assert difference(twice.images[0], once.images[0]) <= 1  # the same tokens twice weigh the same in a softmax
+    assert difference(together.images[0], once.images[0]) > 5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_scale_zero_is_the_base_model(pipe: ImagePromptPipeline, guidance: float) -> None:
+    ours = pipe(BLUE, "a panda", scale=0, seed=2, steps=STEPS, guidance=guidance).images[0]
+    base = pipe.pipeline(
+        "a panda", num_inference_steps=STEPS, guidance_scale=guidance, generator=[torch.Generator().manual_seed(2)]
+    ).images[0]
+    assert difference(ours, base) == 0
+
+
+def test_image_to_image_and_inpainting(pipe: ImagePromptPipeline) -> None:
+    start = picture("white", "black")
+    weak, strong = (pipe(BLUE, init_image=start, strength=s, seed=1, steps=10).images[0] for s in (0.2, 1.0))
+    assert np.abs(values(weak) - values(start)).mean() < np.abs(values(strong) - values(start)).mean()
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 0, 64, 64))
+    painted = pipe(BLUE, init_image=start, mask_image=mask, strength=1.0, seed=1, steps=10).images[0]
+    assert np.array_equal(values(painted)[:, :32], values(start)[:, :32])
+    assert np.abs(values(painted)[:, 40:] - values(start)[:, 40:]).mean() > 10
+
+
+def test_sizes(pipe: ImagePromptPipeline) -> None:
+    assert pipe(BLUE, width=96, height=48, seed=0, steps=1).images[0].size == (96, 48)
+    wide = pipe(BLUE, init_image=Image.new("RGB", (400, 100)), seed=0, steps=2).images[0]
+    assert wide.size == (128, 32)  # the native area in the first picture's shape
+    with pytest.raises(SettingError, match=r"width = 66: .* multiples of 4, such as 64 or 68"):
+        pipe(BLUE, width=66)
+
+
+def test_any_diffusers_pipeline_in_three_lines(pipe: ImagePromptPipeline) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from imprompt.attention import family_of
+    from imprompt.checkpoint import load_adapter
+    from imprompt.models import PACKAGED
+
+    ours = pipe(BLUE, "a rocket", scale=0.5, seed=8, steps=STEPS).images[0]
+    plain = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
+    plain.set_progress_bar_config(disable=True)
+    adapter = load_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors", family_of(plain.unet))[0].attach(plain.unet)
+    tokens, null = (adapter.tokens(f) for f in (pipe.encoder.features([BLUE], "pooled"), pipe.encoder.null_features(pipe.variant)))
+    with torch.no_grad():
+        made = plain(
+            "a rocket",
+            num_inference_steps=STEPS,
+            guidance_scale=pipe.model.guidance,
+            generator=[torch.Generator().manual_seed(8)],
+            cross_attention_kwargs={"ip_hidden_states": adapter.prompt(tokens, null, scale=0.5)},
+        ).images[0]
+    assert difference(ours, made) == 0
+
+
+def test_diffusers_own_loader_gives_the_same_picture(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from imprompt.checkpoint import read_adapter, write_adapter
+    from imprompt.models import PACKAGED
+
+    write_adapter(tmp_path / "ip.safetensors", read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors"), "diffusers")
+    theirs = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_ip_adapter(
+        str(tmp_path), subfolder="", weight_name="ip.safetensors", image_encoder_folder=None, low_cpu_mem_usage=False
+    )
+    theirs.set_ip_adapter_scale(0.7)
+    made = theirs(
+        "a panda",
+        ip_adapter_image=BLUE,
+        num_inference_steps=STEPS,
+        guidance_scale=pipe.model.guidance,
+        generator=[torch.Generator().manual_seed(4)],
+    ).images[0]
+    assert difference(pipe(BLUE, "a panda", scale=0.7, seed=4, steps=STEPS).images[0], made) <= 1
+
+
+def test_progress_is_told(pipe: ImagePromptPipeline) -> None:
+    told: list[tuple[int, int]] = []
+    pipe(BLUE, num_images=3, batch_size=2, seed=0, steps=STEPS, on_step=lambda done, total: told.append((done, total)))
+    assert told == [(i, 2 * STEPS) for i in range(1, 2 * STEPS + 1)]
+
+
+def test_a_png_repeats_its_picture(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+    prompts = [tmp_path / "blue.png", tmp_path / "yellow.png"]
+    for image, path in zip((BLUE, YELLOW), prompts, strict=True):
+        image.save(path)
+    request = Request.check(images=prompts, settings={"num_images": 2, "steps": STEPS, "prompt": "a “heart” ♥"})
+    result = request.run(pipe)
+    paths = save_results(result, request, tmp_path / "out")
+    assert [p.name for p in paths] == [f"blue-{s}.png" for s in result.seeds] + [f"blue-{result.seeds[0]}-grid.png"]
+    for path in paths[:-1]:
+        again = read_request(path).run(pipe)
+        assert len(again.images) == 1
+        assert difference(open_image(path), again.images[0]) == 0
+    assert save_results(result, request, tmp_path / "out")[0] not in paths  # nothing is overwritten
+
+
+def test_the_encoder_is_checked(pipe: ImagePromptPipeline) -> None:
+    from imprompt.checkpoint import read_adapter
+    from imprompt.models import PACKAGED
+
+    file = read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors")
+    check_encoder(pipe.encoder, file)
+    weight = pipe.encoder.model.visual_projection.weight
+    before = weight.data.clone()
+    try:
+        weight.data += 1
+        with pytest.raises(MismatchError, match="other weights of the image encoder"):
+            check_encoder(pipe.encoder, file)
+    finally:
+        weight.data.copy_(before)
+
+
+@pytest.mark.parametrize("name", ["base", "plus"])
+def test_the_shipped_adapters_follow_the_picture(name: str) -> None:
+    """Meaning, not structure: the result's background is the image prompt's, and not another's."""
+    pipe = ImagePromptPipeline.from_pretrained("emoji", adapter=name, device="cpu")
+    made = pipe([BLUE, YELLOW], num_images=2, seed=21, steps=12).images
+    rim = [values(image)[:4].mean((0, 1)) for image in made]
+    blue, yellow = np.array((0, 0, 255)), np.array((255, 255, 0))
+    for colour, own, other in ((rim[0], blue, yellow), (rim[1], blue, yellow), (rim[2], yellow, blue), (rim[3], yellow, blue)):
+        assert np.abs(colour - own).mean() < 0.5 * np.abs(colour - other).mean()
