@@ -263,6 +263,25 @@ def test_with_scale_takes_a_number_a_row_of_sites_or_a_table(sites: int, batch: 
     assert torch.equal(prompt.scale, torch.ones(sites, 1))
 
 
+@pytest.mark.parametrize(
+    ("scale", "shape"), [(torch.ones(3), r"\[3\]"), (torch.ones(3, 2), r"\[3, 2\]"), (torch.ones(4, 1, 1), r"\[4, 1, 1\]")]
+)
+def test_a_scale_for_other_sites_is_refused(scale: Tensor, shape: str) -> None:
+    states = (torch.zeros(2, 1, 1, 1),) * 4
+    with pytest.raises(MismatchError, match=f"scale of shape {shape}: give one number, 4 \\(one per site\\)"):
+        ImagePrompt(states, states, torch.ones(4, 1)).with_scale(scale)
+
+
+def test_a_copy_leaves_the_base_model_behind() -> None:
+    unet = smallest_unet()
+    with tiny_adapter(unet).attached(unet) as adapter:
+        other = copy.deepcopy(adapter)
+        assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), other.parameters(), strict=True))
+        random_prompt(adapter, 1)  # the first is attached still
+        with pytest.raises(MismatchError, match="not attached"):
+            random_prompt(other, 1)
+
+
 # The attention
 
 

@@ -1,6 +1,7 @@
 """The façade, on the packaged model: what a picture depends on, and what the other tasks do."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,3 +194,26 @@ def test_the_shipped_adapters_follow_the_picture(name: str) -> None:
     blue, yellow = np.array((0, 0, 255)), np.array((255, 255, 0))
     for colour, own, other in ((rim[0], blue, yellow), (rim[1], blue, yellow), (rim[2], yellow, blue), (rim[3], yellow, blue)):
         assert np.abs(colour - own).mean() < 0.5 * np.abs(colour - other).mean()
+
+
+def test_sdxl_in_every_task(tmp_path: Path) -> None:
+    """A tiny model of SDXL's structure from a folder, with a plus adapter from a file."""
+    from tiny import tiny_adapter, tiny_encoder, tiny_sdxl
+
+    from imprompt.checkpoint import Origin, save_adapter
+    from imprompt.variants import variant
+
+    model, encoder = tiny_sdxl(), tiny_encoder()
+    model.save_pretrained(tmp_path)
+    encoder.model.save_pretrained(tmp_path / "image_encoder")
+    sites = list(tiny_adapter(model.unet, "plus").family.sites(model.unet))
+    save_adapter(tmp_path / "plus.safetensors", tiny_adapter(model.unet, "plus"), variant("plus"), sites, Origin(base="tiny"))
+    pipe = ImagePromptPipeline.from_pretrained(str(tmp_path), adapter=tmp_path / "plus.safetensors", device="cpu")
+    options: dict[str, Any] = {"seed": 1, "steps": 2, "guidance": 5.0, "width": 64, "height": 64}
+    alone = pipe(BLUE, "a panda", **options).images[0]
+    assert difference(alone, pipe(YELLOW, "a panda", **options).images[0]) > 0
+    start, mask = Image.new("RGB", alone.size, "white"), Image.new("L", alone.size, 255)
+    for extra in ({"init_image": start}, {"init_image": start, "mask_image": mask}):
+        made = pipe(BLUE, **options, **extra, strength=1.0).images[0]
+        assert made.size == alone.size
+        assert np.isfinite(values(made)).all()

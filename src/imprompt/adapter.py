@@ -2,7 +2,7 @@
 
 The paper in one file, in its order: image features become a few image tokens (section 3.2.1), every text
 cross-attention gets a second pair of key and value projections for them, and the two attentions are summed
-(section 3.2.2, equations 3 to 5). Base models of other families come in through the `Family` protocol.
+(section 3.2.2, equations 3 to 5 and 8). Base models of other families come in through the `Family` protocol.
 
 Shape letters: B batch, N image tokens, T text tokens, L queries (pixels of a latent), H heads, D token width,
 E width of the image embedding, d = head width.
@@ -75,8 +75,13 @@ class ImagePrompt(NamedTuple):
 
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
         """The same prompt, heard otherwise: one number, one per site (sites,) or one per site and item (sites, B)."""
-        new = torch.as_tensor(scale, dtype=self.scale.dtype, device=self.scale.device)
-        return self._replace(scale=(new if new.ndim > 1 else new.reshape(-1, 1)).expand(len(self.keys), -1).contiguous())
+        new, sites = torch.as_tensor(scale, dtype=self.scale.dtype, device=self.scale.device), len(self.keys)
+        table = new if new.ndim > 1 else new.reshape(-1, 1)
+        if table.ndim > 2 or len(table) not in (1, sites):
+            raise MismatchError(
+                f"scale of shape {list(new.shape)}: give one number, {sites} (one per site) or {sites} rows of items"
+            )
+        return self._replace(scale=table.expand(sites, -1).contiguous())
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -94,7 +99,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
 
 def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prompt: ImagePrompt | None,
                         site: int) -> Tensor:  # fmt: skip
-    """Equation 5: Z = Attention(Q, K, V) + λ · Attention(Q, K', V').
+    """Equation 5, with the weight of equation 8: Z = Attention(Q, K, V) + λ · Attention(Q, K', V').
 
     query (B, H, L, d), text key and value (B, H, T, d), mask broadcastable to (B, H, L, T) -> (B, H, L, d).
     """
@@ -159,12 +164,12 @@ class IPAdapter(nn.Module):
             raise MismatchError("the adapter is not attached to a model: call attach(model) first")
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
-        sites = self._graft[0].values()
-        pairs = [kv(tokens, site.heads) for kv, site in zip(self.image_kv, sites, strict=True)]
-        keys, values = zip(
-            *(((k.to(s.to_q.weight.dtype)), v.to(s.to_q.weight.dtype)) for (k, v), s in zip(pairs, sites, strict=True)), strict=True
-        )
-        return ImagePrompt(keys, values, tokens.new_ones(len(pairs), 1)).with_scale(scale)
+        keys, values = [], []
+        for kv, site in zip(self.image_kv, self._graft[0].values(), strict=True):
+            key, value = kv(tokens, site.heads)
+            keys.append(key.to(site.to_q.weight.dtype))
+            values.append(value.to(site.to_q.weight.dtype))
+        return ImagePrompt(tuple(keys), tuple(values), tokens.new_ones(len(keys), 1)).with_scale(scale)
 
     def attach(self, model: nn.Module) -> Self:
         """Let `model` hear image prompts passed as `cross_attention_kwargs={"ip_hidden_states": prompt}`.
@@ -194,6 +199,10 @@ class IPAdapter(nn.Module):
             yield self
         finally:
             self.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is the adapter alone, attached to nothing: the base model does not go along."""
+        return {**super().__getstate__(), "_graft": None}
 
     def check_fits(self, sites: Mapping[str, Any]) -> None:
         """Raise MismatchError, with both numbers, unless this adapter was made for cross-attentions of these sizes."""

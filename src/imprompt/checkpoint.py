@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from imprompt import layouts
 from imprompt.adapter import Family, ImageKV, IPAdapter
-from imprompt.errors import CheckpointError, MismatchError
+from imprompt.errors import CheckpointError, MismatchError, first_line
 from imprompt.integrity import blank_projection, check_whole, shapes_of
 from imprompt.layouts import Layout
-from imprompt.tensorfiles import check_plain, first_line, read_tensors, some, write_tensors
+from imprompt.tensorfiles import check_plain, read_tensors, some, write_tensors
 from imprompt.variants import BY_NAME, VARIANTS, Variant
 
 FORMAT = 1

@@ -19,3 +19,10 @@ class MismatchError(ImpromptError):
 
 class SettingError(ImpromptError):
     """A setting out of its range, or an unknown name."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's or the system's error says, in one line without its number and file names."""
+    said = (isinstance(error, OSError) and error.strerror) or str(error).strip() or type(error).__name__
+    line = said.splitlines()[0]
+    return line if len(line) <= 200 else f"{line[:199]}…"

@@ -64,7 +64,7 @@ FOREIGN = (
     ("a FaceID adapter: not supported yet", (r"^image_proj(_model)?\.", r"\.to_(q|k|v|out)_lora\.")),
     ("an adapter for Flux or another transformer model: not supported yet", (r"^ip_?adapter(_modules)?\.0\.to_k_ip\.",)),
     ("a FaceID-Portrait adapter: not supported yet", (r"\.proj\.2\.weight$", r"^image_proj(_model)?\.norm\.weight$")),
-    ("a LoRA, not an image-prompt adapter", (r"lora",)),
+    ("a LoRA, not an image-prompt adapter", (r"(?i)lora",)),
     ("an image encoder, not an adapter", (r"^(vision_model|visual)\.",)),
     ("a base model, not an adapter", (r"^(state_dict\.)?model\.diffusion_model\.|^conv_in\.weight$",)),
 )
@@ -104,10 +104,11 @@ REGISTRATION_ORDER = ("down_blocks", "up_blocks", "mid_block")  # of diffusers' 
 def wanted(keys: Collection[str]) -> list[str]:
     """The keys without the frozen base model that accelerate's training states carry along.
 
-    Such a state may hold the adapter twice, as `adapter_modules.*` and inside `unet.*`: the former is kept.
+    Such a state may hold the adapter twice, as `adapter_modules.*` and inside `unet.*`: the former is kept. So is a LoRA,
+    by which a file that is no adapter is known.
     """
     twice = any(key.startswith("adapter_modules.") for key in keys)
-    return [key for key in keys if not key.startswith("unet.") or (".processor." in key and not twice)]
+    return [key for key in keys if not key.startswith("unet.") or (".processor." in key and not twice) or "lora" in key.lower()]
 
 
 def foreign(keys: Collection[str]) -> str | None:

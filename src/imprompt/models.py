@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from imprompt.errors import CheckpointError, SettingError
+from imprompt.errors import CheckpointError, SettingError, first_line
 
 PACKAGED = Path(__file__).parent / "weights"
 
@@ -35,7 +35,7 @@ class Place:
 
         try:
             return Path(hf_hub_download(self.repo, self.path))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no such name can be
             raise CheckpointError(
                 f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or folder"
             ) from error
@@ -143,7 +143,9 @@ def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | Non
     if name is None and model.adapters:
         name = next(iter(model.adapters))
     if name is None:
-        raise SettingError(f"no adapter is known for {model.name}; give a file with adapter=")
+        raise SettingError(
+            f"no adapter is known for {model.name}: give a file, a folder, or owner/repository/file.safetensors on the Hub"
+        )
     if name in model.adapters:
         known = model.adapters[name]
         return known.file.fetch_file(), known.encoder
@@ -151,7 +153,7 @@ def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | Non
         return Path(name), None
     owner, _, rest = name.partition("/")
     repository, _, path = rest.partition("/")
-    if path and not name.startswith((".", "/")):
+    if path and not name.startswith((".", "/")) and not Path(owner, repository).is_dir():
         return Place(f"{owner}/{repository}", path).fetch_file(), None
     named = f"one of {', '.join(model.adapters)}, " if model.adapters else ""
     raise SettingError(
@@ -159,5 +161,14 @@ def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | Non
     )
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+def open_pipeline(model: KnownModel, device: Any, **options: Any) -> Any:
+    """The base model as a pipeline of diffusers, without its image encoder; CheckpointError if it cannot be had or is damaged."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    source, _ = model.base.fetch_folder()
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, image_encoder=None, **options)
+    except Exception as error:  # a folder can be wrong in any way
+        raise CheckpointError(f"the model {model.name} cannot be loaded ({first_line(error)})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)

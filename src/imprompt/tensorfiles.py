@@ -1,6 +1,7 @@
 """Files of tensors: read without running anything they hold, and written whole or not at all."""
 
 import os
+import pickle
 import secrets
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imprompt.errors import CheckpointError
+from imprompt.errors import CheckpointError, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -34,6 +35,8 @@ def read_tensors(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, 
         raise CheckpointError(f"{path}: there is no such file")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty")
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path} may not be read: permission denied")
     try:
         return _unpickled(path, choose) if path.suffix in PICKLES else _mapped(path, choose)
     except CheckpointError:
@@ -43,9 +46,11 @@ def read_tensors(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, 
 
 
 def check_plain(path: Path, held: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless all that a file holds are dense tensors of floating-point numbers."""
+    """Raise CheckpointError unless all that a file holds are dense tensors of finite floating-point numbers."""
     if odd := [key for key, tensor in held.items() if not _is_plain(tensor)]:
         raise CheckpointError(f"{path} holds what is no plain tensor of floating-point numbers: {some(odd)}")
+    if broken := [key for key, tensor in held.items() if not tensor.float().isfinite().all()]:
+        raise CheckpointError(f"{path} is corrupt, or of a training that diverged: NaN or infinite numbers in {some(broken)}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -87,6 +92,8 @@ def _unpickled(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, st
             if any(sign in str(error) for sign in CODE_SIGNS):
                 message = f"{path} holds code, not only tensors; refused. Convert it to safetensors where you trust it"
                 raise CheckpointError(message) from error
+            if isinstance(error, pickle.UnpicklingError):
+                raise CheckpointError(f"{path} is damaged or cut short, or holds more than tensors; refused") from error
             raise
     return {key: held[key] for key in choose(held)}, {}
 
@@ -114,10 +121,6 @@ def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         outer, inner = key.split(".", 1)
         groups.setdefault(outer, {})[inner] = tensor
     return groups
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def some(names: Collection[str], most: int = 8) -> str:

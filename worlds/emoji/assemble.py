@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from imprompt.checkpoint import AdapterFile, read_adapter, write_adapter
@@ -17,6 +18,7 @@ from .stage import HERE, World
 
 SHIPPED = PACKAGED / "emoji"
 ADAPTERS = ("base", "plus")
+DEMO = 9  # which scene `imprompt demo` shows
 LIMIT, FILE_LIMIT = 35e6, 16e6  # bytes
 
 
@@ -31,12 +33,15 @@ def assemble(world: World) -> None:
     pipeline.save_pretrained(SHIPPED)
     for path in SHIPPED.rglob("*.json"):
         tidy(path)
-    judge = HERE / "judge"
-    CLIPVisionModelWithProjection.from_pretrained(world.folder / "judge" / "image_encoder", dtype=torch.float16).save_pretrained(
-        judge
-    )
-    shutil.copy(world.folder / "judge" / "heads.safetensors", judge / "heads.safetensors")
+    glyphs = world.glyphs()
+    demo = sample_scenes(glyphs, 1, world.generator(51, DEMO), pairs=0)
+    save_picture(render(demo, glyphs, world.side)[0], SHIPPED / "demo.png")
     report(SHIPPED)
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """(3, S, S) in [0, 1] -> a PNG."""
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(path, optimize=True)
 
 
 def tidy(path: Path) -> None:
@@ -77,7 +82,7 @@ def scenes(world: World) -> None:
 
 
 def ship(world: World) -> None:
-    """Take the trained adapters into the package, as float16."""
+    """Take the trained adapters into the package, and the judge beside the code that asks it, as float16."""
     for name in ADAPTERS:
         file = read_adapter(world.folder / f"adapter-{name}" / "latest")
         half = AdapterFile(
@@ -90,4 +95,9 @@ def ship(world: World) -> None:
         )
         (SHIPPED / "adapters").mkdir(exist_ok=True)
         write_adapter(SHIPPED / "adapters" / f"{name}.safetensors", half)
+    judge = HERE / "judge"
+    CLIPVisionModelWithProjection.from_pretrained(world.folder / "judge" / "image_encoder", dtype=torch.float16).save_pretrained(
+        judge
+    )
+    shutil.copy(world.folder / "judge" / "heads.safetensors", judge / "heads.safetensors")
     report(SHIPPED)

@@ -5,7 +5,9 @@ against the scenes' own factors. Shape letters: N scenes, S pixels a side.
 """
 
 import json
+import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
@@ -28,6 +31,7 @@ from .stage import HERE, World
 from .vae import psnr, reconstruct
 
 COUNT = 128
+FRONT = "plus"  # the adapter whose results stand in the README
 SETS = {  # label -> which glyphs and which palettes and patterns
     "seen glyphs, new compositions": (True, True),
     "unseen glyphs": (False, True),
@@ -114,8 +118,7 @@ def follow(
         "outline likeness, ceiling": (ceiling * prompt_shapes).sum(1).mean().item(),
         "PSNR to the prompt": psnr(made, prompts).mean().item(),
     }
-    if bool((scenes.glyph[:, 0] < glyphs.seen).all()):
-        row["own glyph"] = own_glyph.float().mean().item()
+    row["own glyph"] = own_glyph.float().mean().item() if bool((scenes.glyph < glyphs.seen).all()) else float("nan")
     return row, prompts, made
 
 
@@ -160,7 +163,7 @@ def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: i
     """Prompt and result side by side, enlarged twice."""
     cells = [to_image(torch.cat([prompts[i], made[i]], 2)) for i in range(pairs)]
     picture = grid(cells, columns=columns, gap=6)
-    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS).save(path, optimize=True)
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS).save(path, quality=88)
 
 
 def check_judge(judge: Judge, glyphs: Glyphs, world: World) -> dict[str, float]:
@@ -170,8 +173,8 @@ def check_judge(judge: Judge, glyphs: Glyphs, world: World) -> dict[str, float]:
     again = Scenes(**{**vars(scenes), "centre": scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)})
     pictures, redrawn = render(scenes, glyphs, world.side), render(again, glyphs, world.side)
     return {
-        "judge: scene drawn again found": retrieval(judge.embed(redrawn), judge.embed(pictures)),
-        "judge: glyph named": judge.glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
+        "scene drawn again found": retrieval(judge.embed(redrawn), judge.embed(pictures)),
+        "glyph named": judge.glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
     }
 
 
@@ -193,15 +196,41 @@ def evaluate(world: World) -> None:
             scenes = sample_scenes(glyphs, COUNT, generator, seen_glyphs=glyphs_seen, seen_look=look_seen)
             row, prompts, made = follow(pipe, judge, glyphs, scenes, generator)
             results[f"{name}: {label}"] = row
-            sheet(prompts, made, docs / f"{name}-{label.split(',')[0].replace(' ', '-')}{'' if look_seen else '-and-looks'}.png")
+            sheet(prompts, made, docs / f"{name}-{label.split(',')[0].replace(' ', '-')}{'' if look_seen else '-and-looks'}.jpg")
             print(name, label, row, flush=True)
+            if name == FRONT and glyphs_seen:
+                sheet(prompts, made, docs / "prompts-and-results.jpg", pairs=15, columns=5)
         for scale in (0.5,):
             row, prompts, made = with_text(pipe, judge, glyphs, world, scale)
             results[f"{name}: text and image, scale {scale}"] = row
-            sheet(prompts, made, docs / f"{name}-with-text.png")
+            sheet(prompts, made, docs / f"{name}-with-text.jpg")
             print(name, "text", row, flush=True)
     (docs / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_card({"parts": parts(), "measured": table(results)})
     print(table(results))
+
+
+def parts() -> str:
+    """A row per part that ships: class and number of parameters."""
+    rows = []
+    for path in sorted(SHIPPED.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            count = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no dict
+        config = path.parent / "config.json"
+        facts = json.loads(config.read_text()) if config.exists() else {}
+        kind = facts.get("_class_name") or next(iter(facts.get("architectures", ["IPAdapter"])))
+        name = path.stem if path.parent.name == "adapters" else path.parent.name
+        rows.append(f"| {name} | {kind} | {count:,} |")
+    return "\n".join(rows)
+
+
+def write_card(sections: dict[str, str]) -> None:
+    """Put each section between its marks in the model card."""
+    card = SHIPPED / "README.md"
+    text = card.read_text()
+    for name, section in sections.items():
+        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
+    card.write_text(text)
 
 
 PERCENT = {
@@ -211,16 +240,21 @@ PERCENT = {
     "image's glyph",
     "image's palette",
     "both right",
-    "judge: scene drawn again found",
-    "judge: glyph named",
+    "scene drawn again found",
+    "glyph named",
 }
 
 
+def shown(measure: str, value: float) -> str:
+    if value != value:  # not a number: the judge knows the seen glyphs only
+        return "–"
+    return f"{value:.1%}" if measure in PERCENT else f"{value:.2f}" if "likeness" in measure else f"{value:.1f}"
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The results as Markdown."""
-    lines = ["| what | measure | value |", "|---|---|---|"]
+    """The results as Markdown: a table for each set of measures, a row for each thing measured."""
+    tables: dict[tuple[str, ...], list[str]] = {}
     for label, row in results.items():
-        for measure, value in row.items():
-            shown = f"{value:.1%}" if measure in PERCENT else f"{value:.3f}" if "likeness" in measure else f"{value:.1f}"
-            lines.append(f"| {label} | {measure} | {shown} |")
-    return "\n".join(lines)
+        rows = tables.setdefault(tuple(row), [f"| | {' | '.join(row)} |", "|---" * (len(row) + 1) + "|"])
+        rows.append(f"| {label} | {' | '.join(shown(measure, value) for measure, value in row.items())} |")
+    return "\n\n".join("\n".join(rows) for rows in tables.values())

@@ -1,5 +1,6 @@
 """The command line. Commands import what they need when they run, so that `imprompt --help` is quick."""
 
+import io
 import os
 import sys
 
@@ -17,12 +18,21 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+def commands() -> None:
+    """Register every command, once."""
     from imprompt.cli import adapters, generate, train
 
-    for commands in (generate, train, adapters):
-        commands.register(app)
+    if not app.registered_commands:
+        for module in (generate, train, adapters):
+            module.register(app)
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    commands()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
         app()
     except ImpromptError as error:

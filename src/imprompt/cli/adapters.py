@@ -47,14 +47,14 @@ def sites_of(model: str) -> list[str]:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     from imprompt.attention import family_of
-    from imprompt.errors import CheckpointError
-    from imprompt.models import find_model, first_line
+    from imprompt.errors import CheckpointError, first_line
+    from imprompt.models import find_model
 
     source, _ = find_model(model).base.fetch_folder()
     try:
         config: Any = UNet2DConditionModel.load_config(source, subfolder="unet")
-    except OSError as error:
-        raise CheckpointError(f"{model} holds no UNet ({first_line(error)})") from error
-    with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(config)
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(config)
+    except Exception as error:  # a folder can be wrong in any way
+        raise CheckpointError(f"{model} holds no UNet that can be read ({first_line(error)})") from error
     return list(family_of(unet).sites(unet))

@@ -43,7 +43,7 @@ def generate(
     like: Annotated[Path | None, typer.Option(help="Repeat the picture in this PNG; other options are read from it.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures made at once.", min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 4,
 ) -> None:
     """Make pictures that follow an image prompt."""
     from imprompt.sampling.record import Request, read_request
@@ -81,42 +81,30 @@ def generate(
 
 def run(request: "Request", out: Path, device: str | None = None) -> list[Path]:
     """Check, load, make, write; say what was made."""
-    check_writable(out)
-    for picture in request.pictures():
-        picture.check()
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from imprompt.cli import quiet
+    from imprompt.files import check_folder
+    from imprompt.sampling.record import results_at, save_results
 
+    check_folder(results_at(out)[0])
+    for picture in request.pictures():
+        picture.check()
     console = Console(stderr=True)
     with console.status(f"loading {request.model} …"):
         quiet()
         pipeline = request.load(device)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("sampling", total=None)
         result = request.run(pipeline, lambda done, total: progress.update(bar, completed=done, total=total))
-    from imprompt.sampling.record import save_results
-
     paths = save_results(result, request, out)
     for path, seed in zip(paths, result.seeds, strict=False):
         print(f"{path}  seed {seed}")
     for path in paths[len(result.seeds) :]:
         print(f"{path}  all of them")
     return paths
-
-
-def check_writable(out: Path) -> None:
-    """Raise SettingError, before anything is computed, if the results could not be written."""
-    folder = out.parent if out.suffix else out
-    if out.suffix and out.suffix.lower() != ".png":
-        raise SettingError(f"{out}: results are PNG files; give a name ending in .png, or a folder")
-    if folder.exists() and not folder.is_dir():
-        raise SettingError(f"{folder} is a file; results need a folder")
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise SettingError(f"{place} may not be written to; give another place with --out")
 
 
 def demo(out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out")) -> None:

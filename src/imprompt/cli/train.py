@@ -22,6 +22,7 @@ def train(
     if dry_run:
         print(plan.model_dump_json(indent=2))
         return
+    from rich.console import Console
     from rich.progress import Progress, TextColumn
 
     from imprompt.cli import quiet
@@ -36,12 +37,17 @@ def train(
             progress.update(encoding, completed=done, total=total)
 
         def stepped(self, step: int, steps: int, loss: float, rate: float) -> None:
-            progress.update(training, completed=step, total=steps, note=f"loss {loss:.4f}  {rate:.0f} samples/s")
+            note = f"loss {loss:.4f}  {rate:.0f} samples/s"
+            progress.update(training, completed=step, total=steps, note=note)
+            if not console.is_terminal:
+                print(f"step {step} of {steps}  {note}", flush=True)
 
         def saved(self, folder: Path) -> None:
-            progress.console.print(f"saved {folder}")
+            console.print(f"saved {folder}", soft_wrap=True, markup=False, highlight=False)
 
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
+    console = Console()
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         encoding = progress.add_task("encoding pictures", total=None, note="")
         training = progress.add_task("training", total=None, note="")
         last = loop.train(plan, Bars())

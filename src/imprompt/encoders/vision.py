@@ -9,8 +9,9 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from imprompt.errors import CheckpointError, MismatchError
-from imprompt.models import BIG_G, VIT_H, KnownModel, Place, first_line
+from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
+from imprompt.models import BIG_G, VIT_H, KnownModel, Place
+from imprompt.tensorfiles import some
 from imprompt.variants import Feature, Variant
 
 # Where the encoder of an adapter without a header probably is, by feature and its width.
@@ -76,26 +77,42 @@ def load_encoder(file: Any, told: Place | None, model: KnownModel, given: str | 
 
     Raises MismatchError with both widths, or if the encoder's weights are not those that the adapter was trained with.
     """
-    encoder = open_encoder(Place(str(given)) if given is not None else told or place_of(file, model), device, dtype)
+    place = given_place(str(given)) if given is not None else told or place_of(file, model)
+    encoder = open_encoder(place, device, dtype)
     check_encoder(encoder, file)
     return encoder
 
 
 def open_encoder(place: Place, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
     """The image encoder in a folder or on the Hub; CheckpointError if there is none."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     source, subfolder = place.fetch_folder()
     try:
-        network = CLIPVisionModelWithProjection.from_pretrained(source, subfolder=subfolder or "", dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no image encoder at {place} ({first_line(error)})") from error
+        told, _ = CLIPVisionConfig.get_config_dict(source, subfolder=subfolder or "")
+        if (kind := told.get("model_type", "clip")) not in ("clip_vision_model", "clip"):
+            raise ValueError(f"it holds a {kind}, not a CLIP image encoder")
+        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+            source, subfolder=subfolder or "", dtype=dtype, output_loading_info=True
+        )
+        network, report = loaded
+    except Exception as error:  # a folder can be wrong in any way
+        raise CheckpointError(f"no image encoder can be loaded from {place} ({first_line(error)})") from error
+    if missing := sorted(report["missing_keys"]):  # these would be random
+        raise CheckpointError(f"{place} holds no whole CLIP image encoder: {some(missing, 3)} missing")
     side = network.config.image_size
     shortest: Any = {"shortest_edge": side}
     square: Any = {"height": side, "width": side}
     processor = CLIPImageProcessorPil(size=shortest, crop_size=square)
     network.to(device)  # pyright: ignore[reportArgumentType] - transformers' decorated `to` loses its signature
     return VisionEncoder(network, processor, str(place))
+
+
+def given_place(name: str) -> Place:
+    """The place that a user names; SettingError, before the Hub is asked, if it can be none."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise SettingError(f"no image encoder {name!r}: give a folder with config.json and weights, or a Hub id owner/name")
+    return Place(name)
 
 
 def place_of(file: Any, model: KnownModel) -> Place:
@@ -127,6 +144,6 @@ def check_encoder(encoder: VisionEncoder, file: Any) -> None:
     expected = file.header.encoder_fingerprint
     if encoder.fingerprint() != expected:
         raise MismatchError(
-            f"this adapter was trained with other weights of the image encoder ({file.header.encoder}, fingerprint {expected}); "
-            f"{encoder.source} has fingerprint {encoder.fingerprint()}"
+            f"this adapter was trained with other weights of the image encoder ({file.header.encoder or 'unnamed'}, "
+            f"fingerprint {expected}); {encoder.source} has fingerprint {encoder.fingerprint()}"
         )

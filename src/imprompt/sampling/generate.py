@@ -14,10 +14,10 @@ from imprompt.adapter import ImagePrompt, IPAdapter
 from imprompt.attention import family_of
 from imprompt.checkpoint import build_adapter, read_adapter
 from imprompt.encoders.vision import VisionEncoder, load_encoder
-from imprompt.errors import MismatchError, SettingError
+from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.images import open_image, open_mask
-from imprompt.models import KnownModel, Place, find_adapter, find_model
-from imprompt.sampling.settings import Resolved, Settings
+from imprompt.models import KnownModel, Place, find_adapter, find_model, open_pipeline
+from imprompt.sampling.settings import MAX_SIDE, Resolved, Settings
 from imprompt.variants import Variant
 
 Picture = str | Path | Image.Image
@@ -70,19 +70,15 @@ class ImagePromptPipeline:
         That adapter, image encoder and base model were made for each other is checked before anything runs
         (MismatchError). `options` go to the diffusers pipeline's own `from_pretrained`.
         """
-        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-        device = device or default_device()
+        device = check_device(device) if device else default_device()
         dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
         known = find_model(str(model))
         path, told = find_adapter(known, str(adapter) if adapter is not None else None)
         file = read_adapter(path)
         vision = load_encoder(file, told, known, encoder, device, dtype)
-        source, _ = known.base.fetch_folder()
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, image_encoder=None, **options).to(device)
+        pipeline = open_pipeline(known, device, dtype=dtype, **options)
         if type(pipeline).__name__ not in TASKS:
             raise MismatchError(f"{model} is a {type(pipeline).__name__}; image prompts are known for {', '.join(TASKS)}")
-        pipeline.set_progress_bar_config(disable=True)
         live = build_adapter(file, family_of(pipeline.unet)).to(device).attach(pipeline.unet)
         return cls(pipeline, live, vision, file.variant, model=known)
 
@@ -122,11 +118,15 @@ class ImagePromptPipeline:
         pictures = [open_image(p) for p in ([image] if isinstance(image, (str, Path, Image.Image)) else image)]
         if not pictures:
             raise SettingError("no image prompt was given: name at least one picture")
+        if batch_size < 1:
+            raise SettingError(f"batch_size = {batch_size}: make at least one picture at once")
         pipeline, options = self._task(start, mask, chosen)
         guided = chosen.guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as diffusers decides
         tokens = self.image_tokens(pictures, together=chosen.together).repeat_interleave(chosen.num_images, 0)
         rounds = [range(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
         if only is not None:
+            if only not in range(len(tokens)):
+                raise SettingError(f"only = {only}: this call makes {len(tokens)} pictures, the first is 0")
             rounds = [chunk for chunk in rounds if only in chunk]
         steps = chosen.steps if start is None else int(chosen.steps * chosen.strength)
         made: dict[int, Image.Image] = {}
@@ -151,18 +151,18 @@ class ImagePromptPipeline:
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Every default filled in: the model's steps, guidance and size, and a seed if none was given."""
         unit = self.pipeline.vae_scale_factor
-        native = self.pipeline.unet.config.sample_size * unit
+        native = (self.pipeline.unet.config.sample_size or 64) * unit  # 64 latents a side where the model does not say
         ratio = 1.0 if start is None else (start.width / start.height) ** 0.5  # the native area in the first picture's shape
-        width, height = (max(unit, round(native * side / unit) * unit) for side in (ratio, 1 / ratio))
+        width, height = (min(max(unit, round(native * side / unit) * unit), MAX_SIDE // unit * unit) for side in (ratio, 1 / ratio))
         own = {"steps": self.model.steps, "guidance": self.model.guidance, "width": width, "height": height}
         given = {name: value for name, value in settings.model_dump().items() if value is not None}
         resolved = Resolved.model_validate({"seed": randbelow(2**31), **own, **given})
         for name, value in (("width", resolved.width), ("height", resolved.height)):
             if value % unit:
-                below = value // unit * unit
-                raise SettingError(
-                    f"{name} = {value}: this model's VAE takes multiples of {unit}, such as {below} or {below + unit}"
-                )
+                near = " or ".join(str(n * unit) for n in (value // unit, value // unit + 1) if n)
+                raise SettingError(f"{name} = {value}: this model's VAE takes multiples of {unit}, such as {near}")
+        if resolved.steps > (most := self.pipeline.scheduler.config.num_train_timesteps):
+            raise SettingError(f"steps = {resolved.steps}: this model's noise schedule has {most}, give fewer")
         return resolved
 
     def _task(self, start: Image.Image | None, mask: Image.Image | None, settings: Resolved) -> tuple[Any, dict[str, Any]]:
@@ -195,6 +195,15 @@ def keep_outside(made: Image.Image, start: Image.Image, mask: Image.Image) -> Im
     """The redrawn part of `made` on the untouched rest of `start`."""
     start, mask = (picture.resize(made.size, Image.Resampling.LANCZOS) for picture in (start, mask))
     return Image.composite(made, start, mask)
+
+
+def check_device(name: str) -> str:
+    """The device's name; SettingError unless it computes."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # unknown, not there, or not in this build of torch
+        raise SettingError(f"device {name!r} cannot be used here, {default_device()} can ({first_line(error)})") from error
+    return name
 
 
 def default_device() -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from imprompt.errors import ImageError, SettingError
+from imprompt.errors import ImageError, SettingError, first_line
 from imprompt.images import grid, open_image
 from imprompt.sampling.settings import Settings, one_line
 
@@ -30,6 +30,8 @@ class PictureFile(BaseModel):
     def check(self) -> None:
         """ImageError if the file cannot be used, or is not what it was."""
         open_image(self.path)
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.path.absolute())):  # what Python makes of other bytes
+            raise ImageError(f"{str(self.path)!r}: its name is no Unicode text, which a result must keep; rename it")
         if self.sha256 and hash_of(self.path) != self.sha256:
             raise ImageError(f"{self.path} is not the picture that it was: the result would differ from the one to repeat")
 
@@ -58,7 +60,7 @@ class Request(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = 4
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     settings: Settings = Settings()
-    only: int | None = None  # the one picture of the call to make
+    only: Annotated[int, Field(ge=0)] | None = None  # the one picture of the call to make
 
     @classmethod
     def check(cls, **values: Any) -> Self:
@@ -69,6 +71,8 @@ class Request(BaseModel):
             raise SettingError(one_line(error)) from error
         if not request.images:
             raise SettingError("no image prompt was given: name at least one picture")
+        if request.mask_image and not request.init_image:
+            raise SettingError("a mask says what to redraw of a picture: give that picture too (--init)")
         return request
 
     def pictures(self) -> list[PictureFile]:
@@ -121,25 +125,36 @@ def read_request(path: Path) -> Request:
         raise ImageError(f"{path} was not made by imprompt, or its metadata was removed: it does not say how to repeat it")
     try:
         told = json.loads(text)
-        told.pop("imprompt", None)
-    except (ValueError, AttributeError) as error:
+        return Request.check(**{name: value for name, value in told.items() if name != "imprompt"})
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ImageError(f"{path}: its metadata is damaged") from error
-    return Request.check(**told)
+    except SettingError as error:
+        raise ImageError(f"{path}: its metadata is damaged, or of another imprompt ({error})") from error
 
 
 def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
-    """Write every picture with its request inside, and a grid of several. `out` is a folder, or a name ending in .png."""
-    folder, stem = (out.parent, out.stem) if out.suffix else (out, request.images[0].path.stem)
+    """Write every picture with its request inside, and a grid of several; for `out` see `results_at`."""
+    folder, named = results_at(out)
+    stem = named or request.images[0].path.stem
     folder.mkdir(parents=True, exist_ok=True)
     several = len(result.images) > 1
     paths = []
     for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-        name = f"{stem}-{seed}" if several or not out.suffix else stem
-        paths.append(save_png(picture, free_name(folder, name, reuse=bool(out.suffix)), request.made(result, index)))
+        name = f"{stem}-{seed}" if several or not named else stem
+        paths.append(save_png(picture, free_name(folder, name, reuse=bool(named)), request.made(result, index)))
     if several:
         sheet = grid(result.images, columns=result.settings.num_images if len(request.images) > 1 else None)
-        paths.append(save_png(sheet, free_name(folder, f"{stem}-{result.seeds[0]}-grid", reuse=bool(out.suffix))))
+        paths.append(save_png(sheet, free_name(folder, f"{stem}-{result.seeds[0]}-grid", reuse=bool(named))))
     return paths
+
+
+def results_at(out: Path) -> tuple[Path, str]:
+    """(folder, name without its ending) of results: `out` is a folder, then the name is empty, or a name ending in .png."""
+    if out.is_dir() or not out.suffix:
+        return out, ""
+    if out.suffix.lower() != ".png":
+        raise SettingError(f"{out}: results are PNG files; give a name ending in .png, or a folder")
+    return out.parent, out.stem
 
 
 def free_name(folder: Path, stem: str, *, reuse: bool) -> Path:
@@ -162,6 +177,8 @@ def save_png(picture: Image.Image, path: Path, text: str | None = None) -> Path:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
+    except OSError as error:
+        raise ImageError(f"cannot write {path}: {first_line(error)}") from error
     finally:
         aside.unlink(missing_ok=True)
     return path

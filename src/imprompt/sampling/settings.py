@@ -1,10 +1,14 @@
 """What a picture was made with: checked once, kept in the PNG, enough to make it again."""
 
+import difflib
+import reprlib
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from imprompt.errors import SettingError
+
+MAX_SIDE = 16_384  # pixels
 
 
 class Settings(BaseModel, frozen=True):
@@ -19,8 +23,8 @@ class Settings(BaseModel, frozen=True):
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = None
     guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63 - 10_000)] | None = None
-    width: Annotated[int, Field(ge=8, le=16_384)] | None = None
-    height: Annotated[int, Field(ge=8, le=16_384)] | None = None
+    width: Annotated[int, Field(ge=8, le=MAX_SIDE)] | None = None
+    height: Annotated[int, Field(ge=8, le=MAX_SIDE)] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] = 0.8
     together: bool = False
 
@@ -50,5 +54,8 @@ class Resolved(Settings, frozen=True):
 def one_line(error: ValidationError) -> str:
     """pydantic's first complaint as one sentence: name, value, what is allowed."""
     first = error.errors()[0]
-    name = ".".join(map(str, first["loc"])) or "settings"
-    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    name = ".".join(str(part) for part in first["loc"] if part != "settings") or "settings"
+    if first["type"] == "extra_forbidden":
+        known = difflib.get_close_matches(name, Settings.model_fields, 1) or Settings.model_fields
+        return f"unknown setting {name!r}; known: {', '.join(known)}"
+    return f"{name} = {reprlib.repr(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -43,13 +43,17 @@ def read_metadata(folder: Path) -> list[tuple[Path, str]]:
     listing = folder / "metadata.jsonl"
     if not listing.exists():
         raise SettingError(f'{folder} holds no metadata.jsonl, one line per picture: {{"file_name": "0001.png", "text": "a cat"}}')
+    try:
+        lines = listing.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{listing} is no UTF-8 text") from error
     rows = []
-    for number, line in enumerate(listing.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            rows.append((folder / row["file_name"], str(row.get("text", ""))))
+            rows.append((folder / row["file_name"], str(row.get("text") or "")))
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f'{listing}, line {number}: not of the form {{"file_name": …, "text": …}}') from error
     if not rows:

@@ -15,9 +15,10 @@ from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
 from imprompt.checkpoint import Origin, load_adapter, save_adapter
 from imprompt.encoders.vision import VisionEncoder
-from imprompt.errors import ImpromptError, SettingError
-from imprompt.models import Place, find_model
-from imprompt.training.data import Features, batch_rows, encode, take
+from imprompt.errors import ImpromptError, MismatchError, SettingError
+from imprompt.files import check_folder
+from imprompt.models import Place, find_model, open_pipeline
+from imprompt.training.data import Features, batch_rows, encode, read_metadata, take
 from imprompt.training.objective import Objective
 from imprompt.training.recipe import Recipe
 from imprompt.training.state import load_state, save_state
@@ -63,16 +64,13 @@ class Outfit:
 
 def outfit(recipe: Recipe, device: torch.device) -> Outfit:
     """Load the base model and the image encoder of a recipe, and start an adapter beside them."""
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    from imprompt.encoders.vision import open_encoder
+    from imprompt.encoders.vision import given_place, open_encoder
 
     model, row = find_model(recipe.model), variant(recipe.variant)
-    source, _ = model.base.fetch_folder()
-    pipeline = DiffusionPipeline.from_pretrained(source, image_encoder=None).to(device)
+    pipeline = open_pipeline(model, device)
     if type(pipeline).__name__ != "StableDiffusionPipeline":
         raise SettingError(f"{recipe.model} is a {type(pipeline).__name__}; training knows StableDiffusionPipeline so far")
-    place = Place(recipe.encoder) if recipe.encoder else default_encoder(recipe.model)
+    place = given_place(recipe.encoder) if recipe.encoder else default_encoder(recipe.model)
     encoder = open_encoder(place, device, torch.float32)
     family = family_of(pipeline.unet)
     sites = family.sites(pipeline.unet)
@@ -95,6 +93,8 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
     """Train to the end, from the latest state of `recipe.output` if there is one; give the folder of the last state."""
     from accelerate import Accelerator
 
+    check_folder(recipe.output)
+    read_metadata(recipe.data.folder)  # what is wrong is told before the models are loaded
     watcher, plan = watcher or Watcher(), recipe.optimization
     accelerator = Accelerator(mixed_precision=precision(plan.precision))
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -177,8 +177,11 @@ def resume(run: Path, adapter: IPAdapter, optimizer: torch.optim.Optimizer) -> i
         return 0
     step, folder, optimizer_state = state
     saved, _ = load_adapter(folder, adapter.family)
-    adapter.load_state_dict(saved.state_dict())
-    optimizer.load_state_dict(optimizer_state)
+    try:
+        adapter.load_state_dict(saved.state_dict())
+        optimizer.load_state_dict(optimizer_state)
+    except (RuntimeError, ValueError) as error:
+        raise MismatchError(f"{folder} is of another adapter than the recipe's: give another output, or the old recipe") from error
     return step
 
 

@@ -18,7 +18,7 @@ TARGETS: dict[str, Target] = {
 
 
 class Objective:
-    """The noise-prediction loss (equation 1 of the paper), or its v form where the model's scheduler says so."""
+    """The noise-prediction loss (equation 6 of the paper), or its v form where the model's scheduler says so."""
 
     def __init__(self, scheduler: Any) -> None:
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler

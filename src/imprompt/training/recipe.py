@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from imprompt.errors import SettingError
+from imprompt.errors import SettingError, first_line
 from imprompt.variants import BY_NAME
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -80,12 +80,12 @@ GROUPS = {"data": Data, "optimization": Optimization}
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a TOML file, with `key.sub=value` overrides; SettingError with one line that names the key."""
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
         for override in overrides:
             _set(table, override)
         return Recipe.model_validate(table)
-    except FileNotFoundError as error:
-        raise SettingError(f"no recipe {path}") from error
+    except OSError as error:
+        raise SettingError(f"no recipe {path} ({first_line(error)}); give a TOML file such as those in recipes/") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is no TOML: {error}") from error
     except ValidationError as error:

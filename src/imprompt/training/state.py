@@ -8,22 +8,27 @@ from typing import Any
 
 import torch
 
-from imprompt.errors import CheckpointError
+from imprompt.errors import CheckpointError, first_line
 
 
 def save_state(run: Path, step: int, write_adapter: Any, optimizer: torch.optim.Optimizer, keep: int) -> Path:
     """Write RUN/step-N beside, flush it to disk, rename it, point RUN/latest to it; only then drop the oldest states."""
     final, aside = run / f"step-{step:07d}", run / f".step-{step:07d}.part"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write_adapter(aside / "adapter.safetensors")
-    torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-    (aside / "state.json").write_text(json.dumps({"step": step}))
-    for path in (*aside.iterdir(), aside):
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
+    try:
+        aside.mkdir(parents=True)
+        write_adapter(aside / "adapter.safetensors")
+        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
+        (aside / "state.json").write_text(json.dumps({"step": step}))
+        for path in (*aside.iterdir(), aside):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
+        raise CheckpointError(f"cannot write {final}: {first_line(error)}; the state before it is whole") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     pointer = run / ".latest.part"
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(final.name)
@@ -43,7 +48,7 @@ def load_state(run: Path) -> tuple[int, Path, dict[str, Any]] | None:
         step = json.loads((folder / "state.json").read_text())["step"]
         optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(f"{folder} is damaged ({error}); remove it and point latest to an older step") from error
+        raise CheckpointError(f"{folder} is damaged ({first_line(error)}); remove it and point latest to an older step") from error
     return step, folder, optimizer
 
 
