@@ -50,7 +50,7 @@ class Judge:
     @classmethod
     def load(cls) -> "Judge":
         heads = load_file(HERE / "judge" / "heads.safetensors")
-        encoder = CLIPVisionModelWithProjection.from_pretrained(HERE / "judge").eval()
+        encoder = CLIPVisionModelWithProjection.from_pretrained(HERE / "judge", dtype=torch.float32).eval()
         return cls(encoder, heads["glyph.weight"].float(), heads["glyph.bias"].float())
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
-    return torch.stack([torch.from_numpy(np.asarray(image)).permute(2, 0, 1) for image in images]).float() / 255
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 255
 
 
 def retrieval(found: Tensor, prompts: Tensor) -> float:
