@@ -18,6 +18,7 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "unet": ("unet", "train", 0),
     "assemble": ("assemble", "assemble", 0),
     "scenes": ("assemble", "scenes", 0),
+    "adapters": ("assemble", "adapters", 0),
     "ship": ("assemble", "ship", 0),
     "evaluate": ("evaluate", "evaluate", 0),
 }
@@ -25,7 +26,7 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m worlds.emoji", description=__doc__)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--budget", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--folder", type=Path, default=None, help="where states and models go (runs/emoji-BUDGET)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -35,9 +36,10 @@ def main() -> None:
         dist.init_process_group("gloo")
     world = World(args.budget, args.folder or Path("runs") / f"emoji-{args.budget}")
     world.folder.mkdir(parents=True, exist_ok=True)
-    module, function, apart = STAGES[args.stage]
-    stage = getattr(import_module(f".{module}", __package__), function)
-    stage(replace(world, seed=world.seed + apart))
+    for name in STAGES if args.stage == "all" else (args.stage,):
+        module, function, apart = STAGES[name]
+        stage = getattr(import_module(f".{module}", __package__), function)
+        stage(replace(world, seed=world.seed + apart))
 
 
 if __name__ == "__main__":

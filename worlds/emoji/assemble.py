@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from imprompt.checkpoint import AdapterFile, read_adapter, write_adapter
 from imprompt.models import PACKAGED
+from imprompt.training.loop import train
+from imprompt.training.recipe import read_recipe
 
 from .scenes import captions, render, sample_scenes
 from .stage import HERE, World
@@ -33,7 +36,7 @@ def assemble(world: World) -> None:
     pipeline.save_pretrained(SHIPPED)
     for path in SHIPPED.rglob("*.json"):
         tidy(path)
-    glyphs = world.glyphs()
+    glyphs = replace(world, device="cpu").glyphs()
     demo = sample_scenes(glyphs, 1, world.generator(51, DEMO), pairs=0)
     save_picture(render(demo, glyphs, world.side)[0], SHIPPED / "demo.png")
     report(SHIPPED)
@@ -66,7 +69,7 @@ def report(folder: Path) -> None:
 
 def scenes(world: World) -> None:
     """The adapters' training set: pictures and metadata.jsonl, as any user's folder would be."""
-    glyphs, folder = world.glyphs(), world.folder / "scenes"
+    glyphs, folder = replace(world, device="cpu").glyphs(), world.folder / "scenes"
     folder.mkdir(exist_ok=True)
     lines = []
     for start in range(0, world["prompts"], 1000):
@@ -79,6 +82,13 @@ def scenes(world: World) -> None:
             lines.append(json.dumps({"file_name": name, "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     print(f"scenes: {len(lines)} pictures in {folder}")
+
+
+def adapters(world: World) -> None:
+    """Train the adapters by their recipes, in this world's folder."""
+    for name in ADAPTERS:
+        folders = [f'output="{world.folder}/adapter-{name}"', f'data.folder="{world.folder}/scenes"']
+        train(read_recipe(HERE.parents[1] / "recipes" / f"emoji-{name}.toml", folders))
 
 
 def ship(world: World) -> None:

@@ -94,6 +94,6 @@ def retrieval(world: World, vision: CLIPVisionModelWithProjection, glyphs, *, se
     """How often a scene with noise (sigma 0.1) is nearest to itself among 256: does the embedding tell scenes apart?"""
     generator = world.generator(12, seen)
     pictures = render(sample_scenes(glyphs, 256, generator, seen_glyphs=seen, seen_look=seen), glyphs, world.side)
-    noisy = (pictures + 0.1 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
+    noisy = (pictures + 0.1 * torch.randn(pictures.shape, generator=generator).to(pictures)).clamp(0, 1)
     a, b = (F.normalize(vision(preprocess(p.to(world.device))).image_embeds, dim=1) for p in (pictures, noisy))
     return (a @ b.T).argmax(0).eq(torch.arange(256, device=a.device)).float().mean().item()

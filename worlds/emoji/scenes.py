@@ -46,6 +46,9 @@ class Scenes:
     def __getitem__(self, index) -> "Scenes":
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def to(self, device: torch.device) -> "Scenes":
+        return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
 
 def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, seen_glyphs: bool = True,
                   seen_look: bool = True, pairs: float = 0.15) -> Scenes:  # fmt: skip
@@ -104,7 +107,7 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
 
 def background(scenes: Scenes, side: int) -> Tensor:
     """(N, 3, S, S): two colours mixed by the pattern."""
-    line = (torch.arange(side) + 0.5) / side * 2 - 1
+    line = (torch.arange(side, device=scenes.shade.device) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     direction, count, phase = (c[:, None, None] for c in scenes.wave.unbind(1))
     along = x * direction.cos() + y * direction.sin()  # (N, S, S)
@@ -123,7 +126,8 @@ def background(scenes: Scenes, side: int) -> Tensor:
         "dots": step((grid_x + grid_y) / 2 - 0.5),
         "rings": step(torch.sin(turns * (x**2 + y**2).sqrt() * 1.5 + 6.28 * phase)),
     }
-    mix = torch.stack([mixes[name] for name in PATTERNS], 1)[torch.arange(len(scenes)), scenes.pattern]
+    rows = torch.arange(len(scenes), device=line.device)
+    mix = torch.stack([mixes[name] for name in PATTERNS], 1)[rows, scenes.pattern]
     first, second = (c[:, :, None, None] for c in scenes.shade.unbind(1))
     return first + (second - first) * mix[:, None]
 
@@ -137,8 +141,9 @@ def turn_hue(rgb: Tensor, hue: Tensor, alpha: Tensor) -> Tensor:
 
 
 def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool = True) -> Tensor:
-    """(N, 3, S, S) in [0, 1]. Without a background the glyphs stand on grey (for measures of shape)."""
-    picture = background(scenes, side) if with_background else torch.full((len(scenes), 3, side, side), 0.5)
+    """(N, 3, S, S) in [0, 1], drawn where the atlas is. Without a background the glyphs stand on grey (for measures of shape)."""
+    scenes = scenes.to(glyphs.atlas.device)
+    picture = background(scenes, side) if with_background else scenes.shade.new_full((len(scenes), 3, side, side), 0.5)
     for slot in range(scenes.glyph.shape[1]):
         use = (scenes.glyph[:, slot] >= 0).nonzero().squeeze(1)
         if not len(use):

@@ -4,7 +4,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ class World:
         return self["side"]
 
     def glyphs(self) -> Glyphs:
-        return load_glyphs(self["glyphs"], round(self.side * 0.875))
+        """The atlas, on this machine's device: scenes are drawn there."""
+        glyphs = load_glyphs(self["glyphs"], round(self.side * 0.875))
+        return replace(glyphs, atlas=glyphs.atlas.to(self.device))
 
     def generator(self, *salt: int) -> torch.Generator:
         """A generator that depends on the seed and the salt alone, so that a resumed run draws what it would have."""
