@@ -71,4 +71,4 @@ def test_items_of_a_batch_do_not_mix(row: Variant) -> None:
         projection = tiny_projection(row.name, 16)
         features = random_features(row, FEATURE_DIMS[row.feature], batch=3)
     alone = torch.cat([projection(item[None]) for item in features])
-    torch.testing.assert_close(projection(features), alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(projection(features), alone, rtol=0, atol=1e-5)
