@@ -77,13 +77,25 @@ def retrieval(found: Tensor, prompts: Tensor) -> float:
     return (found @ prompts.T).argmax(1).eq(torch.arange(len(found))).float().mean().item()
 
 
-def background_error(pictures: Tensor, scenes: Scenes) -> Tensor:
-    """Mean absolute difference (of 255) from the true background, where no glyph can be: the corners and edges (N,)."""
+def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:
+    """Along the edge of the picture, after a 5-pixel blur: what is there and the true background, (N, 3, places)."""
     side = pictures.shape[-1]
     rim = torch.ones(side, side, dtype=torch.bool)
     rim[3:-3, 3:-3] = False
-    blurred = [F.avg_pool2d(x, 5, 1, 2)[..., rim] for x in (pictures, background(scenes, side))]
-    return (blurred[0] - blurred[1]).abs().mean((1, 2)) * 255
+    there, true = (F.avg_pool2d(x, 5, 1, 2)[..., rim] for x in (pictures, background(scenes, side)))
+    return there, true
+
+
+def background_error(pictures: Tensor, scenes: Scenes) -> Tensor:
+    """Mean absolute difference, of 255, from the true background, place by place (N,)."""
+    there, true = rims(pictures, scenes)
+    return (there - true).abs().mean((1, 2)) * 255
+
+
+def colour_error(pictures: Tensor, scenes: Scenes) -> Tensor:
+    """The same of the mean colour: a pattern that lies otherwise is no error (N,)."""
+    there, true = rims(pictures, scenes)
+    return (there.mean(2) - true.mean(2)).abs().mean(1) * 255
 
 
 def outlines(pictures: Tensor) -> Tensor:
@@ -113,6 +125,8 @@ def follow(
         "retrieval": retrieval(judge.embed(made), judge.embed(prompts)),
         "background error, own": background_error(made, scenes).mean().item(),
         "background error, shuffled": background_error(made, scenes[other]).mean().item(),
+        "colour error, own": colour_error(made, scenes).mean().item(),
+        "colour error, shuffled": colour_error(made, scenes[other]).mean().item(),
         "outline likeness, own": (shapes * prompt_shapes).sum(1).mean().item(),
         "outline likeness, shuffled": (shapes * prompt_shapes[other]).sum(1).mean().item(),
         "outline likeness, ceiling": (ceiling * prompt_shapes).sum(1).mean().item(),
