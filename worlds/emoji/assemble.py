@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
-from imprompt.checkpoint import AdapterFile, read_adapter, write_adapter
+from imprompt.checkpoint import read_adapter, write_adapter
 from imprompt.models import PACKAGED
 from imprompt.training.loop import train
 from imprompt.training.recipe import read_recipe
 
-from .scenes import captions, render, sample_scenes
+from .scenes import captions, render, sample_scenes, to_image
 from .stage import HERE, World
 
 SHIPPED = PACKAGED / "emoji"
@@ -38,13 +37,8 @@ def assemble(world: World) -> None:
         tidy(path)
     glyphs = replace(world, device="cpu").glyphs()
     demo = sample_scenes(glyphs, 1, world.generator(51, DEMO), pairs=0)
-    save_picture(render(demo, glyphs, world.side)[0], SHIPPED / "demo.png")
+    to_image(render(demo, glyphs, world.side)[0]).save(SHIPPED / "demo.png", optimize=True)
     report(SHIPPED)
-
-
-def save_picture(picture: Tensor, path: Path) -> None:
-    """(3, S, S) in [0, 1] -> a PNG."""
-    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(path, optimize=True)
 
 
 def tidy(path: Path) -> None:
@@ -95,14 +89,8 @@ def ship(world: World) -> None:
     """Take the trained adapters into the package, and the judge beside the code that asks it, as float16."""
     for name in ADAPTERS:
         file = read_adapter(world.folder / f"adapter-{name}" / "latest")
-        half = AdapterFile(
-            file.variant,
-            {key: value.half() for key, value in file.projection.items()},
-            [(k.half(), v.half()) for k, v in file.kv],
-            file.sites,
-            file.header,
-            file.layout,
-        )
+        projection = {key: value.half() for key, value in file.projection.items()}
+        half = replace(file, projection=projection, kv=[(k.half(), v.half()) for k, v in file.kv])
         (SHIPPED / "adapters").mkdir(exist_ok=True)
         write_adapter(SHIPPED / "adapters" / f"{name}.safetensors", half)
     judge = HERE / "judge"

@@ -26,7 +26,7 @@ from imprompt.sampling.generate import ImagePromptPipeline
 from .assemble import ADAPTERS, SHIPPED
 from .clip import preprocess
 from .glyphs import Glyphs
-from .scenes import Scenes, background, captions, render, sample_scenes
+from .scenes import Scenes, background, captions, render, sample_scenes, to_image
 from .stage import HERE, World
 from .vae import psnr, reconstruct
 
@@ -62,10 +62,6 @@ class Judge:
     def glyph(self, pictures: Tensor) -> Tensor:
         """(N, 3, S, S) -> the likeliest seen glyph (N,)"""
         return F.linear(self.encoder(preprocess(pictures)).image_embeds, self.weight, self.bias).argmax(1)
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
@@ -156,7 +152,7 @@ def with_text(
             num_inference_steps=pipe.model.steps,
             guidance_scale=pipe.model.guidance,
             generator=[torch.Generator().manual_seed(i) for i in chunk],
-            cross_attention_kwargs={"ip_hidden_states": pipe.prompt(tokens, guided=True, scale=scale)},
+            cross_attention_kwargs={"ip_hidden_states": pipe.adapter.prompt(tokens, pipe.null_tokens(tokens), scale)},
         ).images
     made = to_tensor(made)
     error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])

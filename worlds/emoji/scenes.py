@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from .glyphs import Glyphs
@@ -159,6 +160,11 @@ def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool =
         alpha = layer[:, 3:]
         picture[use] = picture[use] * (1 - alpha) + turn_hue(layer[:, :3], part.hue[:, slot], alpha)
     return picture.clamp(0, 1)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, S, S) in [0, 1] -> a picture"""
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def place_words(x: float, y: float) -> str:

@@ -5,6 +5,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from imprompt.training.loop import bf16_is_fast
 
 from .glyphs import Glyphs, load_glyphs
 
@@ -28,8 +31,12 @@ class World:
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
+    @cached_property
+    def plan(self) -> dict[str, Any]:
+        return tomllib.loads((HERE / "budgets.toml").read_text())[self.budget]
+
     def __getitem__(self, key: str) -> Any:
-        return tomllib.loads((HERE / "budgets.toml").read_text())[self.budget][key]
+        return self.plan[key]
 
     @property
     def side(self) -> int:
@@ -60,11 +67,6 @@ def share_gradients(modules: nn.Module) -> None:
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-def half_precision(device: str) -> bool:
-    """Whether bfloat16 is fast here: on any recent GPU, and on CPUs with its instructions."""
-    return device == "cuda" or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
@@ -106,7 +108,7 @@ def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int]
         state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean, "step": step}
         write_aside(state_file, lambda path: torch.save(state, path))
 
-    amp = half_precision(world.device)
+    amp = bf16_is_fast()
     clock = saved = time.monotonic()
     counted = start
     seen: dict[str, float] = {}

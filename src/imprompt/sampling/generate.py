@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter import ImagePrompt, IPAdapter
+from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
 from imprompt.checkpoint import build_adapter, read_adapter
 from imprompt.encoders.vision import VisionEncoder, load_encoder
@@ -90,15 +90,10 @@ class ImagePromptPipeline:
         ]
         return torch.cat(tokens).flatten(0, 1)[None] if together else torch.cat(tokens)
 
-    def prompt(self, tokens: Tensor, *, guided: bool, scale: float = 1.0) -> ImagePrompt:
-        """Image tokens (B, N, D) -> what any pipeline of diffusers takes as `cross_attention_kwargs={"ip_hidden_states": …}`.
-
-        `guided` says whether that pipeline runs with classifier-free guidance: the unconditional half is then put first.
-        """
-        if not guided:
-            return self.adapter.prompt(tokens, scale=scale)
-        null = self.adapter.tokens(self.encoder.null_features(self.variant))  # (1, N, D)
-        return self.adapter.prompt(tokens, null.repeat(1, tokens.shape[1] // null.shape[1], 1), scale)
+    def null_tokens(self, tokens: Tensor) -> Tensor:
+        """The image tokens (1, N, D) of "no image", as many as `tokens` (B, N, D) has: what guidance goes away from."""
+        null = self.adapter.tokens(self.encoder.null_features(self.variant))
+        return null.repeat(1, tokens.shape[1] // null.shape[1], 1)  # pictures together have several pictures' tokens
 
     @torch.no_grad()
     def __call__(self, image: Picture | Sequence[Picture], prompt: str = "", *, init_image: Picture | None = None,
@@ -123,6 +118,7 @@ class ImagePromptPipeline:
         pipeline, options = self._task(start, mask, chosen)
         guided = chosen.guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as diffusers decides
         tokens = self.image_tokens(pictures, together=chosen.together).repeat_interleave(chosen.num_images, 0)
+        null = self.null_tokens(tokens) if guided else None
         rounds = [range(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
         if only is not None:
             if only not in range(len(tokens)):
@@ -137,7 +133,7 @@ class ImagePromptPipeline:
                 num_inference_steps=chosen.steps,
                 guidance_scale=chosen.guidance,
                 generator=[torch.Generator().manual_seed(chosen.seed + i) for i in chunk],
-                cross_attention_kwargs={"ip_hidden_states": self.prompt(tokens[list(chunk)], guided=guided, scale=chosen.scale)},
+                cross_attention_kwargs={"ip_hidden_states": self.adapter.prompt(tokens[list(chunk)], null, chosen.scale)},
                 callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
                 **{name: [value] * len(chunk) if isinstance(value, Image.Image) else value for name, value in options.items()},
                 **(pipeline_options or {}),

@@ -100,19 +100,22 @@ class Request(BaseModel):
             **self.settings.model_dump(),
         )
 
-    def made(self, result: "Result", index: int) -> str:
-        """The JSON that goes into picture `index` of the call: every default filled in, every file hashed."""
-        from imprompt import __version__
-
-        whole = self.model_copy(
+    def with_hashes(self) -> Self:
+        """The same request, every file hashed."""
+        return self.model_copy(
             update={
                 "images": [p.with_hash() for p in self.images],
                 "init_image": self.init_image.with_hash() if self.init_image else None,
                 "mask_image": self.mask_image.with_hash() if self.mask_image else None,
-                "settings": result.settings,
-                "only": index if self.only is None else self.only,
             }
         )
+
+    def made(self, result: "Result", index: int) -> str:
+        """The JSON that goes into picture `index` of the call: every default filled in."""
+        from imprompt import __version__
+
+        only = index if self.only is None else self.only
+        whole = self.model_copy(update={"settings": result.settings, "only": only})
         return json.dumps({"imprompt": __version__, **whole.model_dump(mode="json")}, ensure_ascii=False)
 
 
@@ -137,6 +140,7 @@ def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
     folder, named = results_at(out)
     stem = named or request.images[0].path.stem
     folder.mkdir(parents=True, exist_ok=True)
+    request = request.with_hashes()
     several = len(result.images) > 1
     paths = []
     for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):

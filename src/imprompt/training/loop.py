@@ -17,7 +17,7 @@ from imprompt.checkpoint import Origin, load_adapter, save_adapter
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import ImpromptError, MismatchError, SettingError
 from imprompt.files import check_folder
-from imprompt.models import Place, find_model, open_pipeline
+from imprompt.models import KnownModel, Place, find_model, open_pipeline
 from imprompt.training.data import Features, batch_rows, encode, read_metadata, take
 from imprompt.training.objective import Objective
 from imprompt.training.recipe import Recipe
@@ -70,7 +70,7 @@ def outfit(recipe: Recipe, device: torch.device) -> Outfit:
     pipeline = open_pipeline(model, device)
     if type(pipeline).__name__ != "StableDiffusionPipeline":
         raise SettingError(f"{recipe.model} is a {type(pipeline).__name__}; training knows StableDiffusionPipeline so far")
-    place = given_place(recipe.encoder) if recipe.encoder else default_encoder(recipe.model)
+    place = given_place(recipe.encoder) if recipe.encoder else default_encoder(model)
     encoder = open_encoder(place, device, torch.float32)
     family = family_of(pipeline.unet)
     sites = family.sites(pipeline.unet)
@@ -81,9 +81,8 @@ def outfit(recipe: Recipe, device: torch.device) -> Outfit:
     return Outfit(pipeline, encoder, row, IPAdapter.beside(pipeline.unet, family, projection), list(sites))
 
 
-def default_encoder(name: str) -> Place:
+def default_encoder(model: KnownModel) -> Place:
     """The image encoder of a model's first adapter, or the one in the model's own folder."""
-    model = find_model(name)
     if model.adapters:
         return next(iter(model.adapters.values())).encoder
     return Place(f"{model.base.repo}/image_encoder")
@@ -117,7 +116,7 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
     done = resume(recipe.output, kit.adapter, optimizer)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
 
-    def save(step: int) -> Path:
+    def save(step: int) -> None:
         now = origin.model_copy(update={"training_steps": step})
         folder = save_state(
             recipe.output,
@@ -127,7 +126,6 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
             recipe.keep,
         )
         watcher.saved(folder)
-        return folder
 
     clock, counted = time.monotonic(), done
     losses: list[Tensor] = []
@@ -206,9 +204,13 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def precision(asked: str) -> str:
     """accelerate's name: bf16 where the machine is fast at it, if the recipe leaves it open."""
     if asked == "auto":
-        fast = torch.cuda.is_available() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return "bf16" if fast else "no"
+        return "bf16" if bf16_is_fast() else "no"
     return {"fp32": "no", "bf16": "bf16"}[asked]
+
+
+def bf16_is_fast() -> bool:
+    """On any recent GPU, and on CPUs with its instructions."""
+    return torch.cuda.is_available() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def log(run: Path, row: dict[str, Any]) -> None:
