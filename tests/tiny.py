@@ -24,24 +24,10 @@ from imprompt.attention import family_of
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.projections.mlp import FullProjection
 from imprompt.projections.resampler import Resampler
+from imprompt.structures import SD1, SD2, SDXL
 from imprompt.variants import variant
 
-# The UNets as published.
-SD1 = {"cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8}
-SD2 = SD1 | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-SDXL = {
-    "cross_attention_dim": 2048,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
-}
-# The same, narrow.
+# The UNets as published, but narrow.
 POOLED_DIM = 16
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": SD1 | {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8},

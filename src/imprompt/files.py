@@ -1,9 +1,34 @@
-"""Whether results can be written, asked before anything is computed."""
+"""Files written whole or not at all, and whether results can be written, asked before anything is computed."""
 
+import os
+import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from imprompt.errors import SettingError, first_line
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write to the path that is given, beside `path`: flushed to disk it takes the name, so that nobody meets a part of it."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield aside
+        flush(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_folder(folder: Path) -> None:

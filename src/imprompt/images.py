@@ -1,55 +1,112 @@
 """Pictures from files, made safe and plain: RGB, upright, of a bearable size."""
 
+import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from imprompt.errors import ImageError, first_line
 
 MAX_PIXELS = 100_000_000
+ORIENTATION = ExifTags.Base.Orientation
+Trouble = Literal["absent", "empty", "damaged", "no picture", "too large", "not readable"]
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 # Of Pillow's formats those that decode here and now: EPS and the like would start other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "TGA", "ICO", "JPEG2000")
 
 
+class UnusableImage(ImageError):
+    """A picture file that cannot be used: its name, what is wrong with it, and of what kind the trouble is."""
+
+    def __init__(self, name: str, why: str, kind: Trouble) -> None:
+        super().__init__(name, why, kind)
+        self.why, self.kind = why, kind
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.why}"
+
+
 def open_image(
-    source: str | Path | Image.Image, *, max_pixels: int = MAX_PIXELS, paper: tuple[int, int, int] = WHITE
+    source: str | Path | bytes | Image.Image,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    paper: tuple[int, int, int] = WHITE,
 ) -> Image.Image:
-    """A picture as upright 8-bit RGB; ImageError with one line if that cannot be.
+    """A picture as upright 8-bit RGB, from a file or a file's bytes; ImageError with one line, about `name`, if that cannot be.
 
     Animations give their first frame, transparency is laid on `paper`, 16-bit values are scaled to 8.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, paper)
-    path = Path(source)
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder; name one picture in it")
-    if not path.is_file():
-        raise ImageError(f"{path} is no file, but a device or a pipe" if path.exists() else f"{path} does not exist")
+    with _opened(source, name, max_pixels) as picture:
+        picture.seek(0)
+        return to_rgb(picture, paper)
+
+
+def image_size(source: str | Path | bytes, *, name: str | None = None) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header alone; UnusableImage."""
+    with _opened(source, name, MAX_PIXELS) as picture:
+        width, height = picture.size
+        return (height, width) if _lies(picture) else (width, height)
+
+
+def _lies(picture: Image.Image) -> bool:
+    """Whether EXIF says that the stored rows are the picture's columns."""
+    if picture.format == "TIFF":  # Pillow gives its size as it is upright
+        return False
+    try:
+        return Image.Image.getexif(picture).get(ORIENTATION) in (5, 6, 7, 8)  # PNG's own getexif would decode all pixels
+    except Exception:  # damaged EXIF is as none
+        return False
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, name: str | None, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read. Whatever goes wrong then or inside is raised as UnusableImage."""
+    held = source if isinstance(source, bytes) else Path(source)
+    name = name or (str(held) if isinstance(held, Path) else "the picture")
     too_large = f"over the limit of {max_pixels:,} pixels; make it smaller first"
+    if isinstance(held, Path):
+        _check_file(held, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below decides
-            with Image.open(path) as picture:
+            with Image.open(held if isinstance(held, Path) else io.BytesIO(held)) as picture:
                 if picture.format not in FORMATS:
-                    raise ImageError(f"{path}: {picture.format} files are not read; give a PNG, JPEG, WebP, GIF, TIFF or the like")
+                    instead = "give a PNG, JPEG, WebP, GIF, TIFF or the like"
+                    raise UnusableImage(name, f"cannot be used: {picture.format} files are not read; {instead}", "no picture")
                 if picture.width * picture.height > max_pixels:
-                    raise ImageError(f"{path} has {picture.width}×{picture.height} pixels, {too_large}")
-                picture.seek(0)
-                return to_rgb(picture, paper)
-    except ImageError:
+                    raise UnusableImage(name, f"has {picture.width}×{picture.height} pixels, {too_large}", "too large")
+                yield picture
+    except UnusableImage:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} is far {too_large}") from error
+        raise UnusableImage(name, f"is far {too_large}", "too large") from error
     except UnidentifiedImageError as error:
-        kind = "is not a picture of a known format (PNG, JPEG, WebP, …), or damaged from its start"
-        raise ImageError(f"{path} {kind if path.stat().st_size else 'is empty'}") from error
+        if not (held.stat().st_size if isinstance(held, Path) else held):
+            raise UnusableImage(name, "is empty", "empty") from error
+        why = "is not a picture of a known format (PNG, JPEG, WebP, …), or damaged from its start"
+        raise UnusableImage(name, why, "no picture") from error
     except PermissionError as error:
-        raise ImageError(f"{path} may not be read: permission denied") from error
+        raise UnusableImage(name, "may not be read: permission denied", "not readable") from error
     except Exception as error:  # damaged data makes Pillow's decoders raise nearly anything
-        raise ImageError(f"{path} is damaged, truncated or of a kind that is not read ({first_line(error)})") from error
+        why = f"is damaged, truncated or of a kind that is not read ({first_line(error)})"
+        raise UnusableImage(name, why, "damaged") from error
+
+
+def _check_file(path: Path, name: str) -> None:
+    if path.is_dir():
+        raise UnusableImage(name, "is a folder; name one picture in it", "no picture")
+    if not path.is_file():
+        if path.exists():
+            raise UnusableImage(name, "is no file, but a device or a pipe", "no picture")
+        raise UnusableImage(name, "does not exist", "absent")
 
 
 def to_rgb(picture: Image.Image, paper: tuple[int, int, int] = WHITE) -> Image.Image:

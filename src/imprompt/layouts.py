@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from imprompt.errors import CheckpointError
+from imprompt.structures import published_encoder
 from imprompt.variants import Feature
 
 
@@ -88,15 +89,6 @@ MODELS = {
     (2048, 70): ("SDXL", SDXL),
 }
 
-# (feature, its width) -> image encoder, and a repository that has it
-ENCODERS: dict[tuple[Feature, int], tuple[str, str]] = {
-    ("pooled", 768): ("CLIP ViT-L/14", "openai/clip-vit-large-patch14"),
-    ("pooled", 1024): ("OpenCLIP ViT-H/14", "h94/IP-Adapter models/image_encoder"),
-    ("pooled", 1280): ("OpenCLIP ViT-bigG/14", "h94/IP-Adapter sdxl_models/image_encoder"),
-    ("penultimate", 1024): ("CLIP ViT-L/14", "openai/clip-vit-large-patch14"),
-    ("penultimate", 1280): ("OpenCLIP ViT-H/14", "h94/IP-Adapter models/image_encoder"),
-    ("penultimate", 1664): ("OpenCLIP ViT-bigG/14", "h94/IP-Adapter sdxl_models/image_encoder"),
-}
 FEATURES: dict[Feature, str] = {"pooled": "pooled embedding", "penultimate": "penultimate hidden states"}
 REGISTRATION_ORDER = ("down_blocks", "up_blocks", "mid_block")  # of diffusers' UNets: the middle comes last
 
@@ -178,6 +170,6 @@ def suits(feature: Feature, feature_dim: int | None, token_dim: int | None, site
     text = f"{model} with {token_dim or '?'}-wide text and {sites} cross-attentions"
     if feature_dim is None:
         return text
-    name, repository = ENCODERS.get((feature, feature_dim), ("", ""))
-    encoder = f"image encoder: {name or 'one'} with {feature_dim}-wide {FEATURES[feature]}"
-    return f"{text}; {encoder}" + (f", e.g. {repository}" if repository else "")
+    known = published_encoder(feature, feature_dim)
+    encoder = f"image encoder: {known.name if known else 'one'} with {feature_dim}-wide {FEATURES[feature]}"
+    return f"{text}; {encoder}" + (f", e.g. {known.place.repo} {known.place.path}".rstrip() if known else "")

@@ -1,6 +1,6 @@
 """The names that a user may say: base models, the adapters made for them, and the image encoders these need."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,10 @@ class Place:
         """The inverse of `str`: "owner/name:path", "packaged:path" or a folder."""
         repo, _, path = text.partition(":")
         return cls("" if repo == "packaged" else repo, path)
+
+    def inside(self, name: str) -> "Place":
+        """A folder inside this one."""
+        return Place(self.repo, f"{self.path}/{name}" if self.path else name)
 
     def fetch_file(self) -> Path:
         """The file on this disk, downloaded if need be."""
@@ -161,14 +165,32 @@ def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | Non
     )
 
 
-def open_pipeline(model: KnownModel, device: Any, **options: Any) -> Any:
-    """The base model as a pipeline of diffusers, without its image encoder; CheckpointError if it cannot be had or is damaged."""
+def open_pipeline(model: KnownModel, device: Any, *, without: Collection[str] = (), **options: Any) -> Any:
+    """The base model as a pipeline of diffusers, without its image encoder and the components `without`.
+
+    CheckpointError if it cannot be had or is damaged.
+    """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     source, _ = model.base.fetch_folder()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, image_encoder=None, **options)
+        absent: dict[str, Any] = {"image_encoder": None}
+        if without:
+            absent |= dict.fromkeys(set(without) & set(DiffusionPipeline.load_config(source)))
+        pipeline = DiffusionPipeline.from_pretrained(source, **absent, **options)
     except Exception as error:  # a folder can be wrong in any way
         raise CheckpointError(f"the model {model.name} cannot be loaded ({first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def part_config(model: KnownModel, part: str) -> dict[str, Any]:
+    """The configuration of a model's "unet", "vae" and so on, without its weights; CheckpointError if it cannot be had."""
+    from diffusers.models.auto_model import AutoModel
+
+    source, _ = model.base.fetch_folder()
+    try:
+        config: Any = AutoModel.load_config(source, subfolder=part)
+        return dict(config)
+    except Exception as error:  # a folder can be wrong in any way
+        raise CheckpointError(f"{model.name} holds no {part} that can be read ({first_line(error)})") from error

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import secrets
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.errors import CheckpointError, first_line
+from imprompt.files import written_whole
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -60,22 +60,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises CheckpointError if that fails; what had the name before is then untouched.
     """
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        aside.touch()
-        mode = aside.stat().st_mode  # as the umask says; safetensors makes files that only their owner can read
-        if path.suffix in PICKLES:
-            torch.save(nested(ready), aside)
-        else:
-            save_file(ready, aside, {"format": "pt", **metadata})
-        aside.chmod(mode)
-        with aside.open("rb+") as written:
-            os.fsync(written.fileno())
-        aside.replace(path)
+        with written_whole(path) as aside:
+            aside.touch()
+            mode = aside.stat().st_mode  # as the umask says; safetensors makes files that only their owner can read
+            if path.suffix in PICKLES:
+                torch.save(nested(ready), aside)
+            else:
+                save_file(ready, aside, {"format": "pt", **metadata})
+            aside.chmod(mode)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _mapped(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, str]]:

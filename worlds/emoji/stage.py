@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from imprompt.training.loop import bf16_is_fast
+from imprompt.files import written_whole
+from imprompt.training.model import bf16_is_fast
 
 from .glyphs import Glyphs, load_glyphs
 
@@ -69,15 +70,6 @@ def share_gradients(modules: nn.Module) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def write_aside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside, flush to disk, then rename: the file is whole or absent."""
-    aside = path.with_name(path.name + ".part")
-    write(aside)
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first 3 %, then a cosine to zero."""
     warm = max(1, steps * 3 // 100)
@@ -106,7 +98,8 @@ def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int]
         if rank()[0]:
             return
         state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean, "step": step}
-        write_aside(state_file, lambda path: torch.save(state, path))
+        with written_whole(state_file) as aside:
+            torch.save(state, aside)
 
     amp = bf16_is_fast()
     clock = saved = time.monotonic()

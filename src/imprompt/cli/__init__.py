@@ -20,10 +20,10 @@ app = typer.Typer(
 
 def commands() -> None:
     """Register every command, once."""
-    from imprompt.cli import adapters, generate, train
+    from imprompt.cli import adapters, data, generate, train
 
     if not app.registered_commands:
-        for module in (generate, train, adapters):
+        for module in (generate, train, data, adapters):
             module.register(app)
 
 

@@ -1,5 +1,6 @@
 """`imprompt train`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,48 +8,39 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    app.command()(train)
+    app.command("train")(train_command)
 
 
-def train(
+def train_command(
     recipe: Annotated[Path, typer.Argument(help="A TOML file: see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a key, such as optimization.steps=100.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and touch nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, sizes, memory and time; touch nothing.")
+    ] = False,
 ) -> None:
     """Train an adapter. The same command again resumes; RUN/latest is a loadable adapter at any time."""
     from imprompt.training.recipe import read_recipe
 
     plan = read_recipe(recipe, overrides or [])
     if dry_run:
-        print(plan.model_dump_json(indent=2))
-        return
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn
+        import torch
 
+        from imprompt.training.estimate import estimate, rows
+
+        print(plan.model_dump_json(indent=2))
+        table = rows(estimate(plan, torch.accelerator.current_accelerator() or torch.device("cpu")))
+        wide = max(len(label) for label, _ in table)
+        for label, value in table:
+            print(f"{label:{wide}}  {value}")
+        return
     from imprompt.cli import quiet
-    from imprompt.training import loop
+    from imprompt.training.loop import train
+    from imprompt.training.watch import ProgressWatcher, Watcher
 
     quiet()
-
-    class Bars(loop.Watcher):
-        """Progress bars in the terminal."""
-
-        def encoded(self, done: int, total: int) -> None:
-            progress.update(encoding, completed=done, total=total)
-
-        def stepped(self, step: int, steps: int, loss: float, rate: float) -> None:
-            note = f"loss {loss:.4f}  {rate:.0f} samples/s"
-            progress.update(training, completed=step, total=steps, note=note)
-            if not console.is_terminal:
-                print(f"step {step} of {steps}  {note}", flush=True)
-
-        def saved(self, folder: Path) -> None:
-            console.print(f"saved {folder}", soft_wrap=True, markup=False, highlight=False)
-
-    console = Console()
-    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        encoding = progress.add_task("encoding pictures", total=None, note="")
-        training = progress.add_task("training", total=None, note="")
-        last = loop.train(plan, Bars())
+    if int(os.environ.get("RANK", "0")):  # of several processes one tells
+        train(plan, Watcher())
+        return
+    with ProgressWatcher(plan.optimization.steps) as watcher:
+        last = train(plan, watcher)
     print(f"{last}  use it: imprompt generate IMAGE --model {plan.model} --adapter {last}")

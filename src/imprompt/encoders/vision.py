@@ -10,12 +10,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
-from imprompt.models import BIG_G, VIT_H, KnownModel, Place
+from imprompt.models import KnownModel, Place
+from imprompt.structures import published_encoder
 from imprompt.tensorfiles import some
 from imprompt.variants import Feature, Variant
 
-# Where the encoder of an adapter without a header probably is, by feature and its width.
-BY_WIDTH = {("pooled", 1024): VIT_H, ("penultimate", 1280): VIT_H, ("pooled", 1280): BIG_G, ("penultimate", 1664): BIG_G}
 MAX_ASPECT = 2  # the encoder sees the central square: what lies far outside is cut off before resizing
 
 
@@ -34,8 +33,7 @@ class VisionEncoder:
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
         """RGB pictures -> the encoder's input (B, 3, S, S): resized by the short side, centre-cropped, normalised."""
-        pixels = self.processor([cut_ends(image) for image in images], return_tensors="pt").pixel_values
-        return pixels.to(self.model.device, self.model.dtype)
+        return preprocess(self.processor, images).to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def features_of(self, pixels: Tensor, feature: Feature) -> Tensor:
@@ -54,12 +52,21 @@ class VisionEncoder:
         return self.features_of(torch.zeros(1, 3, side, side, device=self.model.device, dtype=self.model.dtype), variant.feature)
 
     def fingerprint(self) -> str:
-        """A hash of the first 64 values of every weight as float16: equal for the same encoder in fp16 or fp32."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(weight.flatten()[:64].to("cpu", torch.float16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.model)
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of the first 64 values of every weight as float16: equal for the same model in fp16 or fp32."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(weight.flatten()[:64].to("cpu", torch.float16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def preprocess(processor: Any, images: Sequence[Image]) -> Tensor:
+    """RGB pictures -> (B, 3, S, S) on the CPU, by a CLIP image processor."""
+    return processor([cut_ends(image) for image in images], return_tensors="pt").pixel_values
 
 
 def cut_ends(image: Image) -> Image:
@@ -122,13 +129,13 @@ def place_of(file: Any, model: KnownModel) -> Place:
     base, _ = model.base.fetch_folder()
     if (Path(base) / "image_encoder").is_dir():
         return Place(str(Path(base) / "image_encoder"))
-    place = BY_WIDTH.get((file.variant.feature, file.feature_dim))
-    if place is None:
+    known = published_encoder(file.variant.feature, file.feature_dim)
+    if known is None or not known.alone:
         raise MismatchError(
             f"this adapter reads {file.feature_dim}-wide {file.variant.feature} features and does not say of which image encoder: "
             "give it with encoder="
         )
-    return place
+    return known.place
 
 
 def check_encoder(encoder: VisionEncoder, file: Any) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -10,6 +9,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from imprompt.errors import ImageError, SettingError, first_line
+from imprompt.files import written_whole
 from imprompt.images import grid, open_image
 from imprompt.sampling.settings import Settings, one_line
 
@@ -170,21 +170,15 @@ def free_name(folder: Path, stem: str, *, reuse: bool) -> Path:
 
 
 def save_png(picture: Image.Image, path: Path, text: str | None = None) -> Path:
-    """Write beside, flush to disk, then rename: a reader sees the whole file or none."""
+    """Write a PNG whole or not at all."""
     info = PngImagePlugin.PngInfo()
     if text is not None:
         info.add_itxt(KEY, text)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with aside.open("wb") as file:
-            picture.save(file, "PNG", pnginfo=info)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        with written_whole(path) as aside:
+            picture.save(aside, "PNG", pnginfo=info)
     except OSError as error:
         raise ImageError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

@@ -1,186 +1,293 @@
-"""The training loop: one for all variants and families."""
+"""The training run: one for all variants and families, alone or on many processes (`accelerate launch`, `torchrun`)."""
 
-import json
-import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
 from imprompt.checkpoint import Origin, load_adapter, save_adapter
-from imprompt.encoders.vision import VisionEncoder
-from imprompt.errors import ImpromptError, MismatchError, SettingError
+from imprompt.errors import ImpromptError, first_line
 from imprompt.files import check_folder
-from imprompt.models import KnownModel, Place, find_model, open_pipeline
-from imprompt.training.data import Features, batch_rows, encode, read_metadata, take
+from imprompt.training.batches import Batch, Composer, Share
+from imprompt.training.features import FeatureEncoder
+from imprompt.training.model import AdaptedModel, measures, open_base, open_frozen, precision, start_adapter
 from imprompt.training.objective import Objective
 from imprompt.training.recipe import Recipe
+from imprompt.training.sources import BadSample, open_source
 from imprompt.training.state import load_state, save_state
-from imprompt.variants import Variant, variant
+from imprompt.training.step import Diverged, Sentry, Trainer
+from imprompt.training.supply import Bad, Supply, bad_of, encode_features, have_features, read_features, read_pictures
+from imprompt.training.validation import Validator, held_out_loss
+from imprompt.training.watch import Clock, Metrics, Row, Tracker, Watcher, open_trackers, peak_memory_gb
+from imprompt.variants import variant
 
-LOG_EVERY = 25  # steps
-
-
-class Watcher:
-    """What the loop tells as it goes; this one is silent."""
-
-    def encoded(self, done: int, total: int) -> None: ...
-
-    def stepped(self, step: int, steps: int, loss: float, rate: float) -> None: ...
-
-    def saved(self, folder: Path) -> None: ...
-
-
-class AdaptedModel(nn.Module):
-    """The frozen base model heard through the adapter. Only the adapter is registered: it alone is trained and saved."""
-
-    def __init__(self, base: nn.Module, adapter: IPAdapter) -> None:
-        super().__init__()
-        self.adapter = adapter.attach(base)
-        self._base = (base.requires_grad_(False),)
-
-    def forward(self, noisy: Tensor, t: Tensor, text: Tensor, image: Tensor) -> Tensor:
-        """noisy (B, C, h, w), timesteps (B,), text (B, T, D), image features -> prediction (B, C, h, w)"""
-        prompt = self.adapter.prompt(self.adapter.tokens(image))
-        return self._base[0](noisy, t, text, cross_attention_kwargs={"ip_hidden_states": prompt}).sample
-
-
-@dataclass(frozen=True)
-class Outfit:
-    """What a run trains with."""
-
-    pipeline: Any
-    encoder: VisionEncoder
-    variant: Variant
-    adapter: IPAdapter
-    sites: list[str]
-
-
-def outfit(recipe: Recipe, device: torch.device) -> Outfit:
-    """Load the base model and the image encoder of a recipe, and start an adapter beside them."""
-    from imprompt.encoders.vision import given_place, open_encoder
-
-    model, row = find_model(recipe.model), variant(recipe.variant)
-    pipeline = open_pipeline(model, device)
-    if type(pipeline).__name__ != "StableDiffusionPipeline":
-        raise SettingError(f"{recipe.model} is a {type(pipeline).__name__}; training knows StableDiffusionPipeline so far")
-    place = given_place(recipe.encoder) if recipe.encoder else default_encoder(model)
-    encoder = open_encoder(place, device, torch.float32)
-    family = family_of(pipeline.unet)
-    sites = family.sites(pipeline.unet)
-    token_dim = next(iter(sites.values())).to_k.in_features
-    sizes = {key: value for key, value in (("tokens", recipe.tokens), ("depth", recipe.depth)) if value is not None}
-    torch.manual_seed(recipe.seed)
-    projection = row.projection(encoder.feature_dim(row.feature), token_dim, **sizes)
-    return Outfit(pipeline, encoder, row, IPAdapter.beside(pipeline.unet, family, projection), list(sites))
-
-
-def default_encoder(model: KnownModel) -> Place:
-    """The image encoder of a model's first adapter, or the one in the model's own folder."""
-    if model.adapters:
-        return next(iter(model.adapters.values())).encoder
-    return Place(f"{model.base.repo}/image_encoder")
+HELD_OUT_DRAWS = 4  # timesteps at which every held-out sample's loss is measured
 
 
 def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
     """Train to the end, from the latest state of `recipe.output` if there is one; give the folder of the last state."""
-    from accelerate import Accelerator
-
-    check_folder(recipe.output)
-    read_metadata(recipe.data.folder)  # what is wrong is told before the models are loaded
-    watcher, plan = watcher or Watcher(), recipe.optimization
-    accelerator = Accelerator(mixed_precision=precision(plan.precision))
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    if plan.batch_size % processes:
-        raise SettingError(f"optimization.batch_size = {plan.batch_size} does not divide by {processes} processes")
-    kit = outfit(recipe, accelerator.device)
-    features = encode(recipe.data, kit.pipeline, kit.encoder, kit.variant, watcher.encoded)
-    objective = Objective(kit.pipeline.scheduler)
-    origin = Origin(
-        base=recipe.model,
-        encoder=kit.encoder.source,
-        encoder_fingerprint=kit.encoder.fingerprint(),
-        prediction_type=objective.prediction_type,  # pyright: ignore[reportArgumentType]
-        licence=recipe.licence,
-    )
-    if accelerator.device.type == "cpu":
-        kit.pipeline.unet.set_attn_processor(unfused())
-    model = AdaptedModel(kit.pipeline.unet.to(memory_format=torch.channels_last).train(), kit.adapter)
-    optimizer = torch.optim.AdamW(kit.adapter.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
-    done = resume(recipe.output, kit.adapter, optimizer)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-
-    def save(step: int) -> None:
-        now = origin.model_copy(update={"training_steps": step})
-        folder = save_state(
-            recipe.output,
-            step,
-            lambda path: save_adapter(path, kit.adapter, kit.variant, kit.sites, now),
-            optimizer.optimizer,
-            recipe.keep,
-        )
-        watcher.saved(folder)
-
-    clock, counted = time.monotonic(), done
-    losses: list[Tensor] = []
-    for step in range(done, plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe)
-        batch = step_batch(step, recipe, features, kit.pipeline.vae.config.scaling_factor, rank, processes)
-        generator = torch.Generator().manual_seed((recipe.seed * 1_000_003 + step) * 1_009 + rank)
-        noisy, t, target = objective.corrupt(batch.latents.to(accelerator.device), generator)
-        with accelerator.autocast():
-            prediction = wrapped(noisy, t, batch.text.to(accelerator.device), batch.image.to(accelerator.device))
-        loss = objective.loss(prediction, target)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(kit.adapter.parameters(), plan.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        last = step + 1 == plan.steps
-        if (step + 1) % LOG_EVERY == 0 or last:
-            mean = torch.stack(losses).mean().item()
-            if not math.isfinite(mean):
-                raise ImpromptError(f"the loss is {mean} near step {step + 1}; the last good state is {recipe.output / 'latest'}")
-            rate = (step + 1 - counted) * plan.batch_size / (time.monotonic() - clock)
-            clock, counted, losses = time.monotonic(), step + 1, []
-            if accelerator.is_main_process:
-                log(recipe.output, {"step": step + 1, "loss": round(mean, 5), "samples_per_second": round(rate, 1)})
-                watcher.stepped(step + 1, plan.steps, mean, rate)
-        if ((step + 1) % recipe.save_every == 0 or last) and accelerator.is_main_process:
-            save(step + 1)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    run = Run(recipe, watcher or Watcher())
+    try:
+        run.go()
+    except Diverged as error:
+        raise ImpromptError(f"{error}. {run.left()}") from error
+    except RuntimeError as error:
+        if run.accelerator.num_processes == 1 or not any(sign in str(error) for sign in LOST):
+            raise
+        raise ImpromptError(f"another process of this run has ended ({first_line(error)}). {run.left()}") from error
+    finally:
+        run.close()
     return recipe.output / "latest"
 
 
-def step_batch(step: int, recipe: Recipe, features: Features, scaling: float, rank: int, processes: int) -> Any:
-    """This process's share of the step's batch; the batch of all processes is a function of step and seed alone."""
-    plan = recipe.optimization
-    rows = batch_rows(step, plan.batch_size, len(features), recipe.seed).chunk(processes)[rank]
-    return take(
-        features, rows, recipe.data, scaling, torch.Generator().manual_seed((recipe.seed * 1_000_033 + step) * 1_009 + rank)
-    )
+# How torch.distributed's backends say that a process at the other end is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo", "Socket", "process group")
 
 
-def resume(run: Path, adapter: IPAdapter, optimizer: torch.optim.Optimizer) -> int:
-    """Continue from the latest state of the run; give the steps done."""
-    if (state := load_state(run)) is None:
-        return 0
-    step, folder, optimizer_state = state
-    saved, _ = load_adapter(folder, adapter.family)
-    try:
-        adapter.load_state_dict(saved.state_dict())
-        optimizer.load_state_dict(optimizer_state)
-    except (RuntimeError, ValueError) as error:
-        raise MismatchError(f"{folder} is of another adapter than the recipe's: give another output, or the old recipe") from error
-    return step
+class Run:
+    """Everything that a run holds, put together from its recipe."""
+
+    def __init__(self, recipe: Recipe, watcher: Watcher) -> None:
+        from accelerate import Accelerator
+
+        self.recipe, self.watcher = recipe, watcher
+        check_folder(recipe.output)
+        measured = measures(recipe)
+        if not have_features(recipe):
+            open_source(recipe.data)  # what is wrong with it is told before the models are loaded
+        self.state = load_state(recipe.output, recipe)
+        kind = precision(recipe, torch.accelerator.current_accelerator() or torch.device("cpu"))
+        self.accelerator = Accelerator(mixed_precision="fp16" if kind == "fp16" else "no", cpu=not torch.accelerator.is_available())
+        self.device: torch.device = self.accelerator.device
+        self.main: bool = self.accelerator.is_main_process
+        self.share = self._share()
+        pipeline, frozen = self._models()
+        self.frozen = frozen
+        if recipe.data.features is not None:
+            reader = read_features(recipe, measured)
+            nulls, identity = reader.nulls, reader.identity
+        else:
+            assert frozen is not None
+            reader, nulls, identity = read_pictures(recipe, measured, frozen), frozen.nulls(), frozen.identity(recipe.data)
+        self.base = pipeline.unet
+        adapter = start_adapter(recipe, self.base, nulls["image"].shape[-1])
+        self.twin = deepcopy(adapter)  # on the CPU: what is saved, and what validation hears with
+        objective = Objective(pipeline.scheduler, recipe.noise)
+        model = AdaptedModel(self._ready(self.base), adapter)
+        self.sites = list(family_of(self.base).sites(self.base))
+        self.trainer = Trainer(self.accelerator, model, objective, recipe.optimization)
+        online = frozen if recipe.data.features is None else None
+        compose = Composer(nulls, self.device, measured.scaling, measured.shift, online)
+        self.supply = Supply(reader, recipe.data, recipe.seed, self.share, recipe.optimization.batch_size, compose)
+        self.origin = Origin(
+            base=recipe.model,
+            encoder=identity["encoder"],
+            encoder_fingerprint=identity["encoder_fingerprint"],
+            prediction_type=objective.prediction_type,
+            licence=recipe.licence,
+        )
+        self.validator = self._validator(pipeline, frozen)
+        self.metrics, self.trackers = Metrics(recipe.output), []
+        self.bad = Bad(recipe.output, recipe.data.max_bad, len(reader))
+
+    def _share(self) -> Share:
+        plan, ranks = self.recipe.optimization, self.accelerator.num_processes
+        if plan.batch_size % (ranks * plan.accumulate):
+            raise ImpromptError(
+                f"optimization.batch_size = {plan.batch_size} cannot be shared by {ranks} processes in {plan.accumulate} "
+                f"parts each: give a multiple of {ranks * plan.accumulate}"
+            )
+        return Share(self.accelerator.process_index, ranks, plan.accumulate)
+
+    def _models(self) -> tuple[Any, FeatureEncoder | None]:
+        """The base model's pipeline, and the frozen models around it as far as this run needs them."""
+        recipe, cached = self.recipe, self.recipe.data.features is not None
+        todo = self.accelerator.gather_for_metrics([not have_features(recipe)], use_gather_object=True)
+        if cached and any(todo):
+            encode_features(recipe, open_frozen(recipe, open_base(recipe, self.device, whole=True)), self.share.rank,
+                            self.share.ranks, self.watcher.encoded)  # fmt: skip
+            self.accelerator.wait_for_everyone()
+        around = not cached or recipe.validation.every is not None
+        pipeline = open_base(recipe, torch.device("cpu") if cached else self.device, whole=around)
+        return pipeline, open_frozen(recipe, pipeline) if around else None
+
+    def _ready(self, base: Any) -> Any:
+        """The base model as it trains fastest here."""
+        plan = self.recipe.optimization
+        base.to(self.device, memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            base.set_attn_processor(unfused())
+        if plan.checkpointing:
+            base.enable_gradient_checkpointing()
+        if plan.compile:
+            base.compile()
+        return base
+
+    def _validator(self, pipeline: Any, frozen: FeatureEncoder | None) -> Validator | None:
+        if self.recipe.validation.every is None or not self.main:
+            return None
+        assert frozen is not None
+        self.twin.attach(self.base)
+        return Validator(self.recipe, pipeline, frozen.encoder, frozen.variant, self.twin, self._held_out_pictures())
+
+    def _held_out_pictures(self) -> Iterator[Image.Image]:
+        source = open_source(self.recipe.data)
+        for index in self.supply.held_out.tolist():
+            try:
+                yield source.read(index).references[0]()
+            except BadSample:
+                continue
+
+    def go(self) -> None:
+        """Every step from the state on."""
+        recipe, plan = self.recipe, self.recipe.optimization
+        done = self._resume()
+        if self.main:
+            self.metrics.cut(done)
+            self.trackers: list[Tracker] = open_trackers(recipe, done, self.watcher.warned)
+        clock, seen = Clock(), list[BadSample]()
+        sentry = Sentry(self._gathered, scaled=self.accelerator.scaler is not None)
+        items = self.supply.items(done) if done < plan.steps else iter(())
+        for step in range(done, plan.steps):
+            with clock.waiting():
+                parts = list(islice(items, plan.accumulate))
+            seen += bad_of(parts)
+            names = [name for part in parts for name in part["name"]]
+            stepped = self.trainer.update(step, map(self.supply.compose, parts))
+            sentry.watch(step + 1, names, stepped)
+            clock.step(plan.batch_size)
+            self.watcher.advanced(step + 1)
+            last = step + 1 == plan.steps
+            saving, validating = last or (step + 1) % recipe.save_every == 0, self._validates(step + 1)
+            if saving or validating or (step + 1) % recipe.logging.every == 0:
+                sentry.check()
+                self._log(step + 1, clock, stepped.norm.item(), self._count(seen))
+                seen = []
+            with clock.paused():
+                if saving:
+                    self._save(step + 1)
+                if validating:
+                    self._validate(step + 1)
+
+    def _resume(self) -> int:
+        """Take up the latest state; give the steps done."""
+        if self.state is None:
+            return 0
+        adapter, _ = load_adapter(self.state.folder, self.twin.family)
+        self.trainer.load(adapter.state_dict(), self.state.training)
+        if self.state.facts["samples"] != len(self.supply.reader):
+            raise ImpromptError(
+                f"{self.recipe.output} was begun with {self.state.facts['samples']:,} samples, the set has "
+                f"{len(self.supply.reader):,} now: give another output, and start = {str(self.state.folder)!r} to go on from there"
+            )
+        return self.state.step
+
+    def _validates(self, step: int) -> bool:
+        return self.recipe.validation.every is not None and step % self.recipe.validation.every == 0
+
+    def _gathered(self, mine: list[Any]) -> list[Any]:
+        """The lists of all processes, joined."""
+        from accelerate.utils import gather_object
+
+        return gather_object(mine)
+
+    def _count(self, seen: list[BadSample]) -> int:
+        """Tell of the bad samples that all processes met; give how many there are so far."""
+        for error in self.bad.add(self._gathered(seen), write=self.main):
+            self.watcher.bad(error)
+        return len(self.bad.known)
+
+    def _log(self, step: int, clock: Clock, norm: float, bad: int) -> None:
+        loss, plain, by_timestep = self.trainer.tell()
+        if not self.main:
+            return
+        row = Row(
+            step=step,
+            epoch=step * self.recipe.optimization.batch_size / self.supply.samples,
+            loss=loss,
+            plain_loss=plain,
+            grad_norm=norm,
+            learning_rate=self.trainer.optimizer.param_groups[0]["lr"],
+            **clock.lap()._asdict(),
+            peak_memory_gb=peak_memory_gb(self.device),
+            bad=bad,
+            by_timestep=by_timestep,
+        )
+        self.metrics.add(asdict(row))
+        for tracker in self.trackers:
+            tracker.log(row.scalars(), step)
+        self.watcher.stepped(row)
+
+    def _save(self, step: int) -> None:
+        """All processes together: their parts are put together, and the first one writes."""
+        facts: dict[str, Any] = {"recipe": self.recipe.model_dump(mode="json"), "samples": len(self.supply.reader)}
+        with self.trainer.averaged():
+            weights = self.trainer.weights()
+            if self.recipe.data.held_out:
+                facts["held_out_loss"] = self._held_out_loss()
+        state = self.trainer.state()
+        if self.main:
+            self._wear(weights)
+            origin = self.origin.model_copy(update={"training_steps": step})
+            files: dict[str, Callable[[Path], None]] = {
+                "adapter.safetensors": lambda path: save_adapter(path, self.twin, variant(self.recipe.variant), self.sites, origin),
+                "training.pt": lambda path: torch.save(state, path),
+            }
+            self.watcher.saved(save_state(self.recipe.output, step, files, facts, self.recipe.keep))
+            if "held_out_loss" in facts:
+                self._tell(step, {"held_out_loss": facts["held_out_loss"]})
+        self.accelerator.wait_for_everyone()
+
+    def _wear(self, weights: dict[str, Tensor]) -> IPAdapter:
+        self.twin.load_state_dict(weights)
+        return self.twin
+
+    def _held_out_loss(self) -> float:
+        """The same on every process, which all take all samples: sharded weights are gathered in every forward pass."""
+
+        def losses(batch: Batch, u: Tensor) -> Tensor:
+            index = self.trainer.objective.draw(u.to(self.device).float())
+            return self.trainer.losses(batch, index).plain[batch.weight > 0]
+
+        batches = ((torch.from_numpy(numbers), self.supply.compose(item)) for numbers, item in self.supply.held_out_items())
+        with self.trainer.measuring():
+            return held_out_loss(batches, losses, HELD_OUT_DRAWS)
+
+    def _validate(self, step: int) -> None:
+        with self.trainer.averaged():
+            weights = self.trainer.weights()
+        if self.validator is not None:
+            self._wear(weights).to(self.device)
+            path, scores = self.validator.grid(step)
+            self.twin.cpu()
+            self._tell(step, scores)
+            for tracker in self.trackers:
+                tracker.log_image("validation/grid", Image.open(path).convert("RGB"), step)
+            self.watcher.validated(path, scores)
+        self.accelerator.wait_for_everyone()
+
+    def _tell(self, step: int, scores: dict[str, float]) -> None:
+        self.metrics.add({"step": step, **scores})
+        for tracker in self.trackers:
+            tracker.log({f"validation/{name}": value for name, value in scores.items()}, step)
+
+    def left(self) -> str:
+        latest = self.recipe.output / "latest"
+        if not latest.exists():
+            return "No state was saved yet; the same command starts again"
+        return f"The last good state is {latest.resolve()}; the same command goes on from there"
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def unfused() -> Any:
@@ -188,32 +295,3 @@ def unfused() -> Any:
     from diffusers.models.attention_processor import AttnProcessor
 
     return AttnProcessor()
-
-
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then constant or a cosine to zero."""
-    plan = recipe.optimization
-    warm = min(1.0, (step + 1) / (plan.warmup + 1))
-    shape: dict[str, Callable[[], float]] = {
-        "constant": lambda: 1.0,
-        "cosine": lambda: 0.5 * (1 + math.cos(math.pi * step / plan.steps)),
-    }
-    return plan.learning_rate * warm * shape[plan.schedule]()
-
-
-def precision(asked: str) -> str:
-    """accelerate's name: bf16 where the machine is fast at it, if the recipe leaves it open."""
-    if asked == "auto":
-        return "bf16" if bf16_is_fast() else "no"
-    return {"fp32": "no", "bf16": "bf16"}[asked]
-
-
-def bf16_is_fast() -> bool:
-    """On any recent GPU, and on CPUs with its instructions."""
-    return torch.cuda.is_available() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-
-
-def log(run: Path, row: dict[str, Any]) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")

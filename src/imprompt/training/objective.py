@@ -1,39 +1,190 @@
-"""What the adapted model is trained to predict. Shape letters as in `imprompt.training.data`."""
+"""What the adapted model is trained to predict, of latents how noisy, and what each error weighs.
+
+Shape letters as in `imprompt.training.features`; S timesteps of the noise schedule, numbered from the least noisy.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.errors import SettingError
+from imprompt.training.recipe import Noise
 
-Target = Callable[[Any, Tensor, Tensor, Tensor], Tensor]  # (schedule, latents, noise, timesteps) -> target
+Prediction = Literal["epsilon", "v_prediction", "flow"]
+Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+BUCKETS = 10
 
-TARGETS: dict[str, Target] = {
-    "epsilon": lambda _schedule, _latents, noise, _t: noise,
-    "v_prediction": lambda schedule, latents, noise, t: schedule.get_velocity(latents, noise, t),
+# α and σ of the noisy latents x_t = α · x0 + σ · ε -> l and n of the target l · x0 + n · ε.
+TARGETS: dict[Prediction, Coefficients] = {
+    # Ho et al. 2020 (arXiv 2006.11239), equation 14; equation 6 of the paper
+    "epsilon": lambda alpha, _: (torch.zeros_like(alpha), torch.ones_like(alpha)),
+    # Salimans & Ho 2022 (arXiv 2202.00512), appendix D
+    "v_prediction": lambda alpha, sigma: (-sigma, alpha),
+    # Liu et al. 2022 (arXiv 2209.03003), equation 1, with time running from the picture to the noise
+    "flow": lambda alpha, _: (-torch.ones_like(alpha), torch.ones_like(alpha)),
 }
 
 
-class Objective:
-    """The noise-prediction loss (equation 6 of the paper), or its v form where the model's scheduler says so."""
+class Schedule(NamedTuple):
+    alpha: Tensor  # (S,)
+    sigma: Tensor  # (S,)
+    timesteps: Tensor  # (S,) as the model is told them
 
-    def __init__(self, scheduler: Any) -> None:
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-        self.schedule: Any = DDPMScheduler.from_config(scheduler.config)
-        self.prediction_type: str = self.schedule.config["prediction_type"]
-        if self.prediction_type not in TARGETS:
-            raise SettingError(f"this model predicts {self.prediction_type!r}; training knows {', '.join(TARGETS)}")
+class Losses(NamedTuple):
+    """Of every sample (B,), in float32: the mean squared error weighted for training, and as it is."""
 
-    def corrupt(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents (B, C, h, w) -> noisy ones, their timesteps (B,), and the target."""
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        t = torch.randint(0, self.schedule.config["num_train_timesteps"], (len(latents),), generator=generator).to(latents.device)
-        target = TARGETS[self.prediction_type](self.schedule, latents, noise, t)
-        return self.schedule.add_noise(latents, noise, t), t, target
+    weighted: Tensor
+    plain: Tensor
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(prediction.float(), target.float())
+
+class Objective(nn.Module):
+    """The loss of a base model's scheduler, as tables over the timesteps. It has no weights; `to(device)` moves the tables.
+
+    Raises SettingError for a scheduler that training does not know, or a zero terminal SNR that the model cannot learn at.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    timesteps: Tensor
+    of_latents: Tensor
+    of_noise: Tensor
+    weight: Tensor
+
+    def __init__(self, scheduler: Any, noise: Noise) -> None:
+        super().__init__()
+        self.prediction_type: Prediction = prediction_type(scheduler)
+        self.offset = noise.offset
+        alpha, sigma, timesteps = (flow if self.prediction_type == "flow" else diffusion)(scheduler, noise)
+        of_latents, of_noise = TARGETS[self.prediction_type](alpha, sigma)
+        weight = torch.ones_like(alpha) if noise.min_snr is None else min_snr(alpha, sigma, of_latents, of_noise, noise.min_snr)
+        tables = {"alpha": alpha, "sigma": sigma, "timesteps": timesteps}
+        for name, table in (tables | {"of_latents": of_latents, "of_noise": of_noise, "weight": weight}).items():
+            self.register_buffer(name, table, persistent=False)
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) (B,) -> timesteps as rows of the tables (B,).
+
+        Diffusion draws them evenly. Flow matching draws those in the middle more often: logit-normal, the best of those
+        compared by Esser et al. 2024 (arXiv 2403.03206, section 3.1) and what diffusers trains with.
+        """
+        share = torch.special.ndtri(u).sigmoid() if self.prediction_type == "flow" else u
+        return (share * len(self.alpha)).long().clamp_max(len(self.alpha) - 1)  # a rounded u may be 1
+
+    def shift(self, noise: Tensor, offset: Tensor) -> Tensor:
+        """Noise (B, C, h, w) moved by one number a channel, offset (B, C, 1, 1) standard normal, of strength `noise.offset`:
+
+        https://www.crosslabs.org/blog/diffusion-with-offset-noise
+        """
+        return noise + self.offset * offset
+
+    def corrupt(self, latents: Tensor, noise: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise (B, C, h, w), timesteps as rows (B,) -> noisy latents, the model's timesteps (B,), the target."""
+        latents, noise = latents.float(), noise.float()
+        alpha, sigma, of_latents, of_noise = (
+            table[index].view(-1, 1, 1, 1) for table in (self.alpha, self.sigma, self.of_latents, self.of_noise)
+        )
+        return alpha * latents + sigma * noise, self.timesteps[index], of_latents * latents + of_noise * noise
+
+    def losses(self, prediction: Tensor, target: Tensor, index: Tensor) -> Losses:
+        """Prediction and target (B, C, h, w), timesteps as rows (B,) -> losses (B,)."""
+        plain = (prediction.float() - target.float()).square().mean((1, 2, 3))
+        return Losses(self.weight[index] * plain, plain)
+
+
+def prediction_type(scheduler: Any) -> Prediction:
+    """What the model of that diffusers scheduler predicts; SettingError if training does not know it."""
+    config, name = scheduler.config, type(scheduler).__name__
+    told = config.get("prediction_type")
+    if name.startswith("FlowMatch") or told == "flow_prediction" or config.get("use_flow_sigmas"):
+        return "flow"
+    if told not in TARGETS:
+        raise SettingError(f"this model predicts {told!r} ({name}); training knows {', '.join(TARGETS)}")
+    if "beta_schedule" not in config:
+        raise SettingError(f"this model's {name} has no schedule of betas; training knows those and flow matching")
+    return told
+
+
+def diffusion(scheduler: Any, noise: Noise) -> Schedule:
+    """α = √ᾱ and σ = √(1 - ᾱ) (Ho et al. 2020, equation 4), told by number.
+
+    With zero terminal SNR the betas are rescaled as Lin et al. 2023 do (arXiv 2305.08891, algorithm 1).
+    """
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    rescale = noise.zero_terminal_snr or bool(scheduler.config.get("rescale_betas_zero_snr"))
+    if rescale and prediction_type(scheduler) == "epsilon":
+        raise SettingError(
+            "zero terminal SNR (noise.zero_terminal_snr, or the model's own rescale_betas_zero_snr) needs a model that predicts v: "
+            "at SNR 0 all that this one is given is epsilon, which it predicts"
+        )
+    schedule: Any = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=rescale)
+    signal: Tensor = schedule.alphas_cumprod
+    return Schedule(signal.sqrt(), (1 - signal).sqrt(), torch.arange(len(signal)))
+
+
+def flow(scheduler: Any, _: Noise) -> Schedule:
+    """α = 1 - σ with diffusers' σ, shifted as the scheduler says, told as σ times the number of timesteps.
+
+    A shift that depends on the picture's size (`use_dynamic_shifting`) is for sampling only, as in diffusers. The last
+    timestep is pure noise: its SNR is zero in any case.
+    """
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    config = scheduler.config
+    schedule: Any = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=config["num_train_timesteps"],
+        shift=config.get("shift", config.get("flow_shift", 1.0)),
+        use_dynamic_shifting=config.get("use_dynamic_shifting", False),
+    )
+    sigma = schedule.sigmas.flip(0)
+    return Schedule(1 - sigma, sigma, schedule.timesteps.flip(0))
+
+
+def min_snr(alpha: Tensor, sigma: Tensor, of_latents: Tensor, of_noise: Tensor, gamma: float) -> Tensor:
+    """Weights (S,) of Hang et al. 2023 (arXiv 2303.09556, section 3.4): min(SNR, γ) on the error in x0, whatever is predicted.
+
+    An error in the target l · x0 + n · ε is σ / (n · α - l · σ) times as large in x0, for x_t is known. For ε that gives
+    min(SNR, γ) / SNR, for v min(SNR, γ) / (SNR + 1).
+    """
+    alpha, sigma, of_latents, of_noise = (table.double() for table in (alpha, sigma, of_latents, of_noise))
+    error_in_x0 = sigma / (of_noise * alpha - of_latents * sigma)
+    return ((alpha / sigma).square().clamp_max(gamma) * error_in_x0.square()).float()
+
+
+class ByTimestep(nn.Module):
+    """The mean loss in each of `BUCKETS` equal parts of the schedule. Adding never waits for the device.
+
+    `totals` (2, BUCKETS), losses and samples, is all its state: summed over the ranks it speaks for all of them.
+    """
+
+    totals: Tensor
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.timesteps = len(objective.alpha)
+        self.register_buffer("totals", objective.alpha.new_zeros(2, BUCKETS), persistent=False)
+        part = self.bucket(torch.arange(self.timesteps, device=objective.alpha.device))
+        power = torch.stack([objective.alpha, objective.sigma]).square()
+        signal, noise = torch.zeros_like(self.totals).index_add_(1, part, power)
+        self.decibels = (10 * (signal / noise).log10()).tolist()
+        self.names = [f"{row[0]:03d}-{row[-1]:03d}" for row in ((part == number).nonzero().flatten() for number in range(BUCKETS))]
+
+    def bucket(self, index: Tensor) -> Tensor:
+        return index * BUCKETS // self.timesteps
+
+    @torch.no_grad()
+    def add(self, losses: Tensor, index: Tensor, count: Tensor) -> None:
+        """Losses and timesteps as rows (B,); count (B,) is 0 for what is no sample, else 1."""
+        self.totals.index_add_(1, self.bucket(index), torch.stack([losses * count, count]))
+
+    def read(self) -> dict[str, float]:
+        """ "loss/100-199" and so on, and "snr_db/100-199": the power of the signal over that of the noise there, in decibels."""
+        rows = zip(self.names, *self.totals.tolist(), self.decibels, strict=True)
+        seen = [(name, total / count, decibels) for name, total, count, decibels in rows if count]
+        return {f"loss/{name}": loss for name, loss, _ in seen} | {f"snr_db/{name}": decibels for name, _, decibels in seen}
+
+    def reset(self) -> None:
+        self.totals.zero_()

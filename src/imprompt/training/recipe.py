@@ -12,39 +12,98 @@ from imprompt.errors import SettingError, first_line
 from imprompt.variants import BY_NAME
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Data(Part):
-    """A folder with metadata.jsonl, a line per picture: {"file_name": "0001.png", "text": "a cat"}."""
+class Columns(Part):
+    """What the parts of a sample are called: keys of metadata.jsonl or a JSON list, columns of a Hub dataset, or file
+    endings in tar shards (several with commas). None: the format's own names."""
 
-    folder: Path
-    size: Annotated[int, Field(ge=8)] | None = None  # pixels a side; the model's own if not given
+    image: str | None = None
+    text: str | None = None
+    reference: str | None = None  # the image prompt's picture, or a list of them; the target picture itself where there is none
+
+
+class Data(Part):
+    """What is trained on. `source` is one of
+
+    a folder with metadata.jsonl     a line per picture: {"file_name": "0001.png", "text": "a cat", "reference": "0002.png"}
+    list.json                        the paper's list: [{"image_file": "0001.png", "text": "a cat"}, …]
+    shards/{0000..0099}.tar          WebDataset tar shards, local or behind a URL
+    hub:owner/name                   a dataset of the Hub, its train split; hub:owner/name:split for another
+    """
+
+    source: str
+    root: Path | None = None  # where the pictures of a JSON list are; beside the list if not given
+    columns: Columns = Columns()
+    captions: Literal["required", "optional"] = "required"  # whether a sample without a caption is a bad one
+    features: Path | None = None  # folder of encoded features: filled first if it is not, then read in place of the pictures
+    size: Annotated[int, Field(ge=8)] | None = None  # pixels a side, or of a bucket's square; the model's own if not given
+    buckets: bool = False  # keep the aspect ratio, in steps of `bucket_step`, at the area of size × size
+    bucket_step: Annotated[int, Field(ge=8)] = 64  # pixels
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0  # of a bucket
+    flip: bool = False  # mirror every other draw of a picture
     drop_text: Share = 0.05  # the paper's drops (section 4.1): each alone, and both
     drop_image: Share = 0.05
     drop_both: Share = 0.05
+    held_out: Annotated[int, Field(ge=0)] = 0  # samples kept for measuring, never trained on
+    max_bad: Share = 0.01  # of the samples; with more that cannot be read, training stops
+    workers: Annotated[int, Field(ge=0)] = 2  # processes that read ahead, in each training process
 
     @model_validator(mode="after")
-    def _drops_fit(self) -> Self:
+    def _fits(self) -> Self:
         if self.drop_text + self.drop_image + self.drop_both > 1:
-            raise ValueError("drop_text, drop_image and drop_both must not add up to more than 1")
+            total = self.drop_text + self.drop_image + self.drop_both
+            raise ValueError(f"drop_text, drop_image and drop_both add up to {total:g}: 1 at most is allowed")
         return self
 
 
 class Optimization(Part):
     """AdamW with the paper's defaults."""
 
-    steps: Annotated[int, Field(ge=1)]
-    batch_size: Annotated[int, Field(ge=1)] = 8  # over all processes
+    steps: Count
+    batch_size: Count = 8  # samples a step, over all processes and accumulated parts
+    accumulate: Count = 1  # parts that a step's batch is taken in
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # the latter needs the extra 8bit
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the machine is fast at it
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the weights' moving average; none is kept if not given
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of the frozen base; auto: bf16 where the machine is fast at it
+    checkpointing: bool = False  # compute activations again instead of keeping them: less memory, a third slower
+    compile: bool = False  # torch.compile the base: minutes at the start, faster steps
+
+
+class Noise(Part):
+    """Beyond the plain loss; what is predicted (noise, v or flow) is the base model's affair."""
+
+    min_snr: Annotated[float, Field(gt=0)] | None = None  # gamma (Hang et al. 2023, arXiv 2303.09556); 5 is usual
+    zero_terminal_snr: bool = False  # rescale the schedule (Lin et al. 2023, arXiv 2305.08891); for v prediction
+    offset: Annotated[float, Field(ge=0)] = 0.0  # strength of noise that is equal over a channel; 0.05 is usual
+
+
+class Validation(Part):
+    """A grid of pictures every `every` steps: every image prompt (row) with every text and scale (columns), from fixed noise."""
+
+    every: Count | None = None  # steps; none is made if not given
+    images: tuple[Path, ...] = ()  # image prompts; the first held-out references if not given
+    texts: tuple[str, ...] = ("",)
+    scales: tuple[float, ...] = (1.0,)
+    steps: Count = 25
+    guidance: Annotated[float, Field(ge=0)] = 7.5
+    seed: int = 0
+    clip: str | None = None  # folder or Hub id of a whole CLIP for CLIP-I and CLIP-T; else CLIP-I by the adapter's encoder
+
+
+class Logging(Part):
+    every: Count = 25  # steps
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)  # beside metrics.jsonl; wandb needs the extra of that name
 
 
 class Recipe(Part):
@@ -52,29 +111,35 @@ class Recipe(Part):
 
     model: str
     variant: str = "base"
-    tokens: Annotated[int, Field(ge=1)] | None = None  # the variant's own if not given
-    depth: Annotated[int, Field(ge=1)] | None = None  # layers of the resampler (plus)
+    tokens: Count | None = None  # the variant's own if not given
+    depth: Count | None = None  # layers of the resampler (plus)
     encoder: str | None = None  # the model's default if not given
+    start: str | None = None  # adapter to go on from: a name, file, state folder or Hub file; fresh if not given
     output: Path
     seed: int = 0
-    save_every: Annotated[int, Field(ge=1)] = 1000  # steps
-    keep: Annotated[int, Field(ge=1)] = 2  # states
+    save_every: Count = 1000  # steps
+    keep: Count = 2  # states, beside the best
     licence: str = ""
     data: Data
     optimization: Optimization
+    noise: Noise = Noise()
+    validation: Validation = Validation()
+    logging: Logging = Logging()
 
     @model_validator(mode="after")
-    def _variant_known(self) -> Self:
+    def _fits(self) -> Self:
         if self.variant not in BY_NAME:
             raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(BY_NAME)}")
         if self.depth is not None and self.variant != "plus":
             raise ValueError("depth is of the plus variant's resampler")
         if self.tokens is not None and self.variant == "full":
             raise ValueError("the full variant has one token per patch: leave tokens out")
+        if self.optimization.batch_size % self.optimization.accumulate:
+            raise ValueError(
+                f"optimization.batch_size = {self.optimization.batch_size} cannot be taken in "
+                f"{self.optimization.accumulate} equal parts (optimization.accumulate)"
+            )
         return self
-
-
-GROUPS = {"data": Data, "optimization": Optimization}
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -114,8 +179,9 @@ def _set(table: dict[str, Any], override: str) -> None:
 
 
 def _meant(loc: tuple[str | int, ...]) -> str:
-    """What an unknown key was probably meant to be; `loc` is (key,) or (group, key)."""
-    group, key = str(loc[0]), str(loc[len(loc) - 1])
-    known = (GROUPS.get(group, Recipe) if len(loc) > 1 else Recipe).model_fields
-    near = difflib.get_close_matches(key, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+    """What an unknown key was probably meant to be; `loc` is (key,) or (group, key) or longer."""
+    group: Any = Recipe
+    for name in loc[:-1]:
+        group = group.model_fields[str(name)].annotation
+    near = difflib.get_close_matches(str(loc[-1]), group.model_fields, 1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(group.model_fields)}"

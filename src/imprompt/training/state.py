@@ -1,60 +1,109 @@
-"""A training state on disk: a folder that is whole or absent, and is also a loadable adapter."""
+"""A training state on disk: a folder that is whole or absent, and is also a loadable adapter.
+
+RUN/step-0001000/adapter.safetensors   the adapter to use: of the averaged weights where a moving average is kept
+                 training.pt           what else a run needs to go on: optimizer, gradient scaler, weights not averaged
+                 state.json            the step, the recipe, the held-out loss
+RUN/latest, RUN/best                   links to the newest state and to that of the lowest held-out loss
+"""
 
 import json
-import os
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from imprompt.errors import CheckpointError, first_line
+from imprompt.errors import CheckpointError, SettingError, first_line
+from imprompt.files import flush
+from imprompt.training.recipe import Recipe
+
+# What a run keeps from its first step to its last; everything else of a recipe may change when it is resumed.
+FIXED = (
+    *("model", "variant", "tokens", "depth", "encoder", "start", "seed"),
+    *(f"data.{key}" for key in ("source", "size", "buckets", "bucket_step", "max_aspect", "held_out")),
+    *(f"optimization.{key}" for key in ("batch_size", "optimizer", "ema")),
+)
+Write = Callable[[Path], None]
 
 
-def save_state(run: Path, step: int, write_adapter: Any, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+@dataclass(frozen=True)
+class State:
+    """A state that was read."""
+
+    folder: Path
+    facts: dict[str, Any]  # state.json
+    training: dict[str, Any]  # training.pt
+
+    @property
+    def step(self) -> int:
+        return self.facts["step"]
+
+
+def save_state(run: Path, step: int, files: Mapping[str, Write], facts: dict[str, Any], keep: int) -> Path:
     """Write RUN/step-N beside, flush it to disk, rename it, point RUN/latest to it; only then drop the oldest states."""
     final, aside = run / f"step-{step:07d}", run / f".step-{step:07d}.part"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        write_adapter(aside / "adapter.safetensors")
-        torch.save(optimizer.state_dict(), aside / "optimizer.pt")
-        (aside / "state.json").write_text(json.dumps({"step": step}))
+        for name, write in files.items():
+            write(aside / name)
+        (aside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
         for path in (*aside.iterdir(), aside):
-            _flush(path)
-        if final.exists():
+            flush(path)
+        if final.exists():  # of a run that was stopped before it could point to it
             shutil.rmtree(final)
         aside.rename(final)
+        flush(run)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
         raise CheckpointError(f"cannot write {final}: {first_line(error)}; the state before it is whole") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    pointer = run / ".latest.part"
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(final.name)
-    pointer.replace(run / "latest")
-    _flush(run)
-    for old in sorted(run.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    if _better(facts.get("held_out_loss"), run / "best"):
+        _point(run / "best", final)
+    _point(run / "latest", final)
+    kept = {(run / "best").resolve()} | {path.resolve() for path in sorted(run.glob("step-*"))[-keep:]}
+    for old in run.glob("step-*"):
+        if old.resolve() not in kept:
+            shutil.rmtree(old)
     return final
 
 
-def load_state(run: Path) -> tuple[int, Path, dict[str, Any]] | None:
-    """(step, folder, optimizer state) of the latest state; None if there is none yet."""
+def load_state(run: Path, recipe: Recipe) -> State | None:
+    """The latest state of a run; None if there is none yet. SettingError, naming the keys, if another recipe began it."""
     folder = run / "latest"
     if not folder.exists():
         return None
     try:
-        step = json.loads((folder / "state.json").read_text())["step"]
-        optimizer = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        facts = json.loads((folder / "state.json").read_text())
+        training = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
+        begun = facts["recipe"]
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{folder} is damaged ({first_line(error)}); remove it and point latest to an older step") from error
-    return step, folder, optimizer
+    now = recipe.model_dump(mode="json")
+    changed = [f"{key} = {_at(begun, key)!r} (now {_at(now, key)!r})" for key in FIXED if _at(begun, key) != _at(now, key)]
+    if changed:
+        raise SettingError(f"{run} was begun with {', '.join(changed)}: give another output, or the old values")
+    return State(folder, facts, training)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _at(recipe: Mapping[str, Any], key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def _better(loss: float | None, best: Path) -> bool:
+    if loss is None or not best.exists():
+        return loss is not None
+    return loss < json.loads((best / "state.json").read_text())["held_out_loss"]
+
+
+def _point(link: Path, folder: Path) -> None:
+    aside = link.with_name(f".{link.name}.part")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(folder.name)
+    aside.replace(link)
+    flush(link.parent)

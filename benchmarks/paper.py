@@ -1,0 +1,153 @@
+"""The paper's training loop, written anew from its published scripts: the same work in each step, in the same order.
+
+https://github.com/tencent-ailab/IP-Adapter, tutorial_train.py and tutorial_train_sdxl.py. Frozen encoders run in every step
+in the low precision (SDXL's VAE in float32); the UNet's weights stay in float32 and compute under autocast; AdamW with its
+defaults; the loss is gathered and read in every step. Attention and projection are those of the authors' package
+(ip-adapter 0.1.0).
+
+Shape letters as in `imprompt.training.features`.
+"""
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import stand_ins
+from benchmarks.setting import Setting
+
+TOKENS = 4
+DROPS = 0.05  # each of image, text and both
+
+
+class PaperLoop:
+    """Steps of the paper's loop at a setting."""
+
+    def __init__(self, setting: Setting) -> None:
+        from accelerate import Accelerator
+
+        of, low = setting.stand_in, stand_ins.DTYPES[setting.precision]
+        self.setting, self.low = setting, low
+        asked = "no" if setting.precision == "fp32" else setting.precision
+        self.accelerator = Accelerator(mixed_precision=asked, cpu=setting.device == "cpu")
+        with torch.device(setting.device):
+            self.vae = stand_ins.vae(of).to(torch.float32 if of.pooled else low)
+            self.texts = [encoder.to(low) for encoder in stand_ins.text_encoders(of)]
+            self.image_encoder = stand_ins.image_encoder(of).to(low)
+            unet = stand_ins.frozen(UNet2DConditionModel(**of.base.unet))
+            model = graft(unet, of.vision["projection_dim"])
+        optimizer = torch.optim.AdamW([*model.image_proj_model.parameters(), *model.adapter_modules.parameters()], 1e-4)
+        data = DataLoader(PaperData(setting), batch_size=setting.batch, shuffle=True, drop_last=True)
+        self.model, self.optimizer, self.data = self.accelerator.prepare(model, optimizer, data)
+        self.scheduler: Any = DDPMScheduler(**stand_ins.NOISE)
+        self.batches = self._batches()
+
+    def run(self, steps: int) -> float:
+        """Take so many steps; give the last one's loss."""
+        loss = float("nan")
+        for _ in range(steps):
+            loss = self._step(next(self.batches))
+        return loss
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            yield from self.data
+
+    def _step(self, batch: dict[str, Tensor]) -> float:
+        with self.accelerator.accumulate(self.model):
+            with torch.no_grad():
+                latents = self.vae.encode(batch["pixels"].to(self.vae.dtype)).latent_dist.sample()
+                latents = (latents * self.vae.config.scaling_factor).to(self.low)
+            noise = torch.randn_like(latents)
+            t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+            noisy = self.scheduler.add_noise(latents, noise, t)
+            with torch.no_grad():
+                embeds = self.image_encoder(batch["reference"].to(self.low)).image_embeds
+            embeds = torch.stack(
+                [torch.zeros_like(one) if drop == 1 else one for one, drop in zip(embeds, batch["drop"], strict=True)]
+            )
+            text, added = self._text(batch)
+            prediction = self.model(noisy, t, text, embeds, added)
+            loss = F.mse_loss(prediction.float(), noise.float())
+            told = self.accelerator.gather(loss.repeat(self.setting.batch)).mean().item()
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return told
+
+    @torch.no_grad()
+    def _text(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """(B, T, D), and SDXL's added conditions."""
+        if len(self.texts) == 1:
+            return self.texts[0](batch["ids"])[0], None
+        outs = [encoder(batch["ids"], output_hidden_states=True) for encoder in self.texts]
+        text = torch.cat([out.hidden_states[-2] for out in outs], -1)
+        return text, {"text_embeds": outs[-1].text_embeds, "time_ids": batch["time_ids"].to(self.low)}
+
+
+class PaperModel(nn.Module):
+    """UNet, projection and attention processors in one module, as the paper's script hands them to accelerate."""
+
+    def __init__(self, unet: nn.Module, image_proj_model: nn.Module, adapter_modules: nn.ModuleList) -> None:
+        super().__init__()
+        self.unet, self.image_proj_model, self.adapter_modules = unet, image_proj_model, adapter_modules
+
+    def forward(self, noisy: Tensor, t: Tensor, text: Tensor, embeds: Tensor, added: dict[str, Tensor] | None) -> Tensor:
+        """Noisy latents, timesteps, text (B, T, D), image embeddings (B, E), SDXL's conditions -> predicted noise"""
+        together = torch.cat([text, self.image_proj_model(embeds)], 1)
+        return self.unet(noisy, t, together, added_cond_kwargs=added).sample
+
+
+def graft(unet: Any, embedding_dim: int) -> PaperModel:
+    """The authors' classes in a UNet; W'_k and W'_v start from the text's."""
+    package = paper_package()
+    processors: dict[str, nn.Module] = {}
+    for name in unet.attn_processors:
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        if name.endswith("attn1.processor"):
+            processors[name] = package.AttnProcessor()
+            continue
+        processors[name] = package.IPAttnProcessor(attention.to_k.out_features, unet.config.cross_attention_dim, num_tokens=TOKENS)
+        processors[name].load_state_dict(
+            {"to_k_ip.weight": attention.to_k.weight.detach(), "to_v_ip.weight": attention.to_v.weight.detach()}
+        )
+    unet.set_attn_processor(dict(processors))
+    projection = package.ImageProjModel(unet.config.cross_attention_dim, embedding_dim, TOKENS)
+    return PaperModel(unet, projection, nn.ModuleList(processors.values()))
+
+
+def paper_package() -> Any:
+    """The authors' module, with its kernels for PyTorch 2. It reads a name that current diffusers no longer has."""
+    with patch("diffusers.pipelines.controlnet.MultiControlNetModel", MultiControlNetModel, create=True):
+        return import_module("ip_adapter.ip_adapter")
+
+
+class PaperData(Dataset[dict[str, Tensor]]):
+    """Pictures decoded, cut and normalised, captions tokenised: what the script's workers would do is done already."""
+
+    def __init__(self, setting: Setting) -> None:
+        of, count = setting.stand_in, stand_ins.SAMPLES
+        self.pixels = torch.rand(count, 3, setting.pixels, setting.pixels) * 2 - 1
+        self.reference = torch.randn(count, 3, of.image_side, of.image_side)
+        self.ids = torch.randint(of.texts[0]["vocab_size"], (count, of.base.text_tokens))
+        self.time_ids = torch.tensor([setting.pixels, setting.pixels, 0, 0, setting.pixels, setting.pixels])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        drop = torch.rand(()).item()
+        return {
+            "pixels": self.pixels[index],
+            "reference": self.reference[index],
+            "ids": self.ids[index] * int(not DROPS <= drop < 3 * DROPS),
+            "drop": int(drop < DROPS or 2 * DROPS <= drop < 3 * DROPS),
+            "time_ids": self.time_ids,
+        }

@@ -1,0 +1,104 @@
+"""Sizes of published models, so that what depends on sizes alone needs no download: plans, checks and tests."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imprompt.errors import CheckpointError, first_line
+from imprompt.models import BIG_G, VIT_H, KnownModel, Place
+from imprompt.variants import Feature
+
+# What the configurations of the published UNets say beyond diffusers' defaults.
+SD1: dict[str, Any] = {"cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8}
+SD2 = SD1 | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+SDXL: dict[str, Any] = {
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+
+
+@dataclass(frozen=True)
+class BaseStructure:
+    """A base model's UNet as diffusers' arguments, and the sizes of what it reads."""
+
+    unet: Mapping[str, Any]
+    side: int  # pixels of the pictures that it was made for
+    unit: int = 8  # pixels a side that one latent stands for
+    text_tokens: int = 77
+
+
+@dataclass(frozen=True)
+class EncoderStructure:
+    """A CLIP vision tower: the widths of its features, and its hidden states, one a patch and one for the picture."""
+
+    pooled: int
+    penultimate: int
+    patches: int = 257
+
+    def shape(self, feature: Feature) -> tuple[int, ...]:
+        """Of a picture's feature: (E,) or (patches, E)."""
+        return {"pooled": (self.pooled,), "penultimate": (self.patches, self.penultimate)}[feature]
+
+
+@dataclass(frozen=True)
+class PublishedEncoder:
+    """`alone`: no other encoder that adapters were made for has these widths, so that they tell which it is."""
+
+    name: str
+    place: Place  # a repository that has it
+    structure: EncoderStructure
+    alone: bool = True
+
+
+BASES = {"sd15": BaseStructure(SD1, 512), "sdxl": BaseStructure(SDXL, 1024)}
+ENCODERS = (
+    # There is another for pictures of 336 px.
+    PublishedEncoder("CLIP ViT-L/14", Place("openai/clip-vit-large-patch14"), EncoderStructure(768, 1024), alone=False),
+    PublishedEncoder("OpenCLIP ViT-H/14", VIT_H, EncoderStructure(1024, 1280)),
+    PublishedEncoder("OpenCLIP ViT-bigG/14", BIG_G, EncoderStructure(1280, 1664)),
+)
+
+
+def published_encoder(feature: Feature, width: int) -> PublishedEncoder | None:
+    """The encoder whose feature is so wide."""
+    return next((row for row in ENCODERS if row.structure.shape(feature)[-1] == width), None)
+
+
+def base_structure(model: KnownModel) -> BaseStructure:
+    """Of a published model from the table, of another from its configuration files, on this disk or from the Hub."""
+    if model.name in BASES:
+        return BASES[model.name]
+    unet, vae, text = (read_config(model.base, part) for part in ("unet", "vae", "text_encoder"))
+    unit = 2 ** (len(vae["block_out_channels"]) - 1)
+    return BaseStructure(unet, (unet["sample_size"] or 64) * unit, unit, text["max_position_embeddings"])
+
+
+def encoder_structure(place: Place) -> EncoderStructure:
+    """As `base_structure`, of the image encoder there."""
+    if known := next((row for row in ENCODERS if row.place == place), None):
+        return known.structure
+    config = read_config(place)
+    config = {**config, **config.get("vision_config", {})}  # of a whole CLIP
+    patches = (config["image_size"] // config["patch_size"]) ** 2 + 1
+    return EncoderStructure(config["projection_dim"], config["hidden_size"], patches)
+
+
+def read_config(place: Place, part: str = "") -> dict[str, Any]:
+    """config.json of a model, or of a part of it; CheckpointError if there is none that can be read."""
+    source, subfolder = place.fetch_folder()
+    inner = "/".join(filter(None, (subfolder, part, "config.json")))
+    path = Path(source, inner) if Path(source).is_dir() else Place(source, inner).fetch_file()
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error

@@ -1,0 +1,223 @@
+"""Samples -> the batches that a step takes; all that is random about a showing is drawn here, from its own seed.
+
+Shape letters as in `imprompt.training.features`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from imprompt.training.buckets import Size, nearest
+from imprompt.training.examples import read_example
+from imprompt.training.features import FeatureEncoder
+from imprompt.training.order import Draw
+from imprompt.training.recipe import Data
+from imprompt.training.sources import BadSample, Source
+
+Item = dict[str, Any]
+
+
+class Reader(Protocol):
+    """Samples by number, from pictures or from encoded features."""
+
+    bucket: np.ndarray  # of every sample
+
+    @property
+    def shards(self) -> Sequence[int]:
+        """How many samples each shard holds, in order."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int, flip: bool, pick: float) -> Item:
+        """The sample, mirrored or not, with the reference that `pick` in [0, 1) chooses; BadSample."""
+        ...
+
+    def blank(self, index: int) -> Item:
+        """The same keys and shapes, holding nothing."""
+        ...
+
+
+class PictureReader:
+    """Pictures as they are, to be encoded in the step that trains on them."""
+
+    def __init__(self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int) -> None:
+        self.source, self.sizes, self.processor = source, sizes, processor
+        self.unit, self.channels = unit, channels  # pixels per latent, and C
+        self.shards = source.shards
+        self.bucket = np.zeros(len(source), int) if len(sizes) == 1 else nearest(list(map(self._size, range(len(source)))), sizes)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def read(self, index: int, flip: bool, pick: float) -> Item:
+        """ "pixels" (3, H, W) in [-1, 1], "reference" (3, S, S), "caption" and "time_ids" (6,)."""
+        example = read_example(self.source.read(index), self.sizes[self.bucket[index]], self.processor, pick)
+        pixels = example.pixels.flip(-1) if flip else example.pixels
+        return self._item(pixels, example.references[0], example.text, example.time_ids)
+
+    def blank(self, index: int) -> Item:
+        (wide, high), side = self.sizes[self.bucket[index]], self.processor.crop_size
+        reference = torch.zeros(3, side["height"], side["width"])
+        return self._item(torch.zeros(3, high, wide), reference, "", torch.zeros(6))
+
+    def _item(self, pixels: Tensor, reference: Tensor, caption: str, time_ids: Tensor) -> Item:
+        latent = (self.channels, pixels.shape[1] // self.unit, pixels.shape[2] // self.unit)
+        return {"pixels": pixels, "reference": reference, "caption": caption, "time_ids": time_ids, "latent": latent}
+
+    def _size(self, index: int) -> Size:
+        try:
+            return self.source.size(index)
+        except BadSample:  # it is named when it is read
+            return self.sizes[0]
+
+
+def dice(seed: int, draw: Draw) -> torch.Generator:
+    """The generator of one showing of a sample, whoever draws it and whenever."""
+    digest = hashlib.blake2b(f"{seed} {draw.epoch} {draw.sample}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+class Shown(Dataset[Item]):
+    """One showing of a sample: what is read of it, and what is drawn for it."""
+
+    def __init__(self, reader: Reader, data: Data, seed: int) -> None:
+        self.reader, self.data, self.seed = reader, data, seed
+
+    def __getitem__(self, draw: Draw) -> Item:
+        random = dice(self.seed, draw)
+        mirror, pick, drop, u = torch.rand(4, generator=random, dtype=torch.float64).tolist()
+        bad = None
+        try:
+            item = self.reader.read(draw.sample, self.data.flip and mirror < 0.5, pick)
+        except BadSample as error:
+            item, bad = self.reader.blank(draw.sample), error
+        shape = item.pop("latent", None) or item["mean"].shape
+        image, both, text = accumulate([self.data.drop_image, self.data.drop_both, self.data.drop_text])
+        return item | {
+            "name": self.reader.name(draw.sample),
+            "weight": float(bad is None),
+            "bad": bad,
+            "u": u,
+            "no_image": drop < both,
+            "no_text": image <= drop < text,
+            "offset": torch.randn(shape[0], 1, 1, generator=random),
+            "posterior": torch.randn(*shape, generator=random),
+            "noise": torch.randn(*shape, generator=random),
+        }
+
+
+def collate(items: Sequence[Item]) -> Item:
+    """Tensors are stacked, numbers become tensors, the rest becomes lists."""
+    return {key: _together([item[key] for item in items]) for key in items[0]}
+
+
+def _together(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return torch.tensor(values) if isinstance(values[0], (bool, float)) else values
+
+
+class Share(NamedTuple):
+    """Which part of every step's batch a process takes, and in how many parts."""
+
+    rank: int = 0
+    ranks: int = 1
+    parts: int = 1
+
+    def of(self, draws: list[Draw]) -> list[list[Draw]]:
+        size = len(draws) // (self.ranks * self.parts)
+        mine = [draws[start : start + size] for start in range(0, len(draws), size)]
+        return mine[self.rank :: self.ranks]
+
+
+def loader(shown: Shown, steps: Iterator[list[Draw]], share: Share, workers: int) -> Iterator[Item]:
+    """This process's parts of the batches, `share.parts` to a step, read ahead by `workers` processes."""
+    parts = (part for draws in steps for part in share.of(draws))
+    reading: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+    return iter(
+        DataLoader(
+            shown,
+            batch_sampler=_Once(parts),  # pyright: ignore[reportArgumentType] - it takes any iterable of lists
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            **reading,
+        )
+    )
+
+
+class _Once:
+    """A sampler that is passed through once."""
+
+    def __init__(self, parts: Iterator[list[Draw]]) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self.parts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loss takes, on the device."""
+
+    names: list[str]
+    weight: Tensor  # (B,) 0 for a sample that could not be read
+    latents: Tensor  # (B, C, h, w) scaled
+    noise: Tensor  # (B, C, h, w)
+    offset: Tensor  # (B, C, 1, 1)
+    u: Tensor  # (B,) in [0, 1): which timestep
+    image: Tensor  # image features
+    text: Tensor  # (B, T, D)
+    added: dict[str, Tensor]  # SDXL: "text_embeds" (B, P), "time_ids" (B, 6)
+
+
+Encode = Callable[[Item], Item]
+
+
+class Composer:
+    """Items -> batches on the device: pictures encoded, latents drawn from their posterior, dropped parts replaced."""
+
+    def __init__(self, nulls: dict[str, Tensor], device: torch.device, scaling: float, shift: float,
+                 encoder: FeatureEncoder | None) -> None:  # fmt: skip
+        self.nulls = {key: value.to(device).float() for key, value in nulls.items()}
+        self.device, self.scaling, self.shift, self.encoder = device, scaling, shift, encoder
+
+    def __call__(self, item: Item) -> Batch:
+        item = {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in item.items()
+        }
+        if self.encoder is not None:
+            features = {**self.encoder.latents(item["pixels"]), **self.encoder.text(item["caption"])}
+            item |= features | {"image": self.encoder.image(item["reference"])}
+        no_image, no_text = item["no_image"], item["no_text"]
+        pooled = {"text_embeds": self._dropped(item, "pooled", no_text)} if "pooled" in item else {}
+        latents = item["mean"].float() + item["spread"].float() * item["posterior"]
+        return Batch(
+            names=item["name"],
+            weight=item["weight"].float(),
+            latents=(latents - self.shift) * self.scaling,
+            noise=item["noise"],
+            offset=item["offset"],
+            u=item["u"].float(),
+            image=self._dropped(item, "image", no_image),
+            text=self._dropped(item, "text", no_text),
+            added=pooled and {**pooled, "time_ids": item["time_ids"]},
+        )
+
+    def _dropped(self, item: Item, key: str, which: Tensor) -> Tensor:
+        """The feature, and where it is dropped what stands for nothing."""
+        value = item[key].float()
+        return torch.where(which.view(-1, *[1] * (value.ndim - 1)), self.nulls[key], value)

@@ -1,0 +1,194 @@
+"""Features encoded once: a folder of tar shards, each there whole or not at all, and the reading of them.
+
+    plan.json           what the features depend on and how they are cut into shards: a folder holds those of one plan
+    nulls.safetensors   what stands in for dropped images and captions
+    shard-000012.tar    of each sample NUMBER.safetensors and NUMBER.json, as the webdataset library reads them
+    shard-000012.json   where in it each sample lies, and which are bad: a shard is there when both its files are
+    manifest.json       the plan, all shards and all bad samples: there when every shard is
+
+`imprompt.training.encoding` writes it. Shape letters as in `imprompt.training.features`; R the references of a sample.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+from imprompt.errors import SettingError, first_line
+from imprompt.training.sources import BadSample
+
+OPEN_SHARDS = 64  # files that a reading process keeps open
+
+Table = dict[str, Any]  # what a JSON file holds
+
+
+def shard_file(folder: Path, number: int, suffix: str) -> Path:
+    return folder / f"shard-{number:06d}{suffix}"
+
+
+def shard_sizes(plan: Mapping[str, Any]) -> list[int]:
+    """How many samples each shard has."""
+    samples, size = plan["samples"], plan["shard"]
+    return [min(size, samples - start) for start in range(0, samples, size)]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def facts(plan: Mapping[str, Any]) -> Table:
+    """What must be the same for features to be of use, by name."""
+    cut = {"samples": plan["samples"], "samples a shard": plan["shard"], "bad shards": [row["name"] for row in plan["bad_shards"]]}
+    return {**plan["identity"], **plan["source"], **cut}
+
+
+def refuse_others(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise SettingError, naming each difference, unless `theirs` has what `ours` has."""
+    other = [f"{key} {_short(theirs.get(key))} (this recipe: {_short(own)})" for key, own in ours.items() if theirs.get(key) != own]
+    if other:
+        raise SettingError(f"{folder} holds features of {', '.join(other)}: give another data.features folder")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def read_table(path: Path) -> Table:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path} cannot be read ({first_line(error)}): remove it and run imprompt data encode again") from error
+
+
+def read_manifest(folder: Path) -> Table:
+    if not (folder / "manifest.json").exists():
+        raise SettingError(f"{folder} does not hold all its features yet: imprompt data encode RECIPE goes on where it stopped")
+    return read_table(folder / "manifest.json")
+
+
+def verify(folder: Path) -> list[str]:
+    """One line for every file that is not what was written. Reads all of them."""
+    manifest = read_manifest(folder)
+    rows = [manifest["nulls"], *manifest["shards"], *(row["table"] for row in manifest["shards"])]
+    return [f"{folder / row['file']} {fault}" for row in rows if (fault := _fault(folder, row))]
+
+
+def _fault(folder: Path, row: Mapping[str, Any]) -> str | None:
+    path: Path = folder / row["file"]
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != row["bytes"]:
+        return f"has {size:,} bytes instead of {row['bytes']:,}"
+    return "is damaged (another sha256)" if sha256(path) != row["sha256"] else None
+
+
+def open_features(folder: Path, wanted: Mapping[str, Any]) -> "FeatureReader":
+    """The features in `folder`; SettingError if they are not all there, or others than is wanted.
+
+    wanted  any of their `facts`: `imprompt.training.features.wanted`, and `imprompt.training.encoding.origin`
+    """
+    refuse_others(folder, facts(read_manifest(folder)), wanted)
+    return FeatureReader(folder)
+
+
+class FeatureReader:
+    """Encoded samples by number: those of the source, bad ones included. Copies travel to reading processes.
+
+    shards    how many samples each shard holds
+    bucket    of every sample (samples,)
+    nulls     "image" (1, …), "text" (1, T, D), for SDXL "pooled" (1, P)
+    identity  what the features depend on: `FeatureEncoder.identity`
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """SettingError unless the folder is finished and its tables can be read."""
+        self.folder, self._plan = folder, read_manifest(folder)
+        self.identity: Table = self._plan["identity"]
+        self.shards = shard_sizes(self._plan)
+        try:
+            tables = [json.loads(shard_file(folder, number, ".json").read_bytes()) for number in range(len(self.shards))]
+            self.nulls = load_file(folder / "nulls.safetensors")
+            self.bucket = np.concatenate([table["buckets"] for table in tables])
+            self._places = np.concatenate([table["places"] for table in tables])  # (samples, 3): offset, bytes, crc32; 0: bad
+            # An array of strings is a fraction of a list's memory, and is not copied where processes fork.
+            self._names = np.concatenate([np.array(table["names"], np.dtypes.StringDType()) for table in tables])
+            self._bad = {row["sample"]: (row["why"], row["kind"]) for table in tables for row in table["bad"]}
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            raise SettingError(
+                f"{folder} is damaged ({first_line(error)}): imprompt data encode RECIPE --verify names the files"
+            ) from error
+        self._open: dict[int, _Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    def __len__(self) -> int:
+        return len(self.bucket)
+
+    def name(self, index: int) -> str:
+        return str(self._names[index])
+
+    def read(self, index: int, flip: bool, pick: float) -> dict[str, Tensor]:
+        """What training takes of a sample: "mean" and "spread" (C, h, w), mirrored or not; "image" (E,) or (patches, E) of the
+        reference that `pick` in [0, 1) chooses; "text" (T, D); for SDXL "pooled" (P,); all float16. "time_ids" (6,) float32.
+
+        BadSample if it was bad when it was encoded, or its bytes are not those that were written.
+        """
+        offset, size, checksum = self._places[index].tolist()
+        if not size:
+            raise BadSample(self.name(index), *self._bad[index])
+        number = index // self._plan["shard"]
+        try:
+            held = self._shard(number).read(offset, size)
+        except OSError as error:
+            why = f"{shard_file(self.folder, number, '.tar')} cannot be read ({first_line(error)})"
+            raise BadSample(self.name(index), why, "not readable") from error
+        if zlib.crc32(held) != checksum:
+            raise BadSample(self.name(index), f"{shard_file(self.folder, number, '.tar')} is damaged or cut short", "damaged")
+        tensors = load(held)
+        side = "_flip" if flip else ""
+        references = tensors.pop("image")
+        return {
+            "mean": tensors.pop("mean" + side),
+            "spread": tensors.pop("spread" + side),
+            "image": references[int(pick * len(references))],
+            **{key: tensors[key] for key in ("text", "pooled", "time_ids") if key in tensors},
+        }
+
+    def blank(self, index: int) -> dict[str, Tensor]:
+        """The same keys and shapes as `read` gives, all zeros."""
+        wide, high = (side // self._plan["unit"] for side in self.identity["buckets"][self.bucket[index]])
+        latent = torch.zeros(self._plan["channels"], high, wide, dtype=torch.float16)
+        rest = {key: torch.zeros_like(null[0]) for key, null in self.nulls.items()}
+        return {"mean": latent, "spread": latent, **rest, "time_ids": torch.zeros(6)}
+
+    def _shard(self, number: int) -> "_Shard":
+        if number not in self._open:
+            if len(self._open) == OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
+            self._open[number] = _Shard(os.open(shard_file(self.folder, number, ".tar"), os.O_RDONLY))
+        return self._open[number]
+
+
+class _Shard:
+    """An open file, read without a position: processes that fork may share it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)

@@ -1,0 +1,337 @@
+"""A source's samples -> the folder that `imprompt.training.cache` reads, by any number of processes.
+
+What a shard holds is a function of the plan and the shard's number alone: it is the same whoever encodes it, and however often
+encoding was stopped. Shape letters as in `imprompt.training.features`; R the references of a sample.
+"""
+
+import io
+import json
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from imprompt.errors import ImpromptError
+from imprompt.files import flush
+from imprompt.training.buckets import Size, bucket_sizes
+from imprompt.training.cache import Table, facts, read_table, refuse_others, sha256, shard_file, shard_sizes
+from imprompt.training.examples import Example, bucket_of
+from imprompt.training.features import FeatureEncoder
+from imprompt.training.recipe import Data
+from imprompt.training.sources import BadSample, Source
+
+SHARD = 256  # samples
+AT_ONCE = 16  # pictures that the models take at a time
+ASIDE = re.compile(r"\..+\.(\d+)\.part")  # of the process of that rank
+
+
+def encode(
+    folder: Path,
+    source: Source,
+    examples: Callable[[int], Example],
+    encoder: FeatureEncoder,
+    data: Data,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    on_done: Callable[[int, int], None] = lambda _done, _total: None,
+    shard: int = SHARD,
+) -> None:
+    """Make those of this process's shards that are not in `folder` yet; who sees that all are there finishes the folder.
+
+    examples  by the sample's number, or BadSample; it travels to `data.workers` reading processes
+    on_done   (samples done, samples in all) of this process
+    shard     samples of a shard
+
+    SettingError if the folder holds features of another plan; ImpromptError if it is finished and more of its samples are bad
+    than `data.max_bad` allows.
+    """
+    plan = plan_of(source, encoder, data, shard)
+    start_folder(folder, plan, encoder, rank, ranks)
+    own = {number: range(number * shard, number * shard + size) for number, size in enumerate(shard_sizes(plan))}
+    own = {number: samples for number, samples in own.items() if number % ranks == rank}
+    absent = {number: samples for number, samples in own.items() if shard_table(folder, number) is None}
+    if absent:
+        (folder / "manifest.json").unlink(missing_ok=True)
+    total = sum(map(len, own.values()))
+    done = total - sum(map(len, absent.values()))
+    on_done(done, total)
+    sizes = bucket_sizes(data, encoder.size(data))
+    batches = chain.from_iterable(batches_of(samples, source, sizes) for samples in absent.values())
+    rows = counted(rows_of(read_ahead(examples, batches, data.workers), encoder, data.flip), done, total, on_done)
+    for number, samples in absent.items():
+        names = {index: source.name(index).encode(errors="backslashreplace").decode() for index in samples}
+        write_shard(folder, number, names, islice(rows, len(samples)), rank)
+    if manifest := finish_folder(folder, plan, rank):
+        check_bad(folder, manifest, data.max_bad)
+
+
+# The folder: its plan first, its manifest last.
+
+
+def origin(data: Data) -> Table:
+    """Which samples features are of, as plain values."""
+    return data.model_dump(mode="json", include={"source", "root", "columns", "captions"})
+
+
+def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> Table:
+    return {
+        "identity": encoder.identity(data),
+        "source": origin(data),
+        "samples": len(source),
+        "shard": shard,
+        "unit": encoder.unit,
+        "channels": encoder.pipeline.vae.config.latent_channels,
+        "bad_shards": [{"name": trouble.name, "why": trouble.why, "kind": trouble.kind} for trouble in source.bad_shards],
+    }
+
+
+def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, ranks: int) -> None:
+    """Write plan and null features unless they are there; SettingError if another plan is. Remove what killed processes left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".*.part"):
+        if (left := ASIDE.fullmatch(path.name)) and int(left[1]) % ranks == rank:
+            path.unlink()
+    plan_file, nulls_file = folder / "plan.json", folder / "nulls.safetensors"
+    filled = any(folder.glob("shard-*"))
+    if plan_file.exists() or filled:  # asked in this order: another process may be starting the folder
+        refuse_others(folder, facts(read_table(plan_file)), facts(plan))
+    else:
+        write_table(plan_file, plan, rank)
+    if not nulls_file.exists():
+        with aside(nulls_file, rank) as file:
+            file.write(save(stored(encoder.nulls())))
+
+
+def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
+    """Write the manifest if every shard is there, and give it."""
+    tables = [shard_table(folder, number) for number in range(len(shard_sizes(plan)))]
+    whole = [table for table in tables if table is not None]
+    if len(whole) < len(tables):
+        return None
+    files = [described(shard_file(folder, number, ".json")) for number in range(len(tables))]
+    shards = [
+        {key: table[key] for key in ("file", "samples", "bytes", "sha256")} | {"table": file}
+        for table, file in zip(whole, files, strict=True)
+    ]
+    bad = [row for table in whole for row in table["bad"]]
+    totals = {"samples": plan["samples"], "bad": len(bad), "bytes": sum(table["bytes"] for table in whole)}
+    manifest = {**plan, "totals": totals, "nulls": described(folder / "nulls.safetensors"), "shards": shards, "bad": bad}
+    write_table(folder / "manifest.json", manifest, rank)
+    return manifest
+
+
+def check_bad(folder: Path, manifest: Table, most: float) -> None:
+    """Raise ImpromptError, with the list, if a larger share of the samples than `most` is bad, or all are."""
+    bad, samples = manifest["bad"], manifest["totals"]["samples"]
+    if len(bad) <= most * samples and len(bad) < samples:
+        return
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(row["kind"] for row in bad).most_common())
+    first = "; ".join(f"{row['name']}: {row['why']}" for row in bad[:10])
+    raise ImpromptError(
+        f"{len(bad):,} of {samples:,} samples are bad ({kinds}), more than data.max_bad = {most:g} allows; "
+        f"all of them are in {folder / 'manifest.json'}, the first: {first}"
+    )
+
+
+def described(path: Path) -> Table:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def shard_table(folder: Path, number: int) -> Table | None:
+    """The shard's table; None unless the shard is there, of its right length."""
+    try:
+        table = json.loads(shard_file(folder, number, ".json").read_bytes())
+        return table if shard_file(folder, number, ".tar").stat().st_size == table["bytes"] else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+# A shard.
+
+
+class Row(NamedTuple):
+    """A sample in its bucket: its features, or why it has none."""
+
+    sample: int
+    bucket: int
+    text: str
+    held: dict[str, Tensor] | BadSample
+
+
+def write_shard(folder: Path, number: int, names: Mapping[int, str], rows: Iterable[Row], rank: int) -> None:
+    """Write the tar, then its table. `names` are of all its samples, in order; their rows come in any order."""
+    path = shard_file(folder, number, ".tar")
+    buckets: dict[int, int] = {}
+    places: dict[int, tuple[int, int, int]] = dict.fromkeys(names, (0, 0, 0))
+    bad: dict[int, Table] = {}
+    with aside(path, rank) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for row in rows:
+            buckets[row.sample] = row.bucket
+            if isinstance(row.held, BadSample):
+                bad[row.sample] = {"sample": row.sample, "name": names[row.sample], "why": row.held.why, "kind": row.held.kind}
+            else:
+                about = {"name": names[row.sample], "text": row.text, "bucket": row.bucket}
+                tensors = save(row.held)
+                append(tar, f"{row.sample:09d}.json", json.dumps(about).encode())
+                append(tar, f"{row.sample:09d}.safetensors", tensors)
+                padded = -(-len(tensors) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                places[row.sample] = (file.tell() - padded, len(tensors), zlib.crc32(tensors))
+    table = described(path) | {
+        "samples": len(names),
+        "names": list(names.values()),
+        "buckets": [buckets[index] for index in names],
+        "places": list(places.values()),
+        "bad": [bad[index] for index in sorted(bad)],
+    }
+    write_table(shard_file(folder, number, ".json"), table, rank)
+
+
+def append(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Add a file without a time or an owner, so that the same content makes the same tar."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+@contextmanager
+def aside(path: Path, rank: int) -> Iterator[BinaryIO]:
+    """A file that takes its name when it is whole and on the disk.
+
+    Until then its name tells the process, so that what a killed one left is told from what others are writing.
+    """
+    part = path.with_name(f".{path.name}.{rank}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        flush(part)
+        part.replace(path)
+        flush(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_table(path: Path, table: Table, rank: int) -> None:
+    with aside(path, rank) as file:
+        file.write(json.dumps(table).encode())
+
+
+# Its samples.
+
+
+class Read(NamedTuple):
+    """A batch of one bucket, as a reading process hands it over: few tensors, since each crosses as an open file."""
+
+    bucket: int
+    bad: dict[int, BadSample]  # by the sample's number
+    good: list[int]
+    texts: list[str]
+    references: list[int]  # how many each good sample has
+    tensors: dict[str, Tensor]  # "pixels" (B, 3, H, W), "references" (ΣR, 3, S, S), "time_ids" (B, 6); none if all are bad
+
+
+Asked = tuple[int, list[int]]  # a bucket and samples of it
+
+
+class Reading(Dataset[Read]):
+    """What the reading processes do."""
+
+    def __init__(self, examples: Callable[[int], Example]) -> None:
+        self.examples = examples
+
+    def __getitem__(self, asked: Asked) -> Read:
+        bucket, indices = asked
+        good: dict[int, Example] = {}
+        bad: dict[int, BadSample] = {}
+        for index in indices:
+            try:
+                good[index] = self.examples(index)
+            except BadSample as error:
+                bad[index] = error
+        texts, references = [e.text for e in good.values()], [len(e.references) for e in good.values()]
+        return Read(bucket, bad, list(good), texts, references, stacked(list(good.values())))
+
+
+def stacked(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """The tensors of a `Read`."""
+    if not examples:
+        return {}
+    return {
+        "pixels": torch.stack([example.pixels for example in examples]),
+        "references": torch.cat([example.references for example in examples]),
+        "time_ids": torch.stack([example.time_ids for example in examples]),
+    }
+
+
+def batches_of(samples: Sequence[int], source: Source, sizes: Sequence[Size]) -> Iterator[Asked]:
+    """All samples of a shard, in batches of one bucket."""
+    members: dict[int, list[int]] = {}
+    for index in samples:
+        members.setdefault(bucket_of(source, index, sizes), []).append(index)
+    for bucket, own in sorted(members.items()):
+        for start in range(0, len(own), AT_ONCE):
+            yield bucket, own[start : start + AT_ONCE]
+
+
+def read_ahead(examples: Callable[[int], Example], batches: Iterator[Asked], workers: int) -> Iterator[Read]:
+    """The batches in order, read by `workers` processes while the models are busy."""
+    yield from DataLoader(
+        Reading(examples),
+        batch_size=None,
+        sampler=batches,  # pyright: ignore[reportArgumentType] - any iterable will do
+        num_workers=workers,
+        collate_fn=unchanged,  # pyright: ignore[reportArgumentType] - batches are what is asked for
+        generator=torch.Generator(),  # the shared one stays as it is
+    )
+
+
+def unchanged(read: Read) -> Read:
+    return read
+
+
+def rows_of(reads: Iterable[Read], encoder: FeatureEncoder, flip: bool) -> Iterator[Row]:
+    for read in reads:
+        for index, error in read.bad.items():
+            yield Row(index, read.bucket, "", error)
+        if read.good:
+            for index, text, features in zip(read.good, read.texts, encoded(read, encoder, flip), strict=True):
+                finite = all(tensor.isfinite().all() for tensor in features.values())
+                trouble = BadSample("", "its features are no finite numbers", "not finite")
+                yield Row(index, read.bucket, text, features if finite else trouble)
+
+
+def encoded(read: Read, encoder: FeatureEncoder, flip: bool) -> Iterator[dict[str, Tensor]]:
+    """The features of every good sample of a batch."""
+    pixels = read.tensors["pixels"]
+    parts = {**encoder.latents(pixels), **encoder.text(read.texts)}
+    if flip:
+        parts |= {f"{key}_flip": value for key, value in encoder.latents(pixels.flip(-1)).items()}
+    images = torch.cat([encoder.image(part) for part in read.tensors["references"].split(AT_ONCE)])
+    rows = {
+        **{key: value.unbind() for key, value in stored(parts).items()},
+        "image": stored({"image": images})["image"].split(read.references),
+        "time_ids": read.tensors["time_ids"].unbind(),
+    }
+    for values in zip(*rows.values(), strict=True):
+        yield dict(zip(rows, values, strict=True))
+
+
+def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.to("cpu", torch.float16).contiguous() for key, tensor in tensors.items()}
+
+
+def counted(rows: Iterable[Row], done: int, total: int, on_done: Callable[[int, int], None]) -> Iterator[Row]:
+    for row in rows:
+        done += 1
+        on_done(done, total)
+        yield row

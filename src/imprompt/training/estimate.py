@@ -1,0 +1,263 @@
+"""What a run will take, told before it starts: parameters, arithmetic, memory, time. No weights are read.
+
+What the run trains goes through one step on the meta device, where tensors have sizes and no contents.
+Shape letters as in `imprompt.training.features`.
+"""
+
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from imprompt.adapter import IPAdapter
+from imprompt.attention import family_of
+from imprompt.models import find_model
+from imprompt.structures import BaseStructure, base_structure, encoder_structure
+from imprompt.training.model import DTYPES, encoder_place, precision
+from imprompt.training.recipe import Recipe
+from imprompt.variants import variant
+
+CPU_SHARE = 0.6  # of the measured matrix rate that a whole step reaches; measured at the sizes of SD 1.5
+GPU_SHARE = 0.45  # assumed
+ADAM = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a parameter: two states, in 8 bits with a scale for every 256
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of one sample's inputs."""
+
+    latents: tuple[int, int, int]  # (C, h, w)
+    text: tuple[int, int]  # (T, D)
+    image: tuple[int, ...]  # (E,) or (patches, E)
+    pooled: int  # P; 0 where the model takes none
+
+    def encoded(self, flip: bool) -> int:
+        """Bytes of the sample's features in float16: latents as mean and spread, mirrored too with `flip`; image; text."""
+        return 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + prod(self.text) + self.pooled)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Noisy latents, timesteps, text, image features and SDXL's added conditions of `size` samples."""
+        noisy, text, image = (torch.empty(size, *shape) for shape in (self.latents, self.text, self.image))
+        added = {"text_embeds": torch.empty(size, self.pooled), "time_ids": torch.empty(size, 6)} if self.pooled else {}
+        return noisy, torch.zeros(size), text, image, added
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one process. `memory` is in bytes, by what it is for; `flops` are a sample's: forward, backward, and what
+    checkpointing computes again."""
+
+    trained: int  # parameters
+    base: int
+    flops: float
+    memory: Mapping[str, int]
+    at_once: int  # samples in memory
+    a_step: int  # samples in a step
+    steps: int
+    encoded: int | None  # bytes of a sample's features on disk; None where they are computed in every step
+    device: torch.device
+    rate: float  # of matrix products there, in FLOP/s
+
+    @property
+    def share(self) -> float:
+        return CPU_SHARE if self.device.type == "cpu" else GPU_SHARE
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.a_step * self.flops / (self.rate * self.share)
+
+
+def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estimate:
+    """What `recipe` takes on each of `processes` devices of that kind; SettingError or CheckpointError as a run would raise.
+
+    Without a table or a folder with the base model's configuration this asks the Hub for it.
+    """
+    plan, dtype = recipe.optimization, DTYPES[precision(recipe, device)]
+    structure = base_structure(find_model(recipe.model))
+    base = blank_base(structure, dtype)
+    sizes = sizes_of(recipe, base, structure)
+    adapter = blank_adapter(recipe, base, sizes)
+    if plan.checkpointing:
+        base.enable_gradient_checkpointing()
+    a_step = plan.batch_size // processes
+    at_once = a_step // plan.accumulate
+    with torch.device("meta"):
+        flops, activations = one_step(base, adapter, sizes.batch(at_once), fused=device.type != "cpu")
+    trained = sum(parameter.numel() for parameter in adapter.parameters())
+    memory = {
+        f"base weights ({str(dtype).removeprefix('torch.')})": sum(weight.nbytes for weight in base.parameters()),
+        "adapter weights (float32)": 4 * trained,
+        "gradients": 4 * trained,
+        f"{plan.optimizer} states": round(ADAM[plan.optimizer] * trained),
+        "average of the weights": 4 * trained * (plan.ema is not None),
+        f"activations of {at_once} samples": activations,
+    }
+    return Estimate(
+        trained=trained,
+        base=sum(weight.numel() for weight in base.parameters()),
+        flops=flops / at_once,
+        memory={part: size for part, size in memory.items() if size},
+        at_once=at_once,
+        a_step=a_step,
+        steps=plan.steps,
+        encoded=sizes.encoded(recipe.data.flip) if recipe.data.features else None,
+        device=device,
+        rate=matrix_rate(device, dtype),
+    )
+
+
+def blank_base(structure: BaseStructure, dtype: torch.dtype) -> Any:
+    """The base model, frozen, without contents."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with torch.device("meta"):
+        base: Any = UNet2DConditionModel.from_config(dict(structure.unet))
+    return nn.Module.to(base, dtype).train().requires_grad_(False)  # diffusers' own `to` logs a warning
+
+
+def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
+    """A new adapter of the recipe, without contents, attached."""
+    told = {key: value for key, value in (("tokens", recipe.tokens), ("depth", recipe.depth)) if value is not None}
+    with torch.device("meta"):
+        projection = variant(recipe.variant).projection(sizes.image[-1], sizes.text[-1], **told)
+        return IPAdapter.beside(base, family_of(base), projection).float().attach(base)
+
+
+def sizes_of(recipe: Recipe, base: Any, structure: BaseStructure) -> Sizes:
+    config, side = base.config, (recipe.data.size or structure.side) // structure.unit
+    image = encoder_structure(encoder_place(recipe)).shape(variant(recipe.variant).feature)
+    pooled = 0
+    if config.addition_embed_type == "text_time":  # what is added is the pooled text and six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return Sizes((config.in_channels, side, side), (structure.text_tokens, config.cross_attention_dim), image, pooled)
+
+
+def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool) -> tuple[int, int]:
+    """FLOPs of a forward and backward pass, and the most bytes that it holds beside weights and their gradients.
+
+    `fused`: attention does not keep its L×T scores. The kernel computes them again for the backward pass, which is not
+    counted: it depends on the kernel.
+    """
+    noisy, t, text, image, added = batch
+    for parameter in adapter.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    given = [weight for model in (base, adapter) for weight in model.parameters()]
+    live = LiveBytes([*given, *(weight.grad for weight in given if weight.grad is not None)])
+    counter = FlopCounterMode(
+        display=False, custom_mapping={FLASH_BACKWARD: flash_backward}
+    )
+    with counter, live, Attention(fused):
+        prompt = adapter.prompt(adapter.tokens(image))
+        prediction = base(
+            noisy.to(base.dtype),
+            t,
+            text.to(base.dtype),
+            added_cond_kwargs={key: value.to(base.dtype) for key, value in added.items()},
+            cross_attention_kwargs={"ip_hidden_states": prompt},
+        ).sample
+        loss = (prediction.float() - noisy).square().mean()
+        del prompt, prediction
+        torch.autograd.backward((loss,))  # not loss.backward(), inside which no function mode is heard
+    return counter.get_total_flops(), live.peak
+
+
+def flash_backward(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
+    """Four products of L×T×d; shapes (B, H, L, d) and (B, H, T, d)."""
+    return 4 * 2 * prod(query) * key[2]
+
+
+class Attention(TorchFunctionMode):
+    """Attention as the device computes it: by one kernel on a GPU, written out on a CPU. On the meta device torch would choose."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.attend = flash if fused else written_out
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        if func is F.scaled_dot_product_attention:
+            return self.attend(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1) @ value
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors alive beside the `given` ones, and the most there have been. Views count nothing."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in given})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self.known:
+                self.known[storage] = True
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes())
+        return out
+
+    def _change(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of matrix products on that device, measured in about so many seconds."""
+    side, wait = (1024, lambda: None) if device.type == "cpu" else (4096, torch.accelerator.synchronize)
+    left, right = torch.ones(2, side, side, dtype=dtype, device=device)
+    left @ right  # the first one sets the library up
+    wait()
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        left @ right
+        wait()
+        done += 1
+    return done * 2 * side**3 / (time.perf_counter() - start)
+
+
+def rows(found: Estimate) -> list[tuple[str, str]]:
+    """Labels and values that tell a person what a run takes."""
+    total, seconds = sum(found.memory.values()), found.seconds
+    there = ""
+    if found.device.type == "cuda":
+        there = f" of {torch.cuda.get_device_properties(found.device).total_memory / 1e9:,.1f} GB on this device"
+    encoded = "computed in every step, by models that are not counted here: data.features = FOLDER keeps them"
+    if found.encoded is not None:
+        encoded = f"{found.encoded / 1e6:,.3f} MB a sample in data.features"
+    measured = f"{found.share:.0%} of {found.rate / 1e12:,.2f} TFLOP/s in matrix products, as measured on this {device_name(found)}"
+    return [
+        ("trained parameters", f"{found.trained:,}"),
+        ("base parameters", f"{found.base:,}, frozen"),
+        ("arithmetic", f"{found.flops / 1e12:,.3f} TFLOP a sample, forward and backward"),
+        ("features", encoded),
+        ("memory", f"{total / 1e9:,.1f} GB{there}, beside what the libraries take"),
+        *((f"  {part}", f"{size / 1e9:,.2f} GB") for part, size in found.memory.items()),
+        ("step", f"{seconds:,.2f} s for {found.a_step} samples, at {measured}"),
+        ("run", f"{timedelta(seconds=round(seconds * found.steps))} for {found.steps:,} steps"),
+    ]
+
+
+def device_name(found: Estimate) -> str:
+    return torch.cuda.get_device_name(found.device) if found.device.type == "cuda" else f"{found.device.type.upper()} (assumed)"

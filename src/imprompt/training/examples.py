@@ -1,0 +1,56 @@
+"""A sample -> what the models take of it: its picture cut to a bucket, the image encoder's input, SDXL's conditions.
+
+Shape letters as in `imprompt.training.features`; H and W the bucket's height and width, R the references.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from imprompt.encoders.vision import preprocess
+from imprompt.training.buckets import Size, fit, nearest, to_pixels
+from imprompt.training.sources import BadSample, Sample, Source
+
+
+@dataclass(frozen=True)
+class Example:
+    """The mirrored example has `pixels.flip(-1)`; its references are not mirrored."""
+
+    name: str
+    pixels: Tensor  # (3, H, W) in [-1, 1]
+    references: Tensor  # (R, 3, S, S)
+    text: str
+    time_ids: Tensor  # (6,): see `imprompt.training.buckets.fit`
+
+
+def read_example(sample: Sample, bucket: Size, processor: Any, pick: float | None = None) -> Example:
+    """Open and cut a sample's pictures: all references, or the one that `pick` in [0, 1) chooses. BadSample."""
+    picture = sample.picture()
+    chosen = sample.references if pick is None else [sample.references[int(pick * len(sample.references))]]
+    references = [picture if opener is sample.picture else opener() for opener in chosen]
+    cut, time_ids = fit(picture, bucket)
+    return Example(sample.name, to_pixels(cut), preprocess(processor, references), sample.text, time_ids)
+
+
+def bucket_of(source: Source, index: int, sizes: Sequence[Size]) -> int:
+    """The number of a sample's bucket; 0 if its size cannot be read, which is told when the picture is."""
+    if len(sizes) == 1:
+        return 0
+    try:
+        return int(nearest([source.size(index)], sizes)[0])
+    except BadSample:
+        return 0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A source's samples as examples, by number. It travels to reading processes."""
+
+    source: Source
+    sizes: Sequence[Size]
+    processor: Any
+
+    def __call__(self, index: int) -> Example:
+        return read_example(self.source.read(index), self.sizes[bucket_of(self.source, index, self.sizes)], self.processor)

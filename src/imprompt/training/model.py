@@ -1,0 +1,136 @@
+"""What a run trains: a new or given adapter beside a frozen base model, and the frozen models around that.
+
+Shape letters as in `imprompt.training.features`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.adapter import IPAdapter
+from imprompt.attention import family_of
+from imprompt.checkpoint import build_adapter, read_adapter
+from imprompt.encoders.vision import given_place, open_encoder
+from imprompt.errors import MismatchError, SettingError
+from imprompt.models import Place, find_adapter, find_model, open_pipeline, part_config
+from imprompt.training.buckets import training_size
+from imprompt.training.features import TEXT, FeatureEncoder
+from imprompt.training.recipe import Recipe
+from imprompt.variants import variant
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FROZEN = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "safety_checker", "feature_extractor")
+
+
+class AdaptedModel(nn.Module):
+    """The frozen base model heard through the adapter. Only the adapter is registered: it alone is trained and saved.
+
+    The base computes in its own precision, the adapter in float32 (its resampler's values leave float16's range).
+    """
+
+    def __init__(self, base: nn.Module, adapter: IPAdapter) -> None:
+        super().__init__()
+        self.adapter = adapter.attach(base)
+        self._base = (base.requires_grad_(False),)
+
+    def forward(self, noisy: Tensor, t: Tensor, text: Tensor, image: Tensor, added: dict[str, Tensor]) -> Tensor:
+        """noisy (B, C, h, w), timesteps (B,), text (B, T, D), image features, SDXL's added conditions -> prediction (B, C, h, w)"""
+        base: Any = self._base[0]
+        with torch.autocast(noisy.device.type, enabled=False):
+            prompt = self.adapter.prompt(self.adapter.tokens(image))
+        conditions = {key: value.to(base.dtype) for key, value in added.items()}
+        return base(
+            noisy.to(base.dtype),
+            t,
+            text.to(base.dtype),
+            added_cond_kwargs=conditions or None,
+            cross_attention_kwargs={"ip_hidden_states": prompt},
+        ).sample
+
+
+def open_base(recipe: Recipe, device: torch.device, *, whole: bool) -> Any:
+    """The recipe's model as a pipeline in the precision of the run; `whole` with all that features come from."""
+    dtype = DTYPES[precision(recipe, device)]
+    pipeline = open_pipeline(find_model(recipe.model), device, dtype=dtype, without=() if whole else FROZEN)
+    if (kind := type(pipeline).__name__) not in TEXT:
+        raise SettingError(f"{recipe.model} is a {kind}; training knows {', '.join(TEXT)}")
+    return pipeline
+
+
+def open_frozen(recipe: Recipe, pipeline: Any) -> FeatureEncoder:
+    """The frozen models around the base, where the pipeline's others are."""
+    device: torch.device = pipeline.vae.device
+    dtype = pipeline.vae.dtype if device.type == "cuda" else torch.float32
+    encoder = open_encoder(encoder_place(recipe), device, dtype)
+    return FeatureEncoder(pipeline, encoder, variant(recipe.variant), recipe.model)
+
+
+def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
+    """The adapter that training starts from: `recipe.start`, or a new one. In float32, attached to nothing."""
+    family, row = family_of(base), variant(recipe.variant)
+    sites = family.sites(base)
+    if recipe.start is None:
+        token_dim = next(iter(sites.values())).to_k.in_features
+        sizes = {key: value for key, value in (("tokens", recipe.tokens), ("depth", recipe.depth)) if value is not None}
+        torch.manual_seed(recipe.seed)
+        return IPAdapter.beside(base, family, row.projection(feature_dim, token_dim, **sizes)).float()
+    file = read_adapter(find_adapter(find_model(recipe.model), recipe.start)[0])
+    if (file.variant, file.feature_dim) != (row, feature_dim):
+        raise MismatchError(
+            f"start = {recipe.start!r} is a {file.variant.name} adapter of {file.feature_dim}-wide features; "
+            f"this recipe trains a {row.name} one of {feature_dim}-wide features"
+        )
+    adapter = build_adapter(file, family)
+    adapter.check_fits(sites)
+    return adapter.float()
+
+
+def encoder_place(recipe: Recipe) -> Place:
+    """The recipe's image encoder, or that of the model's first adapter, or the one beside the model."""
+    model = find_model(recipe.model)
+    if recipe.encoder is not None:
+        return given_place(recipe.encoder)
+    if model.adapters:
+        return next(iter(model.adapters.values())).encoder
+    return model.base.inside("image_encoder")
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a recipe's pictures become, told by the model's configuration alone."""
+
+    size: int  # pixels a side
+    unit: int  # pixels a side that one latent stands for
+    channels: int  # C
+    scaling: float  # latents are (what the VAE gives - shift) · scaling
+    shift: float
+
+
+def measures(recipe: Recipe) -> Measures:
+    """SettingError if the model cannot take pictures of the recipe's size."""
+    model = find_model(recipe.model)
+    vae = part_config(model, "vae")
+    unit = 2 ** (len(vae["block_out_channels"]) - 1)
+    native = (part_config(model, "unet").get("sample_size") or 64) * unit
+    return Measures(
+        training_size(recipe.data, native, unit),
+        unit,
+        vae["latent_channels"],
+        vae.get("scaling_factor", 0.18215),
+        vae.get("shift_factor") or 0.0,
+    )
+
+
+def precision(recipe: Recipe, device: torch.device) -> str:
+    """Of the frozen base: bf16 where the machine is fast at it, if the recipe leaves it open."""
+    asked = recipe.optimization.precision
+    if asked == "fp16" and device.type == "cpu":
+        raise SettingError("optimization.precision = 'fp16' needs a GPU; on a CPU bf16 or fp32 is allowed")
+    return asked if asked != "auto" else "bf16" if bf16_is_fast() else "fp32"
+
+
+def bf16_is_fast() -> bool:
+    """On any recent GPU, and on CPUs with its instructions."""
+    return torch.cuda.is_available() or bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

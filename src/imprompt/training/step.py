@@ -1,0 +1,242 @@
+"""One optimizer step, alone or on many processes, and what is kept beside the weights that it changes.
+
+Shape letters as in `imprompt.training.features`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from imprompt.errors import ImpromptError, SettingError
+from imprompt.training.batches import Batch
+from imprompt.training.objective import ByTimestep, Losses, Objective
+from imprompt.training.recipe import Optimization
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def adamw(parameters: Any, plan: Optimization) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+
+
+def adamw_8bit(parameters: Any, plan: Optimization) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - an extra
+    except ImportError as error:
+        raise SettingError("optimization.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'imprompt[8bit]'") from error
+    return AdamW8bit(parameters, plan.learning_rate, weight_decay=plan.weight_decay)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, Optimization], torch.optim.Optimizer]] = {"adamw": adamw, "adamw8bit": adamw_8bit}
+
+# Share of the learning rate, by the share of the steps that is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _done: 1.0,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+
+
+def learning_rate(step: int, plan: Optimization) -> float:
+    """Linear warm-up, then the schedule."""
+    warm = min(1.0, (step + 1) / (plan.warmup + 1))
+    return plan.learning_rate * warm * SCHEDULES[plan.schedule](step / plan.steps)
+
+
+class Stepped(NamedTuple):
+    """A step's mean loss over all processes, and the norm of its gradient before clipping; on the device."""
+
+    loss: Tensor
+    norm: Tensor
+
+
+class Trainer:
+    """The adapted model, its objective and its optimizer.
+
+    model  an `AdaptedModel`; every process has one, and a share of each batch
+    """
+
+    def __init__(self, accelerator: Any, model: nn.Module, objective: Objective, plan: Optimization) -> None:
+        self.accelerator, self.plan, self.objective = accelerator, plan, objective.to(accelerator.device)
+        optimizer = OPTIMIZERS[plan.optimizer](model.parameters(), plan)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.by_timestep = ByTimestep(self.objective)
+        self.sums = torch.zeros(3, device=accelerator.device)  # since the last log: weighted and plain losses, samples
+        self.average = Average(self.model.parameters(), plan.ema) if plan.ema else None
+
+    def losses(self, batch: Batch, index: Tensor) -> Losses:
+        """The adapted model's loss (B,) at timesteps given as rows of the schedule (B,)."""
+        noise = self.objective.shift(batch.noise, batch.offset)
+        noisy, t, target = self.objective.corrupt(batch.latents, noise, index)
+        prediction = self.model(noisy, t, batch.text, batch.image, batch.added)
+        return self.objective.losses(prediction, target, index)
+
+    def update(self, step: int, parts: Iterable[Batch]) -> Stepped:
+        """Take step number `step` (from 0) over the parts of this process's share of the batch."""
+        loss = torch.zeros((), device=self.accelerator.device)
+        for number, batch in enumerate(parts, 1):
+            with nullcontext() if number == self.plan.accumulate else self.accelerator.no_sync(self.model):
+                loss += self._backward(batch)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.plan)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.step(self.model.parameters())
+        return Stepped(self.accelerator.reduce(loss, "mean"), norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add the gradient of one part; give its share of the step's loss. A sample that could not be read weighs nothing."""
+        index = self.objective.draw(batch.u)
+        losses = self.losses(batch, index)
+        loss = (losses.weighted * batch.weight).mean() / self.plan.accumulate
+        self.accelerator.backward(loss)
+        with torch.no_grad():
+            self.by_timestep.add(losses.plain, index, batch.weight)
+            self.sums += torch.stack(
+                [(losses.weighted * batch.weight).sum(), (losses.plain * batch.weight).sum(), batch.weight.sum()]
+            )
+        return loss.detach()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around forward passes without a backward pass, after which FSDP2 leaves the weights of all processes together."""
+        try:
+            yield
+        finally:
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()
+
+    def tell(self) -> tuple[float, float, dict[str, float]]:
+        """Mean weighted and plain loss and losses by timestep since the last time, over all processes: all must ask together."""
+        weighted, plain, samples = self.accelerator.reduce(self.sums, "sum").tolist()
+        self.by_timestep.totals.copy_(self.accelerator.reduce(self.by_timestep.totals, "sum"))
+        told = self.by_timestep.read()
+        self.by_timestep.reset()
+        self.sums.zero_()
+        return weighted / max(samples, 1), plain / max(samples, 1), told
+
+    def weights(self) -> dict[str, Tensor]:
+        """The adapter's weights as they are now, whole, on the CPU; all processes must ask together."""
+        state: Any = get_model_state_dict(self.model, options=WHOLE)
+        return {name.removeprefix("adapter."): value.clone() for name, value in state.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What else is needed to go on; all processes must ask together."""
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE),
+            "scaler": scaler.state_dict() if scaler else {},
+            **({"weights": self.weights(), "average_steps": self.average.steps} if self.average else {}),
+        }
+
+    def load(self, adapter: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Go on from a state's adapter and what `state` gave."""
+        self._load_weights(adapter)
+        if self.average:
+            self.average.start(self.model.parameters(), state["average_steps"])
+            self._load_weights(state["weights"])
+        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"], options=WHOLE)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        set_model_state_dict(self.model, {f"adapter.{name}": value for name, value in weights.items()}, options=WHOLE)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the model for a while, where an average is kept."""
+        if self.average is None:
+            yield
+            return
+        with self.average.worn_by(self.model.parameters()):
+            yield
+
+
+class Average:
+    """The exponential moving average of the weights; it follows faster in the first steps, as in diffusers and TensorFlow.
+
+    Of sharded weights every process averages its own part.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.start(parameters, 0)
+
+    def start(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
+        """Take these for the average of so many steps."""
+        self.steps, self.means = steps, [own.clone() for own in own_parts(parameters)]
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        get_ema_multi_avg_fn(decay)(self.means, own_parts(parameters), self.steps)
+
+    @contextmanager
+    def worn_by(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """The averages in place of these for a while."""
+        parts = own_parts(parameters)
+        kept = [part.clone() for part in parts]
+        try:
+            for part, mean in zip(parts, self.means, strict=True):
+                part.copy_(mean)
+            yield
+        finally:
+            for part, own in zip(parts, kept, strict=True):
+                part.copy_(own)
+
+
+def own_parts(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The weights that this process holds, sharing their memory."""
+    return [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parameters]
+
+
+class Diverged(ImpromptError):
+    """The loss or its gradient is no number any more."""
+
+
+class Sentry:
+    """Stops a run whose loss is NaN or infinite, at the step that made it so.
+
+    A GPU's numbers are looked at a step late, when they are there anyway, so that it is never waited for.
+    """
+
+    def __init__(self, gather: Callable[[list[str]], list[str]], scaled: bool) -> None:
+        """gather: this process's sample names -> all processes'. scaled: a gradient scaler deals with infinite gradients."""
+        self._gather, self._scaled = gather, scaled
+        self._pending: tuple[int, list[str], Tensor, Any] | None = None
+
+    def watch(self, step: int, names: list[str], stepped: Stepped) -> None:
+        """Look at the step before, and keep this one for later; on a CPU look at once. All processes must look together."""
+        self.check()
+        told = stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm  # NaN or infinite if either is
+        there = torch.cuda.Event() if told.is_cuda else None
+        self._pending = step, names, told.to("cpu", non_blocking=True), there
+        if there is None:
+            self.check()
+        else:
+            there.record()
+
+    def check(self) -> None:
+        """Look now."""
+        if self._pending is None:
+            return
+        (step, names, told, there), self._pending = self._pending, None
+        if there is not None:
+            there.synchronize()
+        if not math.isfinite(told.item()):
+            raise Diverged(f"the loss of step {step} is {told.item()}; its samples: {', '.join(self._gather(names))}")

@@ -1,0 +1,307 @@
+"""What the adapter makes of fixed image prompts, texts, scales and noise: a grid of pictures, and numbers to compare over steps."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor, nn
+
+from imprompt.adapter import IPAdapter
+from imprompt.encoders.vision import VisionEncoder, preprocess
+from imprompt.errors import CheckpointError, SettingError, first_line
+from imprompt.images import WHITE, grid, open_image
+from imprompt.sampling.generate import ImagePromptPipeline
+from imprompt.sampling.record import save_png
+from imprompt.sampling.settings import Settings
+from imprompt.tensorfiles import some
+from imprompt.training.objective import prediction_type
+from imprompt.training.recipe import Recipe
+from imprompt.variants import Variant
+
+PROMPTS = 4  # held-out pictures that stand in for image prompts where the recipe names none
+MADE_AT_ONCE = 4  # pictures
+CELL = (128, 512)  # least and most pixels a side of a picture in the grid
+GAP, MARGIN = 6, 12  # pixels
+INK, FAINT = (20, 20, 20), (130, 130, 130)
+TEXT_LINES = 3  # of a text above its columns
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+Scores = dict[str, float]
+
+
+@contextmanager
+def on_device(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """The modules on `device`, their floating-point tensors in `dtype`, for a while; then with their own tensors again."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    own: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor in tensors:
+            own.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else None)
+        yield
+    finally:
+        for tensor, data in reversed(own):  # one that two modules share was moved twice
+            tensor.data = data
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The modules in eval mode for a while; then every part of them in the mode that it was in."""
+    parts = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in parts:
+            part.training = False
+        yield
+    finally:
+        for part, training in parts:
+            part.training = training
+
+
+class OwnEncoder:
+    """Measures pictures by the encoder that conditions the adapter. It knows no texts, and is partial to the adapter."""
+
+    name = "clip_i (conditioning encoder)"
+    texts = None
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self.encoder, self.model = encoder, encoder.model
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pictures -> embeddings (B, E)."""
+        return self.encoder.features(pictures, "pooled")
+
+
+class Clip:
+    """Measures pictures and texts by a whole CLIP, loaded to the CPU in float32 from a folder or the Hub."""
+
+    name = "clip_i"
+
+    def __init__(self, source: str) -> None:
+        """CheckpointError if there is none."""
+        from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+        try:
+            if (kind := CLIPConfig.get_config_dict(source)[0].get("model_type", "clip")) != "clip":
+                raise ValueError(f"it holds a {kind}, not a whole CLIP")
+            loaded: Any = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            self.tokenizer: Any = CLIPTokenizer.from_pretrained(source)
+        except Exception as error:  # a folder can be wrong in any way
+            raise CheckpointError(f"validation.clip = {source!r}: no CLIP can be loaded ({first_line(error)})") from error
+        self.model, report = loaded
+        words, vocabulary = len(self.tokenizer), self.model.config.text_config.vocab_size
+        absent = [] if vocabulary // 2 < words <= vocabulary else ["the tokenizer"]  # transformers loads an empty one then
+        if missing := sorted(report["missing_keys"]) + absent:
+            raise CheckpointError(f"validation.clip = {source!r} is no whole CLIP: {some(missing, 3)} missing")
+        self.model.eval().requires_grad_(False)
+        side = self.model.config.vision_config.image_size
+        shortest: Any = {"shortest_edge": side}
+        square: Any = {"height": side, "width": side}
+        self.processor = CLIPImageProcessorPil(size=shortest, crop_size=square)
+
+    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pictures -> embeddings (B, E)."""
+        return self.model.get_image_features(preprocess(self.processor, pictures).to(self.model.device)).pooler_output
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> embeddings (B, E)."""
+        longest = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+
+
+def similarities(measure: Clip | OwnEncoder, prompts: Sequence[Image.Image], columns: Sequence[Settings],
+                 made: Sequence[Sequence[Image.Image]]) -> Scores:  # fmt: skip
+    """Mean cosines of results and their image prompts (CLIP-I) and their texts (CLIP-T), in all and by scale.
+
+    `made` holds every column's results, one per prompt. Columns without a text have no CLIP-T.
+    """
+    wanted = unit(measure.images(prompts))
+    got = torch.stack([unit(measure.images(column)) for column in made])  # (columns, prompts, E)
+    scales = [column.scale for column in columns]
+    scores = by_scale(measure.name, scales, (got @ wanted.mT).diagonal(dim1=1, dim2=2).mean(1).tolist())
+    worded = [number for number, column in enumerate(columns) if column.prompt]
+    if measure.texts is None or not worded:
+        return scores
+    said = unit(measure.texts([columns[number].prompt for number in worded]))
+    return scores | by_scale("clip_t", [scales[number] for number in worded], (got[worded] @ said[..., None]).mean((1, 2)).tolist())
+
+
+def unit(embeddings: Tensor) -> Tensor:
+    return F.normalize(embeddings.float(), dim=-1)
+
+
+def by_scale(name: str, scales: Sequence[float], values: Sequence[float]) -> Scores:
+    """The columns' mean, and where there are several scales, that of each."""
+    groups: dict[float, list[float]] = {}
+    for scale, value in zip(scales, values, strict=True):
+        groups.setdefault(scale, []).append(value)
+    each = {f"{name} at scale {scale:g}": sum(group) / len(group) for scale, group in groups.items()}
+    return {name: sum(values) / len(values)} | (each if len(each) > 1 else {})
+
+
+class Validator:
+    """Makes the recipe's grid with the adapter as it is, beside the training that uses the same models.
+
+    The models that only validation needs may rest on the CPU: while a grid is made they are on the base model's device,
+    the pipeline's in its precision. Modes, weights, processors, scheduler and random state are afterwards as they were.
+    """
+
+    def __init__(self, recipe: Recipe, pipeline: Any, encoder: VisionEncoder, variant: Variant, adapter: IPAdapter,
+                 held_out: Iterable[Image.Image] = ()) -> None:  # fmt: skip
+        """`adapter` must be attached to `pipeline.unet`. `held_out`: pictures to prompt with where the recipe names none.
+
+        All that the recipe asks is checked here: SettingError, ImageError or CheckpointError.
+        """
+        plan, side, training = recipe.validation, recipe.data.size, recipe.optimization
+        self.folder = recipe.output / "validation"
+        self.prompts = [open_image(path) for path in plan.images] or list(islice(held_out, PROMPTS))
+        if not self.prompts:
+            raise SettingError("validation has no image prompts: name pictures in validation.images, or set data.held_out")
+        own = copy.copy(pipeline)  # the same models, with a scheduler of its own
+        own.scheduler = sampling_scheduler(pipeline.scheduler, recipe.noise.zero_terminal_snr)
+        self.pipe = ImagePromptPipeline(own, adapter, encoder, variant)
+        common = {"steps": plan.steps, "guidance": plan.guidance, "seed": plan.seed, "width": side, "height": side}
+        self.columns = [Settings.check(prompt=text, scale=scale, **common) for text in plan.texts for scale in plan.scales]
+        for column in self.columns:
+            self.pipe.resolve(column)
+        self.measure = Clip(plan.clip) if plan.clip else OwnEncoder(encoder)
+        self.at_once = min(MADE_AT_ONCE, training.batch_size // training.accumulate)  # where training fits, so does this
+        self.compiled = training.compile
+
+    def grid(self, step: int) -> tuple[Path, Scores]:
+        """Make RUN/validation/step-N.png: a row per image prompt, a column per text and scale; row i from noise of seed + i."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._models_ready():
+            asked = [column.model_dump(exclude_unset=True) for column in self.columns]
+            made = [self.pipe(self.prompts, batch_size=self.at_once, **settings).images for settings in asked]
+            scores = similarities(self.measure, self.prompts, self.columns, made)
+        return save_png(sheet(self.prompts, self.columns, made, step), self.folder / f"step-{step:07d}.png"), scores
+
+    @contextmanager
+    def _models_ready(self) -> Iterator[None]:
+        base = self.pipe.pipeline.unet
+        parts = [part for part in self.pipe.pipeline.components.values() if isinstance(part, nn.Module) and part is not base]
+        measuring = [self.pipe.encoder.model, self.measure.model]
+        # Other batch sizes than training's would be compiled anew, for minutes.
+        stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with (
+            stance,
+            torch.no_grad(),
+            evaluating([base, self.pipe.adapter, *parts, *measuring]),
+            on_device(parts, base.device, base.dtype),
+            on_device(measuring, base.device),
+        ):
+            yield
+
+
+def sampling_scheduler(scheduler: Any, zero_terminal_snr: bool) -> Any:
+    """A fresh scheduler like the pipeline's; after training down to no signal, DDIM that starts there (arXiv 2305.08891)."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    if zero_terminal_snr and prediction_type(scheduler) == "v_prediction":
+        return DDIMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return type(scheduler).from_config(scheduler.config)
+
+
+def sheet(prompts: Sequence[Image.Image], columns: Sequence[Settings], made: Sequence[Sequence[Image.Image]],
+          step: int) -> Image.Image:  # fmt: skip
+    """The pictures in a grid: image prompts in the first column, then the columns `made` under their text and scale."""
+    size = cell_size(made[0][0].size)
+    shown = [ImageOps.pad(prompt, made[0][0].size, Image.Resampling.LANCZOS, color=WHITE) for prompt in prompts]
+    cells = [resized(picture, size) for row in zip(shown, *made, strict=True) for picture in row]
+    body = grid(cells, 1 + len(columns), GAP)
+    font: Any = ImageFont.load_default(max(12, size[0] // 18))
+    line = round(1.3 * font.size)
+    spans = [(text, len(list(group))) for text, group in groupby(column.prompt for column in columns)]
+    captions = [wrapped(text or "no text", count * (size[0] + GAP) - 2 * GAP, font) for text, count in spans]
+    high = (max(map(len, captions)) + 1) * line + 3 * GAP
+    canvas = Image.new("RGB", (body.width + 2 * MARGIN, body.height + high + 2 * MARGIN), WHITE)
+    canvas.paste(body, (MARGIN, MARGIN + high))
+    draw = ImageDraw.Draw(canvas)
+    lefts = [MARGIN + number * (size[0] + GAP) for number in range(len(columns) + 1)]
+    scales_at = MARGIN + high - GAP - line
+    draw.text((lefts[0], MARGIN), f"step {step}", FAINT, font)
+    draw.text((lefts[0], scales_at), "image prompt", INK, font)
+    for left, column in zip(lefts[1:], columns, strict=True):
+        draw.text((left, scales_at), f"scale {column.scale:g}", FAINT, font)
+    first = 1
+    for (text, count), lines in zip(spans, captions, strict=True):
+        left, rule = lefts[first], scales_at - GAP
+        draw.multiline_text(
+            (left, rule - GAP - len(lines) * line), "\n".join(lines), INK if text else FAINT, font, spacing=line // 4
+        )
+        draw.line((left, rule, left + count * (size[0] + GAP) - GAP, rule), FAINT)  # over all columns of the text
+        first += count
+    return canvas
+
+
+def cell_size(size: tuple[int, int]) -> tuple[int, int]:
+    """A picture's size in the grid: whole multiples of small ones, so that no pixel is invented; large ones shrunk."""
+    least, most = CELL
+    factor = max(1, -(-least // max(size))) if max(size) <= most else most / max(size)
+    return round(size[0] * factor), round(size[1] * factor)
+
+
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture.resize(size, Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST)
+
+
+def wrapped(text: str, width: int, font: Any) -> list[str]:
+    """The text in lines of at most `width` pixels; what is beyond TEXT_LINES is left out."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > TEXT_LINES:
+        lines[TEXT_LINES - 1 :] = [f"{lines[TEXT_LINES - 1]} …"]
+    return [shortened(line, width, font) for line in lines]
+
+
+def shortened(line: str, width: int, font: Any) -> str:
+    """The line, with an ellipsis in place of what does not fit."""
+    if font.getlength(line) <= width:
+        return line
+    line = line.removesuffix("…").rstrip()
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"
+
+
+Losses = Callable[[Any, Tensor], Tensor]  # (batch, u (B,)) -> plain losses of its samples; those that cannot be read left out
+
+
+@torch.no_grad()
+def held_out_loss(batches: Iterable[tuple[Tensor, Any]], losses: Losses, draws: int = 4,
+                  together: Callable[[Tensor], Tensor] = lambda sums: sums) -> float:  # fmt: skip
+    """Mean plain loss over held-out samples, each at `draws` fixed places of the noise schedule: comparable over steps.
+
+    batches   (numbers (B,) of the samples among the held-out ones, what `losses` takes); its noise must be fixed too
+    losses    u in [0, 1) says which timestep, as in training
+    together  sums a tensor over processes, each of which has its own batches; NaN if none has a sample
+    """
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses, and how many
+    for numbers, batch in batches:
+        for u in places(numbers, draws).unbind(1):
+            each = losses(batch, u).double().cpu()
+            sums += torch.stack([each.sum(), each.new_tensor(len(each))])
+    total, count = together(sums).tolist()
+    return total / count if count else math.nan
+
+
+def places(numbers: Tensor, draws: int) -> Tensor:
+    """Sample numbers (B,) -> u (B, draws) in [0, 1): one in each of `draws` equal parts of the schedule.
+
+    Within the parts, multiples of the golden ratio spread any run of samples evenly, however many there are.
+    """
+    within = (numbers.double().cpu() * GOLDEN + 0.5) % 1
+    return (within[:, None] + torch.arange(draws, dtype=torch.float64)) / draws

@@ -1,0 +1,366 @@
+"""What a run tells while it goes: the numbers of every logged step in a file, on trackers' pages and in the terminal."""
+
+import json
+import math
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from imprompt.errors import ImpromptError, SettingError, first_line
+from imprompt.files import written_whole
+from imprompt.training.recipe import Recipe
+from imprompt.training.sources import BadSample
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GB = 1e9
+SHOWN_BAD = 10  # bad samples with a line of their own in the terminal; all are counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """A logged step. Losses are means over the steps since the row before; times are of those steps."""
+
+    step: int
+    epoch: float
+    loss: float  # what is minimised: weighted, where the recipe weights
+    plain_loss: float  # without weights
+    grad_norm: float  # before clipping
+    learning_rate: float
+    samples_per_second: float  # over all processes
+    step_seconds: float
+    data_wait: float  # share of the time
+    peak_memory_gb: float  # since the start
+    bad: int  # samples that could not be read, so far
+    by_timestep: dict[str, float] = field(default_factory=dict)  # by bucket, such as "loss/100-199"
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers by the names that trackers show them under: "train/loss", and those by timestep."""
+        own = {f"train/{name}": value for name, value in asdict(self).items() if name not in ("step", "by_timestep")}
+        return own | self.by_timestep
+
+
+class Metrics:
+    """RUN/metrics.jsonl: a JSON object with its "step" per line. Only the main process writes it."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "metrics.jsonl"
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a line. Numbers keep all their digits; those that JSON does not know (NaN, infinity) become null."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+        except OSError as error:
+            raise ImpromptError(f"cannot write {self.path}: {first_line(error)}") from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """The whole rows, without a last line that a kill has torn."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        return [row for line in text.split("\n") if (row := whole(line)) is not None]
+
+    def cut(self, step: int) -> None:
+        """Keep the rows up to `step`: what the run wrote after its latest state it will write again."""
+        if not self.path.exists():
+            return
+        kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
+        try:
+            with written_whole(self.path) as aside:
+                aside.write_text("".join(kept), encoding="utf-8")
+        except OSError as error:
+            raise ImpromptError(f"cannot write {self.path}: {first_line(error)}") from error
+
+
+def plain(value: Any) -> Any:
+    """What JSON can say: tensors and NumPy's numbers as floats, None where a number is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return number if math.isfinite(number := float(value)) else None
+
+
+def whole(line: str) -> dict[str, Any] | None:
+    """The row on a line of metrics.jsonl; None for a part of one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+class Pace(NamedTuple):
+    """How fast an interval's steps went; the names are those of `Row`."""
+
+    samples_per_second: float
+    step_seconds: float
+    data_wait: float
+
+
+class Clock:
+    """Times steps by the wall, over whole logging intervals, so that a GPU is never waited for on account of it.
+
+    `now` gives seconds. What runs in `paused()` (saving, validating) counts for no step.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._waited, self._paused = self._now(), 0.0, 0.0
+        self._steps = self._samples = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for data."""
+        began = self._now()
+        yield
+        self._waited += self._now() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training."""
+        began = self._now()
+        yield
+        self._paused += self._now() - began
+
+    def step(self, samples: int) -> None:
+        """A step over `samples`, of all processes, is done."""
+        self._steps += 1
+        self._samples += samples
+
+    def lap(self) -> Pace:
+        """The pace of the steps since the last lap, one at least."""
+        seconds = max(self._now() - self._began - self._paused, 1e-9)
+        pace = Pace(self._samples / seconds, seconds / self._steps, self._waited / seconds)
+        self._restart()
+        return pace
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held at once: PyTorch's on a CUDA device, else the resident set, in 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GB
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes; getrusage counts in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
+
+
+class Tracker(Protocol):
+    """A page with curves and pictures. Only the main process has one."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def log_image(self, name: str, picture: Image.Image, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard. What an earlier part of the run wrote after step `start` is hidden there."""
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=start + 1 if start else 0)
+        if not start:
+            self._writer.add_text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```", 0)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a kill loses nothing that is on disk
+
+    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+        self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, gone on with at resume. It ignores steps that it has seen, so none is doubled."""
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        import wandb  # pyright: ignore[reportMissingImports] - an extra
+
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        mark = recipe.output / "wandb-id"
+        if not start or not mark.exists():
+            mark.write_text(secrets.token_hex(8))
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project="imprompt",
+            name=recipe.output.name,
+            dir=str(recipe.output),
+            id=mark.read_text(),
+            resume="allow",
+            config=recipe.model_dump(mode="json"),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+        self._run.log({name: self._image(picture)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+# Name in recipes -> the tracker, and the extra that brings what it needs.
+TRACKERS: dict[str, tuple[Callable[[Recipe, int], Tracker], str]] = {
+    "tensorboard": (TensorBoard, "train"),
+    "wandb": (WandB, "wandb"),
+}
+
+
+def open_trackers(recipe: Recipe, start: int, warn: Callable[[str], None]) -> list[Tracker]:
+    """The recipe's trackers, for a run that goes on after step `start`. One that is not installed is left out with a warning.
+
+    Raises SettingError if one cannot start, as W&B without a login.
+    """
+    trackers = []
+    for name in recipe.logging.to:
+        make, extra = TRACKERS[name]
+        try:
+            trackers.append(make(recipe, start))
+        except ImportError:
+            warn(f"{name} is not installed, so nothing is logged to it; pip install 'imprompt[{extra}]' brings it")
+        except Exception as error:  # another library's, of any kind
+            raise SettingError(
+                f"{name} cannot be started ({first_line(error)}); mend that, or leave it out of logging.to"
+            ) from error
+    return trackers
+
+
+class Watcher:
+    """What the loop tells as it goes; this one is silent."""
+
+    def encoded(self, done: int, total: int) -> None:
+        """So many samples' features are encoded."""
+
+    def advanced(self, step: int) -> None:
+        """A step is done (on a GPU: on its way)."""
+
+    def stepped(self, row: Row) -> None:
+        """A step was logged."""
+
+    def saved(self, folder: Path) -> None:
+        """A state was written."""
+
+    def validated(self, path: Path, scores: Mapping[str, float]) -> None:
+        """A grid of pictures was made and measured."""
+
+    def bad(self, sample: BadSample) -> None:
+        """A sample could not be used."""
+
+    def warned(self, line: str) -> None:
+        """Something is not as the user may think."""
+
+
+class ProgressWatcher(Watcher):
+    """Progress in a terminal: a bar above a line of numbers. Plain lines where the output is no terminal.
+
+    >>> with ProgressWatcher(steps=1000) as watcher:
+    ...     train(recipe, watcher)
+    """
+
+    def __init__(self, steps: int, console: "Console | None" = None) -> None:
+        from rich.console import Console
+
+        self.steps = steps
+        self.console = console or Console()
+        self._progress = bars(self.console)
+        self._encoding = self._progress.add_task("encoding", total=None, visible=False)
+        self._training = self._progress.add_task("training", total=steps, visible=False)
+        self._tenths = self._bad = 0
+
+    def __enter__(self) -> Self:
+        if self.console.is_interactive:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_interactive:
+            self._progress.stop()
+
+    def encoded(self, done: int, total: int) -> None:
+        self._progress.update(self._encoding, completed=done, total=total, visible=done < total)
+        tenths = 10 * done // total
+        if not self.console.is_interactive and tenths > self._tenths:
+            self._say(f"encoded {done} of {total}")
+        self._tenths = tenths
+
+    def advanced(self, step: int) -> None:
+        self._progress.update(self._training, completed=step, visible=True)
+
+    def stepped(self, row: Row) -> None:
+        self.advanced(row.step)
+        self._progress.update(self._training, numbers=numbers(row, self.steps))
+        if not self.console.is_interactive:
+            self._say(f"step {row.step} of {self.steps}  {numbers(row, self.steps)}")
+
+    def saved(self, folder: Path) -> None:
+        self._say(f"saved {folder}")
+
+    def validated(self, path: Path, scores: Mapping[str, float]) -> None:
+        self._say("  ".join([f"validated {path}", *(f"{name} {value:.4f}" for name, value in scores.items())]))
+
+    def bad(self, sample: BadSample) -> None:
+        self._bad += 1
+        if self._bad <= SHOWN_BAD:
+            self._say(f"bad sample {sample}" + ("; further ones are only counted" if self._bad == SHOWN_BAD else ""))
+
+    def warned(self, line: str) -> None:
+        self._say(f"warning: {line}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def bars(console: "Console") -> Any:
+    """rich's progress, with the task's numbers on a line of their own: they do not fit beside a bar."""
+    from rich.console import RenderableType
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.text import Text
+
+    class TwoLines(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table([task for task in self.tasks if task.visible])
+            for task in self.tasks:
+                if task.visible and "numbers" in task.fields:
+                    yield Text(task.fields["numbers"], style="cyan")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    return TwoLines(*columns, console=console)
+
+
+def numbers(row: Row, steps: int) -> str:
+    """A row in a line, for a person; the time that is left is that of the steps alone."""
+    left = timedelta(seconds=round((steps - row.step) * row.step_seconds))
+    seconds, rate = row.step_seconds, row.samples_per_second
+    parts = [
+        f"loss {row.loss:.4f}",
+        f"{rate:,.0f} samples/s" if rate >= 10 else f"{rate:.2f} samples/s",
+        f"{seconds:.2f} s/step" if seconds >= 1 else f"{1000 * seconds:.0f} ms/step",
+        f"data wait {row.data_wait:.0%}",
+        f"{row.peak_memory_gb:.1f} GB",
+        f"{left} left",
+    ]
+    return "  ".join(parts + ([f"{row.bad} bad"] if row.bad else []))

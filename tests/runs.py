@@ -1,0 +1,63 @@
+"""Small training runs: sets of a few pictures, tiny models saved as folders, and what a run leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from imprompt.checkpoint import read_adapter
+from imprompt.training.recipe import Recipe
+from imprompt.training.watch import Metrics
+from tests.tiny import PIPELINES
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange")
+
+
+def picture_folder(folder: Path) -> Path:
+    """Seven pictures of different shapes, and their captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, colour in enumerate(COLOURS):
+        picture = Image.new("RGB", (80 + 16 * (number % 3), 64), colour)
+        ImageDraw.Draw(picture).rectangle((20, 20, 40, 50), fill=COLOURS[number - 1])
+        picture.save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a {colour} picture"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def saved_pipeline(folder: Path, base: str) -> Path:
+    """A tiny model of that structure, with its image encoder, as a user's folder."""
+    pipeline = PIPELINES[base]()
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def recipe(source: Path | str, output: Path, steps: int = 6, **changes: Any) -> Recipe:
+    """A run of the packaged model that logs every step. `changes` are keys of the recipe, groups merged."""
+    values: dict[str, Any] = {
+        "model": "emoji",
+        "output": output,
+        "save_every": 2,
+        "data": {"source": str(source), "drop_text": 0.2, "drop_image": 0.2, "drop_both": 0.2, "workers": 0},
+        # One precision for all tests: accelerate keeps one state per process.
+        "optimization": {"steps": steps, "batch_size": 3, "learning_rate": 1e-3, "precision": "fp32"},
+        "logging": {"every": 1, "to": []},
+    }
+    for key, change in changes.items():
+        values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
+    return Recipe.model_validate(values)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in Metrics(run).read() if "loss" in row]
+
+
+def tensors(folder: Path) -> list[Tensor]:
+    return read_adapter(folder).tensors
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
