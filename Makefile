@@ -1,14 +1,20 @@
 # make demo   install what is missing, then make four pictures from one image prompt
 # make test   install what is missing, then run the fast tests
+# make world  make the packaged model from nothing (hours); BUDGET=gpu for the larger one
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
-.PHONY: demo test test-slow lint types check clean
+BUDGET ?= cpu
+
+.PHONY: demo world test test-slow lint types check clean
 
 demo: $(INSTALLED)
 	$(BIN)/imprompt demo
+
+world: $(DEV_INSTALLED)
+	$(BIN)/python -m worlds.emoji all --budget $(BUDGET)
 
 test: $(DEV_INSTALLED)
 	$(BIN)/python -m pytest
@@ -37,7 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
 	touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev --group world
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train]' --group dev --group world
 	touch $@
 
 clean:

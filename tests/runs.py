@@ -60,4 +60,4 @@ def tensors(folder: Path) -> list[Tensor]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")

@@ -146,7 +146,7 @@ def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert table["smaller than 64"] == "17"
     assert table["duplicate pictures"] == "0"
     assert table["short side below 64"] == "17"
-    assert f"{tmp_path}/0003.png: the picture is empty" in [line.strip() for line in lines]
+    assert f"{tmp_path}/0003.png: the file is empty" in [line.strip() for line in lines]
 
 
 def test_a_fine_set_is_exit_code_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -381,7 +381,8 @@ def test_a_shard_that_is_none_is_named_and_left_out(tmp_path: Path) -> None:
     write_tar(tmp_path / "0004.tar", [])
     with tarfile.open(tmp_path / "0005.tar", "w:gz") as tar:
         tar.add(tmp_path / "0000.tar", "a.txt")
-    source = open_source(Data(source=str(tmp_path / "{0000..0005}.tar")))
+    (tmp_path / "0006.tar").mkdir()
+    source = open_source(Data(source=f"file://{tmp_path}/{{0000..0006}}.tar"))
     holds(source, made[:2])
     assert [(Path(bad.name).name, bad.kind) for bad in source.bad_shards] == [
         ("0001.tar", "no tar"),
@@ -389,6 +390,7 @@ def test_a_shard_that_is_none_is_named_and_left_out(tmp_path: Path) -> None:
         ("0003.tar", "no tar"),
         ("0004.tar", "empty"),
         ("0005.tar", "no tar"),
+        ("0006.tar", "not readable"),
     ]
 
 
@@ -398,6 +400,12 @@ def test_a_shard_of_something_else(tmp_path: Path) -> None:
     for index in (0, 1):
         with pytest.raises(BadSample, match=r"holds no picture, only npy, txt; data\.columns\.image names the ending"):
             source.read(index)
+
+
+def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("0000.png", png(noise_picture(0))), ("0000.txt", "é".encode("latin-1"))])
+    with pytest.raises(BadSample, match="the txt is no UTF-8 text"):
+        open_source(Data(source=str(tmp_path / "a.tar"))).read(0)
 
 
 def test_endings_may_be_called_otherwise(tmp_path: Path) -> None:
@@ -453,13 +461,15 @@ def test_damaged_headers_never_escape_as_another_error(tmp_path: Path) -> None:
                 assert "\n" not in str(error)  # noqa: PT017 - either is right
 
 
-def test_a_member_of_negative_size_ends_the_shard(tmp_path: Path) -> None:
-    """Which would lead the standard library round in a circle."""
+@pytest.mark.parametrize("size", [-512, -(10**9), 2**80])
+def test_a_member_of_impossible_size_ends_the_shard(size: int, tmp_path: Path) -> None:
+    """A negative one would lead the standard library round in a circle."""
     made = items(2)
     write_tar(tmp_path / "a.tar", [file for item in made for file in members(item)])
     data, start = bytearray((tmp_path / "a.tar").read_bytes()), TarIndex(tmp_path / "a.tar").members(1)["png"][0]
     header = data[start - 512 : start]
-    header[124:136] = b"\xff" * 8 + (-512 & 0xFFFFFFFF).to_bytes(4, "big")
+    header[124:136] = size.to_bytes(12, "big", signed=True)
+    header[124] |= 0x80  # the mark of a size that is not in octal digits
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     data[start - 512 : start] = header
@@ -547,5 +557,5 @@ def test_shards_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_make_list_needs_its_root(tmp_path: Path) -> None:
     data = make_list(tmp_path, 2)
-    with pytest.raises(BadSample, match=r"0000.png: the picture does not exist"):
+    with pytest.raises(BadSample, match=r"0000.png: the file does not exist"):
         open_source(data.model_copy(update={"root": None})).read(0)

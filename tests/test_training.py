@@ -189,7 +189,7 @@ def test_the_best_state_is_kept(folder: Path, tmp_path: Path) -> None:
     measured = iter([3.0, 1.0, 2.0, 4.0])
 
     class Told(loop.Run):
-        def _held_out_loss(self) -> float:
+        def held_out_loss(self) -> float:
             return next(measured)
 
     Told(recipe(folder, tmp_path, 8, keep=1, data={"held_out": 2}), Watcher()).go()
@@ -204,7 +204,7 @@ def test_held_out_samples_are_never_trained_on(folder: Path, tmp_path: Path) -> 
     shown = {name for _ in range(10) for name in next(items)["name"]}
     kept = {run.supply.reader.name(int(index)) for index in run.supply.held_out}
     assert (len(shown), len(kept), shown & kept) == (4, 3, set())
-    assert run._held_out_loss() == run._held_out_loss()
+    assert run.held_out_loss() == run.held_out_loss()
 
 
 def test_a_diverged_run_stops_with_step_samples_and_state(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

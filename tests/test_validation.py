@@ -1,7 +1,7 @@
 """Validation beside training: it shows and measures what the adapter does, and leaves no trace in what is trained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ from tests.tiny import PIPELINES, noise, noise_inputs, pictures, seeded, smalles
 
 CPU = torch.device("cpu")
 SCALES = (0.5, 1.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Operators this small only wait for their threads, for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def recipe(run: Path, optimization: dict[str, Any] | None = None, size: int | None = 16, **validation: Any) -> Recipe:

@@ -19,9 +19,12 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "assemble": ("assemble", "assemble", 0),
     "scenes": ("assemble", "scenes", 0),
     "adapters": ("assemble", "adapters", 0),
+    "reproduce": ("reproduce", "reproduce", 0),
     "ship": ("assemble", "ship", 0),
     "evaluate": ("evaluate", "evaluate", 0),
 }
+
+ALL = [name for name in STAGES if name != "reproduce"]  # that compares with what shipped before
 
 
 def main() -> None:
@@ -36,7 +39,7 @@ def main() -> None:
         dist.init_process_group("gloo")
     world = World(args.budget, args.folder or Path("runs") / f"emoji-{args.budget}")
     world.folder.mkdir(parents=True, exist_ok=True)
-    for name in STAGES if args.stage == "all" else (args.stage,):
+    for name in ALL if args.stage == "all" else (args.stage,):
         module, function, apart = STAGES[name]
         stage = getattr(import_module(f".{module}", __package__), function)
         stage(replace(world, seed=world.seed + apart))

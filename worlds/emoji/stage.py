@@ -1,6 +1,5 @@
 """What every stage of the world's training shares: a budget, a place, a resumable loop."""
 
-import os
 import time
 import tomllib
 from collections.abc import Callable

@@ -157,9 +157,7 @@ def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool)
         parameter.grad = torch.empty_like(parameter)
     given = [weight for model in (base, adapter) for weight in model.parameters()]
     live = LiveBytes([*given, *(weight.grad for weight in given if weight.grad is not None)])
-    counter = FlopCounterMode(
-        display=False, custom_mapping={FLASH_BACKWARD: flash_backward}
-    )
+    counter = FlopCounterMode(display=False, custom_mapping={FLASH_BACKWARD: flash_backward})
     with counter, live, Attention(fused):
         prompt = adapter.prompt(adapter.tokens(image))
         prediction = base(
@@ -187,7 +185,7 @@ class Attention(TorchFunctionMode):
         super().__init__()
         self.attend = flash if fused else written_out
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return self.attend(*args[:3])
         return func(*args, **(kwargs or {}))

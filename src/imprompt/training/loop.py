@@ -1,5 +1,6 @@
 """The training run: one for all variants and families, alone or on many processes (`accelerate launch`, `torchrun`)."""
 
+import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
@@ -8,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
 from imprompt.checkpoint import Origin, load_adapter, save_adapter
-from imprompt.errors import ImpromptError, first_line
+from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.files import check_folder
 from imprompt.training.batches import Batch, Composer, Share
 from imprompt.training.features import FeatureEncoder
@@ -60,6 +62,7 @@ class Run:
 
         self.recipe, self.watcher = recipe, watcher
         check_folder(recipe.output)
+        self.lock = claimed(recipe.output) if not int(os.environ.get("RANK", "0")) else None
         measured = measures(recipe)
         if not have_features(recipe):
             open_source(recipe.data)  # what is wrong with it is told before the models are loaded
@@ -95,7 +98,8 @@ class Run:
             licence=recipe.licence,
         )
         self.validator = self._validator(pipeline, frozen)
-        self.metrics, self.trackers = Metrics(recipe.output), []
+        self.metrics = Metrics(recipe.output)
+        self.trackers: list[Tracker] = []
         self.bad = Bad(recipe.output, recipe.data.max_bad, len(reader))
 
     def _share(self) -> Share:
@@ -152,7 +156,7 @@ class Run:
         done = self._resume()
         if self.main:
             self.metrics.cut(done)
-            self.trackers: list[Tracker] = open_trackers(recipe, done, self.watcher.warned)
+            self.trackers = open_trackers(recipe, done, self.watcher.warned)
         clock, seen = Clock(), list[BadSample]()
         sentry = Sentry(self._gathered, scaled=self.accelerator.scaler is not None)
         items = self.supply.items(done) if done < plan.steps else iter(())
@@ -172,10 +176,10 @@ class Run:
                 self._log(step + 1, clock, stepped.norm.item(), self._count(seen))
                 seen = []
             with clock.paused():
-                if saving:
-                    self._save(step + 1)
                 if validating:
                     self._validate(step + 1)
+                if saving:  # last: what a state does not cover is told again when the run goes on
+                    self._save(step + 1)
 
     def _resume(self) -> int:
         """Take up the latest state; give the steps done."""
@@ -232,7 +236,7 @@ class Run:
         with self.trainer.averaged():
             weights = self.trainer.weights()
             if self.recipe.data.held_out:
-                facts["held_out_loss"] = self._held_out_loss()
+                facts["held_out_loss"] = self.held_out_loss()
         state = self.trainer.state()
         if self.main:
             self._wear(weights)
@@ -241,16 +245,16 @@ class Run:
                 "adapter.safetensors": lambda path: save_adapter(path, self.twin, variant(self.recipe.variant), self.sites, origin),
                 "training.pt": lambda path: torch.save(state, path),
             }
-            self.watcher.saved(save_state(self.recipe.output, step, files, facts, self.recipe.keep))
             if "held_out_loss" in facts:
                 self._tell(step, {"held_out_loss": facts["held_out_loss"]})
+            self.watcher.saved(save_state(self.recipe.output, step, files, facts, self.recipe.keep))
         self.accelerator.wait_for_everyone()
 
     def _wear(self, weights: dict[str, Tensor]) -> IPAdapter:
         self.twin.load_state_dict(weights)
         return self.twin
 
-    def _held_out_loss(self) -> float:
+    def held_out_loss(self) -> float:
         """The same on every process, which all take all samples: sharded weights are gathered in every forward pass."""
 
         def losses(batch: Batch, u: Tensor) -> Tensor:
@@ -288,6 +292,17 @@ class Run:
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
+        if self.lock is not None:
+            self.lock.release()
+
+
+def claimed(output: Path) -> FileLock:
+    """The sole right to write into a run's folder, which ends with this process at the latest."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(output / ".lock", blocking=False).acquire().lock
+    except Timeout as error:
+        raise SettingError(f"another process is training into {output}: wait for it, or give another output") from error
 
 
 def unfused() -> Any:

@@ -56,6 +56,9 @@ def open_base(recipe: Recipe, device: torch.device, *, whole: bool) -> Any:
     pipeline = open_pipeline(find_model(recipe.model), device, dtype=dtype, without=() if whole else FROZEN)
     if (kind := type(pipeline).__name__) not in TEXT:
         raise SettingError(f"{recipe.model} is a {kind}; training knows {', '.join(TEXT)}")
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None and vae.config.get("force_upcast") and dtype == torch.float16:
+        vae.float()  # SDXL's overflows in float16
     return pipeline
 
 

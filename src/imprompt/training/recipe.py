@@ -93,8 +93,8 @@ class Validation(Part):
 
     every: Count | None = None  # steps; none is made if not given
     images: tuple[Path, ...] = ()  # image prompts; the first held-out references if not given
-    texts: tuple[str, ...] = ("",)
-    scales: tuple[float, ...] = (1.0,)
+    texts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
+    scales: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
     steps: Count = 25
     guidance: Annotated[float, Field(ge=0)] = 7.5
     seed: int = 0

@@ -96,18 +96,23 @@ class TarIndex:
                 yield from self._walk(tar)
         except FileNotFoundError as error:
             raise BadSample(self.label, "does not exist", "absent") from error
-        except (OSError, tarfile.TarError, ValueError) as error:
+        except OSError as error:
+            raise BadSample(self.label, f"cannot be read ({first_line(error)})", "not readable") from error
+        except (tarfile.TarError, ValueError) as error:
             why = f"is no tar file, or a compressed one ({first_line(error)})"
             raise BadSample(self.label, why, "no tar") from error
 
     def _walk(self, tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
+        file: Any = tar.fileobj
+        length = os.fstat(file.fileno()).st_size
         try:
-            while (member := tar.next()) is not None and member.size >= 0:  # a negative size would lead back for ever
+            while (member := tar.next()) is not None:
+                if not 0 <= member.size <= length:  # damaged; below 0 the next header would be one that was read before
+                    return
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
         except (tarfile.TarError, ValueError):  # cut off or damaged in the middle; what came before is good
             return
-        file: Any = tar.fileobj
         file.seek(tar.offset)
         self.whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 

@@ -67,7 +67,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """The opener of one picture of a sample. `part` says which: "the picture", "the reference …"."""
+    """The opener of one picture of a sample. `part` says which: "the file", "the reference …"."""
 
     sample: str
     part: str
@@ -168,7 +168,7 @@ class Listing:
         return self.rows[index].size or self._target(index).size()
 
     def _target(self, index: int) -> Picture:
-        return Picture(self.name(index), "the picture", Path(self.name(index)))
+        return Picture(self.name(index), "the file", Path(self.name(index)))
 
 
 def parse_row(item: Any, names: Names, root: str) -> Row:
@@ -297,7 +297,7 @@ class HubSource:
         return f"row {index} of {self.source}"
 
     def read(self, index: int) -> Sample:
-        row, name = self._row(index), self.name(index)
+        row, name = self.rows[index], self.name(index)
         text = caption(name, row[self.text] if self.text else None, self.captions_required)
         target = self._picture(index, row)
         references = (row[self.reference] if self.reference else None) or []
@@ -307,16 +307,10 @@ class HubSource:
 
     def size(self, index: int) -> Size:
         given = given_size(self.sizes[index]) if self.sizes is not None else None
-        return given or self._picture(index, self._row(index)).size()
-
-    def _row(self, index: int) -> dict[str, Any]:
-        try:
-            return self.rows[index]
-        except (OSError, ValueError) as error:  # the latter: Arrow's, of damaged files
-            raise BadSample(self.name(index), f"cannot be read ({first_line(error)})", "damaged") from error
+        return given or self._picture(index, self.rows[index]).size()
 
     def _picture(self, index: int, row: dict[str, Any]) -> Picture:
-        return Picture(self.name(index), "the picture", self._place(index, row[self.image]))
+        return Picture(self.name(index), f"the {self.image}", self._place(index, row[self.image]))
 
     def _place(self, index: int, value: Any) -> Path | bytes:
         """A picture's value: bytes, a path, or imagefolder's {"bytes": …, "path": …}."""
@@ -342,8 +336,10 @@ def undecoded(rows: Any) -> Any:
 
 def open_hub(data: Data) -> Source:
     """hub:owner/name, hub:owner/name:split, or a local folder in the owner's place."""
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        raise SettingError(f"data.source = {data.source!r} needs the datasets library: pip install 'imprompt[train]'") from error
     where = data.source.removeprefix("hub:")
     place, _, split = (where, "", "") if os.path.isdir(where) else where.partition(":")
     try:
