@@ -27,7 +27,7 @@ Change = Callable[[int], None]  # of what is in a process, told its rank, before
 
 # Processes are forked from one that has imported everything, and holds nothing of the tests that ran before.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "diffusers", "transformers", "accelerate"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "tests.tiny"])
 PATIENCE = 120  # seconds after which a run hangs
 
 
@@ -94,3 +94,52 @@ def note(file: Path) -> None:
         return update(self, step, seen)
 
     Shown.__getitem__, Trainer.update = shown, updated
+
+
+class Killed(NamedTuple):
+    """A rank is killed as step number `step` (from 0) begins."""
+
+    rank: int
+    step: int
+
+    def __call__(self, rank: int) -> None:
+        if rank == self.rank:
+            before(self.step, lambda parts: os.kill(os.getpid(), signal.SIGKILL))
+
+
+class Spoiled(NamedTuple):
+    """A rank's latents of step number `step` (from 0) are no numbers."""
+
+    rank: int
+    step: int
+
+    def __call__(self, rank: int) -> None:
+        if rank == self.rank:
+            before(self.step, lambda parts: [replace(part, latents=part.latents * torch.nan) for part in parts])
+
+
+def before(chosen: int, change: Callable[[Iterable[Batch]], Any]) -> None:
+    """Change what a step takes."""
+    update = Trainer.update
+
+    def updated(self: Trainer, step: int, parts: Iterable[Batch]) -> Stepped:
+        return update(self, step, change(parts) if step == chosen else parts)
+
+    Trainer.update = updated
+
+
+def sharded(_rank: int) -> None:
+    """FSDP2 on CPUs, for which accelerate has no switch."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    make = Accelerator.__init__
+
+    def made(self: Accelerator, *args: Any, **kw: Any) -> None:
+        make(self, *args, **kw)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+
+    Accelerator.__init__ = made

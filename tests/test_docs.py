@@ -3,8 +3,8 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import typer
 from PIL import Image
@@ -20,14 +20,24 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("line", [line.strip() for line in PAGES[0].read_text().splitlines() if line.startswith("    imprompt ")])
-def test_commands_of_the_readme_exist(line: str) -> None:
+COMMANDS = sorted({line.strip() for page in PAGES for line in page.read_text().splitlines() if line.startswith("    imprompt ")})
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_docs_exist(line: str) -> None:
     register_commands()
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group) or hasattr(group, "commands")
-    _, name, *rest = shlex.split(line, comments=True)
-    known = {option for parameter in group.commands[name].params for option in parameter.opts}
+    command: Any = typer.main.get_command(app)
+    _, *rest = shlex.split(line, comments=True)
+    while hasattr(command, "commands"):
+        command, *rest = command.commands[rest[0]], *rest[1:]
+    known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in rest if word.startswith("-")} <= known
+
+
+def test_recipes_of_the_docs_are_shipped() -> None:
+    named = {name for page in PAGES for name in re.findall(r"recipes/[\w-]+\.toml", page.read_text())}
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/diffusers.md", 0)])

@@ -1,0 +1,5 @@
+"""`python -m imprompt`, for launchers that start modules."""
+
+from imprompt.cli import main
+
+main()
