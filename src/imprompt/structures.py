@@ -1,13 +1,10 @@
 """Sizes of published models, so that what depends on sizes alone needs no download: plans, checks and tests."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from imprompt.errors import CheckpointError, first_line
-from imprompt.models import BIG_G, VIT_H, KnownModel, Place
+from imprompt.models import BIG_G, VIT_H, KnownModel, Place, part_config
 from imprompt.variants import Feature
 
 # What the configurations of the published UNets say beyond diffusers' defaults.
@@ -75,30 +72,19 @@ def published_encoder(feature: Feature, width: int) -> PublishedEncoder | None:
 
 
 def base_structure(model: KnownModel) -> BaseStructure:
-    """Of a published model from the table, of another from its configuration files, on this disk or from the Hub."""
+    """Of a published model from the table, of another from its configuration, on this disk or from the Hub."""
     if model.name in BASES:
         return BASES[model.name]
-    unet, vae, text = (read_config(model.base, part) for part in ("unet", "vae", "text_encoder"))
+    unet, vae, text = (part_config(model, part) for part in ("unet", "vae", "text_encoder"))
     unit = 2 ** (len(vae["block_out_channels"]) - 1)
     return BaseStructure(unet, (unet["sample_size"] or 64) * unit, unit, text["max_position_embeddings"])
 
 
 def encoder_structure(place: Place) -> EncoderStructure:
-    """As `base_structure`, of the image encoder there."""
+    """The same of the image encoder there."""
     if known := next((row for row in ENCODERS if row.place == place), None):
         return known.structure
-    config = read_config(place)
-    config = {**config, **config.get("vision_config", {})}  # of a whole CLIP
+    told = part_config(KnownModel(str(place), "", Place(place.repo)), place.path)
+    config = {**told, **told.get("vision_config", {})}  # of a whole CLIP
     patches = (config["image_size"] // config["patch_size"]) ** 2 + 1
     return EncoderStructure(config["projection_dim"], config["hidden_size"], patches)
-
-
-def read_config(place: Place, part: str = "") -> dict[str, Any]:
-    """config.json of a model, or of a part of it; CheckpointError if there is none that can be read."""
-    source, subfolder = place.fetch_folder()
-    inner = "/".join(filter(None, (subfolder, part, "config.json")))
-    path = Path(source, inner) if Path(source).is_dir() else Place(source, inner).fetch_file()
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({first_line(error)})") from error

@@ -59,6 +59,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
 
     from imprompt.cli import quiet
     from imprompt.files import check_folder
+    from imprompt.training.batches import Share
     from imprompt.training.cache import read_manifest
     from imprompt.training.model import open_base, open_frozen
     from imprompt.training.sources import open_source
@@ -67,7 +68,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
     start = time.monotonic()
     quiet()
     check_folder(folder)
-    open_source(plan.data)  # what is wrong with it is told before the models are loaded
+    source = open_source(plan.data)  # what is wrong with it is told before the models are loaded
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     device: Any = processes.device
     frozen = open_frozen(plan, open_base(plan, device, whole=True))
@@ -79,7 +80,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
         def shown(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        encode_features(plan, frozen, processes.process_index, processes.num_processes, shown)
+        encode_features(plan, source, frozen, Share(processes.process_index, processes.num_processes), shown)
     processes.wait_for_everyone()
     if processes.is_main_process:
         totals = read_manifest(folder)["totals"]

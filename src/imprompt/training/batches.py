@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imprompt.training.buckets import Size, nearest
-from imprompt.training.examples import read_example
+from imprompt.training.buckets import Size
+from imprompt.training.examples import bucket_of, read_example
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.order import Draw
 from imprompt.training.recipe import Data
@@ -54,7 +54,7 @@ class PictureReader:
         self.source, self.sizes, self.processor = source, sizes, processor
         self.unit, self.channels = unit, channels  # pixels per latent, and C
         self.shards = source.shards
-        self.bucket = np.zeros(len(source), int) if len(sizes) == 1 else nearest(list(map(self._size, range(len(source)))), sizes)
+        self.bucket = np.array([bucket_of(source, index, sizes) for index in range(len(source))])
 
     def __len__(self) -> int:
         return len(self.source)
@@ -76,12 +76,6 @@ class PictureReader:
     def _item(self, pixels: Tensor, reference: Tensor, caption: str, time_ids: Tensor) -> Item:
         latent = (self.channels, pixels.shape[1] // self.unit, pixels.shape[2] // self.unit)
         return {"pixels": pixels, "reference": reference, "caption": caption, "time_ids": time_ids, "latent": latent}
-
-    def _size(self, index: int) -> Size:
-        try:
-            return self.source.size(index)
-        except BadSample:  # it is named when it is read
-            return self.sizes[0]
 
 
 def dice(seed: int, draw: Draw) -> torch.Generator:

@@ -22,16 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from imprompt.adapter import IPAdapter
-from imprompt.attention import family_of
 from imprompt.models import find_model
 from imprompt.structures import BaseStructure, base_structure, encoder_structure
-from imprompt.training.model import DTYPES, encoder_place, precision
+from imprompt.training.buckets import training_size
+from imprompt.training.model import DTYPES, encoder_place, precision, start_adapter
 from imprompt.training.recipe import Recipe
 from imprompt.variants import variant
 
-CPU_SHARE = 0.6  # of the measured matrix rate that a whole step reaches; measured at the sizes of SD 1.5
-GPU_SHARE = 0.45  # assumed
-ADAM = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a parameter: two states, in 8 bits with a scale for every 256
+# Of the measured matrix rate what a whole step reaches. On 2 CPU cores at the sizes of SD 1.5: 0.45 in float32, 0.3 in bfloat16.
+CPU_SHARE, GPU_SHARE = 0.4, 0.45
+STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a parameter: two numbers, in 8 bits with a scale for every 256
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 
@@ -49,22 +50,22 @@ class Sizes:
         return 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + prod(self.text) + self.pooled)
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Noisy latents, timesteps, text, image features and SDXL's added conditions of `size` samples."""
-        noisy, text, image = (torch.empty(size, *shape) for shape in (self.latents, self.text, self.image))
-        added = {"text_embeds": torch.empty(size, self.pooled), "time_ids": torch.empty(size, 6)} if self.pooled else {}
-        return noisy, torch.zeros(size), text, image, added
+        """Noisy latents, timesteps, text, image features and SDXL's added conditions of `size` samples, without contents."""
+        with torch.device("meta"):
+            noisy, text, image = (torch.empty(size, *shape) for shape in (self.latents, self.text, self.image))
+            added = {"text_embeds": torch.empty(size, self.pooled), "time_ids": torch.empty(size, 6)} if self.pooled else {}
+            return noisy, torch.empty(size), text, image, added
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process. `memory` is in bytes, by what it is for; `flops` are a sample's: forward, backward, and what
-    checkpointing computes again."""
+    """Of one process. `memory` is in bytes, by what it is for, at the peak of a step; `flops` are a sample's: forward,
+    backward, and what checkpointing computes again."""
 
     trained: int  # parameters
     base: int
     flops: float
     memory: Mapping[str, int]
-    at_once: int  # samples in memory
     a_step: int  # samples in a step
     steps: int
     encoded: int | None  # bytes of a sample's features on disk; None where they are computed in every step
@@ -84,7 +85,7 @@ class Estimate:
 def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estimate:
     """What `recipe` takes on each of `processes` devices of that kind; SettingError or CheckpointError as a run would raise.
 
-    Without a table or a folder with the base model's configuration this asks the Hub for it.
+    The configuration of a base model that is neither published (`imprompt.structures`) nor on this disk comes from the Hub.
     """
     plan, dtype = recipe.optimization, DTYPES[precision(recipe, device)]
     structure = base_structure(find_model(recipe.model))
@@ -95,23 +96,21 @@ def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estima
         base.enable_gradient_checkpointing()
     a_step = plan.batch_size // processes
     at_once = a_step // plan.accumulate
-    with torch.device("meta"):
-        flops, activations = one_step(base, adapter, sizes.batch(at_once), fused=device.type != "cpu")
-    trained = sum(parameter.numel() for parameter in adapter.parameters())
+    flops, activations = one_step(base, adapter, sizes.batch(at_once), fused=device.type != "cpu")
+    trained = sum(weight.numel() for weight in adapter.parameters())
     memory = {
-        f"base weights ({str(dtype).removeprefix('torch.')})": sum(weight.nbytes for weight in base.parameters()),
-        "adapter weights (float32)": 4 * trained,
-        "gradients": 4 * trained,
-        f"{plan.optimizer} states": round(ADAM[plan.optimizer] * trained),
-        "average of the weights": 4 * trained * (plan.ema is not None),
-        f"activations of {at_once} samples": activations,
+        f"base weights, {str(dtype).removeprefix('torch.')}": sum(weight.nbytes for weight in base.parameters()),
+        "adapter weights, float32": 4 * trained,
+        "their gradients": 4 * trained,
+        f"states of {plan.optimizer}": round(STATES[plan.optimizer] * trained),
+        "average of the weights": 4 * trained if plan.ema else 0,
+        f"activations, {at_once} at once": activations,
     }
     return Estimate(
         trained=trained,
         base=sum(weight.numel() for weight in base.parameters()),
         flops=flops / at_once,
         memory={part: size for part, size in memory.items() if size},
-        at_once=at_once,
         a_step=a_step,
         steps=plan.steps,
         encoded=sizes.encoded(recipe.data.flip) if recipe.data.features else None,
@@ -126,22 +125,20 @@ def blank_base(structure: BaseStructure, dtype: torch.dtype) -> Any:
 
     with torch.device("meta"):
         base: Any = UNet2DConditionModel.from_config(dict(structure.unet))
-    return nn.Module.to(base, dtype).train().requires_grad_(False)  # diffusers' own `to` logs a warning
+    return nn.Module.to(base, dtype).requires_grad_(False)  # diffusers' own `to` warns of what does not matter here
 
 
 def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
-    """A new adapter of the recipe, without contents, attached."""
-    told = {key: value for key, value in (("tokens", recipe.tokens), ("depth", recipe.depth)) if value is not None}
+    """A new adapter of the recipe beside the base model, attached, without contents."""
     with torch.device("meta"):
-        projection = variant(recipe.variant).projection(sizes.image[-1], sizes.text[-1], **told)
-        return IPAdapter.beside(base, family_of(base), projection).float().attach(base)
+        return start_adapter(recipe.model_copy(update={"start": None}), base, sizes.image[-1]).attach(base)
 
 
 def sizes_of(recipe: Recipe, base: Any, structure: BaseStructure) -> Sizes:
-    config, side = base.config, (recipe.data.size or structure.side) // structure.unit
+    config, side = base.config, training_size(recipe.data, structure.side, structure.unit) // structure.unit
     image = encoder_structure(encoder_place(recipe)).shape(variant(recipe.variant).feature)
     pooled = 0
-    if config.addition_embed_type == "text_time":  # what is added is the pooled text and six sizes
+    if config.addition_embed_type == "text_time":  # it takes the pooled text and six sizes
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     return Sizes((config.in_channels, side, side), (structure.text_tokens, config.cross_attention_dim), image, pooled)
 
@@ -192,7 +189,7 @@ class Attention(TorchFunctionMode):
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return FLASH(query, key, value)[0]
 
 
 def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -237,25 +234,25 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 def rows(found: Estimate) -> list[tuple[str, str]]:
     """Labels and values that tell a person what a run takes."""
-    total, seconds = sum(found.memory.values()), found.seconds
-    there = ""
+    name, there, told = "CPU", "", ""
+    if found.device.type != "cpu":
+        name, told = found.device.type.upper(), " (assumed)"
     if found.device.type == "cuda":
-        there = f" of {torch.cuda.get_device_properties(found.device).total_memory / 1e9:,.1f} GB on this device"
-    encoded = "computed in every step, by models that are not counted here: data.features = FOLDER keeps them"
+        properties = torch.cuda.get_device_properties(found.device)
+        name, there = properties.name, f" of {properties.total_memory / 1e9:,.1f} GB"
+    features = "made in every step, by models that are not counted here; data.features = FOLDER makes them once"
     if found.encoded is not None:
-        encoded = f"{found.encoded / 1e6:,.3f} MB a sample in data.features"
-    measured = f"{found.share:.0%} of {found.rate / 1e12:,.2f} TFLOP/s in matrix products, as measured on this {device_name(found)}"
+        features = f"{found.encoded / 1e6:,.3f} MB a sample on disk"
+    reached = (
+        f"if {found.share:.0%}{told} of the {found.rate / 1e12:,.2f} TFLOP/s that this {name} multiplies matrices with are reached"
+    )
     return [
         ("trained parameters", f"{found.trained:,}"),
         ("base parameters", f"{found.base:,}, frozen"),
+        ("features", features),
         ("arithmetic", f"{found.flops / 1e12:,.3f} TFLOP a sample, forward and backward"),
-        ("features", encoded),
-        ("memory", f"{total / 1e9:,.1f} GB{there}, beside what the libraries take"),
+        ("memory", f"{sum(found.memory.values()) / 1e9:,.1f} GB{there}, beside what CUDA and the libraries take"),
         *((f"  {part}", f"{size / 1e9:,.2f} GB") for part, size in found.memory.items()),
-        ("step", f"{seconds:,.2f} s for {found.a_step} samples, at {measured}"),
-        ("run", f"{timedelta(seconds=round(seconds * found.steps))} for {found.steps:,} steps"),
+        ("step", f"{found.seconds:,.2f} s for {found.a_step} samples, {reached}"),
+        ("run", f"{timedelta(seconds=round(found.seconds * found.steps))} for {found.steps:,} steps"),
     ]
-
-
-def device_name(found: Estimate) -> str:
-    return torch.cuda.get_device_name(found.device) if found.device.type == "cuda" else f"{found.device.type.upper()} (assumed)"

@@ -64,8 +64,8 @@ class Run:
         check_folder(recipe.output)
         self.lock = claimed(recipe.output) if not int(os.environ.get("RANK", "0")) else None
         measured = measures(recipe)
-        if not have_features(recipe):
-            open_source(recipe.data)  # what is wrong with it is told before the models are loaded
+        # What is wrong with the set is told before the models are loaded.
+        self.source = None if have_features(recipe) else open_source(recipe.data)
         self.state = load_state(recipe.output, recipe)
         kind = precision(recipe, torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.accelerator = Accelerator(mixed_precision="fp16" if kind == "fp16" else "no", cpu=not torch.accelerator.is_available())
@@ -79,7 +79,9 @@ class Run:
             nulls, identity = reader.nulls, reader.identity
         else:
             assert frozen is not None
-            reader, nulls, identity = read_pictures(recipe, measured, frozen), frozen.nulls(), frozen.identity(recipe.data)
+            assert self.source is not None
+            reader = read_pictures(recipe, self.source, measured, frozen)
+            nulls, identity = frozen.nulls(), frozen.identity(recipe.data)
         self.base = pipeline.unet
         adapter = start_adapter(recipe, self.base, nulls["image"].shape[-1])
         self.twin = deepcopy(adapter)  # on the CPU: what is saved, and what validation hears with
@@ -114,10 +116,9 @@ class Run:
     def _models(self) -> tuple[Any, FeatureEncoder | None]:
         """The base model's pipeline, and the frozen models around it as far as this run needs them."""
         recipe, cached = self.recipe, self.recipe.data.features is not None
-        todo = self.accelerator.gather_for_metrics([not have_features(recipe)], use_gather_object=True)
-        if cached and any(todo):
-            encode_features(recipe, open_frozen(recipe, open_base(recipe, self.device, whole=True)), self.share.rank,
-                            self.share.ranks, self.watcher.encoded)  # fmt: skip
+        if cached and any(self._gathered([self.source is not None])):
+            encoders = open_frozen(recipe, open_base(recipe, self.device, whole=True))
+            encode_features(recipe, self.source or open_source(recipe.data), encoders, self.share, self.watcher.encoded)
             self.accelerator.wait_for_everyone()
         around = not cached or recipe.validation.every is not None
         pipeline = open_base(recipe, torch.device("cpu") if cached else self.device, whole=around)
@@ -143,7 +144,7 @@ class Run:
         return Validator(self.recipe, pipeline, frozen.encoder, frozen.variant, self.twin, self._held_out_pictures())
 
     def _held_out_pictures(self) -> Iterator[Image.Image]:
-        source = open_source(self.recipe.data)
+        source = self.source or open_source(self.recipe.data)
         for index in self.supply.held_out.tolist():
             try:
                 yield source.read(index).references[0]()

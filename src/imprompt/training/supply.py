@@ -18,7 +18,7 @@ from imprompt.training.features import FeatureEncoder, wanted
 from imprompt.training.model import Measures, encoder_place
 from imprompt.training.order import Draw, Order
 from imprompt.training.recipe import Data, Recipe
-from imprompt.training.sources import BadSample, open_source
+from imprompt.training.sources import BadSample, Source
 from imprompt.variants import variant
 
 REMOTE_WINDOW = 8  # shards that are mixed at a time where they have to be fetched
@@ -29,13 +29,14 @@ def have_features(recipe: Recipe) -> bool:
     return recipe.data.features is not None and (recipe.data.features / "manifest.json").exists()
 
 
-def encode_features(recipe: Recipe, frozen: FeatureEncoder, rank: int, ranks: int, on_done: Callable[[int, int], None]) -> None:
+def encode_features(
+    recipe: Recipe, source: Source, frozen: FeatureEncoder, share: Share, on_done: Callable[[int, int], None]
+) -> None:
     """Fill the recipe's features folder, this process's part of it."""
     assert recipe.data.features is not None
-    source = open_source(recipe.data)
     sizes = bucket_sizes(recipe.data, frozen.size(recipe.data))
     examples = Examples(source, sizes, frozen.encoder.processor)
-    encode(recipe.data.features, source, examples, frozen, recipe.data, rank=rank, ranks=ranks, on_done=on_done)
+    encode(recipe.data.features, source, examples, frozen, recipe.data, rank=share.rank, ranks=share.ranks, on_done=on_done)
 
 
 def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
@@ -46,9 +47,9 @@ def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
     return open_features(recipe.data.features, {**asked, **origin(recipe.data)})
 
 
-def read_pictures(recipe: Recipe, measured: Measures, frozen: FeatureEncoder) -> PictureReader:
+def read_pictures(recipe: Recipe, source: Source, measured: Measures, frozen: FeatureEncoder) -> PictureReader:
     sizes = bucket_sizes(recipe.data, measured.size)
-    return PictureReader(open_source(recipe.data), sizes, frozen.encoder.processor, measured.unit, measured.channels)
+    return PictureReader(source, sizes, frozen.encoder.processor, measured.unit, measured.channels)
 
 
 @dataclass
