@@ -2,22 +2,13 @@
 
 import json
 import multiprocessing
-import os
-import signal
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from imprompt.cli import main
-from imprompt.training import loop
 from imprompt.training.recipe import Recipe
 from tests.tiny import pipeline_parts, quiet, seeded, smallest_unet, tiny_text_encoder
 

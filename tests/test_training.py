@@ -13,12 +13,10 @@ from imprompt.checkpoint import read_adapter, write_adapter
 from imprompt.errors import CheckpointError, ImpromptError, MismatchError, SettingError
 from imprompt.training import loop, state, step
 from imprompt.training.model import AdaptedModel
-from imprompt.training.recipe import read_recipe
 from imprompt.training.watch import Metrics, Row, Watcher
 from imprompt.variants import BY_NAME
 from tests.runs import losses, names, picture_folder, recipe, saved_pipeline, tensors
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
 SITES = {"sd1": 16, "sdxl": 17}  # text cross-attentions of the tiny structures
 FILES = ["adapter.safetensors", "state.json", "training.pt"]
 
@@ -294,24 +292,3 @@ def test_a_folder_of_an_unpointed_state_is_written_anew(tmp_path: Path) -> None:
     (tmp_path / "step-0000002" / "torn").touch()
     state.save_state(tmp_path, 2, {"a": lambda path: path.write_text("x") and None}, {}, keep=1)
     assert names(tmp_path / "latest") == ["a", "state.json"]
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("optimization.lr=1", "unknown key optimization.lr"),
-        ("optimization.learning_rat=1", "did you mean learning_rate"),
-        ("optimization.steps=0", "optimization.steps = 0"),
-        ("optimization.learning_rate=-1", "optimization.learning_rate = -1"),
-        ("data.drop_text=2", "data.drop_text = 2"),
-        ("data.drop_text=0.95", "add up to 1.05: 1 at most"),
-        ("variant=pluss", "unknown variant 'pluss'"),
-        ("depth=2", "depth is of the plus variant"),
-        ("steps", "write key=value"),
-        ("model.x=1", "model is no group"),
-    ],
-)
-def test_a_wrong_recipe_is_one_line(override: str, words: str) -> None:
-    with pytest.raises(SettingError, match=words) as caught:
-        read_recipe(RECIPES[0], [override])
-    assert "\n" not in str(caught.value)

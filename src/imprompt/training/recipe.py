@@ -159,7 +159,8 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if first["type"] == "extra_forbidden":
             raise SettingError(f"{path}: unknown key {name}{_meant(first['loc'])}") from error
         given = f" = {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
-        raise SettingError(f"{path}: {name}{given}: {first['msg'].removeprefix('Value error, ')}") from error
+        words = "Input should be a path" if first["type"] == "path_type" else first["msg"].removeprefix("Value error, ")
+        raise SettingError(f"{path}: {name}{given}: {words}") from error
 
 
 def _set(table: dict[str, Any], override: str) -> None:

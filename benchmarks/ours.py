@@ -1,0 +1,116 @@
+"""Our training loop at a setting: the package's own step on features encoded beforehand.
+
+Shape letters as in `imprompt.training.features`.
+"""
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from benchmarks import stand_ins
+from benchmarks.setting import Setting
+from imprompt.adapter import ImageProjection, IPAdapter
+from imprompt.attention import family_of
+from imprompt.training.batches import Composer, Item, Share, Shown, loader
+from imprompt.training.loop import unfused
+from imprompt.training.model import AdaptedModel
+from imprompt.training.objective import Objective
+from imprompt.training.order import Order
+from imprompt.training.recipe import Data, Noise, Optimization
+from imprompt.training.step import Sentry, Trainer
+
+
+class OurLoop:
+    """Steps of our loop at a setting."""
+
+    compiled = False
+
+    def __init__(self, setting: Setting) -> None:
+        from accelerate import Accelerator
+
+        of, device = setting.stand_in, torch.device(setting.device)
+        plan = Optimization(
+            steps=1_000_000,
+            batch_size=setting.batch,
+            precision=setting.precision,  # pyright: ignore[reportArgumentType]
+            checkpointing=setting.checkpointing,
+            compile=self.compiled,
+        )
+        accelerator = Accelerator(mixed_precision="fp16" if plan.precision == "fp16" else "no", cpu=device.type == "cpu")
+        with device:
+            base: Any = nn.Module.to(UNet2DConditionModel(**of.base.unet), stand_ins.DTYPES[setting.precision])
+        adapter = IPAdapter.beside(
+            base, family_of(base), ImageProjection(of.vision["projection_dim"], base.config.cross_attention_dim)
+        ).float()
+        objective = Objective(DDPMScheduler(**stand_ins.NOISE), Noise())
+        self.trainer = Trainer(accelerator, AdaptedModel(ready(base, plan, device), adapter), objective, plan)
+        self.sentry = Sentry(list, scaled=accelerator.scaler is not None)
+        reader = MemoryReader(setting)
+        self.compose = Composer(reader.nulls, device, of.vae["scaling_factor"], 0.0, None)
+        order = Order([np.arange(len(reader))], setting.batch, seed=0)
+        self.items = loader(Shown(reader, Data(source="in memory"), seed=0), order.steps(), Share(), workers=0)
+        self.step = 0
+
+    def run(self, steps: int) -> float:
+        """Take so many steps, and read what a log line tells; give their mean loss."""
+        for item in islice(self.items, steps):
+            stepped = self.trainer.update(self.step, map(self.compose, [item]))
+            self.sentry.watch(self.step + 1, item["name"], stepped)
+            self.step += 1
+        self.sentry.check()
+        return self.trainer.tell()[0]
+
+
+class CompiledLoop(OurLoop):
+    compiled = True
+
+
+def ready(base: Any, plan: Optimization, device: torch.device) -> Any:
+    """As `imprompt.training.loop.Run` makes its base model ready."""
+    base.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        base.set_attn_processor(unfused())
+    if plan.checkpointing:
+        base.enable_gradient_checkpointing()
+    if plan.compile:
+        base.compile()
+    return base
+
+
+class MemoryReader:
+    """Encoded features in memory, as `imprompt.training.cache.FeatureReader` gives them; see `imprompt.training.batches.Reader`."""
+
+    def __init__(self, setting: Setting) -> None:
+        of, count = setting.stand_in, setting.samples
+        latent, embedding = (4, setting.side, setting.side), (of.vision["projection_dim"],)
+        text = (of.base.text_tokens, of.base.unet["cross_attention_dim"])
+        self.features: dict[str, Tensor] = {
+            "mean": torch.randn(count, *latent),
+            "spread": torch.rand(count, *latent),
+            "image": torch.randn(count, *embedding),
+            "text": torch.randn(count, *text),
+        }
+        self.nulls = {"image": torch.zeros(1, *embedding), "text": torch.randn(1, *text)}
+        if of.pooled:
+            self.features["pooled"] = torch.randn(count, of.pooled)
+            self.nulls["pooled"] = torch.randn(1, of.pooled)
+        self.features = {key: value.half() for key, value in self.features.items()}
+        if of.pooled:
+            self.features["time_ids"] = torch.tensor([[setting.pixels, setting.pixels, 0, 0] + 2 * [setting.pixels]] * count).float()
+        self.bucket, self.shards = np.zeros(count, int), [count]
+
+    def __len__(self) -> int:
+        return len(self.bucket)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int, flip: bool, pick: float) -> Item:  # noqa: ARG002 - nothing is mirrored, one reference
+        return {key: value[index] for key, value in self.features.items()}
+
+    def blank(self, index: int) -> Item:
+        return self.read(index, False, 0.0)
