@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from diffusers import DDPMScheduler
+from torch import Tensor
 
 from benchmarks import stand_ins
 from benchmarks.setting import Setting
@@ -42,7 +42,7 @@ class OurLoop:
         )
         accelerator = Accelerator(mixed_precision="fp16" if plan.precision == "fp16" else "no", cpu=device.type == "cpu")
         with device:
-            base: Any = nn.Module.to(UNet2DConditionModel(**of.base.unet), stand_ins.DTYPES[setting.precision])
+            base = stand_ins.unet(of, stand_ins.DTYPES[setting.precision])
         adapter = IPAdapter.beside(
             base, family_of(base), ImageProjection(of.vision["projection_dim"], base.config.cross_attention_dim)
         ).float()
@@ -100,8 +100,10 @@ class MemoryReader:
             self.nulls["pooled"] = torch.randn(1, of.pooled)
         self.features = {key: value.half() for key, value in self.features.items()}
         if of.pooled:
-            self.features["time_ids"] = torch.tensor([[setting.pixels, setting.pixels, 0, 0] + 2 * [setting.pixels]] * count).float()
-        self.bucket, self.shards = np.zeros(count, int), [count]
+            self.features["time_ids"] = torch.tensor(
+                [[setting.pixels, setting.pixels, 0, 0] + 2 * [setting.pixels]] * count
+            ).float()
+        self.bucket, self.shards, self.bad_shards = np.zeros(count, int), [count], ()
 
     def __len__(self) -> int:
         return len(self.bucket)

@@ -15,10 +15,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks import stand_ins
 from benchmarks.setting import Setting
@@ -38,13 +38,12 @@ class PaperLoop:
         asked = "no" if setting.precision == "fp32" else setting.precision
         self.accelerator = Accelerator(mixed_precision=asked, cpu=setting.device == "cpu")
         with torch.device(setting.device):
-            self.vae = stand_ins.vae(of).to(torch.float32 if of.pooled else low)
-            self.texts = [encoder.to(low) for encoder in stand_ins.text_encoders(of)]
-            self.image_encoder = stand_ins.image_encoder(of).to(low)
-            unet = stand_ins.frozen(UNet2DConditionModel(**of.base.unet))
-            model = graft(unet, of.vision["projection_dim"])
+            self.vae = stand_ins.vae(of, torch.float32 if of.pooled else low)
+            self.texts = stand_ins.text_encoders(of, low)
+            self.image_encoder = stand_ins.image_encoder(of, low)
+            model = graft(stand_ins.unet(of, torch.float32), of.vision["projection_dim"])
         optimizer = torch.optim.AdamW([*model.image_proj_model.parameters(), *model.adapter_modules.parameters()], 1e-4)
-        data = DataLoader(PaperData(setting), batch_size=setting.batch, shuffle=True, drop_last=True)
+        data = DataLoader(PaperData(setting), batch_size=setting.batch, shuffle=True, collate_fn=collate)
         self.model, self.optimizer, self.data = self.accelerator.prepare(model, optimizer, data)
         self.scheduler: Any = DDPMScheduler(**stand_ins.NOISE)
         self.batches = self._batches()
@@ -56,11 +55,11 @@ class PaperLoop:
             loss = self._step(next(self.batches))
         return loss
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
+    def _batches(self) -> Iterator[dict[str, Any]]:
         while True:
             yield from self.data
 
-    def _step(self, batch: dict[str, Tensor]) -> float:
+    def _step(self, batch: dict[str, Any]) -> float:
         with self.accelerator.accumulate(self.model):
             with torch.no_grad():
                 latents = self.vae.encode(batch["pixels"].to(self.vae.dtype)).latent_dist.sample()
@@ -83,7 +82,7 @@ class PaperLoop:
         return told
 
     @torch.no_grad()
-    def _text(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def _text(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor] | None]:
         """(B, T, D), and SDXL's added conditions."""
         if len(self.texts) == 1:
             return self.texts[0](batch["ids"])[0], None
@@ -129,14 +128,14 @@ def paper_package() -> Any:
         return import_module("ip_adapter.ip_adapter")
 
 
-class PaperData(Dataset[dict[str, Tensor]]):
+class PaperData(Dataset[dict[str, Any]]):
     """Pictures decoded, cut and normalised, captions tokenised: what the script's workers would do is done already."""
 
     def __init__(self, setting: Setting) -> None:
-        of, count = setting.stand_in, stand_ins.SAMPLES
+        of, count = setting.stand_in, setting.samples
         self.pixels = torch.rand(count, 3, setting.pixels, setting.pixels) * 2 - 1
         self.reference = torch.randn(count, 3, of.image_side, of.image_side)
-        self.ids = torch.randint(of.texts[0]["vocab_size"], (count, of.base.text_tokens))
+        self.ids = torch.randint(1000, (count, of.base.text_tokens))
         self.time_ids = torch.tensor([setting.pixels, setting.pixels, 0, 0, setting.pixels, setting.pixels])
 
     def __len__(self) -> int:
@@ -151,3 +150,8 @@ class PaperData(Dataset[dict[str, Tensor]]):
             "drop": int(drop < DROPS or 2 * DROPS <= drop < 3 * DROPS),
             "time_ids": self.time_ids,
         }
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Drops stay numbers of the CPU, as in the script: asking for them waits for no device."""
+    return default_collate(items) | {"drop": [item["drop"] for item in items]}

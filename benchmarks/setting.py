@@ -19,6 +19,11 @@ class Setting:
         return STAND_INS[self.model]
 
     @property
+    def samples(self) -> int:
+        """In a loop's data."""
+        return 8 * self.batch
+
+    @property
     def side(self) -> int:
         """h and w of the latents."""
         return self.pixels // self.stand_in.base.unit

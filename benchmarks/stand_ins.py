@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from imprompt.structures import BASES, BaseStructure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAMPLES = 64  # in a loop's data
 # Of every Stable Diffusion.
 NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -40,13 +39,12 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 49408}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 BIG_G = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
     "num_attention_heads": 20,
-    "vocab_size": 49408,
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
@@ -75,28 +73,32 @@ STAND_INS = {
     # For the tests.
     "tiny": StandIn(
         BaseStructure(TINY_UNET, 32),
-        VAE | {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
-        (SMALL | {"vocab_size": 100},),
+        VAE | {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "scaling_factor": 1.0},
+        (SMALL,),
         SMALL | {"patch_size": 14, "projection_dim": 24},
         image_side=28,
     ),
 }
 
 
-def vae(of: StandIn) -> Any:
-    return frozen(AutoencoderKL(**of.vae))
+def vae(of: StandIn, dtype: torch.dtype) -> Any:
+    return frozen(AutoencoderKL(**of.vae), dtype)
 
 
-def text_encoders(of: StandIn) -> list[Any]:
+def text_encoders(of: StandIn, dtype: torch.dtype) -> list[Any]:
     """The last one also gives the pooled text where the model takes that."""
     *first, last = (CLIPTextConfig(**text, max_position_embeddings=of.base.text_tokens) for text in of.texts)
     kind = CLIPTextModelWithProjection if of.pooled else CLIPTextModel
-    return [*(frozen(CLIPTextModel(config)) for config in first), frozen(kind(last))]
+    return [*(frozen(CLIPTextModel(config), dtype) for config in first), frozen(kind(last), dtype)]
 
 
-def image_encoder(of: StandIn) -> Any:
-    return frozen(CLIPVisionModelWithProjection(CLIPVisionConfig(**of.vision, image_size=of.image_side)))
+def image_encoder(of: StandIn, dtype: torch.dtype) -> Any:
+    return frozen(CLIPVisionModelWithProjection(CLIPVisionConfig(**of.vision, image_size=of.image_side)), dtype)
 
 
-def frozen(model: nn.Module) -> Any:
-    return model.eval().requires_grad_(False)
+def unet(of: StandIn, dtype: torch.dtype) -> Any:
+    return frozen(UNet2DConditionModel(**of.base.unet), dtype)
+
+
+def frozen(model: nn.Module, dtype: torch.dtype) -> Any:
+    return nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of what does not matter here

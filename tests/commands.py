@@ -1,20 +1,26 @@
 """`imprompt` commands as processes of their own, which end by themselves or are killed, also in the middle of saving."""
 
+import gc
 import json
-import multiprocessing
-from collections.abc import Iterator, Mapping
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
+import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from imprompt.cli import main
+from imprompt.training import loop
 from imprompt.training.recipe import Recipe
+from tests.ranks import CONTEXT, PATIENCE
 from tests.tiny import pipeline_parts, quiet, seeded, smallest_unet, tiny_text_encoder
 
-# Processes are forked from one that has imported everything, and holds nothing of the tests that ran before.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
 # Functions by which files come, go and reach the disk.
 DISK = {"open", "mkdir", "fsync", "rename", "replace", "symlink", "unlink", "rmdir"}
 
@@ -50,3 +56,102 @@ def toml(group: Mapping[str, Any], name: str = "") -> Iterator[str]:
     yield from (f"{key} = {json.dumps(value)}" for key, value in group.items() if key not in groups)
     for key, value in groups.items():
         yield from toml(value, f"{name}.{key}" if name else key)
+
+
+class After(NamedTuple):
+    """A process is killed so many seconds after its start."""
+
+    seconds: float
+
+
+class Saving(NamedTuple):
+    """A process kills itself at an event in saving, counted from 1 over all states that it saves."""
+
+    event: int
+    disk: bool  # only calls of and returns from disk functions count, else those of all functions
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int | None  # -9: killed; None: it hung
+    said: str  # on standard error
+    seconds: float  # from its start
+    doing: str  # what it was doing last
+    saves: list[list[int]]  # of every state that was saved: how many events it took, on the disk and in all
+
+
+def imprompt(
+    arguments: Sequence[str], notes: Path, kill: After | Saving | None = None, environment: Mapping[str, str] | None = None
+) -> Ended:
+    """Run a command in a new process. notes: the folder for what it says."""
+    notes.mkdir(parents=True, exist_ok=True)
+    (notes / "doing").write_text("starting")
+    (notes / "saves").write_text("")
+    process = CONTEXT.Process(target=command, args=(arguments, notes, kill, environment or {}))
+    process.start()
+    began = time.monotonic()
+    try:
+        process.join(kill.seconds if isinstance(kill, After) else PATIENCE)
+        hung = process.is_alive() and not isinstance(kill, After)
+    finally:
+        process.kill()
+        process.join()
+    seconds = time.monotonic() - began
+    saves = [list(map(int, line.split())) for line in (notes / "saves").read_text().splitlines()]
+    said, doing = ((notes / name).read_text() for name in ("err", "doing"))
+    return Ended(None if hung else process.exitcode, said, seconds, doing.strip(), saves)
+
+
+def command(arguments: Sequence[str], notes: Path, kill: After | Saving | None, environment: Mapping[str, str]) -> None:
+    """What the new process does."""
+    gc.freeze()  # what is imported stays: no time goes into looking it through
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    torch.set_num_threads(1)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
+    tell(notes, Events(kill if isinstance(kill, Saving) else None))
+    sys.argv = ["imprompt", *arguments]
+    main()
+
+
+def tell(notes: Path, events: "Events") -> None:
+    """Write down what training is doing."""
+    doing = os.open(notes / "doing", os.O_WRONLY)
+
+    def told(name: str, work: Callable[..., Any], then: str = "starting") -> Callable[..., Any]:
+        def working(*args: Any, **kwargs: Any) -> Any:
+            os.pwrite(doing, name.ljust(8).encode(), 0)
+            result = work(*args, **kwargs)
+            os.pwrite(doing, then.ljust(8).encode(), 0)
+            return result
+
+        return working
+
+    save_state = loop.save_state
+
+    def save(*args: Any) -> Path:
+        before = events.counts.copy()
+        sys.setprofile(events)
+        state = save_state(*args)
+        sys.setprofile(None)
+        with (notes / "saves").open("a") as lines:
+            lines.write(" ".join(str(count - was) for count, was in zip(events.counts, before, strict=True)) + "\n")
+        return state
+
+    loop.encode_features = told("encoding", loop.encode_features)
+    loop.Run.go = told("training", loop.Run.go)
+    loop.save_state = told("saving", save, "training")
+
+
+class Events:
+    """Counts the calls and returns of functions, and kills the process at one of them."""
+
+    def __init__(self, kill: Saving | None) -> None:
+        self.kill, self.counts = kill, [0, 0]  # on the disk, all
+
+    def __call__(self, _frame: FrameType, event: str, function: Any) -> None:
+        self.counts[0] += event.startswith("c_") and function.__module__ in ("posix", "io", "_io") and function.__name__ in DISK
+        self.counts[1] += 1
+        if self.kill is not None and self.counts[not self.kill.disk] == self.kill.event:
+            os.kill(os.getpid(), signal.SIGKILL)

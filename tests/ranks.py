@@ -1,5 +1,6 @@
 """Training runs on several processes of this machine: every rank is told of the others as torchrun tells it."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -22,30 +23,30 @@ from imprompt.training.order import Draw
 from imprompt.training.recipe import Recipe
 from imprompt.training.step import Stepped, Trainer
 
-Change = Callable[[int], None]  # of what is in a process, told its rank, before it trains
+Change = Callable[[int], None]  # what befalls a process, told its rank, before it trains
 
-# Processes are forked from one that has imported everything, and holds nothing of the tests that ran before.
+# Processes are forked from one that has imported everything, and knows nothing of the tests before.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "tests.tiny"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "tests.tiny", "accelerate"])
 PATIENCE = 120  # seconds after which a run hangs
 
 
 class Ended(NamedTuple):
     """How a run ended, by rank."""
 
-    codes: list[int | None]  # -9: killed
-    said: list[str]  # on standard error
-    alone: float  # seconds from the end of the first rank to that of the last
+    codes: list[int | None]  # -9: killed; None: it hung
+    said: list[str]  # the last line on standard error
+    between: float  # seconds from the first rank's end to the last one's
 
 
 def train(plan: Recipe, ranks: int, *changes: Change) -> Ended:
-    """The run as `torchrun --nproc-per-node ranks` would start it; what it trained on is kept for `trained`."""
-    notes = plan.output.with_name(f"{plan.output.name}-notes")
+    """The run as `torchrun --nproc-per-node ranks` would start it; `shown` tells what it trained on."""
+    notes = notes_of(plan.output)
     notes.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=one, args=(plan, rank, ranks, port, notes, changes)) for rank in range(ranks)]
+    processes = [CONTEXT.Process(target=one, args=(plan, rank, ranks, port, changes)) for rank in range(ranks)]
     for process in processes:
         process.start()
     try:
@@ -54,17 +55,21 @@ def train(plan: Recipe, ranks: int, *changes: Change) -> Ended:
         first = time.monotonic()
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
-        alone = time.monotonic() - first
-        return Ended([process.exitcode for process in processes], [(notes / f"{r}.err").read_text() for r in range(ranks)], alone)
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
+    said = [(notes / f"{rank}.err").read_text().strip().rpartition("\n")[2] for rank in range(ranks)]
+    return Ended(codes, said, time.monotonic() - first)
 
 
-def one(plan: Recipe, rank: int, ranks: int, port: int, notes: Path, changes: Sequence[Change]) -> None:
+def one(plan: Recipe, rank: int, ranks: int, port: int, changes: Sequence[Change]) -> None:
     """A process of the run."""
+    gc.freeze()  # what is imported stays: no time goes into looking it through
+    notes = notes_of(plan.output)
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(notes / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    multiprocessing.set_start_method("fork", force=True)  # for the processes that read ahead
     torch.set_num_threads(1)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     if ranks > 1:
@@ -77,6 +82,13 @@ def one(plan: Recipe, rank: int, ranks: int, port: int, notes: Path, changes: Se
         loop.train(plan)
     except ImpromptError as error:
         fail(str(error))
+    finally:
+        open("/tmp/cpu.txt", "a").write(f"{time.process_time()}\n")
+
+
+def notes_of(run: Path) -> Path:
+    """Where the processes of a run write down what they do."""
+    return run.with_name(f"{run.name}-notes")
 
 
 def note(file: Path) -> None:
@@ -84,26 +96,40 @@ def note(file: Path) -> None:
     show, update = Shown.__getitem__, Trainer.update
 
     def shown(self: Shown, draw: Draw) -> Item:
-        return show(self, draw) | {"name": (draw.epoch, draw.sample)}
+        item = show(self, draw)
+        return item | {"name": f"{item['name']} {draw.epoch} {draw.sample}"}
 
     def updated(self: Trainer, step: int, parts: Iterable[Batch]) -> Stepped:
         seen = list(parts)
+        draws = [list(map(int, name.split()[1:])) for part in seen for name in part.names]
         with file.open("a") as lines:
-            lines.write(json.dumps([step, [name for part in seen for name in part.names]]) + "\n")
+            lines.write(json.dumps([step, draws]) + "\n")
         return update(self, step, seen)
 
     Shown.__getitem__, Trainer.update = shown, updated
 
 
-class Killed(NamedTuple):
-    """A rank is killed as step number `step` (from 0) begins."""
+def shown(run: Path) -> list[dict[int, list[Draw]]]:
+    """What every rank trained on, by step; of a step that was taken again, the last."""
+    files = sorted(notes_of(run).glob("*.jsonl"))
+    lines = [map(json.loads, file.read_text().splitlines()) for file in files]
+    return [{step: [Draw(*draw) for draw in draws] for step, draws in rank} for rank in lines]
+
+
+class Struck(NamedTuple):
+    """A rank gets a signal as step number `step` (from 0) begins."""
 
     rank: int
     step: int
+    signal: int = signal.SIGKILL
 
     def __call__(self, rank: int) -> None:
         if rank == self.rank:
-            before(self.step, lambda parts: os.kill(os.getpid(), signal.SIGKILL))
+            before(self.step, self._strike)
+
+    def _strike(self, parts: Iterable[Batch]) -> Iterable[Batch]:
+        os.kill(os.getpid(), self.signal)
+        return parts
 
 
 class Spoiled(NamedTuple):
@@ -117,7 +143,7 @@ class Spoiled(NamedTuple):
             before(self.step, lambda parts: [replace(part, latents=part.latents * torch.nan) for part in parts])
 
 
-def before(chosen: int, change: Callable[[Iterable[Batch]], Any]) -> None:
+def before(chosen: int, change: Callable[[Iterable[Batch]], Iterable[Batch]]) -> None:
     """Change what a step takes."""
     update = Trainer.update
 

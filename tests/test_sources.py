@@ -8,10 +8,13 @@ import random
 import shutil
 import tarfile
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from PIL import Image
 
 from imprompt.errors import SettingError
 from imprompt.images import image_size, open_image
+from imprompt.training.order import Order
 from imprompt.training.recipe import Columns, Data
 from imprompt.training.shards import HEADER, TarIndex, cache_folder, fetch
 from imprompt.training.sources import SOURCES, BadSample, Opener, Source, open_source
@@ -506,7 +510,7 @@ def test_a_remote_shard_is_fetched_once_and_whole(tmp_path: Path) -> None:
     cache_folder().mkdir(parents=True)
     (cache_folder() / f".{name}.0.part").write_bytes(b"of a process that was killed")
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(fetch, [url] * 4)) == {cache_folder() / name}
+        assert set(pool.map(fetch, [url] * 4, [cache_folder() / name] * 4)) == {cache_folder() / name}
     assert (tmp_path / "log").read_text() == "x\n"
     assert {path.name for path in cache_folder().glob("*")} <= {name, name.replace(".tar", ".lock")}
     source = open_source(Data(source=url))
@@ -536,23 +540,190 @@ def test_a_fetch_that_fails_leaves_nothing(command: str, words: str, tmp_path: P
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
+    def do_GET(self) -> None:
+        self.server.asked.append(Path(urlsplit(self.path).path).name)  # pyright: ignore[reportAttributeAccessIssue]
+        super().do_GET()
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="webdataset reads URLs with curl")
-def test_shards_behind_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+class Far:
+    """A folder behind a URL that ends with a slash; `asked` are the files that were asked for."""
+
+    def __init__(self, folder: Path, server: ThreadingHTTPServer) -> None:
+        self.folder, self.server, self.url = folder, server, f"http://127.0.0.1:{server.server_port}/far/"
+        self.asked: list[str] = []
+        server.asked = self.asked  # pyright: ignore[reportAttributeAccessIssue]
+
+    def counts(self, counts: dict[str, int]) -> None:
+        (self.folder / "sizes.json").write_text(json.dumps(counts))
+
+    def shards(self) -> Counter[str]:
+        """How often each shard was asked for."""
+        return Counter(name for name in self.asked if name.endswith(".tar"))
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Far]:
+    if not shutil.which("curl"):
+        pytest.skip("webdataset reads URLs with curl")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "far").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    far = Far(tmp_path / "far", server)
+    yield far
+    far.stop()
+
+
+def test_shards_behind_a_url(far: Far) -> None:
     made = items(8)
-    make_shards(tmp_path / "far", made)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/far/"
-        source = open_source(Data(source=url + "{0000..0002}.tar"))
-        server.shutdown()
+    make_shards(far.folder, made)
+    source = open_source(Data(source=far.url + "{0000..0002}.tar"))
+    assert far.asked[:2] == ["sizes.json", "index.json"]
+    far.stop()
     holds(source, made)
     assert source.shards == (4, 4)
-    assert [bad.name for bad in source.bad_shards] == [url + "0002.tar"]
+    assert [bad.name for bad in source.bad_shards] == [far.url + "0002.tar"]
     assert "ended with code 22" in source.bad_shards[0].why
-    again = open_source(Data(source=url + "{0000..0001}.tar"))  # the server is gone
+    again = open_source(Data(source=far.url + "{0000..0001}.tar"))  # the server is gone
     holds(again, made)
+
+
+def streamed(far: Far, made: list[Item], **counts: int) -> Source:
+    """Shards of four samples behind a URL, as many by their index or as is given otherwise."""
+    make_shards(far.folder, made)
+    shards = [f"{number:04}" for number in range(len(made) // 4)]
+    far.counts({f"{shard}.tar": 4 for shard in shards} | {f"{shard}.tar": count for shard, count in counts.items()})
+    return open_source(Data(source=far.url + f"{{{shards[0]}..{shards[-1]}}}.tar"))
+
+
+INDEXES = {
+    "sizes.json": {"0000.tar": 4, "0001.tar": "4", "0007.tar": 4},
+    "index.json": {"wids_version": 1, "shardlist": [{"url": f"s3://elsewhere/000{n}.tar", "nsamples": 4} for n in range(2)]},
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_shards_that_an_index_counts_are_fetched_when_they_are_read(name: str, far: Far) -> None:
+    made = items(8)
+    make_shards(far.folder, made)
+    (far.folder / name).write_text(json.dumps(INDEXES[name]))
+    source = open_source(Data(source=far.url + "{0000..0001}.tar?download=true"))
+    assert source.shards == (4, 4)
+    assert not far.shards()
+    assert source.name(5) == f"sample 1 of {far.url}0001.tar?download=true"
+    source = pickle.loads(pickle.dumps(source))
+    for index in (5, 4, 7):
+        sample = source.read(index)
+        assert (sample.name, sample.text) == (source.name(index), made[index].text)
+        assert same(sample.picture, made[index].data)
+        assert source.size(index) == (48, 40)
+    assert far.shards() == {"0001.tar": 1}
+    far.stop()
+    assert open_source(Data(source=far.url + "{0000..0001}.tar?download=true")).shards == (4, 4)  # the index is kept
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sizes.json", b"<html>there is no such page</html>"),
+        ("sizes.json", b'{"0000.tar": -1}'),
+        ("sizes.json", b"[" * 100_000),
+        ("index.json", b'{"shards": [{"samples": 4}]}'),
+        ("index.json", b'{"shardlist": ["0000.tar"]}'),
+        ("index.json", b"[4]"),
+    ],
+)
+def test_what_is_no_index_is_passed_over(name: str, text: bytes, far: Far) -> None:
+    make_shards(far.folder, 4)
+    (far.folder / name).write_bytes(text)
+    source = open_source(Data(source=far.url + "0000.tar"))
+    assert source.name(0) == f"0000 in {far.url}0000.tar"
+    assert far.shards() == {"0000.tar": 1}
+
+
+def test_a_shard_that_the_index_does_not_name_is_fetched_to_be_counted(far: Far) -> None:
+    made = items(8)
+    make_shards(far.folder, made)
+    far.counts({"0001.tar": 4})
+    source = open_source(Data(source=far.url + "{0000..0001}.tar"))
+    assert source.shards == (4, 4)
+    assert far.shards() == {"0000.tar": 1}
+    assert [source.name(index)[:8] for index in (0, 4)] == ["0000 in ", "sample 0"]
+
+
+def test_an_index_that_is_wrong(far: Far) -> None:
+    """Shards with fewer samples than it says, with more, that are no shards, and that are not there."""
+    made = items(16)
+    source = streamed(far, made, **{"0000": 6, "0001": 3})
+    (far.folder / "0002.tar").write_bytes(b"<html>404 Not Found</html>" * 100)
+    (far.folder / "0003.tar").unlink()
+    assert source.shards == (6, 3, 4, 4)
+    good = {0: 0, 3: 3, 6: 4, 8: 6}  # by the sample's number there and here
+    assert {index: source.read(index).text for index in good} == {index: made[n].text for index, n in good.items()}
+    words = {
+        4: "holds 4 samples, its index tells of 6",
+        5: "holds 4 samples",
+        9: "is no tar file",
+        12: "is no tar file",
+        13: "ended with code 22",
+    }
+    for index, why in words.items():
+        for ask in (source.read, source.size):
+            with pytest.raises(BadSample, match=why) as caught:
+                ask(index)
+            assert caught.value.name == source.name(index)
+            assert "\n" not in str(caught.value)
+    assert far.shards()["0002.tar"] == 1  # it is not fetched for every sample of it
+
+
+def test_streamed_bad_samples_have_their_names(far: Far) -> None:
+    made = damaged(items(4), {1: "truncated", 2: "no caption"})
+    source = streamed(far, made)
+    whole = (far.folder / "0000.tar").read_bytes()
+    cut = TarIndex(far.folder / "0000.tar").members(3)["png"][0] + 10
+    (far.folder / "0000.tar").write_bytes(whole[:cut])
+    for index, words in ((1, "truncated"), (2, "has no caption"), (3, "the tar is cut off")):
+        with pytest.raises(BadSample, match=words) as caught:
+            source.read(index).picture()
+        assert caught.value.name == source.name(index)
+
+
+def kept() -> list[Path]:
+    return list(cache_folder().glob("*/*.tar"))
+
+
+def test_training_holds_few_streamed_shards_and_fetches_each_once_an_epoch(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imprompt.training.shards.KEEP", 4)
+    made = items(48, (9, 8))
+    source = streamed(far, made)
+    order = Order(np.split(np.arange(48), 12), 4, seed=0, window=2)
+    for epoch in range(2):
+        far.asked.clear()
+        for index in order.epoch(epoch).tolist():
+            assert source.read(index).text == made[index].text
+            assert len(kept()) <= 4
+        assert set(far.shards().values()) == {1}
+        assert len(far.shards()) == 12 if epoch == 0 else len(far.shards()) >= 8  # some are still there of the epoch before
+    assert len(kept()) == 4
+
+
+def test_shards_are_read_while_others_remove_them(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More threads than shards that may stay, each in an order of its own."""
+    monkeypatch.setattr("imprompt.training.shards.KEEP", 2)
+    made = items(16, (9, 8))
+    source = streamed(far, made)
+
+    def read(seed: int) -> bool:
+        order = Order(np.split(np.arange(16), 4), 4, seed, window=1).epoch(0).tolist()
+        return all(same(source.read(index).picture, made[index].data) for index in order)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))
+    assert len(kept()) <= 2
 
 
 def test_make_list_needs_its_root(tmp_path: Path) -> None:

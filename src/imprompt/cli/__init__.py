@@ -53,6 +53,7 @@ def quiet() -> None:
     for log in (diffusers_log, transformers_log):
         log.set_verbosity_error()
         log.disable_progress_bar()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, which not every run does
 
 
 def fail(message: str) -> None:

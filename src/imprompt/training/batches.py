@@ -28,6 +28,7 @@ class Reader(Protocol):
     """Samples by number, from pictures or from encoded features."""
 
     bucket: np.ndarray  # of every sample
+    bad_shards: Sequence[BadSample]  # the source's
 
     @property
     def shards(self) -> Sequence[int]:
@@ -53,7 +54,7 @@ class PictureReader:
     def __init__(self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int) -> None:
         self.source, self.sizes, self.processor = source, sizes, processor
         self.unit, self.channels = unit, channels  # pixels per latent, and C
-        self.shards = source.shards
+        self.shards, self.bad_shards = source.shards, source.bad_shards
         self.bucket = np.array([bucket_of(source, index, sizes) for index in range(len(source))])
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,11 @@ def open_features(folder: Path, wanted: Mapping[str, Any]) -> "FeatureReader":
 class FeatureReader:
     """Encoded samples by number: those of the source, bad ones included. Copies travel to reading processes.
 
-    shards    how many samples each shard holds
-    bucket    of every sample (samples,)
-    nulls     "image" (1, …), "text" (1, T, D), for SDXL "pooled" (1, P)
-    identity  what the features depend on: `FeatureEncoder.identity`
+    shards      how many samples each shard holds
+    bad_shards  those of the source that could not be opened
+    bucket      of every sample (samples,)
+    nulls       "image" (1, …), "text" (1, T, D), for SDXL "pooled" (1, P)
+    identity    what the features depend on: `FeatureEncoder.identity`
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,6 +125,7 @@ class FeatureReader:
             # An array of strings is a fraction of a list's memory, and is not copied where processes fork.
             self._names = np.concatenate([np.array(table["names"], np.dtypes.StringDType()) for table in tables])
             self._bad = {row["sample"]: (row["why"], row["kind"]) for table in tables for row in table["bad"]}
+            self.bad_shards: Sequence[BadSample] = [BadSample(**row) for row in self._plan["bad_shards"]]
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise SettingError(
                 f"{folder} is damaged ({first_line(error)}): imprompt data encode RECIPE --verify names the files"

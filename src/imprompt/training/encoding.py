@@ -92,7 +92,10 @@ def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> 
         "shard": shard,
         "unit": encoder.unit,
         "channels": encoder.pipeline.vae.config.latent_channels,
-        "bad_shards": [{"name": trouble.name, "why": trouble.why, "kind": trouble.kind} for trouble in source.bad_shards],
+        "bad_shards": [
+            {"name": trouble.name, "why": trouble.why, "kind": trouble.kind, "samples": trouble.samples}
+            for trouble in source.bad_shards
+        ],
     }
 
 
@@ -133,13 +136,16 @@ def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
 
 def check_bad(folder: Path, manifest: Table, most: float) -> None:
     """Raise ImpromptError, with the list, if a larger share of the samples than `most` is bad, or all are."""
-    bad, samples = manifest["bad"], manifest["totals"]["samples"]
-    if len(bad) <= most * samples and len(bad) < samples:
+    shards, bad = manifest["bad_shards"], manifest["bad"]
+    missing = sum(shard["samples"] for shard in shards)
+    lost, samples = len(bad) + missing, manifest["totals"]["samples"] + missing
+    if lost <= most * samples and lost < samples:
         return
+    bad = shards + bad
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(row["kind"] for row in bad).most_common())
     first = "; ".join(f"{row['name']}: {row['why']}" for row in bad[:10])
     raise ImpromptError(
-        f"{len(bad):,} of {samples:,} samples are bad ({kinds}), more than data.max_bad = {most:g} allows; "
+        f"{lost:,} of {samples:,} samples are bad ({kinds}), more than data.max_bad = {most:g} allows; "
         f"all of them are in {folder / 'manifest.json'}, the first: {first}"
     )
 

@@ -1,24 +1,29 @@
 """The training run: one for all variants and families, alone or on many processes (`accelerate launch`, `torchrun`)."""
 
 import os
+import re
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from threading import current_thread, main_thread
+from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
+from torch.distributed import DistError
 
 from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
 from imprompt.checkpoint import Origin, load_adapter, save_adapter
 from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.files import check_folder
-from imprompt.training.batches import Batch, Composer, Share
+from imprompt.training.batches import Batch, Composer, Item, Share
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.model import AdaptedModel, measures, open_base, open_frozen, precision, start_adapter
 from imprompt.training.objective import Objective
@@ -31,27 +36,72 @@ from imprompt.training.validation import Validator, held_out_loss
 from imprompt.training.watch import Clock, Metrics, Row, Tracker, Watcher, open_trackers, peak_memory_gb
 from imprompt.variants import variant
 
+READERS_LIVE = 10.0  # seconds; DataLoader's processes notice within 5 that the one that they read for was killed
 HELD_OUT_DRAWS = 4  # timesteps at which every held-out sample's loss is measured
 
 
 def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
     """Train to the end, from the latest state of `recipe.output` if there is one; give the folder of the last state."""
-    run = Run(recipe, watcher or Watcher())
-    try:
-        run.go()
-    except Diverged as error:
-        raise ImpromptError(f"{error}. {run.left()}") from error
-    except RuntimeError as error:
-        if run.accelerator.num_processes == 1 or not any(sign in str(error) for sign in LOST):
-            raise
-        raise ImpromptError(f"another process of this run has ended ({first_line(error)}). {run.left()}") from error
-    finally:
-        run.close()
+    with ends_told(recipe.output):
+        run = Run(recipe, watcher or Watcher())
+        try:
+            run.go()
+        finally:
+            run.close()
     return recipe.output / "latest"
 
 
-# How torch.distributed's backends say that a process at the other end is gone.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo", "Socket", "process group")
+class Terminated(BaseException):
+    """SIGTERM came; no error that the step at hand could deal with."""
+
+
+@contextmanager
+def ends_told(output: Path) -> Iterator[None]:
+    """What ends a run before its last step, as an error that says how to go on.
+
+    Launchers send SIGTERM to the processes that are left when one has ended, schedulers before they take the machine.
+    """
+
+    def end(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first is enough: what follows is told in peace
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end) if current_thread() is main_thread() else None
+    try:
+        yield
+    except Terminated as error:
+        raise ImpromptError(f"this process was told to end (SIGTERM), as when another of its run has. {left(output)}") from error
+    except Diverged as error:
+        raise ImpromptError(f"{error}. {left(output)}") from error
+    except RuntimeError as error:
+        if (who := ended_process(error)) is None:
+            raise
+        why = re.sub(r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error))  # without gloo's source and guesses
+        raise ImpromptError(f"{who} has ended ({why}). {left(output)}") from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def left(output: Path) -> str:
+    """What there is to go on from."""
+    latest = output / "latest"
+    if not latest.exists():
+        return "No state was saved yet; the same command starts again"
+    return f"The last good state is {latest.resolve()}; the same command goes on from there"
+
+
+# How gloo, NCCL and the store that processes meet in say that the process at the other end is gone or silent.
+LOST = re.compile(r"connection (was likely )?(closed|reset|refused)|broken pipe|remote p(rocess|eer)|aborted|time(d |-)?out", re.I)
+
+
+def ended_process(error: RuntimeError) -> str | None:
+    """Which process ended, if `error` says that one did; gloo's errors have no type of their own, but name its source."""
+    said = str(error)
+    if said.startswith("DataLoader worker"):
+        return "a process that reads samples"
+    distributed = isinstance(error, DistError) or "/gloo/transport/" in said
+    return "another process of this run" if distributed and LOST.search(said) else None
 
 
 class Run:
@@ -69,6 +119,8 @@ class Run:
         self.state = load_state(recipe.output, recipe)
         kind = precision(recipe, torch.accelerator.current_accelerator() or torch.device("cpu"))
         self.accelerator = Accelerator(mixed_precision="fp16" if kind == "fp16" else "no", cpu=not torch.accelerator.is_available())
+        self.accelerator.wait_for_everyone()  # one that ended sooner, of a wrong recipe, would break the others' start
+        check_engine(self.accelerator)
         self.device: torch.device = self.accelerator.device
         self.main: bool = self.accelerator.is_main_process
         self.share = self._share()
@@ -102,7 +154,8 @@ class Run:
         self.validator = self._validator(pipeline, frozen)
         self.metrics = Metrics(recipe.output)
         self.trackers: list[Tracker] = []
-        self.bad = Bad(recipe.output, recipe.data.max_bad, len(reader))
+        self.bad = Bad(recipe.output, recipe.data.max_bad, reader, self.state.step if self.state else 0, write=self.main)
+        self.seen: list[BadSample] = [*reader.bad_shards]  # and not told of yet
 
     def _share(self) -> Share:
         plan, ranks = self.recipe.optimization, self.accelerator.num_processes
@@ -158,13 +211,14 @@ class Run:
         if self.main:
             self.metrics.cut(done)
             self.trackers = open_trackers(recipe, done, self.watcher.warned)
-        clock, seen = Clock(), list[BadSample]()
+        self._count(done)
+        clock = Clock()
         sentry = Sentry(self._gathered, scaled=self.accelerator.scaler is not None)
         items = self.supply.items(done) if done < plan.steps else iter(())
         for step in range(done, plan.steps):
             with clock.waiting():
                 parts = list(islice(items, plan.accumulate))
-            seen += bad_of(parts)
+            self.seen += bad_of(parts)
             names = [name for part in parts for name in part["name"]]
             stepped = self.trainer.update(step, map(self.supply.compose, parts))
             sentry.watch(step + 1, names, stepped)
@@ -174,8 +228,7 @@ class Run:
             saving, validating = last or (step + 1) % recipe.save_every == 0, self._validates(step + 1)
             if saving or validating or (step + 1) % recipe.logging.every == 0:
                 sentry.check()
-                self._log(step + 1, clock, stepped.norm.item(), self._count(seen))
-                seen = []
+                self._log(step + 1, clock, stepped.norm.item(), self._count(step + 1))
             with clock.paused():
                 if validating:
                     self._validate(step + 1)
@@ -204,11 +257,12 @@ class Run:
 
         return gather_object(mine)
 
-    def _count(self, seen: list[BadSample]) -> int:
-        """Tell of the bad samples that all processes met; give how many there are so far."""
-        for error in self.bad.add(self._gathered(seen), write=self.main):
+    def _count(self, step: int) -> int:
+        """Tell of the bad samples that all processes met since the last time; give how many there are up to `step`."""
+        met, self.seen = self._gathered(self.seen), []
+        for error in self.bad.add(met, step):
             self.watcher.bad(error)
-        return len(self.bad.known)
+        return self.bad.count
 
     def _log(self, step: int, clock: Clock, norm: float, bad: int) -> None:
         loss, plain, by_timestep = self.trainer.tell()
@@ -238,6 +292,7 @@ class Run:
             weights = self.trainer.weights()
             if self.recipe.data.held_out:
                 facts["held_out_loss"] = self.held_out_loss()
+                self._count(step)
         state = self.trainer.state()
         if self.main:
             self._wear(weights)
@@ -262,7 +317,11 @@ class Run:
             index = self.trainer.objective.draw(u.to(self.device).float())
             return self.trainer.losses(batch, index).plain[batch.weight > 0]
 
-        batches = ((torch.from_numpy(numbers), self.supply.compose(item)) for numbers, item in self.supply.held_out_items())
+        def composed(item: Item) -> Batch:
+            self.seen += bad_of([item])
+            return self.supply.compose(item)
+
+        batches = ((torch.from_numpy(numbers), composed(item)) for numbers, item in self.supply.held_out_items())
         with self.trainer.measuring():
             return held_out_loss(batches, losses, HELD_OUT_DRAWS)
 
@@ -284,12 +343,6 @@ class Run:
         for tracker in self.trackers:
             tracker.log({f"validation/{name}": value for name, value in scores.items()}, step)
 
-    def left(self) -> str:
-        latest = self.recipe.output / "latest"
-        if not latest.exists():
-            return "No state was saved yet; the same command starts again"
-        return f"The last good state is {latest.resolve()}; the same command goes on from there"
-
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
@@ -297,11 +350,21 @@ class Run:
             self.lock.release()
 
 
+def check_engine(accelerator: Any) -> None:
+    """SettingError for a launcher's engine whose states could not be put together here."""
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise SettingError(
+            f"the launcher asks for {kind}: training runs on DDP (the default) or FSDP2 (accelerate launch --use_fsdp "
+            "--fsdp_version 2); an adapter's weights and optimizer are small enough for either"
+        )
+
+
 def claimed(output: Path) -> FileLock:
-    """The sole right to write into a run's folder, which ends with this process at the latest."""
+    """The sole right to write into a run's folder, which ends with this process, or those that read samples for it."""
     output.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(output / ".lock", blocking=False).acquire().lock
+        return FileLock(output / ".lock", timeout=READERS_LIVE).acquire().lock
     except Timeout as error:
         raise SettingError(f"another process is training into {output}: wait for it, or give another output") from error
 

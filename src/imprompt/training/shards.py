@@ -11,15 +11,18 @@ import shutil
 import tarfile
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
+from pydantic import NonNegativeInt, TypeAdapter
+from pydantic_core import from_json
 
 from imprompt.errors import ImageError, SettingError, first_line
 from imprompt.files import written_whole
@@ -31,19 +34,29 @@ IMAGES = "jpg,jpeg,png,webp,gif,avif,tiff,tif,bmp,ppm,jp2"  # file endings, the 
 HEADER = 65536  # bytes that hold the header of nearly every picture
 NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # members that the library passes over
 FETCHES = 4  # shards fetched at once
+KEEP = 16  # streamed shards of a set that stay on the disk
+T = TypeVar("T")
+Counts = dict[str, int]  # of samples, by the shard's file name or URL
+
+# Files that may lie beside remote shards and tell how many samples each holds -> these counts. OpenCLIP reads the first,
+# {"0000.tar": 1000}; wids, the webdataset library's sister, the second, {"shardlist": [{"url": "0000.tar", "nsamples": 1000}]}.
+INDEXES: Mapping[str, Callable[[Any], Counts]] = {
+    "sizes.json": lambda table: table,
+    "index.json": lambda table: {row["url"]: row["nsamples"] for row in table["shardlist"]},
+}
 
 
 class TarIndex:
-    """Where the members of a local tar file are, by sample: neighbours that are called alike but for the ending are one.
+    """Where the members of a tar file are, by sample: neighbours that are called alike but for the ending are one.
 
     It keeps no file open, so that it can be pickled, forked and read from several threads.
     """
 
-    def __init__(self, path: Path, label: str | None = None) -> None:
+    def __init__(self, place: "Path | Streamed", label: str | None = None) -> None:
         """`label` is what messages call it, the path if not given. BadSample if there is no tar file, or nothing in it."""
         from webdataset.tariterators import base_plus_ext
 
-        self.path, self.label = path, label or str(path)
+        self.place, self.label = place, label or str(place)
         self.keys: list[str] = []
         self.whole = False  # whether the tar ends as it should; if not, its last sample may lack something
         self._endings: dict[str, int] = {}  # each with its number
@@ -70,7 +83,13 @@ class TarIndex:
         return f"{self.keys[number]} in {self.label}"
 
     def members(self, number: int) -> dict[str, tuple[int, int]]:
-        """{file ending: (start, size) in bytes} of a sample. Of members that are called alike the last counts, as in tar."""
+        """{file ending: (start, size) in bytes} of a sample; BadSample if it may not be all of it.
+
+        Of members that are called alike the last counts, as in tar.
+        """
+        if number == len(self) - 1 and not self.whole:
+            why = "the tar is cut off or damaged here, so this may not be all of it"
+            raise BadSample(self.name(number), why, "damaged")
         part, endings = slice(*self._first[number : number + 2]), list(self._endings)
         spans: Any = self._spans[part].tolist()
         return {endings[ending]: (start, size) for ending, (start, size) in zip(self._ending[part], spans, strict=True)}
@@ -80,7 +99,7 @@ class TarIndex:
         start, size = self.members(number)[ending]
         wanted = size if most is None else min(size, most)
         try:
-            with self.path.open("rb") as file:
+            with self.place.open("rb") as file:
                 file.seek(start)
                 data = file.read(wanted)
         except OSError as error:
@@ -92,7 +111,7 @@ class TarIndex:
     def _headers(self) -> Iterator[tuple[str, int, int]]:
         """(name, start, size) of every file in the tar up to its end or its first damage; BadSample if it is no tar."""
         try:
-            with tarfile.open(self.path, "r:") as tar:
+            with self.place.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 yield from self._walk(tar)
         except FileNotFoundError as error:
             raise BadSample(self.label, "does not exist", "absent") from error
@@ -117,8 +136,62 @@ class TarIndex:
         self.whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A remote tar file of so many samples: fetched when one is read, and again if it had to make room since.
+
+    Samples are called by their number, so that a name does not depend on what has been fetched.
+    """
+
+    url: str
+    samples: int  # as its index tells: others that it may hold are left out
+    path: Path  # of its copy, beside those of the same set
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def name(self, number: int) -> str:
+        return f"sample {number} of {self.url}"
+
+    def members(self, number: int) -> dict[str, tuple[int, int]]:
+        return self._asked(number, lambda tar: tar.members(number))
+
+    def read(self, number: int, ending: str, most: int | None = None) -> bytes:
+        return self._asked(number, lambda tar: tar.read(number, ending, most))
+
+    def open(self, mode: Literal["rb"]) -> BinaryIO:
+        """The copy, marked as the one that was used last; BadSample if it cannot be fetched."""
+        while True:
+            try:
+                os.utime(self.path)
+                return self.path.open(mode)
+            except FileNotFoundError:  # not fetched yet, or removed by a process that made room
+                fetch(self.url, self.path)
+                make_room(self.path)
+
+    def _asked(self, number: int, question: Callable[[TarIndex], T]) -> T:
+        try:
+            tar = recent_index(self)
+            if number >= len(tar):
+                why = f"is not there: the shard holds {len(tar):,} samples, its index tells of {self.samples:,}"
+                raise BadSample(self.url, why, "absent")
+            return question(tar)
+        except BadSample as error:
+            raise BadSample(self.name(number), error.why, error.kind) from error
+
+
+@lru_cache(KEEP)
+def recent_index(shard: Streamed) -> TarIndex:
+    return TarIndex(shard, shard.url)
+
+
 class ShardSource:
-    """Samples in tar shards, which are local, or fetched when the source is opened."""
+    """Samples in tar shards.
+
+    Remote shards that an index beside them counts (INDEXES) are streamed: nothing is fetched at opening, each when a sample of it
+    is read, and the KEEP of a set that were used last stay. `size`, too, reads the file, so that aspect buckets fetch every shard
+    once. All other remote shards (without an index, or `pipe:`) are fetched at opening to be counted, and stay.
+    """
 
     def __init__(self, data: Data) -> None:
         """SettingError if there are no shards, or none that can be read."""
@@ -126,14 +199,17 @@ class ShardSource:
         self.remote = any(map(is_remote, urls))
         self.names = Names.of(data.columns, IMAGES, "txt,text,caption", "reference")
         self.captions_required = data.captions == "required"
+        counts, folder = known_counts(urls), cache_folder() / hashed(data.source)
         with ThreadPoolExecutor(FETCHES) as pool:
-            opened = list(pool.map(index_or_trouble, urls))
-        self.tars = [tar for tar in opened if isinstance(tar, TarIndex)]
-        self.bad_shards: Sequence[BadSample] = [trouble for trouble in opened if isinstance(trouble, BadSample)]
+            opened = list(pool.map(lambda url: tar_or_trouble(url, counts.get(url), folder), urls))
+        self.tars = [tar for tar in opened if not isinstance(tar, BadSample)]
+        troubles = [trouble for trouble in opened if isinstance(trouble, BadSample)]
         if not self.tars:
             many = f"none of its {len(urls)} shards can be read, the first: " if len(urls) > 1 else ""
-            raise SettingError(f"data.source = {data.source!r}: {many}{self.bad_shards[0]}")
+            raise SettingError(f"data.source = {data.source!r}: {many}{troubles[0]}")
         self.shards: Sequence[int] = tuple(map(len, self.tars))
+        held = round(sum(self.shards) / len(self.shards))
+        self.bad_shards: Sequence[BadSample] = [BadSample(bad.name, bad.why, bad.kind, held) for bad in troubles]
         self._ends = np.cumsum(self.shards).tolist()
 
     def __len__(self) -> int:
@@ -145,10 +221,7 @@ class ShardSource:
 
     def read(self, index: int) -> Sample:
         tar, number = self._find(index)
-        name = tar.name(number)
-        if number == len(tar) - 1 and not tar.whole:
-            raise BadSample(name, "the tar is cut off or damaged here, so this may not be all of it", "damaged")
-        members = tar.members(number)
+        name, members = tar.name(number), tar.members(number)
         text = caption(name, self._text(tar, number, members), self.captions_required)
         target = self._picture(tar, number, self._target(name, members))
         references = (self._picture(tar, number, ending) for ending in fitting(members, self.names.reference))
@@ -162,7 +235,7 @@ class ShardSource:
         except ImageError:  # of a format whose header is longer, or anywhere
             return self._picture(tar, number, ending).size()
 
-    def _find(self, index: int) -> tuple[TarIndex, int]:
+    def _find(self, index: int) -> tuple[TarIndex | Streamed, int]:
         """The shard of a sample and its number there."""
         shard = bisect_right(self._ends, index)
         return self.tars[shard], index - self._ends[shard] + self.shards[shard]
@@ -173,10 +246,10 @@ class ShardSource:
             raise BadSample(name, f"holds no picture, only {', '.join(members)}; data.columns.image names the ending", "absent")
         return found
 
-    def _picture(self, tar: TarIndex, number: int, ending: str) -> Picture:
+    def _picture(self, tar: TarIndex | Streamed, number: int, ending: str) -> Picture:
         return Picture(tar.name(number), f"the {ending}", partial(tar.read, number, ending))
 
-    def _text(self, tar: TarIndex, number: int, members: Mapping[str, Any]) -> str | None:
+    def _text(self, tar: TarIndex | Streamed, number: int, members: Mapping[str, Any]) -> str | None:
         ending = next(iter(fitting(members, self.names.text)), None)
         try:
             return None if ending is None else tar.read(number, ending).decode()
@@ -210,34 +283,66 @@ def is_remote(url: str) -> bool:
     return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
 
 
-def index_or_trouble(url: str) -> TarIndex | BadSample:
+def tar_or_trouble(url: str, samples: int | None, folder: Path) -> TarIndex | Streamed | BadSample:
+    """A shard, streamed to the folder if the number of its samples is known."""
+    if samples is not None:
+        return Streamed(url, samples, folder / f"{hashed(url)}.tar")
     try:
         if is_remote(url):
-            return fetched_index(url)
+            return fetched(url, ".tar", lambda path: TarIndex(path, url))
         return TarIndex(Path(url2pathname(urlsplit(url).path) if url.startswith("file:") else url))
     except BadSample as error:
         return error
 
 
-def fetched_index(url: str) -> TarIndex:
-    path = fetch(url)
+def known_counts(urls: Iterable[str]) -> Counts:
+    """How many samples the remote shards hold, those of which an index beside them tells."""
+    places = {url: re.split("[?#]", url)[0].rpartition("/") for url in urls if is_remote(url) and not url.startswith("pipe:")}
+    told = {folder: folder_counts(folder) for folder in {folder for folder, _, _ in places.values()}}
+    return {url: told[folder][name] for url, (folder, _, name) in places.items() if name in told[folder]}
+
+
+def folder_counts(folder: str) -> Counts:
+    """By file name, from the first index that is there and of its form; empty if none is. It is asked for once."""
+    for name, form in INDEXES.items():
+        try:
+            return fetched(f"{folder}/{name}", ".json", partial(read_counts, form=form))
+        except BadSample:
+            continue
+    return {}
+
+
+def read_counts(path: Path, form: Callable[[Any], Counts]) -> Counts:
     try:
-        return TarIndex(path, url)
+        counts = TypeAdapter(dict[str, NonNegativeInt]).validate_python(form(from_json(path.read_bytes())))
+    except (ValueError, LookupError, TypeError) as error:  # a page that says there is none, or another program's index.json
+        raise BadSample(str(path), "is no index of shards") from error
+    return {url.rpartition("/")[2]: count for url, count in counts.items()}
+
+
+def fetched(url: str, ending: str, read: Callable[[Path], T]) -> T:
+    """What `read` makes of the local copy; BadSample."""
+    path = fetch(url, cache_folder() / f"{hashed(url)}{ending}")
+    try:
+        return read(path)
     except BadSample:
-        path.unlink(missing_ok=True)  # what came was no shard: the next run asks again
+        path.unlink(missing_ok=True)  # what came was something else: the next run asks again
         raise
 
 
 def cache_folder() -> Path:
-    """Where fetched shards are kept: IMPROMPT_CACHE/shards."""
+    """Where fetched shards are kept: IMPROMPT_CACHE/shards; streamed ones in a folder of their set."""
     return Path(os.environ.get("IMPROMPT_CACHE") or Path.home() / ".cache" / "imprompt") / "shards"
 
 
-def fetch(url: str) -> Path:
-    """The local copy of a remote shard, fetched whole if there is none yet; other processes that want it wait. BadSample."""
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def fetch(url: str, final: Path) -> Path:
+    """Make `final` a copy of what is remote, whole, if there is none yet; other processes that want it wait. BadSample."""
     from filelock import FileLock
 
-    final = cache_folder() / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.tar"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.with_suffix(".lock")):
@@ -249,6 +354,16 @@ def fetch(url: str) -> Path:
     except OSError as error:
         raise BadSample(url, f"cannot be fetched ({error})", "absent") from error
     return final
+
+
+def make_room(new: Path) -> None:
+    """Remove from a streamed shard's folder what was not used for longest, until KEEP are left with the new one."""
+    from filelock import FileLock
+
+    with FileLock(new.with_name("room.lock")):
+        others = sorted((path.stat().st_mtime_ns, path) for path in new.parent.glob("*.tar") if path != new)
+        for _, path in others[: max(0, len(others) + 1 - KEEP)]:
+            path.unlink(missing_ok=True)
 
 
 def download(url: str, path: Path) -> None:

@@ -24,11 +24,14 @@ T = TypeVar("T")
 
 
 class BadSample(ImpromptError):
-    """A sample that cannot be used: `name` is how a person finds it, `why` one line, `kind` the sort of trouble."""
+    """A sample that cannot be used: `name` is how a person finds it, `why` one line, `kind` the sort of trouble.
 
-    def __init__(self, name: str, why: str, kind: str = "other") -> None:
-        super().__init__(name, why, kind)  # as they are, so that it can be pickled: it crosses from the reading processes
-        self.name, self.why, self.kind = name, why, kind
+    A shard that cannot be opened stands for as many `samples` as the others hold on average.
+    """
+
+    def __init__(self, name: str, why: str, kind: str = "other", samples: int = 1) -> None:
+        super().__init__(name, why, kind, samples)  # as they are, so that it can be pickled: it crosses from the reading processes
+        self.name, self.why, self.kind, self.samples = name, why, kind, samples
 
     def __str__(self) -> str:
         return f"{self.name}: {self.why}"

@@ -44,7 +44,8 @@ class State:
 def save_state(run: Path, step: int, files: Mapping[str, Write], facts: dict[str, Any], keep: int) -> Path:
     """Write RUN/step-N beside, flush it to disk, rename it, point RUN/latest to it; only then drop the oldest states."""
     final, aside = run / f"step-{step:07d}", run / f".step-{step:07d}.part"
-    shutil.rmtree(aside, ignore_errors=True)
+    for torn in run.glob(".step-*.part"):  # of a process that was killed
+        shutil.rmtree(torn, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         for name, write in files.items():
@@ -53,7 +54,7 @@ def save_state(run: Path, step: int, files: Mapping[str, Write], facts: dict[str
         for path in (*aside.iterdir(), aside):
             flush(path)
         if final.exists():  # of a run that was stopped before it could point to it
-            shutil.rmtree(final)
+            _drop(final)
         aside.rename(final)
         flush(run)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
@@ -63,11 +64,18 @@ def save_state(run: Path, step: int, files: Mapping[str, Write], facts: dict[str
     if _better(facts.get("held_out_loss"), run / "best"):
         _point(run / "best", final)
     _point(run / "latest", final)
-    kept = {(run / "best").resolve()} | {path.resolve() for path in sorted(run.glob("step-*"))[-keep:]}
+    kept = {final.resolve(), (run / "best").resolve()} | {path.resolve() for path in sorted(run.glob("step-*"))[-keep:]}
     for old in run.glob("step-*"):
         if old.resolve() not in kept:
-            shutil.rmtree(old)
+            _drop(old)
     return final
+
+
+def _drop(folder: Path) -> None:
+    """Remove a state; what a kill leaves of it does not look like one."""
+    aside = folder.with_name(f".{folder.name}.old.part")
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def load_state(run: Path, recipe: Recipe) -> State | None:

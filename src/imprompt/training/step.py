@@ -4,6 +4,7 @@ Shape letters as in `imprompt.training.features`.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -237,6 +238,7 @@ class Sentry:
             return
         (step, names, told, there), self._pending = self._pending, None
         if there is not None:
-            there.synchronize()
+            while not there.query():  # a wait inside CUDA would hear no signal, as when another process has ended
+                time.sleep(1e-3)
         if not math.isfinite(told.item()):
             raise Diverged(f"the loss of step {step} is {told.item()}; its samples: {', '.join(self._gather(names))}")

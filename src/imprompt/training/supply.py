@@ -18,10 +18,11 @@ from imprompt.training.features import FeatureEncoder, wanted
 from imprompt.training.model import Measures, encoder_place
 from imprompt.training.order import Draw, Order
 from imprompt.training.recipe import Data, Recipe
+from imprompt.training.shards import KEEP
 from imprompt.training.sources import BadSample, Source
 from imprompt.variants import variant
 
-REMOTE_WINDOW = 8  # shards that are mixed at a time where they have to be fetched
+REMOTE_WINDOW = KEEP // 2  # fetched shards mixed at a time: slower processes still read those before while others go on
 
 
 def have_features(recipe: Recipe) -> bool:
@@ -99,40 +100,45 @@ class Supply:
                 yield part, collate([shown[Draw(-1, int(self.held_out[number]))] for number in part])
 
 
-@dataclass
 class Bad:
-    """The samples that could not be used: in RUN/bad.jsonl, each once."""
+    """What could not be used: in RUN/bad.jsonl, each sample and each shard once, with the step at which it was found."""
 
-    run: Path
-    allowed: float  # share of the samples
-    samples: int
-    known: dict[str, str] = field(default_factory=dict)  # name -> why
+    def __init__(self, run: Path, allowed: float, reader: Reader, step: int, *, write: bool) -> None:
+        """A run that goes on after `step` finds what it had found later once more, if that is still bad.
 
-    def __post_init__(self) -> None:
-        if self._file.exists():
-            self.known = {row["name"]: row["why"] for row in map(json.loads, self._file.read_text().splitlines())}
+        allowed  share of the samples
+        write    whether this process writes the file
+        """
+        self.file, self.allowed, self.write = run / "bad.jsonl", allowed, write
+        self.samples = len(reader) + sum(shard.samples for shard in reader.bad_shards)
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        self._written: dict[str, Item] = {row["name"]: row for row in map(json.loads, lines)}
+        self.known = {name: row for name, row in self._written.items() if row["step"] <= step}
 
     @property
-    def _file(self) -> Path:
-        return self.run / "bad.jsonl"
+    def count(self) -> int:
+        """Of samples."""
+        return sum(row["samples"] for row in self.known.values())
 
-    def add(self, found: Iterable[BadSample], *, write: bool) -> list[BadSample]:
-        """Take in what all processes found since the last time; give what is new. ImpromptError, with names, if it is too much."""
+    def add(self, found: Iterable[BadSample], step: int) -> list[BadSample]:
+        """Take in what all processes found up to `step`; give what is new. ImpromptError, with names, if it is too much."""
         new = {error.name: error for error in found if error.name not in self.known}
-        self.known |= {name: error.why for name, error in new.items()}
-        if new and write:
-            self.run.mkdir(parents=True, exist_ok=True)
-            with written_whole(self._file) as aside:
-                aside.write_text(
-                    "".join(json.dumps({"name": n, "why": w}, ensure_ascii=False) + "\n" for n, w in self.known.items())
-                )
-        if len(self.known) > self.allowed * self.samples:
-            first = "; ".join(f"{name}: {why}" for name, why in list(self.known.items())[:5])
+        self.known |= {e.name: {"step": step, "name": e.name, "why": e.why, "samples": e.samples} for e in new.values()}
+        if self.write and self.known != self._written:
+            self._write()
+        if self.count > self.allowed * self.samples:
+            first = "; ".join(f"{row['name']}: {row['why']}" for row in list(self.known.values())[:5])
             raise ImpromptError(
-                f"{len(self.known):,} of {self.samples:,} samples cannot be used, more than data.max_bad = {self.allowed:g} "
-                f"allows; all of them are in {self._file}, the first: {first}"
+                f"{self.count:,} of {self.samples:,} samples cannot be used, more than data.max_bad = {self.allowed:g} "
+                f"allows; all of them are in {self.file}, the first: {first}"
             )
         return list(new.values())
+
+    def _write(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(self.file) as aside:
+            aside.write_text("".join(json.dumps(row) + "\n" for row in self.known.values()), encoding="utf-8")
+        self._written = dict(self.known)
 
 
 def bad_of(items: Sequence[Item]) -> list[BadSample]:

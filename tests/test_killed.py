@@ -1,0 +1,179 @@
+"""kill -9 at any moment, then the same command again: every loss and the last weights are those of a run that was left alone."""
+
+import json
+import shutil
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from imprompt.checkpoint import read_adapter
+from imprompt.training.recipe import Recipe
+from imprompt.training.state import save_state
+from imprompt.training.watch import Metrics
+from tests.commands import CONTEXT, After, Ended, Events, Saving, imprompt, smallest_model, written
+from tests.runs import names, recipe, tensors
+from tests.sets import MAKERS, damaged, items
+
+FILES = ["adapter.safetensors", "state.json", "training.pt"]
+STEPS, SAMPLES, BATCH = 12, 14, 3
+TIMES = {"samples_per_second", "step_seconds", "data_wait", "peak_memory_gb"}  # of a row: no two runs share them
+# Source -> what else its run does.
+SOURCES: dict[str, dict[str, Any]] = {
+    "folder": {},
+    "list": {"data": {"workers": 1}},
+    "shards": {"save_every": 2, "optimization": {"accumulate": 3}},
+    "hub": {"keep": 1},
+    "features": {"data": {"flip": True}},
+}
+Plan = Callable[[str], Recipe]  # of the run of that name
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return smallest_model(tmp_path_factory.mktemp("model"))
+
+
+def plans(source: str, model: Path, at: Path) -> Plan:
+    """The recipes of runs that differ in nothing but their folders. One sample of the set is bad."""
+    made = MAKERS.get(source, MAKERS["folder"])(at / "set", damaged(items(SAMPLES, (24, 20)), {4: "truncated"}))
+    other = SOURCES[source]
+    data = {"size": 16, "held_out": 2, "max_bad": 0.1, "root": made.root, **other.get("data", {})}
+    optimization = {"batch_size": BATCH, "ema": 0.9, **other.get("optimization", {})}
+    changes = {"save_every": 1, **other, "optimization": optimization, "model": str(model)}
+
+    def plan(name: str) -> Recipe:
+        features = at / f"{name}-features" if source == "features" else None
+        return recipe(made.source, at / name, STEPS, **{**changes, "data": {**data, "features": features}})
+
+    return plan
+
+
+def attempt(plan: Recipe, kill: After | Saving | None = None) -> Ended:
+    """Start `imprompt train`; what is beside the run's folder is made by this run too."""
+    beside = {kind: plan.output.with_name(f"{plan.output.name}{kind}") for kind in (".toml", "-notes", "-hub")}
+    arguments = ["train", str(written(plan, beside[".toml"]))]
+    return imprompt(arguments, beside["-notes"], kill, {"HF_DATASETS_CACHE": str(beside["-hub"])})
+
+
+@dataclass
+class Toll:
+    """What became of a run's attempts."""
+
+    kills: Counter[str] = field(default_factory=Counter)  # by what was being done
+    runs: int = 0  # that came to their end
+    resumes: int = 0
+
+    def __str__(self) -> str:
+        doing = ", ".join(f"{number} {what}" for what, number in sorted(self.kills.items()))
+        return f"{self.kills.total()} kills ({doing}), {self.resumes} resumes, {self.runs} whole runs"
+
+
+def survive(plan: Plan, whole: Path, moments: Iterator[After | Saving], kills: int) -> Toll:
+    """Kill runs at these moments, start each again until it ends, and compare it with the whole one."""
+    toll = Toll()
+    while toll.kills.total() < kills:
+        run = plan(f"run-{toll.runs}")
+        while True:
+            toll.resumes += (run.output / "latest").exists()
+            ended = attempt(run, next(moments) if toll.kills.total() < kills else None)
+            if ended.code == 0:
+                break
+            assert ended.code == -9, ended.said
+            toll.kills[ended.doing] += 1
+            assert_states_are_whole(run.output)
+        assert_same(whole, run.output)
+        toll.runs += 1
+    return toll
+
+
+def moments(random: Random, seconds: float, saves: list[list[int]]) -> Iterator[After | Saving]:
+    """Anywhere in a run of so many seconds, and in its first two savings: at the disk's events, and at any."""
+    disk, every = (2 * sum(numbers) // len(numbers) for numbers in zip(*saves, strict=True))
+    while True:
+        yield Saving(random.randint(1, disk), disk=True)
+        yield After(random.uniform(0, seconds))
+        yield Saving(random.randint(1, every), disk=False)
+        yield After(random.uniform(0, seconds))
+
+
+def assert_states_are_whole(run: Path) -> None:
+    """All that look like one."""
+    for folder in run.glob("step-*"):
+        assert names(folder) == FILES
+        assert tensors(folder)
+        assert torch.load(folder / "training.pt", weights_only=True)
+    for link in (run / "latest", run / "best"):
+        assert link.exists() == link.is_symlink()
+
+
+def assert_same(whole: Path, run: Path) -> None:
+    """Bit for bit, but for the times."""
+    assert shown(run) == shown(whole)
+    rows = told(run)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    assert rows == told(whole)
+    assert (run / "bad.jsonl").read_text() == (whole / "bad.jsonl").read_text()
+    for folder in ("latest", "best"):
+        assert (run / folder).resolve().name == (whole / folder).resolve().name
+        assert_equal(*(kept(path / folder) for path in (run, whole)))
+
+
+def shown(run: Path) -> list[str]:
+    return [name for name in names(run) if not name.startswith(".")]
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in Metrics(run).read()]
+
+
+def kept(state: Path) -> list[Any]:
+    """What a state holds, without the recipe, which names its folder."""
+    facts = json.loads((state / "state.json").read_text())
+    facts.pop("recipe")
+    adapter = read_adapter(state)
+    return [facts, adapter.header, adapter.tensors, torch.load(state / "training.pt", weights_only=True)]
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    """Nested dictionaries and sequences of tensors and plain values."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        assert_equal(list(ours.values()), list(theirs.values()))
+    elif isinstance(ours, list | tuple):
+        for own, other in zip(ours, theirs, strict=True):
+            assert_equal(own, other)
+    else:
+        assert ours == theirs
+
+
+def trial(source: str, model: Path, at: Path, kills: int) -> Toll:
+    plan = plans(source, model, at)
+    ended = attempt(plan("whole"))
+    assert ended.code == 0, ended.said
+    random = Random(zlib.crc32(source.encode()))
+    return survive(plan, at / "whole", moments(random, ended.seconds, ended.saves), kills)
+
+
+@pytest.mark.parametrize("source", ["shards", "features"])
+def test_a_killed_run_ends_as_if_it_had_not_been(source: str, model: Path, tmp_path: Path) -> None:
+    toll = trial(source, model, tmp_path, kills=3)
+    print(toll)
+    assert toll.kills["saving"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
+def test_twenty_kills_change_nothing(source: str, model: Path, tmp_path: Path) -> None:
+    toll = trial(source, model, tmp_path, kills=20)
+    assert toll.kills["saving"] >= 5
+    print(f"\n{source}: {toll}")

@@ -1,0 +1,138 @@
+"""The recipes that ship: each is read, and trains what was published at the size that its comments say."""
+
+import dataclasses
+import re
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+from imprompt.structures import BASES, ENCODERS
+from imprompt.training import estimate as module
+from imprompt.training.estimate import Estimate, estimate, rows
+from imprompt.training.recipe import Recipe, read_recipe
+from imprompt.variants import BY_NAME
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
+TRAINED = {
+    "emoji-base": 624_768,
+    "emoji-plus": 2_272_512,
+    "sd15-base": 22_319_616,
+    "sd15-full": 21_794_304,
+    "sd15-plus": 49_087_488,
+    "sdxl-base-1024": 349_188_096,
+    "sdxl-base-512": 349_188_096,
+    "sdxl-plus-1024": 423_748_864,
+    "sdxl-plus-512": 423_748_864,
+}
+PUBLISHED = [name for name in NAMES if not name.startswith("emoji")]
+VIT_H = ENCODERS[1].structure
+KEYS = {  # widths of the text cross-attentions' keys
+    "sd15": [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280],
+    "sdxl": [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10,
+}
+
+
+def read(name: str, *overrides: str) -> Recipe:
+    return read_recipe(FOLDER / f"{name}.toml", overrides)
+
+
+def told(name: str, pattern: str) -> list[int]:
+    """The numbers that a comment of the recipe says."""
+    found = re.search(pattern, (FOLDER / f"{name}.toml").read_text())
+    assert found, pattern
+    return [int(number.replace(",", "")) for number in found.groups()]
+
+
+@pytest.fixture(autouse=True)
+def a_known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "matrix_rate", lambda *_: 1e14)
+
+
+@lru_cache
+def on_gpus(recipe: Recipe, processes: int = 1) -> Estimate:
+    return estimate(recipe, torch.device("cuda"), processes)
+
+
+def gigabytes(recipe: Recipe, processes: int = 1) -> float:
+    return sum(on_gpus(recipe, processes).memory.values()) / 1e9
+
+
+def projection_shapes(variant: str, token_dim: int) -> list[tuple[int, ...]]:
+    """Of the published files: ip-adapter_*, ip-adapter-plus_*, ip-adapter-full-face_*."""
+    norm = [(token_dim,)] * 2
+    if variant == "base":
+        return [(4 * token_dim, VIT_H.pooled), (4 * token_dim,), *norm]
+    if variant == "full":
+        width = VIT_H.penultimate
+        return [(width, width), (width,), (token_dim, width), (token_dim,), *norm]
+    width = {768: 768, 2048: 1280}[token_dim]  # 12 and 20 heads of 64
+    attention = [(width,)] * 4 + [(width, width), (2 * width, width), (width, width)]
+    feed = [(width,)] * 2 + [(4 * width, width), (width, 4 * width)]
+    ends = [(width, VIT_H.penultimate), (width,), (token_dim, width), (token_dim,), *norm]
+    return [(1, 16, width), *ends, *(attention + feed) * 4]
+
+
+def test_all_recipes_are_tested() -> None:
+    assert sorted(TRAINED) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains_what_it_says(name: str) -> None:
+    recipe = read(name)
+    assert recipe.data.features is not None
+    found = on_gpus(recipe)
+    assert found.trained == TRAINED[name]
+    assert dict(rows(dataclasses.replace(found, device=torch.device("cpu"))))["trained parameters"] == f"{TRAINED[name]:,}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_comments_are_true(name: str) -> None:
+    found = on_gpus(read(name))
+    assert told(name, r"([\d,]+) trained parameters") == [found.trained]
+    assert told(name, r"# (\d+) kB a sample") == [round((found.encoded or 0) / 1000)]
+    one, _, _ = told(name, r"One GPU needs (\d+) GB, each of 8 needs (\d+); one of 24 GB: --set optimization.accumulate=(\d+)")
+    assert one - 1 < gigabytes(read(name)) <= one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_comments_on_other_gpus_are_true(name: str) -> None:
+    _, of_eight, parts = told(name, r"One GPU needs (\d+) GB, each of 8 needs (\d+); .*accumulate=(\d+)")
+    assert of_eight - 1 < gigabytes(read(name), 8) <= of_eight
+    assert gigabytes(read(name, f"optimization.accumulate={parts}")) < 20
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_published_file(name: str) -> None:
+    recipe = read(name)
+    token_dim = BASES[recipe.model].unet["cross_attention_dim"]
+    shapes = projection_shapes(recipe.variant, token_dim) + [(2 * width, token_dim) for width in KEYS[recipe.model]]
+    assert sum(map(prod, shapes)) == TRAINED[name]
+
+
+@pytest.mark.parametrize("variant", ["base", "plus"])
+def test_the_second_stage_goes_on_from_the_first(variant: str) -> None:
+    first, second = read(f"sdxl-{variant}-512"), read(f"sdxl-{variant}-1024")
+    assert second.start == str(first.output / "latest")
+    assert (first.variant, first.tokens, first.depth) == (second.variant, second.tokens, second.depth)
+    assert second.data.features != first.data.features
+
+
+def test_features_are_shared_where_they_are_the_same() -> None:
+    """A folder of features is of one model, size and feature, which the variant's row tells."""
+    kinds: dict[Path | None, set[object]] = {}
+    for name in NAMES:
+        recipe = read(name)
+        kind = (recipe.model, recipe.data.size, recipe.data.buckets, BY_NAME[recipe.variant].feature, BY_NAME[recipe.variant].null)
+        kinds.setdefault(recipe.data.features, set()).add(kind)
+    assert all(len(found) == 1 for found in kinds.values())
+    assert read("sd15-plus").data.features == read("sd15-full").data.features
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lines_are_short(name: str) -> None:
+    assert max(map(len, (FOLDER / f"{name}.toml").read_text().splitlines())) <= 132
