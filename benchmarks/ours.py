@@ -4,7 +4,6 @@ Shape letters as in `imprompt.training.features`.
 """
 
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from benchmarks.setting import Setting
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.attention import family_of
 from imprompt.training.batches import Composer, Item, Share, Shown, loader
-from imprompt.training.loop import unfused
-from imprompt.training.model import AdaptedModel
+from imprompt.training.model import AdaptedModel, ready
 from imprompt.training.objective import Objective
 from imprompt.training.order import Order
 from imprompt.training.recipe import Data, Noise, Optimization
@@ -67,18 +65,6 @@ class OurLoop:
 
 class CompiledLoop(OurLoop):
     compiled = True
-
-
-def ready(base: Any, plan: Optimization, device: torch.device) -> Any:
-    """As `imprompt.training.loop.Run` makes its base model ready."""
-    base.to(memory_format=torch.channels_last)
-    if device.type == "cpu":
-        base.set_attn_processor(unfused())
-    if plan.checkpointing:
-        base.enable_gradient_checkpointing()
-    if plan.compile:
-        base.compile()
-    return base
 
 
 class MemoryReader:

@@ -82,6 +82,7 @@ class Outcome:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     where = RESULTS / f"training-{args.device}.json" if args.record is None else args.record
+    load = os.getloadavg()[0]
     try:
         outcomes = list(run(args))
     except ImpromptError as error:
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     bars = [bar for outcome in outcomes for bar in bars_of(outcome)]
     print("\n\n".join(map(table, outcomes)), *(bar.line() for bar in bars), sep="\n")
     if bars or args.record is not None:
-        write(where, record(arguments, outcomes, bars))
+        write(where, record(arguments, load, outcomes, bars))
         print(f"written: {where}")
     return 0
 
@@ -209,7 +210,7 @@ def table(found: Outcome) -> str:
     return "\n".join(lines)
 
 
-def record(arguments: list[str] | None, outcomes: list[Outcome], bars: list[Bar]) -> dict[str, Any]:
+def record(arguments: list[str] | None, load: float, outcomes: list[Outcome], bars: list[Bar]) -> dict[str, Any]:
     device = outcomes[0].setting.device
     return {
         "command": " ".join(["python -m benchmarks.training", *(sys.argv[1:] if arguments is None else arguments)]),
@@ -218,7 +219,7 @@ def record(arguments: list[str] | None, outcomes: list[Outcome], bars: list[Bar]
             "device": device_name(device),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],  # of the last minute: what runs beside the measurement makes it worthless
+            "load": load,  # processes running in the minute before: beside others, a measurement is worth little
             "system": platform.platform(),
         },
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

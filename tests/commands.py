@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from imprompt.training.recipe import Recipe
 from tests.ranks import CONTEXT, PATIENCE
 from tests.tiny import pipeline_parts, quiet, seeded, smallest_unet, tiny_text_encoder
 
+# What a command imports as it runs, and pytest, which every process under it imports.
+CONTEXT.set_forkserver_preload([__name__, "accelerate", "diffusers.guiders", "rich.progress", "pytest"])
 # Functions by which files come, go and reach the disk.
 DISK = {"open", "mkdir", "fsync", "rename", "replace", "symlink", "unlink", "rmdir"}
 
@@ -109,6 +112,7 @@ def command(arguments: Sequence[str], notes: Path, kill: After | Saving | None, 
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the processes that read ahead, as in a user's process
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     tell(notes, Events(kill if isinstance(kill, Saving) else None))
     sys.argv = ["imprompt", *arguments]

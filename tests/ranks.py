@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from imprompt.cli import fail
 from imprompt.errors import ImpromptError
@@ -82,8 +83,6 @@ def one(plan: Recipe, rank: int, ranks: int, port: int, changes: Sequence[Change
         loop.train(plan)
     except ImpromptError as error:
         fail(str(error))
-    finally:
-        open("/tmp/cpu.txt", "a").write(f"{time.process_time()}\n")
 
 
 def notes_of(run: Path) -> Path:
@@ -95,7 +94,7 @@ def note(file: Path) -> None:
     """Write down what every step trains on: a line [step, [[epoch, sample], …]]."""
     show, update = Shown.__getitem__, Trainer.update
 
-    def shown(self: Shown, draw: Draw) -> Item:
+    def named(self: Shown, draw: Draw) -> Item:
         item = show(self, draw)
         return item | {"name": f"{item['name']} {draw.epoch} {draw.sample}"}
 
@@ -106,7 +105,7 @@ def note(file: Path) -> None:
             lines.write(json.dumps([step, draws]) + "\n")
         return update(self, step, seen)
 
-    Shown.__getitem__, Trainer.update = shown, updated
+    Shown.__getitem__, Trainer.update = named, updated
 
 
 def shown(run: Path) -> list[dict[int, list[Draw]]]:
@@ -130,6 +129,12 @@ class Struck(NamedTuple):
     def _strike(self, parts: Iterable[Batch]) -> Iterable[Batch]:
         os.kill(os.getpid(), self.signal)
         return parts
+
+
+def killed_encoding(rank: int) -> None:
+    """The second rank is killed as it is to encode its part of the features."""
+    if rank == 1:
+        loop.encode_features = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Spoiled(NamedTuple):
@@ -159,7 +164,7 @@ def sharded(_rank: int) -> None:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    make = Accelerator.__init__
+    make, go = Accelerator.__init__, loop.Run.go
 
     def made(self: Accelerator, *args: Any, **kw: Any) -> None:
         make(self, *args, **kw)
@@ -167,4 +172,8 @@ def sharded(_rank: int) -> None:
         for state in (PartialState, AcceleratorState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
 
-    Accelerator.__init__ = made
+    def gone(self: loop.Run) -> None:
+        assert isinstance(self.trainer.model, FSDPModule)
+        go(self)
+
+    Accelerator.__init__, loop.Run.go = made, gone

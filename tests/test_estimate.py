@@ -194,6 +194,11 @@ def test_rows_are_for_people() -> None:
     assert dict(rows(dataclasses.replace(found, encoded=None)))["features"].startswith("made in every step")
 
 
+@pytest.mark.parametrize(("seconds", "words"), [(59.6, "0:01:00"), (86_400, "1 day, 0:00:00"), (864_000_000, "10,000.0 days")])
+def test_spans_are_for_people(seconds: float, words: str) -> None:
+    assert module.span(seconds) == words
+
+
 def test_a_rate_is_measured() -> None:
     assert 1e8 < matrix_rate(CPU, torch.float32, 0.02) < 1e14
 

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-from imprompt.training.loop import ended_process
+from imprompt.errors import SettingError
+from imprompt.training import loop
 from imprompt.training.order import Draw
 from imprompt.training.recipe import Recipe
 from imprompt.training.watch import Metrics
@@ -98,6 +99,13 @@ def test_two_processes_take_the_steps_of_one(alone: Path, pair: Path) -> None:
     assert farthest(alone, pair) < CLOSE
 
 
+@pytest.mark.slow
+def test_as_many_processes_as_samples_take_the_steps_of_one(place: Place, alone: Path) -> None:
+    four = place.train("four", 4)
+    assert farthest(alone, four) < CLOSE
+    assert [len(part[step]) for part in ranks.shown(four) for step in range(STEPS)] == [1] * 4 * STEPS
+
+
 def test_every_sample_is_shown_once_an_epoch(alone: Path, pair: Path) -> None:
     (whole,), parts = ranks.shown(alone), ranks.shown(pair)
     assert [[len(part[step]) for part in parts] for step in range(STEPS)] == [[2, 2]] * STEPS
@@ -107,10 +115,17 @@ def test_every_sample_is_shown_once_an_epoch(alone: Path, pair: Path) -> None:
 
 
 def test_two_processes_take_the_buckets_of_one(place: Place) -> None:
-    """From pictures, which other processes read ahead; none of the three shapes has samples for a whole batch."""
-    changes = {"features": None, "size": 32, "buckets": True, "bucket_step": 8, "flip": True, "workers": 1}
+    """From pictures, which other processes read ahead; none of the three shapes has samples for a whole batch, one is bad."""
+    changes = {"features": None, "size": 32, "buckets": True, "bucket_step": 8, "flip": True, "workers": 1, "max_bad": 0.2}
+    picture = place.set / "5.png"
+    whole_picture = picture.read_bytes()
+    picture.write_bytes(whole_picture[:-30])
     one, two = (place.train(f"buckets of {count}", count, data=changes) for count in (1, 2))
+    picture.write_bytes(whole_picture)
     assert farthest(one, two) < CLOSE
+    bad = (one / "bad.jsonl").read_text()
+    assert bad.count("5.png") == 1
+    assert bad == (two / "bad.jsonl").read_text()
     (whole,), parts = ranks.shown(one), ranks.shown(two)
     assert all([draw for part in parts for draw in part[step]] == whole[step] for step in range(STEPS))
     shown = Counter(draw for step in range(STEPS) for draw in whole[step])
@@ -125,6 +140,7 @@ def test_a_killed_process_ends_the_run_with_one_line(killed: tuple[Path, ranks.E
     _, ended = killed
     assert ended.codes == [2, -signal.SIGKILL]
     assert re.match(r"imprompt: another process of this run has ended \([^\[].*\)\. " + GOES_ON, ended.said[0])
+    print(f"\nended {ended.between:.2f} s after the killed one")
     assert ended.between < 15
 
 
@@ -141,6 +157,29 @@ def test_a_terminated_run_goes_on_with_more_processes(place: Place, alone: Path)
     assert ended.codes == [2]
     assert re.match(r"imprompt: this process was told to end \(SIGTERM\).*\. " + GOES_ON, ended.said[0])
     assert farthest(place.train("terminated", 2), alone) < CLOSE
+
+
+def test_a_process_killed_while_features_are_encoded_ends_the_run(place: Place) -> None:
+    changes = {"data": {"features": place.folder / "features of one killed"}}
+    ended = ranks.train(place.plan("killed encoding", **changes), 2, ranks.killed_encoding)
+    assert ended.codes == [2, -signal.SIGKILL]
+    assert re.match(r"imprompt: another process.*\. No state was saved yet; the same command starts again$", ended.said[0])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_at_once(place: Place, alone: Path) -> None:
+    """While the processes that read ahead for it have not yet noticed."""
+    changes = {"data": {"workers": 2}}
+    assert ranks.train(place.plan("at once", **changes), 1, ranks.Struck(0, 5)).codes == [-signal.SIGKILL]
+    assert farthest(place.train("at once", 1, **changes), alone) == 0
+
+
+def test_a_folder_is_written_by_one_run(tmp_path: Path) -> None:
+    first = loop.claimed(tmp_path)
+    with pytest.raises(SettingError, match="another process is training into"):
+        loop.claimed(tmp_path)
+    first.release()
+    loop.claimed(tmp_path).release()
 
 
 @pytest.mark.usefixtures("alone")
@@ -197,7 +236,11 @@ def test_a_sharded_run_goes_on(before: int, after: int, place: Place, averaged: 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] "
 NCCL = "NCCL error in: /pytorch/NCCLUtils.hpp:268, "
-RANK, READER = "another process of this run", "a process that reads samples"
+RANK, READER, SELF = (
+    "another process of this run has ended",
+    "a process that reads samples has ended",
+    "this process was told to end",
+)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +255,7 @@ RANK, READER = "another process of this run", "a process that reads samples"
         (DistBackendError("NCCL communicator was aborted on rank 0."), RANK),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), READER),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), READER),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "), SELF),
         (DistBackendError(NCCL + "invalid usage. Duplicate GPU detected"), None),
         (DistNetworkError("The server socket has failed to listen on any local network address. EADDRINUSE"), None),
         (RuntimeError(GLOO + "op.preamble.length <= op.nbytes. 8 vs 4"), None),
@@ -220,7 +264,7 @@ RANK, READER = "another process of this run", "a process that reads samples"
     ],
 )
 def test_the_end_of_a_process_is_told_from_other_errors(error: RuntimeError, who: str | None) -> None:
-    assert ended_process(error) == who
+    assert str(loop.end_of_another(error)).startswith(str(who))
 
 
 class Launched(NamedTuple):

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TRAINED = {
     "emoji-base": 624_768,
-    "emoji-plus": 2_272_512,
+    "emoji-plus": 1_385_472,
     "sd15-base": 22_319_616,
     "sd15-full": 21_794_304,
     "sd15-plus": 49_087_488,
@@ -103,7 +103,7 @@ def test_comments_are_true(name: str) -> None:
 def test_comments_on_other_gpus_are_true(name: str) -> None:
     _, of_eight, parts = told(name, r"One GPU needs (\d+) GB, each of 8 needs (\d+); .*accumulate=(\d+)")
     assert of_eight - 1 < gigabytes(read(name), 8) <= of_eight
-    assert gigabytes(read(name, f"optimization.accumulate={parts}")) < 20
+    assert gigabytes(read(name, f"optimization.accumulate={parts}")) < 20  # of 24, the rest is for CUDA and its libraries
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -244,5 +244,10 @@ def rows(found: Estimate) -> list[tuple[str, str]]:
         ("memory", f"{sum(found.memory.values()) / 1e9:,.1f} GB{there}, beside what CUDA and the libraries take"),
         *((f"  {part}", f"{size / 1e9:,.2f} GB") for part, size in found.memory.items()),
         ("step", f"{found.seconds:,.2f} s for {found.a_step} samples, {reached}"),
-        ("run", f"{timedelta(seconds=round(found.seconds * found.steps))} for {found.steps:,} steps"),
+        ("run", f"{span(found.seconds * found.steps)} for {found.steps:,} steps"),
     ]
+
+
+def span(seconds: float) -> str:
+    days = seconds / 86400
+    return f"{days:,.1f} days" if days >= 2 else str(timedelta(seconds=round(seconds)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -25,7 +26,7 @@ from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.files import check_folder
 from imprompt.training.batches import Batch, Composer, Item, Share
 from imprompt.training.features import FeatureEncoder
-from imprompt.training.model import AdaptedModel, measures, open_base, open_frozen, precision, start_adapter
+from imprompt.training.model import AdaptedModel, measures, open_base, open_frozen, precision, ready, start_adapter
 from imprompt.training.objective import Objective
 from imprompt.training.recipe import Recipe
 from imprompt.training.sources import BadSample, open_source
@@ -36,7 +37,7 @@ from imprompt.training.validation import Validator, held_out_loss
 from imprompt.training.watch import Clock, Metrics, Row, Tracker, Watcher, open_trackers, peak_memory_gb
 from imprompt.variants import variant
 
-READERS_LIVE = 10.0  # seconds; DataLoader's processes notice within 5 that the one that they read for was killed
+PATIENCE = timedelta(hours=2)  # with a process at work alone: the first one validates, or one has more to encode than others
 HELD_OUT_DRAWS = 4  # timesteps at which every held-out sample's loss is measured
 
 
@@ -70,14 +71,13 @@ def ends_told(output: Path) -> Iterator[None]:
     try:
         yield
     except Terminated as error:
-        raise ImpromptError(f"this process was told to end (SIGTERM), as when another of its run has. {left(output)}") from error
+        raise ImpromptError(f"{TOLD}. {left(output)}") from error
     except Diverged as error:
         raise ImpromptError(f"{error}. {left(output)}") from error
     except RuntimeError as error:
-        if (who := ended_process(error)) is None:
+        if (what := end_of_another(error)) is None:
             raise
-        why = re.sub(r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error))  # without gloo's source and guesses
-        raise ImpromptError(f"{who} has ended ({why}). {left(output)}") from error
+        raise ImpromptError(f"{what}. {left(output)}") from error
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -91,24 +91,26 @@ def left(output: Path) -> str:
     return f"The last good state is {latest.resolve()}; the same command goes on from there"
 
 
+TOLD = "this process was told to end (SIGTERM), as when another of its run has"
 # How gloo, NCCL and the store that processes meet in say that the process at the other end is gone or silent.
 LOST = re.compile(r"connection (was likely )?(closed|reset|refused)|broken pipe|remote p(rocess|eer)|aborted|time(d |-)?out", re.I)
 
 
-def ended_process(error: RuntimeError) -> str | None:
+def end_of_another(error: RuntimeError) -> str | None:
     """Which process ended, if `error` says that one did; gloo's errors have no type of their own, but name its source."""
     said = str(error)
+    why = re.sub(r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error))  # without gloo's source and guesses
     if said.startswith("DataLoader worker"):
-        return "a process that reads samples"
+        return TOLD if "signal: Terminated" in said else f"a process that reads samples has ended ({why})"
     distributed = isinstance(error, DistError) or "/gloo/transport/" in said
-    return "another process of this run" if distributed and LOST.search(said) else None
+    return f"another process of this run has ended ({why})" if distributed and LOST.search(said) else None
 
 
 class Run:
     """Everything that a run holds, put together from its recipe."""
 
     def __init__(self, recipe: Recipe, watcher: Watcher) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
         self.recipe, self.watcher = recipe, watcher
         check_folder(recipe.output)
@@ -118,7 +120,11 @@ class Run:
         self.source = None if have_features(recipe) else open_source(recipe.data)
         self.state = load_state(recipe.output, recipe)
         kind = precision(recipe, torch.accelerator.current_accelerator() or torch.device("cpu"))
-        self.accelerator = Accelerator(mixed_precision="fp16" if kind == "fp16" else "no", cpu=not torch.accelerator.is_available())
+        self.accelerator = Accelerator(
+            mixed_precision="fp16" if kind == "fp16" else "no",
+            cpu=not torch.accelerator.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
         self.accelerator.wait_for_everyone()  # one that ended sooner, of a wrong recipe, would break the others' start
         check_engine(self.accelerator)
         self.device: torch.device = self.accelerator.device
@@ -138,7 +144,7 @@ class Run:
         adapter = start_adapter(recipe, self.base, nulls["image"].shape[-1])
         self.twin = deepcopy(adapter)  # on the CPU: what is saved, and what validation hears with
         objective = Objective(pipeline.scheduler, recipe.noise)
-        model = AdaptedModel(self._ready(self.base), adapter)
+        model = AdaptedModel(ready(self.base, recipe.optimization, self.device), adapter)
         self.sites = list(family_of(self.base).sites(self.base))
         self.trainer = Trainer(self.accelerator, model, objective, recipe.optimization)
         online = frozen if recipe.data.features is None else None
@@ -176,18 +182,6 @@ class Run:
         around = not cached or recipe.validation.every is not None
         pipeline = open_base(recipe, torch.device("cpu") if cached else self.device, whole=around)
         return pipeline, open_frozen(recipe, pipeline) if around else None
-
-    def _ready(self, base: Any) -> Any:
-        """The base model as it trains fastest here."""
-        plan = self.recipe.optimization
-        base.to(self.device, memory_format=torch.channels_last)
-        if self.device.type == "cpu":
-            base.set_attn_processor(unfused())
-        if plan.checkpointing:
-            base.enable_gradient_checkpointing()
-        if plan.compile:
-            base.compile()
-        return base
 
     def _validator(self, pipeline: Any, frozen: FeatureEncoder | None) -> Validator | None:
         if self.recipe.validation.every is None or not self.main:
@@ -361,16 +355,9 @@ def check_engine(accelerator: Any) -> None:
 
 
 def claimed(output: Path) -> FileLock:
-    """The sole right to write into a run's folder, which ends with this process, or those that read samples for it."""
+    """The sole right to write into a run's folder, which ends with this process at the latest."""
     output.mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(output / ".lock", timeout=READERS_LIVE).acquire().lock
+        return FileLock(output / ".lock", blocking=False).acquire().lock
     except Timeout as error:
         raise SettingError(f"another process is training into {output}: wait for it, or give another output") from error
-
-
-def unfused() -> Any:
-    """diffusers' attention without the fused kernel, whose backward pass is slow on CPUs."""
-    from diffusers.models.attention_processor import AttnProcessor
-
-    return AttnProcessor()

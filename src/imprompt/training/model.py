@@ -17,7 +17,7 @@ from imprompt.errors import MismatchError, SettingError
 from imprompt.models import Place, find_adapter, find_model, open_pipeline, part_config
 from imprompt.training.buckets import training_size
 from imprompt.training.features import TEXT, FeatureEncoder
-from imprompt.training.recipe import Recipe
+from imprompt.training.recipe import Optimization, Recipe
 from imprompt.variants import variant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +68,25 @@ def open_frozen(recipe: Recipe, pipeline: Any) -> FeatureEncoder:
     dtype = pipeline.vae.dtype if device.type == "cuda" else torch.float32
     encoder = open_encoder(encoder_place(recipe), device, dtype)
     return FeatureEncoder(pipeline, encoder, variant(recipe.variant), recipe.model)
+
+
+def ready(base: Any, plan: Optimization, device: torch.device) -> Any:
+    """The base model on the device, as it trains fastest there."""
+    base.to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        base.set_attn_processor(unfused())
+    if plan.checkpointing:
+        base.enable_gradient_checkpointing()
+    if plan.compile:
+        base.compile()
+    return base
+
+
+def unfused() -> Any:
+    """diffusers' attention without the fused kernel, whose backward pass is slow on CPUs."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    return AttnProcessor()
 
 
 def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:

@@ -70,11 +70,12 @@ class Supply:
         count, kept = len(self.reader), self.data.held_out
         if count - kept < 1:
             raise ImpromptError(f"the set has {count:,} samples and data.held_out = {kept:,} of them are held out: none is left")
-        chosen = np.random.default_rng((self.seed, count)).permutation(count)
-        self.held_out = np.sort(chosen[:kept])
-        ends = np.cumsum(self.reader.shards)[:-1]
-        shards = [np.setdiff1d(part, self.held_out) for part in np.split(np.arange(count), ends)]
-        self.order = Order([shard for shard in shards if len(shard)], self.batch, self.seed, self.reader.bucket, self._window())
+        ends, window = np.cumsum(self.reader.shards), self._window()
+        # Of remote shards few hold them: they are wanted at every state.
+        pool = count if window is None else int(ends[np.searchsorted(ends, min(2 * kept, count))])
+        self.held_out = np.sort(np.random.default_rng((self.seed, count)).permutation(pool)[:kept])
+        shards = [np.setdiff1d(part, self.held_out) for part in np.split(np.arange(count), ends[:-1])]
+        self.order = Order([shard for shard in shards if len(shard)], self.batch, self.seed, self.reader.bucket, window)
 
     def _window(self) -> int | None:
         return REMOTE_WINDOW if getattr(getattr(self.reader, "source", None), "remote", False) else None
