@@ -187,8 +187,8 @@ def test_rows_are_for_people() -> None:
     found = estimate(recipe(), CPU)
     table = dict(rows(found))
     assert table["trained parameters"] == "624,768"
-    assert table["features"] == "0.014 MB a sample on disk"
-    assert "for 4 samples, if 40% of the 100.00 TFLOP/s that this CPU" in table["step"]
+    assert table["features"] == "13.82 kB a sample on disk"
+    assert "for 4 samples, if 40% of the 100 TFLOP/s that this CPU" in table["step"]
     assert table["run"].endswith("for 100 steps")
     assert not any("\n" in text for row in table.items() for text in row)
     assert dict(rows(dataclasses.replace(found, encoded=None)))["features"].startswith("made in every step")
@@ -197,6 +197,14 @@ def test_rows_are_for_people() -> None:
 @pytest.mark.parametrize(("seconds", "words"), [(59.6, "0:01:00"), (86_400, "1 day, 0:00:00"), (864_000_000, "10,000.0 days")])
 def test_spans_are_for_people(seconds: float, words: str) -> None:
     assert module.span(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0, "0 B"), (999, "999 B"), (185_856, "185.9 kB"), (1e9, "1 GB"), (1.6635e12, "1.663 TB"), (9.9999e8, "1000 MB")],
+)
+def test_sizes_are_for_people(value: float, words: str) -> None:
+    assert module.si(value, "B") == words
 
 
 def test_a_rate_is_measured() -> None:

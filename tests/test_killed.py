@@ -160,10 +160,11 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 
 def trial(source: str, model: Path, at: Path, kills: int) -> Toll:
     plan = plans(source, model, at)
-    ended = attempt(plan("whole"))
-    assert ended.code == 0, ended.said
-    random = Random(zlib.crc32(source.encode()))
-    return survive(plan, at / "whole", moments(random, ended.seconds, ended.saves), kills)
+    alone = [attempt(plan(name)) for name in ("whole", "twin")]
+    assert all(ended.code == 0 for ended in alone), alone
+    assert_same(at / "whole", at / "twin")
+    random, seconds = Random(zlib.crc32(source.encode())), min(ended.seconds for ended in alone)
+    return survive(plan, at / "whole", moments(random, seconds, alone[0].saves), kills)
 
 
 @pytest.mark.parametrize("source", ["shards", "features"])

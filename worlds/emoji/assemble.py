@@ -20,6 +20,7 @@ from .stage import HERE, World
 
 SHIPPED = PACKAGED / "emoji"
 ADAPTERS = ("base", "plus")
+RECIPES = HERE.parents[1] / "recipes"
 DEMO = 9  # which scene `imprompt demo` shows
 LIMIT, FILE_LIMIT = 35e6, 16e6  # bytes
 
@@ -81,8 +82,16 @@ def scenes(world: World) -> None:
 def adapters(world: World) -> None:
     """Train the adapters by their recipes, in this world's folder."""
     for name in ADAPTERS:
-        folders = [f'output="{world.folder}/adapter-{name}"', f'data.folder="{world.folder}/scenes"']
-        train(read_recipe(HERE.parents[1] / "recipes" / f"emoji-{name}.toml", folders))
+        train(read_recipe(RECIPES / f"emoji-{name}.toml", places(world, name)))
+
+
+def places(world: World, name: str) -> list[str]:
+    """A recipe's folders in this world's."""
+    return [
+        f'output="{world.folder}/adapter-{name}"',
+        f'data.source="{world.folder}/scenes"',
+        f'data.features="{world.folder}/features-{name}"',
+    ]
 
 
 def ship(world: World) -> None:

@@ -1,15 +1,14 @@
-"""Are the shipped adapters what their recipes make? `python -m worlds.emoji reproduce` after `adapters`: a table for docs/training.md."""
+"""Are the shipped adapters what their recipes make? After the stage `adapters`: a table for docs/training.md."""
 
 import re
 import tempfile
-from pathlib import Path
 
 from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.training.loop import Run
 from imprompt.training.recipe import read_recipe
 from imprompt.training.watch import Watcher
 
-from .assemble import ADAPTERS
+from .assemble import ADAPTERS, RECIPES, places
 from .evaluate import COUNT, SETS, Judge, follow
 from .scenes import sample_scenes
 from .stage import HERE, World
@@ -38,6 +37,12 @@ def reproduce(world: World) -> None:
 def held_out_loss(world: World, name: str, adapter: str) -> float:
     """Of an adapter, on the samples that its recipe holds out."""
     with tempfile.TemporaryDirectory() as folder:
-        changes = [f'start="{adapter}"', f'output="{folder}"', "validation={}", "data.workers=0", 'optimization.precision="fp32"']
-        run = Run(read_recipe(Path("recipes") / f"emoji-{name}.toml", changes), Watcher())
+        changes = [
+            *places(world, name),
+            f'start="{adapter}"',
+            f'output="{folder}"',
+            "validation={}",
+            'optimization.precision="fp32"',
+        ]
+        run = Run(read_recipe(RECIPES / f"emoji-{name}.toml", changes), Watcher())
         return run.held_out_loss()

@@ -32,6 +32,7 @@ from imprompt.variants import variant
 # Of the measured matrix rate what a whole step reaches. On 2 CPU cores at the sizes of SD 1.5: 0.45 in float32, 0.3 in bfloat16.
 CPU_SHARE, GPU_SHARE = 0.4, 0.45
 STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a parameter: two numbers, in 8 bits with a scale for every 256
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
@@ -229,23 +230,27 @@ def rows(found: Estimate) -> list[tuple[str, str]]:
         name, told = found.device.type.upper(), " (assumed)"
     if found.device.type == "cuda":
         properties = torch.cuda.get_device_properties(found.device)
-        name, there = properties.name, f" of {properties.total_memory / 1e9:,.1f} GB"
+        name, there = properties.name, f" of {si(properties.total_memory, 'B')}"
     features = "made in every step, by models that are not counted here; data.features = FOLDER makes them once"
     if found.encoded is not None:
-        features = f"{found.encoded / 1e6:,.3f} MB a sample on disk"
-    reached = (
-        f"if {found.share:.0%}{told} of the {found.rate / 1e12:,.2f} TFLOP/s that this {name} multiplies matrices with are reached"
-    )
+        features = f"{si(found.encoded, 'B')} a sample on disk"
+    reached = f"if {found.share:.0%}{told} of the {si(found.rate, 'FLOP/s')} that this {name} multiplies matrices with are reached"
     return [
         ("trained parameters", f"{found.trained:,}"),
         ("base parameters", f"{found.base:,}, frozen"),
         ("features", features),
-        ("arithmetic", f"{found.flops / 1e12:,.3f} TFLOP a sample, forward and backward"),
-        ("memory", f"{sum(found.memory.values()) / 1e9:,.1f} GB{there}, beside what CUDA and the libraries take"),
-        *((f"  {part}", f"{size / 1e9:,.2f} GB") for part, size in found.memory.items()),
+        ("arithmetic", f"{si(found.flops, 'FLOP')} a sample, forward and backward"),
+        ("memory", f"{si(sum(found.memory.values()), 'B')}{there}, beside what CUDA and the libraries take"),
+        *((f"  {part}", si(size, "B")) for part, size in found.memory.items()),
         ("step", f"{found.seconds:,.2f} s for {found.a_step} samples, {reached}"),
         ("run", f"{span(found.seconds * found.steps)} for {found.steps:,} steps"),
     ]
+
+
+def si(value: float, unit: str) -> str:
+    """Four digits and a prefix: 1.663 TFLOP."""
+    step, prefix = next(((step, prefix) for step, prefix in PREFIXES if value >= step), (1, ""))
+    return f"{value / step:.4g} {prefix}{unit}"
 
 
 def span(seconds: float) -> str:
