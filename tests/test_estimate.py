@@ -188,7 +188,7 @@ def test_rows_are_for_people() -> None:
     table = dict(rows(found))
     assert table["trained parameters"] == "624,768"
     assert table["features"] == "13.82 kB a sample on disk"
-    assert "for 4 samples, if 40% of the 100 TFLOP/s that this CPU" in table["step"]
+    assert "for 4 samples, if 30% of the 100 TFLOP/s that this CPU" in table["step"]
     assert table["run"].endswith("for 100 steps")
     assert not any("\n" in text for row in table.items() for text in row)
     assert dict(rows(dataclasses.replace(found, encoded=None)))["features"].startswith("made in every step")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from imprompt.adapter import split_heads
 
 HEAD_DIM = 64  # of every published checkpoint; not readable from the shapes
+WIDEST = 1280  # of the published resamplers; SDXL's tokens are wider
 
 
 class PerceiverAttention(nn.Module):
@@ -41,7 +42,7 @@ class Resampler(nn.Module):
     def __init__(self, feature_dim: int, token_dim: int, *, tokens: int = 16, width: int | None = None, inner: int | None = None,
                  hidden: int | None = None, depth: int = 4) -> None:  # fmt: skip
         super().__init__()
-        width = width or token_dim
+        width = width or min(token_dim, WIDEST)
         inner, hidden = inner or max(width // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * width
         if inner % HEAD_DIM:
             raise ValueError(f"the resampler's attention is {inner} wide, no multiple of its heads' {HEAD_DIM}")

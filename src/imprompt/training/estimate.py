@@ -29,8 +29,9 @@ from imprompt.training.model import DTYPES, encoder_place, precision, start_adap
 from imprompt.training.recipe import Recipe
 from imprompt.variants import variant
 
-# Of the measured matrix rate what a whole step reaches. On 2 CPU cores at the sizes of SD 1.5: 0.45 in float32, 0.3 in bfloat16.
-CPU_SHARE, GPU_SHARE = 0.4, 0.45
+# Of the measured matrix rate what a whole step reaches. Assumed on GPUs. On 2 CPU cores, SD 1.5 had 0.45 in float32 and 0.3 in
+# bfloat16, the emoji model less.
+CPU_SHARE, GPU_SHARE = 0.3, 0.45
 STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a parameter: two numbers, in 8 bits with a scale for every 256
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
