@@ -86,10 +86,10 @@ class Worker:
         return found
 
     def _ask(self, steps: int) -> tuple[float, float]:
-        self._pipe.send(steps)
         try:
+            self._pipe.send(steps)
             answer = self._pipe.recv()
-        except EOFError as error:
+        except (EOFError, ConnectionError) as error:
             raise ImpromptError("a loop's process was killed, perhaps for the memory it took") from error
         if isinstance(answer, ImpromptError):
             raise answer
@@ -100,13 +100,15 @@ def serve(pipe: Any, make: Callable[[Setting], Loop], setting: Setting) -> None:
     """The worker's side: it is asked for steps until it is asked for none."""
     device = torch.device(setting.device)
     try:
-        loop, turns = make(setting), 0
-        while steps := pipe.recv():
+        steps, turns = pipe.recv(), 0
+        loop = make(setting)  # now, so that no two loops are made at a time: that takes more memory than to have them
+        while steps:
             start = time.perf_counter()
             loss = loop.run(steps)
             pipe.send(((time.perf_counter() - start) / steps, loss))
-            if not (turns := turns + 1) - 1:
+            if not turns:
                 forget_peak(device)
+            steps, turns = pipe.recv(), turns + 1
         reserved = torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else peak_memory_gb(device)
         pipe.send((peak_memory_gb(device), reserved))
     except Exception as error:  # whatever it is, it is told where the table is printed

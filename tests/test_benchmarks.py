@@ -129,3 +129,13 @@ def test_a_loop_in_a_process_of_its_own(make: Callable[[Setting], Loop]) -> None
 def test_a_loop_that_fails_tells_why() -> None:
     with Worker(OurLoop, Setting("cpu", "nothing", 2, 32, "bf16")) as worker, pytest.raises(ImpromptError, match="nothing"):
         worker.run(2)
+
+
+@pytest.mark.slow
+def test_a_loop_that_is_killed() -> None:
+    with Worker(OurLoop, TINY) as worker:
+        worker.run(1)
+        worker._process.kill()
+        worker._process.join()
+        with pytest.raises(ImpromptError, match="killed"):
+            worker.run(1)

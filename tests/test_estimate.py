@@ -132,7 +132,7 @@ def test_sd15_is_as_published() -> None:
     here, there = (estimate(recipe("sd15"), device) for device in (CPU, GPU))
     assert (here.trained, here.base) == (22_319_616, 859_520_964)
     assert [round(found.flops / 1e12, 3) for found in (here, there)] == [1.663, 1.667]
-    assert activations(there) < activations(here) / 2  # no L×L scores are kept
+    assert activations(there) == pytest.approx(activations(here), rel=0.05)  # long scores are kept nowhere
     assert here.memory["base weights, bfloat16"] == 2 * here.base
     assert here.encoded == 2 * (2 * 4 * 64 * 64 + 77 * 768 + 1024)
 

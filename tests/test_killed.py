@@ -220,3 +220,13 @@ def test_saving_can_be_killed_at_each_call_that_changes_the_disk(tmp_path: Path)
     assert latest == sorted(latest)
     assert latest[0] == 2
     assert len(latest) > 20
+
+
+def test_a_state_that_nothing_points_to_does_not_push_out_the_latest(tmp_path: Path) -> None:
+    save(tmp_path, 2, loss=1.0)
+    save(tmp_path, 6, loss=2.0)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("step-0000002")  # as if killed before it pointed to step 6
+    save(tmp_path, 4, loss=3.0)  # it goes on, told to save at other steps
+    assert (tmp_path / "latest").resolve() == tmp_path / "step-0000004"
+    assert names(tmp_path / "latest") == FILES

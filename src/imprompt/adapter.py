@@ -84,6 +84,9 @@ class ImagePrompt(NamedTuple):
         return self._replace(scale=table.expand(sites, -1).contiguous())
 
 
+LONG = 1024  # keys, from which on whole score matrices cost too much
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, L, H·d) -> (B, H, L, d)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -91,8 +94,8 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention(Q, K, V) = softmax(QKᵀ/√d) V (equation 3); query (B, H, L, d), key and value (B, H, T, d) -> (B, H, L, d)."""
-    if query.is_cpu and query.requires_grad:  # training on a CPU: the fused kernel's backward pass is far slower there
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if query.is_cpu and query.requires_grad and key.shape[2] < LONG:  # training on a CPU: the fused kernel is slower there
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         return (scores if mask is None else scores + mask).softmax(-1).to(value.dtype) @ value
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from imprompt.adapter import IPAdapter
+from imprompt.adapter import LONG, IPAdapter
 from imprompt.models import find_model
 from imprompt.structures import BaseStructure, base_structure, encoder_structure
 from imprompt.training.buckets import training_size
@@ -184,7 +184,9 @@ def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
 
 
 def written_out(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """The same as training has it on a CPU."""
+    """The same as training has it on a CPU, where only long score matrices are not kept."""
+    if key.shape[2] >= LONG:
+        return flash(query, key, value)
     return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1) @ value
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
+from imprompt.attention.blockwise import SelfAttention
 from imprompt.checkpoint import build_adapter, read_adapter
 from imprompt.encoders.vision import given_place, open_encoder
 from imprompt.errors import MismatchError, SettingError
@@ -74,19 +75,13 @@ def ready(base: Any, plan: Optimization, device: torch.device) -> Any:
     """The base model on the device, as it trains fastest there."""
     base.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
-        base.set_attn_processor(unfused())
+        own, quick = base.attn_processors, SelfAttention()
+        base.set_attn_processor({name: quick if ".attn1." in name else processor for name, processor in own.items()})
     if plan.checkpointing:
         base.enable_gradient_checkpointing()
     if plan.compile:
         base.compile()
     return base
-
-
-def unfused() -> Any:
-    """diffusers' attention without the fused kernel, whose backward pass is slow on CPUs."""
-    from diffusers.models.attention_processor import AttnProcessor
-
-    return AttnProcessor()
 
 
 def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:

@@ -208,8 +208,13 @@ class ShardSource:
             many = f"none of its {len(urls)} shards can be read, the first: " if len(urls) > 1 else ""
             raise SettingError(f"data.source = {data.source!r}: {many}{troubles[0]}")
         self.shards: Sequence[int] = tuple(map(len, self.tars))
-        held = round(sum(self.shards) / len(self.shards))
-        self.bad_shards: Sequence[BadSample] = [BadSample(bad.name, bad.why, bad.kind, held) for bad in troubles]
+        cut = [tar for tar in self.tars if isinstance(tar, TarIndex) and not tar.whole]
+        sound = [len(tar) for tar in self.tars if tar not in cut] or self.shards
+        held = round(sum(sound) / len(sound))  # by what the others hold
+        self.bad_shards: Sequence[BadSample] = [
+            *(BadSample(bad.name, bad.why, bad.kind, held) for bad in troubles),
+            *(BadSample(tar.label, "is cut off or damaged", "damaged", held - len(tar)) for tar in cut if len(tar) < held),
+        ]
         self._ends = np.cumsum(self.shards).tolist()
 
     def __len__(self) -> int:

@@ -51,7 +51,7 @@ class Source(Protocol):
     """A training set. Copies of it travel to reading processes (pickle), so open files are not kept across."""
 
     shards: Sequence[int]  # how many samples each shard holds, in order; a set without shards is one
-    bad_shards: Sequence[BadSample]  # those that could not be opened, left out of `shards`: nobody knows what they held
+    bad_shards: Sequence[BadSample]  # what shards that are no tar, or cut off, probably held beyond `shards`
 
     def __len__(self) -> int: ...
 
