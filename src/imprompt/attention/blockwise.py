@@ -55,8 +55,7 @@ class Blockwise(torch.autograd.Function):
 @torch.compiler.disable  # its loops would be unrolled: torch.compile would take many minutes
 def blockwise(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention(Q, K, V); all (B, H, L, d)."""
-    applied: Any = Blockwise.apply
-    return applied(query, key, value)
+    return Blockwise.apply(query, key, value)
 
 
 class SelfAttention:
@@ -67,5 +66,6 @@ class SelfAttention:
         projections = (attn.to_q, attn.to_k, attn.to_v)
         query, key, value = (split_heads(projection(hidden_states), attn.heads) for projection in projections)
         pays = key.dtype != torch.float32 and key.shape[2] >= LONG
-        out = blockwise(query, key, value) if pays else attention(query, key, value)
+        attend: Any = blockwise if pays else attention
+        out = attend(query, key, value)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
