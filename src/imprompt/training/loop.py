@@ -1,6 +1,5 @@
 """The training run: one for all variants and families, alone or on many processes (`accelerate launch`, `torchrun`)."""
 
-import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -114,7 +113,7 @@ class Run:
 
         self.recipe, self.watcher = recipe, watcher
         check_folder(recipe.output)
-        self.lock = claimed(recipe.output) if not int(os.environ.get("RANK", "0")) else None
+        self.lock: FileLock | None = None
         measured = measures(recipe)
         # What is wrong with the set is told before the models are loaded.
         self.source = None if have_features(recipe) else open_source(recipe.data)
@@ -201,6 +200,9 @@ class Run:
     def go(self) -> None:
         """Every step from the state on."""
         recipe, plan = self.recipe, self.recipe.optimization
+        if self.main:
+            self.lock = claimed(recipe.output)
+        self.accelerator.wait_for_everyone()
         done = self._resume()
         if self.main:
             self.metrics.cut(done)
