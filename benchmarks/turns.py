@@ -19,7 +19,7 @@ class Loop(Protocol):
     """What is measured; made from a `Setting`."""
 
     def run(self, steps: int) -> float:
-        """Take so many steps; give a loss, for which a device has to finish them."""
+        """Take so many steps; give a loss."""
         ...
 
 
@@ -105,6 +105,8 @@ def serve(pipe: Any, make: Callable[[Setting], Loop], setting: Setting) -> None:
         while steps:
             start = time.perf_counter()
             loss = loop.run(steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # the paper's loop reads its loss before the backward pass
             pipe.send(((time.perf_counter() - start) / steps, loss))
             if not turns:
                 forget_peak(device)

@@ -75,7 +75,8 @@ class ImagePrompt(NamedTuple):
 
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
         """The same prompt, heard otherwise: one number, one per site (sites,) or one per site and item (sites, B)."""
-        new, sites = torch.as_tensor(scale, dtype=self.scale.dtype, device=self.scale.device), len(self.keys)
+        sites = len(self.keys)
+        new = scale.to(self.scale) if isinstance(scale, Tensor) else self.scale.new_full((), scale)  # a number waits for no GPU
         table = new if new.ndim > 1 else new.reshape(-1, 1)
         if table.ndim > 2 or len(table) not in (1, sites):
             raise MismatchError(

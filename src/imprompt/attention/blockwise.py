@@ -1,6 +1,6 @@
 """Long self-attention in low precision on a CPU, for training there.
 
-There PyTorch's fused kernel takes twice as long in bfloat16, and whole score matrices (256 MB each for SD 1.5 at 512 pixels)
+There PyTorch's fused kernel takes 1.75 times as long in bfloat16, and whole score matrices (256 MB each for SD 1.5 at 512 pixels)
 cost more to get from the system than to fill. So the scores are computed for some queries at a time, and again in the
 backward pass: Dao et al. 2022 (arXiv 2205.14135, section 3.1), with the rows of a block whole.
 
