@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from imprompt import files
 from imprompt.cli.encode import register
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.training import encoding
@@ -254,7 +255,8 @@ def test_killed_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 os.kill(os.getpid(), signal.SIGKILL)
 
         with monkeypatch.context() as patch:
-            patch.setattr(encoding, "flush", flush)
+            for module in (files, encoding):
+                patch.setattr(module, "flush", flush)
             child = started(folder, source=Noise(6), data=settings(), encoder=Quick(), shard=3)
             assert ended(child) == -signal.SIGKILL
         assert digests(fill(folder, Noise(6), Quick(), shard=3)) == whole

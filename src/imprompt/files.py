@@ -11,9 +11,12 @@ from imprompt.errors import SettingError, first_line
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Write to the path that is given, beside `path`: flushed to disk it takes the name, so that nobody meets a part of it."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+def written_whole(path: Path, mark: str = "") -> Iterator[Path]:
+    """Write to the path that is given, beside `path`: flushed to disk it takes the name, so that nobody meets a part of it.
+
+    mark  in that path's name, so that a killed process's part can be told from others'; a random one if not given
+    """
+    aside = path.with_name(f".{path.name}.{mark or secrets.token_hex(4)}.part")
     try:
         yield aside
         flush(aside)

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -54,6 +55,13 @@ def quiet() -> None:
         log.set_verbosity_error()
         log.disable_progress_bar()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, which not every run does
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    """Labels and values in two columns."""
+    wide = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:{wide}}  {value}")
 
 
 def fail(message: str) -> None:

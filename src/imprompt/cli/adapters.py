@@ -21,11 +21,9 @@ def register(app: typer.Typer) -> None:
 def inspect(file: Annotated[Path, typer.Argument(help="An adapter file, or a folder that holds one.")]) -> None:
     """Say what an adapter file is: for which model and image encoder, how many parameters."""
     from imprompt.checkpoint import describe, read_adapter
+    from imprompt.cli import print_rows
 
-    rows = describe(read_adapter(file))
-    wide = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        print(f"{label:{wide}}  {value}")
+    print_rows(describe(read_adapter(file)))
 
 
 def convert(

@@ -25,13 +25,11 @@ def train_command(
     if dry_run:
         import torch
 
+        from imprompt.cli import print_rows
         from imprompt.training.estimate import estimate, rows
 
         print(plan.model_dump_json(indent=2))
-        table = rows(estimate(plan, torch.accelerator.current_accelerator() or torch.device("cpu")))
-        wide = max(len(label) for label, _ in table)
-        for label, value in table:
-            print(f"{label:{wide}}  {value}")
+        print_rows(rows(estimate(plan, torch.accelerator.current_accelerator() or torch.device("cpu"))))
         return
     from imprompt.cli import quiet
     from imprompt.training.loop import train

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imprompt.errors import ImpromptError
-from imprompt.files import flush
+from imprompt.files import flush, written_whole
 from imprompt.training.buckets import Size, bucket_sizes
 from imprompt.training.cache import Table, facts, read_table, refuse_others, sha256, shard_file, shard_sizes
 from imprompt.training.examples import Example, bucket_of
@@ -216,15 +216,9 @@ def aside(path: Path, rank: int) -> Iterator[BinaryIO]:
 
     Until then its name tells the process, so that what a killed one left is told from what others are writing.
     """
-    part = path.with_name(f".{path.name}.{rank}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        flush(part)
-        part.replace(path)
-        flush(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path, str(rank)) as part, part.open("wb") as file:
+        yield file
+    flush(path.parent)
 
 
 def write_table(path: Path, table: Table, rank: int) -> None:

@@ -25,7 +25,7 @@ from imprompt.adapter import LONG, IPAdapter
 from imprompt.models import find_model
 from imprompt.structures import BaseStructure, base_structure, encoder_structure
 from imprompt.training.buckets import training_size
-from imprompt.training.model import DTYPES, encoder_place, precision, start_adapter
+from imprompt.training.model import DTYPES, encoder_place, precision, predict, start_adapter
 from imprompt.training.recipe import Recipe
 from imprompt.variants import variant
 
@@ -160,13 +160,7 @@ def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool)
     attend = mock.patch.object(F, "scaled_dot_product_attention", flash if fused else written_out)  # on meta torch would choose
     with counter, live, attend:
         prompt = adapter.prompt(adapter.tokens(image))
-        prediction = base(
-            noisy.to(base.dtype),
-            t,
-            text.to(base.dtype),
-            added_cond_kwargs={key: value.to(base.dtype) for key, value in added.items()},
-            cross_attention_kwargs={"ip_hidden_states": prompt},
-        ).sample
+        prediction = predict(base, prompt, noisy, t, text, added)
         loss = (prediction.float() - noisy).square().mean()
         del prompt, prediction
         loss.backward()

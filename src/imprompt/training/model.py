@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imprompt.adapter import IPAdapter
+from imprompt.adapter import ImagePrompt, IPAdapter
 from imprompt.attention import family_of
 from imprompt.attention.blockwise import SelfAttention
 from imprompt.checkpoint import build_adapter, read_adapter
@@ -38,17 +38,21 @@ class AdaptedModel(nn.Module):
 
     def forward(self, noisy: Tensor, t: Tensor, text: Tensor, image: Tensor, added: dict[str, Tensor]) -> Tensor:
         """noisy (B, C, h, w), timesteps (B,), text (B, T, D), image features, SDXL's added conditions -> prediction (B, C, h, w)"""
-        base: Any = self._base[0]
         with torch.autocast(noisy.device.type, enabled=False):
             prompt = self.adapter.prompt(self.adapter.tokens(image))
-        conditions = {key: value.to(base.dtype) for key, value in added.items()}
-        return base(
-            noisy.to(base.dtype),
-            t,
-            text.to(base.dtype),
-            added_cond_kwargs=conditions or None,
-            cross_attention_kwargs={"ip_hidden_states": prompt},
-        ).sample
+        return predict(self._base[0], prompt, noisy, t, text, added)
+
+
+def predict(base: Any, prompt: ImagePrompt, noisy: Tensor, t: Tensor, text: Tensor, added: dict[str, Tensor]) -> Tensor:
+    """The base model's prediction in its own precision; shapes as in `AdaptedModel.forward`."""
+    conditions = {key: value.to(base.dtype) for key, value in added.items()}
+    return base(
+        noisy.to(base.dtype),
+        t,
+        text.to(base.dtype),
+        added_cond_kwargs=conditions or None,
+        cross_attention_kwargs={"ip_hidden_states": prompt},
+    ).sample
 
 
 def open_base(recipe: Recipe, device: torch.device, *, whole: bool) -> Any:
