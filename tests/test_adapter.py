@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from imprompt.adapter import ImageProjection, ImagePrompt, IPAdapter, decoupled_attention, split_heads
+from imprompt.adapter import ImageProjection, ImagePrompt, IPAdapter, attention, decoupled_attention, split_heads
 from imprompt.attention import family, family_of
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import MismatchError, SettingError
@@ -255,6 +255,7 @@ def test_with_scale_takes_a_number_a_row_of_sites_or_a_table(sites: int, batch: 
         (torch.tensor(0.5), torch.full((sites, 1), 0.5)),
         (table[:, 0], table[:, :1]),
         (table, table),
+        (table[..., None] + torch.arange(7), table[..., None] + torch.arange(7)),
     ):
         new = prompt.with_scale(scale)
         assert torch.equal(new.scale, expected)
@@ -264,7 +265,7 @@ def test_with_scale_takes_a_number_a_row_of_sites_or_a_table(sites: int, batch: 
 
 
 @pytest.mark.parametrize(
-    ("scale", "shape"), [(torch.ones(3), r"\[3\]"), (torch.ones(3, 2), r"\[3, 2\]"), (torch.ones(4, 1, 1), r"\[4, 1, 1\]")]
+    ("scale", "shape"), [(torch.ones(3), r"\[3\]"), (torch.ones(3, 2), r"\[3, 2\]"), (torch.ones(4, 1, 1, 1), r"\[4, 1, 1, 1\]")]
 )
 def test_a_scale_for_other_sites_is_refused(scale: Tensor, shape: str) -> None:
     states = (torch.zeros(2, 1, 1, 1),) * 4
@@ -285,22 +286,23 @@ def test_a_copy_leaves_the_base_model_behind() -> None:
 # The attention
 
 
-def random_attention(batch: int, heads: int, queries: int, tokens: int, width: int) -> tuple[Tensor, Tensor, Tensor, ImagePrompt]:
-    query, key, value = (torch.randn(batch, heads, length, width) for length in (queries, tokens + 1, tokens + 1))
-    image_key, image_value = torch.randn(2, batch, heads, tokens, width)
-    return query, key, value, ImagePrompt((image_key,), (image_value,), torch.ones(1, 1))
-
-
 @given(batch=SIZES, heads=SIZES, queries=SIZES, tokens=SIZES, width=SIZES, scale=st.floats(-2, 2, width=32))
 def test_output_is_affine_in_scale(batch: int, heads: int, queries: int, tokens: int, width: int, scale: float) -> None:
     """Equation 5, written out: out(s) = out(0) + s · (out(1) − out(0)), and out(1) − out(0) is the image's own attention."""
     with seeded(batch):
-        query, key, value, prompt = random_attention(batch, heads, queries, tokens, width)
-    zero, one, some = (decoupled_attention(query, key, value, None, prompt.with_scale(s), 0) for s in (0.0, 1.0, scale))
-    torch.testing.assert_close(some, zero + scale * (one - zero), rtol=0, atol=1e-5)
-    weights = (query @ prompt.keys[0].transpose(-1, -2) / width**0.5).softmax(-1)
-    torch.testing.assert_close(one - zero, weights @ prompt.values[0], rtol=0, atol=1e-5)
-    assert torch.equal(zero, decoupled_attention(query, key, value, None, None, 0))
+        query, key, value = (torch.randn(batch, heads, length, width) for length in (queries, tokens + 1, tokens + 1))
+        image_key, image_value = torch.randn(2, batch, heads, tokens, width)
+
+    def heard(*scales: float) -> Tensor:
+        weights = torch.tensor(scales).view(-1, 1, 1, 1, 1)
+        return decoupled_attention(query, key, value, None, [(image_key, image_value)] * len(scales), weights)
+
+    zero, one = heard(0.0), heard(1.0)
+    torch.testing.assert_close(heard(scale), zero + scale * (one - zero), rtol=0, atol=1e-5)
+    torch.testing.assert_close(heard(scale, 0.5), zero + (scale + 0.5) * (one - zero), rtol=0, atol=1e-5)
+    weights = (query @ image_key.transpose(-1, -2) / width**0.5).softmax(-1)
+    torch.testing.assert_close(one - zero, weights @ image_value, rtol=0, atol=1e-5)
+    assert torch.equal(zero, attention(query, key, value))
 
 
 @given(batch=SIZES, length=SIZES, heads=SIZES, width=SIZES)
@@ -374,30 +376,41 @@ def test_gradient_checkpointing_changes_no_gradient(unet: UNet2DConditionModel) 
         torch.testing.assert_close(gradient, plain[name], rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.fixture
-def compiled() -> Iterator[tuple[UNet2DConditionModel, Any, CompileCounter]]:
-    """A base model, the same compiled whole, and the count of its compilations."""
-    torch._dynamo.reset()
-    unet, counter = smallest_unet(), CompileCounter()
-    yield unet, torch.compile(unet, backend=counter, fullgraph=True), counter
-    torch._dynamo.reset()
+def wrapped(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, **options)
+
+
+def in_place(model: nn.Module, **options: Any) -> Any:
+    model.compile(**options)
+    return model
+
+
+def forward_only(model: Any, **options: Any) -> Any:
+    model.forward = torch.compile(model.forward, **options)
+    return model
 
 
 @torch.no_grad()
-def test_new_scales_and_images_recompile_nothing(compiled: tuple[UNet2DConditionModel, Any, CompileCounter]) -> None:
-    unet, fast, counter = compiled
+@pytest.mark.parametrize("compiled", [wrapped, in_place, forward_only])
+def test_new_scales_and_images_recompile_nothing(compiled: Callable[..., Any]) -> None:
+    torch._dynamo.reset()
+    counter, unet = CompileCounter(), smallest_unet()
     inputs = noise_inputs(unet, 2)
-    with tiny_adapter(unet).attached(unet) as adapter:
-        prompt, sites = random_prompt(adapter, 2), len(adapter.image_kv)
-        for heard in (
-            prompt,
-            prompt.with_scale(0.3),
-            prompt.with_scale(0.0),
-            prompt.with_scale(torch.linspace(0, 1, sites)),
-            random_prompt(adapter, 2, scale=0.7, seed=99),
-        ):
-            torch.testing.assert_close(noise(fast, inputs, heard), noise(unet, inputs, heard), rtol=0, atol=1e-6)
-            assert counter.frame_count == 1
+    adapter = tiny_adapter(unet).attach(unet)
+    other = copy.deepcopy(unet)  # with a graft of its own
+    prompt, sites = random_prompt(adapter, 2), len(adapter.image_kv)
+    fast, compilations = compiled(unet, backend=counter, fullgraph=True), 0
+    for heard in (
+        prompt,
+        prompt.with_scale(0.3),
+        prompt.with_scale(0.0),
+        prompt.with_scale(torch.linspace(0, 1, sites)),
+        random_prompt(adapter, 2, scale=0.7, seed=99),
+    ):
+        torch.testing.assert_close(noise(fast, inputs, heard), noise(other, inputs, heard), rtol=0, atol=1e-6)
+        compilations = compilations or counter.frame_count
+        assert counter.frame_count == compilations > 0
+    torch._dynamo.reset()
 
 
 # What we lean on in diffusers

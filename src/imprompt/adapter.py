@@ -62,27 +62,36 @@ class ImageKV(nn.Module):
         return split_heads(self.to_k(tokens), heads), split_heads(self.to_v(tokens), heads)
 
 
+KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, H, N, d)
+
+
 class ImagePrompt(NamedTuple):
-    """What an image prompt is to the attention: K' and V' of every site, and how strongly each is heard.
+    """What an image prompt is to the attention: K' and V' of every site, and how strongly each is heard, where and when.
 
     Image tokens do not change while an image is sampled, so they are projected once per prompt, not once per step.
-    `scale` is a tensor: changing it recompiles nothing.
+    All are tensors: changing them recompiles nothing.
     """
 
     keys: tuple[Tensor, ...]  # per site (B, H, N, d); B is the batch that the base model sees, or 1 for all alike
     values: tuple[Tensor, ...]  # per site (B, H, N, d)
-    scale: Tensor  # (sites, B) or (sites, 1)
+    scale: Tensor  # (sites, B) or (sites, 1), or (sites, B or 1, T) by training timestep, for windows and easings
+    mask: Tensor | None = None  # (B or 1, h, w): where it is heard, 0 to 1; any size, resized to the site's latents
 
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
-        """The same prompt, heard otherwise: one number, one per site (sites,) or one per site and item (sites, B)."""
+        """The same prompt, heard otherwise: one number, one per site (sites,), per site and item (sites, B) or also by timestep."""
         sites = len(self.keys)
         new = scale.to(self.scale) if isinstance(scale, Tensor) else self.scale.new_full((), scale)  # a number waits for no GPU
         table = new if new.ndim > 1 else new.reshape(-1, 1)
-        if table.ndim > 2 or len(table) not in (1, sites):
+        if table.ndim > 3 or len(table) not in (1, sites):
             raise MismatchError(
                 f"scale of shape {list(new.shape)}: give one number, {sites} (one per site) or {sites} rows of items"
             )
-        return self._replace(scale=table.expand(sites, -1).contiguous())
+        return self._replace(scale=table.expand(sites, *table.shape[1:]).contiguous())
+
+    @property
+    def bytes(self) -> int:
+        """What its keys and values hold."""
+        return sum(state.nbytes for state in self.keys + self.values)
 
 
 LONG = 1024  # keys, from which on whole score matrices cost too much
@@ -101,24 +110,38 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, prompt: ImagePrompt | None,
-                        site: int) -> Tensor:  # fmt: skip
-    """Equation 5, with the weight of equation 8: Z = Attention(Q, K, V) + λ · Attention(Q, K', V').
+def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, images: Sequence[KV],
+                        weights: Tensor) -> Tensor:  # fmt: skip
+    """Equation 5, with the weight λ of equation 8: Z = Attention(Q, K, V) + Σ λ ∘ Attention(Q, K', V'), over the image prompts.
 
-    query (B, H, L, d), text key and value (B, H, T, d), mask broadcastable to (B, H, L, T) -> (B, H, L, d).
+    query (B, H, L, d), text key and value (B, H, T, d), mask broadcastable to (B, H, L, T), a prompt's K' and V'
+    (B or 1, H, N, d), weights (prompts, B or 1, 1, L or 1, 1) -> (B, H, L, d).
     """
     out = attention(query, key, value, mask)
-    if prompt is None:
-        return out
-    image_key, image_value = prompt.keys[site], prompt.values[site]
-    if image_key.shape[0] not in (1, query.shape[0]):
-        raise MismatchError(
-            f"the image prompt was prepared for a batch of {image_key.shape[0]}, the base model runs a batch of {query.shape[0]}; "
-            "with guidance the batch holds every unconditional item, then every conditional one"
-        )
-    batch = (query.shape[0], -1, -1, -1)
-    image = attention(query, image_key.expand(batch), image_value.expand(batch))
-    return out + prompt.scale[site].to(out.dtype).view(-1, 1, 1, 1) * image
+    for (image_key, image_value), weight in zip(images, weights, strict=True):
+        if (prepared := image_key.shape[0]) != (batch := query.shape[0]):
+            if prepared != 1:
+                raise MismatchError(
+                    f"the image prompt was prepared for a batch of {prepared}, the base model runs a batch of {batch}; "
+                    "with guidance the batch holds every unconditional item, then every conditional one"
+                )
+            image_key, image_value = (state.expand(batch, -1, -1, -1) for state in (image_key, image_value))
+        out = torch.addcmul(out, weight, attention(query, image_key, image_value))
+    return out
+
+
+class Graft(Protocol):
+    """What joins adapters to one base model."""
+
+    sites: dict[str, Any]  # the text cross-attentions by module name, in the order in which published checkpoints number them
+
+    def leave(self) -> None:
+        """One adapter less; the last one gives the base model back as it was."""
+        ...
+
+    def held_bytes(self) -> int:
+        """What the text's keys and values hold that were projected once."""
+        ...
 
 
 class Family(Protocol):
@@ -127,11 +150,11 @@ class Family(Protocol):
     name: str
 
     def sites(self, model: nn.Module) -> dict[str, Any]:
-        """The text cross-attentions by module name, in the order in which published checkpoints number them."""
+        """See `Graft.sites`."""
         ...
 
-    def processor(self, site: int) -> object:
-        """What computes the attention of that site in place of the base model's own processor."""
+    def join(self, model: nn.Module) -> Graft:
+        """Let the sites of `model` listen to image prompts; one graft serves all adapters of a model."""
         ...
 
 
@@ -139,7 +162,7 @@ class IPAdapter(nn.Module):
     """The adapter: an image projection, and W'_k and W'_v for each text cross-attention ("site") of a base model.
 
     The base model is neither edited nor registered here: `attach` swaps the attention's processors, which hold no
-    weights, and `detach` puts back the very objects that were there.
+    weights, and adds a hook; `detach` puts back the very objects that were there.
     """
 
     def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family) -> None:
@@ -147,7 +170,7 @@ class IPAdapter(nn.Module):
         self.projection = projection
         self.image_kv = nn.ModuleList(image_kv)
         self.family = family
-        self._graft: tuple[dict[str, Any], list[object]] | None = None  # sites and their own processors
+        self._graft: Graft | None = None
 
     @classmethod
     def beside(cls, model: nn.Module, family: Family, projection: nn.Module) -> Self:
@@ -169,32 +192,33 @@ class IPAdapter(nn.Module):
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
         keys, values = [], []
-        for kv, site in zip(self.image_kv, self._graft[0].values(), strict=True):
+        for kv, site in zip(self.image_kv, self._graft.sites.values(), strict=True):
             key, value = kv(tokens, site.heads)
             keys.append(key.to(site.to_q.weight.dtype))
             values.append(value.to(site.to_q.weight.dtype))
         return ImagePrompt(tuple(keys), tuple(values), tokens.new_ones(len(keys), 1)).with_scale(scale)
 
     def attach(self, model: nn.Module) -> Self:
-        """Let `model` hear image prompts passed as `cross_attention_kwargs={"ip_hidden_states": prompt}`.
+        """Let `model` hear image prompts passed as `cross_attention_kwargs={"ip_hidden_states": prompt}`, or a list of prompts.
 
-        Raises MismatchError if the sizes differ. Without a prompt, or at scale 0, the model computes what it did before.
+        Several adapters can be attached to one model. Raises MismatchError if the sizes differ. Without a prompt, or at
+        scale 0, the model computes what it did before.
         """
         if self._graft is not None:
             raise MismatchError("the adapter is attached already: call detach() first")
-        sites = self.family.sites(model)
-        self.check_fits(sites)
-        self._graft = (sites, [site.processor for site in sites.values()])
-        for number, site in enumerate(sites.values()):
-            site.set_processor(self.family.processor(number))
+        self.check_fits(self.family.sites(model))
+        self._graft = self.family.join(model)
         return self
 
     def detach(self) -> None:
-        """Give the base model back as it was."""
+        """Leave the base model; the last adapter gives it back as it was."""
         if self._graft is not None:
-            for site, own in zip(self._graft[0].values(), self._graft[1], strict=True):
-                site.set_processor(own)
+            self._graft.leave()
             self._graft = None
+
+    def held_bytes(self) -> int:
+        """What the base model's cross-attentions hold of the text's keys and values, projected once: see `attention.graft`."""
+        return 0 if self._graft is None else self._graft.held_bytes()
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[Self]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from imprompt.adapter import ImagePrompt, decoupled_attention, split_heads
+from imprompt.adapter import attention, decoupled_attention, split_heads
+from imprompt.attention.graft import Graft, Step
 
 
 class DecoupledAttention:
@@ -18,16 +19,20 @@ class DecoupledAttention:
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
                  attention_mask: Tensor | None = None, temb: Tensor | None = None,  # noqa: ARG002 - diffusers passes it
-                 ip_hidden_states: ImagePrompt | None = None) -> Tensor:  # fmt: skip
+                 ip_hidden_states: Step | None = None) -> Tensor:  # fmt: skip
         """hidden_states (B, L, C), encoder_hidden_states (B, T, D), mask (B·H, 1, T) or None -> (B, L, C)."""
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        step, text = ip_hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             mask: Tensor = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])
             attention_mask = mask.unflatten(0, (-1, attn.heads))
         query = split_heads(attn.to_q(hidden_states), attn.heads)
-        key = split_heads(attn.to_k(text), attn.heads)
-        value = split_heads(attn.to_v(text), attn.heads)
-        out = decoupled_attention(query, key, value, attention_mask, ip_hidden_states, self.site)
+        prepared = step.text[self.site] if step is not None and step.source is text else None
+        key, value = prepared or (split_heads(attn.to_k(text), attn.heads), split_heads(attn.to_v(text), attn.heads))
+        if step is None:
+            out = attention(query, key, value, attention_mask)
+        else:
+            weight = step.weight(self.site, query.shape[2])
+            out = decoupled_attention(query, key, value, attention_mask, step.images[self.site], weight)
         out = out.transpose(1, 2).flatten(2)  # (B, H, L, d) -> (B, L, H·d)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -36,6 +41,7 @@ class UNetFamily:
     """See `imprompt.adapter.Family`."""
 
     name = "unet"
+    arguments = ("sample", "timestep", "encoder_hidden_states")
 
     def matches(self, model: nn.Module) -> bool:
         return hasattr(model, "attn_processors") and hasattr(model, "down_blocks") and bool(self.sites(model))
@@ -47,6 +53,13 @@ class UNetFamily:
 
     def processor(self, site: int) -> DecoupledAttention:
         return DecoupledAttention(site)
+
+    def join(self, model: nn.Module) -> Graft:
+        return Graft.of(model, self)
+
+    def sizes(self, model: Any, height: int, width: int) -> list[tuple[int, int]]:
+        levels = len(model.config.block_out_channels)  # each half of the one before, rounded up
+        return [(-(-height // 2**level), -(-width // 2**level)) for level in range(levels)]
 
 
 FAMILY = UNetFamily()
