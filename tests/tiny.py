@@ -124,9 +124,9 @@ def noise_inputs(model: UNet2DConditionModel, batch: int, seed: int = 4) -> dict
     return inputs
 
 
-def noise(model: nn.Module, inputs: dict[str, Any], prompt: ImagePrompt | None = None) -> Tensor:
+def noise(model: nn.Module, inputs: dict[str, Any], prompt: Any = None) -> Tensor:
     """The noise that `model` predicts, with or without an image prompt."""
-    return model(**inputs, cross_attention_kwargs={"ip_hidden_states": prompt} if prompt else None).sample
+    return model(**inputs, cross_attention_kwargs={"ip_hidden_states": prompt} if prompt is not None else None).sample
 
 
 def random_prompt(adapter: IPAdapter, batch: int, scale: float | Tensor = 1.0, seed: int = 5) -> ImagePrompt:

@@ -117,7 +117,7 @@ class Graft:
         inputs = dict(zip(self.family.arguments, args, strict=False)) | kwargs
         latents, timestep, text = (inputs[name] for name in self.family.arguments)
         images = tuple(tuple((prompt.keys[site], prompt.values[site]) for prompt in prompts) for site in sites)
-        step = Step(text, self.text(text), images, self.weights(model, prompts, latents, timestep))
+        step = Step(text, self.text(text), images, self.weights(model, prompts, latents, timestep)) if prompts else None
         return args, {**kwargs, "cross_attention_kwargs": {**told, KEY: step}}
 
     def text(self, text: Tensor) -> tuple[KV | None, ...]:
