@@ -7,19 +7,23 @@ item, place and time, is worked out once a step at most, not once a site.
 Shape letters as in `imprompt.adapter`; P image prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from os import environ
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from imprompt.adapter import KV, ImagePrompt, split_heads
-from imprompt.errors import MismatchError
+from imprompt.adapter import KV, ImagePrompt, decoupled_attention, split_heads
+from imprompt.errors import MismatchError, SettingError
 
 KEY = "ip_hidden_states"  # in cross_attention_kwargs
 LIMIT = 1 << 30  # bytes of projected text that a model's sites hold; what is beyond it they project in every step
+KERNEL = "IMPROMPT_KERNEL"  # environment: "auto" (where it is faster, the default), "always" or "never"
 
 
 class Step(NamedTuple):
@@ -28,11 +32,26 @@ class Step(NamedTuple):
     source: Tensor  # (B, T, D): the text that `text` was projected from
     text: tuple[KV | None, ...]  # by site; None: the site projects it
     images: tuple[tuple[KV, ...], ...]  # by site, then prompt
+    packed: tuple[Any, ...]  # by site: the same for the kernel (`fused.Packed`); empty where it cannot run
     weights: dict[int, Tensor]  # scale × mask (sites, P, B or 1, 1, L or 1, 1) by L; without masks there is one, at 0
+    fused: list[bool | None]  # by site: whether the kernel is used; None: to be tried. Empty where it cannot run
 
-    def weight(self, site: int, queries: int) -> Tensor:
-        """(P, B or 1, 1, L or 1, 1)"""
-        return self.weights[0 if 0 in self.weights else queries][site]
+    def attention(self, site: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Decoupled attention at a site; shapes as in `imprompt.adapter.decoupled_attention`."""
+        weight = self.weights[0 if 0 in self.weights else query.shape[2]][site]
+        if self.fused and mask is None:
+            from imprompt.attention import fused
+
+            if self.fused[site] is None:
+                self.fused[site] = fused.worth(query, key, value, self.packed[site], weight, self.images[site])
+            if self.fused[site]:
+                return fused.fused_attention(query, key, value, self.packed[site], weight)
+        return decoupled_attention(query, key, value, mask, self.images[site], weight)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a site has still to find out which way is faster here: that cannot be done while compiling."""
+        return None in self.fused
 
 
 class Grafted(Protocol):
@@ -54,16 +73,27 @@ class Grafted(Protocol):
         ...
 
 
-class Stamp:
-    """Tells whether something was computed from these very tensors, unchanged since. It keeps none of them alive."""
+class Kept:
+    """A value, and what it was computed from: these very objects, tensors unchanged since, and equal facts."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.seen = [(TensorWeakRef(tensor), tensor._version) for tensor in tensors]
+    def __init__(self) -> None:
+        self.made_of: list[Any] = []
+        self.facts: Any = None
+        self.value: Any = None
 
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self.seen) and all(
-            ref() is tensor and version == tensor._version for tensor, (ref, version) in zip(tensors, self.seen, strict=True)
-        )
+    def get(self, made_of: list[Any], facts: Any, compute: Callable[[], Any]) -> Any:
+        facts = (facts, len(made_of), [thing._version for thing in made_of if isinstance(thing, Tensor)])
+        if facts != self.facts or any(new is not old for new, old in zip(made_of, self.made_of, strict=True)):
+            self.value = compute()
+            self.made_of, self.facts = made_of, facts
+        return self.value
+
+
+class Run:
+    """What is kept while a text lives: its keys and values, the image prompts heard with it, and their weights."""
+
+    def __init__(self) -> None:
+        self.text, self.images, self.weights = Kept(), Kept(), Kept()
 
 
 class Graft:
@@ -76,7 +106,8 @@ class Graft:
         for number, site in enumerate(self.sites.values()):
             site.set_processor(family.processor(number))
         self.hook = model.register_forward_pre_hook(self.hand_over, with_kwargs=True)
-        self.forget()
+        self.runs = WeakTensorKeyDictionary()  # text -> Run
+        self.fused: dict[Any, list[bool | None]] = {}  # see `Step.fused`, by all that speed depends on
 
     @classmethod
     def of(cls, model: nn.Module, family: Grafted) -> "Graft":
@@ -95,14 +126,13 @@ class Graft:
 
     def forget(self) -> None:
         """Drop what is kept. Needed only after weights were changed through `.data`, which leaves no mark on them."""
-        self.texts = WeakTensorKeyDictionary()  # text -> (Stamp, states by site)
-        self.weighed: tuple[Stamp, Any, dict[int, Tensor]] | None = None
+        self.runs = WeakTensorKeyDictionary()
 
     def held_bytes(self) -> int:
-        return sum(state.nbytes for _, states in self.texts.values() for pair in states if pair for state in pair)
+        return sum(state.nbytes for run in self.runs.values() for pair in run.text.value or () if pair for state in pair)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "texts": WeakTensorKeyDictionary(), "weighed": None}
+        return {**self.__dict__, "runs": WeakTensorKeyDictionary()}
 
     def hand_over(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The hook: puts what this step hears in the image prompts' place."""
@@ -111,63 +141,60 @@ class Graft:
         if given is None:
             return args, kwargs
         prompts = tuple(given) if isinstance(given, list | tuple) and not isinstance(given, ImagePrompt) else (given,)
-        sites = range(len(self.sites))
         for prompt in prompts:
-            check_prompt(prompt, len(sites))
+            check_prompt(prompt, len(self.sites))
         inputs = dict(zip(self.family.arguments, args, strict=False)) | kwargs
-        latents, timestep, text = (inputs[name] for name in self.family.arguments)
-        images = tuple(tuple((prompt.keys[site], prompt.values[site]) for prompt in prompts) for site in sites)
-        step = Step(text, self.text(text), images, self.weights(model, prompts, latents, timestep)) if prompts else None
+        step = self.step(model, prompts, *(inputs[name] for name in self.family.arguments)) if prompts else None
         return args, {**kwargs, "cross_attention_kwargs": {**told, KEY: step}}
 
-    def text(self, text: Tensor) -> tuple[KV | None, ...]:
-        """Keys and values of the text (B, T, D) at every site, kept while it lives and is what it was, as are the weights."""
-        nothing = (None,) * len(self.sites)
-        if not remembers(text):
-            return nothing
-        projections = [projection for site in self.sites.values() for projection in (site.to_k, site.to_v)]
-        weights = [projection.weight for projection in projections if at_hand(projection, text)]
-        if not weights:
-            return nothing
-        kept = self.texts.get(text)
-        if kept is None or not kept[0].fits([text, *weights]):
-            self.texts.pop(text, None)
-            kept = self.texts[text] = (Stamp([text, *weights]), self._project(text))
-        return kept[1]
+    def step(self, model: nn.Module, prompts: tuple[ImagePrompt, ...], latents: Tensor, timestep: Any, text: Tensor) -> Step:
+        """What the sites hear at this timestep (a number, () or (B,)) of these latents (B, C, h, w) and this text (B, T, D)."""
+        scales, masks = [prompt.scale for prompt in prompts], [prompt.mask for prompt in prompts]
+        states = [state for prompt in prompts for state in (prompt.keys, prompt.values)]
+        size, dtype = latents.shape[-2:], prompts[0].keys[0].dtype
+        kernel = may_fuse(latents.device.type, dtype)
 
-    def _project(self, text: Tensor) -> tuple[KV | None, ...]:
+        def heard() -> tuple[Any, Any]:
+            images = tuple(tuple((prompt.keys[site], prompt.values[site]) for prompt in prompts) for site in range(len(self.sites)))
+            return images, packed_for(images, len(latents)) if kernel else ()
+
+        def weights() -> dict[int, Tensor]:
+            return weights_at(scales, masks, timestep, self.family.sizes(model, *size), dtype)
+
+        if remembers(text, *scales, *(mask for mask in masks if mask is not None)):
+            if (run := self.runs.get(text)) is None:
+                run = self.runs[text] = Run()
+            steady = all(scale.ndim == 2 for scale in scales)
+            projected = self.text(run, text)
+            images, packed = run.images.get(states, (kernel, len(latents)), heard)
+            weighed = run.weights.get(scales + masks, (size, dtype), weights) if steady else weights()
+        else:
+            projected, (images, packed), weighed = (None,) * len(self.sites), heard(), weights()
+        return Step(text, projected, images, packed, weighed, self.choices(latents, text, prompts) if kernel else [])
+
+    def text(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
+        """Keys and values of the text (B, T, D) at every site where they can be kept."""
+        projections = [layer for site in self.sites.values() for layer in (site.to_k, site.to_v)]
+        here = tuple(at_hand(layer, text) for layer in projections)
+        weights = [layer.weight for layer, is_here in zip(projections, here, strict=True) if is_here]
+        return run.text.get(weights, (here, text._version), lambda: self._project(run, text))
+
+    def _project(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
+        run.text.value = None
         left = LIMIT - self.held_bytes()
         states: list[KV | None] = []
         for site in self.sites.values():
-            left -= (needs := 2 * text.shape[:2].numel() * site.to_k.out_features * text.element_size())
-            if left < 0 or not (at_hand(site.to_k, text) and at_hand(site.to_v, text)):
-                left, pair = left + needs, None
-            else:
-                pair = split_heads(site.to_k(text), site.heads), split_heads(site.to_v(text), site.heads)
-            states.append(pair)
+            needs = 2 * text.shape[:2].numel() * site.to_k.out_features * text.element_size()
+            fits = needs <= left and at_hand(site.to_k, text) and at_hand(site.to_v, text)
+            states.append((split_heads(site.to_k(text), site.heads), split_heads(site.to_v(text), site.heads)) if fits else None)
+            left -= needs * fits
         return tuple(states)
 
-    def weights(self, model: nn.Module, prompts: Sequence[ImagePrompt], latents: Tensor, timestep: Any) -> dict[int, Tensor]:
-        """See `Step.weights`. Kept where they do not change with time."""
-        made_of = [tensor for prompt in prompts for tensor in (prompt.scale, prompt.mask) if tensor is not None]
-        size, dtype = latents.shape[-2:], prompts[0].keys[0].dtype
-        steady = all(prompt.scale.ndim == 2 for prompt in prompts) and remembers(*made_of)
-        if steady and self.weighed and self.weighed[1] == (size, dtype) and self.weighed[0].fits(made_of):
-            return self.weighed[2]
-        scales = [heard_at(prompt.scale, timestep).to(dtype)[:, :, None, None, None] for prompt in prompts]
-        masks = [prompt.mask for prompt in prompts]
-        if all(mask is None for mask in masks):
-            found = {0: stacked(scales)}
-        else:
-            found = {
-                rows * columns: stacked(
-                    [scale * seen_in(mask, (rows, columns)).to(scale) for scale, mask in zip(scales, masks, strict=True)]
-                )
-                for rows, columns in self.family.sizes(model, *size)
-            }
-        if steady:
-            self.weighed = (Stamp(made_of), (size, dtype), found)
-        return found
+    def choices(self, latents: Tensor, text: Tensor, prompts: Sequence[ImagePrompt]) -> list[bool | None]:
+        """See `Step.fused`."""
+        heard = tuple((prompt.keys[0].shape[2], prompt.mask is None) for prompt in prompts)
+        case = (latents.device, latents.dtype, latents.shape, text.shape[1], heard, torch.is_grad_enabled())
+        return self.fused.setdefault(case, [None] * len(self.sites))
 
 
 def check_prompt(prompt: Any, sites: int) -> None:
@@ -180,7 +207,7 @@ def check_prompt(prompt: Any, sites: int) -> None:
 
 def remembers(*tensors: Tensor) -> bool:
     """Whether what is computed from these can be kept: changes must leave a mark on them, and no gradient is to flow."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     return not any(tensor.is_inference() for tensor in tensors)
 
@@ -190,7 +217,19 @@ def at_hand(projection: nn.Module, text: Tensor) -> bool:
     return isinstance(projection, nn.Linear) and projection.weight.device == text.device
 
 
-def heard_at(scale: Tensor, timestep: Any) -> Tensor:
+def weights_at(scales: Sequence[Tensor], masks: Sequence[Tensor | None], timestep: Any, sizes: Sequence[tuple[int, int]],
+               dtype: torch.dtype) -> dict[int, Tensor]:  # fmt: skip
+    """See `Step.weights`; the latents come in these sizes, rows and columns."""
+    now = [scale_at(scale, timestep).to(dtype)[:, :, None, None, None] for scale in scales]
+    if all(mask is None for mask in masks):
+        return {0: stacked(now)}
+    return {
+        rows * columns: stacked([seen(scale, mask, (rows, columns)) for scale, mask in zip(now, masks, strict=True)])
+        for rows, columns in sizes
+    }
+
+
+def scale_at(scale: Tensor, timestep: Any) -> Tensor:
     """scale (sites, B or 1) or (sites, B or 1, T), timestep a number, () or (B,) -> (sites, B or 1)"""
     if scale.ndim == 2:
         return scale
@@ -198,13 +237,34 @@ def heard_at(scale: Tensor, timestep: Any) -> Tensor:
     return torch.take_along_dim(scale, now.view(1, -1, 1), -1)[..., 0]
 
 
-def seen_in(mask: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """mask (B or 1, h, w) or none -> (B or 1, 1, L, 1) at L = rows × columns"""
+def seen(scale: Tensor, mask: Tensor | None, size: tuple[int, int]) -> Tensor:
+    """scale (sites, B or 1, 1, 1, 1), mask (B or 1, h, w) or none -> (sites, B or 1, 1, L or 1, 1) at L = rows × columns"""
     if mask is None:
-        return torch.ones(1, 1, 1, 1)
-    return F.interpolate(mask[:, None].float(), size, mode="area").flatten(2)[..., None]
+        return scale
+    return scale * F.interpolate(mask[:, None].float(), size, mode="area").flatten(2)[..., None].to(scale)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
     """P of (sites, B or 1, 1, L or 1, 1) -> (sites, P, B or 1, 1, L or 1, 1)"""
     return weights[0][:, None] if len(weights) == 1 else torch.stack(torch.broadcast_tensors(*weights), 1)
+
+
+def may_fuse(device: str, dtype: torch.dtype) -> bool:
+    """Whether the kernel can be tried: with Triton on a GPU in low precision."""
+    asked = environ.get(KERNEL, "auto")
+    if asked not in ("auto", "always", "never"):
+        raise SettingError(f"{KERNEL} = {asked!r}: give auto, always or never")
+    low = dtype in (torch.float16, torch.bfloat16)
+    return low and asked != "never" and (asked == "always" or (device == "cuda" and has_triton()))
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def packed_for(images: Sequence[Sequence[KV]], batch: int) -> tuple[Any, ...]:
+    """By site; see `fused.packed`."""
+    from imprompt.attention import fused
+
+    return tuple(fused.packed(site, batch) for site in images)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from imprompt.adapter import attention, decoupled_attention, split_heads
+from imprompt.adapter import attention, split_heads
 from imprompt.attention.graft import Graft, Step
 
 
@@ -31,8 +31,7 @@ class DecoupledAttention:
         if step is None:
             out = attention(query, key, value, attention_mask)
         else:
-            weight = step.weight(self.site, query.shape[2])
-            out = decoupled_attention(query, key, value, attention_mask, step.images[self.site], weight)
+            out = step.attention(self.site, query, key, value, attention_mask)
         out = out.transpose(1, 2).flatten(2)  # (B, H, L, d) -> (B, L, H·d)
         return attn.to_out[1](attn.to_out[0](out))
 

@@ -54,21 +54,28 @@ class ImagePromptPipeline:
     """
 
     def __init__(self, pipeline: Any, adapter: IPAdapter, encoder: VisionEncoder, variant: Variant, *,
-                 model: KnownModel | None = None) -> None:  # fmt: skip
-        """`adapter` must be attached to `pipeline.unet` already."""
+                 model: KnownModel | None = None, compile: bool = False) -> None:  # fmt: skip
+        """`adapter` must be attached to `pipeline.unet` already; `compile` as in `from_pretrained`."""
         self.pipeline = pipeline
         self.adapter = adapter
         self.encoder = encoder
         self.variant = variant
         self.model = model or KnownModel("", "", Place(""))
+        self.compiled = compile
+        if compile:
+            from imprompt.sampling.compiled import compile_base
+
+            compile_base(pipeline.unet)
 
     @classmethod
     def from_pretrained(cls, model: str = "emoji", *, adapter: str | Path | None = None, encoder: str | Path | None = None,
-                        device: str | None = None, dtype: torch.dtype | None = None, **options: Any) -> Self:  # fmt: skip
+                        device: str | None = None, dtype: torch.dtype | None = None, compile: bool = False,
+                        **options: Any) -> Self:  # fmt: skip
         """Load a model by name ("emoji", "sd15", "sdxl"), folder or Hub id, with an adapter by name, file, folder or Hub file.
 
         That adapter, image encoder and base model were made for each other is checked before anything runs
-        (MismatchError). `options` go to the diffusers pipeline's own `from_pretrained`.
+        (MismatchError). `compile` makes the first steps of a new size slow and all others faster (on a GPU). `options` go to the
+        diffusers pipeline's own `from_pretrained`.
         """
         device = check_device(device) if device else default_device()
         dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
@@ -80,7 +87,7 @@ class ImagePromptPipeline:
         if type(pipeline).__name__ not in TASKS:
             raise MismatchError(f"{model} is a {type(pipeline).__name__}; image prompts are known for {', '.join(TASKS)}")
         live = build_adapter(file, family_of(pipeline.unet)).to(device).attach(pipeline.unet)
-        return cls(pipeline, live, vision, file.variant, model=known)
+        return cls(pipeline, live, vision, file.variant, model=known, compile=compile)
 
     def image_tokens(self, images: Sequence[Image.Image], *, together: bool = False) -> Tensor:
         """Pictures -> the image tokens of each result (results, N, D): one result per picture, or one for all `together`."""
@@ -120,6 +127,7 @@ class ImagePromptPipeline:
         tokens = self.image_tokens(pictures, together=chosen.together).repeat_interleave(chosen.num_images, 0)
         null = self.null_tokens(tokens) if guided else None
         rounds = [range(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
+        filled = len(rounds[0]) if self.compiled else 0  # a smaller last batch would be compiled anew
         if only is not None:
             if only not in range(len(tokens)):
                 raise SettingError(f"only = {only}: this call makes {len(tokens)} pictures, the first is 0")
@@ -127,18 +135,19 @@ class ImagePromptPipeline:
         steps = chosen.steps if start is None else int(chosen.steps * chosen.strength)
         made: dict[int, Image.Image] = {}
         for number, chunk in enumerate(rounds):
+            batch = [*chunk, *[chunk[-1]] * (filled - len(chunk))]
             results = pipeline(
-                prompt=[chosen.prompt] * len(chunk),
-                negative_prompt=[chosen.negative_prompt] * len(chunk) if chosen.negative_prompt else None,
+                prompt=[chosen.prompt] * len(batch),
+                negative_prompt=[chosen.negative_prompt] * len(batch) if chosen.negative_prompt else None,
                 num_inference_steps=chosen.steps,
                 guidance_scale=chosen.guidance,
-                generator=[torch.Generator().manual_seed(chosen.seed + i) for i in chunk],
-                cross_attention_kwargs={"ip_hidden_states": self.adapter.prompt(tokens[list(chunk)], null, chosen.scale)},
+                generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
+                cross_attention_kwargs={"ip_hidden_states": self.adapter.prompt(tokens[batch], null, chosen.scale)},
                 callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
-                **{name: [value] * len(chunk) if isinstance(value, Image.Image) else value for name, value in options.items()},
+                **{name: [value] * len(batch) if isinstance(value, Image.Image) else value for name, value in options.items()},
                 **(pipeline_options or {}),
             ).images
-            made |= dict(zip(chunk, results, strict=True))
+            made |= dict(zip(chunk, results[: len(chunk)], strict=True))
         if start is not None and mask is not None:
             made = {i: keep_outside(picture, start, mask) for i, picture in made.items()}
         kept = [i for i in made if only is None or i == only]

@@ -1,0 +1,122 @@
+"""The compiled base model: one graph for every prompt, scale, mask and seed, the same pixels, and a second start that is quick."""
+
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from imprompt import ImagePromptPipeline
+from imprompt.errors import SettingError
+from imprompt.sampling import compiled
+from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_adapter
+
+STEPS = 2
+RED, BLUE = (Image.new("RGB", (64, 64), name) for name in ("red", "blue"))
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts compilations; nothing is generated, as that would take a minute."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setenv(compiled.CACHE, "unused")
+    yield counter
+    torch._dynamo.reset()
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def test_nothing_that_a_user_changes_compiles_again(counter: CompileCounterWithBackend) -> None:
+    fast, plain = (ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile) for compile in (True, False))
+    calls: list[dict[str, Any]] = [
+        {},
+        {"prompt": "a panda", "negative_prompt": "a rocket"},
+        {"scale": 0.4},
+        {"seed": 9},
+        {"image": BLUE},
+        {"guidance": 5.0, "steps": 3},
+        {"init_image": BLUE, "strength": 0.9},
+    ]
+    for call in calls:
+        settings = {"image": RED, "steps": STEPS, "seed": 1, "num_images": 2} | call
+        assert np.abs(pixels(fast(**settings).images) - pixels(plain(**settings).images)).max() <= 1
+        assert counter.frame_count == 1
+
+
+def test_a_smaller_last_batch_is_filled_up(counter: CompileCounterWithBackend) -> None:
+    fast, plain = (ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile) for compile in (True, False))
+    ours, theirs = (pipe([RED, BLUE, RED], steps=STEPS, seed=1, batch_size=2) for pipe in (fast, plain))
+    assert ours.seeds == theirs.seeds == [1, 2, 3]
+    assert np.abs(pixels(ours.images) - pixels(theirs.images)).max() <= 1
+    again = fast([RED, BLUE, RED], steps=STEPS, seed=1, batch_size=2, only=2)
+    assert np.array_equal(pixels(again.images)[0], pixels(ours.images)[2])
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_the_graph_projects_no_text(counter: CompileCounterWithBackend) -> None:
+    """Of the linear layers that read text, none is left in it."""
+    unet = smallest_unet()
+    inputs = noise_inputs(unet, 2)
+    with tiny_adapter(unet).attached(unet) as adapter:
+        compiled.compile_base(unet)
+        prompt = random_prompt(adapter, 2)
+        for mask in (torch.ones(1, 3, 3), torch.rand(1, 3, 3), torch.rand(1, 3, 3)):
+            noise(unet, inputs, prompt._replace(mask=mask))
+    (graph,) = counter.graphs
+    tokens = inputs["encoder_hidden_states"].shape[1]
+    widths = [node.meta["example_value"].shape for node in graph.graph.nodes if node.target is torch._C._nn.linear]
+    assert len(widths) > 10
+    assert not [shape for shape in widths if tokens in shape]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(compiled.CACHE, str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
+    unet = smallest_unet()
+    compiled.compile_base(unet)
+    with torch.no_grad(), pytest.raises(SettingError, match=r"needs a C\+\+ compiler, and none was found: install g\+\+, or"):
+        unet(**noise_inputs(unet, 1))
+    torch._dynamo.reset()
+
+
+STARTED = """
+import sys, torch
+sys.path.insert(0, ".")
+from torch._dynamo.utils import counters
+from imprompt.sampling.compiled import compile_base
+from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_adapter
+torch.set_num_threads(1)
+unet = smallest_unet()
+inputs = noise_inputs(unet, 2)
+with torch.no_grad(), tiny_adapter(unet).attached(unet) as adapter:
+    prompt = random_prompt(adapter, 2)
+    expected = noise(unet, inputs, prompt)
+    compile_base(unet)
+    torch.testing.assert_close(noise(unet, inputs, prompt), expected, rtol=0, atol=1e-5)
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_reads_what_the_first_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(compiled.CACHE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told = [
+        subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=True).stdout.split()[-2:]
+        for _ in range(2)
+    ]
+    assert told == [["1", "0"], ["0", "1"]]
+    assert list((tmp_path / "imprompt" / "compiled").iterdir())
