@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -126,6 +127,45 @@ def test_an_unfused_lora_is_projected_every_time(unet: UNet2DConditionModel) -> 
             results.append(noise(unet, inputs, prompt))
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
+
+
+@torch.no_grad()
+def test_offloaded_weights_come_for_the_text_once(unet: UNet2DConditionModel) -> None:
+    inputs = noise_inputs(unet, 2)
+    with tiny_adapter(unet).attached(unet) as adapter:
+        prompt = random_prompt(adapter, 2)
+        expected = noise(copy.deepcopy(unet), inputs, prompt)
+        cpu_offload(unet, "cpu")  # layer by layer: elsewhere their weights are on the meta device
+        with counted(unet) as calls:
+            for _ in range(3):
+                assert torch.equal(noise(unet, inputs, prompt), expected)
+    assert calls == [SITES]
+
+
+@torch.no_grad()
+def test_weights_that_are_elsewhere_are_waited_for(unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under model offload: the hook of the first step runs before the weights have come."""
+    inputs, here = noise_inputs(unet, 2), False
+    monkeypatch.setattr(graft, "at_hand", lambda *_: here)
+    with tiny_adapter(unet).attached(unet) as adapter, counted(unet) as calls:
+        prompt = random_prompt(adapter, 2)
+        results = [noise(unet, inputs, prompt)]
+        here = True
+        results += [noise(unet, inputs, prompt) for _ in range(2)]
+    assert calls == [2 * SITES]  # in the first step by the sites, once by the hook
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@torch.no_grad()
+def test_prompts_are_in_the_precision_that_the_model_computes_in() -> None:
+    unet = smallest_unet()
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with tiny_adapter(smallest_unet()).attached(unet) as adapter:
+        prompt = random_prompt(adapter, 2)
+        assert {state.dtype for state in prompt.keys + prompt.values} == {torch.float32}
+        results = [noise(unet, noise_inputs(unet, 2), prompt) for _ in range(2)]
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
 
 
 def test_training_keeps_nothing(unet: UNet2DConditionModel) -> None:

@@ -135,6 +135,11 @@ class Graft(Protocol):
 
     sites: dict[str, Any]  # the text cross-attentions by module name, in the order in which published checkpoints number them
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which they compute."""
+        ...
+
     def leave(self) -> None:
         """One adapter less; the last one gives the base model back as it was."""
         ...
@@ -194,8 +199,8 @@ class IPAdapter(nn.Module):
         keys, values = [], []
         for kv, site in zip(self.image_kv, self._graft.sites.values(), strict=True):
             key, value = kv(tokens, site.heads)
-            keys.append(key.to(site.to_q.weight.dtype))
-            values.append(value.to(site.to_q.weight.dtype))
+            keys.append(key.to(self._graft.dtype))
+            values.append(value.to(self._graft.dtype))
         return ImagePrompt(tuple(keys), tuple(values), tokens.new_ones(len(keys), 1)).with_scale(scale)
 
     def attach(self, model: nn.Module) -> Self:

@@ -74,19 +74,26 @@ class Grafted(Protocol):
 
 
 class Kept:
-    """A value, and what it was computed from: these very objects, tensors unchanged since, and equal facts."""
+    """A value, and what it was computed from: objects, which must be the very same, tensors unchanged since; and equal facts."""
 
     def __init__(self) -> None:
-        self.made_of: list[Any] = []
-        self.facts: Any = None
+        self.made_of: tuple[list[Any], Any] = [], None
         self.value: Any = None
 
-    def get(self, made_of: list[Any], facts: Any, compute: Callable[[], Any]) -> Any:
-        facts = (facts, len(made_of), [thing._version for thing in made_of if isinstance(thing, Tensor)])
-        if facts != self.facts or any(new is not old for new, old in zip(made_of, self.made_of, strict=True)):
+    def get(self, made_of: Callable[[], tuple[list[Any], Any]], compute: Callable[[], Any]) -> Any:
+        if not same(marked(*made_of()), self.made_of):
             self.value = compute()
-            self.made_of, self.facts = made_of, facts
+            self.made_of = marked(*made_of())  # asked again: to compute brings offloaded weights, and leaves others in their place
         return self.value
+
+
+def marked(sources: list[Any], facts: Any) -> tuple[list[Any], Any]:
+    """The sources, and among the facts how often each tensor was changed in place."""
+    return sources, (facts, [source._version for source in sources if isinstance(source, Tensor)])
+
+
+def same(new: tuple[list[Any], Any], old: tuple[list[Any], Any]) -> bool:
+    return new[1] == old[1] and len(new[0]) == len(old[0]) and all(a is b for a, b in zip(new[0], old[0], strict=True))
 
 
 class Run:
@@ -101,6 +108,7 @@ class Graft:
 
     def __init__(self, model: nn.Module, family: Grafted) -> None:
         self.family, self.adapters = family, 0
+        self.computes_in: torch.dtype = getattr(model, "dtype", torch.float32)
         self.sites = family.sites(model)
         self.own = [site.processor for site in self.sites.values()]
         for number, site in enumerate(self.sites.values()):
@@ -123,6 +131,12 @@ class Graft:
             self.hook.remove()
             for site, own in zip(self.sites.values(), self.own, strict=True):
                 site.set_processor(own)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the sites compute; weights may be stored in 8 bits."""
+        stored: torch.dtype = next(iter(self.sites.values())).to_q.weight.dtype
+        return stored if stored.itemsize > 1 else self.computes_in
 
     def forget(self) -> None:
         """Drop what is kept. Needed only after weights were changed through `.data`, which leaves no mark on them."""
@@ -166,18 +180,21 @@ class Graft:
                 run = self.runs[text] = Run()
             steady = all(scale.ndim == 2 for scale in scales)
             projected = self.text(run, text)
-            images, packed = run.images.get(states, (kernel, len(latents)), heard)
-            weighed = run.weights.get(scales + masks, (size, dtype), weights) if steady else weights()
+            images, packed = run.images.get(lambda: (states, (kernel, len(latents))), heard)
+            weighed = run.weights.get(lambda: (scales + masks, (size, dtype)), weights) if steady else weights()
         else:
             projected, (images, packed), weighed = (None,) * len(self.sites), heard(), weights()
         return Step(text, projected, images, packed, weighed, self.choices(latents, text, prompts) if kernel else [])
 
     def text(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
         """Keys and values of the text (B, T, D) at every site where they can be kept."""
-        projections = [layer for site in self.sites.values() for layer in (site.to_k, site.to_v)]
-        here = tuple(at_hand(layer, text) for layer in projections)
-        weights = [layer.weight for layer, is_here in zip(projections, here, strict=True) if is_here]
-        return run.text.get(weights, (here, text._version), lambda: self._project(run, text))
+
+        def made_of() -> tuple[list[Any], Any]:
+            weights = [matrix(site._modules[name]) for site in self.sites.values() for name in ("to_k", "to_v")]
+            waits = run.text.value is None or None in run.text.value  # for weights that may have come since
+            return weights, (text._version, waits and [at_hand(weight, text) for weight in weights])
+
+        return run.text.get(made_of, lambda: self._project(run, text))
 
     def _project(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
         run.text.value = None
@@ -185,7 +202,7 @@ class Graft:
         states: list[KV | None] = []
         for site in self.sites.values():
             needs = 2 * text.shape[:2].numel() * site.to_k.out_features * text.element_size()
-            fits = needs <= left and at_hand(site.to_k, text) and at_hand(site.to_v, text)
+            fits = needs <= left and at_hand(matrix(site.to_k), text) and at_hand(matrix(site.to_v), text)
             states.append((split_heads(site.to_k(text), site.heads), split_heads(site.to_v(text), site.heads)) if fits else None)
             left -= needs * fits
         return tuple(states)
@@ -212,9 +229,14 @@ def remembers(*tensors: Tensor) -> bool:
     return not any(tensor.is_inference() for tensor in tensors)
 
 
-def at_hand(projection: nn.Module, text: Tensor) -> bool:
-    """Whether it is a matrix (a LoRA that is not fused is more), and here now (it may be offloaded)."""
-    return isinstance(projection, nn.Linear) and projection.weight.device == text.device
+def matrix(layer: nn.Module | None) -> Tensor | None:
+    """What the layer multiplies by, if that is all it does: a LoRA that is not fused does more."""
+    return layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+
+
+def at_hand(weight: Tensor | None, text: Tensor) -> bool:
+    """Whether the layer can be called now: its weight is where the text is, or comes when it is called (sequential offload)."""
+    return weight is not None and (weight.device == text.device or weight.is_meta)
 
 
 def weights_at(scales: Sequence[Tensor], masks: Sequence[Tensor | None], timestep: Any, sizes: Sequence[tuple[int, int]],
