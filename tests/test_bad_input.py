@@ -237,7 +237,7 @@ def imprompt(
 @pytest.fixture
 def loaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands find the model loaded already."""
-    monkeypatch.setattr(Request, "load", lambda *_: world.pipeline)
+    monkeypatch.setattr(Request, "load", lambda *_, **__: world.pipeline)
 
 
 def files_in(*folders: Path) -> set[Path]:
@@ -297,9 +297,9 @@ BAD_REQUESTS = [
         "a.jpg: results are PNG files; give a name ending in .png, or a folder",
     ),
     ("out is a text", "generate {here}/cat.png --out {here}/notes.txt", "notes.txt: results are PNG files"),
-    ("out is a file", "generate {here}/cat.png --out {here}/taken", "taken is a file; results need a folder"),
-    ("out in a file", "generate {here}/cat.png --out {here}/notes.txt/sub/a.png", "notes.txt is a file; results need a folder"),
-    ("out in a PNG", "generate {here}/cat.png --out {here}/cat.png/more", "cat.png is a file; results need a folder"),
+    ("out is a file", "generate {here}/cat.png --out {here}/taken", "taken is a file; a folder is needed"),
+    ("out in a file", "generate {here}/cat.png --out {here}/notes.txt/sub/a.png", "notes.txt is a file; a folder is needed"),
+    ("out in a PNG", "generate {here}/cat.png --out {here}/cat.png/more", "cat.png is a file; a folder is needed"),
     ("like a foreign PNG", "generate --like {here}/cat.png", "cat.png was not made by imprompt, or its metadata was removed"),
     ("like a JPEG", "generate --like {here}/cat.jpg", "cat.jpg was not made by imprompt"),
     ("like nothing", "generate --like none.png", "none.png does not exist"),
@@ -315,6 +315,10 @@ BAD_REQUESTS = [
 WITHOUT = "generate {here}/cat.png --out {out} --steps 1 "
 BAD_MODELS = [
     ("device unknown", WITH_CAT + " --device quantum", "device 'quantum' cannot be used here"),
+    ("quantize unknown", WITH_CAT + " --quantize int3", "quantize = 'int3': input should be 'int8' or 'fp8'"),
+    ("offload unknown", WITH_CAT + " --offload half --device cpu", "unknown offload 'half'; known: model, sequential"),
+    ("offload of a CPU", WITH_CAT + " --offload model --device cpu", "spares a GPU's memory; the device here is cpu: leave it out"),
+    ("features in a file", WITH_CAT + " --keep-features {here}/taken", "taken is a file; a folder is needed"),
     ("device computes nothing", WITH_CAT + " --device meta", "device 'meta' cannot be used here"),
     ("model unknown", WITHOUT + "--model emojii", "unknown model 'emojii'; known: emoji, sd15, sdxl, a folder"),
     ("model folder bare", WITHOUT + "--model {here}/bare", "bare is no model: it holds no model_index.json"),
@@ -431,7 +435,7 @@ BAD_FILES = [
         "train {here}/recipe.toml --set data.source={here}/bad-listing",
         "metadata.jsonl, line 2: ",
     ),
-    ("train into a file", "train {here}/recipe.toml --set output={here}/notes.txt", "notes.txt is a file; results need a folder"),
+    ("train into a file", "train {here}/recipe.toml --set output={here}/notes.txt", "notes.txt is a file; a folder is needed"),
 ]
 
 

@@ -23,12 +23,12 @@ RED, BLUE = (Image.new("RGB", (64, 64), name) for name in ("red", "blue"))
 
 
 @pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+def counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CompileCounterWithBackend]:
     """Counts compilations; nothing is generated, as that would take a minute."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setenv(compiled.CACHE, "unused")
+    monkeypatch.setenv(compiled.CACHE, str(tmp_path))
     yield counter
     torch._dynamo.reset()
 

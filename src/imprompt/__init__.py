@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from imprompt.adapter import ImagePrompt, IPAdapter
     from imprompt.checkpoint import load_adapter, read_adapter, write_adapter
+    from imprompt.encoders.kept import FeatureMemory
     from imprompt.errors import ImpromptError
     from imprompt.sampling.generate import ImagePromptPipeline, Result
 
 _HOMES = {
+    "FeatureMemory": "encoders.kept",
     "IPAdapter": "adapter",
     "ImagePrompt": "adapter",
     "ImagePromptPipeline": "sampling.generate",
@@ -26,6 +28,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "FeatureMemory",
     "IPAdapter",
     "ImagePrompt",
     "ImagePromptPipeline",

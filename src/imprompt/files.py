@@ -38,7 +38,7 @@ def check_folder(folder: Path) -> None:
     """Raise SettingError unless files can be made in `folder`, or where it is to be made. Leaves nothing there."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():
-        raise SettingError(f"{place} is a file; results need a folder")
+        raise SettingError(f"{place} is a file; a folder is needed")
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:

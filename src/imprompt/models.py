@@ -1,6 +1,8 @@
 """The names that a user may say: base models, the adapters made for them, and the image encoders these need."""
 
-from collections.abc import Collection, Mapping
+import gc
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -165,23 +167,37 @@ def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | Non
     )
 
 
+@contextmanager
+def collector_waits() -> Iterator[None]:
+    """Python's cyclic collector waits, if it runs: what importing and building make stays, and searching it takes a second."""
+    runs = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if runs:
+            gc.enable()
+
+
+@collector_waits()
 def open_pipeline(model: KnownModel, device: Any, *, without: Collection[str] = (), **options: Any) -> Any:
     """The base model as a pipeline of diffusers, without its image encoder and the components `without`.
 
     CheckpointError if it cannot be had or is damaged.
     """
+    from diffusers import pipelines
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     source, _ = model.base.fetch_folder()
     try:
-        absent: dict[str, Any] = {"image_encoder": None}
-        if without:
-            absent |= dict.fromkeys(set(without) & set(DiffusionPipeline.load_config(source)))
-        pipeline = DiffusionPipeline.from_pretrained(source, **absent, **options)
+        saved: Any = DiffusionPipeline.load_config(source)
+        # Told of the class itself, diffusers leaves out what is None; told of the class of all, it loads an image encoder anyway.
+        kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)
+        pipeline = kind.from_pretrained(source, **dict.fromkeys({"image_encoder", *without} & set(saved)), **options)
     except Exception as error:  # a folder can be wrong in any way
         raise CheckpointError(f"the model {model.name} cannot be loaded ({first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline.to(device, silence_dtype_warnings=True)  # one in float16 may wait on the CPU
 
 
 def part_config(model: KnownModel, part: str) -> dict[str, Any]:

@@ -8,9 +8,6 @@ Shape letters as in `imprompt.adapter`; P image prompts.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from importlib.util import find_spec
-from os import environ
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from imprompt.adapter import KV, ImagePrompt, decoupled_attention, split_heads
-from imprompt.errors import MismatchError, SettingError
+from imprompt.attention.choice import may_fuse, worth
+from imprompt.errors import MismatchError
 
 KEY = "ip_hidden_states"  # in cross_attention_kwargs
 LIMIT = 1 << 30  # bytes of projected text that a model's sites hold; what is beyond it they project in every step
-KERNEL = "IMPROMPT_KERNEL"  # environment: "auto" (where it is faster, the default), "always" or "never"
 
 
 class Step(NamedTuple):
@@ -34,18 +31,18 @@ class Step(NamedTuple):
     images: tuple[tuple[KV, ...], ...]  # by site, then prompt
     packed: tuple[Any, ...]  # by site: the same for the kernel (`fused.Packed`); empty where it cannot run
     weights: dict[int, Tensor]  # scale × mask (sites, P, B or 1, 1, L or 1, 1) by L; without masks there is one, at 0
-    fused: list[bool | None]  # by site: whether the kernel is used; None: to be tried. Empty where it cannot run
+    fused: list[bool | None]  # by site: whether the kernel is used; None: not known yet. Empty where it cannot run
 
     def attention(self, site: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Decoupled attention at a site; shapes as in `imprompt.adapter.decoupled_attention`."""
         weight = self.weights[0 if 0 in self.weights else query.shape[2]][site]
         if self.fused and mask is None:
-            from imprompt.attention import fused
-
-            if self.fused[site] is None:
-                self.fused[site] = fused.worth(query, key, value, self.packed[site], weight, self.images[site])
+            if self.fused[site] is None and not torch.compiler.is_compiling():
+                self.fused[site] = worth(query, key, value, self.packed[site], weight)
             if self.fused[site]:
-                return fused.fused_attention(query, key, value, self.packed[site], weight)
+                from imprompt.attention.fused import fused_attention
+
+                return fused_attention(query, key, value, self.packed[site], weight)
         return decoupled_attention(query, key, value, mask, self.images[site], weight)
 
     @property
@@ -166,7 +163,7 @@ class Graft:
         scales, masks = [prompt.scale for prompt in prompts], [prompt.mask for prompt in prompts]
         states = [state for prompt in prompts for state in (prompt.keys, prompt.values)]
         size, dtype = latents.shape[-2:], prompts[0].keys[0].dtype
-        kernel = may_fuse(latents.device.type, dtype)
+        kernel = may_fuse(latents.device, dtype)
 
         def heard() -> tuple[Any, Any]:
             images = tuple(tuple((prompt.keys[site], prompt.values[site]) for prompt in prompts) for site in range(len(self.sites)))
@@ -269,20 +266,6 @@ def seen(scale: Tensor, mask: Tensor | None, size: tuple[int, int]) -> Tensor:
 def stacked(weights: Sequence[Tensor]) -> Tensor:
     """P of (sites, B or 1, 1, L or 1, 1) -> (sites, P, B or 1, 1, L or 1, 1)"""
     return weights[0][:, None] if len(weights) == 1 else torch.stack(torch.broadcast_tensors(*weights), 1)
-
-
-def may_fuse(device: str, dtype: torch.dtype) -> bool:
-    """Whether the kernel can be tried: with Triton on a GPU in low precision."""
-    asked = environ.get(KERNEL, "auto")
-    if asked not in ("auto", "always", "never"):
-        raise SettingError(f"{KERNEL} = {asked!r}: give auto, always or never")
-    low = dtype in (torch.float16, torch.bfloat16)
-    return low and asked != "never" and (asked == "always" or (device == "cuda" and has_triton()))
-
-
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def packed_for(images: Sequence[Sequence[KV]], batch: int) -> tuple[Any, ...]:

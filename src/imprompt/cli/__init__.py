@@ -1,9 +1,13 @@
 """The command line. Commands import what they need when they run, so that `imprompt --help` is quick."""
 
+import atexit
+import gc
 import io
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
@@ -46,8 +50,45 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
+def shell() -> None:
+    """What a shell starts: `main`, and at its end the process is gone.
+
+    Python would take its modules apart first, one by one: after torch and diffusers that is a second of nothing. What
+    libraries registered with atexit runs before, for the first registered runs last.
+    """
+    code = 1  # of an exception that nobody caught
+
+    def leave() -> None:
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also where nobody reads any more
+            os._exit(code)
+
+    atexit.register(leave)
+    try:
+        main()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Around imports and weights. The cyclic collector waits, and later leaves out what there is by then: it stays to the end."""
+    from imprompt.models import collector_waits
+
+    with collector_waits():
+        yield
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # extension modules complain of what is left then
+
+
 def quiet() -> None:
     """Keep the libraries' loading bars and notices out of the terminal; the commands show their own progress."""
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 

@@ -44,14 +44,22 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 4,
+    keep_features: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the image prompts' features: a repeated picture needs no image encoder.")
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Compile the model: slow at first, then faster on a GPU.")] = False,
+    offload: Annotated[str | None, typer.Option(help="model or sequential: weights leave the GPU while they wait.")] = None,
+    tiling: Annotated[bool, typer.Option("--tiling", help="Decode pictures one by one and in tiles: less memory.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="int8 or fp8: the UNet's matrices in 8 bits.")] = None,
 ) -> None:
     """Make pictures that follow an image prompt."""
     from imprompt.sampling.record import Request, read_request
 
+    machine = {"device": device, "offload": offload, "keep_features": keep_features}
     if like is not None:
         if images:
             raise SettingError("--like takes its image prompts from the PNG: give either IMAGES or --like")
-        run(read_request(like), out, device)
+        run(read_request(like), out, **machine)
         return
     request = Request.check(
         model=model,
@@ -62,6 +70,9 @@ def generate(
         mask_image=mask,
         batch_size=batch_size,
         dtype=dtype,
+        fast=fast,
+        tiling=tiling,
+        quantize=quantize,
         settings={
             "prompt": prompt,
             "negative_prompt": negative,
@@ -76,15 +87,15 @@ def generate(
             "strength": strength,
         },
     )
-    run(request, out, device)
+    run(request, out, **machine)
 
 
-def run(request: "Request", out: Path, device: str | None = None) -> list[Path]:
-    """Check, load, make, write; say what was made."""
+def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
+    """Check, load, make, write; say what was made. `machine`: see `Request.load`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from imprompt.cli import quiet
+    from imprompt.cli import loading, quiet
     from imprompt.files import check_folder
     from imprompt.sampling.record import results_at, save_results
 
@@ -92,9 +103,9 @@ def run(request: "Request", out: Path, device: str | None = None) -> list[Path]:
     for picture in request.pictures():
         picture.check()
     console = Console(stderr=True)
-    with console.status(f"loading {request.model} …"):
+    with console.status(f"loading {request.model} …"), loading():
         quiet()
-        pipeline = request.load(device)
+        pipeline = request.load(**machine)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("sampling", total=None)

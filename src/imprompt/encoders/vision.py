@@ -1,19 +1,22 @@
 """CLIP's vision tower: a picture -> its image features, pooled (B, E) or penultimate (B, patches, E)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
-from imprompt.models import KnownModel, Place
+from imprompt.models import KnownModel, Place, collector_waits
 from imprompt.structures import published_encoder
 from imprompt.tensorfiles import some
 from imprompt.variants import Feature, Variant
+
+if TYPE_CHECKING:
+    from imprompt.encoders.kept import KeptFeatures, Store
 
 MAX_ASPECT = 2  # the encoder sees the central square: what lies far outside is cut off before resizing
 
@@ -78,18 +81,35 @@ def cut_ends(image: Image) -> Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def load_encoder(file: Any, told: Place | None, model: KnownModel, given: str | Path | None, device: str,
-                 dtype: torch.dtype) -> VisionEncoder:  # fmt: skip
+def load_encoder(file: Any, told: Place | None, model: KnownModel, given: str | Path | None, device: str, dtype: torch.dtype,
+                 keep: "Store | None" = None,
+                 prepare: Callable[[Any], None] | None = None) -> "VisionEncoder | KeptFeatures":  # fmt: skip
     """The image encoder for an adapter file, checked against it: the given one, or the one its name, header, model or width tells.
 
-    Raises MismatchError with both widths, or if the encoder's weights are not those that the adapter was trained with.
+    `keep` holds features encoded before: then the encoder is opened, and checked, when one is asked for that is not there.
+    `prepare` is called with the network once it is opened and checked. Raises MismatchError with both widths, or if the encoder's
+    weights are not those that the adapter was trained with.
     """
     place = given_place(str(given)) if given is not None else told or place_of(file, model)
-    encoder = open_encoder(place, device, dtype)
-    check_encoder(encoder, file)
-    return encoder
+
+    def checked() -> VisionEncoder:
+        encoder = open_encoder(place, device, dtype)
+        check_encoder(encoder, file)
+        if prepare is not None:
+            prepare(encoder.model)
+        return encoder
+
+    if keep is None:
+        return checked()
+    from imprompt.encoders.kept import KeptFeatures
+
+    kept = KeptFeatures(checked, place, device, dtype, keep, width=file.feature_dim, fingerprint=expected_fingerprint(file, dtype))
+    if keep.empty():  # then it is needed for certain, and what is wrong with it is said at once
+        _ = kept.encoder
+    return kept
 
 
+@collector_waits()
 def open_encoder(place: Place, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
     """The image encoder in a folder or on the Hub; CheckpointError if there is none."""
     from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -146,11 +166,14 @@ def check_encoder(encoder: VisionEncoder, file: Any) -> None:
             f"this adapter reads {file.feature_dim}-wide {file.variant.feature} features ({file.suits()}); "
             f"the image encoder {encoder.source} gives {width}-wide ones"
         )
-    if file.header is None or not file.header.encoder_fingerprint or encoder.model.dtype == torch.bfloat16:
-        return  # it does not say which weights, or these were rounded too coarsely to tell
-    expected = file.header.encoder_fingerprint
-    if encoder.fingerprint() != expected:
+    expected = expected_fingerprint(file, encoder.model.dtype)
+    if expected and encoder.fingerprint() != expected:
         raise MismatchError(
             f"this adapter was trained with other weights of the image encoder ({file.header.encoder or 'unnamed'}, "
             f"fingerprint {expected}); {encoder.source} has fingerprint {encoder.fingerprint()}"
         )
+
+
+def expected_fingerprint(file: Any, dtype: torch.dtype) -> str:
+    """Of the weights that the adapter file was trained with; "" if it does not say, or `dtype` rounds too coarsely to tell."""
+    return file.header.encoder_fingerprint if file.header is not None and dtype != torch.bfloat16 else ""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_map_only
 
+from imprompt.attention.graft import KEY
 from imprompt.errors import SettingError
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # a variable of PyTorch's; by default it is a folder of /tmp, lost at the next boot
@@ -40,6 +41,8 @@ def compile_base(model: nn.Module, **options: Any) -> None:
     def compiled(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
+        if getattr((kwargs.get("cross_attention_kwargs") or {}).get(KEY), "undecided", False):
+            return forward(sample, *args, **kwargs)  # the sites choose a kernel, which cannot be done while compiling
         try:
             out = run(sample.contiguous(), *args, **kwargs)  # some pipelines lay it out otherwise: no new graph for that
         except TorchDynamoException as error:

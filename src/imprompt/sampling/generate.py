@@ -12,11 +12,14 @@ from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
+from imprompt.attention.graft import KEY
 from imprompt.checkpoint import build_adapter, read_adapter
+from imprompt.encoders.kept import FeatureFolder, KeptFeatures, Store
 from imprompt.encoders.vision import VisionEncoder, load_encoder
 from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, Place, find_adapter, find_model, open_pipeline
+from imprompt.sampling.memory import Savers
 from imprompt.sampling.settings import MAX_SIDE, Resolved, Settings
 from imprompt.variants import Variant
 
@@ -53,14 +56,15 @@ class ImagePromptPipeline:
     >>> pipe("cat.png", prompt="a rocket", scale=0.6, num_images=4, seed=7).images
     """
 
-    def __init__(self, pipeline: Any, adapter: IPAdapter, encoder: VisionEncoder, variant: Variant, *,
-                 model: KnownModel | None = None, compile: bool = False) -> None:  # fmt: skip
-        """`adapter` must be attached to `pipeline.unet` already; `compile` as in `from_pretrained`."""
+    def __init__(self, pipeline: Any, adapter: IPAdapter, encoder: VisionEncoder | KeptFeatures, variant: Variant, *,
+                 model: KnownModel | None = None, compile: bool = False, savers: Savers | None = None) -> None:  # fmt: skip
+        """`adapter` must be attached to `pipeline.unet` already; `compile` as in `from_pretrained`, `savers` were applied."""
         self.pipeline = pipeline
         self.adapter = adapter
         self.encoder = encoder
         self.variant = variant
         self.model = model or KnownModel("", "", Place(""))
+        self.savers = savers or Savers(str(pipeline.device))
         self.compiled = compile
         if compile:
             from imprompt.sampling.compiled import compile_base
@@ -70,24 +74,34 @@ class ImagePromptPipeline:
     @classmethod
     def from_pretrained(cls, model: str = "emoji", *, adapter: str | Path | None = None, encoder: str | Path | None = None,
                         device: str | None = None, dtype: torch.dtype | None = None, compile: bool = False,
-                        **options: Any) -> Self:  # fmt: skip
+                        offload: str | None = None, tiling: bool = False, quantize: str | None = None,
+                        keep_features: str | Path | Store | None = None, **options: Any) -> Self:  # fmt: skip
         """Load a model by name ("emoji", "sd15", "sdxl"), folder or Hub id, with an adapter by name, file, folder or Hub file.
 
         That adapter, image encoder and base model were made for each other is checked before anything runs
-        (MismatchError). `compile` makes the first steps of a new size slow and all others faster (on a GPU). `options` go to the
-        diffusers pipeline's own `from_pretrained`.
+        (MismatchError). `compile` makes the first steps of a new size slow and all others faster (on a GPU). `offload` ("model",
+        "sequential"), `tiling` and `quantize` ("int8", "fp8") save memory: see `imprompt.sampling.memory`. `keep_features`
+        is a folder, or a `FeatureMemory`, that keeps the features of image prompts, so that no picture is encoded twice.
+        `options` go to the diffusers pipeline's own `from_pretrained`.
         """
         device = check_device(device) if device else default_device()
         dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+        savers = Savers.check(device, offload, tiling, quantize)
+        keep = FeatureFolder(keep_features) if isinstance(keep_features, (str, Path)) else keep_features
         known = find_model(str(model))
         path, told = find_adapter(known, str(adapter) if adapter is not None else None)
         file = read_adapter(path)
-        vision = load_encoder(file, told, known, encoder, device, dtype)
-        pipeline = open_pipeline(known, device, dtype=dtype, **options)
+        vision = load_encoder(file, told, known, encoder, device, dtype, keep, savers.send_away)
+        pipeline = open_pipeline(known, savers.opens_on, dtype=dtype, **options)
         if type(pipeline).__name__ not in TASKS:
             raise MismatchError(f"{model} is a {type(pipeline).__name__}; image prompts are known for {', '.join(TASKS)}")
-        live = build_adapter(file, family_of(pipeline.unet)).to(device).attach(pipeline.unet)
-        return cls(pipeline, live, vision, file.variant, model=known, compile=compile)
+        savers.lighten(pipeline)
+        live = build_adapter(file, family_of(pipeline.unet)).attach(pipeline.unet)
+        savers.place(pipeline, live)
+        if device.startswith("cuda") and offload is None:
+            for part in (pipeline.unet, pipeline.vae):
+                part.to(memory_format=torch.channels_last)  # as convolutions in low precision read it
+        return cls(pipeline, live, vision, file.variant, model=known, compile=compile, savers=savers)
 
     def image_tokens(self, images: Sequence[Image.Image], *, together: bool = False) -> Tensor:
         """Pictures -> the image tokens of each result (results, N, D): one result per picture, or one for all `together`."""
@@ -127,7 +141,8 @@ class ImagePromptPipeline:
         tokens = self.image_tokens(pictures, together=chosen.together).repeat_interleave(chosen.num_images, 0)
         null = self.null_tokens(tokens) if guided else None
         rounds = [range(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
-        filled = len(rounds[0]) if self.compiled else 0  # a smaller last batch would be compiled anew
+        filled = len(rounds[0]) if self.compiled else 0  # a smaller last batch would be compiled anew,
+        heard = chosen.scale != 0 or self.compiled  # and so would a call without an image prompt
         if only is not None:
             if only not in range(len(tokens)):
                 raise SettingError(f"only = {only}: this call makes {len(tokens)} pictures, the first is 0")
@@ -142,7 +157,7 @@ class ImagePromptPipeline:
                 num_inference_steps=chosen.steps,
                 guidance_scale=chosen.guidance,
                 generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
-                cross_attention_kwargs={"ip_hidden_states": self.adapter.prompt(tokens[batch], null, chosen.scale)},
+                cross_attention_kwargs={KEY: self.adapter.prompt(tokens[batch], null, chosen.scale) if heard else None},
                 callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
                 **{name: [value] * len(batch) if isinstance(value, Image.Image) else value for name, value in options.items()},
                 **(pipeline_options or {}),
@@ -193,6 +208,7 @@ class ImagePromptPipeline:
         flags = {flag: value for flag, value in self.pipeline.config.items() if flag in FLAGS}
         other = getattr(diffusers, name)(**self.pipeline.components, **flags)
         other.set_progress_bar_config(disable=True)
+        self.savers.again(other)
         return other
 
 

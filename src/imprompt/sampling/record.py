@@ -59,6 +59,9 @@ class Request(BaseModel):
     mask_image: AnyPicture | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    fast: bool = False  # compiled; like the two below it changes pixels, if little
+    tiling: bool = False
+    quantize: Literal["int8", "fp8"] | None = None
     settings: Settings = Settings()
     only: Annotated[int, Field(ge=0)] | None = None  # the one picture of the call to make
 
@@ -79,14 +82,22 @@ class Request(BaseModel):
         """Every file that the request reads."""
         return [*self.images, *(p for p in (self.init_image, self.mask_image) if p is not None)]
 
-    def load(self, device: str | None = None) -> "ImagePromptPipeline":
+    def load(self, **machine: Any) -> "ImagePromptPipeline":
+        """`machine`: what is not of the request, because it changes no pixels: device, offload, keep_features."""
         import torch
 
         from imprompt.sampling.generate import ImagePromptPipeline
 
         dtype = getattr(torch, self.dtype) if self.dtype else None
         return ImagePromptPipeline.from_pretrained(
-            self.model, adapter=self.adapter, encoder=self.encoder, device=device, dtype=dtype
+            self.model,
+            adapter=self.adapter,
+            encoder=self.encoder,
+            dtype=dtype,
+            compile=self.fast,
+            tiling=self.tiling,
+            quantize=self.quantize,
+            **machine,
         )
 
     def run(self, pipeline: "ImagePromptPipeline", on_step: "OnStep | None" = None) -> "Result":

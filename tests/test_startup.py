@@ -1,0 +1,149 @@
+"""What a start costs: what is imported, read and initialised, and what is not. No seconds, which vary."""
+
+import gc
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from imprompt.cli import loading, quiet
+from imprompt.models import MODELS, PACKAGED, collector_waits, open_pipeline
+
+EMOJI = PACKAGED / "emoji"
+ADAPTER = EMOJI / "adapters" / "base.safetensors"
+HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors"}
+SHELL_ONLY = {"typer", "click", "rich", "pydantic"}
+LIBRARIES = {"diffusers", "transformers", "accelerate", "datasets", "webdataset"}
+# Installed or not, none of these makes a picture. The first are what training, encoding and tests need.
+NEVER = {"datasets", "webdataset", "tensorboard", "pyarrow", "wandb", "bitsandbytes", "pytest", "scipy", "sklearn", "pandas"}
+NEVER |= {"matplotlib", "cv2", "onnxruntime", "tensorflow", "jax", "flax", "librosa", "peft", "gradio", "hypothesis", "emoji"}
+COMMAND = """
+import sys; sys.argv = ["imprompt", {}]
+from imprompt.cli import main
+try: main()
+except SystemExit as end: assert not end.code
+"""
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def told_after(code: str, what: str) -> list[str]:
+    """What a new process prints of `what`, a list, after `code`."""
+    ended = python(f"{code}\nimport json, sys; print(json.dumps(sorted({what})))")
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def loaded(code: str) -> set[str]:
+    """The packages that are imported after `code`."""
+    return set(told_after(code, "{name.split('.')[0] for name in sys.modules}"))
+
+
+def command(*arguments: object) -> str:
+    return COMMAND.format(", ".join(repr(str(argument)) for argument in arguments))
+
+
+@pytest.mark.parametrize(
+    ("code", "without"),
+    [
+        ("import imprompt", HEAVY | SHELL_ONLY),
+        ("from imprompt import ImpromptError", HEAVY | SHELL_ONLY),
+        (command("--help"), HEAVY),
+        (command("generate", "--help"), HEAVY),
+        (command("models"), HEAVY),
+        (command("inspect", ADAPTER), LIBRARIES),
+        ("from imprompt import ImagePromptPipeline, load_adapter, write_adapter, FeatureMemory", LIBRARIES),
+        ("from imprompt import ImagePromptPipeline as P; P.from_pretrained('emoji', device='cpu')", NEVER),
+    ],
+)
+def test_only_what_is_needed_is_imported(code: str, without: set[str]) -> None:
+    assert not loaded(code) & without
+
+
+def test_loading_initialises_nothing_at_random_and_copies_no_weights() -> None:
+    """Weights in the precision of their file stay where the system mapped them, for all processes at once."""
+    code = """
+import torch
+from imprompt import ImagePromptPipeline
+state = torch.get_rng_state()
+pipe = ImagePromptPipeline.from_pretrained("emoji", device="cpu", dtype=torch.float16)
+assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn"
+assert pipe.pipeline.image_encoder is None, "the image encoder was read twice"
+try: lines = [line.split() for line in open("/proc/self/maps")]
+except OSError: lines = []
+maps = [(*(int(bound, 16) for bound in line[0].split("-")), line[-1]) for line in lines if line[-1].endswith(".safetensors")]
+parts = {"unet": pipe.pipeline.unet, "vae": pipe.pipeline.vae, "text": pipe.pipeline.text_encoder, "image": pipe.encoder.model}
+def mapped(weight): return any(low <= weight.data_ptr() < high for low, high, _ in maps)
+copied = [name for name, part in parts.items() if lines and not all(map(mapped, part.parameters()))]
+"""
+    assert told_after(code, "copied") == []
+
+
+def test_a_pipeline_is_opened_without_its_image_encoder() -> None:
+    pipeline = open_pipeline(MODELS["emoji"], "cpu", without=("vae", "text_encoder"))
+    assert [pipeline.image_encoder, pipeline.vae, pipeline.text_encoder] == [None] * 3
+    assert isinstance(pipeline.unet, torch.nn.Module)
+
+
+def test_the_collector_waits_while_loading() -> None:
+    assert gc.isenabled()
+    with pytest.raises(KeyError, match="False"), collector_waits():
+        raise KeyError(gc.isenabled())
+    assert gc.isenabled()
+    with loading():
+        open_pipeline(MODELS["emoji"], "cpu", without=("vae", "text_encoder", "unet"))
+        assert not gc.isenabled()  # one wait inside another does not end it
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+
+
+def test_the_libraries_notices_are_kept_back() -> None:
+    levels = {name: logging.getLogger(name).level for name in ("torchao", "torch.utils._pytree")}
+    try:
+        quiet()
+        assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in levels)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+SHELL = """
+import atexit, sys, imprompt.cli
+class Left:
+    def __del__(self): print("taken apart")
+left = Left()
+def work():
+    atexit.register(print, "tidied")
+    print("worked")
+    {}
+imprompt.cli.main = work
+imprompt.cli.shell()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("return", 0), ("sys.exit()", 0), ("sys.exit(3)", 3), ("sys.exit('why')", 1), ("raise KeyError('why')", 1)],
+)
+def test_a_shells_process_ends_at_once_with_all_said(end: str, code: int) -> None:
+    """Its code, what it printed and what was registered for the end are as ever; objects are not taken apart."""
+    ended = python(SHELL.format(end))
+    assert (ended.returncode, ended.stdout.split("\n")) == (code, ["worked", "tidied", ""])
+    assert ("why" in ended.stderr) == ("why" in end)
+
+
+def test_a_shell_that_stops_reading_is_no_error(tmp_path: Path) -> None:
+    code = "import sys; sys.argv = ['imprompt', 'models']\nfrom imprompt.cli import shell\nshell()"
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=said)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.wait()
+    assert "Traceback" not in (tmp_path / "said").read_text()
