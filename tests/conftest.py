@@ -23,3 +23,11 @@ def unet(request: pytest.FixtureRequest) -> UNet2DConditionModel:
 @pytest.fixture(scope="session")
 def encoder() -> VisionEncoder:
     return tiny_encoder()
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention kernel runs, without a GPU in Triton's interpreter."""
+    from tests.interpreted import interpret
+
+    interpret(monkeypatch)

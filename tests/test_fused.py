@@ -6,32 +6,20 @@ import random
 import subprocess
 import sys
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.interpreter import InterpretedFunction
 
 from imprompt.errors import MismatchError
+from tests.interpreted import DEVICE, Counted, choice, fused
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with mock.patch.dict(os.environ, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}):  # read where kernels are defined
-    from imprompt.attention import choice, fused
-    from imprompt.attention.fused import Packed, fused_attention, packed, usable
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's own functions too, which were compiled ones if anything imported Triton before."""
-    for name in ("sum", "max") if DEVICE == "cpu" else ():
-        monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # NumPy says so, a GPU does not
+Packed, fused_attention, packed, usable = fused.Packed, fused.fused_attention, fused.packed, fused.usable
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),  # NumPy says so, a GPU does not
+]
 MOST = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm of what is right
 
 
@@ -170,16 +158,6 @@ def test_nothing_is_copied_that_need_not_be() -> None:
     several = packed([*case.images, *draw(torch.float16, 40, (7,)).images], 2)
     assert several.offsets.tolist() == [0, 4, 11]
     assert several.tokens == (4, 7)
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **kwargs or {})
 
 
 @torch.no_grad()

@@ -64,10 +64,10 @@ def tiny_unet(base: str = "sd1", seed: int = 0, **overrides: Any) -> UNet2DCondi
         return freeze(UNet2DConditionModel(**UNETS[base] | overrides))
 
 
-def smallest_unet() -> UNet2DConditionModel:
+def smallest_unet(**overrides: Any) -> UNet2DConditionModel:
     """Four text cross-attentions, for what is slow per layer."""
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    return tiny_unet(**blocks, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=32)
+    return tiny_unet(**blocks | {"block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 32} | overrides)
 
 
 def tiny_encoder(seed: int = 1) -> VisionEncoder:
