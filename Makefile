@@ -1,5 +1,6 @@
 # make demo   install what is missing, then make four pictures from one image prompt
 # make test   install what is missing, then run the fast tests
+# make bench  measure what this machine can (long on a CPU), then write docs/benchmarks.md
 # make world  make the packaged model from nothing (hours); BUDGET=gpu for the larger one
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,10 +9,13 @@ DEV_INSTALLED := .venv/.installed-dev
 
 BUDGET ?= cpu
 
-.PHONY: demo world test test-slow lint types check clean
+.PHONY: demo bench world test test-slow lint types check clean
 
 demo: $(INSTALLED)
 	$(BIN)/imprompt demo
+
+bench: $(DEV_INSTALLED)
+	$(BIN)/python -m benchmarks.all
 
 world: $(DEV_INSTALLED)
 	$(BIN)/python -m worlds.emoji all --budget $(BUDGET)
@@ -43,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
 	touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train]' --group dev --group world
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,quantized]' --group dev --group world
 	touch $@
 
 clean:

@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from benchmarks import stand_ins
-from benchmarks.setting import Setting
+from benchmarks.setting import TrainingSetting
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.attention import family_of
 from imprompt.training.batches import Composer, Item, Share, Shown, loader
@@ -27,7 +27,7 @@ class OurLoop:
 
     compiled = False
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrainingSetting) -> None:
         from accelerate import Accelerator
 
         of, device = setting.stand_in, torch.device(setting.device)
@@ -70,7 +70,7 @@ class CompiledLoop(OurLoop):
 class MemoryReader:
     """Encoded features in memory, as `imprompt.training.cache.FeatureReader` gives them; see `imprompt.training.batches.Reader`."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrainingSetting) -> None:
         of, count = setting.stand_in, setting.samples
         latent, embedding = (4, setting.side, setting.side), (of.vision["projection_dim"],)
         text = (of.base.text_tokens, of.base.unet["cross_attention_dim"])

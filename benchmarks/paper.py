@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from benchmarks import stand_ins
-from benchmarks.setting import Setting
+from benchmarks.setting import TrainingSetting
 
 TOKENS = 4
 DROPS = 0.05  # each of image, text and both
@@ -30,7 +30,7 @@ DROPS = 0.05  # each of image, text and both
 class PaperLoop:
     """Steps of the paper's loop at a setting."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrainingSetting) -> None:
         from accelerate import Accelerator
 
         of, low = setting.stand_in, stand_ins.DTYPES[setting.precision]
@@ -131,7 +131,7 @@ def paper_package() -> Any:
 class PaperData(Dataset[dict[str, Any]]):
     """Pictures decoded, cut and normalised, captions tokenised: what the script's workers would do is done already."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: TrainingSetting) -> None:
         of, count = setting.stand_in, setting.samples
         self.pixels = torch.rand(count, 3, setting.pixels, setting.pixels) * 2 - 1
         self.reference = torch.randn(count, 3, of.image_side, of.image_side)

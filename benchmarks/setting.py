@@ -1,4 +1,4 @@
-"""What is measured: one setting for all loops."""
+"""What is measured: one setting for all that take turns."""
 
 from dataclasses import dataclass
 
@@ -9,21 +9,34 @@ from benchmarks.stand_ins import STAND_INS, StandIn
 class Setting:
     device: str  # "cpu" or "cuda"
     model: str  # a name in STAND_INS
-    batch: int  # samples a step
-    pixels: int  # a side of the training pictures
+    batch: int  # samples a step, or images at once: with guidance the UNet sees twice as many
+    pixels: int  # a side of the pictures
     precision: str  # "bf16", "fp16" or "fp32": of the frozen models, and of the paper's autocast
-    checkpointing: bool = False  # of our loop; the paper's has none
 
     @property
     def stand_in(self) -> StandIn:
         return STAND_INS[self.model]
 
     @property
+    def side(self) -> int:
+        """h and w of the latents."""
+        return self.pixels // self.stand_in.base.unit
+
+
+@dataclass(frozen=True)
+class TrainingSetting(Setting):
+    checkpointing: bool = False  # of our loop; the paper's has none
+
+    @property
     def samples(self) -> int:
         """In a loop's data."""
         return 8 * self.batch
 
-    @property
-    def side(self) -> int:
-        """h and w of the latents."""
-        return self.pixels // self.stand_in.base.unit
+
+@dataclass(frozen=True)
+class PromptedSetting(Setting):
+    """Pictures made from image prompts."""
+
+    variant: str = "base"
+    prompts: int = 1  # image prompts, each heard by an attention of its own
+    pictures: int = 1  # in each prompt: the base variant makes 4 image tokens of each

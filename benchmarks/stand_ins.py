@@ -5,11 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
-from imprompt.structures import BASES, BaseStructure
+from imprompt.structures import BASES, SD1, SDXL, BaseStructure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of every Stable Diffusion.
@@ -67,9 +75,33 @@ TINY_UNET = {
     "cross_attention_dim": 32,
     "attention_head_dim": 2,
 }
+NARROW_VAE = VAE | {"block_out_channels": (32, 32, 64, 64)}
+NARROW_TEXT = {"intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4}
+NARROW_VISION = SMALL | {"patch_size": 14, "projection_dim": 1024}
+NARROW_SDXL = {
+    "block_out_channels": (32, 64, 128),
+    "attention_head_dim": (2, 4, 8),
+    "addition_time_embed_dim": 32,
+    "projection_class_embeddings_input_dim": 6 * 32 + 64,
+}
 STAND_INS = {
     "sd15": StandIn(BASES["sd15"], VAE | {"scaling_factor": 0.18215}, (CLIP_L,), VIT_H),
     "sdxl": StandIn(BASES["sdxl"], VAE | {"scaling_factor": 0.13025}, (CLIP_L, BIG_G), VIT_H),
+    # As many layers as the published ones, so as many operators, and a tenth of their width.
+    "sd15-narrow": StandIn(
+        BaseStructure(SD1 | {"block_out_channels": (32, 64, 128, 128), "attention_head_dim": 4}, 128),
+        NARROW_VAE | {"scaling_factor": 0.18215},
+        (NARROW_TEXT | {"hidden_size": 768},),
+        NARROW_VISION,
+        image_side=28,
+    ),
+    "sdxl-narrow": StandIn(
+        BaseStructure(SDXL | NARROW_SDXL, 128),
+        NARROW_VAE | {"scaling_factor": 0.13025},
+        (NARROW_TEXT | {"hidden_size": 768}, NARROW_TEXT | {"hidden_size": 1280, "projection_dim": 64}),
+        NARROW_VISION,
+        image_side=28,
+    ),
     # For the tests.
     "tiny": StandIn(
         BaseStructure(TINY_UNET, 32),
@@ -98,6 +130,40 @@ def image_encoder(of: StandIn, dtype: torch.dtype) -> Any:
 
 def unet(of: StandIn, dtype: torch.dtype) -> Any:
     return frozen(UNet2DConditionModel(**of.base.unet), dtype)
+
+
+def pipeline(of: StandIn, base: nn.Module, dtype: torch.dtype, *, sees: bool = True) -> Any:
+    """diffusers' own pipeline around the UNet `base`, with an image encoder if it `sees`; on the default device."""
+    tokenizer = letters(of.base.text_tokens)
+    encoders = text_encoders(of, dtype)
+    parts: dict[str, Any] = {
+        "vae": vae(of, dtype),
+        "unet": base,
+        "text_encoder": encoders[0],
+        "tokenizer": tokenizer,
+        "scheduler": DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        "image_encoder": image_encoder(of, dtype) if sees else None,
+        "feature_extractor": image_processor(of),
+    }
+    if of.pooled:
+        second = {"text_encoder_2": encoders[1], "tokenizer_2": tokenizer, "add_watermarker": False}
+        pipe = StableDiffusionXLPipeline(**parts, **second)
+    else:
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image_processor(of: StandIn) -> Any:
+    side = of.image_side
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def letters(tokens: int) -> CLIPTokenizer:
+    """A tokenizer that knows letters: what a prompt costs depends on its padded length alone."""
+    alphabet = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=tokens)
 
 
 def frozen(model: nn.Module, dtype: torch.dtype) -> Any:

@@ -1,33 +1,34 @@
-"""Loops measured turn by turn in one run, each in a process of its own: so its peak memory is its own too."""
+"""Taking turns: what is compared runs in one run, one after the other, again and again; ratios are of neighbouring turns."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from benchmarks.setting import Setting
 from imprompt.errors import ImpromptError, first_line
 from imprompt.training.watch import GB, peak_memory_gb
 
+T = TypeVar("T")
+
 
 class Loop(Protocol):
-    """What is measured; made from a `Setting`."""
+    """What is measured in a process of its own; made from a setting, which names its `device`."""
 
-    def run(self, steps: int) -> float:
-        """Take so many steps; give a loss."""
+    def run(self, steps: int) -> float | None:
+        """Take so many steps; give a loss, where there is one."""
         ...
 
 
 class Turn(Protocol):
-    """A loop as the one who takes turns sees it."""
+    """What is measured, as the one who takes turns sees it."""
 
-    def run(self, steps: int) -> tuple[float, float]:
-        """Take so many steps; give the seconds of one, and a loss. The first turn warms up."""
+    def run(self, steps: int) -> tuple[float, float | None]:
+        """Take so many steps; give the seconds of one, and a loss, where there is one. The first turn warms up."""
         ...
 
     def peak(self) -> tuple[float, float]:
@@ -37,7 +38,7 @@ class Turn(Protocol):
 
 @dataclass
 class Measured:
-    """What a loop took."""
+    """What one of those compared took."""
 
     seconds: list[float] = field(default_factory=list)  # of a step, one number per turn
     losses: list[float] = field(default_factory=list)  # one per turn
@@ -45,8 +46,13 @@ class Measured:
     reserved: float = 0.0  # 1e9 bytes: what PyTorch held of the GPU; on a CPU as `peak`
 
 
+def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
+    """Of neighbouring turns, smallest first."""
+    return sorted(a / b for a, b in zip(over, under, strict=True))
+
+
 def take_turns(loops: Mapping[str, Turn], rounds: int, steps: int, on_turn: Callable[[str, float], None]) -> dict[str, Measured]:
-    """Every loop in turn, `rounds` times `steps` steps, after a first turn that does not count."""
+    """All in turn, `rounds` times `steps` steps, after a first turn that does not count."""
     found = {name: Measured() for name in loops}
     for number in range(rounds + 1):
         for name, loop in loops.items():
@@ -54,16 +60,48 @@ def take_turns(loops: Mapping[str, Turn], rounds: int, steps: int, on_turn: Call
             on_turn(name, seconds)
             if number:
                 found[name].seconds.append(seconds)
-                found[name].losses.append(loss)
+                found[name].losses += [] if loss is None else [loss]
     for name, loop in loops.items():
         found[name].peak, found[name].reserved = loop.peak()
     return found
 
 
-class Worker:
-    """A loop in a process of its own; see `Turn`. ImpromptError if it fails."""
+def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds that the work took on the device, between two CUDA events or by the clock, and what it gave."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        result = work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000, result
+    begin = time.perf_counter()
+    result = work()
+    return time.perf_counter() - begin, result
 
-    def __init__(self, make: Callable[[Setting], Loop], setting: Setting) -> None:
+
+class Here:
+    """A call in this process; see `Turn`. It knows nothing of its memory, which it shares."""
+
+    def __init__(self, call: Callable[[], Any], device: str) -> None:
+        self.call, self.device = call, torch.device(device)
+
+    def run(self, steps: int) -> tuple[float, None]:
+        def work() -> None:
+            for _ in range(steps):
+                self.call()
+
+        return timed(work, self.device)[0] / steps, None
+
+    def peak(self) -> tuple[float, float]:
+        return 0.0, 0.0
+
+
+class Worker:
+    """A loop in a process of its own, so that its peak memory is its own; see `Turn`. ImpromptError if it fails."""
+
+    def __init__(self, make: Callable[[Any], Loop], setting: Any) -> None:
         context = get_context("spawn")  # CUDA and OpenMP do not survive a fork
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, make, setting), daemon=True)
@@ -77,7 +115,7 @@ class Worker:
         self._process.terminate()
         self._process.join()
 
-    def run(self, steps: int) -> tuple[float, float]:
+    def run(self, steps: int) -> tuple[float, float | None]:
         return self._ask(steps)
 
     def peak(self) -> tuple[float, float]:
@@ -85,7 +123,7 @@ class Worker:
         self._process.join()
         return found
 
-    def _ask(self, steps: int) -> tuple[float, float]:
+    def _ask(self, steps: int) -> Any:
         try:
             self._pipe.send(steps)
             answer = self._pipe.recv()
@@ -96,25 +134,26 @@ class Worker:
         return answer
 
 
-def serve(pipe: Any, make: Callable[[Setting], Loop], setting: Setting) -> None:
+def serve(pipe: Any, make: Callable[[Any], Loop], setting: Any) -> None:
     """The worker's side: it is asked for steps until it is asked for none."""
     device = torch.device(setting.device)
     try:
         steps, turns = pipe.recv(), 0
         loop = make(setting)  # now, so that no two loops are made at a time: that takes more memory than to have them
         while steps:
-            start = time.perf_counter()
-            loss = loop.run(steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize()  # the paper's loop reads its loss before the backward pass
-            pipe.send(((time.perf_counter() - start) / steps, loss))
+            seconds, loss = timed(lambda taken=steps: loop.run(taken), device)
+            pipe.send((seconds / steps, loss))
             if not turns:
                 forget_peak(device)
             steps, turns = pipe.recv(), turns + 1
-        reserved = torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else peak_memory_gb(device)
-        pipe.send((peak_memory_gb(device), reserved))
+        pipe.send((peak_memory_gb(device), reserved_gb(device)))
     except Exception as error:  # whatever it is, it is told where the table is printed
-        pipe.send(ImpromptError(f"{make.__name__}: {type(error).__name__}: {first_line(error)}"))
+        name = getattr(make, "func", make).__name__  # partial(...) has none
+        pipe.send(ImpromptError(f"{name}: {type(error).__name__}: {first_line(error)}"))
+
+
+def reserved_gb(device: torch.device) -> float:
+    return torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else peak_memory_gb(device)
 
 
 def forget_peak(device: torch.device) -> None:
@@ -125,7 +164,15 @@ def forget_peak(device: torch.device) -> None:
         file.write_text("5")
 
 
-def measure(loops: Mapping[str, Callable[[Setting], Loop]], setting: Setting, rounds: int, steps: int,
+def held_gb(device: torch.device) -> float:
+    """What this process holds now, counted as `peak_memory_gb` counts the most that it held."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() / GB
+    told = Path("/proc/self/status").read_text()
+    return int(told.partition("VmRSS:")[2].split()[0]) * 1024 / GB
+
+
+def measure(loops: Mapping[str, Callable[[Any], Loop]], setting: Any, rounds: int, steps: int,
             on_turn: Callable[[str, float], None]) -> dict[str, Measured]:  # fmt: skip
     """The loops at that setting, each in a process of its own."""
     with ExitStack() as stack:

@@ -1,0 +1,73 @@
+"""Every benchmark that suits the device, one after the other, each with a time limit; then the page.
+
+    python -m benchmarks.all                              # this machine: what `make bench` runs
+    python -m benchmarks.all --device cuda --out DIR      # a GPU machine, in about 10 minutes
+
+Each writes its numbers as soon as it has them: what a limit cuts off keeps what was measured.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import page
+from benchmarks.record import RESULTS, note
+
+# Question, seconds that it may take, and what else it is asked. The most wanted come first.
+STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
+    "cuda": (
+        ("step", 240, ()),
+        ("growth", 60, ()),
+        ("memory", 180, ()),
+        ("training", 110, ("--rounds", "3", "--steps", "5")),
+        ("cold", 50, ("--rounds", "3")),
+    ),
+    "cpu": (
+        ("operators", 600, ()),
+        ("cold", 900, ()),
+        ("step", 3600, ()),
+        ("growth", 1800, ()),
+        ("memory", 3600, ()),
+        ("training", 1800, ()),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", choices=STAGES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of the numbers ({RESULTS.name}/)")
+    parser.add_argument("--only", nargs="+", metavar="QUESTION", help="some of them")
+    args = parser.parse_args(arguments)
+    stages = [row for row in STAGES[args.device] if args.only is None or row[0] in args.only]
+    failed = [question for question, limit, asked in stages if not stage(question, limit, asked, args)]
+    if args.out == RESULTS:
+        page.main()
+    if failed:
+        print(f"not whole: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+def stage(question: str, limit: int, asked: Sequence[str], args: argparse.Namespace) -> bool:
+    """Whether it ran to its end."""
+    record = args.out / page.file_of(question, args.device)
+    command = [sys.executable, "-m", f"benchmarks.{question}", "--device", args.device, *asked]
+    if args.out != RESULTS:
+        command += ["--record", str(record)]
+    start = time.monotonic()
+    try:
+        code = subprocess.run(command, timeout=limit, check=False).returncode
+    except subprocess.TimeoutExpired:
+        code = None
+    told = {0: "done", None: f"cut off at its limit of {limit} s"}.get(code, f"failed with exit code {code}")
+    note(f"{question}: {told} after {time.monotonic() - start:.0f} s")
+    return code == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

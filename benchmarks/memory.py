@@ -1,0 +1,162 @@
+"""Peak memory of making a picture, each way in a process of its own, and what our prepared keys and values hold.
+
+python -m benchmarks.memory
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import stand_ins
+from benchmarks.contenders import CONTENDERS, OURS, TEXT, asked, ours, prompted, scene
+from benchmarks.record import Outcome, Record, join, left_out, note, options, parsed, table
+from benchmarks.setting import PromptedSetting
+from benchmarks.stand_ins import DTYPES, STAND_INS
+from benchmarks.turns import Measured, Worker, take_turns
+from imprompt.cli import quiet
+from imprompt.errors import ImpromptError
+from imprompt.sampling.memory import quantize
+
+TITLE = "Peak memory of making a picture"
+SAMPLED = 2  # UNet steps of a picture: the peak does not depend on their number
+PLAIN = "as it is"
+
+
+@dataclass(frozen=True)
+class MemorySetting(PromptedSetting):
+    mode: str = PLAIN  # a name in MODES
+
+
+def nothing(_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to save memory."""
+
+    unet: Callable[[Any], object] = nothing  # done to the UNet before it is joined
+    pipe: Callable[[Any], object] = nothing  # done to diffusers' pipeline around the joined UNet
+    offloads: bool = False  # the models start on the CPU, and go to a GPU in turn
+
+
+def tiled(pipe: Any) -> None:
+    pipe.vae.enable_slicing()
+    pipe.vae.enable_tiling()
+
+
+def cast(pipe: Any) -> None:
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.unet.dtype)
+
+
+MODES = {
+    PLAIN: Mode(),
+    "VAE sliced and tiled": Mode(pipe=tiled),
+    "attention weights int8 (torchao)": Mode(unet=lambda unet: quantize(unet, "int8")),
+    "attention weights fp8 (torchao)": Mode(unet=lambda unet: quantize(unet, "fp8")),
+    "UNet weights fp8 (diffusers' casting)": Mode(pipe=cast),
+    "model CPU offload": Mode(pipe=lambda pipe: pipe.enable_model_cpu_offload(), offloads=True),
+    "sequential CPU offload": Mode(pipe=lambda pipe: pipe.enable_sequential_cpu_offload(), offloads=True),
+}
+MODELS = {"cuda": {"sd15": (PLAIN,), "sdxl": MODES}, "cpu": {"sd15": MODES}}  # and in which ways, on a device
+
+
+class PictureLoop:
+    """Pictures through diffusers' pipeline, the image prompt being an embedding; a `benchmarks.turns.Loop`."""
+
+    def __init__(self, name: str, setting: MemorySetting) -> None:
+        quiet()
+        mode, stage = MODES[setting.mode], scene(setting)
+        mode.unet(stage.base)
+        stage.base = CONTENDERS[name](stage).unet  # and let go of the one that it was made from
+        stage.adapters = stage.adapters if name == OURS else []  # diffusers has the weights that it needs in its UNet
+        with torch.device(setting.device):
+            pipe = stand_ins.pipeline(setting.stand_in, stage.base, stage.base.dtype, sees=False)
+        if mode.offloads:
+            pipe.to("cpu")
+            torch.cuda.empty_cache()
+        mode.pipe(pipe)
+        self.call = lambda: pipe(**asked(setting, SAMPLED), **prompted(stage, name))
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.call()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    record = Record("memory", arguments, args.device, args.record)
+    for model, modes in {args.model: MODES}.items() if args.model else MODELS[args.device].items():
+        pixels = args.pixels or STAND_INS[model].base.side
+        for name in args.modes or modes:
+            setting = MemorySetting(args.device, model, 1, pixels, args.precision, mode=name)
+            if MODES[name].offloads and args.device == "cpu":
+                record.skip(f"{model}, {name}", "models are offloaded from a GPU to the CPU; there is no GPU here")
+            elif loops := measured(setting, args.rounds, record):
+                record.add(Outcome(asdict(setting), loops).row() | {"held": held(setting)})
+    record.tell(section(record.rows))
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = options("memory", __doc__, rounds=1)
+    parser.add_argument("--model", choices=STAND_INS, help="sd15, on a GPU also sdxl, if not given")
+    parser.add_argument("--modes", choices=MODES, nargs="+", help="all, if not given")
+    parser.add_argument("--pixels", type=int, help="a side (the model's own)")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    return parsed(parser, arguments, narrows=("model", "modes", "pixels", "precision"))
+
+
+def measured(setting: MemorySetting, rounds: int, record: Record) -> dict[str, Measured]:
+    """By contender. One that fails is told in the record, and the others go on."""
+    found = {}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(partial(PictureLoop, name), setting)) for name in CONTENDERS}
+        for name, worker in workers.items():
+            what = f"{setting.model}, {setting.mode}, {name}"
+            try:
+                found |= take_turns({name: worker}, rounds, 1, lambda *_: None)
+                note(what, f"{found[name].peak:.2f} GB")
+            except ImpromptError as error:
+                record.skip(what, str(error))
+    return found
+
+
+@torch.no_grad()
+def held(setting: PromptedSetting) -> dict[str, int]:
+    """Bytes of the keys and values that ours keeps while a picture is sampled, counted on the meta device."""
+    of = scene(PromptedSetting("meta", setting.model, setting.batch, setting.pixels, setting.precision))
+    joined = ours(of)
+    joined(of.latents, torch.empty(1, dtype=torch.long, device="meta"))
+    return {"text": of.adapters[0].held_bytes(), "image": joined.arguments["cross_attention_kwargs"]["ip_hidden_states"].bytes}
+
+
+def section(rows: Mapping[str, Any]) -> str:
+    """A record's tables in markdown."""
+    lines, kept = [], {}
+    for row in rows["outcomes"]:
+        found = Outcome.read(row)
+        setting = found.setting
+        kept[setting["model"]] = row["held"]
+        for name, loop in found.loops.items():
+            more = f"{loop.peak - found.loops[TEXT].peak:+.2f}" if TEXT in found.loops else "-"
+            seconds = f"{loop.seconds[0]:.3g}"
+            what = f"{setting['model']}, {setting['pixels']} pixels, {setting['precision']}"
+            lines.append((what, setting["mode"], name, f"{loop.peak:.2f}", more, f"{loop.reserved:.2f}", seconds))
+    heads = ("what", "how", "who", "peak GB", "beside text only", "reserved GB", f"s a picture of {SAMPLED} steps")
+    told = "\n".join(
+        f"- {model}: keys and values that ours prepares once for a guided picture: {size['text'] / 1e6:.1f} MB of the text, "
+        f"{size['image'] / 1e6:.1f} MB of the image prompt"
+        for model, size in kept.items()
+    )
+    return join(table(heads, lines) if lines else "", told, left_out(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

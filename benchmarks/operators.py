@@ -1,0 +1,193 @@
+"""Operators and arithmetic of one UNet step with guidance: what an image prompt adds, whatever the machine.
+
+    python -m benchmarks.operators
+
+Operators are the ATen calls that compute (no views), seen on the meta device: all of diffusers' and our code runs, at full width,
+on tensors without contents. Fused attention is one operator, as on a GPU, and so is our own kernel.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from math import prod
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, Contender, Scene, scene
+from benchmarks.record import Bar, Record, join, left_out, note, options, parsed, table, verdicts
+from benchmarks.setting import PromptedSetting
+from benchmarks.stand_ins import STAND_INS
+from imprompt.training.estimate import flash
+
+TITLE = "Operators and arithmetic of a step"
+MODELS = ("sd15", "sdxl")
+LARGEST = {"sd15": 711, "sdxl": 1793}  # operators of ours with one image prompt
+FUSED = "ours, fused kernel"  # it is chosen on GPUs where it is faster
+CHOICE = {OURS: "never", FUSED: "always"}  # of IMPROMPT_KERNEL
+
+
+@dataclass(frozen=True)
+class Case:
+    """How image prompts are given."""
+
+    name: str
+    variant: str = "base"
+    adapters: int = 1
+    masks: bool = False  # each prompt is heard in a part of the picture
+    blocks: bool = False  # another scale for every cross-attention
+    window: bool = False  # heard from timestep 800 to 200
+
+
+BASE, PLUS, TWO = Case("base"), Case("plus", variant="plus"), Case("two adapters", adapters=2)
+MASKS = Case("two adapters, masks", adapters=2, masks=True)
+BLOCKS, WINDOW = Case("base, block map", blocks=True), Case("base, time window", window=True)
+CASES = (BASE, PLUS, TWO, MASKS, BLOCKS, WINDOW)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view)
+        return func(*args, **(kwargs or {}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernel is to be seen, not compiled
+    record = Record("operators", arguments, "cpu", args.record)
+    if not find_spec("triton"):
+        record.skip(FUSED, "Triton is not installed")
+    for found in run(args.model or MODELS):
+        record.add(found, bars_of(found))
+    record.tell(section(record.rows))
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = options("operators", __doc__)
+    parser.set_defaults(device="cpu")  # whatever else is there: nothing is timed
+    parser.add_argument("--model", choices=MODELS, nargs="+", help="both, if not given")
+    return parsed(parser, arguments, narrows=("model",))
+
+
+def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for model in models:
+        bases = {precision: scene(setting_of(model, BASE, precision)).base for precision in ("fp32", "bf16")}
+        for case in CASES:
+            found = {name: counts(name, model, case, bases[precision]) for name, precision in counted(case).items()}
+            note(model, case.name, *(f"{name} {told['operators']}" for name, told in found.items()))
+            yield {"model": model, "case": asdict(case), "counts": found}
+
+
+def counted(case: Case) -> dict[str, str]:
+    """Who is counted in that case, and in what precision: our kernel takes no other than a low one.
+
+    Diffusers has no time windows, and text alone none of all this.
+    """
+    names = [TEXT] * (case == BASE) + [PEER] * (not case.window) + [OURS]
+    return dict.fromkeys(names, "fp32") | ({FUSED: "bf16"} if find_spec("triton") else {})
+
+
+def setting_of(model: str, case: Case, precision: str) -> PromptedSetting:
+    return PromptedSetting("meta", model, 1, STAND_INS[model].base.side, precision, case.variant, prompts=case.adapters)
+
+
+@torch.no_grad()
+def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
+    """Operators of the first step and of a later one, and FLOPs of a later one."""
+    base.requires_grad_(True)  # as from_pretrained leaves it: for frozen weights torch multiplies in another way
+    of = scene(setting_of(model, case, "fp32" if base.dtype == torch.float32 else "bf16"), case.adapters, base)
+    timestep = torch.empty(1, dtype=torch.long, device="meta")
+    joined = with_case(CONTENDERS.get(name, CONTENDERS[OURS])(of), name, case)
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", flash),  # on the meta device torch would choose another
+        mock.patch.dict(os.environ, {"IMPROMPT_KERNEL": CHOICE.get(name, "never")}),
+    ):
+        first, later = (seen_by(Operators(), joined, of, timestep).count for _ in range(2))
+        own = {torch.ops.imprompt.decoupled_attention: kernel_flops} if name == FUSED else {}
+        counter = FlopCounterMode(display=False, custom_mapping=own)
+        return {"first": first, "operators": later, "flops": seen_by(counter, joined, of, timestep).get_total_flops()}
+
+
+def seen_by(mode: Any, joined: Contender, of: Scene, timestep: torch.Tensor) -> Any:
+    with mode:
+        joined(of.latents, timestep)
+    return mode
+
+
+def kernel_flops(query: Any, key: Any, _: Any, image_key: Any, *__: Any, **___: Any) -> int:
+    """Two products of L×T×d and of L×N×d each, from the shapes (B, H, L, d), (B, H, T, d), (B, H, N, d)."""
+    return 2 * 2 * prod(query) * (key[2] + image_key[2])
+
+
+def with_case(joined: Contender, name: str, case: Case) -> Contender:
+    """Masks, block maps and windows, as each takes them."""
+    told = joined.arguments.setdefault("cross_attention_kwargs", {})
+    if name == PEER:
+        if case.masks:
+            told["ip_adapter_masks"] = [torch.ones(1, 1, 64, 64, device="meta")] * case.adapters
+        sites = [processor for processor in joined.unet.attn_processors.values() if hasattr(processor, "to_k_ip")]
+        for number, site in enumerate(sites if case.blocks else ()):
+            site.scale = [(number + 1) / len(sites)] * case.adapters
+    elif name != TEXT:
+        given = told["ip_hidden_states"]
+        told["ip_hidden_states"] = [shaped(prompt, case) for prompt in (given if isinstance(given, list) else [given])]
+    return joined
+
+
+def shaped(prompt: Any, case: Case) -> Any:
+    """Our prompt as the case has it."""
+    sites = len(prompt.keys)
+    if case.masks:
+        prompt = prompt._replace(mask=torch.ones(1, 64, 64, device="meta"))
+    if case.blocks:
+        prompt = prompt.with_scale(torch.arange(1, sites + 1) / sites)
+    if case.window:
+        times = torch.arange(1000)
+        prompt = prompt.with_scale(((times > 200) & (times < 800)).float().expand(sites, 1, -1))
+    return prompt
+
+
+def bars_of(found: Mapping[str, Any]) -> list[Bar]:
+    model, case = found["model"], Case(**found["case"])
+    told = {name: count["operators"] for name, count in found["counts"].items() if name in CHOICE and case in (BASE, PLUS)}
+    what, most = f"operators of a step, {model}, {case.name}", LARGEST[model]
+    return [Bar(f"{what}, {name}", count, most, most=True) for name, count in told.items()]
+
+
+def section(rows: Mapping[str, Any]) -> str:
+    """A record's tables in markdown."""
+    parts = [told(model, [row for row in rows["outcomes"] if row["model"] == model]) for model in MODELS]
+    return join(*parts, verdicts(rows), left_out(rows))
+
+
+def told(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
+    if not outcomes:
+        return ""
+    bare = next((row["counts"][TEXT] for row in outcomes if TEXT in row["counts"]), None)
+    lines = []
+    for row in outcomes:
+        for name, count in row["counts"].items():
+            more = f"{count['operators'] / bare['operators'] - 1:+.1%}" if bare else "-"
+            arithmetic = f"{count['flops'] / 1e12:.4f}" + (f" ({count['flops'] / bare['flops'] - 1:+.2%})" if bare else "")
+            case = "-" if name == TEXT else row["case"]["name"]
+            lines.append((case, name, f"{count['operators']:,}", more, f"{count['first']:,}", arithmetic))
+    heads = ("image prompt", "who", "operators a step", "beside text only", "in the first step", "TFLOP a step")
+    return f"{model}, {STAND_INS[model].base.side} pixels, one image with guidance (batch 2)\n\n{table(heads, lines)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

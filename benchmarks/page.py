@@ -1,0 +1,74 @@
+"""docs/benchmarks.md from results/*.json.
+
+python -m benchmarks.page
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmarks import cold, growth, memory, operators, step, training
+from benchmarks.record import RESULTS, join
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+QUESTIONS: dict[str, ModuleType] = {
+    "operators": operators,
+    "step": step,
+    "memory": memory,
+    "cold": cold,
+    "growth": growth,
+    "training": training,
+}
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+HEAD = """# Benchmarks
+
+Made from `benchmarks/results/*.json` by `python -m benchmarks.page`; `make bench` measures anew what this machine can. How each is
+measured: [benchmarks/README.md](../benchmarks/README.md).
+
+All models have the published sizes or, where it says *narrow*, as many layers at a tenth of the width, and random weights: speed
+and memory depend on nothing else. What is compared runs in one run, turn by turn, with the same weights. Numbers are medians with
+the smallest and largest; ratios (×, above 1 is faster) are of neighbouring turns."""
+
+
+def main() -> int:
+    PAGE.write_text(made(RESULTS))
+    print(f"written: {PAGE}")
+    return 0
+
+
+def made(results: Path) -> str:
+    """The whole page."""
+    return join(HEAD, *(chapter(question, results) for question in QUESTIONS)) + "\n"
+
+
+def file_of(question: str, device: str) -> str:
+    return f"{question}-{device}.json"
+
+
+def chapter(question: str, results: Path) -> str:
+    """A question: its tables on every device, or how to fill them."""
+    module = QUESTIONS[question]
+    parts = [f"## {module.TITLE}", (module.__doc__ or "").partition("\n")[0]]
+    for device, name in DEVICES.items():
+        path = results / file_of(question, device)
+        if path.exists():
+            rows = json.loads(path.read_text())
+            parts += [origin(rows), module.section(rows)]
+        elif question != "operators" or device == "cpu":  # which are the same everywhere
+            parts.append(f"{name}: not measured yet; run `python -m benchmarks.{question} --device {device}`.")
+    return join(*parts)
+
+
+def origin(rows: Mapping[str, Any]) -> str:
+    """Where, when and how it was measured."""
+    machine = rows["machine"]
+    where = f"threads: {machine['threads']}, load before {machine['load']:.1f}"
+    versions = ", ".join(f"{name} {version}" for name, version in rows["versions"].items())
+    return f"**{machine['device']}**, {where}; {versions}; {rows['date'][:10]}; `{rows['command']}`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

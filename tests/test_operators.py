@@ -1,0 +1,82 @@
+"""How many operators a step has: the peers' numbers are known, ours has no more than text alone, and what more prompts add."""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernel is seen, not compiled; read when it is imported
+
+from benchmarks import operators
+from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, scene
+from benchmarks.operators import BASE, BLOCKS, FUSED, LARGEST, MASKS, PLUS, TWO, WINDOW, Case, Operators, counts, setting_of
+from benchmarks.setting import PromptedSetting
+
+SITES = {"sd15": 16, "sdxl": 70}
+
+
+@pytest.fixture(params=SITES)
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@cache
+def base_of(model: str, precision: str) -> Any:
+    return scene(setting_of(model, BASE, precision)).base
+
+
+@cache
+def counted(name: str, model: str, case: Case) -> dict[str, float]:
+    return counts(name, model, case, base_of(model, "bf16" if name == FUSED else "fp32"))
+
+
+def steps(name: str, model: str, case: Case) -> float:
+    return counted(name, model, case)["operators"]
+
+
+def test_peers(model: str) -> None:
+    """As they were counted in another way, on a CPU at reduced width."""
+    found = [steps(TEXT, model, BASE), steps(PEER, model, BASE), steps(PEER, model, PLUS)]
+    assert found == {"sd15": [727, 809, 871], "sdxl": [1863, 2215, 2277]}[model]
+
+
+def test_an_image_prompt_is_less_than_nothing(model: str) -> None:
+    """A step projects queries alone: fewer operators, and less arithmetic, than text only. The first step projects the text."""
+    text, found = counted(TEXT, model, BASE), counted(OURS, model, BASE)
+    assert found["operators"] <= LARGEST[model]
+    assert found["first"] - found["operators"] == 2 * SITES[model]
+    assert found["flops"] < text["flops"]
+
+
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [(PLUS, 0), (TWO, 2), (MASKS, 2), (BLOCKS, 0)],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+def test_what_a_cross_attention_has_more(case: Case, more: int) -> None:
+    assert steps(OURS, "sd15", case) == steps(OURS, "sd15", BASE) + more * SITES["sd15"]
+
+
+def test_a_window_is_looked_up_once_a_step() -> None:
+    assert steps(OURS, "sd15", WINDOW) - steps(OURS, "sd15", BASE) <= 3
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+def test_the_kernel_is_one_operator() -> None:
+    """In place of three; low precision, which it needs, casts the timestep's embedding."""
+    fused = steps(FUSED, "sd15", BASE)
+    assert fused == steps(OURS, "sd15", BASE) - 2 * SITES["sd15"] + 1
+    assert steps(FUSED, "sd15", MASKS) == fused
+
+
+@pytest.mark.parametrize("name", [TEXT, PEER, OURS])
+@torch.no_grad()
+def test_width_and_contents_do_not_matter(name: str) -> None:
+    of = scene(PromptedSetting("cpu", "sd15-narrow", 1, 128, "fp32"))
+    of.base.requires_grad_(True)
+    joined, timestep = CONTENDERS[name](of), torch.tensor([5])
+    joined(of.latents, timestep)
+    assert operators.seen_by(Operators(), joined, of, timestep).count == steps(name, "sd15", BASE)
