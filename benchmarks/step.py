@@ -195,6 +195,8 @@ def bars_of(found: Outcome) -> list[Bar]:
     over_peer = Bar(f"{what}: ours over diffusers + IP-Adapter", median(found.times(OURS, PEER)), 1.25)
     if setting["device"] == "cpu":
         return [replace(over_peer, bar=1.0)]
+    if setting["batch"] > 1 or setting["model"] not in ("sd15", "sdxl"):
+        return []
     return [{STEP: over_text, COMPILED: replace(over_text, bar=1.01)}.get(setting["what"], over_peer)]
 
 

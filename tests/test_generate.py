@@ -217,3 +217,13 @@ def test_sdxl_in_every_task(tmp_path: Path) -> None:
         made = pipe(BLUE, **options, **extra, strength=1.0).images[0]
         assert made.size == alone.size
         assert np.isfinite(values(made)).all()
+
+
+def test_half_precision_projects_in_float32() -> None:
+    """A resampler's values leave float16's range; keys and values are as the base model's."""
+    half = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", device="cpu", dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.adapter.projection.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in half.adapter.image_kv.parameters()} == {torch.bfloat16}
+    whole = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", device="cpu")
+    ours, theirs = (values(pipe(BLUE, seed=1, steps=STEPS).images[0]) for pipe in (half, whole))
+    assert np.abs(ours - theirs).mean() < 6

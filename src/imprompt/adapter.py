@@ -58,7 +58,8 @@ class ImageKV(nn.Module):
         return new
 
     def forward(self, tokens: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, N, D) -> K' and V', each (B, H, N, d)."""
+        """Image tokens (B, N, D) -> K' and V', each (B, H, N, d), in this projection's precision."""
+        tokens = tokens.to(self.to_k.weight.dtype)
         return split_heads(self.to_k(tokens), heads), split_heads(self.to_v(tokens), heads)
 
 

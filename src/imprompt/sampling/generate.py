@@ -97,6 +97,7 @@ class ImagePromptPipeline:
             raise MismatchError(f"{model} is a {type(pipeline).__name__}; image prompts are known for {', '.join(TASKS)}")
         savers.lighten(pipeline)
         live = build_adapter(file, family_of(pipeline.unet)).attach(pipeline.unet)
+        live.image_kv.to(dtype)  # the projection stays in float32: a resampler's values leave float16's range
         savers.place(pipeline, live)
         if device.startswith("cuda") and offload is None:
             for part in (pipeline.unet, pipeline.vae):
@@ -152,14 +153,15 @@ class ImagePromptPipeline:
         for number, chunk in enumerate(rounds):
             batch = [*chunk, *[chunk[-1]] * (filled - len(chunk))]
             results = pipeline(
-                prompt=[chosen.prompt] * len(batch),
-                negative_prompt=[chosen.negative_prompt] * len(batch) if chosen.negative_prompt else None,
+                prompt=chosen.prompt,
+                negative_prompt=chosen.negative_prompt or None,
+                num_images_per_prompt=len(batch),
                 num_inference_steps=chosen.steps,
                 guidance_scale=chosen.guidance,
                 generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
                 cross_attention_kwargs={KEY: self.adapter.prompt(tokens[batch], null, chosen.scale) if heard else None},
                 callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
-                **{name: [value] * len(batch) if isinstance(value, Image.Image) else value for name, value in options.items()},
+                **options,
                 **(pipeline_options or {}),
             ).images
             made |= dict(zip(chunk, results[: len(chunk)], strict=True))
