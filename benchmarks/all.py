@@ -21,11 +21,12 @@ from benchmarks.record import RESULTS, note
 # Question, seconds that it may take, and what else it is asked. The most wanted come first.
 STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
     "cuda": (
-        ("step", 240, ()),
+        ("step", 220, ()),
         ("growth", 60, ()),
-        ("memory", 180, ()),
-        ("training", 110, ("--rounds", "3", "--steps", "5")),
-        ("cold", 50, ("--rounds", "3")),
+        ("memory", 150, ()),
+        ("training", 90, ("--rounds", "3", "--steps", "5")),
+        ("cold", 30, ("--rounds", "2")),
+        ("profile", 30, ()),
     ),
     "cpu": (
         ("operators", 600, ()),
@@ -34,6 +35,7 @@ STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
         ("growth", 1800, ()),
         ("memory", 3600, ()),
         ("training", 1800, ()),
+        ("profile", 600, ()),
     ),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import cold, growth, memory, operators, step, training
+from benchmarks import cold, growth, memory, operators, profile, step, training
 from benchmarks.record import RESULTS, join
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -21,6 +21,7 @@ QUESTIONS: dict[str, ModuleType] = {
     "cold": cold,
     "growth": growth,
     "training": training,
+    "profile": profile,
 }
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 HEAD = """# Benchmarks
