@@ -61,7 +61,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, images: Packed, weights
 def run(case: Case, attend: Any, gradient: Tensor | None = None) -> list[Tensor]:
     """The output, and with `gradient` its dQ, dK' and dV'."""
     leaves = [x.detach().requires_grad_(gradient is not None) for x in case.leaves()]
-    images = packed(list(zip(leaves[1::2], leaves[2::2], strict=True)), len(case.query))
+    images = packed(list(zip(leaves[1::2], leaves[2::2], strict=True)))
     out = attend(leaves[0], case.key, case.value, images, case.weights)
     if gradient is None:
         return [out]
@@ -149,13 +149,12 @@ def test_scale_zero_is_the_text_alone() -> None:
 
 def test_nothing_is_copied_that_need_not_be() -> None:
     case = draw(torch.float16, 40, (4,), one=True)
-    images = packed(case.images, 2)
+    images = packed(case.images)
     assert images.key.data_ptr() == case.images[0][0].data_ptr()
-    assert images.key.shape == (2, 1, 4, 40)
-    assert images.key.stride(0) == 0
+    assert images.key.shape == (1, 1, 4, 40)
     (out,) = run(case, fused_attention)
     assert out.transpose(1, 2).is_contiguous()
-    several = packed([*case.images, *draw(torch.float16, 40, (7,)).images], 2)
+    several = packed([*case.images, *draw(torch.float16, 40, (7,)).images])
     assert several.offsets.tolist() == [0, 4, 11]
     assert several.tokens == (4, 7)
 
@@ -163,7 +162,7 @@ def test_nothing_is_copied_that_need_not_be() -> None:
 @torch.no_grad()
 def test_one_operator() -> None:
     case = draw(torch.float16, 40, (4, 3), queries=3, texts=3)
-    images = packed(case.images, 2)
+    images = packed(case.images)
     with Counted() as counted:
         fused_attention(*case[:3], images, case.weights)
     assert counted.names == ["imprompt.decoupled_attention.default"]
@@ -183,7 +182,7 @@ def test_compiled_in_one_graph() -> None:
 def test_operator_is_registered_as_torch_asks(trained: bool) -> None:
     torch.manual_seed(6)
     case = draw(torch.float16, 40, (4,), queries=3, texts=3, batch=1)
-    images = packed(case.images, 1)
+    images = packed(case.images)
     query, key, value = (x.detach().requires_grad_(trained) for x in (case.query, images.key, images.value))
     torch.library.opcheck(fused.forward, (query, *case[1:3], key, value, images.offsets, case.weights, trained))
 
@@ -233,24 +232,26 @@ def test_kernels_compile_for_gpus() -> None:
 
 def test_what_cannot_be_computed_is_told() -> None:
     case = draw(torch.float16, 40, (4,), queries=3, texts=3)
-    images = packed(case.images, 2)
+    images = packed(case.images)
     with pytest.raises(MismatchError, match="no gradient of the text"):
         fused_attention(case.query, case.key.detach().requires_grad_(), case.value, images, case.weights)
-    with pytest.raises(MismatchError, match="packed for a batch of 1, the query is of 2"):
-        fused_attention(*case[:3], packed([(k[:1], v[:1]) for k, v in case.images], 1), case.weights)
+    with pytest.raises(MismatchError, match="prepared for a batch of 3, the base model runs a batch of 2"):
+        fused_attention(*case[:3], packed([(k[:1].expand(3, -1, -1, -1),) * 2 for k, _ in case.images]), case.weights)
+    with pytest.raises(MismatchError, match="prepared for a batch of 2, the base model runs a batch of 3"):
+        packed([*case.images, (case.key[:1].expand(3, -1, -1, -1),) * 2])
     with pytest.raises(MismatchError, match=r"weights of shape \[2, 1, 1, 1, 1\]: give \(1, 2 or 1, 1, 3 or 1, 1\)"):
         fused_attention(*case[:3], images, torch.ones(2, 1, 1, 1, 1, device=DEVICE))
 
 
 def test_usable() -> None:
     case = draw(torch.float16, 40, (4,), queries=3, texts=3)
-    images = packed(case.images, 2)
+    images = packed(case.images)
     assert usable(*case[:3], images, case.weights)
     assert not usable(case.query.float(), *case[1:3], images, case.weights)
     assert not usable(case.query, case.key.bfloat16(), case.value, images, case.weights)
     assert not usable(*case[:3], images, case.weights.requires_grad_())
     wide = draw(torch.float16, 168, (4,), queries=3, texts=3)
-    assert not usable(*wide[:3], packed(wide.images, 2), case.weights.detach())
+    assert not usable(*wide[:3], packed(wide.images), case.weights.detach())
 
 
 def test_the_faster_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,10 +266,10 @@ def test_the_faster_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "milliseconds", milliseconds)
     case, longer = (draw(torch.float16, 40, (4,), queries=3, texts=n) for n in (3, 4))
     for _ in range(2):
-        assert choice.wins(*case[:3], packed(case.images, 2), case.weights, fused_attention, reference)
+        assert choice.wins(*case[:3], packed(case.images), case.weights, fused_attention, reference)
     assert timed == [fused_attention, reference]
     times[reference] = 0.5
-    assert not choice.wins(*longer[:3], packed(longer.images, 2), longer.weights, fused_attention, reference)
+    assert not choice.wins(*longer[:3], packed(longer.images), longer.weights, fused_attention, reference)
 
 
 def test_a_kernel_that_fails_has_lost(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -280,7 +281,7 @@ def test_a_kernel_that_fails_has_lost(monkeypatch: pytest.MonkeyPatch, caplog: p
     case = draw(torch.float16, 40, (4,), queries=3, texts=3)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            assert not choice.wins(*case[:3], packed(case.images, 2), case.weights, fused_attention, reference)
+            assert not choice.wins(*case[:3], packed(case.images), case.weights, fused_attention, reference)
     assert [record.message for record in caplog.records] == ["fused attention is not used: out of resource: shared memory"]
 
 
@@ -289,5 +290,5 @@ def test_a_kernel_that_fails_has_lost(monkeypatch: pytest.MonkeyPatch, caplog: p
 def test_timing_on_this_gpu(trained: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(choice, "WON", {})
     case = draw(torch.float16, 40, (4,), heads=8, queries=1024, texts=77)
-    choice.wins(case.query.requires_grad_(trained), *case[1:3], packed(case.images, 2), case.weights, fused_attention, reference)
+    choice.wins(case.query.requires_grad_(trained), *case[1:3], packed(case.images), case.weights, fused_attention, reference)
     assert not caplog.records

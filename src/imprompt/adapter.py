@@ -119,16 +119,21 @@ def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     (B or 1, H, N, d), weights (prompts, B or 1, 1, L or 1, 1) -> (B, H, L, d).
     """
     out = attention(query, key, value, mask)
-    for (image_key, image_value), weight in zip(images, weights, strict=True):
-        if (prepared := image_key.shape[0]) != (batch := query.shape[0]):
-            if prepared != 1:
-                raise MismatchError(
-                    f"the image prompt was prepared for a batch of {prepared}, the base model runs a batch of {batch}; "
-                    "with guidance the batch holds every unconditional item, then every conditional one"
-                )
-            image_key, image_value = (state.expand(batch, -1, -1, -1) for state in (image_key, image_value))
-        out = torch.addcmul(out, weight, attention(query, image_key, image_value))
+    for image, weight in zip(images, weights, strict=True):
+        out = torch.addcmul(out, weight, attention(query, *for_batch(image, len(query))))
     return out
+
+
+def for_batch(image: KV, batch: int) -> KV:
+    """K' and V' (B or 1, H, N, d) -> (B, H, N, d); MismatchError if they were prepared for another batch."""
+    if (prepared := len(image[0])) == batch:
+        return image
+    if prepared != 1:
+        raise MismatchError(
+            f"the image prompt was prepared for a batch of {prepared}, the base model runs a batch of {batch}; "
+            "with guidance the batch holds every unconditional item, then every conditional one"
+        )
+    return image[0].expand(batch, -1, -1, -1), image[1].expand(batch, -1, -1, -1)
 
 
 class Graft(Protocol):

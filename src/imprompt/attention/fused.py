@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from imprompt.adapter import for_batch
 from imprompt.attention.kernels import INTERPRETED, LOG2_E, SHORT_BLOCK, forward_kernel, image_kernel, query_kernel
 from imprompt.errors import MismatchError
 
@@ -29,19 +30,19 @@ PROGRAMS = 1024  # where so many programs are there already; both fixed, so that
 class Packed(NamedTuple):
     """Keys and values of several image prompts for the kernels: one after the other along the tokens."""
 
-    key: Tensor  # (B, H, N, d)
-    value: Tensor  # (B, H, N, d)
+    key: Tensor  # (B or 1, H, N, d)
+    value: Tensor  # (B or 1, H, N, d)
     offsets: Tensor  # (P + 1,) int32, on the keys' device: where each prompt's tokens begin, and their end
     tokens: tuple[int, ...]  # of each prompt, known without asking the GPU
 
 
-def packed(images: Sequence[tuple[Tensor, Tensor]], batch: int) -> Packed:
-    """The (key, value) of image prompts, each (B or 1, H, N, d), for a batch of `batch`; one prompt is not copied.
+def packed(images: Sequence[tuple[Tensor, Tensor]]) -> Packed:
+    """The (key, value) of image prompts, each (B or 1, H, N, d); one prompt is not copied.
 
-    Several are copied: call it once per set of prompts, not once per step.
+    Several are: call it once per set of prompts, not once per step.
     """
-    shape = (batch, -1, -1, -1)
-    keys, values = ([x.expand(shape) for x in kind] for kind in zip(*images, strict=True))
+    batch = max(len(key) for key, _ in images)
+    keys, values = zip(*(for_batch(image, batch) for image in images), strict=True)
     tokens = tuple(key.shape[2] for key in keys)
     key, value = (kind[0] if len(kind) == 1 else torch.cat(kind, 2) for kind in (keys, values))
     return Packed(key, value, bounds(tokens, key.device), tokens)
@@ -207,11 +208,10 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, images: Packed, w
     items, _, queries, _ = query.shape
     if trains_the_base(key, value, weights):
         raise MismatchError("fused attention has no gradient of the text's keys and values or of weights: freeze them")
-    if images.key.shape[0] != items:
-        raise MismatchError(f"the image prompts were packed for a batch of {images.key.shape[0]}, the query is of {items}")
+    image_key, image_value = for_batch((images.key, images.value), items)
     if weights.shape not in {(len(images.tokens), b, 1, n, 1) for b in (1, items) for n in (1, queries)}:
         raise MismatchError(
             f"weights of shape {list(weights.shape)}: give ({len(images.tokens)}, {items} or 1, 1, {queries} or 1, 1)"
         )
     keep = torch.is_grad_enabled() and (query.requires_grad or images.key.requires_grad or images.value.requires_grad)
-    return forward(query, key, value, images.key, images.value, images.offsets, weights, keep)[0]
+    return forward(query, key, value, image_key, image_value, images.offsets, weights, keep)[0]

@@ -167,7 +167,7 @@ class Graft:
 
         def heard() -> tuple[Any, Any]:
             images = tuple(tuple((prompt.keys[site], prompt.values[site]) for prompt in prompts) for site in range(len(self.sites)))
-            return images, packed_for(images, len(latents)) if kernel else ()
+            return images, packed_for(images) if kernel else ()
 
         def weights() -> dict[int, Tensor]:
             return weights_at(scales, masks, timestep, self.family.sizes(model, *size), dtype)
@@ -177,7 +177,7 @@ class Graft:
                 run = self.runs[text] = Run()
             steady = all(scale.ndim == 2 for scale in scales)
             projected = self.text(run, text)
-            images, packed = run.images.get(lambda: (states, (kernel, len(latents))), heard)
+            images, packed = run.images.get(lambda: (states, kernel), heard)
             weighed = run.weights.get(lambda: (scales + masks, (size, dtype)), weights) if steady else weights()
         else:
             projected, (images, packed), weighed = (None,) * len(self.sites), heard(), weights()
@@ -189,7 +189,7 @@ class Graft:
         def made_of() -> tuple[list[Any], Any]:
             weights = [matrix(site._modules[name]) for site in self.sites.values() for name in ("to_k", "to_v")]
             waits = run.text.value is None or None in run.text.value  # for weights that may have come since
-            return weights, (text._version, waits and [at_hand(weight, text) for weight in weights])
+            return weights, (text._version, casts_to(text), waits and [at_hand(weight, text) for weight in weights])
 
         return run.text.get(made_of, lambda: self._project(run, text))
 
@@ -231,6 +231,12 @@ def matrix(layer: nn.Module | None) -> Tensor | None:
     return layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
 
 
+def casts_to(text: Tensor) -> torch.dtype | None:
+    """What autocast makes of it, where that is on."""
+    device = text.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def at_hand(weight: Tensor | None, text: Tensor) -> bool:
     """Whether the layer can be called now: its weight is where the text is, or comes when it is called (sequential offload)."""
     return weight is not None and (weight.device == text.device or weight.is_meta)
@@ -268,8 +274,8 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
     return weights[0][:, None] if len(weights) == 1 else torch.stack(torch.broadcast_tensors(*weights), 1)
 
 
-def packed_for(images: Sequence[Sequence[KV]], batch: int) -> tuple[Any, ...]:
+def packed_for(images: Sequence[Sequence[KV]]) -> tuple[Any, ...]:
     """By site; see `fused.packed`."""
     from imprompt.attention import fused
 
-    return tuple(fused.packed(site, batch) for site in images)
+    return tuple(map(fused.packed, images))
