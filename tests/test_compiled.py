@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from imprompt import ImagePromptPipeline
 from imprompt.errors import SettingError
 from imprompt.sampling import compiled
+from imprompt.sampling.memory import Savers
 from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_adapter
 
 STEPS = 2
@@ -90,6 +91,24 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with torch.no_grad(), pytest.raises(SettingError, match=r"needs a C\+\+ compiler, and none was found: install g\+\+, or"):
         unet(**noise_inputs(unet, 1))
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_more_sizes_than_graphs_run_as_they_are(counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "GRAPHS", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    unet, plain = smallest_unet(), smallest_unet()
+    compiled.compile_base(unet)
+    for batch in (2, 3, 1):
+        torch.testing.assert_close(noise(unet, noise_inputs(unet, batch)), noise(plain, noise_inputs(plain, batch)))
+    assert counter.frame_count == 1
+
+
+def test_offload_is_not_compiled() -> None:
+    pipe = ImagePromptPipeline.from_pretrained("emoji", device="cpu")
+    savers = Savers("cuda", offload="model")
+    with pytest.raises(SettingError, match="offload = 'model' moves weights, and what is compiled needs them in place: use one"):
+        ImagePromptPipeline(pipe.pipeline, pipe.adapter, pipe.encoder, pipe.variant, compile=True, savers=savers)
 
 
 STARTED = """

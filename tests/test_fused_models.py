@@ -1,5 +1,6 @@
 """The attention kernel in base models: what it is used for, and that they predict what they predict without it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,53 @@ def test_training_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         noise(unet, inputs_of(unet), random_prompt(adapter, 2)).float().square().mean().backward()
         gradients.append(torch.cat([kv.to_k.weight.grad.flatten() for kv in adapter.image_kv]))  # pyright: ignore
     assert (gradients[0] - gradients[1]).norm() <= 1e-2 * gradients[1].norm()
+
+
+def test_gradient_checkpointing_does_not_see_what_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first forward pass times both ways, with gradients; the pass that is run again in the backward does not."""
+
+    def milliseconds(run: Any, query: Tensor, *rest: Any) -> float:
+        leaf = query.detach().requires_grad_()
+        torch.autograd.grad(run(leaf, *rest[:4]).sum(), leaf)
+        return 1.0
+
+    monkeypatch.setattr(choice, "WON", {})
+    monkeypatch.setattr(choice, "milliseconds", milliseconds)
+    monkeypatch.setattr("imprompt.attention.graft.may_fuse", lambda *_: True)
+    unet = narrow_unet(torch.float16).train()
+    (adapter,) = joined(unet, 1)
+    unet.enable_gradient_checkpointing()
+    noise(unet, inputs_of(unet), random_prompt(adapter, 2)).float().mean().backward()
+    assert all(kv.to_k.weight.grad is not None for kv in adapter.image_kv)
+    assert len(choice.WON) > 0
+
+
+def test_training_the_text_is_done_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Textual inversion, say: the kernel has no gradient of the text's keys. What was chosen before does not matter."""
+    unet = narrow_unet(torch.float16)
+    (adapter,) = joined(unet, 1)
+    prompt, inputs = random_prompt(adapter, 2), inputs_of(unet)
+    prompt = prompt._replace(keys=tuple(key.detach() for key in prompt.keys), values=tuple(v.detach() for v in prompt.values))
+    monkeypatch.setenv(choice.KERNEL, "always")
+    noise(unet, inputs, prompt)
+    text = inputs["encoder_hidden_states"].requires_grad_()
+    noise(unet, inputs, prompt).float().mean().backward()
+    assert text.grad is not None
+    assert text.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_copies_for_the_kernel_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = narrow_unet(torch.float16)
+    prompts = [random_prompt(adapter, 2, seed=seed) for seed, adapter in enumerate(joined(unet, 2))]
+    monkeypatch.setenv(choice.KERNEL, "always")
+    inputs = inputs_of(unet)
+    before = noise(unet, inputs, prompts)
+    for value in prompts[1].values:
+        value.mul_(3)
+    after = noise(unet, inputs, prompts)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, noise(copy.deepcopy(unet), inputs, prompts))
 
 
 @torch.no_grad()

@@ -2,15 +2,19 @@
 
 import copy
 import gc
+import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from imprompt.attention import family_of, graft
 from imprompt.errors import MismatchError
@@ -27,15 +31,15 @@ def unet() -> UNet2DConditionModel:
 @contextmanager
 def counted(unet: nn.Module) -> Iterator[list[int]]:
     """How often a text key was projected inside."""
-    calls = [0]
+    calls, forward = [0], nn.Linear.forward
+    layers = {id(site.to_k) for site in family_of(unet).sites(unet).values()}
 
-    def called(*_: Any) -> None:
-        calls[0] += 1
+    def called(layer: nn.Linear, x: Tensor) -> Tensor:
+        calls[0] += id(layer) in layers
+        return forward(layer, x)
 
-    hooks = [site.to_k.register_forward_hook(called) for site in family_of(unet).sites(unet).values()]
-    yield calls
-    for hook in hooks:
-        hook.remove()
+    with mock.patch.object(nn.Linear, "forward", called):
+        yield calls
 
 
 # The text
@@ -101,8 +105,28 @@ def lora_loaded(unet: nn.Module, inputs: dict[str, Any]) -> None:  # noqa: ARG00
     site.to_k = Lora(site.to_k)
 
 
+def first_key(unet: nn.Module) -> Any:
+    return next(iter(family_of(unet).sites(unet).values())).to_k
+
+
+def forward_replaced(unet: nn.Module, inputs: dict[str, Any]) -> None:  # noqa: ARG001
+    layer = first_key(unet)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight * 1.5)  # as other LoRA loaders do
+
+
+def hook_added(unet: nn.Module, inputs: dict[str, Any]) -> None:  # noqa: ARG001
+    first_key(unet).register_forward_hook(lambda _layer, _args, out: out * 1.5)
+
+
+def bias_added(unet: nn.Module, inputs: dict[str, Any]) -> None:  # noqa: ARG001
+    first_key(unet).bias = nn.Parameter(torch.linspace(0, 2, first_key(unet).out_features))
+
+
+CHANGES = [replaced, changed_in_place, weights_changed, weights_loaded, lora_loaded, forward_replaced, hook_added, bias_added]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change", [replaced, changed_in_place, weights_changed, weights_loaded, lora_loaded])
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_is_noticed(unet: UNet2DConditionModel, change: Any) -> None:
     inputs = noise_inputs(unet, 2)
     with tiny_adapter(unet).attached(unet) as adapter:
@@ -132,13 +156,12 @@ def test_an_unfused_lora_is_projected_every_time(unet: UNet2DConditionModel) -> 
 @torch.no_grad()
 def test_offloaded_weights_come_for_the_text_once(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 2)
-    with tiny_adapter(unet).attached(unet) as adapter:
+    with tiny_adapter(unet).attached(unet) as adapter, counted(unet) as calls:
         prompt = random_prompt(adapter, 2)
         expected = noise(copy.deepcopy(unet), inputs, prompt)
         cpu_offload(unet, "cpu")  # layer by layer: elsewhere their weights are on the meta device
-        with counted(unet) as calls:
-            for _ in range(3):
-                assert torch.equal(noise(unet, inputs, prompt), expected)
+        for _ in range(3):
+            assert torch.equal(noise(unet, inputs, prompt), expected)
     assert calls == [SITES]
 
 
@@ -166,6 +189,99 @@ def test_prompts_are_in_the_precision_that_the_model_computes_in() -> None:
         results = [noise(unet, noise_inputs(unet, 2), prompt) for _ in range(2)]
     assert results[0].isfinite().all()
     assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_what_leaves_no_mark_can_be_forgotten(unet: UNet2DConditionModel) -> None:
+    inputs = noise_inputs(unet, 2)
+    with tiny_adapter(unet).attached(unet) as adapter:
+        prompt = random_prompt(adapter, 2)
+        noise(unet, inputs, prompt)
+        for weight in unet.parameters():
+            weight.data *= 1.1
+        adapter.forget()
+        assert torch.equal(noise(unet, inputs, prompt), noise(copy.deepcopy(unet), inputs, prompt))
+
+
+@torch.no_grad()
+def test_autocast_begins_and_ends(unet: UNet2DConditionModel) -> None:
+    inputs = noise_inputs(unet, 2)
+    with tiny_adapter(unet).attached(unet) as adapter:
+        prompt = random_prompt(adapter, 2)
+        before = noise(unet, inputs, prompt)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = prompt._replace(keys=tuple(k.bfloat16() for k in prompt.keys), values=tuple(v.bfloat16() for v in prompt.values))
+            assert not torch.equal(noise(unet, inputs, half), before)
+        assert torch.equal(noise(unet, inputs, prompt), before)
+
+
+@torch.no_grad()
+def test_a_text_that_the_model_projects_first(unet: UNet2DConditionModel) -> None:
+    """As Kolors does: the sites see another text, of another width."""
+    config = {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 48}
+    unet = smallest_unet(**config)
+    inputs = noise_inputs(unet, 2) | {"encoder_hidden_states": torch.randn(2, 11, 48)}
+    with tiny_adapter(unet).attached(unet) as adapter:
+        prompt = random_prompt(adapter, 2)
+        results = [noise(unet, inputs, prompt) for _ in range(2)]
+        assert adapter.held_bytes() == 0
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_a_trace_reads_the_text_that_it_is_given(unet: UNet2DConditionModel) -> None:
+    inputs = noise_inputs(unet, 2)
+    with tiny_adapter(unet).attached(unet) as adapter:
+        prompt = random_prompt(adapter, 2)
+        expected = [noise(unet, inputs, prompt)]  # its keys and values are kept
+
+        def run(text: Tensor) -> Tensor:
+            return noise(unet, inputs | {"encoder_hidden_states": text}, prompt)
+
+        text = inputs["encoder_hidden_states"]
+        traced = make_fx(run)(text)
+        expected.append(run(text + 1))
+        assert torch.equal(traced(text + 1), expected[1])
+        assert not torch.equal(*expected)
+
+
+@torch.no_grad()
+def test_weights_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        unet = smallest_unet()
+        adapter = tiny_adapter(unet).attach(unet)
+        prompt = random_prompt(adapter, 2)
+    plain = smallest_unet()
+    with tiny_adapter(plain).attached(plain) as other:
+        expected = noise(plain, noise_inputs(plain, 2), random_prompt(other, 2))
+    assert torch.equal(noise(unet, noise_inputs(unet, 2), prompt), expected)
+
+
+@torch.no_grad()
+def test_an_attached_model_can_be_saved_whole(unet: UNet2DConditionModel) -> None:
+    inputs = noise_inputs(unet, 2)
+    with tiny_adapter(unet).attached(unet) as adapter:
+        prompt = random_prompt(adapter, 2)
+        expected = noise(unet, inputs, prompt)
+        assert torch.equal(noise(pickle.loads(pickle.dumps(unet)), inputs, prompt), expected)
+
+
+@torch.no_grad()
+def test_threads_with_texts_of_their_own(unet: UNet2DConditionModel) -> None:
+    with tiny_adapter(unet).attached(unet) as adapter:
+        prompts = [random_prompt(adapter, 2, seed=seed) for seed in range(4)]
+        expected = [noise(unet, noise_inputs(unet, 2, seed=seed), prompts[seed]) for seed in range(4)]
+
+        def run(seed: int) -> bool:
+            with torch.no_grad():
+                return all(
+                    torch.equal(noise(unet, noise_inputs(unet, 2, seed=seed), prompts[seed]), expected[seed]) for _ in range(5)
+                )
+
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(run, range(4)))
+        gc.collect()
+        assert adapter.held_bytes() == 0
 
 
 def test_training_keeps_nothing(unet: UNet2DConditionModel) -> None:
@@ -316,5 +432,16 @@ def test_what_is_no_prompt_is_refused(unet: UNet2DConditionModel) -> None:
         with pytest.raises(MismatchError, match=r"takes what adapter.prompt\(...\) gives, or a list of that; this is a Tensor"):
             noise(unet, inputs, torch.randn(2, 4, 32))
         prompt = random_prompt(adapter, 2)
-        with pytest.raises(MismatchError, match="made for 1 cross-attentions; this model has 4"):
-            noise(unet, inputs, prompt._replace(keys=prompt.keys[:1], values=prompt.values[:1]))
+        narrow = tuple(key[..., :1] for key in prompt.keys)
+        wrong = {
+            "made for 1 cross-attentions; this model has 4": prompt._replace(keys=prompt.keys[:1], values=prompt.values[:1]),
+            r"made for keys 8 wide at .*attn2; this model's are 16 wide": prompt._replace(keys=narrow, values=narrow),
+            "the scale is for 3 items, the base model runs a batch of 2": prompt._replace(scale=torch.ones(4, 3)),
+            r"mask of shape \[5, 5\]: give \(1 or 2, rows, columns\)": prompt._replace(mask=torch.ones(5, 5)),
+            "prepared for a batch of 3, the base model runs a batch of 2": random_prompt(adapter, 3),
+        }
+        for words, one in wrong.items():
+            with pytest.raises(MismatchError, match=words):
+                noise(unet, inputs, one)
+        with pytest.raises(MismatchError, match="give cross_attention_kwargs by name"):
+            unet(*list(inputs.values())[:3], None, None, None, {"ip_hidden_states": prompt})

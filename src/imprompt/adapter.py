@@ -154,6 +154,10 @@ class Graft(Protocol):
         """What the text's keys and values hold that were projected once."""
         ...
 
+    def forget(self) -> None:
+        """Drop them."""
+        ...
+
 
 class Family(Protocol):
     """How a family of base models is joined: where its text cross-attentions are and how each is made to listen."""
@@ -230,6 +234,11 @@ class IPAdapter(nn.Module):
     def held_bytes(self) -> int:
         """What the base model's cross-attentions hold of the text's keys and values, projected once: see `attention.graft`."""
         return 0 if self._graft is None else self._graft.held_bytes()
+
+    def forget(self) -> None:
+        """Drop that. Needed only where weights of the base changed without a mark: through `.data`, or by a fused optimizer."""
+        if self._graft is not None:
+            self._graft.forget()
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[Self]:

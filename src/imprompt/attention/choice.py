@@ -38,6 +38,11 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def trains_the_base(key: Tensor, value: Tensor, weights: Tensor) -> bool:
+    """Whether a gradient is to flow where the kernel gives none."""
+    return torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or weights.requires_grad)
+
+
 def worth(query: Tensor, key: Tensor, value: Tensor, images: Any, weights: Tensor) -> bool:
     """Whether the kernel takes these tensors (shapes as in `fused.fused_attention`) and is to be used for them."""
     from imprompt.attention import fused
@@ -69,12 +74,17 @@ def wins(query: Tensor, key: Tensor, value: Tensor, images: Any, weights: Tensor
     case = (query.device, query.dtype, *shapes, trained)
     if case not in WON:
         try:
-            ours, theirs = (milliseconds(run, query, key, value, images, weights, trained) for run in (kernel, otherwise))
+            with torch.autograd.graph.saved_tensors_hooks(same, same):  # gradient checkpointing is not to see what is tried
+                ours, theirs = (milliseconds(run, query, key, value, images, weights, trained) for run in (kernel, otherwise))
             WON[case] = ours < theirs
         except Exception as error:  # whatever a compiler or a driver raises, the picture is made the other way
             logging.getLogger(__name__).warning("fused attention is not used: %s", first_line(error))
             WON[case] = False
     return WON[case]
+
+
+def same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def milliseconds(run: Attention, query: Tensor, key: Tensor, value: Tensor, images: Any, weights: Tensor, trained: bool) -> float:

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from imprompt.adapter import for_batch
+from imprompt.attention.choice import trains_the_base
 from imprompt.attention.kernels import INTERPRETED, LOG2_E, SHORT_BLOCK, forward_kernel, image_kernel, query_kernel
 from imprompt.errors import MismatchError
 
@@ -192,10 +193,6 @@ def usable(query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: T
         and query.shape[-1] <= WIDEST
         and not trains_the_base(key, value, weights)
     )
-
-
-def trains_the_base(key: Tensor, value: Tensor, weights: Tensor) -> bool:
-    return torch.is_grad_enabled() and (key.requires_grad or value.requires_grad or weights.requires_grad)
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: Tensor) -> Tensor:

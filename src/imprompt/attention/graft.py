@@ -7,7 +7,8 @@ item, place and time, is worked out once a step at most, not once a site.
 Shape letters as in `imprompt.adapter`; P image prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from imprompt.adapter import KV, ImagePrompt, decoupled_attention, split_heads
-from imprompt.attention.choice import may_fuse, worth
+from imprompt.adapter import KV, ImagePrompt, decoupled_attention, for_batch, split_heads
+from imprompt.attention.choice import may_fuse, trains_the_base, worth
 from imprompt.errors import MismatchError
 
 KEY = "ip_hidden_states"  # in cross_attention_kwargs
@@ -39,7 +40,7 @@ class Step(NamedTuple):
         if self.fused and mask is None:
             if self.fused[site] is None and not torch.compiler.is_compiling():
                 self.fused[site] = worth(query, key, value, self.packed[site], weight)
-            if self.fused[site]:
+            if self.fused[site] and not trains_the_base(key, value, weight):
                 from imprompt.attention.fused import fused_attention
 
                 return fused_attention(query, key, value, self.packed[site], weight)
@@ -71,17 +72,25 @@ class Grafted(Protocol):
 
 
 class Kept:
-    """A value, and what it was computed from: objects, which must be the very same, tensors unchanged since; and equal facts."""
+    """A value, and what it was computed from: objects, which must be the very same, tensors unchanged since; and equal facts.
+
+    `made_of` lists both, given the value that there is or None.
+    """
 
     def __init__(self) -> None:
-        self.made_of: tuple[list[Any], Any] = [], None
-        self.value: Any = None
+        self.found: tuple[Any, Any] = None, None  # what it was made of, the value; replaced at once, for threads
 
-    def get(self, made_of: Callable[[], tuple[list[Any], Any]], compute: Callable[[], Any]) -> Any:
-        if not same(marked(*made_of()), self.made_of):
-            self.value = compute()
-            self.made_of = marked(*made_of())  # asked again: to compute brings offloaded weights, and leaves others in their place
-        return self.value
+    @property
+    def value(self) -> Any:
+        return self.found[1]
+
+    def get(self, made_of: Callable[[Any], tuple[list[Any], Any]], compute: Callable[[], Any]) -> Any:
+        found = self.found
+        if not same(marked(*made_of(found[1])), found[0]):
+            value = compute()
+            # Asked again: to compute brings offloaded weights, and leaves others in their place.
+            found = self.found = (marked(*made_of(value)), value)
+        return found[1]
 
 
 def marked(sources: list[Any], facts: Any) -> tuple[list[Any], Any]:
@@ -89,8 +98,10 @@ def marked(sources: list[Any], facts: Any) -> tuple[list[Any], Any]:
     return sources, (facts, [source._version for source in sources if isinstance(source, Tensor)])
 
 
-def same(new: tuple[list[Any], Any], old: tuple[list[Any], Any]) -> bool:
-    return new[1] == old[1] and len(new[0]) == len(old[0]) and all(a is b for a, b in zip(new[0], old[0], strict=True))
+def same(new: tuple[list[Any], Any], old: tuple[list[Any], Any] | None) -> bool:
+    if old is None or new[1] != old[1] or len(new[0]) != len(old[0]):
+        return False
+    return all(a is b for a, b in zip(new[0], old[0], strict=True))
 
 
 class Run:
@@ -98,6 +109,13 @@ class Run:
 
     def __init__(self) -> None:
         self.text, self.images, self.weights = Kept(), Kept(), Kept()
+
+    @property
+    def bytes(self) -> int:
+        """What the text's keys and values hold, and those of several image prompts that were copied beside each other."""
+        _, packed = self.images.value or ((), ())
+        copies = [state for site in packed if len(site.tokens) > 1 for state in (site.key, site.value)]
+        return sum(state.nbytes for pair in (*(self.text.value or ()), copies) for state in pair or ())
 
 
 class Graft:
@@ -111,7 +129,7 @@ class Graft:
         for number, site in enumerate(self.sites.values()):
             site.set_processor(family.processor(number))
         self.hook = model.register_forward_pre_hook(self.hand_over, with_kwargs=True)
-        self.runs = WeakTensorKeyDictionary()  # text -> Run
+        self.forget()
         self.fused: dict[Any, list[bool | None]] = {}  # see `Step.fused`, by all that speed depends on
 
     @classmethod
@@ -136,14 +154,26 @@ class Graft:
         return stored if stored.itemsize > 1 else self.computes_in
 
     def forget(self) -> None:
-        """Drop what is kept. Needed only after weights were changed through `.data`, which leaves no mark on them."""
-        self.runs = WeakTensorKeyDictionary()
+        self.runs, self.lock = WeakTensorKeyDictionary(), Lock()  # text -> Run
 
     def held_bytes(self) -> int:
-        return sum(state.nbytes for run in self.runs.values() for pair in run.text.value or () if pair for state in pair)
+        with self.lock:
+            runs = list(self.runs.values())
+        return sum(run.bytes for run in runs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "runs": WeakTensorKeyDictionary()}
+        return {name: value for name, value in self.__dict__.items() if name not in ("runs", "lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.forget()
+
+    def run(self, text: Tensor) -> Run:
+        with self.lock:
+            found = self.runs.get(text)
+            if found is None:
+                found = self.runs[text] = Run()
+            return found
 
     def hand_over(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The hook: puts what this step hears in the image prompts' place."""
@@ -153,7 +183,7 @@ class Graft:
             return args, kwargs
         prompts = tuple(given) if isinstance(given, list | tuple) and not isinstance(given, ImagePrompt) else (given,)
         for prompt in prompts:
-            check_prompt(prompt, len(self.sites))
+            check_prompt(prompt, self.sites)
         inputs = dict(zip(self.family.arguments, args, strict=False)) | kwargs
         step = self.step(model, prompts, *(inputs[name] for name in self.family.arguments)) if prompts else None
         return args, {**kwargs, "cross_attention_kwargs": {**told, KEY: step}}
@@ -164,42 +194,47 @@ class Graft:
         states = [state for prompt in prompts for state in (prompt.keys, prompt.values)]
         size, dtype = latents.shape[-2:], prompts[0].keys[0].dtype
         kernel = may_fuse(latents.device, dtype)
+        copied = [state for pair in states for state in pair] if kernel and len(prompts) > 1 else []
+        for prompt in prompts if latents.ndim == 4 else ():
+            check_batch(prompt, len(latents))
 
         def heard() -> tuple[Any, Any]:
+            for prompt in prompts:
+                check_widths(prompt, self.sites)
             images = tuple(tuple((prompt.keys[site], prompt.values[site]) for prompt in prompts) for site in range(len(self.sites)))
             return images, packed_for(images) if kernel else ()
 
         def weights() -> dict[int, Tensor]:
             return weights_at(scales, masks, timestep, self.family.sizes(model, *size), dtype)
 
-        if remembers(text, *scales, *(mask for mask in masks if mask is not None)):
-            if (run := self.runs.get(text)) is None:
-                run = self.runs[text] = Run()
-            steady = all(scale.ndim == 2 for scale in scales)
+        if remembers(text, *scales, *(mask for mask in masks if mask is not None), *copied):
+            run, steady = self.run(text), all(scale.ndim == 2 for scale in scales)
             projected = self.text(run, text)
-            images, packed = run.images.get(lambda: (states, kernel), heard)
-            weighed = run.weights.get(lambda: (scales + masks, (size, dtype)), weights) if steady else weights()
+            images, packed = run.images.get(lambda _: (states + copied, kernel), heard)
+            weighed = run.weights.get(lambda _: (scales + masks, (size, dtype)), weights) if steady else weights()
         else:
             projected, (images, packed), weighed = (None,) * len(self.sites), heard(), weights()
         return Step(text, projected, images, packed, weighed, self.choices(latents, text, prompts) if kernel else [])
 
     def text(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
         """Keys and values of the text (B, T, D) at every site where they can be kept."""
+        width = text.shape[-1]
 
-        def made_of() -> tuple[list[Any], Any]:
-            weights = [matrix(site._modules[name]) for site in self.sites.values() for name in ("to_k", "to_v")]
-            waits = run.text.value is None or None in run.text.value  # for weights that may have come since
+        def made_of(states: Any) -> tuple[list[Any], Any]:
+            layers = [site._modules[name] for site in self.sites.values() for name in ("to_k", "to_v")]
+            weights = [matrix(layer, width) for layer in layers]
+            waits = states is None or None in states  # for weights that may have come since
             return weights, (text._version, casts_to(text), waits and [at_hand(weight, text) for weight in weights])
 
         return run.text.get(made_of, lambda: self._project(run, text))
 
     def _project(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
-        run.text.value = None
+        run.text.found = None, None  # what is made anew needs the room
         left = LIMIT - self.held_bytes()
         states: list[KV | None] = []
         for site in self.sites.values():
             needs = 2 * text.shape[:2].numel() * site.to_k.out_features * text.element_size()
-            fits = needs <= left and at_hand(matrix(site.to_k), text) and at_hand(matrix(site.to_v), text)
+            fits = needs <= left and all(at_hand(matrix(layer, text.shape[-1]), text) for layer in (site.to_k, site.to_v))
             states.append((split_heads(site.to_k(text), site.heads), split_heads(site.to_v(text), site.heads)) if fits else None)
             left -= needs * fits
         return tuple(states)
@@ -207,28 +242,60 @@ class Graft:
     def choices(self, latents: Tensor, text: Tensor, prompts: Sequence[ImagePrompt]) -> list[bool | None]:
         """See `Step.fused`."""
         heard = tuple((prompt.keys[0].shape[2], prompt.mask is None) for prompt in prompts)
-        case = (latents.device, latents.dtype, latents.shape, text.shape[1], heard, torch.is_grad_enabled())
+        case = (latents.device, prompts[0].keys[0].dtype, latents.shape, text.shape[1], heard, torch.is_grad_enabled())
         return self.fused.setdefault(case, [None] * len(self.sites))
 
 
-def check_prompt(prompt: Any, sites: int) -> None:
+def check_prompt(prompt: Any, sites: Mapping[str, Any]) -> None:
     """Raise MismatchError unless it is an image prompt for so many sites."""
     if not isinstance(prompt, ImagePrompt):
         raise MismatchError(f"{KEY} takes what adapter.prompt(...) gives, or a list of that; this is a {type(prompt).__name__}")
-    if len(prompt.keys) != sites:
-        raise MismatchError(f"the image prompt was made for {len(prompt.keys)} cross-attentions; this model has {sites}")
+    if len(prompt.keys) != len(sites):
+        raise MismatchError(f"the image prompt was made for {len(prompt.keys)} cross-attentions; this model has {len(sites)}")
+
+
+def check_widths(prompt: ImagePrompt, sites: Mapping[str, Any]) -> None:
+    """Raise MismatchError unless its keys are as wide as these sites' own."""
+    for key, (name, site) in zip(prompt.keys, sites.items(), strict=True):
+        if (made := key.shape[1] * key.shape[3]) != (width := site.to_q.out_features):
+            raise MismatchError(f"the image prompt was made for keys {made} wide at {name}; this model's are {width} wide")
+
+
+def check_batch(prompt: ImagePrompt, batch: int) -> None:
+    """Raise MismatchError unless prompt, scale and mask are for a batch of that size."""
+    for_batch((prompt.keys[0], prompt.values[0]), batch)
+    if prompt.scale.shape[1] not in (1, batch):
+        raise MismatchError(f"the scale is for {prompt.scale.shape[1]} items, the base model runs a batch of {batch}")
+    if prompt.mask is not None and (prompt.mask.ndim != 3 or len(prompt.mask) not in (1, batch)):
+        raise MismatchError(f"mask of shape {list(prompt.mask.shape)}: give (1 or {batch}, rows, columns)")
 
 
 def remembers(*tensors: Tensor) -> bool:
     """Whether what is computed from these can be kept: changes must leave a mark on them, and no gradient is to flow."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or traced(tensors[0]):
         return False
     return not any(tensor.is_inference() for tensor in tensors)
 
 
-def matrix(layer: nn.Module | None) -> Tensor | None:
-    """What the layer multiplies by, if that is all it does: a LoRA that is not fused does more."""
-    return layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+def traced(text: Tensor) -> bool:
+    """Whether what happens now is recorded to be run again, or not done at all."""
+    modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
+    recorded = torch._C._get_tracing_state() is not None or any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
+    return recorded or (text.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+OFFLOADERS = ("_hf_hook", "_diffusers_hook")  # marks of those that replace a layer's forward pass and leave what it computes
+
+
+def matrix(layer: Any, width: int) -> Tensor | None:
+    """What the layer multiplies a text of that width by, if that is all it does: a LoRA that is not fused does more, a hook may."""
+    own: dict[str, Any] = layer.__dict__  # read in every step: a module's own attribute access is slow
+    if type(layer) is not nn.Linear or own["in_features"] != width or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return None
+    if "forward" in own and not any(mark in own for mark in OFFLOADERS):
+        return None
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    return None if weight is None or bias is not None or weight.is_inference() else weight
 
 
 def casts_to(text: Tensor) -> torch.dtype | None:

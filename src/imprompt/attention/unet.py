@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from imprompt.adapter import attention, split_heads
 from imprompt.attention.graft import Graft, Step
+from imprompt.errors import MismatchError
 
 
 class DecoupledAttention:
@@ -21,6 +22,8 @@ class DecoupledAttention:
                  attention_mask: Tensor | None = None, temb: Tensor | None = None,  # noqa: ARG002 - diffusers passes it
                  ip_hidden_states: Step | None = None) -> Tensor:  # fmt: skip
         """hidden_states (B, L, C), encoder_hidden_states (B, T, D), mask (B·H, 1, T) or None -> (B, L, C)."""
+        if not isinstance(ip_hidden_states, Step | None):
+            raise MismatchError("give cross_attention_kwargs by name: the hook that prepares image prompts does not find them else")
         step, text = ip_hidden_states, hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             mask: Tensor = attn.prepare_attention_mask(attention_mask, text.shape[1], text.shape[0])

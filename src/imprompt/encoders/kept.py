@@ -70,6 +70,8 @@ class FeatureMemory:
         with self._lock:
             if name in self._kept:
                 self.bytes -= self._kept.pop(name).feature.nbytes
+            with torch.inference_mode(False):
+                kept = kept._replace(feature=kept.feature.clone())  # its own memory, of use for training too
             self._kept[name] = kept
             self.bytes += kept.feature.nbytes
             while self.bytes > self.max_bytes:
@@ -170,7 +172,7 @@ class KeptFeatures:
         if kept is None or not self._fits(kept):
             kept = Kept(encode(), self.fingerprint())
             self.store.put(facts, kept)
-        return kept.feature.to(self.device)
+        return kept.feature.to(self.device, copy=True)
 
     def _fits(self, kept: Kept) -> bool:
         return self.width in (None, kept.feature.shape[-1]) and self.expected in ("", kept.fingerprint)
@@ -198,5 +200,9 @@ def files_of(place: Place) -> str:
     folder = Path(source, subfolder or "")
     if not folder.is_dir():
         return str(place.inside("config.json").fetch_file().parent)
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.iterdir() if file.is_file())
+    files = sorted(
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns)
+        for file in folder.iterdir()
+        if file.is_file()
+    )
     return f"{folder.resolve()} {hashlib.sha256(repr(files).encode()).hexdigest()[:16]}"

@@ -45,7 +45,8 @@ class VisionEncoder:
         return self.model(pixels, output_hidden_states=True).hidden_states[-2]
 
     def features(self, images: Sequence[Image], feature: Feature) -> Tensor:
-        return self.features_of(self.pixels(images), feature)
+        """One by one, so that a picture's feature depends on no other picture."""
+        return torch.cat([self.features_of(self.pixels([image]), feature) for image in images])
 
     def null_features(self, variant: Variant) -> Tensor:
         """What stands for "no image" (1, …): see `Variant.null`."""

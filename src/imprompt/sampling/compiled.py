@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.utils._pytree import tree_map_only
 
 from imprompt.attention.graft import KEY
 from imprompt.errors import SettingError
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # a variable of PyTorch's; by default it is a folder of /tmp, lost at the next boot
+GRAPHS = 64
 MISSING = {  # what PyTorch says when it cannot compile here, and what to do
     "InvalidCxxCompiler": "a C++ compiler, and none was found: install g++",
     "CppCompileError": "a C++ compiler with Python's headers: install g++ and python3-dev",
@@ -28,11 +29,13 @@ MISSING = {  # what PyTorch says when it cannot compile here, and what to do
 def compile_base(model: nn.Module, **options: Any) -> None:
     """Compile the forward pass of `model` at its first call; `options` as for `torch.compile`. On a GPU it runs as CUDA graphs.
 
-    SettingError, at that call, where nothing can be compiled.
+    Another size, batch or number of prompts is compiled anew, GRAPHS times at most; then it runs as it is. SettingError, at that
+    call, where nothing can be compiled.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imprompt" / "compiled"
     os.environ.setdefault(CACHE, str(cache))
     graphs = next(model.parameters()).device.type == "cuda"
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     forward: Any = model.forward
     chosen: dict[str, Any] = ({"mode": "reduce-overhead"} if graphs else {}) | options
     run = torch.compile(forward, fullgraph=True, **chosen)
@@ -45,6 +48,8 @@ def compile_base(model: nn.Module, **options: Any) -> None:
             return forward(sample, *args, **kwargs)  # the sites choose a kernel, which cannot be done while compiling
         try:
             out = run(sample.contiguous(), *args, **kwargs)  # some pipelines lay it out otherwise: no new graph for that
+        except FailOnRecompileLimitHit:
+            return forward(sample, *args, **kwargs)
         except TorchDynamoException as error:
             if needed := MISSING.get(type(getattr(error, "inner_exception", None)).__name__):
                 raise SettingError(f"compiling needs {needed}, or do not compile") from error

@@ -37,7 +37,6 @@ TASKS = {
 }
 TEXT, IMAGE, INPAINT = range(3)
 FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")  # of a pipeline's constructor, beside its components
-ENCODED_AT_ONCE = 32  # pictures
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,10 @@ class ImagePromptPipeline:
         self.savers = savers or Savers(str(pipeline.device))
         self.compiled = compile
         if compile:
+            if self.savers.offload:
+                raise SettingError(
+                    f"offload = {self.savers.offload!r} moves weights, and what is compiled needs them in place: use one"
+                )
             from imprompt.sampling.compiled import compile_base
 
             compile_base(pipeline.unet)
@@ -106,11 +109,8 @@ class ImagePromptPipeline:
 
     def image_tokens(self, images: Sequence[Image.Image], *, together: bool = False) -> Tensor:
         """Pictures -> the image tokens of each result (results, N, D): one result per picture, or one for all `together`."""
-        tokens = [
-            self.adapter.tokens(self.encoder.features(images[start : start + ENCODED_AT_ONCE], self.variant.feature))
-            for start in range(0, len(images), ENCODED_AT_ONCE)
-        ]
-        return torch.cat(tokens).flatten(0, 1)[None] if together else torch.cat(tokens)
+        tokens = self.adapter.tokens(self.encoder.features(images, self.variant.feature))
+        return tokens.flatten(0, 1)[None] if together else tokens
 
     def null_tokens(self, tokens: Tensor) -> Tensor:
         """The image tokens (1, N, D) of "no image", as many as `tokens` (B, N, D) has: what guidance goes away from."""
