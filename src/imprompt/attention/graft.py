@@ -301,7 +301,8 @@ def matrix(layer: Any, width: int) -> Tensor | None:
 def casts_to(text: Tensor) -> torch.dtype | None:
     """What autocast makes of it, where that is on."""
     device = text.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def at_hand(weight: Tensor | None, text: Tensor) -> bool:
