@@ -155,7 +155,11 @@ def section(rows: Mapping[str, Any]) -> str:
         f"{size['image'] / 1e6:.1f} MB of the image prompt"
         for model, size in kept.items()
     )
-    return join(table(heads, lines) if lines else "", told, left_out(rows))
+    spoken_of = [line[1] for line in lines] + [row["what"] for row in rows["skipped"]]
+    cut_off = "\n".join(
+        f"- not measured: {mode}: the run ended before" for mode in MODES if not any(mode in what for what in spoken_of)
+    )
+    return join(table(heads, lines) if lines else "", told, left_out(rows), cut_off)
 
 
 if __name__ == "__main__":

@@ -96,11 +96,11 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_more_sizes_than_graphs_run_as_they_are(counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "GRAPHS", 1)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     unet, plain = smallest_unet(), smallest_unet()
-    compiled.compile_base(unet)
-    for batch in (2, 3, 1):
-        torch.testing.assert_close(noise(unet, noise_inputs(unet, batch)), noise(plain, noise_inputs(plain, batch)))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compiled.compile_base(unet)
+        for batch in (2, 3, 1):
+            torch.testing.assert_close(noise(unet, noise_inputs(unet, batch)), noise(plain, noise_inputs(plain, batch)))
     assert counter.frame_count == 1
 
 
