@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_map_only
 
 from imprompt.attention.graft import KEY
@@ -33,7 +34,8 @@ def compile_base(model: nn.Module, **options: Any) -> None:
     call, where nothing can be compiled.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imprompt" / "compiled"
-    os.environ.setdefault(CACHE, str(cache))
+    if os.environ.get(CACHE) in (None, default_cache_dir()):  # PyTorch writes its own choice there
+        os.environ[CACHE] = str(cache)
     graphs = next(model.parameters()).device.type == "cuda"
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     forward: Any = model.forward
