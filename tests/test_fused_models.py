@@ -150,7 +150,7 @@ def test_each_site_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return len(asked) % 2 == 0
 
     monkeypatch.setenv(choice.KERNEL, "always")
-    monkeypatch.setattr("imprompt.attention.graft.worth", worth)
+    monkeypatch.setattr("imprompt.attention.step.worth", worth)
     for seed in (1, 2):
         inputs = inputs_of(unet)
         for _ in range(2):

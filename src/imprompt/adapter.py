@@ -64,6 +64,7 @@ class ImageKV(nn.Module):
 
 
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, H, N, d)
+Image = tuple[Tensor, ...]  # the same of an image prompt, and its bias (B or 1, 1, 1, N) if it has one
 
 
 class ImagePrompt(NamedTuple):
@@ -77,6 +78,10 @@ class ImagePrompt(NamedTuple):
     values: tuple[Tensor, ...]  # per site (B, H, N, d)
     scale: Tensor  # (sites, B) or (sites, 1), or (sites, B or 1, T) by training timestep, for windows and easings
     mask: Tensor | None = None  # (B or 1, h, w): where it is heard, 0 to 1; any size, resized to the site's latents
+    bias: Tensor | None = (
+        None  # (B or 1, N): the logarithm of each token's weight; weight 2 is as the token given twice, 0 as absent
+    )
+    lora: tuple[Any, ...] = ()  # by attention, self-attentions too: the adapter's low-rank part, if it has one: `attention.lora`
 
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
         """The same prompt, heard otherwise: one number, one per site (sites,), per site and item (sites, B) or also by timestep."""
@@ -111,12 +116,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, images: Sequence[KV],
+def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, images: Sequence[Image],
                         weights: Tensor) -> Tensor:  # fmt: skip
     """Equation 5, with the weight λ of equation 8: Z = Attention(Q, K, V) + Σ λ ∘ Attention(Q, K', V'), over the image prompts.
 
     query (B, H, L, d), text key and value (B, H, T, d), mask broadcastable to (B, H, L, T), a prompt's K' and V'
-    (B or 1, H, N, d), weights (prompts, B or 1, 1, L or 1, 1) -> (B, H, L, d).
+    (B or 1, H, N, d) and its bias, weights (prompts, B or 1, 1, L or 1, 1) -> (B, H, L, d).
     """
     out = attention(query, key, value, mask)
     for image, weight in zip(images, weights, strict=True):
@@ -124,16 +129,17 @@ def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     return out
 
 
-def for_batch(image: KV, batch: int) -> KV:
+def for_batch(image: Image, batch: int) -> Image:
     """K' and V' (B or 1, H, N, d) -> (B, H, N, d); MismatchError if they were prepared for another batch."""
-    if (prepared := len(image[0])) == batch:
+    key, value, *bias = image
+    if (prepared := len(key)) == batch:
         return image
     if prepared != 1:
         raise MismatchError(
             f"the image prompt was prepared for a batch of {prepared}, the base model runs a batch of {batch}; "
             "with guidance the batch holds every unconditional item, then every conditional one"
         )
-    return image[0].expand(batch, -1, -1, -1), image[1].expand(batch, -1, -1, -1)
+    return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), *bias
 
 
 class Graft(Protocol):
@@ -144,6 +150,10 @@ class Graft(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """In which they compute."""
+        ...
+
+    def as_text(self, tokens: Tensor) -> Tensor:
+        """Image tokens (B, N, D) as wide as the text that the sites read."""
         ...
 
     def leave(self) -> None:
@@ -168,8 +178,8 @@ class Family(Protocol):
         """See `Graft.sites`."""
         ...
 
-    def join(self, model: nn.Module) -> Graft:
-        """Let the sites of `model` listen to image prompts; one graft serves all adapters of a model."""
+    def join(self, model: nn.Module, lora: bool) -> Graft:
+        """Let the sites of `model`, with `lora` all its attentions, listen to image prompts; one graft serves all its adapters."""
         ...
 
 
@@ -180,10 +190,13 @@ class IPAdapter(nn.Module):
     weights, and adds a hook; `detach` puts back the very objects that were there.
     """
 
-    def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family) -> None:
+    def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family,
+                 lora: nn.ModuleList | None = None) -> None:  # fmt: skip
+        """lora  an `attention.lora.AttentionLoRA` for every attention of the base model, self-attentions too (FaceID)"""
         super().__init__()
         self.projection = projection
         self.image_kv = nn.ModuleList(image_kv)
+        self.lora = lora
         self.family = family
         self._graft: Graft | None = None
 
@@ -192,11 +205,13 @@ class IPAdapter(nn.Module):
         """A new adapter for `model`, its W' started from the model's own weights."""
         return cls(projection, [ImageKV.beside(site) for site in family.sites(model).values()], family)
 
-    def tokens(self, features: Tensor) -> Tensor:
-        """Image features, (B, E) or (B, patches, E) by variant -> image tokens (B, N, D), in the projection's precision."""
-        return self.projection(features.to(next(self.projection.parameters()).dtype))
+    def tokens(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """Image features, (B, E), (B, patches, E) or both by variant -> image tokens (B, N, D), in the projection's precision."""
+        dtype = next(self.projection.parameters()).dtype
+        return self.projection(*(feature.to(dtype) for feature in ((features,) if isinstance(features, Tensor) else features)))
 
-    def prompt(self, tokens: Tensor, null_tokens: Tensor | None = None, scale: float | Tensor = 1.0) -> ImagePrompt:
+    def prompt(self, tokens: Tensor, null_tokens: Tensor | None = None, scale: float | Tensor = 1.0, *,
+               lora_scale: float = 1.0) -> ImagePrompt:  # fmt: skip
         """Project image tokens (B, N, D) to K' and V' of every site of the attached model.
 
         With classifier-free guidance give `null_tokens` too, the projection of the null feature, (B or 1, N, D): the
@@ -206,12 +221,12 @@ class IPAdapter(nn.Module):
             raise MismatchError("the adapter is not attached to a model: call attach(model) first")
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
-        keys, values = [], []
-        for kv, site in zip(self.image_kv, self._graft.sites.values(), strict=True):
-            key, value = kv(tokens, site.heads)
-            keys.append(key.to(self._graft.dtype))
-            values.append(value.to(self._graft.dtype))
-        return ImagePrompt(tuple(keys), tuple(values), tokens.new_ones(len(keys), 1)).with_scale(scale)
+        tokens, dtype = self._graft.as_text(tokens), self._graft.dtype
+        pairs = [kv(tokens, site.heads) for kv, site in zip(self.image_kv, self._graft.sites.values(), strict=True)]
+        keys, values = zip(*((key.to(dtype), value.to(dtype)) for key, value in pairs), strict=True)
+        parts: Any = self.lora or ()
+        lora = tuple(part.weights(lora_scale, dtype) for part in parts)
+        return ImagePrompt(keys, values, tokens.new_ones(len(keys), 1), lora=lora).with_scale(scale)
 
     def attach(self, model: nn.Module) -> Self:
         """Let `model` hear image prompts passed as `cross_attention_kwargs={"ip_hidden_states": prompt}`, or a list of prompts.
@@ -222,7 +237,7 @@ class IPAdapter(nn.Module):
         if self._graft is not None:
             raise MismatchError("the adapter is attached already: call detach() first")
         self.check_fits(self.family.sites(model))
-        self._graft = self.family.join(model)
+        self._graft = self.family.join(model, self.lora is not None)
         return self
 
     def detach(self) -> None:

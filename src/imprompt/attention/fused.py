@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from imprompt.adapter import for_batch
+from imprompt.adapter import Image, for_batch
 from imprompt.attention.choice import trains_the_base
 from imprompt.attention.kernels import INTERPRETED, LOG2_E, SHORT_BLOCK, forward_kernel, image_kernel, query_kernel
 from imprompt.errors import MismatchError
@@ -37,7 +37,7 @@ class Packed(NamedTuple):
     tokens: tuple[int, ...]  # of each prompt, known without asking the GPU
 
 
-def packed(images: Sequence[tuple[Tensor, Tensor]]) -> Packed:
+def packed(images: Sequence[Image]) -> Packed:
     """The (key, value) of image prompts, each (B or 1, H, N, d); one prompt is not copied.
 
     Several are: call it once per set of prompts, not once per step.

@@ -7,49 +7,31 @@ item, place and time, is worked out once a step at most, not once a site.
 Shape letters as in `imprompt.adapter`; P image prompts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from threading import Lock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from imprompt.adapter import KV, ImagePrompt, decoupled_attention, for_batch, split_heads
-from imprompt.attention.choice import may_fuse, trains_the_base, worth
-from imprompt.errors import MismatchError
+from imprompt.adapter import KV, ImagePrompt
+from imprompt.attention.choice import may_fuse
+from imprompt.attention.lora import Lora, text_states
+from imprompt.attention.step import (
+    KEY,
+    Step,
+    check_batch,
+    check_lora,
+    check_prompt,
+    check_widths,
+    images_of,
+    loras_of,
+    packed_for,
+    weights_at,
+)
 
-KEY = "ip_hidden_states"  # in cross_attention_kwargs
 LIMIT = 1 << 30  # bytes of projected text that a model's sites hold; what is beyond it they project in every step
-
-
-class Step(NamedTuple):
-    """What the sites hear in one call of the base model."""
-
-    source: Tensor  # (B, T, D): the text that `text` was projected from
-    text: tuple[KV | None, ...]  # by site; None: the site projects it
-    images: tuple[tuple[KV, ...], ...]  # by site, then prompt
-    packed: tuple[Any, ...]  # by site: the same for the kernel (`fused.Packed`); empty where it cannot run
-    weights: dict[int, Tensor]  # scale × mask (sites, P, B or 1, 1, L or 1, 1) by L; without masks there is one, at 0
-    fused: list[bool | None]  # by site: whether the kernel is used; None: not known yet. Empty where it cannot run
-
-    def attention(self, site: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Decoupled attention at a site; shapes as in `imprompt.adapter.decoupled_attention`."""
-        weight = self.weights[0 if 0 in self.weights else query.shape[2]][site]
-        if self.fused and mask is None:
-            if self.fused[site] is None and not torch.compiler.is_compiling():
-                self.fused[site] = worth(query, key, value, self.packed[site], weight)
-            if self.fused[site] and not trains_the_base(key, value, weight):
-                from imprompt.attention.fused import fused_attention
-
-                return fused_attention(query, key, value, self.packed[site], weight)
-        return decoupled_attention(query, key, value, mask, self.images[site], weight)
-
-    @property
-    def undecided(self) -> bool:
-        """Whether a site has still to find out which way is faster here: that cannot be done while compiling."""
-        return None in self.fused
 
 
 class Grafted(Protocol):
@@ -62,8 +44,12 @@ class Grafted(Protocol):
 
     def sites(self, model: nn.Module) -> dict[str, Any]: ...
 
-    def processor(self, site: int) -> object:
-        """What computes the attention of that site in place of the base model's own processor."""
+    def attentions(self, model: nn.Module) -> dict[str, Any]:
+        """Sites and self-attentions, in the order in which published checkpoints number them."""
+        ...
+
+    def processor(self, attention: int, site: int | None) -> object:
+        """What computes that attention in place of the base model's own processor; `site` is None at a self-attention."""
         ...
 
     def sizes(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
@@ -71,7 +57,7 @@ class Grafted(Protocol):
         ...
 
 
-class Kept:
+class Computed:
     """A value, and what it was computed from: objects, which must be the very same, tensors unchanged since; and equal facts.
 
     `made_of` lists both, given the value that there is or None.
@@ -108,12 +94,12 @@ class Run:
     """What is kept while a text lives: its keys and values, the image prompts heard with it, and their weights."""
 
     def __init__(self) -> None:
-        self.text, self.images, self.weights = Kept(), Kept(), Kept()
+        self.text, self.images, self.weights = Computed(), Computed(), Computed()
 
     @property
     def bytes(self) -> int:
         """What the text's keys and values hold, and those of several image prompts that were copied beside each other."""
-        _, packed = self.images.value or ((), ())
+        _, packed, _ = self.images.value or ((), (), ())
         copies = [state for site in packed if len(site.tokens) > 1 for state in (site.key, site.value)]
         return sum(state.nbytes for pair in (*(self.text.value or ()), copies) for state in pair or ())
 
@@ -124,28 +110,44 @@ class Graft:
     def __init__(self, model: nn.Module, family: Grafted) -> None:
         self.family, self.adapters = family, 0
         self.computes_in: torch.dtype = getattr(model, "dtype", torch.float32)
-        self.sites = family.sites(model)
-        self.own = [site.processor for site in self.sites.values()]
-        for number, site in enumerate(self.sites.values()):
-            site.set_processor(family.processor(number))
+        self.widens = getattr(model, "encoder_hid_proj", None)  # Kolors' text, and image tokens as wide, go through it
+        self.sites, self.attentions = family.sites(model), family.attentions(model)
+        self.own: dict[str, Any] = {}  # attentions that listen, with the processors that they had
+        self.listen(self.sites)
         self.hook = model.register_forward_pre_hook(self.hand_over, with_kwargs=True)
         self.forget()
         self.fused: dict[Any, list[bool | None]] = {}  # see `Step.fused`, by all that speed depends on
 
     @classmethod
-    def of(cls, model: nn.Module, family: Grafted) -> "Graft":
-        """The model's graft, with one adapter more."""
+    def of(cls, model: nn.Module, family: Grafted, lora: bool = False) -> "Graft":
+        """The model's graft, with one adapter more; with `lora` all attentions listen."""
         hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
         graft = next((found for found in hooks if isinstance(found, cls)), None) or cls(model, family)
         graft.adapters += 1
+        if lora:
+            graft.listen(graft.attentions)
         return graft
+
+    def listen(self, names: Collection[str]) -> None:
+        sites = {name: number for number, name in enumerate(self.sites)}
+        for number, (name, attention) in enumerate(self.attentions.items()):
+            if name in names and name not in self.own:
+                self.own[name] = attention.processor
+                attention.set_processor(self.family.processor(number, sites.get(name)))
 
     def leave(self) -> None:
         self.adapters -= 1
         if not self.adapters:
             self.hook.remove()
-            for site, own in zip(self.sites.values(), self.own, strict=True):
-                site.set_processor(own)
+            for name, own in self.own.items():
+                self.attentions[name].set_processor(own)
+
+    def as_text(self, tokens: Tensor) -> Tensor:
+        """Image tokens (B, N, D) in the width of the text that the sites read."""
+        reads = next(iter(self.sites.values())).to_k.in_features
+        if tokens.shape[-1] == reads or getattr(self.widens, "in_features", None) != tokens.shape[-1]:
+            return tokens
+        return self.widens(tokens.to(self.dtype))  # pyright: ignore[reportOptionalCall] - it has in_features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,39 +186,43 @@ class Graft:
         prompts = tuple(given) if isinstance(given, list | tuple) and not isinstance(given, ImagePrompt) else (given,)
         for prompt in prompts:
             check_prompt(prompt, self.sites)
+            check_lora(prompt, self.own)
         inputs = dict(zip(self.family.arguments, args, strict=False)) | kwargs
         step = self.step(model, prompts, *(inputs[name] for name in self.family.arguments)) if prompts else None
         return args, {**kwargs, "cross_attention_kwargs": {**told, KEY: step}}
 
     def step(self, model: nn.Module, prompts: tuple[ImagePrompt, ...], latents: Tensor, timestep: Any, text: Tensor) -> Step:
         """What the sites hear at this timestep (a number, () or (B,)) of these latents (B, C, h, w) and this text (B, T, D)."""
-        scales, masks = [prompt.scale for prompt in prompts], [prompt.mask for prompt in prompts]
+        scales = [prompt.scale for prompt in prompts]
+        masks = [prompt.mask for prompt in prompts]
+        biases = [prompt.bias for prompt in prompts if prompt.bias is not None]
+        loras = [prompt.lora for prompt in prompts if prompt.lora]
         states = [state for prompt in prompts for state in (prompt.keys, prompt.values)]
         size, dtype = latents.shape[-2:], prompts[0].keys[0].dtype
-        kernel = may_fuse(latents.device, dtype)
+        kernel = may_fuse(latents.device, dtype) and not biases
         copied = [state for pair in states for state in pair] if kernel and len(prompts) > 1 else []
         for prompt in prompts if latents.ndim == 4 else ():
             check_batch(prompt, len(latents))
 
-        def heard() -> tuple[Any, Any]:
+        def heard() -> tuple[Any, Any, Any]:
             for prompt in prompts:
                 check_widths(prompt, self.sites)
-            images = tuple(tuple((prompt.keys[site], prompt.values[site]) for prompt in prompts) for site in range(len(self.sites)))
-            return images, packed_for(images) if kernel else ()
+            images = images_of(prompts)
+            return images, packed_for(images) if kernel else (), loras_of(prompts)
 
         def weights() -> dict[int, Tensor]:
             return weights_at(scales, masks, timestep, self.family.sizes(model, *size), dtype)
 
-        if remembers(text, *scales, *(mask for mask in masks if mask is not None), *copied):
+        if remembers(text, *scales, *biases, *(mask for mask in masks if mask is not None), *copied):
             run, steady = self.run(text), all(scale.ndim == 2 for scale in scales)
-            projected = self.text(run, text)
-            images, packed = run.images.get(lambda _: (states + copied, kernel), heard)
+            images, packed, lora = run.images.get(lambda _: (states + copied + biases + loras, kernel), heard)
+            projected = self.text(run, text, lora)
             weighed = run.weights.get(lambda _: (scales + masks, (size, dtype)), weights) if steady else weights()
         else:
-            projected, (images, packed), weighed = (None,) * len(self.sites), heard(), weights()
-        return Step(text, projected, images, packed, weighed, self.choices(latents, text, prompts) if kernel else [])
+            projected, (images, packed, lora), weighed = (None,) * len(self.sites), heard(), weights()
+        return Step(text, projected, images, packed, weighed, self.choices(latents, text, prompts) if kernel else [], lora)
 
-    def text(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
+    def text(self, run: Run, text: Tensor, lora: tuple[Lora, ...]) -> tuple[KV | None, ...]:
         """Keys and values of the text (B, T, D) at every site where they can be kept."""
         width = text.shape[-1]
 
@@ -224,18 +230,20 @@ class Graft:
             layers = [site._modules[name] for site in self.sites.values() for name in ("to_k", "to_v")]
             weights = [matrix(layer, width) for layer in layers]
             waits = states is None or None in states  # for weights that may have come since
-            return weights, (text._version, casts_to(text), waits and [at_hand(weight, text) for weight in weights])
+            facts = (text._version, casts_to(text), waits and [at_hand(weight, text) for weight in weights])
+            return [*weights, lora], facts
 
-        return run.text.get(made_of, lambda: self._project(run, text))
+        return run.text.get(made_of, lambda: self._project(run, text, lora))
 
-    def _project(self, run: Run, text: Tensor) -> tuple[KV | None, ...]:
+    def _project(self, run: Run, text: Tensor, lora: tuple[Lora, ...]) -> tuple[KV | None, ...]:
         run.text.found = None, None  # what is made anew needs the room
         left = LIMIT - self.held_bytes()
+        added = dict(zip(self.attentions, lora, strict=True)) if lora else {}
         states: list[KV | None] = []
-        for site in self.sites.values():
+        for name, site in self.sites.items():
             needs = 2 * text.shape[:2].numel() * site.to_k.out_features * text.element_size()
             fits = needs <= left and all(at_hand(matrix(layer, text.shape[-1]), text) for layer in (site.to_k, site.to_v))
-            states.append((split_heads(site.to_k(text), site.heads), split_heads(site.to_v(text), site.heads)) if fits else None)
+            states.append(text_states(site, text, added.get(name)) if fits else None)
             left -= needs * fits
         return tuple(states)
 
@@ -244,30 +252,6 @@ class Graft:
         heard = tuple((prompt.keys[0].shape[2], prompt.mask is None) for prompt in prompts)
         case = (latents.device, prompts[0].keys[0].dtype, latents.shape, text.shape[1], heard, torch.is_grad_enabled())
         return self.fused.setdefault(case, [None] * len(self.sites))
-
-
-def check_prompt(prompt: Any, sites: Mapping[str, Any]) -> None:
-    """Raise MismatchError unless it is an image prompt for so many sites."""
-    if not isinstance(prompt, ImagePrompt):
-        raise MismatchError(f"{KEY} takes what adapter.prompt(...) gives, or a list of that; this is a {type(prompt).__name__}")
-    if len(prompt.keys) != len(sites):
-        raise MismatchError(f"the image prompt was made for {len(prompt.keys)} cross-attentions; this model has {len(sites)}")
-
-
-def check_widths(prompt: ImagePrompt, sites: Mapping[str, Any]) -> None:
-    """Raise MismatchError unless its keys are as wide as these sites' own."""
-    for key, (name, site) in zip(prompt.keys, sites.items(), strict=True):
-        if (made := key.shape[1] * key.shape[3]) != (width := site.to_q.out_features):
-            raise MismatchError(f"the image prompt was made for keys {made} wide at {name}; this model's are {width} wide")
-
-
-def check_batch(prompt: ImagePrompt, batch: int) -> None:
-    """Raise MismatchError unless prompt, scale and mask are for a batch of that size."""
-    for_batch((prompt.keys[0], prompt.values[0]), batch)
-    if prompt.scale.shape[1] not in (1, batch):
-        raise MismatchError(f"the scale is for {prompt.scale.shape[1]} items, the base model runs a batch of {batch}")
-    if prompt.mask is not None and (prompt.mask.ndim != 3 or len(prompt.mask) not in (1, batch)):
-        raise MismatchError(f"mask of shape {list(prompt.mask.shape)}: give (1 or {batch}, rows, columns)")
 
 
 def remembers(*tensors: Tensor) -> bool:
@@ -308,42 +292,3 @@ def casts_to(text: Tensor) -> torch.dtype | None:
 def at_hand(weight: Tensor | None, text: Tensor) -> bool:
     """Whether the layer can be called now: its weight is where the text is, or comes when it is called (sequential offload)."""
     return weight is not None and (weight.device == text.device or weight.is_meta)
-
-
-def weights_at(scales: Sequence[Tensor], masks: Sequence[Tensor | None], timestep: Any, sizes: Sequence[tuple[int, int]],
-               dtype: torch.dtype) -> dict[int, Tensor]:  # fmt: skip
-    """See `Step.weights`; the latents come in these sizes, rows and columns."""
-    now = [scale_at(scale, timestep).to(dtype)[:, :, None, None, None] for scale in scales]
-    if all(mask is None for mask in masks):
-        return {0: stacked(now)}
-    return {
-        rows * columns: stacked([seen(scale, mask, (rows, columns)) for scale, mask in zip(now, masks, strict=True)])
-        for rows, columns in sizes
-    }
-
-
-def scale_at(scale: Tensor, timestep: Any) -> Tensor:
-    """scale (sites, B or 1) or (sites, B or 1, T), timestep a number, () or (B,) -> (sites, B or 1)"""
-    if scale.ndim == 2:
-        return scale
-    now = torch.as_tensor(timestep, device=scale.device).long().clamp(0, scale.shape[-1] - 1)
-    return torch.take_along_dim(scale, now.view(1, -1, 1), -1)[..., 0]
-
-
-def seen(scale: Tensor, mask: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """scale (sites, B or 1, 1, 1, 1), mask (B or 1, h, w) or none -> (sites, B or 1, 1, L or 1, 1) at L = rows × columns"""
-    if mask is None:
-        return scale
-    return scale * F.interpolate(mask[:, None].float(), size, mode="area").flatten(2)[..., None].to(scale)
-
-
-def stacked(weights: Sequence[Tensor]) -> Tensor:
-    """P of (sites, B or 1, 1, L or 1, 1) -> (sites, P, B or 1, 1, L or 1, 1)"""
-    return weights[0][:, None] if len(weights) == 1 else torch.stack(torch.broadcast_tensors(*weights), 1)
-
-
-def packed_for(images: Sequence[Sequence[KV]]) -> tuple[Any, ...]:
-    """By site; see `fused.packed`."""
-    from imprompt.attention import fused
-
-    return tuple(map(fused.packed, images))

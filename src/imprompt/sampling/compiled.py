@@ -15,7 +15,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_map_only
 
-from imprompt.attention.graft import KEY
+from imprompt.attention.step import KEY
 from imprompt.errors import SettingError
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # a variable of PyTorch's; by default it is a folder of /tmp, lost at the next boot

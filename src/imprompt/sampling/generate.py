@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
-from imprompt.attention.graft import KEY
+from imprompt.attention.step import KEY
 from imprompt.checkpoint import build_adapter, read_adapter
 from imprompt.encoders.kept import FeatureFolder, KeptFeatures, Store
 from imprompt.encoders.vision import VisionEncoder, load_encoder

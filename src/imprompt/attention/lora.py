@@ -1,0 +1,75 @@
+"""The low-rank part of FaceID adapters: a LoRA (Hu et al. 2021, arXiv 2106.09685) on every attention of the base model.
+
+It travels with the image prompt and is added where an attention projects, so that the base model's own weights, and the user's
+own LoRAs, stay as they are, and a call without the prompt is the base model's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imprompt.adapter import KV, split_heads
+
+PARTS = ("to_q", "to_k", "to_v", "to_out")
+Pair = tuple[Tensor, Tensor]  # down (r, in) and up (out, r)
+
+
+class LowRank(nn.Module):
+    """up · down, of rank r: what is added to a matrix (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False)
+
+
+class Lora(NamedTuple):
+    """What is added to the projections of one attention."""
+
+    to_q: Pair
+    to_k: Pair
+    to_v: Pair
+    to_out: Pair
+
+
+class AttentionLoRA(nn.Module):
+    """The low-rank parts of one attention's query, key, value and output projections."""
+
+    def __init__(self, sizes: Mapping[str, tuple[int, int, int]]) -> None:
+        """sizes  part -> (in, out, rank)"""
+        super().__init__()
+        for part in PARTS:
+            setattr(self, part, LowRank(*sizes[part]))
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        downs, ups = ({part: shapes[f"{part}.{end}.weight"] for part in PARTS} for end in ("down", "up"))
+        return cls({part: (downs[part][1], ups[part][0], downs[part][0]) for part in PARTS})
+
+    def weights(self, strength: float, dtype: torch.dtype) -> Lora:
+        """At this strength; the module's own tensors where nothing is to be changed."""
+        pairs = [(layer.down.weight.to(dtype), layer.up.weight.to(dtype)) for layer in (getattr(self, part) for part in PARTS)]
+        return Lora(*pairs) if strength == 1 else Lora(*((down, up * strength) for down, up in pairs))
+
+
+def together(loras: Sequence[Lora]) -> Lora:
+    """The sum of several, as one of higher rank."""
+    if len(loras) == 1:
+        return loras[0]
+    parts = zip(*loras, strict=True)
+    return Lora(*((torch.cat([down for down, _ in part]), torch.cat([up for _, up in part], 1)) for part in parts))
+
+
+def projected(layer: Any, x: Tensor, pair: Pair | None) -> Tensor:
+    """What the layer makes of x (B, L, in), with the low-rank part added -> (B, L, out)."""
+    return layer(x) if pair is None else layer(x) + F.linear(F.linear(x, pair[0]), pair[1])
+
+
+def text_states(attention: Any, text: Tensor, lora: Lora | None) -> KV:
+    """Keys and values of a text (B, T, D), or of a self-attention's own hidden states, each (B, H, T, d)."""
+    key = projected(attention.to_k, text, lora and lora.to_k)
+    value = projected(attention.to_v, text, lora and lora.to_v)
+    return split_heads(key, attention.heads), split_heads(value, attention.heads)
