@@ -108,7 +108,7 @@ def test_offload_is_not_compiled() -> None:
     pipe = ImagePromptPipeline.from_pretrained("emoji", device="cpu")
     savers = Savers("cuda", offload="model")
     with pytest.raises(SettingError, match="offload = 'model' moves weights, and what is compiled needs them in place: use one"):
-        ImagePromptPipeline(pipe.pipeline, pipe.adapter, pipe.encoder, pipe.variant, compile=True, savers=savers)
+        ImagePromptPipeline(pipe.pipeline, pipe.first, compile=True, savers=savers)
 
 
 STARTED = """

@@ -113,7 +113,8 @@ def test_any_diffusers_pipeline_in_three_lines(pipe: ImagePromptPipeline) -> Non
     plain = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
     plain.set_progress_bar_config(disable=True)
     adapter = load_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors", family_of(plain.unet))[0].attach(plain.unet)
-    tokens, null = (adapter.tokens(f) for f in (pipe.encoder.features([BLUE], "pooled"), pipe.encoder.null_features(pipe.variant)))
+    encoder = pipe.first.encoder
+    tokens, null = (adapter.tokens(f) for f in (encoder.features([BLUE], "pooled"), encoder.null_features(pipe.first.variant)))
     with torch.no_grad():
         made = plain(
             "a rocket",
@@ -174,13 +175,13 @@ def test_the_encoder_is_checked(pipe: ImagePromptPipeline) -> None:
     from imprompt.models import PACKAGED
 
     file = read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors")
-    check_encoder(pipe.encoder, file)
-    weight = pipe.encoder.model.visual_projection.weight
+    check_encoder(pipe.first.encoder, file)
+    weight = pipe.first.encoder.model.visual_projection.weight
     before = weight.data.clone()
     try:
         weight.data += 1
         with pytest.raises(MismatchError, match="other weights of the image encoder"):
-            check_encoder(pipe.encoder, file)
+            check_encoder(pipe.first.encoder, file)
     finally:
         weight.data.copy_(before)
 
@@ -222,8 +223,8 @@ def test_sdxl_in_every_task(tmp_path: Path) -> None:
 def test_half_precision_projects_in_float32() -> None:
     """A resampler's values leave float16's range; keys and values are as the base model's."""
     half = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", device="cpu", dtype=torch.bfloat16)
-    assert {weight.dtype for weight in half.adapter.projection.parameters()} == {torch.float32}
-    assert {weight.dtype for weight in half.adapter.image_kv.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in half.first.adapter.projection.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in half.first.adapter.image_kv.parameters()} == {torch.bfloat16}
     whole = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", device="cpu")
     ours, theirs = (values(pipe(BLUE, seed=1, steps=STEPS).images[0]) for pipe in (half, whole))
     assert np.abs(ours - theirs).mean() < 6

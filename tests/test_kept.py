@@ -4,6 +4,7 @@ import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -78,7 +79,7 @@ def test_a_pipeline_makes_the_same_pictures(tmp_path: Path) -> None:
     first = pipe(ONE, seed=1, steps=2).images[0]
     for opened in (True, False):
         kept = emoji_encoder(emoji_file(), FeatureFolder(tmp_path))
-        pipe = ImagePromptPipeline(pipe.pipeline, pipe.adapter, kept, pipe.variant, model=pipe.model)
+        pipe = ImagePromptPipeline(pipe.pipeline, replace(pipe.first, encoder=kept), model=pipe.model)
         assert pipe(ONE, seed=1, steps=2).images[0].tobytes() == first.tobytes()
         assert ("encoder" in vars(kept)) is opened
 

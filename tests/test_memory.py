@@ -20,6 +20,7 @@ from imprompt.encoders.vision import load_encoder
 from imprompt.errors import SettingError
 from imprompt.images import open_image
 from imprompt.models import PACKAGED, find_adapter, find_model, open_pipeline
+from imprompt.sampling.attached import Attached
 from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.sampling.memory import GROUP, OFFLOADS, QUANTIZERS, Savers, in_attentions, quantize, visit
 from imprompt.structures import SD1, SD2, SDXL
@@ -33,7 +34,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="offload ne
 def opened(savers: Savers) -> ImagePromptPipeline:
     """The packaged model with `savers`, in float32."""
     known = find_model("emoji")
-    path, told = find_adapter(known, None)
+    path, told, *_ = find_adapter(known, None)
     file = read_adapter(path)
     encoder: Any = load_encoder(file, told, known, None, savers.device, torch.float32)
     savers.send_away(encoder.model)
@@ -41,7 +42,7 @@ def opened(savers: Savers) -> ImagePromptPipeline:
     savers.lighten(pipeline)
     adapter = build_adapter(file, family_of(pipeline.unet)).attach(pipeline.unet)
     savers.place(pipeline, adapter)
-    return ImagePromptPipeline(pipeline, adapter, encoder, file.variant, model=known)
+    return ImagePromptPipeline(pipeline, Attached(adapter, encoder, file.variant), model=known)
 
 
 def made(pipe: ImagePromptPipeline, **options: Any) -> np.ndarray:
@@ -225,7 +226,7 @@ def test_offload_on_a_gpu(offload: str) -> None:
     assert torch.cuda.memory_allocated() - before < 2**20  # nothing waits there
     for _ in range(2):
         assert np.abs(made(pipe) - expected).max() <= 1
-        parts = [pipe.adapter, pipe.encoder.model, pipe.pipeline.unet, pipe.pipeline.vae]
+        parts = [pipe.first.adapter, pipe.first.encoder.model, pipe.pipeline.unet, pipe.pipeline.vae]
         assert not any(weight.is_cuda for part in parts for weight in part.parameters())
 
 

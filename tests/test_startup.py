@@ -20,7 +20,7 @@ SHELL_ONLY = {"typer", "click", "rich", "pydantic"}
 LIBRARIES = {"diffusers", "transformers", "accelerate", "datasets", "webdataset"}
 # Installed or not, none of these makes a picture. The first are what training, encoding and tests need.
 NEVER = {"datasets", "webdataset", "tensorboard", "pyarrow", "wandb", "bitsandbytes", "pytest", "scipy", "sklearn", "pandas"}
-NEVER |= {"matplotlib", "cv2", "onnxruntime", "tensorflow", "jax", "flax", "librosa", "peft", "gradio", "hypothesis", "emoji"}
+NEVER |= {"matplotlib", "cv2", "onnxruntime", "tensorflow", "jax", "flax", "librosa", "gradio", "hypothesis", "emoji"}
 COMMAND = """
 import sys; sys.argv = ["imprompt", {}]
 from imprompt.cli import main
@@ -78,7 +78,7 @@ assert pipe.pipeline.image_encoder is None, "the image encoder was read twice"
 try: lines = [line.split() for line in open("/proc/self/maps")]
 except OSError: lines = []
 maps = [(*(int(bound, 16) for bound in line[0].split("-")), line[-1]) for line in lines if line[-1].endswith(".safetensors")]
-parts = {"unet": pipe.pipeline.unet, "vae": pipe.pipeline.vae, "text": pipe.pipeline.text_encoder, "image": pipe.encoder.model}
+parts = {"unet": pipe.pipeline.unet, "vae": pipe.pipeline.vae, "text": pipe.pipeline.text_encoder, "image": pipe.first.encoder.model}
 def mapped(weight): return any(low <= weight.data_ptr() < high for low, high, _ in maps)
 copied = [name for name, part in parts.items() if lines and not all(map(mapped, part.parameters()))]
 """

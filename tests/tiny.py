@@ -21,9 +21,10 @@ from transformers import (
 
 from imprompt.adapter import ImageProjection, ImagePrompt, IPAdapter
 from imprompt.attention import family_of
+from imprompt.attention.lora import PARTS, AttentionLoRA, LoRA
 from imprompt.encoders.vision import VisionEncoder
-from imprompt.projections.mlp import FullProjection
-from imprompt.projections.resampler import Resampler
+from imprompt.projections.mlp import FaceProjection, FullProjection
+from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.structures import SD1, SD2, SDXL
 from imprompt.variants import variant
 
@@ -43,7 +44,15 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 TEXT_TOKENS = 11
-FEATURE_DIMS = {"pooled": 24, "penultimate": 32}
+FACE_DIM = 20
+FEATURE_DIMS: dict[str, int] = {
+    "pooled": 24,
+    "penultimate": 32,
+    "face": FACE_DIM,
+    "raw face": FACE_DIM,
+    "face and crop": 32,
+    "raw face and square": 32,
+}
 
 
 @contextmanager
@@ -96,18 +105,39 @@ def pictures(count: int, seed: int = 2) -> list[Image.Image]:
 def tiny_projection(name: str, token_dim: int) -> nn.Module:
     """Of the shapes that other implementations can read too: 4 tokens for base, 4 layers and 64-wide heads for plus."""
     feature_dim = FEATURE_DIMS[variant(name).feature]
-    if name == "plus":
+    if name in ("plus", "portrait-unnorm"):
         return Resampler(feature_dim, token_dim, tokens=5, width=128)
-    return {"base": ImageProjection, "full": FullProjection}[name](feature_dim, token_dim)
+    if name.startswith("faceid-plus"):
+        kind = FacePlusProjection if name == "faceid-plus" else FacePlusV2Projection
+        return kind(feature_dim, token_dim, face_dim=FACE_DIM, tokens=6 if name.endswith("kolors") else 4)
+    if name == "portrait":
+        return FaceProjection(feature_dim, token_dim, tokens=7)
+    return {"base": ImageProjection, "full": FullProjection, "faceid": FaceProjection}[name](feature_dim, token_dim)
+
+
+def tiny_lora(model: UNet2DConditionModel, rank: int = 3) -> LoRA:
+    """For every attention, as FaceID adapters have it."""
+
+    def sizes(attention: Any) -> dict[str, tuple[int, int, int]]:
+        layers = {part: getattr(attention, part) for part in PARTS[:3]} | {"to_out": attention.to_out[0]}
+        return {part: (layer.in_features, layer.out_features, rank) for part, layer in layers.items()}
+
+    return LoRA(AttentionLoRA(sizes(attention)) for attention in family_of(model).attentions(model).values())
 
 
 def tiny_adapter(model: UNet2DConditionModel, name: str = "base", seed: int = 3) -> IPAdapter:
     """An adapter of variant `name` beside `model`, as if trained: every parameter is away from where it starts."""
     with seeded(seed):
-        adapter = IPAdapter.beside(model, family_of(model), tiny_projection(name, model.config.cross_attention_dim))
+        row = variant(name)
+        width = model.config.encoder_hid_dim if row.widened else model.config.cross_attention_dim
+        adapter = IPAdapter.beside(model, family_of(model), tiny_projection(name, width))
+        if row.lora:
+            adapter.lora = tiny_lora(model)
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter += torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+            for name, parameter in adapter.named_parameters():  # what a low-rank part adds is small beside what is there
+                parameter *= 0.3 if name.endswith(".up.weight") else 1
     return adapter
 
 
@@ -142,6 +172,9 @@ def paper_layout(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:
     for number, kv in enumerate(adapter.image_kv):
         ip_adapter[f"{2 * number + 1}.to_k_ip.weight"] = kv.to_k.weight.detach()
         ip_adapter[f"{2 * number + 1}.to_v_ip.weight"] = kv.to_v.weight.detach()
+    for number, parts in enumerate(adapter.lora or ()):
+        for name, weight in parts.state_dict().items():
+            ip_adapter[f"{number}.{name.replace('.', '_lora.', 1)}"] = weight.detach()
     return {"image_proj": dict(adapter.projection.state_dict()), "ip_adapter": ip_adapter}
 
 

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from imprompt.encoders.kept import FeatureMemory
     from imprompt.errors import ImpromptError
     from imprompt.sampling.generate import ImagePromptPipeline, Result
+    from imprompt.sampling.references import AdapterChoice, Reference
 
 _HOMES = {
+    "AdapterChoice": "sampling.references",
     "FeatureMemory": "encoders.kept",
     "IPAdapter": "adapter",
     "ImagePrompt": "adapter",
     "ImagePromptPipeline": "sampling.generate",
+    "Reference": "sampling.references",
     "Result": "sampling.generate",
     "ImpromptError": "errors",
     "load_adapter": "checkpoint",
@@ -28,11 +31,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdapterChoice",
     "FeatureMemory",
     "IPAdapter",
     "ImagePrompt",
     "ImagePromptPipeline",
     "ImpromptError",
+    "Reference",
     "Result",
     "load_adapter",
     "read_adapter",

@@ -100,6 +100,7 @@ class ImagePrompt(NamedTuple):
         return sum(state.nbytes for state in self.keys + self.values)
 
 
+UNATTACHED = "the adapter is not attached to a model: call attach(model) first"
 LONG = 1024  # keys, from which on whole score matrices cost too much
 
 
@@ -191,8 +192,8 @@ class IPAdapter(nn.Module):
     """
 
     def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family,
-                 lora: nn.ModuleList | None = None) -> None:  # fmt: skip
-        """lora  an `attention.lora.AttentionLoRA` for every attention of the base model, self-attentions too (FaceID)"""
+                 lora: Any = None) -> None:  # fmt: skip
+        """lora  the low-rank part that FaceID adapters add to every attention of the base model: an `attention.lora.LoRA`"""
         super().__init__()
         self.projection = projection
         self.image_kv = nn.ModuleList(image_kv)
@@ -210,23 +211,28 @@ class IPAdapter(nn.Module):
         dtype = next(self.projection.parameters()).dtype
         return self.projection(*(feature.to(dtype) for feature in ((features,) if isinstance(features, Tensor) else features)))
 
-    def prompt(self, tokens: Tensor, null_tokens: Tensor | None = None, scale: float | Tensor = 1.0, *,
-               lora_scale: float = 1.0) -> ImagePrompt:  # fmt: skip
+    def prompt(self, tokens: Tensor, null_tokens: Tensor | None = None, scale: float | Tensor = 1.0) -> ImagePrompt:
         """Project image tokens (B, N, D) to K' and V' of every site of the attached model.
 
         With classifier-free guidance give `null_tokens` too, the projection of the null feature, (B or 1, N, D): the
         result then holds the unconditional half before the conditional one, as diffusers' pipelines stack them.
         """
         if self._graft is None:
-            raise MismatchError("the adapter is not attached to a model: call attach(model) first")
+            raise MismatchError(UNATTACHED)
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
         tokens, dtype = self._graft.as_text(tokens), self._graft.dtype
         pairs = [kv(tokens, site.heads) for kv, site in zip(self.image_kv, self._graft.sites.values(), strict=True)]
         keys, values = zip(*((key.to(dtype), value.to(dtype)) for key, value in pairs), strict=True)
-        parts: Any = self.lora or ()
-        lora = tuple(part.weights(lora_scale, dtype) for part in parts)
+        lora = () if self.lora is None else self.lora.weights(dtype)
         return ImagePrompt(keys, values, tokens.new_ones(len(keys), 1), lora=lora).with_scale(scale)
+
+    @property
+    def sites(self) -> Mapping[str, Any]:
+        """The text cross-attentions of the attached model by module name, in the order of `image_kv`."""
+        if self._graft is None:
+            raise MismatchError(UNATTACHED)
+        return self._graft.sites
 
     def attach(self, model: nn.Module) -> Self:
         """Let `model` hear image prompts passed as `cross_attention_kwargs={"ip_hidden_states": prompt}`, or a list of prompts.

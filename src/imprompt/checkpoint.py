@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from imprompt import layouts
 from imprompt.adapter import Family, ImageKV, IPAdapter
-from imprompt.errors import CheckpointError, MismatchError, first_line
-from imprompt.integrity import blank_projection, check_whole, shapes_of
+from imprompt.attention.lora import AttentionLoRA, LoRA
+from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
+from imprompt.integrity import blank_projection, check_whole, shapes_of, text_dim
 from imprompt.layouts import Layout
 from imprompt.tensorfiles import check_plain, read_tensors, some, write_tensors
-from imprompt.variants import BY_NAME, VARIANTS, Variant
+from imprompt.variants import ALL, Seen, Variant, bearing, variant
 
 FORMAT = 1
 METADATA_KEY = "imprompt"
@@ -63,6 +64,8 @@ class AdapterFile:
     kv          W'_k and W'_v of every site, each (H·d, D), in the base model's order
     sites       module names of the sites; None where the file only numbers them
     header      None where the file has none
+    lora        low-rank parts of every attention, self-attentions too, by the names that `AttentionLoRA` uses: None where
+                there are none
     """
 
     variant: Variant
@@ -71,11 +74,18 @@ class AdapterFile:
     sites: tuple[str, ...] | None
     header: Header | None
     layout: str
+    lora: list[dict[str, Tensor]] | None = None
 
     @property
     def feature_dim(self) -> int:
-        """E"""
+        """E; where a face embedding goes with it, of the hidden states."""
         return self.projection[self.variant.feature_key].shape[-1]
+
+    @property
+    def face_dim(self) -> int | None:
+        """Of the face embedding; None where it reads none."""
+        keys = ("proj.0.weight", self.variant.feature_key)  # the first where hidden states go beside it
+        return self.projection[next(key for key in keys if key in self.projection)].shape[-1] if self.variant.faces else None
 
     @property
     def token_dim(self) -> int:
@@ -88,8 +98,20 @@ class AdapterFile:
         return self.variant.token_shape(shapes_of(self.projection))[0]
 
     @property
+    def token_width(self) -> int:
+        """Of the image tokens: D, but for Kolors' FaceID."""
+        return self.variant.token_shape(shapes_of(self.projection))[1]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the low-rank parts, lowest and highest."""
+        found = [len(tensor) for parts in self.lora or () for name, tensor in parts.items() if ".down." in name]
+        return [min(found), max(found)] if found else []
+
+    @property
     def tensors(self) -> list[Tensor]:
-        return [*self.projection.values(), *(tensor for pair in self.kv for tensor in pair)]
+        lora = [tensor for attention in self.lora or () for tensor in attention.values()]
+        return [*self.projection.values(), *(tensor for pair in self.kv for tensor in pair), *lora]
 
     @property
     def parameters(self) -> int:
@@ -97,14 +119,15 @@ class AdapterFile:
 
     def suits(self) -> str:
         """The base model and image encoder that it was probably made for, judged by its sizes."""
-        return layouts.suits(self.variant.feature, self.feature_dim, self.token_dim, len(self.kv))
+        return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
 
 
-def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> AdapterFile:
     """Read an adapter of any known layout from a file, or from a folder that holds one.
 
-    Raises CheckpointError, one line, if the file is missing, damaged, unsafe, of another kind, or not whole: then every
-    missing, unexpected and misshapen tensor is named at once.
+    `variant` says what the tensors of some files cannot: faceid-plus or faceid-plus-v2, portrait-unnorm or InstantID.
+    Raises CheckpointError, one line, if the file is missing, damaged, unsafe, of another kind, not told by its tensors, or not
+    whole: then every missing, unexpected and misshapen tensor is named at once. SettingError if `variant` contradicts the file.
     """
     file = _file_at(Path(path))
     tensors, metadata = read_tensors(file, layouts.wanted)
@@ -116,12 +139,15 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
     check_plain(file, tensors)
     header = _read_header(file, metadata)
     projection = {key.removeprefix(layout.projection): tensors[key] for key in tensors if key.startswith(layout.projection)}
-    row = _variant_of(file, projection, header)
-    sites = _site_labels(layout, tensors, header)
-    check_whole(file, row, layout, sites, shapes_of(tensors))
+    shapes, sites = shapes_of(tensors), _site_labels(layout, tensors, header)
+    seen = Seen(shapes_of(projection), layout.has_lora(tensors), text_dim(layout, sites, shapes))
+    row = _variant_of(file, seen, header, variant)
+    check_whole(file, row, layout, sites, shapes)
     kv = [(tensors[layout.key(site, "k")], tensors[layout.key(site, "v")]) for site in sites]
     names = header.sites if header else None if layout.numbered else sites
-    found = AdapterFile(row, projection, kv, names, header, layout.name)
+    lora = [layout.lora_keys(attention) for attention in layout.attentions(sites)] if row.lora else None
+    parts = [{name: tensors[key] for name, key in keys.items()} for keys in lora] if lora else None
+    found = AdapterFile(row, projection, kv, names, header, layout.name, parts)
     _check_header(file, found)
     return found
 
@@ -141,12 +167,14 @@ def write_adapter(
     tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
     for label, pair in zip(labels, file.kv, strict=True):
         tensors |= {form.key(label, part): tensor for part, tensor in zip("kv", pair, strict=True)}
+    for label, parts in zip(form.attentions(labels) if file.lora else (), file.lora or (), strict=True):
+        tensors |= {key: parts[name] for name, key in form.lora_keys(label).items()}
     write_tensors(path, tensors, {METADATA_KEY: header.model_dump_json()} if header else {})
 
 
-def load_adapter(path: str | os.PathLike[str], family: Family) -> tuple[IPAdapter, AdapterFile]:
+def load_adapter(path: str | os.PathLike[str], family: Family, variant: str | None = None) -> tuple[IPAdapter, AdapterFile]:
     """Read and build the adapter of a file, and give the file's facts with it. Errors as `read_adapter` and `build_adapter`."""
-    file = read_adapter(path)
+    file = read_adapter(path, variant)
     return build_adapter(file, family), file
 
 
@@ -161,10 +189,13 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
     projection = blank_projection(file.variant, shapes_of(file.projection))
     with torch.device("meta"):
         image_kv = [ImageKV(key.shape[1], key.shape[0]) for key, _ in file.kv]
+        lora = [AttentionLoRA.from_shapes(shapes_of(parts)) for parts in file.lora or ()]
     _fill(projection, file.projection)
     for module, (key, value) in zip(image_kv, file.kv, strict=True):
         _fill(module, {"to_k.weight": key, "to_v.weight": value})
-    return IPAdapter(projection, image_kv, family)
+    for module, parts in zip(lora, file.lora or (), strict=True):
+        _fill(module, parts)
+    return IPAdapter(projection, image_kv, family, LoRA(lora) if lora else None)
 
 
 def adapter_file(adapter: IPAdapter, variant: Variant, sites: Sequence[str], origin: Origin | None = None) -> AdapterFile:
@@ -174,7 +205,8 @@ def adapter_file(adapter: IPAdapter, variant: Variant, sites: Sequence[str], ori
     """
     pairs: list[Any] = list(adapter.image_kv)
     kv = [(pair.to_k.weight.detach(), pair.to_v.weight.detach()) for pair in pairs]
-    bare = AdapterFile(variant, adapter.projection.state_dict(), kv, tuple(sites), None, "imprompt")
+    lora = [dict(parts.state_dict()) for parts in adapter.lora] if adapter.lora is not None else None
+    bare = AdapterFile(variant, adapter.projection.state_dict(), kv, tuple(sites), None, "imprompt", lora)
     header = Header(**_facts(bare), family=adapter.family.name, sites=tuple(sites), **(origin or Origin()).model_dump())
     return replace(bare, header=header)
 
@@ -192,7 +224,13 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     rows = [
         ("layout", file.layout),
         ("variant", file.variant.name),
-        ("image tokens", f"{file.tokens or 'one per patch'}, {file.token_dim} wide"),
+        *_told_of(file.variant),
+        ("image tokens", f"{file.tokens or 'one per patch'}, {file.token_width} wide"),
+        *(
+            [("low-rank part", f"rank {' to '.join(map(str, dict.fromkeys(file.ranks)))}, of {len(file.lora)} attentions")]
+            if file.lora
+            else []
+        ),
         ("parameters", f"{file.parameters:,}"),
         ("precision", ", ".join(dtypes)),
         ("size", f"{sum(tensor.nbytes for tensor in file.tensors) / 1e6:,.1f} MB"),
@@ -206,6 +244,14 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
         ("family", file.header.family),
         *((label, f"{value:,}" if isinstance(value, int) else value or "unknown") for label, value in told),
     ]
+
+
+def _told_of(row: Variant) -> list[tuple[str, str]]:
+    """What is to be known of a variant beside its name."""
+    alike = [("alike", f"{', '.join(row.alike)}: its tensors cannot tell, and it makes no difference")] if row.alike else []
+    return alike + (
+        [("face encoder", f"insightface's {row.faces}; its weights are for non-commercial research only")] if row.faces else []
+    )
 
 
 def _file_at(path: Path) -> Path:
@@ -240,15 +286,27 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
         raise CheckpointError(f"{path} has a header that is no JSON: {first_line(error)}") from error
 
 
-def _variant_of(path: Path, projection: Mapping[str, Tensor], header: Header | None) -> Variant:
-    """The row whose signature the projection's keys bear; what the header says where they bear none."""
-    by_keys = next((row for row in VARIANTS if row.signature in projection), None)
-    row = by_keys or (BY_NAME.get(header.variant) if header else None)
-    if row is None:
+def _variant_of(path: Path, seen: Seen, header: Header | None, said: str | None) -> Variant:
+    """The row that the tensors, the header and the user speak of; the tensors come first, and what they cannot tell is asked."""
+    asked = variant(said) if said else None
+    told = ALL.get(header.variant) if header else None
+    if asked and told and asked is not told:
+        raise SettingError(f"{path}: its header says {told.name}, not {asked.name}")
+    rows = bearing(seen.projection)
+    if asked and rows and asked not in rows:
+        raise SettingError(f"{path} is {' or '.join(row.name for row in rows)} by its tensors, not {asked.name}")
+    told = asked or told
+    if told is not None and (told in rows or not rows):
+        return told
+    if not rows:
         raise CheckpointError(
-            f"{path} holds no image projection of a known variant ({', '.join(BY_NAME)}); it has {some(projection) or 'none'}"
+            f"{path} holds no image projection of a known variant ({', '.join(ALL)}); it has {some(seen.projection) or 'none'}"
         )
-    return row
+    likely = [row for row in rows if row.where(seen)] or rows
+    names = [*(row.name for row in likely), *(name for row in likely for name in row.rivals)]
+    if len(names) > 1 and header is None:
+        raise CheckpointError(f"{path} is {' or '.join(names)}, its tensors cannot tell: say which with variant=")
+    return likely[0]
 
 
 def _site_labels(layout: Layout, keys: Iterable[str], header: Header | None) -> tuple[str, ...]:

@@ -33,11 +33,12 @@ def check_whole(path: Path, row: Variant, layout: Layout, sites: Sequence[str], 
     """Raise CheckpointError, naming every missing, unexpected and misshapen tensor, unless `shapes` are all of this variant's."""
     own = {key.removeprefix(layout.projection): shape for key, shape in shapes.items() if key.startswith(layout.projection)}
     projection, token_dim = _expected_projection(row, own)
-    if token_dim is None:  # then the added projections are held against the first of them
-        keys = [shape for site in sites if len(shape := shapes.get(layout.key(site, "k"), ())) == 2]
-        token_dim = keys[0][1] if keys else None
+    if token_dim is None or row.widened:  # then the added projections are held against the first of them
+        token_dim = text_dim(layout, sites, shapes)
     expected = {layout.projection + key: shape for key, shape in projection.items()}
     expected |= _expected_kv(layout, sites or ("*",), shapes, token_dim)
+    if row.lora:
+        expected |= _expected_lora(layout, sites or ("*",), shapes, token_dim)
     wrong = {
         "missing": [key for key in expected if key not in shapes],
         "unexpected": [key for key in shapes if key not in expected],
@@ -50,10 +51,16 @@ def check_whole(path: Path, row: Variant, layout: Layout, sites: Sequence[str], 
     if any(wrong.values()):
         faults = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
         feature = own.get(row.feature_key)
-        made_for = layouts.suits(row.feature, feature[-1] if feature else None, token_dim, len(sites))
+        made_for = layouts.suits(row, feature[-1] if feature else None, token_dim, len(sites))
         raise CheckpointError(
             f"{path} is no whole {row.name} adapter ({layout.name} layout). {faults}. It seems made for {made_for}"
         )
+
+
+def text_dim(layout: Layout, sites: Sequence[str], shapes: Shapes) -> int | None:
+    """D: what the first W' that is there reads."""
+    keys = [shape for site in sites if len(shape := shapes.get(layout.key(site, "k"), ())) == 2]
+    return keys[0][1] if keys else None
 
 
 class _Sizes(dict[str, tuple[int, ...]]):
@@ -88,9 +95,32 @@ def _expected_kv(layout: Layout, sites: Sequence[str], shapes: Shapes, token_dim
     expected: dict[str, Expected] = {}
     for site in sites:
         pair = [layout.key(site, part) for part in "kv"]
-        rows = next((shapes[key][0] for key in pair if len(shapes.get(key, ())) == 2), None)
-        expected |= dict.fromkeys(pair, (rows, token_dim))
+        expected |= dict.fromkeys(pair, (_rows(pair, shapes), token_dim))
     return expected
+
+
+def _expected_lora(layout: Layout, sites: Sequence[str], shapes: Shapes, token_dim: int | None) -> dict[str, Expected]:
+    """Key -> shape of the low-rank parts of every site and of the self-attention before it: down (r, in), up (out, r).
+
+    The hidden states are as wide as the site's keys; a site's own keys and values are made of the text. A rank is what the first
+    of its pair says.
+    """
+    expected: dict[str, Expected] = {}
+    for number, attention in enumerate(layout.attentions(sites)):
+        site = sites[number // 2]
+        hidden = _rows([layout.key(site, part) for part in "kv"], shapes)
+        keys = layout.lora_keys(attention)
+        for part in ("to_q", "to_k", "to_v", "to_out"):
+            down, up = (keys[f"{part}.{half}.weight"] for half in ("down", "up"))
+            rank = next((shapes[key][axis] for axis, key in enumerate((down, up)) if len(shapes.get(key, ())) == 2), None)
+            reads = token_dim if number % 2 and part in ("to_k", "to_v") else hidden
+            expected |= {down: (rank, reads), up: (hidden, rank)}
+    return expected
+
+
+def _rows(keys: Sequence[str], shapes: Shapes) -> int | None:
+    """Of the first matrix among them."""
+    return next((shapes[key][0] for key in keys if len(shapes.get(key, ())) == 2), None)
 
 
 def _fits(shape: tuple[int, ...], expected: Expected) -> bool:

@@ -1,14 +1,14 @@
 """Facts about adapter files: how each layout names its tensors, which files are something else, what the sizes speak of."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from imprompt.errors import CheckpointError
 from imprompt.structures import published_encoder
-from imprompt.variants import Feature
+from imprompt.variants import Feature, Variant
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Layout:
 
     projection  what stands before the names that the projection's own module uses
     kv          key of one added projection: {part} is k or v, {site} the site's name or number
+    lora        key of one low-rank part: {part} is q, k, v or out, {half} is down or up, {site} any attention's name or number
     numbered    site i is called 2·i + 1: its place among all attention processors of a UNet, self-attention included
     suffixes    of the files that are written so; none where the layout is only read
     """
@@ -24,6 +25,7 @@ class Layout:
     name: str
     projection: str
     kv: str
+    lora: str
     numbered: bool
     suffixes: tuple[str, ...]
 
@@ -32,8 +34,30 @@ class Layout:
         site = r"([1-9]\\d{0,2})" if self.numbered else "(.+)"  # doubled backslash: it is used as a replacement
         return re.compile(re.sub(r"\\{site\\}", site, re.escape(self.kv)).replace(r"\{part\}", "[kv]"))
 
+    @cached_property
+    def _of_lora(self) -> re.Pattern[str]:
+        holes = {"site": ".+", "part": "(q|k|v|out)", "half": "(down|up)"}
+        return re.compile(re.sub(r"\\{(\w+)\\}", lambda hole: holes[hole[1]], re.escape(self.lora)))
+
     def key(self, site: str, part: str) -> str:
         return self.kv.format(site=site, part=part)
+
+    def lora_keys(self, attention: str) -> dict[str, str]:
+        """Names by which `attention.lora.AttentionLoRA` knows its tensors -> keys, at that attention."""
+        return {
+            f"to_{part}.{half}.weight": self.lora.format(site=attention, part=part, half=half)
+            for part in ("q", "k", "v", "out")
+            for half in ("down", "up")
+        }
+
+    def has_lora(self, keys: Iterable[str]) -> bool:
+        return any(self._of_lora.fullmatch(key) for key in keys)
+
+    def attentions(self, sites: Sequence[str]) -> tuple[str, ...]:
+        """What it calls all attentions of a UNet, in the base model's order: before each site there is a self-attention."""
+        if self.numbered:
+            return tuple(str(number) for number in range(2 * len(sites)))
+        return tuple(name for site in sites for name in (site.removesuffix("attn2") + "attn1", site))
 
     def sites_in(self, keys: Iterable[str]) -> tuple[str, ...]:
         """The names or numbers of all sites that should be there, judged by those that are."""
@@ -46,13 +70,20 @@ class Layout:
 
 
 # In the order in which they are tried. "modules" is one layout in two dresses: flat, and nested in a pickle.
+# fmt: off
 LAYOUTS = (
-    Layout("imprompt", "projection.", "image_kv.{site}.to_{part}.weight", False, (".safetensors",)),
-    Layout("paper", "image_proj.", "ip_adapter.{site}.to_{part}_ip.weight", True, (".safetensors", ".bin")),
-    Layout("modules", "image_proj_model.", "adapter_modules.{site}.to_{part}_ip.weight", True, (".safetensors",)),
-    Layout("modules", "image_proj.", "adapter_modules.{site}.to_{part}_ip.weight", True, (".bin",)),
-    Layout("accelerate state", "image_proj_model.", "unet.{site}.processor.to_{part}_ip.weight", False, ()),
+    Layout("imprompt", "projection.", "image_kv.{site}.to_{part}.weight", "lora.{site}.to_{part}.{half}.weight",
+           False, (".safetensors",)),
+    Layout("paper", "image_proj.", "ip_adapter.{site}.to_{part}_ip.weight", "ip_adapter.{site}.to_{part}_lora.{half}.weight",
+           True, (".safetensors", ".bin")),
+    Layout("modules", "image_proj_model.", "adapter_modules.{site}.to_{part}_ip.weight",
+           "adapter_modules.{site}.to_{part}_lora.{half}.weight", True, (".safetensors",)),
+    Layout("modules", "image_proj.", "adapter_modules.{site}.to_{part}_ip.weight",
+           "adapter_modules.{site}.to_{part}_lora.{half}.weight", True, (".bin",)),
+    Layout("accelerate state", "image_proj_model.", "unet.{site}.processor.to_{part}_ip.weight",
+           "unet.{site}.processor.to_{part}_lora.{half}.weight", False, ()),
 )
+# fmt: on
 ALIASES = {"diffusers": "paper"}
 
 # (what it is, patterns that all occur among its keys), most telling first.
@@ -61,10 +92,10 @@ FOREIGN = (
     ("an IP-Adapter-Instruct adapter: not supported yet", (r"proj_(new|prompt)_input\.",)),
     ("an SD3 adapter with a TimeResampler: not supported yet", (r"time_embedding\.linear_1\.|layers\.\d+\.2\.1\.|\.norm_ip\.",)),
     ("a Flux adapter by XLabs: not supported yet", (r"ip_adapter_double_stream|ip_adapter_proj_model\.|\.to_[kv]_ip\.bias$",)),
-    ("a FaceID-Plus adapter: not supported yet", (r"perceiver_resampler\.",)),
-    ("a FaceID adapter: not supported yet", (r"^image_proj(_model)?\.", r"\.to_(q|k|v|out)_lora\.")),
     ("an adapter for Flux or another transformer model: not supported yet", (r"^ip_?adapter(_modules)?\.0\.to_k_ip\.",)),
-    ("a FaceID-Portrait adapter: not supported yet", (r"\.proj\.2\.weight$", r"^image_proj(_model)?\.norm\.weight$")),
+)
+# The same of files without an image projection.
+NO_ADAPTERS = (
     ("a LoRA, not an image-prompt adapter", (r"(?i)lora",)),
     ("an image encoder, not an adapter", (r"^(vision_model|visual)\.",)),
     ("a base model, not an adapter", (r"^(state_dict\.)?model\.diffusion_model\.|^conv_in\.weight$",)),
@@ -89,23 +120,39 @@ MODELS = {
     (2048, 70): ("SDXL", SDXL),
 }
 
-FEATURES: dict[Feature, str] = {"pooled": "pooled embedding", "penultimate": "penultimate hidden states"}
+FEATURES: dict[Feature, str] = {
+    "pooled": "pooled embedding",
+    "penultimate": "penultimate hidden states",
+    "face": "face embedding (ArcFace, of unit length)",
+    "raw face": "face embedding (ArcFace, not normalised)",
+    "face and crop": "penultimate hidden states of the aligned face, beside a face embedding (ArcFace, of unit length)",
+    "raw face and square": "penultimate hidden states of the face's square, beside a face embedding (ArcFace, not normalised)",
+}
 REGISTRATION_ORDER = ("down_blocks", "up_blocks", "mid_block")  # of diffusers' UNets: the middle comes last
 
 
 def wanted(keys: Collection[str]) -> list[str]:
     """The keys without the frozen base model that accelerate's training states carry along.
 
-    Such a state may hold the adapter twice, as `adapter_modules.*` and inside `unet.*`: the former is kept. So is a LoRA,
-    by which a file that is no adapter is known.
+    Such a state may hold the adapter twice, as `adapter_modules.*` and inside `unet.*`: the former is kept. So is a LoRA
+    without one, by which a file that is no adapter is known.
     """
-    twice = any(key.startswith("adapter_modules.") for key in keys)
-    return [key for key in keys if not key.startswith("unet.") or (".processor." in key and not twice) or "lora" in key.lower()]
+    twice, alone = any(key.startswith("adapter_modules.") for key in keys), not projects(keys)
+    return [
+        key
+        for key in keys
+        if not key.startswith("unet.") or (".processor." in key and not twice) or (alone and "lora" in key.lower())
+    ]
+
+
+def projects(keys: Collection[str]) -> bool:
+    """Whether there is an image projection of any layout among them."""
+    return any(key.startswith(tuple(layout.projection for layout in LAYOUTS)) for key in keys)
 
 
 def foreign(keys: Collection[str]) -> str | None:
     """What a file with these keys is, if it is a known thing that is not an adapter which is read here."""
-    for what, patterns in FOREIGN:
+    for what, patterns in FOREIGN if projects(keys) else (*FOREIGN, *NO_ADAPTERS):
         if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
             return what
     return None
@@ -164,12 +211,16 @@ def known_sites(token_dim: int, count: int) -> tuple[str, ...] | None:
     return site_names(model[1]) if model else None
 
 
-def suits(feature: Feature, feature_dim: int | None, token_dim: int | None, sites: int) -> str:
+def suits(row: Variant, feature_dim: int | None, token_dim: int | None, sites: int) -> str:
     """Which base model and image encoder an adapter of these sizes was probably made for, in words."""
     model = MODELS[token_dim, sites][0] if token_dim and (token_dim, sites) in MODELS else "a model"
-    text = f"{model} with {token_dim or '?'}-wide text and {sites} cross-attentions"
+    text = f"{'Kolors' if row.widened else model} with {token_dim or '?'}-wide text and {sites} cross-attentions"
     if feature_dim is None:
         return text
-    known = published_encoder(feature, feature_dim)
-    encoder = f"image encoder: {known.name if known else 'one'} with {feature_dim}-wide {FEATURES[feature]}"
-    return f"{text}; {encoder}" + (f", e.g. {known.place.repo} {known.place.path}".rstrip() if known else "")
+    known = published_encoder(row.feature, feature_dim)
+    kind = "image" if row.clip_feature else "face"
+    text += f"; {kind} encoder: {known.name if known else 'one'} with {feature_dim}-wide {FEATURES[row.feature]}"
+    places = ([f"{known.place.repo} {known.place.path}".rstrip()] if known else []) + (
+        [f"insightface's {row.faces}"] if row.faces else []
+    )
+    return text + (f", e.g. {' and '.join(places)}" if places else "")

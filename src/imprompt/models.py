@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from imprompt.errors import CheckpointError, SettingError, first_line
 
@@ -53,10 +53,16 @@ class Place:
 
 @dataclass(frozen=True)
 class KnownAdapter:
-    """An adapter by name: its file and the image encoder that it was trained with."""
+    """An adapter by name: its file and the image encoder that it was trained with, if it reads one.
+
+    variant  what its tensors cannot tell
+    licence  of its weights, where that is narrower than Apache-2.0
+    """
 
     file: Place
-    encoder: Place
+    encoder: Place | None
+    variant: str = ""
+    licence: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,20 @@ def _h94(folder: str, **files: tuple[str, Place]) -> dict[str, KnownAdapter]:
     }
 
 
+FACE_IP = "h94/IP-Adapter-FaceID"
+NON_COMMERCIAL = "non-commercial research only, as the weights of insightface's face encoder"
+
+
+def _faces(base: str, **variants: tuple[str, Place | None]) -> dict[str, KnownAdapter]:
+    """By variant: the file's name between "ip-adapter-" and ".bin", and the encoder of the face's picture."""
+    return {
+        name.replace("_", "-"): KnownAdapter(
+            Place(FACE_IP, f"ip-adapter-{file.format(base)}.bin"), encoder, name.replace("_", "-"), NON_COMMERCIAL
+        )
+        for name, (file, encoder) in variants.items()
+    }
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -106,6 +126,13 @@ MODELS = {
                 plus_face=("ip-adapter-plus-face_sd15", VIT_H),
                 full_face=("ip-adapter-full-face_sd15", VIT_H),
                 base_vit_G=("ip-adapter_sd15_vit-G", BIG_G),
+            )
+            | _faces(
+                "sd15",
+                faceid=("faceid_{}", None),
+                faceid_plus=("faceid-plus_{}", VIT_H),
+                faceid_plus_v2=("faceid-plusv2_{}", VIT_H),
+                portrait=("faceid-portrait-v11_{}", None),
             ),
         ),
         KnownModel(
@@ -118,6 +145,13 @@ MODELS = {
                 plus=("ip-adapter-plus_sdxl_vit-h", VIT_H),
                 plus_face=("ip-adapter-plus-face_sdxl_vit-h", VIT_H),
                 base_bigG=("ip-adapter_sdxl", BIG_G),
+            )
+            | _faces(
+                "sdxl",
+                faceid=("faceid_{}", None),
+                faceid_plus_v2=("faceid-plusv2_{}", VIT_H),
+                portrait=("faceid-portrait_{}", None),
+                portrait_unnorm=("faceid-portrait_{}_unnorm", None),
             ),
         ),
     )
@@ -140,8 +174,16 @@ def find_model(name: str) -> KnownModel:
     )
 
 
-def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | None]:
-    """An adapter's file, and its image encoder where the name tells it.
+class FoundAdapter(NamedTuple):
+    """An adapter's file, and what its name tells: its image encoder, and the variant where its tensors cannot ("": nothing)."""
+
+    path: Path
+    encoder: Place | None = None
+    variant: str = ""
+
+
+def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
+    """An adapter's file, and its image encoder and variant where the name tells them.
 
     `name`: one of the model's adapters (None: its first), a file, a folder with a training state, or a file on the Hub
     as owner/repository/path.safetensors.
@@ -154,13 +196,15 @@ def find_adapter(model: KnownModel, name: str | None) -> tuple[Path, Place | Non
         )
     if name in model.adapters:
         known = model.adapters[name]
-        return known.file.fetch_file(), known.encoder
+        return FoundAdapter(known.file.fetch_file(), known.encoder, known.variant)
     if Path(name).exists():
-        return Path(name), None
+        return FoundAdapter(Path(name))
     owner, _, rest = name.partition("/")
     repository, _, path = rest.partition("/")
     if path and not name.startswith((".", "/")) and not Path(owner, repository).is_dir():
-        return Place(f"{owner}/{repository}", path).fetch_file(), None
+        place = Place(f"{owner}/{repository}", path)
+        known = next((one for each in MODELS.values() for one in each.adapters.values() if one.file == place), None)
+        return FoundAdapter(place.fetch_file(), known.encoder if known else None, known.variant if known else "")
     named = f"one of {', '.join(model.adapters)}, " if model.adapters else ""
     raise SettingError(
         f"no adapter {name!r} for {model.name}: give {named}a file, a folder, or owner/repository/file.safetensors on the Hub"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imprompt.models import BIG_G, VIT_H, KnownModel, Place, part_config
-from imprompt.variants import Feature
+from imprompt.variants import OF_CLIP, Feature
 
 # What the configurations of the published UNets say beyond diffusers' defaults.
 SD1: dict[str, Any] = {"cross_attention_dim": 768, "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8}
@@ -43,8 +43,8 @@ class EncoderStructure:
     patches: int = 257
 
     def shape(self, feature: Feature) -> tuple[int, ...]:
-        """Of a picture's feature: (E,) or (patches, E)."""
-        return {"pooled": (self.pooled,), "penultimate": (self.patches, self.penultimate)}[feature]
+        """Of what a feature needs of it: (E,) or (patches, E)."""
+        return {"pooled": (self.pooled,), "penultimate": (self.patches, self.penultimate)}[OF_CLIP[feature]]
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ ENCODERS = (
 
 
 def published_encoder(feature: Feature, width: int) -> PublishedEncoder | None:
-    """The encoder whose feature is so wide."""
-    return next((row for row in ENCODERS if row.structure.shape(feature)[-1] == width), None)
+    """The encoder whose feature is so wide; None for a face embedding, which is of no such encoder."""
+    return next((row for row in ENCODERS if feature in OF_CLIP and row.structure.shape(feature)[-1] == width), None)
 
 
 def base_structure(model: KnownModel) -> BaseStructure:

@@ -22,6 +22,9 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "reproduce": ("reproduce", "reproduce", 0),
     "ship": ("assemble", "ship", 0),
     "evaluate": ("evaluate", "evaluate", 0),
+    "control": ("control", "train", 0),
+    "style": ("style", "train", 0),
+    "compose": ("compose", "compose", 0),
 }
 
 ALL = [name for name in STAGES if name != "reproduce"]  # that compares with what shipped before

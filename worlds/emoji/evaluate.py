@@ -146,13 +146,13 @@ def with_text(
     made = []
     for start in range(0, COUNT, 32):  # the façade takes one text a call; diffusers' own call takes many
         chunk = range(start, start + 32)
-        tokens = pipe.image_tokens([to_image(prompts[i]) for i in chunk])
+        tokens = pipe.first.image_tokens([to_image(prompts[i]) for i in chunk])
         made += pipe.pipeline(
             [texts[i] for i in chunk],
             num_inference_steps=pipe.model.steps,
             guidance_scale=pipe.model.guidance,
             generator=[torch.Generator().manual_seed(i) for i in chunk],
-            cross_attention_kwargs={"ip_hidden_states": pipe.adapter.prompt(tokens, pipe.null_tokens(tokens), scale)},
+            cross_attention_kwargs={"ip_hidden_states": pipe.first.adapter.prompt(tokens, pipe.first.null_tokens(), scale)},
         ).images
     made = to_tensor(made)
     error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])

@@ -55,6 +55,28 @@ class AttentionLoRA(nn.Module):
         return Lora(*pairs) if strength == 1 else Lora(*((down, up * strength) for down, up in pairs))
 
 
+class LoRA(nn.ModuleList):
+    """An `AttentionLoRA` for every attention of a base model, self-attentions too, in the order of the published checkpoints.
+
+    `strength` multiplies what it adds, in image prompts that are made after it was set.
+    """
+
+    strength = 1.0
+
+    def weights(self, dtype: torch.dtype) -> tuple[Lora, ...]:
+        """By attention. The very same tuple as long as nothing has changed, so that several prompts of one adapter add it once."""
+        marks = (self.strength, dtype, [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()])
+        found = self.__dict__.get("_made")
+        trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if found is None or found[0] != marks or trained:
+            parts: Any = self
+            found = self.__dict__["_made"] = marks, tuple(part.weights(self.strength, dtype) for part in parts)
+        return found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}
+
+
 def together(loras: Sequence[Lora]) -> Lora:
     """The sum of several, as one of higher rank."""
     if len(loras) == 1:

@@ -25,10 +25,10 @@ app = typer.Typer(
 
 def commands() -> None:
     """Register every command, once."""
-    from imprompt.cli import adapters, data, generate, train
+    from imprompt.cli import adapters, data, embed, generate, train
 
     if not app.registered_commands:
-        for module in (generate, train, data, adapters):
+        for module in (generate, embed, train, data, adapters):
             module.register(app)
 
 

@@ -18,12 +18,17 @@ def register(app: typer.Typer) -> None:
     app.command()(convert)
 
 
-def inspect(file: Annotated[Path, typer.Argument(help="An adapter file, or a folder that holds one.")]) -> None:
+Answer = Annotated[str | None, typer.Option(help="What the file's tensors cannot tell, such as faceid-plus-v2.")]
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter file, or a folder that holds one.")], variant: Answer = None
+) -> None:
     """Say what an adapter file is: for which model and image encoder, how many parameters."""
     from imprompt.checkpoint import describe, read_adapter
     from imprompt.cli import print_rows
 
-    print_rows(describe(read_adapter(file)))
+    print_rows(describe(read_adapter(file, variant)))
 
 
 def convert(
@@ -31,11 +36,12 @@ def convert(
     target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .bin for the paper's layout.")],
     to: Annotated[LayoutName, typer.Option("--to", help="The layout to write.")] = LayoutName.imprompt,
     model: Annotated[str | None, typer.Option(help="The base model, where the file only numbers an unknown one's layers.")] = None,
+    variant: Answer = None,
 ) -> None:
     """Write an adapter in another layout, its weights bit for bit. A .bin has no place for the header; .safetensors keeps it."""
     from imprompt.checkpoint import read_adapter, write_adapter
 
-    write_adapter(target, read_adapter(source), to.value, sites_of(model) if model else None)
+    write_adapter(target, read_adapter(source, variant), to.value, sites_of(model) if model else None)
     print(f"{target}  {to.value} layout")
 
 

@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(demo)
     app.command()(models)
+    app.command()(blocks)
 
 
 def generate(
@@ -28,6 +29,7 @@ def generate(
     scale: Annotated[float, typer.Option(help="How strongly the image prompt is heard; about 0.5 with a text.")] = 1.0,
     model: Annotated[str, typer.Option(help="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")] = "emoji",
     adapter: Annotated[str | None, typer.Option(help="base, plus, a file, a training run's state, or a Hub file.")] = None,
+    variant: Annotated[str | None, typer.Option(help="What the adapter's tensors cannot tell, such as faceid-plus-v2.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say.")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Results per image prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Result i has seed + i; random if not given.")] = None,
@@ -36,11 +38,39 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     together: Annotated[bool, typer.Option("--together", help="All image prompts prompt the same results.")] = False,
+    combine: Annotated[
+        str | None, typer.Option(help="What several become as one prompt: concat, add, subtract, average, norm-average, max, min.")
+    ] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Of each image prompt in turn, when they are combined.")] = None,
+    region: Annotated[
+        list[Path] | None, typer.Option(help="Mask: where the result hears the image prompt, or each of several in turn.")
+    ] = None,
+    overlap: Annotated[str, typer.Option(help="Where regions overlap: add, or normalise.")] = "add",
+    blocks: Annotated[
+        str, typer.Option(help="Which cross-attentions hear the image prompt, such as 'style transfer': see `imprompt blocks`.")
+    ] = "linear",
+    boost: Annotated[float, typer.Option(help="Of the second group of such blocks.")] = 1.0,
+    start: Annotated[float, typer.Option(help="From which fraction of the noise schedule the image prompt is heard.")] = 0.0,
+    end: Annotated[float, typer.Option(help="Up to which.")] = 1.0,
+    easing: Annotated[str, typer.Option(help="How it comes and goes in between, such as 'ease out'.")] = "constant",
+    negative_image: Annotated[list[Path] | None, typer.Option(help="Picture to keep away from, in place of no image.")] = None,
+    noise: Annotated[str | None, typer.Option(help="Keep away from noise of it: fade, dissolve, gaussian or shuffle.")] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="A guidance scale for the image; --guidance is then for the text alone.")
+    ] = None,
+    crop: Annotated[
+        str, typer.Option(help="What of it is seen: center, top, bottom, left, right, pad, squash or tiles.")
+    ] = "center",
+    sharpening: Annotated[float, typer.Option(help="Of the image prompt, 0 to 1.")] = 0.0,
+    face: Annotated[str | None, typer.Option(help="Of several faces (FaceID): largest, or a number from the left.")] = None,
     init: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
     mask: Annotated[Path | None, typer.Option(help="Redraw only the white part of --init (inpainting).")] = None,
     strength: Annotated[float, typer.Option(help="How much of --init is redrawn, 0 to 1.")] = 0.8,
     out: Annotated[Path, typer.Option(help="Folder for the results, or a file name ending in .png.")] = Path("out"),
-    like: Annotated[Path | None, typer.Option(help="Repeat the picture in this PNG; other options are read from it.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", "--request", help="Repeat the picture in this PNG, or run the request in a TOML or JSON file."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 4,
@@ -58,14 +88,26 @@ def generate(
     machine = {"device": device, "offload": offload, "keep_features": keep_features}
     if like is not None:
         if images:
-            raise SettingError("--like takes its image prompts from the PNG: give either IMAGES or --like")
+            raise SettingError("--like takes its image prompts from that file: give either IMAGES or --like")
         run(read_request(like), out, **machine)
         return
+    said = {
+        "blocks": blocks,
+        "boost": boost,
+        "start": start,
+        "end": end,
+        "easing": easing,
+        "negative": {"kind": noise} if noise else negative_image,
+        "crop": crop,
+        "sharpening": sharpening,
+        "face": int(face) if face and face.isdecimal() else face,
+    }
     request = Request.check(
         model=model,
         adapter=adapter,
         encoder=encoder,
-        images=images or [],
+        variant=variant,
+        images=references(images or [], combine, weight, region or [], said),
         init_image=init,
         mask_image=mask,
         batch_size=batch_size,
@@ -84,10 +126,32 @@ def generate(
             "width": width,
             "height": height,
             "together": together,
+            "image_guidance": image_guidance,
+            "overlap": overlap,
             "strength": strength,
         },
     )
     run(request, out, **machine)
+
+
+def references(images: list[Path], combine: str | None, weights: list[float] | None, regions: list[Path],
+               said: dict[str, Any]) -> list[Any]:  # fmt: skip
+    """The flags as a request's image prompts. `said` goes for each of them."""
+    from imprompt.sampling.references import Reference
+
+    if len(regions) not in (0, 1, len(images)):
+        raise SettingError(f"{len(regions)} regions for {len(images)} image prompts: give one for all, or one for each")
+    if weights is not None and combine is None:
+        raise SettingError("--weight weighs image prompts that are combined: say how with --combine")
+    if combine is not None:
+        if len(regions) > 1:
+            raise SettingError("image prompts that are combined share one region: give one, or leave --combine out")
+        groups = [images] if images else []
+    else:
+        groups = [[image] for image in images]
+    masks = regions * len(groups) if len(regions) == 1 else regions or [None] * len(groups)
+    weighed = {} if combine is None else {"combine": combine, "weights": weights}
+    return [Reference.check(images=group, mask=mask, **weighed, **said) for group, mask in zip(groups, masks, strict=True)]
 
 
 def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
@@ -145,3 +209,11 @@ def models() -> None:
             table.add_row("", name, str(known.file), str(known.encoder))
     width: dict[str, Any] = {} if os.isatty(1) else {"width": 200}
     Console(**width).print(table)
+
+
+def blocks() -> None:
+    """List the presets for --blocks: which cross-attentions hear an image prompt, and how strongly."""
+    from imprompt.cli import print_rows
+    from imprompt.sampling.blocks import presets
+
+    print_rows(list(presets().items()))

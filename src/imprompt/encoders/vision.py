@@ -13,9 +13,10 @@ from imprompt.errors import CheckpointError, MismatchError, SettingError, first_
 from imprompt.models import KnownModel, Place, collector_waits
 from imprompt.structures import published_encoder
 from imprompt.tensorfiles import some
-from imprompt.variants import Feature, Variant
+from imprompt.variants import OF_CLIP, Feature, Variant
 
 if TYPE_CHECKING:
+    from imprompt.encoders.face import FaceEncoder, FaceFeatures
     from imprompt.encoders.kept import KeptFeatures, Store
 
 MAX_ASPECT = 2  # the encoder sees the central square: what lies far outside is cut off before resizing
@@ -31,6 +32,7 @@ class VisionEncoder:
 
     def feature_dim(self, feature: Feature) -> int:
         """E: the width of that feature."""
+        check_feature(feature)
         config = self.model.config
         return config.projection_dim if feature == "pooled" else config.hidden_size
 
@@ -40,6 +42,7 @@ class VisionEncoder:
 
     @torch.no_grad()
     def features_of(self, pixels: Tensor, feature: Feature) -> Tensor:
+        check_feature(feature)
         if feature == "pooled":
             return self.model(pixels).image_embeds
         return self.model(pixels, output_hidden_states=True).hidden_states[-2]
@@ -57,6 +60,12 @@ class VisionEncoder:
 
     def fingerprint(self) -> str:
         return fingerprint(self.model)
+
+
+def check_feature(feature: Feature) -> None:
+    """Raise MismatchError if a CLIP image encoder alone does not give it."""
+    if OF_CLIP.get(feature) != feature:
+        raise MismatchError(f"a CLIP image encoder gives no {feature}: imprompt.encoders.face has what FaceID adapters read")
 
 
 def fingerprint(model: Any) -> str:
@@ -84,13 +93,26 @@ def cut_ends(image: Image) -> Image:
 
 def load_encoder(file: Any, told: Place | None, model: KnownModel, given: str | Path | None, device: str, dtype: torch.dtype,
                  keep: "Store | None" = None,
-                 prepare: Callable[[Any], None] | None = None) -> "VisionEncoder | KeptFeatures":  # fmt: skip
+                 prepare: Callable[[Any], None] | None = None,
+                 faces: "FaceEncoder | None" = None) -> "VisionEncoder | KeptFeatures | FaceFeatures":  # fmt: skip
     """The image encoder for an adapter file, checked against it: the given one, or the one its name, header, model or width tells.
 
-    `keep` holds features encoded before: then the encoder is opened, and checked, when one is asked for that is not there.
-    `prepare` is called with the network once it is opened and checked. Raises MismatchError with both widths, or if the encoder's
-    weights are not those that the adapter was trained with.
+    For a FaceID adapter it reads faces: `faces` finds them, else insightface, loaded when the first picture is given. `keep` holds
+    features encoded before: then the encoder is opened, and checked, when one is asked for that is not there. `prepare` is called
+    with the network once it is opened and checked. Raises MismatchError with both widths, or if the encoder's weights are not those
+    that the adapter was trained with.
     """
+    clip = clip_encoder(file, told, model, given, device, dtype, keep, prepare) if file.variant.clip_feature else None
+    if file.variant.faces:
+        from imprompt.encoders.face import FaceFeatures, InsightFace
+
+        return FaceFeatures(faces or InsightFace(file.variant.faces, device), clip, width=file.face_dim, device=device)
+    return clip  # pyright: ignore[reportReturnType] - what reads no face reads CLIP
+
+
+def clip_encoder(file: Any, told: Place | None, model: KnownModel, given: str | Path | None, device: str, dtype: torch.dtype,
+                 keep: "Store | None", prepare: Callable[[Any], None] | None) -> "VisionEncoder | KeptFeatures":  # fmt: skip
+    """As `load_encoder`, of the CLIP part."""
     place = given_place(str(given)) if given is not None else told or place_of(file, model)
 
     def checked() -> VisionEncoder:
@@ -153,18 +175,18 @@ def place_of(file: Any, model: KnownModel) -> Place:
     known = published_encoder(file.variant.feature, file.feature_dim)
     if known is None or not known.alone:
         raise MismatchError(
-            f"this adapter reads {file.feature_dim}-wide {file.variant.feature} features and does not say of which image encoder: "
-            "give it with encoder="
+            f"this adapter reads {file.feature_dim}-wide {file.variant.clip_feature} features and does not say of which "
+            "image encoder: give it with encoder="
         )
     return known.place
 
 
 def check_encoder(encoder: VisionEncoder, file: Any) -> None:
     """Raise MismatchError unless `encoder` is the one that the adapter file was trained with, as far as can be told."""
-    width = encoder.feature_dim(file.variant.feature)
+    width = encoder.feature_dim(file.variant.clip_feature)
     if width != file.feature_dim:
         raise MismatchError(
-            f"this adapter reads {file.feature_dim}-wide {file.variant.feature} features ({file.suits()}); "
+            f"this adapter reads {file.feature_dim}-wide {file.variant.clip_feature} features ({file.suits()}); "
             f"the image encoder {encoder.source} gives {width}-wide ones"
         )
     expected = expected_fingerprint(file, encoder.model.dtype)

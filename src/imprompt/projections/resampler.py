@@ -1,16 +1,17 @@
-"""The plus variant's projection: learned queries read the patch grid (after Flamingo's perceiver resampler).
+"""Queries read the patch grid (after Flamingo's perceiver resampler): learned ones in plus, a face's own in faceid-plus.
 
 Shape letters as in `imprompt.adapter`; P patches, W width inside. Parameters are named as in the published checkpoints.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imprompt.adapter import split_heads
+from imprompt.projections.mlp import FaceTokens
 
 HEAD_DIM = 64  # of every published checkpoint; not readable from the shapes
 WIDEST = 1280  # of the published resamplers; SDXL's tokens are wider
@@ -36,17 +37,13 @@ class PerceiverAttention(nn.Module):
         return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class Resampler(nn.Module):
-    """Penultimate hidden states of the image encoder (B, P, E) -> N image tokens (B, N, D)."""
+class Perceiver(nn.Module):
+    """N queries (B, N, W) read the penultimate hidden states of the image encoder (B, P, E) -> N image tokens (B, N, D)."""
 
-    def __init__(self, feature_dim: int, token_dim: int, *, tokens: int = 16, width: int | None = None, inner: int | None = None,
-                 hidden: int | None = None, depth: int = 4) -> None:  # fmt: skip
+    def __init__(self, feature_dim: int, token_dim: int, *, width: int, inner: int, hidden: int, depth: int) -> None:
         super().__init__()
-        width = width or min(token_dim, WIDEST)
-        inner, hidden = inner or max(width // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * width
         if inner % HEAD_DIM:
             raise ValueError(f"the resampler's attention is {inner} wide, no multiple of its heads' {HEAD_DIM}")
-        self.latents = nn.Parameter(torch.empty(1, tokens, width).normal_(std=width**-0.5))
         self.proj_in = nn.Linear(feature_dim, width)
         self.layers = nn.ModuleList(
             nn.ModuleList([PerceiverAttention(width, inner), feed_forward(width, hidden)]) for _ in range(depth)
@@ -54,26 +51,85 @@ class Resampler(nn.Module):
         self.proj_out = nn.Linear(width, token_dim)
         self.norm_out = nn.LayerNorm(token_dim)
 
+    def read(self, queries: Tensor, features: Tensor) -> Tensor:
+        patches = self.proj_in(features)
+        for attention, feed in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
+            queries = queries + attention(patches, queries)
+            queries = queries + feed(queries)
+        return self.norm_out(self.proj_out(queries))
+
+
+def sizes(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[str, Any]:
+    """What `Perceiver` takes, of a checkpoint's shapes: its names begin with `prefix`."""
+    layers = [key.removeprefix(prefix) for key in shapes if key.startswith(f"{prefix}layers.")]
+    width, feature_dim = shapes[f"{prefix}proj_in.weight"]
+    return {
+        "feature_dim": feature_dim,
+        "token_dim": shapes[f"{prefix}proj_out.weight"][0],
+        "width": width,
+        "inner": shapes[f"{prefix}layers.0.0.to_q.weight"][0],
+        "hidden": shapes[f"{prefix}layers.0.1.1.weight"][0],
+        "depth": 1 + max(int(key.split(".")[1]) for key in layers),
+    }
+
+
+class Resampler(Perceiver):
+    """The plus variant: learned queries. (B, P, E) -> (B, N, D); portrait-unnorm gives it a face embedding, (B, E)."""
+
+    def __init__(self, feature_dim: int, token_dim: int, *, tokens: int = 16, width: int | None = None, inner: int | None = None,
+                 hidden: int | None = None, depth: int = 4) -> None:  # fmt: skip
+        width = width or min(token_dim, WIDEST)
+        inner, hidden = inner or max(width // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * width
+        latents = torch.empty(1, tokens, width).normal_(std=width**-0.5)
+        super().__init__(feature_dim, token_dim, width=width, inner=inner, hidden=hidden, depth=depth)
+        self.latents = nn.Parameter(latents)
+
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
         _, tokens, width = shapes["latents"]
-        return cls(
-            shapes["proj_in.weight"][1],
-            shapes["proj_out.weight"][0],
-            tokens=tokens,
-            width=width,
-            inner=shapes["layers.0.0.to_q.weight"][0],
-            hidden=shapes["layers.0.1.1.weight"][0],
-            depth=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers.")),
-        )
+        return cls(**sizes(shapes) | {"tokens": tokens, "width": width})
 
     def forward(self, features: Tensor) -> Tensor:
-        patches = self.proj_in(features)
-        latents = self.latents.expand(len(patches), -1, -1)
-        for attention, feed in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
-            latents = latents + attention(patches, latents)
-            latents = latents + feed(latents)
-        return self.norm_out(self.proj_out(latents))
+        if features.ndim == 2:  # one face embedding is read as one patch
+            features = features[:, None]
+        return self.read(self.latents.expand(len(features), -1, -1), features)
+
+
+class FacePlusProjection(FaceTokens):
+    """The faceid-plus variant: the tokens of a face embedding read the hidden states of that face's picture.
+
+    Parameters are named as in the published FaceID-Plus checkpoints.
+    """
+
+    def __init__(self, feature_dim: int, token_dim: int, *, face_dim: int = 512, tokens: int = 4, face_hidden: int | None = None,
+                 inner: int | None = None, hidden: int | None = None, depth: int = 4) -> None:  # fmt: skip
+        super().__init__(face_dim, token_dim, tokens, face_hidden)
+        inner, hidden = inner or max(token_dim // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * token_dim
+        self.perceiver_resampler = Perceiver(feature_dim, token_dim, width=token_dim, inner=inner, hidden=hidden, depth=depth)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        face_hidden, face_dim = shapes["proj.0.weight"]
+        (token_dim,) = shapes["norm.weight"]
+        tokens = shapes["proj.2.weight"][0] // token_dim
+        own = sizes(shapes, "perceiver_resampler.") | {"token_dim": token_dim}
+        del own["width"]  # as wide as the tokens
+        return cls(**own, face_dim=face_dim, tokens=tokens, face_hidden=face_hidden)
+
+    def forward(self, face: Tensor, states: Tensor) -> Tensor:
+        """face (B, 512), states (B, P, E) -> (B, N, D)"""
+        return self.perceiver_resampler.read(self.of_face(face), states)
+
+
+class FacePlusV2Projection(FacePlusProjection):
+    """The faceid-plus-v2 variant, and Kolors': what was read is added to the face's own tokens."""
+
+    def forward(self, face: Tensor, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """As above; `strength`, one number or one per item, says how much the face's picture counts beside its embedding."""
+        tokens = self.of_face(face)
+        if isinstance(strength, Tensor):
+            strength = strength.view(-1, 1, 1)
+        return tokens + strength * self.perceiver_resampler.read(tokens, states)
 
 
 def feed_forward(width: int, hidden: int) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """The façade: a picture in, pictures out, on a diffusers pipeline that stays diffusers' own."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbelow
@@ -8,22 +9,23 @@ from typing import Any, Self
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from imprompt.adapter import IPAdapter
-from imprompt.attention import family_of
 from imprompt.attention.step import KEY
-from imprompt.checkpoint import build_adapter, read_adapter
-from imprompt.encoders.kept import FeatureFolder, KeptFeatures, Store
-from imprompt.encoders.vision import VisionEncoder, load_encoder
+from imprompt.encoders.kept import FeatureFolder, Store
 from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.images import open_image, open_mask
-from imprompt.models import KnownModel, Place, find_adapter, find_model, open_pipeline
+from imprompt.models import KnownModel, Place, find_model, open_pipeline
+from imprompt.sampling.attached import Attached, Call, Opened, choices, share
+from imprompt.sampling.attached import Heard as HeardReference
+from imprompt.sampling.controls import batched
+from imprompt.sampling.guidance import image_guidance
 from imprompt.sampling.memory import Savers
+from imprompt.sampling.references import AdapterChoice, Item, Reference, items_of
 from imprompt.sampling.settings import MAX_SIDE, Resolved, Settings
-from imprompt.variants import Variant
 
 Picture = str | Path | Image.Image
+Heard = Picture | Reference
+Choice = str | Path | AdapterChoice
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 # Which of diffusers' pipelines does what, by the class that the model was saved with.
@@ -49,19 +51,22 @@ class Result:
 
 
 class ImagePromptPipeline:
-    """A diffusers pipeline with an image-prompt adapter attached.
+    """A diffusers pipeline with image-prompt adapters attached.
 
     >>> pipe = ImagePromptPipeline.from_pretrained("emoji")
     >>> pipe("cat.png", prompt="a rocket", scale=0.6, num_images=4, seed=7).images
+    >>> left, right = Reference(images="cat.png", mask="left.png"), Reference(images="dog.png", mask="right.png")
+    >>> pipe([left, right], together=True).images
     """
 
-    def __init__(self, pipeline: Any, adapter: IPAdapter, encoder: VisionEncoder | KeptFeatures, variant: Variant, *,
-                 model: KnownModel | None = None, compile: bool = False, savers: Savers | None = None) -> None:  # fmt: skip
-        """`adapter` must be attached to `pipeline.unet` already; `compile` as in `from_pretrained`, `savers` were applied."""
+    def __init__(self, pipeline: Any, adapters: Attached | Sequence[Attached], *, model: KnownModel | None = None,
+                 compile: bool = False, savers: Savers | None = None) -> None:  # fmt: skip
+        """`adapters` must be attached to `pipeline.unet` already; `compile` as in `from_pretrained`, `savers` were applied."""
+        several = [adapters] if isinstance(adapters, Attached) else list(adapters)
         self.pipeline = pipeline
-        self.adapter = adapter
-        self.encoder = encoder
-        self.variant = variant
+        self.adapters = {attached.name: attached for attached in several}
+        if len(self.adapters) < len(several):
+            raise SettingError(f"two adapters are called {several[0].name!r}: give each a name of its own")
         self.model = model or KnownModel("", "", Place(""))
         self.savers = savers or Savers(str(pipeline.device))
         self.compiled = compile
@@ -74,15 +79,23 @@ class ImagePromptPipeline:
 
             compile_base(pipeline.unet)
 
+    @property
+    def first(self) -> Attached:
+        """The adapter that hears references which name none."""
+        return next(iter(self.adapters.values()))
+
     @classmethod
-    def from_pretrained(cls, model: str = "emoji", *, adapter: str | Path | None = None, encoder: str | Path | None = None,
+    def from_pretrained(cls, model: str = "emoji", *, adapter: Choice | Sequence[Choice] | None = None,
+                        encoder: str | Path | None = None, variant: str | None = None, faces: Any = None,
                         device: str | None = None, dtype: torch.dtype | None = None, compile: bool = False,
                         offload: str | None = None, tiling: bool = False, quantize: str | None = None,
                         keep_features: str | Path | Store | None = None, **options: Any) -> Self:  # fmt: skip
         """Load a model by name ("emoji", "sd15", "sdxl"), folder or Hub id, with an adapter by name, file, folder or Hub file.
 
         That adapter, image encoder and base model were made for each other is checked before anything runs
-        (MismatchError). `compile` makes the first steps of a new size slow and all others faster (on a GPU). `offload` ("model",
+        (MismatchError). Several adapters are a list, of names, files or `AdapterChoice`s. `encoder` and `variant` are what a single
+        adapter does not say; `faces` encodes faces for FaceID (insightface if not given): see `imprompt.encoders.face`.
+        `compile` makes the first steps of a new size slow and all others faster (on a GPU). `offload` ("model",
         "sequential"), `tiling` and `quantize` ("int8", "fp8") save memory: see `imprompt.sampling.memory`. `keep_features`
         is a folder, or a `FeatureMemory`, that keeps the features of image prompts, so that no picture is encoded twice.
         `options` go to the diffusers pipeline's own `from_pretrained`.
@@ -92,38 +105,49 @@ class ImagePromptPipeline:
         savers = Savers.check(device, offload, tiling, quantize)
         keep = FeatureFolder(keep_features) if isinstance(keep_features, (str, Path)) else keep_features
         known = find_model(str(model))
-        path, told = find_adapter(known, str(adapter) if adapter is not None else None)
-        file = read_adapter(path)
-        vision = load_encoder(file, told, known, encoder, device, dtype, keep, savers.send_away)
+        opened = [Opened.read(choice, known, faces, device, dtype, keep, savers) for choice in choices(adapter, encoder, variant)]
         pipeline = open_pipeline(known, savers.opens_on, dtype=dtype, **options)
         if type(pipeline).__name__ not in TASKS:
             raise MismatchError(f"{model} is a {type(pipeline).__name__}; image prompts are known for {', '.join(TASKS)}")
         savers.lighten(pipeline)
-        live = build_adapter(file, family_of(pipeline.unet)).attach(pipeline.unet)
-        live.image_kv.to(dtype)  # the projection stays in float32: a resampler's values leave float16's range
-        savers.place(pipeline, live)
+        attached = [one.attach(pipeline.unet, dtype) for one in opened]
+        savers.place(pipeline, *(one.adapter for one in attached))
         if device.startswith("cuda") and offload is None:
             for part in (pipeline.unet, pipeline.vae):
                 part.to(memory_format=torch.channels_last)  # as convolutions in low precision read it
-        return cls(pipeline, live, vision, file.variant, model=known, compile=compile, savers=savers)
+        return cls(pipeline, attached, model=known, compile=compile, savers=savers)
 
-    def image_tokens(self, images: Sequence[Image.Image], *, together: bool = False) -> Tensor:
-        """Pictures -> the image tokens of each result (results, N, D): one result per picture, or one for all `together`."""
-        tokens = self.adapter.tokens(self.encoder.features(images, self.variant.feature))
-        return tokens.flatten(0, 1)[None] if together else tokens
+    @classmethod
+    def from_pipeline(cls, pipeline: Any, adapter: Choice | Sequence[Choice] | None = None, *, model: str = "",
+                      encoder: str | Path | None = None, variant: str | None = None, faces: Any = None,
+                      keep_features: str | Path | Store | None = None) -> Self:  # fmt: skip
+        """Attach adapters to a pipeline of diffusers that is loaded already, such as one with ControlNet.
 
-    def null_tokens(self, tokens: Tensor) -> Tensor:
-        """The image tokens (1, N, D) of "no image", as many as `tokens` (B, N, D) has: what guidance goes away from."""
-        null = self.adapter.tokens(self.encoder.null_features(self.variant))
-        return null.repeat(1, tokens.shape[1] // null.shape[1], 1)  # pictures together have several pictures' tokens
+        `model` is the name of the base model that it was made from, if its adapters are to be said by name. The pipeline keeps its
+        device and precision.
+        """
+        known = find_model(model) if model else KnownModel(type(pipeline).__name__, "", Place(""))
+        keep = FeatureFolder(keep_features) if isinstance(keep_features, (str, Path)) else keep_features
+        device, dtype, savers = str(pipeline.device), pipeline.unet.dtype, Savers(str(pipeline.device))
+        opened = [Opened.read(choice, known, faces, device, dtype, keep, savers) for choice in choices(adapter, encoder, variant)]
+        attached = [one.attach(pipeline.unet, dtype) for one in opened]
+        for one in attached:
+            one.adapter.to(device)
+        return cls(pipeline, attached, model=known, savers=savers)
+
+    def detach(self) -> None:
+        """Give the base model back as it was."""
+        for attached in self.adapters.values():
+            attached.adapter.detach()
 
     @torch.no_grad()
-    def __call__(self, image: Picture | Sequence[Picture], prompt: str = "", *, init_image: Picture | None = None,
+    def __call__(self, image: Heard | Sequence[Heard | Sequence[Heard]], prompt: str = "", *, init_image: Picture | None = None,
                  mask_image: Picture | None = None, batch_size: int = 4, only: int | None = None, on_step: OnStep | None = None,
                  pipeline_options: dict[str, Any] | None = None, **settings: Any) -> Result:  # fmt: skip
-        """Make pictures that follow `image`.
+        """Make pictures that follow `image`: a picture, a file of features, or a `Reference`, which says more about it.
 
-        A list of pictures gives one result each (× num_images); with `together=True` they all prompt the same result.
+        A list of them gives one result each (× num_images); with `together=True` they all prompt the same result, as do those
+        of a list in the list. Each item has its own references, scales, masks and windows.
         `init_image` starts from a picture (`strength` of it is redrawn); `mask_image` redraws its white part only.
         Picture i depends on seed and i alone: another `batch_size` changes it by rounding at most, and `only=i` makes
         picture i of the call again bit for bit (on the same machine). Other settings: see `Settings`;
@@ -132,43 +156,62 @@ class ImagePromptPipeline:
         start = open_image(init_image) if init_image is not None else None
         mask = open_mask(mask_image) if mask_image is not None else None
         chosen = self.resolve(Settings.check(prompt=prompt, **settings), start)
-        pictures = [open_image(p) for p in ([image] if isinstance(image, (str, Path, Image.Image)) else image)]
-        if not pictures:
-            raise SettingError("no image prompt was given: name at least one picture")
+        items = items_of(image, chosen.together)
         if batch_size < 1:
             raise SettingError(f"batch_size = {batch_size}: make at least one picture at once")
         pipeline, options = self._task(start, mask, chosen)
         guided = chosen.guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as diffusers decides
-        tokens = self.image_tokens(pictures, together=chosen.together).repeat_interleave(chosen.num_images, 0)
-        null = self.null_tokens(tokens) if guided else None
-        rounds = [range(i, min(i + batch_size, len(tokens))) for i in range(0, len(tokens), batch_size)]
-        filled = len(rounds[0]) if self.compiled else 0  # a smaller last batch would be compiled anew,
-        heard = chosen.scale != 0 or self.compiled  # and so would a call without an image prompt
+        if chosen.image_guidance is not None and not guided:
+            raise SettingError(
+                f"image_guidance goes beside the text's guidance, which is off at {chosen.guidance}: give more than 1"
+            )
+        call = self._call(chosen, guided)
+        heard = [self.hear(item, call) for item in items]
+        total = len(items) * chosen.num_images
+        rounds = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
+        filled = len(rounds[0]) if self.compiled else 0  # a smaller last batch would be compiled anew
         if only is not None:
-            if only not in range(len(tokens)):
-                raise SettingError(f"only = {only}: this call makes {len(tokens)} pictures, the first is 0")
+            if only not in range(total):
+                raise SettingError(f"only = {only}: this call makes {total} pictures, the first is 0")
             rounds = [chunk for chunk in rounds if only in chunk]
         steps = chosen.steps if start is None else int(chosen.steps * chosen.strength)
         made: dict[int, Image.Image] = {}
         for number, chunk in enumerate(rounds):
             batch = [*chunk, *[chunk[-1]] * (filled - len(chunk))]
-            results = pipeline(
-                prompt=chosen.prompt,
-                negative_prompt=chosen.negative_prompt or None,
-                num_images_per_prompt=len(batch),
-                num_inference_steps=chosen.steps,
-                guidance_scale=chosen.guidance,
-                generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
-                cross_attention_kwargs={KEY: self.adapter.prompt(tokens[batch], null, chosen.scale) if heard else None},
-                callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
-                **options,
-                **(pipeline_options or {}),
-            ).images
+            of_item = {i: [one.prompt() for one in heard[i]] for i in dict.fromkeys(i // chosen.num_images for i in batch)}
+            prompts = batched([of_item[i // chosen.num_images] for i in batch], guided)
+            with nullcontext() if chosen.image_guidance is None else image_guidance(pipeline.unet, chosen.image_guidance):
+                results = pipeline(
+                    prompt=chosen.prompt,
+                    negative_prompt=chosen.negative_prompt or None,
+                    num_images_per_prompt=len(batch),
+                    num_inference_steps=chosen.steps,
+                    guidance_scale=chosen.guidance,
+                    generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
+                    cross_attention_kwargs={KEY: prompts or None},
+                    callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
+                    **options,
+                    **(pipeline_options or {}),
+                ).images
             made |= dict(zip(chunk, results[: len(chunk)], strict=True))
         if start is not None and mask is not None:
             made = {i: keep_outside(picture, start, mask) for i, picture in made.items()}
         kept = [i for i in made if only is None or i == only]
         return Result([made[i] for i in kept], [chosen.seed + i for i in kept], chosen)
+
+    def _call(self, settings: Resolved, guided: bool) -> Call:
+        unit, timesteps = self.pipeline.vae_scale_factor, self.pipeline.scheduler.config.num_train_timesteps
+        size = settings.height // unit, settings.width // unit
+        return Call(guided, settings.scale, settings.overlap, size, timesteps, settings.seed, {})
+
+    def hear(self, item: Item, call: Call) -> list[HeardReference]:
+        """What one result hears, encoded. What has no strength anywhere is left out: the base model is then by itself."""
+        for reference in item:
+            if reference.adapter is not None and reference.adapter not in self.adapters:
+                raise SettingError(f"no adapter {reference.adapter!r} is attached; there are {', '.join(map(repr, self.adapters))}")
+        by = [self.first if reference.adapter is None else self.adapters[reference.adapter] for reference in item]
+        heard = [attached.hear(reference, call) for attached, reference in zip(by, item, strict=True)]
+        return [one for one in share(heard, call.overlap) if one.scale.any() or self.compiled]
 
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Every default filled in: the model's steps, guidance and size, and a seed if none was given."""
@@ -204,8 +247,11 @@ class ImagePromptPipeline:
     def _pipeline(self, task: int) -> Any:
         import diffusers
 
-        name = TASKS[type(self.pipeline).__name__][task]
-        if name == type(self.pipeline).__name__:
+        own = type(self.pipeline).__name__
+        if own not in TASKS and task != TEXT:
+            raise SettingError(f"a {own} has its own way to start from a picture: give it in pipeline_options")
+        name = TASKS[own][task] if own in TASKS else own
+        if name == own:
             return self.pipeline
         flags = {flag: value for flag, value in self.pipeline.config.items() if flag in FLAGS}
         other = getattr(diffusers, name)(**self.pipeline.components, **flags)

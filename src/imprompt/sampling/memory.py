@@ -71,15 +71,18 @@ class Savers:
             pipeline.vae.enable_slicing()
             pipeline.vae.enable_tiling()
 
-    def place(self, pipeline: Any, adapter: Any) -> None:
-        """Put the pipeline and the adapter where they compute, or let them come there when they do."""
+    def place(self, pipeline: Any, *adapters: Any) -> None:
+        """Put the pipeline and its adapters where they compute, or let them come there when they do."""
         if self.offload is None:
-            pipeline.to(self.device)
-            adapter.to(self.device)
+            for part in (pipeline, *adapters):
+                part.to(self.device)
             return
         OFFLOADS[self.offload](pipeline, self.device)
-        for part in (adapter.projection, *adapter.image_kv):
-            visit(part, self.device)
+        for adapter in adapters:
+            for part in (adapter.projection, *adapter.image_kv):
+                visit(part, self.device)
+            if adapter.lora is not None:
+                adapter.lora.to(self.device)  # it is heard at every attention of every step
 
     def again(self, pipeline: Any) -> None:
         """For another pipeline over the same networks: it needs to know which to send away when it is done."""

@@ -1,16 +1,28 @@
 """A request as it stands in the PNG that it made: enough to repeat the picture, and to notice when it cannot be."""
 
-import hashlib
 import json
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from imprompt.errors import ImageError, SettingError, first_line
 from imprompt.files import written_whole
 from imprompt.images import grid, open_image
+from imprompt.sampling.references import (
+    AdapterChoice,
+    AnyItem,
+    AnyPicture,
+    Item,
+    PictureFile,
+    Reference,
+    as_told,
+    files_in,
+    source,
+    with_files,
+)
 from imprompt.sampling.settings import Settings, one_line
 
 if TYPE_CHECKING:
@@ -19,42 +31,16 @@ if TYPE_CHECKING:
 KEY = "imprompt"  # of the PNG's text
 
 
-class PictureFile(BaseModel):
-    """A picture by its path, and a hash of what it held, so that a changed file is noticed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: Path
-    sha256: str = ""
-
-    def check(self) -> None:
-        """ImageError if the file cannot be used, or is not what it was."""
-        open_image(self.path)
-        if any("\ud800" <= letter <= "\udfff" for letter in str(self.path.absolute())):  # what Python makes of other bytes
-            raise ImageError(f"{str(self.path)!r}: its name is no Unicode text, which a result must keep; rename it")
-        if self.sha256 and hash_of(self.path) != self.sha256:
-            raise ImageError(f"{self.path} is not the picture that it was: the result would differ from the one to repeat")
-
-    def with_hash(self) -> "PictureFile":
-        return PictureFile(path=self.path.absolute(), sha256=hash_of(self.path))
-
-
-def _as_picture(value: Any) -> Any:
-    return {"path": value} if isinstance(value, (str, Path)) else value
-
-
-AnyPicture = Annotated[PictureFile, BeforeValidator(_as_picture)]
-
-
 class Request(BaseModel):
     """One call of `imprompt generate`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = "emoji"
-    adapter: str | None = None
+    adapter: str | AdapterChoice | list[str | AdapterChoice] | None = None
     encoder: str | None = None
-    images: list[AnyPicture] = Field(default_factory=list)
+    variant: str | None = None
+    images: list[AnyItem] = Field(default_factory=list)  # each a picture, a reference, or a list of what is heard together
     init_image: AnyPicture | None = None
     mask_image: AnyPicture | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
@@ -71,16 +57,20 @@ class Request(BaseModel):
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
-            raise SettingError(one_line(error)) from error
-        if not request.images:
+            raise SettingError(one_line(error, KNOWN)) from error
+        if not any(request.images):
             raise SettingError("no image prompt was given: name at least one picture")
         if request.mask_image and not request.init_image:
             raise SettingError("a mask says what to redraw of a picture: give that picture too (--init)")
         return request
 
+    @field_serializer("images")
+    def _told(self, images: list[Item]) -> list[Any]:
+        return [as_told(item) for item in images]
+
     def pictures(self) -> list[PictureFile]:
         """Every file that the request reads."""
-        return [*self.images, *(p for p in (self.init_image, self.mask_image) if p is not None)]
+        return list(files_in(self))
 
     def load(self, **machine: Any) -> "ImagePromptPipeline":
         """`machine`: what is not of the request, because it changes no pixels: device, offload, keep_features."""
@@ -93,6 +83,7 @@ class Request(BaseModel):
             self.model,
             adapter=self.adapter,
             encoder=self.encoder,
+            variant=self.variant,
             dtype=dtype,
             compile=self.fast,
             tiling=self.tiling,
@@ -102,9 +93,9 @@ class Request(BaseModel):
 
     def run(self, pipeline: "ImagePromptPipeline", on_step: "OnStep | None" = None) -> "Result":
         return pipeline(
-            [p.path for p in self.images],
-            init_image=self.init_image.path if self.init_image else None,
-            mask_image=self.mask_image.path if self.mask_image else None,
+            self.images,
+            init_image=source(self.init_image),
+            mask_image=source(self.mask_image),
             batch_size=self.batch_size,
             only=self.only,
             on_step=on_step,
@@ -113,13 +104,7 @@ class Request(BaseModel):
 
     def with_hashes(self) -> Self:
         """The same request, every file hashed."""
-        return self.model_copy(
-            update={
-                "images": [p.with_hash() for p in self.images],
-                "init_image": self.init_image.with_hash() if self.init_image else None,
-                "mask_image": self.mask_image.with_hash() if self.mask_image else None,
-            }
-        )
+        return with_files(self, PictureFile.with_hash)
 
     def made(self, result: "Result", index: int) -> str:
         """The JSON that goes into picture `index` of the call: every default filled in."""
@@ -130,8 +115,16 @@ class Request(BaseModel):
         return json.dumps({"imprompt": __version__, **whole.model_dump(mode="json")}, ensure_ascii=False)
 
 
+KNOWN = list(dict.fromkeys([*Settings.model_fields, *Reference.model_fields, *Request.model_fields]))
+
+
 def read_request(path: Path) -> Request:
-    """The request that made a PNG of ours; ImageError if it is none."""
+    """The request in a TOML or JSON file, or that made a PNG of ours; SettingError or ImageError if it is none.
+
+    Paths in a TOML or JSON file are relative to it.
+    """
+    if path.suffix.lower() in FORMATS:
+        return request_file(path)
     open_image(path)
     with Image.open(path) as picture:
         text = getattr(picture, "text", {}).get(KEY)
@@ -146,10 +139,27 @@ def read_request(path: Path) -> Request:
         raise ImageError(f"{path}: its metadata is damaged, or of another imprompt ({error})") from error
 
 
+FORMATS = {".toml": tomllib.loads, ".json": json.loads}
+
+
+def request_file(path: Path) -> Request:
+    """The request in a TOML or JSON file; SettingError."""
+    try:
+        told = FORMATS[path.suffix.lower()](path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read ({first_line(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingError(f"{path} is no {path.suffix[1:].upper()}: {first_line(error)}") from error
+    if not isinstance(told, dict):
+        raise SettingError(f"{path} holds no request: it is to name settings, such as images = ['cat.png']")
+    request = Request.check(**{name: value for name, value in told.items() if name != "imprompt"})
+    return with_files(request, lambda file: file.model_copy(update={"path": path.parent / file.path}))
+
+
 def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
     """Write every picture with its request inside, and a grid of several; for `out` see `results_at`."""
     folder, named = results_at(out)
-    stem = named or request.images[0].path.stem
+    stem = named or next(files_in(request.images)).path.stem
     folder.mkdir(parents=True, exist_ok=True)
     request = request.with_hashes()
     several = len(result.images) > 1
@@ -191,7 +201,3 @@ def save_png(picture: Image.Image, path: Path, text: str | None = None) -> Path:
     except OSError as error:
         raise ImageError(f"cannot write {path}: {first_line(error)}") from error
     return path
-
-
-def hash_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,7 +2,8 @@
 
 import difflib
 import reprlib
-from typing import Annotated, Self
+from collections.abc import Iterable
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,6 +28,8 @@ class Settings(BaseModel, frozen=True):
     height: Annotated[int, Field(ge=8, le=MAX_SIDE)] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] = 0.8
     together: bool = False
+    image_guidance: Annotated[float, Field(ge=0, le=1000)] | None = None  # of the image alone, beside `guidance` of the text
+    overlap: Literal["add", "normalise"] = "add"  # where masks of one result's references overlap
 
     @classmethod
     def check(cls, **values: object) -> Self:
@@ -51,11 +54,11 @@ class Resolved(Settings, frozen=True):
         return self.width, self.height
 
 
-def one_line(error: ValidationError) -> str:
-    """pydantic's first complaint as one sentence: name, value, what is allowed."""
+def one_line(error: ValidationError, known: Iterable[str] = Settings.model_fields) -> str:
+    """pydantic's first complaint as one sentence: name, value, what is allowed. `known`: the settings that could be meant."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"] if part != "settings") or "settings"
     if first["type"] == "extra_forbidden":
-        known = difflib.get_close_matches(name, Settings.model_fields, 1) or Settings.model_fields
-        return f"unknown setting {name!r}; known: {', '.join(known)}"
+        near = difflib.get_close_matches(name.split(".")[-1], known, 1) or known
+        return f"unknown setting {name!r}; known: {', '.join(near)}"
     return f"{name} = {reprlib.repr(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"

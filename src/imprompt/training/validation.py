@@ -17,6 +17,7 @@ from imprompt.adapter import IPAdapter
 from imprompt.encoders.vision import VisionEncoder, preprocess
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.images import WHITE, grid, open_image
+from imprompt.sampling.attached import Attached
 from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.sampling.record import save_png
 from imprompt.sampling.settings import Settings
@@ -166,7 +167,7 @@ class Validator:
             raise SettingError("validation has no image prompts: name pictures in validation.images, or set data.held_out")
         own = copy.copy(pipeline)  # the same models, with a scheduler of its own
         own.scheduler = sampling_scheduler(pipeline.scheduler, recipe.noise.zero_terminal_snr)
-        self.pipe = ImagePromptPipeline(own, adapter, encoder, variant)
+        self.pipe = ImagePromptPipeline(own, Attached(adapter, encoder, variant))
         common = {"steps": plan.steps, "guidance": plan.guidance, "seed": plan.seed, "width": side, "height": side}
         self.columns = [Settings.check(prompt=text, scale=scale, **common) for text in plan.texts for scale in plan.scales]
         for column in self.columns:
@@ -188,13 +189,13 @@ class Validator:
     def _models_ready(self) -> Iterator[None]:
         base = self.pipe.pipeline.unet
         parts = [part for part in self.pipe.pipeline.components.values() if isinstance(part, nn.Module) and part is not base]
-        measuring = [self.pipe.encoder.model, self.measure.model]
+        measuring = [self.pipe.first.encoder.model, self.measure.model]
         # Other batch sizes than training's would be compiled anew, for minutes.
         stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with (
             stance,
             torch.no_grad(),
-            evaluating([base, self.pipe.adapter, *parts, *measuring]),
+            evaluating([base, self.pipe.first.adapter, *parts, *measuring]),
             on_device(parts, base.device, base.dtype),
             on_device(measuring, base.device),
         ):

@@ -1,0 +1,96 @@
+"""A guidance scale for the image beside the one for the text, on any pipeline with classifier-free guidance.
+
+As in InstructPix2Pix (Brooks et al. 2022, arXiv 2211.09800, equation 3), with the image in the place of the source picture:
+
+    e(∅, ∅) + s_image (e(∅, image) − e(∅, ∅)) + s_text (e(text, image) − e(∅, image))
+
+The pipeline sees its own two halves; hooks around the base model run three parts, and give back two of which the pipeline's own
+formula makes that sum. Shape letters as in `imprompt.adapter`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from imprompt.adapter import ImagePrompt
+from imprompt.attention.graft import Computed
+from imprompt.attention.step import KEY
+
+TEXT = ("encoder_hidden_states", "added_cond_kwargs", "encoder_attention_mask", "class_labels")
+
+
+@contextmanager
+def image_guidance(model: nn.Module, scale: float) -> Iterator[None]:
+    """Inside, a pipeline that runs `model` guides by the image with this scale, and by the text with its own guidance scale.
+
+    Its image prompts must hold both halves. A scale equal to the pipeline's own gives what the pipeline gives by itself; each step
+    costs half as much again.
+    """
+    kept: dict[str, Computed] = {}
+
+    def thirds(name: str, value: Any, half: int) -> Any:
+        """Tensors of both halves -> of three parts: no text and no image, no text, both."""
+        middle = 0 if name in TEXT else half  # the text's unconditional half is heard twice, anything else's conditional one
+
+        def three(tensor: Tensor) -> Tensor:
+            if tensor.ndim == 0 or len(tensor) != 2 * half:
+                return tensor
+            return torch.cat([tensor[:half], tensor[middle : middle + half], tensor[half:]])
+
+        if name == "encoder_hidden_states":  # the same tensor in every step, so that it is known to be the same text
+            return kept.setdefault(name, Computed()).get(lambda _: ([value], None), lambda: three(value))
+        return tree_map_only(Tensor, three, value)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+        half = len(given["sample"]) // 2
+        told = given.get("cross_attention_kwargs") or {}
+        prompts = kept.setdefault(KEY, Computed()).get(lambda _: ([told.get(KEY)], None), lambda: in_thirds(told.get(KEY), half))
+        new = {name: thirds(name, value, half) for name, value in given.items() if name != "cross_attention_kwargs"}
+        return (), {**new, "cross_attention_kwargs": {**told, KEY: prompts}}
+
+    def after(_: nn.Module, __: Any, out: Any) -> Any:
+        if isinstance(out, tuple):
+            return (in_halves(out[0], scale), *out[1:])
+        out.sample = in_halves(out.sample, scale)
+        return out
+
+    hooks = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True), model.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def in_halves(noise: Tensor, scale: float) -> Tensor:
+    """e(∅, ∅), e(∅, image), e(text, image) -> a and b, so that a + s_text (b − a) is the sum above for every s_text."""
+    neither, image, both = noise.chunk(3)
+    guided = torch.lerp(neither, image, scale)
+    return torch.cat([guided, guided + (both - image)])
+
+
+def in_thirds(prompts: Any, half: int) -> Any:
+    """Image prompts of both halves -> of three parts, the last two with the image."""
+    if isinstance(prompts, list | tuple) and not isinstance(prompts, ImagePrompt):
+        return [in_thirds(prompt, half) for prompt in prompts]
+    if prompts is None:
+        return None
+
+    def three(tensor: Tensor, items: int = 0) -> Tensor:
+        if tensor.shape[items] != 2 * half:
+            return tensor
+        none, image = tensor.split(half, items)
+        return torch.cat([none, image, image], items)
+
+    return prompts._replace(
+        keys=tuple(map(three, prompts.keys)),
+        values=tuple(map(three, prompts.values)),
+        scale=three(prompts.scale, 1),
+        mask=None if prompts.mask is None else three(prompts.mask),
+        bias=None if prompts.bias is None else three(prompts.bias),
+    )

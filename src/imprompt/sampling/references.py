@@ -1,0 +1,206 @@
+"""What a user says of an image prompt: which pictures, how they combine, how strongly they are heard, where and when.
+
+A `Reference` is heard as one; a result can hear several. It is what a request file and the PNG's metadata hold, and it is checked
+without torch, before any weights are read. Shape letters as in `imprompt.adapter`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError, model_validator
+
+from imprompt.encoders.noise import Noise
+from imprompt.encoders.preparation import Checked, Crop
+from imprompt.errors import ImageError, SettingError
+from imprompt.images import open_image
+from imprompt.sampling.settings import one_line
+
+FEATURES = (".safetensors", ".ipadpt")  # files of image features, which stand for pictures
+
+
+class PictureFile(BaseModel):
+    """A picture, or image features, by its path, and a hash of what it held, so that a changed file is noticed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path
+    sha256: str = ""
+
+    def check(self) -> None:
+        """ImageError if the file cannot be used, or is not what it was."""
+        if not is_features(self):
+            open_image(self.path)
+        elif not self.path.is_file():
+            raise ImageError(f"{self.path}: there is no such file")
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.path.absolute())):  # what Python makes of other bytes
+            raise ImageError(f"{str(self.path)!r}: its name is no Unicode text, which a result must keep; rename it")
+        if self.sha256 and hash_of(self.path) != self.sha256:
+            raise ImageError(f"{self.path} is not the picture that it was: the result would differ from the one to repeat")
+
+    def with_hash(self) -> "PictureFile":
+        return PictureFile(path=self.path.absolute(), sha256=hash_of(self.path))
+
+
+def is_features(image: Any) -> bool:
+    """Whether a file holds features and no picture, by its ending."""
+    return isinstance(image, PictureFile) and image.path.suffix.lower() in FEATURES
+
+
+def source(picture: Any) -> Any:
+    """What `images.open_image` and `open_mask` take."""
+    return picture.path if isinstance(picture, PictureFile) else picture
+
+
+def hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _as_file(value: Any) -> Any:
+    return {"path": value} if isinstance(value, (str, Path)) else value
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+AnyPicture = Annotated[PictureFile | InstanceOf[Image.Image], BeforeValidator(_as_file)]
+Pictures = Annotated[tuple[AnyPicture, ...], BeforeValidator(_as_list)]
+Factor = Annotated[float, Field(ge=-10, le=10)]
+
+
+class Reference(Checked):
+    """Pictures that are heard as one image prompt. Its mathematics, and the names that it knows, are `sampling.controls`'.
+
+    images          one or several; a file that `imprompt embed` wrote stands for the pictures whose features it holds
+    combine         what several become: "concat" (all their tokens in one attention), "add", "subtract", "average", "norm-average",
+                    "max" or "min" (of their features)
+    weights         of the images; 2 is as if an image were given twice, 0 as if it were not
+    adapter         which of the pipeline's adapters hears them; the first if not given
+    scale           how strongly they are heard; the call's own if not given
+    embeds_scaling  what the scale acts on
+    blocks, boost   which cross-attentions hear them: a preset, or a map of patterns to factors: `sampling.blocks`
+    start, end      from which to which fraction of the noise schedule they are heard
+    easing          how, between: a name, or points (progress of the schedule, factor)
+    mask            where the result hears them: white in full, grey partly, black not at all
+    negative        what guidance goes away from, in place of "no image": pictures, or noise made of the first image
+    crop, sharpening, ignore  how they are made ready: `encoders.preparation`
+    face            of a picture with several faces: "largest", or which, by number from the left
+    """
+
+    images: Annotated[Pictures, Field(min_length=1)]
+    combine: str = "concat"
+    weights: tuple[Factor, ...] | None = None
+    adapter: str | None = None
+    scale: Factor | None = None
+    embeds_scaling: str = "V only"
+    blocks: str | float | dict[str, Any] = "linear"
+    boost: Factor = 1.0
+    start: Annotated[float, Field(ge=0, le=1)] = 0.0
+    end: Annotated[float, Field(ge=0, le=1)] = 1.0
+    easing: str | tuple[tuple[float, float], ...] = "constant"
+    mask: AnyPicture | None = None
+    negative: Noise | Pictures | None = None
+    crop: Crop = "center"
+    sharpening: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ignore: AnyPicture | None = None
+    face: Annotated[int, Field(ge=0)] | Literal["largest"] | None = None
+
+    @model_validator(mode="after")
+    def _weights_match(self) -> "Reference":
+        if self.weights is not None and len(self.weights) != len(self.images) and not self.has_features:
+            raise SettingError(f"{len(self.weights)} weights for {len(self.images)} pictures: give one for each")
+        return self
+
+    @property
+    def has_features(self) -> bool:
+        """Whether a file of features is among the images: how many pictures it stands for shows when it is read."""
+        return any(map(is_features, self.images))
+
+
+Item = tuple[Reference, ...]  # what one result hears
+
+
+def _as_item(value: Any) -> Any:
+    if isinstance(value, Reference | PictureFile) or not isinstance(value, list | tuple):
+        value = [value]
+    return [
+        part if isinstance(part, Reference) or (isinstance(part, dict) and "images" in part) else {"images": part} for part in value
+    ]
+
+
+AnyItem = Annotated[Item, BeforeValidator(_as_item)]
+
+
+class AdapterChoice(Checked):
+    """One of a pipeline's adapters.
+
+    adapter     one of the model's adapters by name (its first if not given), a file, a folder, or a file on the Hub
+    name        by which references say that they are heard by it; the adapter's own, or its file's, if not given
+    encoder     folder or Hub id of the image encoder, if the adapter does not say
+    variant     what the adapter's tensors cannot tell
+    lora_scale  strength of the low-rank part that FaceID adapters have
+    """
+
+    adapter: str | None = None
+    name: str = ""
+    encoder: str | None = None
+    variant: str | None = None
+    lora_scale: Factor = 1.0
+
+    @property
+    def known_as(self) -> str:
+        return self.name or Path(self.adapter or "").name.removesuffix(".safetensors").removesuffix(".bin")
+
+
+def as_told(item: Item) -> Any:
+    """An item as JSON, without what is not said: a lone picture by its path and hash."""
+    told = [reference.model_dump(mode="json", exclude_defaults=True) for reference in item]
+    if len(told) > 1:
+        return told
+    return told[0]["images"][0] if told[0].keys() == {"images"} and len(told[0]["images"]) == 1 else told[0]
+
+
+def joined(items: Sequence[Item]) -> Item:
+    """What one result hears of all items together: plain pictures as one prompt, others each as its own."""
+    plain = all(len(item) == 1 and item[0] == Reference(images=item[0].images) for item in items)
+    if plain:
+        return (Reference(images=tuple(image for (only,) in items for image in only.images)),)
+    return tuple(reference for item in items for reference in item)
+
+
+def items_of(image: Any, together: bool) -> list[Item]:
+    """What a user gives as image prompts -> what each result hears; SettingError if that is nothing."""
+    given = list(image) if isinstance(image, list | tuple) else [image]
+    try:
+        items = TypeAdapter(list[AnyItem]).validate_python(given)
+    except ValidationError as error:
+        raise SettingError(one_line(error, Reference.model_fields)) from error
+    if not any(items):
+        raise SettingError("no image prompt was given: name at least one picture")
+    return [joined(items)] if together else items
+
+
+def files_in(value: Any) -> Iterator[PictureFile]:
+    """Every file that a request, or a part of it, names."""
+    if isinstance(value, PictureFile):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from files_in(getattr(value, name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from files_in(part)
+
+
+def with_files(value: Any, change: Callable[[PictureFile], PictureFile]) -> Any:
+    """The same with every file changed."""
+    if isinstance(value, PictureFile):
+        return change(value)
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: with_files(getattr(value, name), change) for name in type(value).model_fields})
+    if isinstance(value, list | tuple):
+        return type(value)(with_files(part, change) for part in value)
+    return value

@@ -1,0 +1,364 @@
+"""Image prompts as a user composes them: regions, several references and adapters, request files, image guidance."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+from PIL import Image
+from torch import Tensor
+
+from imprompt import ImagePromptPipeline, Reference
+from imprompt.attention import family_of
+from imprompt.encoders.embeddings import Embedding, save_embedding
+from imprompt.encoders.noise import Noise
+from imprompt.errors import ImpromptError, MismatchError, SettingError
+from imprompt.sampling.attached import Attached
+from imprompt.sampling.generate import FLAGS
+from imprompt.sampling.guidance import image_guidance
+from imprompt.sampling.record import Request, read_request, save_results
+from imprompt.sampling.references import AdapterChoice
+from imprompt.variants import variant
+from tests.tiny import (
+    PIPELINES,
+    freeze,
+    noise,
+    noise_inputs,
+    pictures,
+    quiet,
+    random_prompt,
+    seeded,
+    tiny_adapter,
+    tiny_encoder,
+    tiny_unet,
+)
+
+BLUE, YELLOW, RED = (Image.new("RGB", (64, 64), colour) for colour in ((30, 60, 220), (240, 200, 0), (220, 20, 20)))
+QUICK: dict[str, Any] = {"steps": 6, "seed": 3}
+
+
+def side(left: bool) -> Image.Image:
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64) if left else (32, 0, 64, 64))
+    return mask
+
+
+LEFT, RIGHT = side(True), side(False)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ImagePromptPipeline:
+    return ImagePromptPipeline.from_pretrained("emoji", adapter=["base", AdapterChoice(adapter="plus", name="fine")], device="cpu")
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    return int(abs(pixels(one) - pixels(other)).max())
+
+
+def colour(picture: Image.Image, left: bool) -> np.ndarray:
+    """The median colour of the outer third of a half."""
+    return np.median(pixels(picture)[:, :20] if left else pixels(picture)[:, -20:], axis=(0, 1))
+
+
+def test_two_prompts_in_two_regions(pipe: ImagePromptPipeline) -> None:
+    item = [Reference(images=BLUE, mask=LEFT), Reference(images=YELLOW, mask=RIGHT)]
+    made = pipe(item, together=True, seed=1).images[0]
+    assert np.abs(colour(made, True) - (30, 60, 220)).max() < 50
+    assert np.abs(colour(made, False) - (240, 200, 0)).max() < 50
+    assert difference(made, pipe([item], seed=1).images[0]) == 0  # a list in the list is heard together too
+
+
+def test_every_item_is_as_if_it_were_alone(pipe: ImagePromptPipeline) -> None:
+    """Other images, scales, masks, windows, adapters and combinations beside each other in one forward pass."""
+    items = [
+        [Reference(images=BLUE, mask=LEFT), Reference(images=YELLOW, mask=RIGHT, scale=0.7, adapter="fine")],
+        Reference(images=RED, start=0, end=0.5, easing="ease out"),
+        Reference(images=[BLUE, RED], weights=[1, 2], negative=YELLOW),
+        [Reference(images=[BLUE, YELLOW], combine="average", blocks={"up_blocks": 1, "mid_block": 0.5}), YELLOW],
+        BLUE,
+    ]
+    together = pipe(items, batch_size=len(items), **QUICK).images
+    for number, item in enumerate(items):
+        alone = pipe([item], **QUICK | {"seed": QUICK["seed"] + number}).images[0]
+        assert difference(together[number], alone) <= 1, number
+    assert min(difference(a, b) for i, a in enumerate(together) for b in together[:i]) > 5
+
+
+def test_neighbours_in_a_batch_do_not_matter_at_all(pipe: ImagePromptPipeline) -> None:
+    """Bit for bit, while the batch has the same size and asks the same kinds of prompt."""
+    mine = Reference(images=RED, mask=LEFT, scale=0.8, start=0.2)
+    others = [Reference(images=picture, mask=RIGHT, end=0.6) for picture in (BLUE, YELLOW)]
+    first, second = (pipe([mine, other], **QUICK).images[0] for other in others)
+    assert difference(first, second) == 0
+
+
+def test_what_a_reference_does_not_say_is_the_plain_prompt(pipe: ImagePromptPipeline) -> None:
+    plain = pipe(BLUE, scale=0.6, **QUICK).images[0]
+    for same in (
+        Reference(images=BLUE),
+        Reference(images=BLUE, mask=Image.new("L", (40, 70), 255)),
+        Reference(images=[BLUE, RED], weights=[1, 0]),
+        Reference(images=BLUE, combine="norm-average", blocks={"*": 1}, boost=1),
+        Reference(images=BLUE, scale=0.6, easing=((0, 1), (1, 1))),
+    ):
+        assert difference(pipe(same, scale=0.6, **QUICK).images[0], plain) <= 1, same
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"scale": 0.3},
+        {"blocks": {"down_blocks": 1}},
+        {"end": 0.3},
+        {"easing": "ease out"},
+        {"negative": YELLOW},
+        {"negative": Noise(kind="shuffle")},
+        {"embeds_scaling": "K+mean(V) w/ C penalty"},
+        {"crop": "left"},
+        {"crop": "tiles"},
+        {"crop": "pad"},
+        {"sharpening": 1.0},
+        {"ignore": LEFT.resize((96, 48))},
+        {"mask": LEFT},
+        {"adapter": "fine"},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_everything_that_can_be_said_is_heard(pipe: ImagePromptPipeline, said: dict[str, Any]) -> None:
+    picture = Image.new("RGB", (96, 48), (200, 40, 90))
+    picture.paste((20, 160, 60), (0, 0, 40, 48))
+    picture.paste((250, 240, 230), (60, 10, 70, 40))
+    plain, other = (pipe(Reference(images=picture, **own), **QUICK).images[0] for own in ({}, said))
+    assert difference(plain, other) > 3
+    assert difference(other, pipe(Reference(images=picture, **said), **QUICK).images[0]) == 0
+
+
+def test_overlapping_regions(pipe: ImagePromptPipeline) -> None:
+    twice = [Reference(images=BLUE, mask=LEFT)] * 2
+    once = pipe(Reference(images=BLUE, mask=LEFT), **QUICK).images[0]
+    assert difference(pipe([twice], overlap="normalise", **QUICK).images[0], once) <= 1
+    assert difference(pipe([twice], overlap="add", **QUICK).images[0], once) > 5
+
+
+def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+    file = tmp_path / "blue.safetensors"
+    by = pipe.first
+    save_embedding(
+        file, Embedding(by.encoder.features([BLUE, RED], "pooled"), "pooled", by.encoder.source, by.encoder.fingerprint())
+    )
+    saved = pipe(Reference(images=file, weights=[2, 1]), **QUICK).images[0]
+    assert difference(saved, pipe(Reference(images=[BLUE, RED], weights=[2, 1]), **QUICK).images[0]) == 0
+    with pytest.raises(MismatchError, match="this adapter reads penultimate"):
+        pipe(Reference(images=file, adapter="fine"), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("item", "settings", "says"),
+    [
+        (Reference(images=BLUE, adapter="plus"), {}, "no adapter 'plus' is attached; there are 'base', 'fine'"),
+        (Reference(images=BLUE, blocks="styel transfer"), {}, "unknown blocks 'styel transfer'; near: style transfer"),
+        (Reference(images=BLUE, blocks="composition"), {}, "known for SD 1.x and SDXL only; for this UNet give a map"),
+        (Reference(images=BLUE, easing="slow"), {}, "unknown easing 'slow'; known: constant"),
+        (Reference(images=BLUE, start=0.5, end=0.5), {}, "give 0 <= start < end <= 1"),
+        (Reference(images=[BLUE, RED], combine="mix"), {}, "combine = 'mix' is unknown; "),
+        (Reference(images=BLUE, mask=Image.new("L", (8, 8))), {}, "a mask that is 0 everywhere"),
+        (Reference(images=BLUE, embeds_scaling="V"), {}, "unknown scaling 'V'"),
+        (Reference(images=BLUE, ignore=Image.new("L", (8, 64))), {}, "does not fit a picture of 64×64"),
+        ({"images": [], "mask": None}, {}, "images = "),
+        ({"images": BLUE, "colour": 3}, {}, "unknown setting '0.0.colour'; known: "),
+        (BLUE, {"image_guidance": 2, "guidance": 1}, "image_guidance goes beside the text's guidance, which is off at 1.0"),
+        ([], {}, "no image prompt was given"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_wrong_use_is_one_line(pipe: ImagePromptPipeline, item: Any, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ImpromptError) as caught:
+        pipe([item] if item else [], **QUICK | settings)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"weights": [1]}, "1 weights for 2 pictures: give one for each"),
+        ({"crop": "centre"}, "did you mean 'center'"),
+        ({"negative": {"kind": "disolve"}}, "did you mean 'dissolve'"),
+        ({"scale": 99}, "scale = 99"),
+        ({"wieghts": [1, 2]}, "unknown setting 'wieghts'; known: weights"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_a_wrong_reference_is_one_line(said: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        Reference.check(images=["a.png", "b.png"], **said)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_request_file_is_what_the_picture_tells(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+    for name, picture in {"blue": BLUE, "red": RED, "left": LEFT}.items():
+        picture.save(tmp_path / f"{name}.png")
+    (tmp_path / "request.toml").write_text(
+        """
+        adapter = ["base", {adapter = "plus", name = "fine"}]
+        images = [
+            [{images = "blue.png", mask = "left.png"}, {images = ["red.png", "blue.png"], weights = [2, 1], adapter = "fine"}],
+            "red.png",
+        ]
+        settings = {steps = 4, seed = 5, image_guidance = 2.0, overlap = "normalise"}
+        """
+    )
+    request = read_request(tmp_path / "request.toml")
+    result = request.run(pipe)
+    paths = save_results(result, request, tmp_path / "out")
+    for path, picture in zip(paths, result.images, strict=False):
+        told = read_request(path)
+        assert difference(told.run(pipe).images[0], picture) == 0
+        assert [file.path for file in told.pictures()] == [file.path for file in request.pictures()]
+        (tmp_path / "again.json").write_text(Image.open(path).text["imprompt"])
+        assert read_request(tmp_path / "again.json") == told
+    told = json.loads(Image.open(paths[1]).text["imprompt"])
+    assert told["images"][1].keys() == {"path", "sha256"}  # a lone picture stays as simple as it was
+    assert told["images"][0][1]["weights"] == [2.0, 1.0]
+    RED.save(tmp_path / "left.png")
+    with pytest.raises(ImpromptError, match=r"left\.png is not the picture that it was"):
+        [file.check() for file in read_request(paths[0]).pictures()]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.toml", "images = [", "is no TOML"),
+        ("a.json", "[1]", "holds no request"),
+        ("a.json", '{"images": ["a.png"], "modle": "emoji"}', "unknown setting 'modle'; known: model"),
+        ("a.toml", "images = ['a.png']\n[settings]\nstep = 3", "unknown setting 'step'; known: steps"),
+        ("a.toml", "images = [{images = 'a.png', blok = 1}]", "known: blocks"),
+    ],
+)
+def test_a_wrong_request_file_is_one_line(tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingError) as caught:
+        read_request(tmp_path / name)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_old_metadata_is_read_as_it_was() -> None:
+    request = Request.check(images=[{"path": "a.png", "sha256": "1"}, {"path": "b.png"}], settings={"together": True})
+    assert request.images[0] == (Reference(images=[{"path": "a.png", "sha256": "1"}]),)
+    assert json.loads(request.model_dump_json())["images"][1] == {"path": "b.png"}
+
+
+@pytest.fixture(params=["sd1", "sdxl"])
+def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], Any]:
+    """A base model, its inputs for two items with guidance, and an adapter."""
+    unet = tiny_unet(request.param)
+    adapter = tiny_adapter(unet).attach(unet)
+    inputs = noise_inputs(unet, 4)
+    inputs["sample"], inputs["timestep"] = inputs["sample"][:2].repeat(2, 1, 1, 1), torch.tensor(500)
+    if "added_cond_kwargs" in inputs:  # the size goes with the item, the pooled text with the half
+        inputs["added_cond_kwargs"]["time_ids"][[1, 3]] += 8
+    return unet, inputs, adapter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, 7.0])
+def test_image_guidance_is_the_sum_of_three(guided: Any, scale: float) -> None:
+    unet, inputs, adapter = guided
+    text, window = 7.0, torch.linspace(0.2, 1.5, 1000).expand(len(adapter.image_kv), 4, 1000)
+    prompts = [random_prompt(adapter, 4)._replace(mask=torch.rand(4, 8, 4)), random_prompt(adapter, 4, window, seed=9)]
+
+    def part(of_text: int, of_image: int) -> Tensor:
+        rows = slice(2 * of_text, 2 * of_text + 2)
+        items = slice(2 * of_image, 2 * of_image + 2)
+        own = {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in inputs.items()}
+        if "added_cond_kwargs" in own:
+            own["added_cond_kwargs"] = {name: value[rows] for name, value in own["added_cond_kwargs"].items()}
+        heard = [
+            prompt._replace(
+                keys=tuple(key[items] for key in prompt.keys),
+                values=tuple(value[items] for value in prompt.values),
+                scale=prompt.scale[:, items] if prompt.scale.shape[1] > 1 else prompt.scale,
+                mask=None if prompt.mask is None else prompt.mask[items],
+            )
+            for prompt in prompts
+        ]
+        return noise(unet, own, heard)
+
+    neither, image, both = part(0, 0), part(0, 1), part(1, 1)
+    expected = neither + scale * (image - neither) + text * (both - image)
+    with image_guidance(unet, scale):
+        for _ in range(2):
+            first, second = noise(unet, inputs, prompts).chunk(2)
+    torch.testing.assert_close(first + text * (second - first), expected, rtol=0, atol=2e-5)
+    plain, other = noise(unet, inputs, prompts).chunk(2)  # and nothing is left of it afterwards
+    torch.testing.assert_close(torch.cat([plain, other]), torch.cat([neither, both]), rtol=0, atol=1e-5)
+
+
+def test_image_guidance_as_strong_as_the_text_s_changes_nothing(pipe: ImagePromptPipeline) -> None:
+    plain = pipe(BLUE, "a rocket", scale=0.7, guidance=4, **QUICK).images[0]
+    same, more = (pipe(BLUE, "a rocket", scale=0.7, guidance=4, image_guidance=s, **QUICK).images[0] for s in (4, 1))
+    assert difference(plain, same) <= 1
+    assert difference(plain, more) > 5
+
+
+def with_controlnet(pipe: Any) -> Any:
+    with seeded(11):
+        net = freeze(ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8)))
+        torch.nn.init.normal_(net.controlnet_mid_block.weight, std=0.05)
+    kind = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "ControlNetPipeline"))
+    flags = {name: value for name, value in pipe.config.items() if name in FLAGS}
+    return quiet(kind(**pipe.components, controlnet=net, **flags))
+
+
+@pytest.mark.parametrize("base", PIPELINES)
+def test_on_a_pipeline_of_diffusers(base: str) -> None:
+    """Any that is loaded already; here its own text to image, and the same with ControlNet."""
+    plain, control = PIPELINES[base](), with_controlnet(PIPELINES[base]())
+    results = []
+    for pipeline in (plain, control):
+        live = tiny_adapter(pipeline.unet).attach(pipeline.unet)
+        pipe = ImagePromptPipeline(pipeline, Attached(live, tiny_encoder(), variant("base")))
+        options = {"image": pictures(1)[0].resize((32, 32))} if pipeline is control else {}
+        settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32, "pipeline_options": options}
+        halves = [Reference(images=pictures(1)[0], mask=LEFT), Reference(images=pictures(2)[1], mask=RIGHT, blocks=0.5)]
+        results.append(pipe([halves], **settings).images[0])
+        assert difference(results[-1], pipe(BLUE, scale=0, **settings).images[0]) > 0
+        pipe.detach()
+        assert not pipeline.unet._forward_pre_hooks
+    assert difference(*results) > 0
+    with pytest.raises(SettingError, match="has its own way to start from a picture"):
+        ImagePromptPipeline(control, Attached(live.attach(control.unet), tiny_encoder(), variant("base")))(
+            BLUE, init_image=BLUE, steps=2
+        )
+
+
+def test_published_presets_on_a_model_of_their_structure() -> None:
+    pipeline = PIPELINES["sdxl"]()
+    with seeded(1):
+        live = tiny_adapter(pipeline.unet).attach(pipeline.unet)
+    pipe = ImagePromptPipeline(pipeline, Attached(live, tiny_encoder(), variant("base")))
+    settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32}
+    picture = pictures(1)[0]
+    named = pipe(Reference(images=picture, blocks="style transfer"), **settings).images[0]
+    mapped = pipe(Reference(images=picture, blocks={"up_blocks.0.attentions.1": 1.0}), **settings).images[0]
+    precise = pipe(Reference(images=picture, blocks="style transfer precise"), **settings).images[0]
+    assert difference(named, mapped) == 0
+    assert family_of(pipeline.unet).sites(pipeline.unet)
+    assert difference(named, precise) > 0
+
+
+def test_several_adapters_say_their_own() -> None:
+    with pytest.raises(SettingError, match="encoder and variant are for a single adapter"):
+        ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "plus"], encoder="elsewhere", device="cpu")
+    with pytest.raises(SettingError, match="two adapters are called 'base'"):
+        ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "base"], device="cpu")

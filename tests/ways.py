@@ -1,0 +1,229 @@
+"""Ways to make pictures, run twice: as imprompt does it, and the plain way, with every site written out anew.
+
+`tests.test_same_pixels` has imprompt's own ways, `tests.test_ecosystem` those of other tools.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from imprompt.adapter import ImagePrompt, IPAdapter, split_heads
+from imprompt.attention import family_of
+from imprompt.attention.unet import FAMILY
+from imprompt.sampling.generate import TASKS
+from tests.tiny import PIPELINES, pictures, quiet, seeded, tiny_adapter, tiny_unet
+
+SIDE = 32  # pixels; 16 latents
+STEPS = 3
+TOLERANCE = 1e-5  # of pixels between 0 and 1, in float32
+SIZE = {"width": SIDE, "height": SIDE}
+KEY = "ip_hidden_states"
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One adapter's prompt: image tokens, how strongly they are heard, where and when."""
+
+    variant: str = "base"
+    tokens: int = 4  # a picture's
+    scale: float = 0.7
+    sites: tuple[float, ...] = ()  # factors by site, repeated over the sites
+    mask: Tensor | None = None  # (1, h, w)
+    window: tuple[int, int] = (0, 1000)  # timesteps at which it is heard
+    alike: bool = False  # one prompt for the whole batch
+    seed: int = 1
+
+    def tokens_of(self, adapter: IPAdapter, batch: int) -> Tensor:
+        """(B or 1, N, D)"""
+        with seeded(self.seed):
+            return torch.randn(1 if self.alike else batch, self.tokens, adapter.image_kv[0].to_k.in_features)
+
+    def factors(self, sites: int) -> Tensor:
+        return self.scale * torch.tensor([*(self.sites or (1.0,))] * sites)[:sites]
+
+    def prompt(self, adapter: IPAdapter, batch: int) -> ImagePrompt:
+        table = self.factors(len(adapter.image_kv))
+        if self.window != (0, 1000):
+            times = torch.arange(1000)
+            table = table[:, None, None] * ((times >= self.window[0]) & (times < self.window[1]))
+        return adapter.prompt(self.tokens_of(adapter, batch), scale=table)._replace(mask=self.mask)
+
+
+def same(pipe: Any) -> Any:
+    return pipe
+
+
+@dataclass(frozen=True)
+class Way:
+    """How pictures are made."""
+
+    name: str
+    heard: Sequence[Heard] = (Heard(),)
+    task: int = 0  # of TASKS: text, image to image, inpainting
+    guidance: float = 5.0
+    batch: int = 2
+    order: tuple[str, ...] = ()  # what the parts of the base model's batch are; without: as guidance has it
+    frames: int = 1  # of a video; they are items of the batch
+    options: dict[str, Any] = field(default_factory=dict)  # of the pipeline's call
+    made: Callable[[Any], Any] = same  # done to the pipeline, before an adapter is attached
+    after: Callable[[Any], Any] = same  # the same, after
+    ready: Callable[[Any], Any] = same  # done to the pipeline that uses the prepared prompt, and not to the plain one
+    pipelines: Sequence[str] = ("sd1", "sdxl")
+    small: bool = False  # the fewest sites that a UNet can have
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.order or (("null", "prompt") if self.guidance > 1 else ("prompt",))
+
+    @property
+    def items(self) -> int:
+        """The base model's batch."""
+        return len(self.parts) * self.batch * self.frames
+
+
+def half(upper: bool) -> Tensor:
+    mask = torch.zeros(1, 8, 6)
+    mask[:, :4] = 1
+    return mask if upper else 1 - mask
+
+
+TWO = (Heard(mask=half(True)), Heard("plus", tokens=5, scale=0.4, mask=half(False), seed=2))
+START = {"image": pictures(1)[0].resize((SIDE, SIDE)), "strength": 0.9}
+
+
+class Plain:
+    """A site's attention, written out anew: nothing is prepared. Latents are higher than wide as the mask's aspect says."""
+
+    def __init__(self, site: int, adapters: Sequence[IPAdapter], way: Way, aspect: float) -> None:
+        self.site, self.adapters, self.way, self.aspect = site, adapters, way, aspect
+        self.timestep = 0.0
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        query = split_heads(attn.to_q(hidden_states), attn.heads)
+        out = softmax_attention(query, *(split_heads(layer(encoder_hidden_states), attn.heads) for layer in (attn.to_k, attn.to_v)))
+        for adapter, heard in zip(self.adapters, self.way.heard, strict=True):
+            kv, tokens = adapter.image_kv[self.site], heard.tokens_of(adapter, len(query)).expand(len(query), -1, -1)
+            image = softmax_attention(query, *(split_heads(layer(tokens), attn.heads) for layer in (kv.to_k, kv.to_v)))
+            scale = heard.factors(len(adapter.image_kv))[self.site] * (heard.window[0] <= self.timestep < heard.window[1])
+            if heard.mask is not None:
+                columns = round((query.shape[2] / self.aspect) ** 0.5)
+                seen = F.interpolate(heard.mask[None], (query.shape[2] // columns, columns), mode="area")
+                image = image * seen.flatten(2)[..., None]
+            out = out + scale * image
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1) @ value
+
+
+@contextmanager
+def plainly(unet: Any, adapters: Sequence[IPAdapter], way: Way) -> Iterator[None]:
+    """The UNet's sites hear the adapters; the parts of its batch are checked to be what `way` says."""
+    aspect = way.options.get("height", SIDE) / way.options.get("width", SIDE)
+    sites = [Plain(number, adapters, way, aspect) for number in range(len(adapters[0].image_kv))]
+    for site, processor in zip(family_of(unet).sites(unet).values(), sites, strict=True):
+        site.set_processor(processor)
+
+    def tell(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(FAMILY.arguments, args, strict=False)) | kwargs
+        text = given["encoder_hidden_states"]
+        assert len(text) == way.items
+        texts = text.chunk(len(way.parts))
+        for (one, a), (other, b) in zip(
+            zip(way.parts, texts, strict=True), zip(way.parts[1:], texts[1:], strict=True), strict=False
+        ):
+            assert (one == other) == torch.equal(a, b)
+        for site in sites:
+            site.timestep = float(given["timestep"])
+
+    hook = unet.register_forward_pre_hook(tell, with_kwargs=True)
+    yield
+    hook.remove()
+
+
+def run(pipe: Any, way: Way, **options: Any) -> Tensor:
+    """Pixels between 0 and 1."""
+    told = {"prompt": ["a cat", "two dogs"][: way.batch]} | way.options | options
+    pixels = pipe(
+        num_inference_steps=STEPS,
+        guidance_scale=way.guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in range(way.batch)],
+        output_type="pt",
+        **{name: [value] * way.batch if isinstance(value, Image.Image) else value for name, value in told.items()},
+    )[0]
+    return torch.as_tensor(pixels)
+
+
+def flags(pipe: Any) -> dict[str, Any]:
+    return {
+        flag: value for flag, value in pipe.config.items() if flag in ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    }
+
+
+def as_pipeline(pipe: Any, name: str, **components: Any) -> Any:
+    """diffusers' pipeline of that name, over those of the same components that it takes, and others."""
+    pipeline_class = getattr(diffusers, name)
+    takes = inspect.signature(pipeline_class.__init__).parameters
+    given = pipe.components | flags(pipe) | components
+    return quiet(pipeline_class(**{part: value for part, value in given.items() if part in takes}))
+
+
+FEW = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+}
+FEW_OF_SDXL = FEW | {"transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4)}
+
+
+def few_sites(base: str, **overrides: Any) -> Any:
+    return tiny_unet(base, **(FEW_OF_SDXL if base == "sdxl" else FEW) | overrides)
+
+
+@cache
+def model(base: str, small: bool) -> Any:
+    pipe = PIPELINES[base]()
+    if small:
+        pipe.unet = few_sites(base)
+    pipe.unet.register_to_config(sample_size=64)  # some pipelines compare it
+    return pipe
+
+
+def pipeline(base: str, way: Way) -> Any:
+    """A new pipeline each time, with the same weights."""
+    pipe = deepcopy(model(base, way.small))
+    name = TASKS[type(pipe).__name__][way.task]
+    return way.made(pipe if name == type(pipe).__name__ else as_pipeline(pipe, name))
+
+
+@torch.no_grad()
+def check_same_pixels(base: str, way: Way) -> None:
+    """Raise AssertionError unless the prepared prompt gives the plain way's pixels, and is heard."""
+    plain, ours = pipeline(base, way), pipeline(base, way)
+    adapters = [tiny_adapter(plain.unet, heard.variant, seed=heard.seed + 20) for heard in way.heard]
+    plain = way.after(plain)
+    with plainly(plain.unet, adapters, way):
+        expected = run(plain, way)
+    for adapter in adapters:
+        adapter.attach(ours.unet)
+    prompts = [heard.prompt(adapter, way.items) for heard, adapter in zip(way.heard, adapters, strict=True)]
+    ours = way.ready(way.after(ours))
+    own = way.options.get("cross_attention_kwargs", {})
+    for _ in range(2):  # a second call finds what the first left
+        pixels = run(ours, way, cross_attention_kwargs=own | {KEY: prompts if len(prompts) > 1 else prompts[0]})
+        torch.testing.assert_close(pixels, expected, rtol=0, atol=TOLERANCE)
+    silent = [prompt.with_scale(0) for prompt in prompts]
+    assert (run(ours, way, cross_attention_kwargs=own | {KEY: silent}) - expected).abs().max() > 100 * TOLERANCE
