@@ -25,12 +25,15 @@ from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, Contender, Scene
 from benchmarks.record import Bar, Record, join, left_out, note, options, parsed, table, verdicts
 from benchmarks.setting import PromptedSetting
 from benchmarks.stand_ins import STAND_INS
+from imprompt.attention import family_of
+from imprompt.attention.lora import PARTS, AttentionLoRA, LoRA, Lora
 from imprompt.training.estimate import flash
 
 TITLE = "Operators and arithmetic of a step"
 MODELS = ("sd15", "sdxl")
 LARGEST = {"sd15": 711, "sdxl": 1793}  # operators of ours with one image prompt
 FUSED = "ours, fused kernel"  # it is chosen on GPUs where it is faster
+RANK = 128  # of the published FaceID adapters
 CHOICE = {OURS: "never", FUSED: "always"}  # of IMPROMPT_KERNEL
 
 
@@ -44,12 +47,15 @@ class Case:
     masks: bool = False  # each prompt is heard in a part of the picture
     blocks: bool = False  # another scale for every cross-attention
     window: bool = False  # heard from timestep 800 to 200
+    weighed: bool = False  # its pictures' tokens have weights
+    lora: bool = False  # it adds to every attention's projections, by rank 128, as FaceID does
 
 
 BASE, PLUS, TWO = Case("base"), Case("plus", variant="plus"), Case("two adapters", adapters=2)
 MASKS = Case("two adapters, masks", adapters=2, masks=True)
 BLOCKS, WINDOW = Case("base, block map", blocks=True), Case("base, time window", window=True)
-CASES = (BASE, PLUS, TWO, MASKS, BLOCKS, WINDOW)
+WEIGHED, LORA = Case("base, weighted pictures", weighed=True), Case("base, low-rank part (FaceID)", lora=True)
+CASES = (BASE, PLUS, TWO, MASKS, BLOCKS, WINDOW, WEIGHED, LORA)
 
 
 class Operators(TorchDispatchMode):
@@ -95,9 +101,9 @@ def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
 def counted(case: Case) -> dict[str, str]:
     """Who is counted in that case, and in what precision: our kernel takes no other than a low one.
 
-    Diffusers has no time windows, and text alone none of all this.
+    Diffusers has no time windows or weights, its LoRA for faces is PEFT's, and text alone has none of all this.
     """
-    names = [TEXT] * (case == BASE) + [PEER] * (not case.window) + [OURS]
+    names = [TEXT] * (case == BASE) + [PEER] * (case not in (WINDOW, WEIGHED, LORA)) + [OURS]
     return dict.fromkeys(names, "fp32") | ({FUSED: "bf16"} if find_spec("triton") else {})
 
 
@@ -145,6 +151,8 @@ def with_case(joined: Contender, name: str, case: Case) -> Contender:
     elif name != TEXT:
         given = told["ip_hidden_states"]
         told["ip_hidden_states"] = [shaped(prompt, case) for prompt in (given if isinstance(given, list) else [given])]
+        if case.lora:
+            told["ip_hidden_states"] = [prompt._replace(lora=lora_for(joined.unet)) for prompt in told["ip_hidden_states"]]
     return joined
 
 
@@ -155,10 +163,24 @@ def shaped(prompt: Any, case: Case) -> Any:
         prompt = prompt._replace(mask=torch.ones(1, 64, 64, device="meta"))
     if case.blocks:
         prompt = prompt.with_scale(torch.arange(1, sites + 1) / sites)
+    if case.weighed:
+        prompt = prompt._replace(bias=torch.zeros(1, prompt.keys[0].shape[2], device="meta"))
     if case.window:
         times = torch.arange(1000)
         prompt = prompt.with_scale(((times > 200) & (times < 800)).float().expand(sites, 1, -1))
     return prompt
+
+
+def lora_for(unet: Any) -> tuple[Lora, ...]:
+    """A low-rank part for every attention of `unet`, which listens to it from now on."""
+    family = family_of(unet)
+    family.join(unet, True)
+    parts = []
+    with torch.device("meta"):
+        for attention in family.attentions(unet).values():
+            layers = zip(PARTS, (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]), strict=True)
+            parts.append(AttentionLoRA({part: (layer.in_features, layer.out_features, RANK) for part, layer in layers}))
+    return LoRA(parts).weights(unet.dtype)
 
 
 def bars_of(found: Mapping[str, Any]) -> list[Bar]:

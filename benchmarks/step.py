@@ -29,8 +29,8 @@ from benchmarks.setting import PromptedSetting
 from benchmarks.stand_ins import DTYPES, STAND_INS
 from benchmarks.turns import Here, take_turns
 from imprompt.encoders.vision import VisionEncoder
-from imprompt.sampling.compiled import compile_base
 from imprompt.sampling.attached import Attached
+from imprompt.sampling.compiled import compile_base
 from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.training.estimate import flash
 from imprompt.variants import variant

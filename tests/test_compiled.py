@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from imprompt import ImagePromptPipeline
+from imprompt import ImagePromptPipeline, Reference
 from imprompt.errors import SettingError
 from imprompt.sampling import compiled
 from imprompt.sampling.memory import Savers
@@ -53,6 +53,26 @@ def test_nothing_that_a_user_changes_compiles_again(counter: CompileCounterWithB
         settings = {"image": RED, "steps": STEPS, "seed": 1, "num_images": 2} | call
         assert np.abs(pixels(fast(**settings).images) - pixels(plain(**settings).images)).max() <= 1
         assert counter.frame_count == 1
+
+
+def test_nothing_that_references_say_compiles_again(counter: CompileCounterWithBackend) -> None:
+    """Two regions, of which everything changes but that there are two."""
+    fast, plain = (ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile) for compile in (True, False))
+    masks = [Image.linear_gradient("L"), Image.linear_gradient("L").rotate(90), Image.new("L", (5, 9), 100)]
+    said: list[dict[str, Any]] = [
+        {},
+        {"scale": 0.3, "mask": masks[2]},
+        {"images": BLUE, "start": 0.1, "end": 0.7, "easing": "ease in"},
+        {"blocks": {"up_blocks": 1.0, "*": 0.2}},
+        {"negative": BLUE, "crop": "pad", "sharpening": 0.5},
+        {"combine": "average", "images": [RED, BLUE], "weights": [1, 3]},
+        {"embeds_scaling": "K+V"},
+    ]
+    for own in said:
+        items = [Reference(**{"images": RED, "mask": masks[0]} | own), Reference(images=BLUE, mask=masks[1])]
+        settings: dict[str, Any] = {"steps": STEPS, "seed": 1, "together": True, "num_images": 2}
+        assert np.abs(pixels(fast(items, **settings).images) - pixels(plain(items, **settings).images)).max() <= 1
+        assert counter.frame_count == 1, own
 
 
 def test_a_smaller_last_batch_is_filled_up(counter: CompileCounterWithBackend) -> None:

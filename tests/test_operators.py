@@ -12,7 +12,22 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernel is seen, not compil
 
 from benchmarks import operators
 from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, scene
-from benchmarks.operators import BASE, BLOCKS, FUSED, LARGEST, MASKS, PLUS, TWO, WINDOW, Case, Operators, counts, setting_of
+from benchmarks.operators import (
+    BASE,
+    BLOCKS,
+    FUSED,
+    LARGEST,
+    LORA,
+    MASKS,
+    PLUS,
+    TWO,
+    WEIGHED,
+    WINDOW,
+    Case,
+    Operators,
+    counts,
+    setting_of,
+)
 from benchmarks.setting import PromptedSetting
 
 SITES = {"sd15": 16, "sdxl": 70}
@@ -53,10 +68,12 @@ def test_an_image_prompt_is_less_than_nothing(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("case", "more"),
-    [(PLUS, 0), (TWO, 2), (MASKS, 2), (BLOCKS, 0)],
+    [(PLUS, 0), (TWO, 2), (MASKS, 2), (BLOCKS, 0), (WEIGHED, 0), (LORA, 3 * (4 + 2) - 1)],
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_what_a_cross_attention_has_more(case: Case, more: int) -> None:
+    """A low-rank part is two products and a sum for every projection that a step does, six of them in a transformer block; and
+    our self-attention spares diffusers' division by 1."""
     assert steps(OURS, "sd15", case) == steps(OURS, "sd15", BASE) + more * SITES["sd15"]
 
 
