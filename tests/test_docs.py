@@ -11,6 +11,7 @@ from PIL import Image
 
 from imprompt.cli import app
 from imprompt.cli import commands as register_commands
+from imprompt.sampling.blocks import presets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "worlds" / "emoji" / "README.md"]
@@ -40,7 +41,7 @@ def test_recipes_of_the_docs_are_shipped() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/diffusers.md", 0)])
+@pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/diffusers.md", 0), ("docs/compose.md", 0)])
 def test_code_of_the_docs_runs(page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64), "orange").save("cat.png")
@@ -52,3 +53,8 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_presets_of_the_docs_are_those_that_there_are() -> None:
+    rows = set(re.findall(r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "compose.md").read_text(), re.MULTILINE))
+    assert presets().items() <= rows

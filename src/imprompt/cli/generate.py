@@ -62,6 +62,7 @@ def generate(
         str, typer.Option(help="What of it is seen: center, top, bottom, left, right, pad, squash or tiles.")
     ] = "center",
     sharpening: Annotated[float, typer.Option(help="Of the image prompt, 0 to 1.")] = 0.0,
+    ignore: Annotated[Path | None, typer.Option(help="Mask: what of the image prompt is white there is not seen.")] = None,
     face: Annotated[str | None, typer.Option(help="Of several faces (FaceID): largest, or a number from the left.")] = None,
     init: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
     mask: Annotated[Path | None, typer.Option(help="Redraw only the white part of --init (inpainting).")] = None,
@@ -100,6 +101,7 @@ def generate(
         "negative": {"kind": noise} if noise else negative_image,
         "crop": crop,
         "sharpening": sharpening,
+        "ignore": ignore,
         "face": int(face) if face and face.isdecimal() else face,
     }
     request = Request.check(
