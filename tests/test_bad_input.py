@@ -344,7 +344,7 @@ BAD_MODELS = [
     (
         "adapter unknown of known",
         WITHOUT + "--model sd15 --adapter pluss",
-        "give one of base, plus, plus-face, full-face, base-vit-G, a file",
+        "give one of base, plus, plus-face, full-face, base-vit-G, ",
     ),
     ("adapter missing", WITHOUT + "--model {model} --adapter {here}/none.safetensors", "none.safetensors"),
     (

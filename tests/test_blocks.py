@@ -132,6 +132,11 @@ def test_the_longest_pattern_counts() -> None:
     assert found["mid_block.attentions.0"] == found["down_blocks.1.attentions.0"] == 0.5
 
 
+def test_of_patterns_of_one_length_the_one_of_the_fewest_stars_counts() -> None:
+    found = factors({"*.0.attentions.1": 1, "up_blocks.*.*.1": 2})
+    assert (found["up_blocks.0.attentions.1"], found["up_blocks.1.attentions.1"]) == (1, 2)
+
+
 def test_a_pattern_reaches_a_single_site() -> None:
     name = "up_blocks.0.attentions.1.transformer_blocks.3.attn2"
     found = block_map(SITES["SDXL"], {name: 0.5}).factors

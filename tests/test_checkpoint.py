@@ -78,6 +78,10 @@ def assert_same_tensors(one: AdapterFile, other: AdapterFile) -> None:
     assert one.projection.keys() == other.projection.keys()
     pairs = [(tensor, other.projection[key]) for key, tensor in one.projection.items()]
     pairs += [pair for ours, theirs in zip(one.kv, other.kv, strict=True) for pair in zip(ours, theirs, strict=True)]
+    assert (one.lora is None) == (other.lora is None)
+    for parts, others in zip(one.lora or (), other.lora or (), strict=True):
+        assert parts.keys() == others.keys()
+        pairs += [(tensor, others[key]) for key, tensor in parts.items()]
     for ours, theirs in pairs:
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
@@ -404,14 +408,6 @@ def test_values_that_are_no_plain_tensors(tmp_path: Path) -> None:
 
 
 FOREIGN = {
-    "a FaceID adapter": ["image_proj.proj.0.weight", "image_proj.norm.weight", "ip_adapter.0.to_q_lora.down.weight"],
-    "a FaceID-Plus adapter": ["image_proj.perceiver_resampler.proj_in.weight", "ip_adapter.0.to_q_lora.down.weight"],
-    "a FaceID-Portrait adapter": [
-        "image_proj.proj.0.weight",
-        "image_proj.proj.2.weight",
-        "image_proj.norm.weight",
-        "ip_adapter.1.to_k_ip.weight",
-    ],
     "a CSGO adapter": ["content_image_proj.latents", "ip_adapter.1.to_k_ip_content.weight"],
     "an IP-Adapter-Instruct adapter": ["image_proj.latents", "image_proj.proj_new_input.weight", "ip_adapter.1.to_k_ip.weight"],
     "an SD3 adapter": ["image_proj.latents", "image_proj.time_embedding.linear_1.weight", "ip_adapter.0.to_k_ip.weight"],

@@ -13,10 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt import ImagePromptPipeline, Reference
+from imprompt.adapter import IPAdapter
 from imprompt.attention import family_of
 from imprompt.encoders.embeddings import Embedding, save_embedding
+from imprompt.encoders.face import Face, FaceFeatures
 from imprompt.encoders.noise import Noise
 from imprompt.errors import ImpromptError, MismatchError, SettingError
+from imprompt.projections.mlp import FaceProjection
 from imprompt.sampling.attached import Attached
 from imprompt.sampling.generate import FLAGS
 from imprompt.sampling.guidance import image_guidance
@@ -362,3 +365,37 @@ def test_several_adapters_say_their_own() -> None:
         ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "plus"], encoder="elsewhere", device="cpu")
     with pytest.raises(SettingError, match="two adapters are called 'base'"):
         ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "base"], device="cpu")
+
+
+def test_faces() -> None:
+    """A FaceID adapter beside one for whole pictures; faces come from the user, or from an encoder that the user gives."""
+    pipeline = PIPELINES["sd1"]()
+    width = pipeline.unet.config.cross_attention_dim
+    with seeded(5):
+        face_id = IPAdapter.beside(pipeline.unet, family_of(pipeline.unet), FaceProjection(512, width))
+        embeddings = torch.randn(2, 512)
+
+    class Finder:
+        def encode_face(self, image: Image.Image, face: Any = None) -> Face:
+            assert image.size == (64, 64)
+            return Face(embeddings[int(face or 0)])
+
+    whole = Attached(tiny_adapter(pipeline.unet).attach(pipeline.unet), tiny_encoder(), variant("base"), "whole")
+    faces = Attached(face_id.attach(pipeline.unet), FaceFeatures(Finder()), variant("faceid"), "faces")
+    pipe = ImagePromptPipeline(pipeline, [whole, faces])
+    settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32}
+    found = pipe(Reference(images=BLUE, adapter="faces", face=1), **settings).images[0]
+    given = pipe(Reference(images=Face(embeddings[1]), adapter="faces"), **settings).images[0]
+    first = pipe(Reference(images=BLUE, adapter="faces"), **settings).images[0]
+    assert difference(found, given) == 0
+    assert difference(found, first) > 0
+    both = pipe([[Reference(images=BLUE, adapter="faces", mask=LEFT), Reference(images=RED)]], **settings).images[0]
+    assert difference(both, first) > 0
+    for wrong, says in (
+        (Reference(images=BLUE, face=0), "face: whole reads whole pictures; a face is for a FaceID adapter"),
+        (Reference(images=Face(embeddings[0])), "images: whole reads whole pictures"),
+        (Reference(images=BLUE, adapter="faces", crop="pad"), "a FaceID adapter's face is aligned by itself"),
+        (Reference(images=BLUE, adapter="faces", negative=Noise(kind="fade")), "noise are for whole pictures"),
+    ):
+        with pytest.raises(SettingError, match=says):
+            pipe(wrong, **settings)

@@ -15,8 +15,10 @@ import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import ControlNetModel, ControlNetUnionModel, MotionAdapter, MultiAdapter, T2IAdapter
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
+from imprompt.adapter import IPAdapter
 from imprompt.errors import MismatchError
 from tests.tiny import freeze, noise, noise_inputs, paper_layout, pictures, seeded, tiny_adapter
 from tests.ways import (
@@ -274,6 +276,7 @@ TOOLS = [
     row("guidance rescale", options=SIZE | {"guidance_rescale": 0.7}),
     row("FreeU", after=does("enable_freeu", s1=0.9, s2=0.2, b1=1.2, b2=1.4)),
     row("fused projections", does("fuse_qkv_projections", part="unet")),
+    row("attention slicing", does("enable_attention_slicing", 1)),
     row("callbacks", options=SIZE | {"callback_on_step_end": alter_latents}),
     row("from_pipe", after=converted("Img2ImgPipeline"), options=START),
     row("Euler", scheduler("EulerDiscreteScheduler"), THREE),
@@ -307,10 +310,10 @@ LORA_STEPS: list[Change] = [
 ]
 
 
-def unet_alone(adapter_of: str = "sd1") -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+def one_text() -> tuple[Any, Any, Any, Any, dict[str, Any]]:
     """Two pipelines, an adapter attached to the second, its prompt, and what both UNets are called with: one text."""
     way = row("one text", heard=[Heard()], batch=1)
-    plain, ours = pipeline(adapter_of, way), pipeline(adapter_of, way)
+    plain, ours = pipeline("sd1", way), pipeline("sd1", way)
     adapter = tiny_adapter(plain.unet, seed=21)
     adapter.attach(ours.unet)
     return way, plain, ours, adapter, noise_inputs(plain.unet, 2) | {"timestep": torch.tensor(500)}
@@ -320,7 +323,7 @@ def unet_alone(adapter_of: str = "sd1") -> tuple[Any, Any, Any, Any, dict[str, A
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
 def test_the_keys_of_one_text_follow_loras() -> None:
-    way, plain, ours, adapter, inputs = unet_alone()
+    way, plain, ours, adapter, inputs = one_text()
     prompt = Heard().prompt(adapter, 2)
     noise(ours.unet, inputs, prompt)
     for change in LORA_STEPS:
@@ -332,8 +335,8 @@ def test_the_keys_of_one_text_follow_loras() -> None:
 
 @torch.no_grad()
 def test_weights_changed_without_a_mark_need_forget() -> None:
-    """A LoRA merged between two calls with one text tensor: pipelines make a new tensor in every call, a loop of one's own may not."""
-    way, plain, ours, adapter, inputs = unet_alone()
+    """A LoRA merged between two calls with one text: pipelines make a new tensor in every call, a loop of one's own may not."""
+    way, plain, ours, adapter, inputs = one_text()
     prompt = Heard().prompt(adapter, 2)
     noise(ours.unet, inputs, prompt)
     for pipe in (plain, ours):
@@ -344,43 +347,101 @@ def test_weights_changed_without_a_mark_need_forget() -> None:
     torch.testing.assert_close(noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE)
 
 
-def diffusers_ip_adapter(pipe: Any) -> Any:
+def diffusers_ip_adapter(pipe: Any) -> None:
     pipe.unet._load_ip_adapter_weights([paper_layout(tiny_adapter(pipe.unet))])
-    return pipe
+
+
+def ledits(pipe: Any) -> None:
+    editing = as_pipeline(pipe, "LEditsPPPipelineStableDiffusion")
+    editing.enabled_editing_prompts = 1
+    editing.prepare_unet(None)
 
 
 REPLACED: dict[str, Change] = {
     "fused projections after": does("fuse_qkv_projections", part="unet"),
-    "attention slicing": does("enable_attention_slicing", 1),
-    "other processors": does("set_default_attn_processor", part="unet"),
+    "attention slicing after": does("enable_attention_slicing", 1),
+    "other processors after": does("set_attn_processor", AttnProcessor2_0(), part="unet"),
     "diffusers' IP-Adapter": diffusers_ip_adapter,
+    "LEDITS++": ledits,
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", REPLACED)
 def test_replaced_processors_are_said(name: str) -> None:
-    """The prompt would not be heard."""
-    _, _, ours, adapter, inputs = unet_alone()
+    """The prompt would not be heard, without a word."""
+    _, _, ours, adapter, inputs = one_text()
     prompt = Heard().prompt(adapter, 2)
     expected = noise(ours.unet, inputs, prompt)
     REPLACED[name](ours)
     with pytest.raises(MismatchError, match="attach"):
         noise(ours.unet, inputs, prompt)
     adapter.detach()
-    if name != "diffusers' IP-Adapter":  # which asks for its own pictures
+    if name.endswith("after"):
         adapter.attach(ours.unet)
         torch.testing.assert_close(noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE)
 
 
+class Conditional(Heard):
+    """Where the batch is cut, its last part is left."""
+
+    def tokens_of(self, adapter: IPAdapter, batch: int) -> Tensor:
+        return super().tokens_of(adapter, 4)[-batch:]
+
+
 @torch.no_grad()
-def test_guidance_switched_off_between_steps() -> None:
-    """A callback cuts the text to its conditional half, and the image prompt too."""
-    halves: list[int] = []
+@pytest.mark.parametrize("base", ["sd1", "sdxl"])
+def test_guidance_switched_off_between_steps(base: str) -> None:
+    """By a callback, which cuts the text to its conditional half, and gives an image prompt for that half."""
+    way = row("guidance switched off", heard=[Conditional()])
+    plain, ours = pipeline(base, way), pipeline(base, way)
+    adapter = tiny_adapter(plain.unet, seed=21)
+    adapter.attach(ours.unet)
+    names = ["prompt_embeds", "add_text_embeds", "add_time_ids"][: 1 if base == "sd1" else 3]
+    alone = {KEY: way.heard[0].prompt(adapter, 2)}
 
     def switch_off(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-        if step == 0:
-            pipe._guidance_scale = 0.0
-            pipe._cross_attention_kwargs = {KEY: conditional}
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
-        return tensors
+        if step != 0:
+            return tensors
+        pipe._guidance_scale = 0.0
+        pipe._cross_attention_kwargs = alone if pipe is ours else None
+        return {name: tensors[name].chunk(2)[1] for name in names}
+
+    told = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": names}
+    with plainly(plain.unet, [adapter], way):
+        expected = run(plain, way, **told)
+    pixels = run(ours, way, **told, cross_attention_kwargs={KEY: way.heard[0].prompt(adapter, 4)})
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["prompt", "mask", "scale"])
+def test_a_prompt_for_videos_is_for_every_frame(part: str) -> None:
+    way = row("video", moving, [Heard()], **VIDEO)
+    pipe = pipeline("sd1", way)
+    adapter = tiny_adapter(pipe.unet, seed=21).attach(pipe.unet)
+    prompt = Heard(alike=True).prompt(adapter, 1)
+    wrong = {
+        "prompt": Heard().prompt(adapter, 2),
+        "mask": prompt._replace(mask=torch.ones(2, 4, 4)),
+        "scale": prompt.with_scale(torch.ones(len(prompt.keys), 2)),
+    }
+    with pytest.raises(MismatchError, match=f"{2 * FRAMES}"):
+        run(pipe, way, cross_attention_kwargs={KEY: wrong[part]})
+
+
+def rows_of_page() -> list[list[str]]:
+    page = (Path(__file__).parent.parent / "docs" / "ecosystem.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    return [row for row in cells if row[1] in ("yes", "yes, if", "no")]
+
+
+def test_the_page_says_what_is_tested() -> None:
+    rows = [(row[1], set(re.findall("`([^`]+)`", row[-1]))) for row in rows_of_page()]
+    others = {name for name in globals() if name.startswith("test_")}
+    others -= {"test_tool", "test_replaced_processors_are_said", "test_the_page_says_what_is_tested"}
+    known = {way.name for way in TOOLS} | set(REPLACED) | others
+    assert set.union(*(tests for _, tests in rows)) == known
+    for works, tests in rows:
+        assert tests
+        assert (works == "no") == (tests <= set(REPLACED) - {name for name in REPLACED if name.endswith("after")})

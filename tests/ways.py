@@ -137,19 +137,20 @@ def plainly(unet: Any, adapters: Sequence[IPAdapter], way: Way) -> Iterator[None
 
     def tell(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(FAMILY.arguments, args, strict=False)) | kwargs
-        text = given["encoder_hidden_states"]
-        assert len(text) == way.items
-        texts = text.chunk(len(way.parts))
-        for (one, a), (other, b) in zip(
-            zip(way.parts, texts, strict=True), zip(way.parts[1:], texts[1:], strict=True), strict=False
-        ):
-            assert (one == other) == torch.equal(a, b)
+        if len(given["encoder_hidden_states"]) == way.items:
+            check_parts(given["encoder_hidden_states"], way.parts)
         for site in sites:
             site.timestep = float(given["timestep"])
 
     hook = unet.register_forward_pre_hook(tell, with_kwargs=True)
     yield
     hook.remove()
+
+
+def check_parts(text: Tensor, parts: Sequence[str]) -> None:
+    """Raise AssertionError unless the parts of the batch that are of the first part's kind have its text, and no other part."""
+    texts = text.chunk(len(parts))
+    assert [torch.equal(part, texts[0]) for part in texts] == [kind == parts[0] for kind in parts]
 
 
 def run(pipe: Any, way: Way, **options: Any) -> Tensor:

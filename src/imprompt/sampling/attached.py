@@ -26,7 +26,7 @@ from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, find_adapter
 from imprompt.sampling.controls import as_mask, combine, concat, pushed_away, regions, scale_table, scaled
 from imprompt.sampling.memory import Savers
-from imprompt.sampling.references import AdapterChoice, Reference, is_features, source
+from imprompt.sampling.references import AdapterChoice, Reference, is_face, is_features, source
 from imprompt.variants import Variant
 
 Features = Tensor | tuple[Tensor, ...]  # (K, ...), of what the variant reads
@@ -104,6 +104,7 @@ class Attached:
 
     def features(self, reference: Reference) -> Features:
         """(K, ...): of each picture, or each of its tiles, and of each row of a file of features."""
+        self.check(reference)
         return beside([self.features_of(image, reference) for image in reference.images])
 
     def features_of(self, image: Any, reference: Reference) -> Features:
@@ -113,10 +114,29 @@ class Attached:
                 check_embedding(embedding, self.reads, image.path)
             parts = tuple(part.to(next(self.adapter.parameters()).device) for part in embedding.parts)
             return parts[0] if len(parts) == 1 else parts
+        if self.variant.faces:
+            return self.encoder.features(
+                [image if is_face(image) else open_image(source(image))], self.variant.feature, reference.face
+            )
         ignore = None if reference.ignore is None else open_mask(source(reference.ignore))
         made_ready = Preparation(crop=reference.crop, sharpening=reference.sharpening, ignore=ignore)
         pictures = prepare(open_image(source(image)), made_ready, self.encoder)
         return self.encoder.features(pictures, self.variant.feature)
+
+    def check(self, reference: Reference) -> None:
+        """Raise SettingError if it asks what this kind of adapter has no use for."""
+        if not self.variant.faces:
+            for_faces = ["face"] * (reference.face is not None) + ["images"] * any(map(is_face, reference.images))
+            if for_faces:
+                raise SettingError(
+                    f"{for_faces[0]}: {self.name or self.variant.name} reads whole pictures; a face is for a FaceID adapter"
+                )
+        elif (reference.crop, reference.sharpening, reference.ignore) != ("center", 0, None) or isinstance(
+            reference.negative, Noise
+        ):
+            raise SettingError(
+                "crop, sharpening, ignore and noise are for whole pictures; a FaceID adapter's face is aligned by itself"
+            )
 
     def combined(self, features: Features, reference: Reference) -> tuple[Tensor, Tensor | None]:
         """Features (K, ...) -> the image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard alike."""
@@ -179,12 +199,12 @@ class Opened(NamedTuple):
     name: str
 
     @classmethod
-    def read(cls, choice: AdapterChoice, model: KnownModel, faces: Any, device: str, dtype: torch.dtype, keep: Store | None,  # noqa: ARG003
+    def read(cls, choice: AdapterChoice, model: KnownModel, faces: Any, device: str, dtype: torch.dtype, keep: Store | None,
              savers: Savers) -> Self:  # fmt: skip
         """See `ImagePromptPipeline.from_pretrained` for the errors."""
-        path, told, *rest = find_adapter(model, choice.adapter)
-        file = read_adapter(path, choice.variant or next(iter(rest), None) or None)
-        encoder = load_encoder(file, told, model, choice.encoder, device, dtype, keep, savers.send_away)
+        path, told, variant = find_adapter(model, choice.adapter)
+        file = read_adapter(path, choice.variant or variant or None)
+        encoder = load_encoder(file, told, model, choice.encoder, device, dtype, keep, savers.send_away, faces)
         return cls(choice, file, encoder, choice.known_as or next(iter(model.adapters), ""))
 
     def attach(self, unet: Any, dtype: torch.dtype) -> Attached:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from imprompt.encoders.noise import Noise
 from imprompt.encoders.preparation import Checked, Crop
@@ -54,19 +55,31 @@ def source(picture: Any) -> Any:
     return picture.path if isinstance(picture, PictureFile) else picture
 
 
+def is_face(image: Any) -> bool:
+    """Whether it is an `encoders.face.Face`, which importing here would bring torch."""
+    return hasattr(image, "embedding")
+
+
 def hash_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _as_file(value: Any) -> Any:
-    return {"path": value} if isinstance(value, (str, Path)) else value
+def _picture(value: Any) -> Any:
+    if isinstance(value, str | Path):
+        return PictureFile(path=Path(value))
+    if isinstance(value, dict):
+        return PictureFile.model_validate(value)
+    if isinstance(value, PictureFile | Image.Image) or is_face(value):
+        return value
+    said = f"a {type(value).__name__} is no picture: give a path, or a picture of Pillow's"
+    raise PydanticCustomError("no_picture", "{said}", {"said": said})
 
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-AnyPicture = Annotated[PictureFile | InstanceOf[Image.Image], BeforeValidator(_as_file)]
+AnyPicture = Annotated[Any, PlainValidator(_picture)]  # a PictureFile, a picture of Pillow's, or a face
 Pictures = Annotated[tuple[AnyPicture, ...], BeforeValidator(_as_list)]
 Factor = Annotated[float, Field(ge=-10, le=10)]
 
@@ -74,7 +87,8 @@ Factor = Annotated[float, Field(ge=-10, le=10)]
 class Reference(Checked):
     """Pictures that are heard as one image prompt. Its mathematics, and the names that it knows, are `sampling.controls`'.
 
-    images          one or several; a file that `imprompt embed` wrote stands for the pictures whose features it holds
+    images          one or several; a file that `imprompt embed` wrote stands for the pictures whose features it holds, and for a
+                    FaceID adapter a `Face` for its picture
     combine         what several become: "concat" (all their tokens in one attention), "add", "subtract", "average", "norm-average",
                     "max" or "min" (of their features)
     weights         of the images; 2 is as if an image were given twice, 0 as if it were not
