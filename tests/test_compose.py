@@ -21,10 +21,10 @@ from imprompt.encoders.noise import Noise
 from imprompt.errors import ImpromptError, MismatchError, SettingError
 from imprompt.projections.mlp import FaceProjection
 from imprompt.sampling.attached import Attached
-from imprompt.sampling.generate import FLAGS
 from imprompt.sampling.guidance import image_guidance
 from imprompt.sampling.record import Request, read_request, save_results
 from imprompt.sampling.references import AdapterChoice
+from imprompt.sampling.tasks import FLAGS
 from imprompt.variants import variant
 from tests.tiny import (
     PIPELINES,
@@ -314,13 +314,38 @@ def test_image_guidance_as_strong_as_the_text_s_changes_nothing(pipe: ImagePromp
     assert difference(plain, more) > 5
 
 
-def with_controlnet(pipe: Any) -> Any:
+def tiny_controlnet(unet: Any, halvings: int = 1) -> Any:
     with seeded(11):
-        net = freeze(ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8)))
-        torch.nn.init.normal_(net.controlnet_mid_block.weight, std=0.05)
+        net = freeze(ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8,) * (1 + halvings)))
+        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+            torch.nn.init.normal_(layer.weight, std=0.05)
+    return net
+
+
+def with_controlnet(pipe: Any) -> Any:
     kind = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "ControlNetPipeline"))
     flags = {name: value for name, value in pipe.config.items() if name in FLAGS}
-    return quiet(kind(**pipe.components, controlnet=net, **flags))
+    return quiet(kind(**pipe.components, controlnet=tiny_controlnet(pipe.unet), **flags))
+
+
+def test_a_controlnet_in_every_task(tmp_path: Path) -> None:
+    pipe = ImagePromptPipeline.from_pretrained("emoji", device="cpu")
+    tiny_controlnet(pipe.pipeline.unet, halvings=2).save_pretrained(tmp_path / "net")
+    pipe = ImagePromptPipeline.from_pretrained("emoji", controlnet=tmp_path / "net", device="cpu")
+    control = {"control_image": Image.linear_gradient("L"), "control_scale": 2.0}
+    tasks: list[dict[str, Any]] = [{}, {"init_image": RED}, {"init_image": RED, "mask_image": LEFT}]
+    for task in tasks:
+        plain, held = (pipe(BLUE, "a rocket", **QUICK, **task, **extra).images[0] for extra in ({}, control))
+        assert difference(plain, held) > 5, task
+    with pytest.raises(SettingError, match="a control image and a ControlNet go together"):
+        ImagePromptPipeline.from_pretrained("emoji", device="cpu")(BLUE, **QUICK, **control)
+    with pytest.raises(SettingError, match=r"no ControlNet 'edgse' for emoji: give .*a folder, or a Hub id"):
+        ImagePromptPipeline.from_pretrained("emoji", controlnet="edgse", device="cpu")
+    tiny_controlnet(tiny_unet("sd1")).save_pretrained(tmp_path / "other")
+    with pytest.raises(MismatchError, match="made for a base model with cross_attention_dim 768; this one has 192"):
+        ImagePromptPipeline.from_pretrained("emoji", controlnet=tmp_path / "other", device="cpu")
+    with pytest.raises(SettingError, match="give both, or neither"):
+        Request.check(images=["a.png"], controlnet="edges")
 
 
 @pytest.mark.parametrize("base", PIPELINES)
@@ -339,7 +364,7 @@ def test_on_a_pipeline_of_diffusers(base: str) -> None:
         pipe.detach()
         assert not pipeline.unet._forward_pre_hooks
     assert difference(*results) > 0
-    with pytest.raises(SettingError, match="has its own way to start from a picture"):
+    with pytest.raises(SettingError, match="has its own way to start from pictures"):
         ImagePromptPipeline(control, Attached(live.attach(control.unet), tiny_encoder(), variant("base")))(
             BLUE, init_image=BLUE, steps=2
         )

@@ -4,7 +4,6 @@ import gc
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 

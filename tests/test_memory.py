@@ -23,6 +23,7 @@ from imprompt.models import PACKAGED, find_adapter, find_model, open_pipeline
 from imprompt.sampling.attached import Attached
 from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.sampling.memory import GROUP, OFFLOADS, QUANTIZERS, Savers, in_attentions, quantize, visit
+from imprompt.sampling.tasks import IMAGE, as_pipeline
 from imprompt.structures import SD1, SD2, SDXL
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
 
@@ -81,7 +82,7 @@ def test_pixels_under_sequential_offload_are_the_same(plain: ImagePromptPipeline
 def test_tasks_share_one_offload(plain: ImagePromptPipeline) -> None:
     savers = Savers("cpu", offload="model")
     pipe = opened(savers)
-    other = pipe._pipeline(1)
+    other = as_pipeline(pipe.pipeline, IMAGE, None, savers)
     savers.again(other)
     expected = made(plain, init_image=demo())
     assert (made(pipe, init_image=demo()) == expected).all()

@@ -20,7 +20,7 @@ from torch import Tensor
 from imprompt.adapter import ImagePrompt, IPAdapter, split_heads
 from imprompt.attention import family_of
 from imprompt.attention.unet import FAMILY
-from imprompt.sampling.generate import TASKS
+from imprompt.sampling.tasks import TASKS
 from tests.tiny import PIPELINES, pictures, quiet, seeded, tiny_adapter, tiny_unet
 
 SIDE = 32  # pixels; 16 latents
@@ -206,7 +206,7 @@ def model(base: str, small: bool) -> Any:
 def pipeline(base: str, way: Way) -> Any:
     """A new pipeline each time, with the same weights."""
     pipe = deepcopy(model(base, way.small))
-    name = TASKS[type(pipe).__name__][way.task]
+    name = TASKS[type(pipe).__name__][0][way.task]
     return way.made(pipe if name == type(pipe).__name__ else as_pipeline(pipe, name))
 
 

@@ -73,6 +73,7 @@ class KnownModel:
     about: str
     base: Place
     adapters: Mapping[str, KnownAdapter] = field(default_factory=dict)
+    controlnets: Mapping[str, Place] = field(default_factory=dict)
     steps: int = 50
     guidance: float = 7.5
 

@@ -67,6 +67,11 @@ def generate(
     init: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
     mask: Annotated[Path | None, typer.Option(help="Redraw only the white part of --init (inpainting).")] = None,
     strength: Annotated[float, typer.Option(help="How much of --init is redrawn, 0 to 1.")] = 0.8,
+    control: Annotated[Path | None, typer.Option(help="Keep to this picture of edges, depth or the like (ControlNet).")] = None,
+    controlnet: Annotated[
+        str | None, typer.Option(help="The ControlNet that reads --control: a name (emoji has edges), folder or Hub id.")
+    ] = None,
+    control_scale: Annotated[float, typer.Option(help="How strongly it is kept to.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder for the results, or a file name ending in .png.")] = Path("out"),
     like: Annotated[
         Path | None,
@@ -112,6 +117,8 @@ def generate(
         images=references(images or [], combine, weight, region or [], said),
         init_image=init,
         mask_image=mask,
+        controlnet=controlnet,
+        control_image=control,
         batch_size=batch_size,
         dtype=dtype,
         fast=fast,
@@ -130,6 +137,7 @@ def generate(
             "together": together,
             "image_guidance": image_guidance,
             "overlap": overlap,
+            "control_scale": control_scale,
             "strength": strength,
         },
     )

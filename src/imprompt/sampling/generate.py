@@ -22,23 +22,12 @@ from imprompt.sampling.guidance import image_guidance
 from imprompt.sampling.memory import Savers
 from imprompt.sampling.references import AdapterChoice, Item, Reference, items_of
 from imprompt.sampling.settings import MAX_SIDE, Resolved, Settings
+from imprompt.sampling.tasks import TASKS, Start, open_controlnet, task
 
 Picture = str | Path | Image.Image
 Heard = Picture | Reference
 Choice = str | Path | AdapterChoice
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
-
-# Which of diffusers' pipelines does what, by the class that the model was saved with.
-TASKS = {
-    "StableDiffusionPipeline": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-    "StableDiffusionXLPipeline": (
-        "StableDiffusionXLPipeline",
-        "StableDiffusionXLImg2ImgPipeline",
-        "StableDiffusionXLInpaintPipeline",
-    ),
-}
-TEXT, IMAGE, INPAINT = range(3)
-FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")  # of a pipeline's constructor, beside its components
 
 
 @dataclass(frozen=True)
@@ -60,7 +49,7 @@ class ImagePromptPipeline:
     """
 
     def __init__(self, pipeline: Any, adapters: Attached | Sequence[Attached], *, model: KnownModel | None = None,
-                 compile: bool = False, savers: Savers | None = None) -> None:  # fmt: skip
+                 controlnet: Any = None, compile: bool = False, savers: Savers | None = None) -> None:  # fmt: skip
         """`adapters` must be attached to `pipeline.unet` already; `compile` as in `from_pretrained`, `savers` were applied."""
         several = [adapters] if isinstance(adapters, Attached) else list(adapters)
         self.pipeline = pipeline
@@ -69,6 +58,7 @@ class ImagePromptPipeline:
             raise SettingError(f"two adapters are called {several[0].name!r}: give each a name of its own")
         self.model = model or KnownModel("", "", Place(""))
         self.savers = savers or Savers(str(pipeline.device))
+        self.controlnet = controlnet
         self.compiled = compile
         if compile:
             if self.savers.offload:
@@ -87,7 +77,8 @@ class ImagePromptPipeline:
     @classmethod
     def from_pretrained(cls, model: str = "emoji", *, adapter: Choice | Sequence[Choice] | None = None,
                         encoder: str | Path | None = None, variant: str | None = None, faces: Any = None,
-                        device: str | None = None, dtype: torch.dtype | None = None, compile: bool = False,
+                        controlnet: str | Path | None = None, device: str | None = None,
+                        dtype: torch.dtype | None = None, compile: bool = False,
                         offload: str | None = None, tiling: bool = False, quantize: str | None = None,
                         keep_features: str | Path | Store | None = None, **options: Any) -> Self:  # fmt: skip
         """Load a model by name ("emoji", "sd15", "sdxl"), folder or Hub id, with an adapter by name, file, folder or Hub file.
@@ -95,6 +86,7 @@ class ImagePromptPipeline:
         That adapter, image encoder and base model were made for each other is checked before anything runs
         (MismatchError). Several adapters are a list, of names, files or `AdapterChoice`s. `encoder` and `variant` are what a single
         adapter does not say; `faces` encodes faces for FaceID (insightface if not given): see `imprompt.encoders.face`.
+        `controlnet` is one that the model knows by name, a folder or a Hub id, for calls with a `control_image`.
         `compile` makes the first steps of a new size slow and all others faster (on a GPU). `offload` ("model",
         "sequential"), `tiling` and `quantize` ("int8", "fp8") save memory: see `imprompt.sampling.memory`. `keep_features`
         is a folder, or a `FeatureMemory`, that keeps the features of image prompts, so that no picture is encoded twice.
@@ -115,7 +107,8 @@ class ImagePromptPipeline:
         if device.startswith("cuda") and offload is None:
             for part in (pipeline.unet, pipeline.vae):
                 part.to(memory_format=torch.channels_last)  # as convolutions in low precision read it
-        return cls(pipeline, attached, model=known, compile=compile, savers=savers)
+        net = None if controlnet is None else open_controlnet(str(controlnet), known, pipeline.unet, savers.opens_on, dtype)
+        return cls(pipeline, attached, model=known, controlnet=net, compile=compile, savers=savers)
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, adapter: Choice | Sequence[Choice] | None = None, *, model: str = "",
@@ -142,24 +135,26 @@ class ImagePromptPipeline:
 
     @torch.no_grad()
     def __call__(self, image: Heard | Sequence[Heard | Sequence[Heard]], prompt: str = "", *, init_image: Picture | None = None,
-                 mask_image: Picture | None = None, batch_size: int = 4, only: int | None = None, on_step: OnStep | None = None,
-                 pipeline_options: dict[str, Any] | None = None, **settings: Any) -> Result:  # fmt: skip
+                 mask_image: Picture | None = None, control_image: Picture | None = None, batch_size: int = 4,
+                 only: int | None = None, on_step: OnStep | None = None, pipeline_options: dict[str, Any] | None = None,
+                 **settings: Any) -> Result:  # fmt: skip
         """Make pictures that follow `image`: a picture, a file of features, or a `Reference`, which says more about it.
 
         A list of them gives one result each (× num_images); with `together=True` they all prompt the same result, as do those
         of a list in the list. Each item has its own references, scales, masks and windows.
-        `init_image` starts from a picture (`strength` of it is redrawn); `mask_image` redraws its white part only.
+        `init_image` starts from a picture (`strength` of it is redrawn); `mask_image` redraws its white part only;
+        `control_image` is what ControlNet reads (`control_scale` says how strongly).
         Picture i depends on seed and i alone: another `batch_size` changes it by rounding at most, and `only=i` makes
         picture i of the call again bit for bit (on the same machine). Other settings: see `Settings`;
         `pipeline_options` go to the call of diffusers' pipeline.
         """
-        start = open_image(init_image) if init_image is not None else None
-        mask = open_mask(mask_image) if mask_image is not None else None
-        chosen = self.resolve(Settings.check(prompt=prompt, **settings), start)
+        begin, control = (None if picture is None else open_image(picture) for picture in (init_image, control_image))
+        start = Start(begin, None if mask_image is None else open_mask(mask_image), control)
+        chosen = self.resolve(Settings.check(prompt=prompt, **settings), begin or control)
         items = items_of(image, chosen.together)
         if batch_size < 1:
             raise SettingError(f"batch_size = {batch_size}: make at least one picture at once")
-        pipeline, options = self._task(start, mask, chosen)
+        pipeline, options = task(self.pipeline, start, chosen, self.controlnet if control else None, self.savers)
         guided = chosen.guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as diffusers decides
         if chosen.image_guidance is not None and not guided:
             raise SettingError(
@@ -174,7 +169,7 @@ class ImagePromptPipeline:
             if only not in range(total):
                 raise SettingError(f"only = {only}: this call makes {total} pictures, the first is 0")
             rounds = [chunk for chunk in rounds if only in chunk]
-        steps = chosen.steps if start is None else int(chosen.steps * chosen.strength)
+        steps = chosen.steps if begin is None else int(chosen.steps * chosen.strength)
         made: dict[int, Image.Image] = {}
         for number, chunk in enumerate(rounds):
             batch = [*chunk, *[chunk[-1]] * (filled - len(chunk))]
@@ -194,8 +189,8 @@ class ImagePromptPipeline:
                     **(pipeline_options or {}),
                 ).images
             made |= dict(zip(chunk, results[: len(chunk)], strict=True))
-        if start is not None and mask is not None:
-            made = {i: keep_outside(picture, start, mask) for i, picture in made.items()}
+        if begin is not None and start.mask is not None:
+            made = {i: keep_outside(picture, begin, start.mask) for i, picture in made.items()}
         kept = [i for i in made if only is None or i == only]
         return Result([made[i] for i in kept], [chosen.seed + i for i in kept], chosen)
 
@@ -229,35 +224,6 @@ class ImagePromptPipeline:
         if resolved.steps > (most := self.pipeline.scheduler.config.num_train_timesteps):
             raise SettingError(f"steps = {resolved.steps}: this model's noise schedule has {most}, give fewer")
         return resolved
-
-    def _task(self, start: Image.Image | None, mask: Image.Image | None, settings: Resolved) -> tuple[Any, dict[str, Any]]:
-        """The pipeline of diffusers for the task, over the same components, and what it takes beside the prompts."""
-        size = {"width": settings.width, "height": settings.height}
-        if start is None:
-            if mask is not None:
-                raise SettingError("mask_image says what to redraw of a picture: give that picture as init_image")
-            return self._pipeline(TEXT), size
-        if int(settings.steps * settings.strength) < 1:
-            raise SettingError(f"strength {settings.strength} of {settings.steps} steps leaves no step to run: raise either")
-        begin = {"image": start.resize(settings.size, Image.Resampling.LANCZOS), "strength": settings.strength}
-        if mask is None:
-            return self._pipeline(IMAGE), begin
-        return self._pipeline(INPAINT), begin | size | {"mask_image": mask.resize(settings.size, Image.Resampling.LANCZOS)}
-
-    def _pipeline(self, task: int) -> Any:
-        import diffusers
-
-        own = type(self.pipeline).__name__
-        if own not in TASKS and task != TEXT:
-            raise SettingError(f"a {own} has its own way to start from a picture: give it in pipeline_options")
-        name = TASKS[own][task] if own in TASKS else own
-        if name == own:
-            return self.pipeline
-        flags = {flag: value for flag, value in self.pipeline.config.items() if flag in FLAGS}
-        other = getattr(diffusers, name)(**self.pipeline.components, **flags)
-        other.set_progress_bar_config(disable=True)
-        self.savers.again(other)
-        return other
 
 
 def keep_outside(made: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:

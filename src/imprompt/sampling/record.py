@@ -43,6 +43,8 @@ class Request(BaseModel):
     images: list[AnyItem] = Field(default_factory=list)  # each a picture, a reference, or a list of what is heard together
     init_image: AnyPicture | None = None
     mask_image: AnyPicture | None = None
+    controlnet: str | None = None
+    control_image: AnyPicture | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     fast: bool = False  # compiled; like the two below it changes pixels, if little
@@ -62,6 +64,8 @@ class Request(BaseModel):
             raise SettingError("no image prompt was given: name at least one picture")
         if request.mask_image and not request.init_image:
             raise SettingError("a mask says what to redraw of a picture: give that picture too (--init)")
+        if bool(request.controlnet) != bool(request.control_image):
+            raise SettingError("a control image and a ControlNet go together: give both, or neither (--control, --controlnet)")
         return request
 
     @field_serializer("images")
@@ -84,6 +88,7 @@ class Request(BaseModel):
             adapter=self.adapter,
             encoder=self.encoder,
             variant=self.variant,
+            controlnet=self.controlnet,
             dtype=dtype,
             compile=self.fast,
             tiling=self.tiling,
@@ -96,6 +101,7 @@ class Request(BaseModel):
             self.images,
             init_image=source(self.init_image),
             mask_image=source(self.mask_image),
+            control_image=source(self.control_image),
             batch_size=self.batch_size,
             only=self.only,
             on_step=on_step,

@@ -29,6 +29,7 @@ class Settings(BaseModel, frozen=True):
     strength: Annotated[float, Field(gt=0, le=1)] = 0.8
     together: bool = False
     image_guidance: Annotated[float, Field(ge=0, le=1000)] | None = None  # of the image alone, beside `guidance` of the text
+    control_scale: Annotated[float, Field(ge=0, le=10)] = 1.0  # of ControlNet, where there is one
     overlap: Literal["add", "normalise"] = "add"  # where masks of one result's references overlap
 
     @classmethod

@@ -1,0 +1,105 @@
+"""The emoji world's edge ControlNet and its other drawing style, as they ship: what they were made for holds, a little at least.
+
+Their inputs are drawn here: no font is needed.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from diffusers import ControlNetModel
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+pytest.importorskip("emoji", reason="only building the world needs it")
+pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
+
+from imprompt.models import PACKAGED
+from worlds.emoji.compose import Heard, Studio, outline_iou
+from worlds.emoji.control import EDGES, edges
+from worlds.emoji.evaluate import to_tensor
+from worlds.emoji.style import INK, PALE, ink
+
+SIDE, STEPS = 64, 8
+LIMIT, LIMIT_IN_ALL = 8e6, 35e6  # bytes
+BOXES = ((6, 10, 34, 38), (26, 6, 58, 38), (14, 26, 50, 58), (30, 28, 60, 58))
+
+
+def drawn(grounds: tuple[str, ...], inks: tuple[str, ...], turn: int = 0) -> Tensor:
+    """Disks and boxes of four colours on four others, (4, 3, S, S)."""
+    pictures = []
+    for number, (ground, colour) in enumerate(zip(grounds, inks, strict=True)):
+        picture = Image.new("RGB", (SIDE, SIDE), ground)
+        pen = ImageDraw.Draw(picture)
+        (pen.ellipse, pen.rectangle)[number % 2](BOXES[(number + turn) % 4], fill=colour)
+        pictures.append(picture)
+    return to_tensor(pictures)
+
+
+SHAPES = drawn(("#f0e0c0", "#3366cc", "#40a050", "#f5f5f5"), ("#c03030", "#f0d040", "#f8f8f8", "#7040a0"))
+PALETTES = drawn(("#f8e050", "#98d0f8", "#f09030", "#a0e8c0"), ("#d02020", "#f09020", "#3060d0", "#8040a0"), turn=2)
+
+
+@cache
+def studio(*, styled: bool = False) -> Studio:
+    return Studio(INK if styled else None)
+
+
+def ground(pictures: Tensor) -> Tensor:
+    """The median colour of a picture's outermost three rows (N, 3)."""
+    rows = torch.cat([pictures[:, :, :3], pictures[:, :, -3:]], 2)
+    return rows.flatten(2).median(2).values
+
+
+def ground_errors(pictures: Tensor, wanted: Tensor) -> tuple[float, float]:
+    """The mean difference of the ground from the wanted one and from another's, of 1."""
+    found = ground(pictures)
+    return (found - wanted).abs().mean().item(), (found - wanted.roll(1, 0)).abs().mean().item()
+
+
+def size(folder: object) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_what_ships_is_small() -> None:
+    assert size(EDGES) < LIMIT
+    assert size(INK) < LIMIT
+    assert size(PACKAGED / "emoji") < LIMIT_IN_ALL
+
+
+def test_edges_are_of_colour_and_lie_where_the_shape_ends() -> None:
+    maps = edges(SHAPES)
+    assert maps.shape == SHAPES.shape
+    assert (maps.min(), maps.max()) == (0, 1)
+    assert maps[0, 0, 24, 5:8].max() > 0.9  # the disk's left end
+    assert maps[0, 0, 24, 20] == 0  # its inside
+    grey = torch.full((1, 3, SIDE, SIDE), 0.5)
+    grey[:, 0, :, 32:], grey[:, 1, :, 32:] = 0.9, 0.1  # as bright as before, another colour
+    assert edges(grey)[0, 0, 32, 31:33].min() > 0.9
+
+
+def test_ink_is_paler_with_dark_lines() -> None:
+    drawn_over = ink(SHAPES)
+    line = edges(SHAPES)[:, 0] == 1
+    assert drawn_over.mean(1)[line].max() < 0.15
+    assert torch.allclose(ground(drawn_over), ground(SHAPES) + (1 - ground(SHAPES)) * PALE, atol=1e-6)
+
+
+def test_the_controlnet_holds_outlines_and_the_image_prompt_the_palette() -> None:
+    assert isinstance(studio().controlled.controlnet, ControlNetModel)
+    maps = edges(SHAPES)
+    held = studio().draw(4, Heard(PALETTES), maps=maps, steps=STEPS)
+    free = studio().draw(4, Heard(PALETTES), steps=STEPS)
+    assert outline_iou(held, maps).mean() > outline_iou(free, maps).mean() + 0.15
+    own, shuffled = ground_errors(held, ground(PALETTES))
+    assert own < 0.5 * shuffled
+
+
+def test_the_style_is_another_base_and_the_same_adapter_drives_it() -> None:
+    plain = studio().draw(4, Heard(PALETTES, 0.0), steps=STEPS)
+    styled = studio(styled=True).draw(4, Heard(PALETTES, 0.0), steps=STEPS)
+    assert (plain - styled).abs().mean() > 0.05
+    assert torch.equal(styled, studio(styled=True).draw(4, steps=STEPS))  # scale 0 is that base itself
+    wanted = ground(PALETTES) + (1 - ground(PALETTES)) * PALE
+    own, shuffled = ground_errors(studio(styled=True).draw(4, Heard(PALETTES), steps=STEPS), wanted)
+    assert own < 0.5 * shuffled
