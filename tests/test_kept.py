@@ -16,12 +16,14 @@ from torch import Tensor
 from imprompt.checkpoint import AdapterFile, read_adapter
 from imprompt.cli.generate import run
 from imprompt.encoders.kept import FeatureFolder, FeatureMemory, KeptFeatures, Store, files_of
+from imprompt.encoders.noise import Noise
 from imprompt.encoders.vision import VisionEncoder, load_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.images import open_image
 from imprompt.models import MODELS, PACKAGED, Place
 from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.sampling.record import Request, read_request
+from imprompt.sampling.references import Reference
 from imprompt.variants import VARIANTS, Feature
 from tests.tiny import pictures
 
@@ -71,6 +73,16 @@ def test_they_are_the_encoders_own_bit_for_bit(store: Store, encoder: VisionEnco
             assert torch.equal(kept.features([ONE, TWO], row.feature), own)
             assert torch.equal(kept.features([TWO], row.feature), own[1:])
             assert torch.equal(kept.null_features(row), encoder.null_features(row))
+
+
+def test_pictures_are_made_ready_without_the_encoder(tmp_path: Path) -> None:
+    padded = Reference(images=Image.new("RGB", (64, 32), "green"), crop="pad", sharpening=0.5, negative=Noise(kind="fade"))
+    made = []
+    for opened in (True, False):
+        pipe = ImagePromptPipeline.from_pretrained("emoji", device=CPU, keep_features=tmp_path)
+        made.append(pipe(padded, seed=1, steps=2).images[0].tobytes())
+        assert ("encoder" in vars(pipe.first.encoder)) is opened
+    assert made[0] == made[1]
 
 
 def test_a_pipeline_makes_the_same_pictures(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL.Image import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from imprompt.encoders.vision import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder, processor_of
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import check_folder
 from imprompt.models import Place
@@ -125,7 +125,7 @@ class KeptFeatures:
         """
         self.source, self.device, self.store = str(place), torch.device(device), store
         self.width, self.expected = width, fingerprint
-        self._opened = opened
+        self._opened, self._place = opened, place
         self._facts = {
             "format": str(FORMAT),
             "encoder": self.source,
@@ -142,9 +142,15 @@ class KeptFeatures:
     def model(self) -> Any:
         return self.encoder.model
 
-    @property
+    @cached_property
     def processor(self) -> Any:
-        return self.encoder.processor
+        """Without opening the encoder: pictures are made ready with it that may have been encoded before."""
+        if "encoder" in self.__dict__:
+            return self.encoder.processor
+        from transformers import CLIPVisionConfig
+
+        source, subfolder = self._place.fetch_folder()
+        return processor_of(CLIPVisionConfig.from_pretrained(source, subfolder=subfolder or ""))
 
     def feature_dim(self, feature: Feature) -> int:
         return self.encoder.feature_dim(feature)

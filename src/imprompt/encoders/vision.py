@@ -135,7 +135,7 @@ def clip_encoder(file: Any, told: Place | None, model: KnownModel, given: str | 
 @collector_waits()
 def open_encoder(place: Place, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
     """The image encoder in a folder or on the Hub; CheckpointError if there is none."""
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     source, subfolder = place.fetch_folder()
     try:
@@ -150,12 +150,17 @@ def open_encoder(place: Place, device: str | torch.device, dtype: torch.dtype) -
         raise CheckpointError(f"no image encoder can be loaded from {place} ({first_line(error)})") from error
     if missing := sorted(report["missing_keys"]):  # these would be random
         raise CheckpointError(f"{place} holds no whole CLIP image encoder: {some(missing, 3)} missing")
-    side = network.config.image_size
-    shortest: Any = {"shortest_edge": side}
-    square: Any = {"height": side, "width": side}
-    processor = CLIPImageProcessorPil(size=shortest, crop_size=square)
     network.to(device)  # pyright: ignore[reportArgumentType] - transformers' decorated `to` loses its signature
-    return VisionEncoder(network, processor, str(place))
+    return VisionEncoder(network, processor_of(network.config), str(place))
+
+
+def processor_of(config: Any) -> Any:
+    """CLIP's image processor for an encoder of this configuration."""
+    from transformers import CLIPImageProcessorPil
+
+    shortest: Any = {"shortest_edge": config.image_size}
+    square: Any = {"height": config.image_size, "width": config.image_size}
+    return CLIPImageProcessorPil(size=shortest, crop_size=square)
 
 
 def given_place(name: str) -> Place:
