@@ -119,10 +119,10 @@ def moving(pipe: Any, name: str = "AnimateDiff{}Pipeline", **components: Any) ->
     return pipe
 
 
-def lora(pipe: Any, name: str = "style", seed: int = 41, text: bool = True) -> Any:
+def lora(pipe: Any, name: str = "style", seed: int = 41) -> Any:
     """A LoRA for every attention of the UNet and for the text encoders, loaded as from a file."""
     ends = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj")
-    parts = ("unet", "text_encoder", "text_encoder_2") if text else ("unet",)
+    parts = ("unet", "text_encoder", "text_encoder_2")
     state: dict[str, Tensor] = {}
     with seeded(seed):
         for part in parts:
@@ -134,7 +134,7 @@ def lora(pipe: Any, name: str = "style", seed: int = 41, text: bool = True) -> A
     return pipe
 
 
-second_lora = partial(lora, name="detail", seed=42, text=False)
+second_lora = partial(lora, name="detail", seed=42)
 
 
 def consistency_model(pipe: Any) -> Any:
@@ -380,6 +380,16 @@ def test_replaced_processors_are_said(name: str) -> None:
     if name.endswith("after"):
         adapter.attach(ours.unet)
         torch.testing.assert_close(noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_pag_refuses_a_low_rank_part() -> None:
+    """It would be dropped at the self-attentions that PAG changes."""
+    way = row("PAG and FaceID", becomes("PAGPipeline"), [Heard()], **PAG)
+    pipe = pipeline("sd1", way)
+    adapter = tiny_adapter(pipe.unet, "faceid", seed=21).attach(pipe.unet)
+    with pytest.raises(MismatchError, match="PAGCFGIdentitySelfAttnProcessor2_0"):
+        run(pipe, way, cross_attention_kwargs={KEY: Heard().prompt(adapter, way.items)})
 
 
 class Conditional(Heard):

@@ -31,7 +31,8 @@ from imprompt.encoders.face import (
     square,
 )
 from imprompt.encoders.kept import FeatureMemory, KeptFeatures
-from imprompt.encoders.vision import VisionEncoder, load_encoder
+from imprompt.encoders.opening import load_encoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError
 from imprompt.models import MODELS, PACKAGED, Place
 from imprompt.sampling.generate import ImagePromptPipeline
@@ -287,7 +288,7 @@ def test_embeddings_as_each_variant_wants_them(features: FaceFeatures) -> None:
     torch.testing.assert_close(plain.norm(dim=-1), torch.ones(2))
     assert torch.equal(raw, torch.stack([face.embedding for face in faces]))
     torch.testing.assert_close(plain, F.normalize(raw, dim=-1))
-    again = features.features([Face(row) for row in plain], "face")
+    again = features.features([Face(row.numpy()) for row in plain], "face")  # as insightface gives them
     torch.testing.assert_close(again, plain)
 
 
@@ -458,7 +459,8 @@ def test_a_pipeline_follows_a_face(tmp_path: Path, name: str) -> None:
     assert following(face, **asked).images[0].tobytes() == by_picture.tobytes()
     assert following(finder.encode_face(PICTURE, 0), **asked).images[0].tobytes() != by_picture.tobytes()
 
-    adapter = following.adapters[0].adapter
+    (attached,) = following.adapters.values()
+    adapter = attached.adapter
     faces = FaceFeatures(None, width=FACE_DIM)
     tokens = [adapter.tokens(each) for each in (faces.features([face], row.feature), faces.null_features(row))]
     prompt = adapter.prompt(*tokens, scale=0.7)

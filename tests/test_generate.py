@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from imprompt import ImagePromptPipeline
-from imprompt.encoders.vision import check_encoder
+from imprompt.encoders.opening import check_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.images import open_image
 from imprompt.sampling.record import Request, read_request, save_results

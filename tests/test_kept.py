@@ -17,7 +17,8 @@ from imprompt.checkpoint import AdapterFile, read_adapter
 from imprompt.cli.generate import run
 from imprompt.encoders.kept import FeatureFolder, FeatureMemory, KeptFeatures, Store, files_of
 from imprompt.encoders.noise import Noise
-from imprompt.encoders.vision import VisionEncoder, load_encoder
+from imprompt.encoders.opening import load_encoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.images import open_image
 from imprompt.models import MODELS, PACKAGED, Place

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imprompt.attention import family_of
 from imprompt.checkpoint import build_adapter, read_adapter
-from imprompt.encoders.vision import load_encoder
+from imprompt.encoders.opening import load_encoder
 from imprompt.errors import SettingError
 from imprompt.images import open_image
 from imprompt.models import PACKAGED, find_adapter, find_model, open_pipeline

@@ -100,7 +100,6 @@ class ImagePrompt(NamedTuple):
         return sum(state.nbytes for state in self.keys + self.values)
 
 
-UNATTACHED = "the adapter is not attached to a model: call attach(model) first"
 LONG = 1024  # keys, from which on whole score matrices cost too much
 
 
@@ -217,22 +216,21 @@ class IPAdapter(nn.Module):
         With classifier-free guidance give `null_tokens` too, the projection of the null feature, (B or 1, N, D): the
         result then holds the unconditional half before the conditional one, as diffusers' pipelines stack them.
         """
-        if self._graft is None:
-            raise MismatchError(UNATTACHED)
+        graft = self.graft
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
-        tokens, dtype = self._graft.as_text(tokens), self._graft.dtype
-        pairs = [kv(tokens, site.heads) for kv, site in zip(self.image_kv, self._graft.sites.values(), strict=True)]
+        tokens, dtype = graft.as_text(tokens), graft.dtype
+        pairs = [kv(tokens, site.heads) for kv, site in zip(self.image_kv, graft.sites.values(), strict=True)]
         keys, values = zip(*((key.to(dtype), value.to(dtype)) for key, value in pairs), strict=True)
         lora = () if self.lora is None else self.lora.weights(dtype)
         return ImagePrompt(keys, values, tokens.new_ones(len(keys), 1), lora=lora).with_scale(scale)
 
     @property
-    def sites(self) -> Mapping[str, Any]:
-        """The text cross-attentions of the attached model by module name, in the order of `image_kv`."""
+    def graft(self) -> Graft:
+        """What joins it to a model; MismatchError if nothing does."""
         if self._graft is None:
-            raise MismatchError(UNATTACHED)
-        return self._graft.sites
+            raise MismatchError("the adapter is not attached to a model: call attach(model) first")
+        return self._graft
 
     def attach(self, model: nn.Module) -> Self:
         """Let `model` hear image prompts passed as `cross_attention_kwargs={"ip_hidden_states": prompt}`, or a list of prompts.

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from imprompt.adapter import IPAdapter
+from imprompt.adapter import ImageProjection, IPAdapter
+from imprompt.attention import family_of
+from imprompt.checkpoint import load_adapter
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.projections.resampler import HEAD_DIM, Resampler
-from imprompt.variants import VARIANTS, Variant
-from tests.tiny import noise, noise_inputs, paper_layout, pictures, seeded, tiny_adapter
+from imprompt.variants import VARIANTS, Variant, variant
+from tests.tiny import FEATURE_DIMS, noise, noise_inputs, paper_layout, pictures, seeded, smallest_unet, tiny_adapter
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -101,7 +103,7 @@ def test_same_keys_and_shapes(paper: ModuleType, unet: UNet2DConditionModel, row
 
 @torch.no_grad()
 @given(
-    depth=st.integers(1, 5), tokens=st.integers(1, 9), heads=st.integers(1, 3), patches=st.integers(1, 12), extra=st.integers(0, 40)
+    depth=st.integers(1, 6), tokens=st.integers(1, 9), heads=st.integers(1, 3), patches=st.integers(1, 12), extra=st.integers(0, 40)
 )
 def test_same_resampler(paper: ModuleType, depth: int, tokens: int, heads: int, patches: int, extra: int) -> None:
     """Whatever the depth and sizes, its inner width different from the heads' included."""
@@ -112,3 +114,25 @@ def test_same_resampler(paper: ModuleType, depth: int, tokens: int, heads: int, 
     theirs = their_projection(paper, "plus", weights)
     theirs.load_state_dict(weights)
     torch.testing.assert_close(ours(features), theirs(features), **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["base", "plus"])
+def test_sizes_that_other_loaders_get_wrong(paper: ModuleType, encoder: VisionEncoder, name: str, tmp_path: Path) -> None:
+    """From the file: a base adapter of 8 tokens, a resampler of 6 layers, none of which may be dropped in silence."""
+    unet, row = smallest_unet(), variant(name)
+    with seeded(8):
+        wide = FEATURE_DIMS[row.feature]
+        projection = ImageProjection(wide, 32, 8) if name == "base" else Resampler(wide, 32, tokens=5, width=64, depth=6)
+        adapter = IPAdapter.beside(unet, family_of(unet), projection)
+    weights = save_paper(adapter, tmp_path / "adapter.safetensors")
+    loaded, _ = load_adapter(tmp_path / "adapter.safetensors", family_of(unet))
+    features, inputs = encoder.features(pictures(2), row.feature), noise_inputs(unet, 2)
+    with loaded.attached(unet):
+        ours = noise(unet, inputs, loaded.prompt(loaded.tokens(features)))
+
+    theirs = their_projection(paper, name, weights["image_proj"])
+    graft_theirs(paper, unet, 8 if name == "base" else 5)
+    load_theirs(paper, unet, theirs, tmp_path / "adapter.safetensors")
+    joined = inputs | {"encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"], theirs(features)], 1)}
+    torch.testing.assert_close(ours, noise(unet, joined), **TOLERANCE)

@@ -22,6 +22,7 @@ from imprompt.attention.step import (
     KEY,
     Step,
     check_batch,
+    check_listening,
     check_lora,
     check_prompt,
     check_widths,
@@ -134,13 +135,15 @@ class Graft:
             if name in names and name not in self.own:
                 self.own[name] = attention.processor
                 attention.set_processor(self.family.processor(number, sites.get(name)))
+                self.ours = type(attention.processor)
 
     def leave(self) -> None:
         self.adapters -= 1
         if not self.adapters:
             self.hook.remove()
             for name, own in self.own.items():
-                self.attentions[name].set_processor(own)
+                if type(self.attentions[name].processor) is self.ours:  # else another tool's, which stays
+                    self.attentions[name].set_processor(own)
 
     def as_text(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, N, D) in the width of the text that the sites read."""
@@ -187,6 +190,8 @@ class Graft:
         for prompt in prompts:
             check_prompt(prompt, self.sites)
             check_lora(prompt, self.own)
+        listening = self.own if any(prompt.lora for prompt in prompts) else self.sites
+        check_listening({name: self.attentions[name] for name in listening}, self.ours)
         inputs = dict(zip(self.family.arguments, args, strict=False)) | kwargs
         step = self.step(model, prompts, *(inputs[name] for name in self.family.arguments)) if prompts else None
         return args, {**kwargs, "cross_attention_kwargs": {**told, KEY: step}}
@@ -201,8 +206,9 @@ class Graft:
         size, dtype = latents.shape[-2:], prompts[0].keys[0].dtype
         kernel = may_fuse(latents.device, dtype) and not biases
         copied = [state for pair in states for state in pair] if kernel and len(prompts) > 1 else []
-        for prompt in prompts if latents.ndim == 4 else ():
-            check_batch(prompt, len(latents))
+        batch = len(latents) * (latents.shape[2] if latents.ndim == 5 else 1)  # a video's frames are items
+        for prompt in prompts:
+            check_batch(prompt, batch)
 
         def heard() -> tuple[Any, Any, Any]:
             for prompt in prompts:

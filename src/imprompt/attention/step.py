@@ -64,6 +64,16 @@ def check_lora(prompt: ImagePrompt, listening: Collection[str]) -> None:
         )
 
 
+def check_listening(attentions: Mapping[str, Any], ours: type) -> None:
+    """Raise MismatchError where another tool has put its own processor: image prompts would not be heard there."""
+    for name, attention in attentions.items():
+        if type(attention.processor) is not ours:
+            raise MismatchError(
+                f"{type(attention.processor).__name__} was put in the adapter's place at {name}, where image prompts are then not "
+                "heard: call detach() and attach(model) after it"
+            )
+
+
 def check_widths(prompt: ImagePrompt, sites: Mapping[str, Any]) -> None:
     """Raise MismatchError unless its keys are as wide as these sites' own."""
     for key, (name, site) in zip(prompt.keys, sites.items(), strict=True):

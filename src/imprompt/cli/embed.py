@@ -60,7 +60,7 @@ def open_for(model: str, adapter: str | None, encoder: str | None, device: str |
 
     from imprompt.checkpoint import read_adapter
     from imprompt.encoders.embeddings import RANKS
-    from imprompt.encoders.vision import load_encoder
+    from imprompt.encoders.opening import load_encoder
     from imprompt.models import find_adapter, find_model
     from imprompt.sampling.generate import check_device, default_device
 

@@ -212,11 +212,11 @@ def models() -> None:
 
     from imprompt.models import MODELS
 
-    table = Table("model", "adapter", "file", "image encoder", box=None, pad_edge=False)
+    table = Table("model", "adapter", "file", "image encoder", "licence", box=None, pad_edge=False)
     for model in MODELS.values():
         table.add_row(model.name, "", str(model.base), model.about)
         for name, known in model.adapters.items():
-            table.add_row("", name, str(known.file), str(known.encoder))
+            table.add_row("", name, str(known.file), str(known.encoder or "none: a face encoder"), known.licence)
     width: dict[str, Any] = {} if os.isatty(1) else {"width": 200}
     Console(**width).print(table)
 

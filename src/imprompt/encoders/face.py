@@ -35,7 +35,7 @@ TEMPLATE_SIDE = 112
 class Face:
     """One face.
 
-    embedding  (512,) as the face encoder gives it, or of unit length if only such variants are to read it
+    embedding  (512,), of NumPy too, as the face encoder gives it, or of unit length if only such variants are to read it
     crop       the aligned face: faceid-plus reads it
     square     the square round its box: Kolors' FaceID reads it
     box        where it is in its picture
@@ -115,7 +115,7 @@ class FaceFeatures:
 
     def _embedding(self, face: Face, feature: Feature) -> Tensor:
         """(512,) as that feature wants it."""
-        embedding = face.embedding.detach().float().to(self.device)
+        embedding = torch.as_tensor(face.embedding, dtype=torch.float32, device=self.device).detach()
         if embedding.shape != (self.width,):
             raise MismatchError(
                 f"this adapter reads face embeddings of {self.width} numbers; one has the shape {list(embedding.shape)}"

@@ -19,11 +19,12 @@ from imprompt.checkpoint import AdapterFile, build_adapter, read_adapter
 from imprompt.encoders.embeddings import Reads, check_embedding, load_embedding
 from imprompt.encoders.kept import Store
 from imprompt.encoders.noise import Noise, noise_negative
+from imprompt.encoders.opening import load_encoder
 from imprompt.encoders.preparation import Preparation, prepare
-from imprompt.encoders.vision import load_encoder
 from imprompt.errors import SettingError
 from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, find_adapter
+from imprompt.projections.resampler import FacePlusV2Projection
 from imprompt.sampling.controls import as_mask, combine, concat, pushed_away, regions, scale_table, scaled
 from imprompt.sampling.memory import Savers
 from imprompt.sampling.references import AdapterChoice, Reference, is_face, is_features, source
@@ -38,7 +39,7 @@ class Call(NamedTuple):
     scale    of references that say none
     size     rows and columns of the latents
     seed     of noise that a picture is made
-    nulls    image tokens (1, N, D) of "no image", by adapter: encoded once
+    nulls    image tokens (1, N, D) of "no image", by adapter and `face_scale`: encoded once
     """
 
     guided: bool
@@ -47,7 +48,7 @@ class Call(NamedTuple):
     size: tuple[int, int]
     timesteps: int
     seed: int
-    nulls: dict["Attached", Tensor]
+    nulls: dict[tuple["Attached", float], Tensor]
 
 
 class Heard(NamedTuple):
@@ -83,7 +84,7 @@ class Attached:
 
     @property
     def sites(self) -> list[str]:
-        return list(self.adapter.sites)
+        return list(self.adapter.graft.sites)
 
     def hear(self, reference: Reference, call: Call) -> Heard:
         """Encode a reference."""
@@ -125,6 +126,8 @@ class Attached:
 
     def check(self, reference: Reference) -> None:
         """Raise SettingError if it asks what this kind of adapter has no use for."""
+        if reference.face_scale != 1 and not issubclass(self.variant.projection, FacePlusV2Projection):
+            raise SettingError(f"face_scale is for faceid-plus-v2; {self.name or 'the adapter'} is {self.variant.name}")
         if not self.variant.faces:
             for_faces = ["face"] * (reference.face is not None) + ["images"] * any(map(is_face, reference.images))
             if for_faces:
@@ -141,19 +144,25 @@ class Attached:
     def combined(self, features: Features, reference: Reference) -> tuple[Tensor, Tensor | None]:
         """Features (K, ...) -> the image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard alike."""
         left, weights = combine(features, reference.combine, reference.weights)
-        return concat(self.adapter.tokens(left), weights)
+        return concat(self.tokens(left, reference), weights)
+
+    def tokens(self, features: Features, reference: Reference) -> Tensor:
+        """Features (K, ...) -> image tokens (K, N, D)."""
+        strength = () if reference.face_scale == 1 else (torch.tensor(reference.face_scale),)
+        return self.adapter.tokens((*(features if isinstance(features, tuple) else (features,)), *strength))
 
     def away_from(self, reference: Reference, call: Call, count: int) -> Tensor:
         """So many image tokens (1, count, D) of what guidance goes away from: "no image", or the reference's negative."""
         if reference.negative is None:
-            if self not in call.nulls:
-                call.nulls[self] = self.null_tokens()
-            return repeated(call.nulls[self], count)
+            which = self, reference.face_scale
+            if which not in call.nulls:
+                call.nulls[which] = self.tokens(self.encoder.null_features(self.variant), reference)
+            return repeated(call.nulls[which], count)
         if isinstance(reference.negative, Noise):
             features = self.encoder.features([self.noise(reference, call.seed)], self.variant.feature)
         else:
             features = combine(self.features(Reference(images=reference.negative)), "average").features
-        return repeated(self.adapter.tokens(features), count)
+        return repeated(self.tokens(features, reference), count)
 
     def noise(self, reference: Reference, seed: int) -> Image.Image:
         """Of the first image that is a picture."""

@@ -102,6 +102,7 @@ class Reference(Checked):
     negative        what guidance goes away from, in place of "no image": pictures, or noise made of the first image
     crop, sharpening, ignore  how they are made ready: `encoders.preparation`
     face            of a picture with several faces: "largest", or which, by number from the left
+    face_scale      for faceid-plus-v2: how much the picture of the face counts beside its embedding
     """
 
     images: Annotated[Pictures, Field(min_length=1)]
@@ -121,6 +122,7 @@ class Reference(Checked):
     sharpening: Annotated[float, Field(ge=0, le=1)] = 0.0
     ignore: AnyPicture | None = None
     face: Annotated[int, Field(ge=0)] | Literal["largest"] | None = None
+    face_scale: Factor = 1.0
 
     @model_validator(mode="after")
     def _weights_match(self) -> "Reference":

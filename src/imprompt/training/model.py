@@ -13,7 +13,8 @@ from imprompt.adapter import ImagePrompt, IPAdapter
 from imprompt.attention import family_of
 from imprompt.attention.blockwise import SelfAttention
 from imprompt.checkpoint import build_adapter, read_adapter
-from imprompt.encoders.vision import given_place, open_encoder
+from imprompt.encoders.opening import given_place
+from imprompt.encoders.vision import open_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.models import Place, find_adapter, find_model, open_pipeline, part_config
 from imprompt.training.buckets import training_size
@@ -113,9 +114,8 @@ def encoder_place(recipe: Recipe) -> Place:
     model = find_model(recipe.model)
     if recipe.encoder is not None:
         return given_place(recipe.encoder)
-    if model.adapters:
-        return next(iter(model.adapters.values())).encoder
-    return model.base.inside("image_encoder")
+    known = next((one.encoder for one in model.adapters.values() if one.encoder), None)
+    return known or model.base.inside("image_encoder")
 
 
 @dataclass(frozen=True)
