@@ -32,6 +32,7 @@ from imprompt.encoders.vision import VisionEncoder
 from imprompt.sampling.attached import Attached
 from imprompt.sampling.compiled import compile_base
 from imprompt.sampling.generate import ImagePromptPipeline
+from imprompt.sampling.reading import Reader
 from imprompt.training.estimate import flash
 from imprompt.variants import variant
 
@@ -152,7 +153,7 @@ def from_pictures(of: Scene, steps: int) -> Calls:
     """The same, the image prompt being a picture; ours through the package's own pipeline."""
     pipes, arguments, picture = pipelines(of, sees=True), asked(of.setting, steps), Image.new("RGB", (256, 256), "orange")
     encoder = VisionEncoder(pipes[OURS].image_encoder, pipes[OURS].feature_extractor)
-    whole = ImagePromptPipeline(pipes[OURS], Attached(of.adapters[0], encoder, variant(of.setting.variant)))
+    whole = ImagePromptPipeline(pipes[OURS], Attached(of.adapters[0], Reader(encoder, variant(of.setting.variant))))
     setting = of.setting
     same: dict[str, Any] = {"width": setting.pixels, "height": setting.pixels, "steps": steps, "guidance": GUIDANCE}
     several = {"num_images": setting.batch, "batch_size": setting.batch}

@@ -22,6 +22,7 @@ from imprompt.errors import ImpromptError, MismatchError, SettingError
 from imprompt.projections.mlp import FaceProjection
 from imprompt.sampling.attached import Attached
 from imprompt.sampling.guidance import image_guidance
+from imprompt.sampling.reading import Reader
 from imprompt.sampling.record import Request, read_request, save_results
 from imprompt.sampling.references import AdapterChoice
 from imprompt.sampling.tasks import FLAGS
@@ -153,7 +154,7 @@ def test_overlapping_regions(pipe: ImagePromptPipeline) -> None:
 
 def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
     file = tmp_path / "blue.safetensors"
-    by = pipe.first
+    by = pipe.first.reader
     save_embedding(
         file, Embedding(by.encoder.features([BLUE, RED], "pooled"), "pooled", by.encoder.source, by.encoder.fingerprint())
     )
@@ -355,7 +356,7 @@ def test_on_a_pipeline_of_diffusers(base: str) -> None:
     results = []
     for pipeline in (plain, control):
         live = tiny_adapter(pipeline.unet).attach(pipeline.unet)
-        pipe = ImagePromptPipeline(pipeline, Attached(live, tiny_encoder(), variant("base")))
+        pipe = ImagePromptPipeline(pipeline, Attached(live, Reader(tiny_encoder(), variant("base"))))
         options = {"image": pictures(1)[0].resize((32, 32))} if pipeline is control else {}
         settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32, "pipeline_options": options}
         halves = [Reference(images=pictures(1)[0], mask=LEFT), Reference(images=pictures(2)[1], mask=RIGHT, blocks=0.5)]
@@ -365,7 +366,7 @@ def test_on_a_pipeline_of_diffusers(base: str) -> None:
         assert not pipeline.unet._forward_pre_hooks
     assert difference(*results) > 0
     with pytest.raises(SettingError, match="has its own way to start from pictures"):
-        ImagePromptPipeline(control, Attached(live.attach(control.unet), tiny_encoder(), variant("base")))(
+        ImagePromptPipeline(control, Attached(live.attach(control.unet), Reader(tiny_encoder(), variant("base"))))(
             BLUE, init_image=BLUE, steps=2
         )
 
@@ -374,7 +375,7 @@ def test_published_presets_on_a_model_of_their_structure() -> None:
     pipeline = PIPELINES["sdxl"]()
     with seeded(1):
         live = tiny_adapter(pipeline.unet).attach(pipeline.unet)
-    pipe = ImagePromptPipeline(pipeline, Attached(live, tiny_encoder(), variant("base")))
+    pipe = ImagePromptPipeline(pipeline, Attached(live, Reader(tiny_encoder(), variant("base"))))
     settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32}
     picture = pictures(1)[0]
     named = pipe(Reference(images=picture, blocks="style transfer"), **settings).images[0]
@@ -405,8 +406,8 @@ def test_faces() -> None:
             assert image.size == (64, 64)
             return Face(embeddings[int(face or 0)])
 
-    whole = Attached(tiny_adapter(pipeline.unet).attach(pipeline.unet), tiny_encoder(), variant("base"), "whole")
-    faces = Attached(face_id.attach(pipeline.unet), FaceFeatures(Finder()), variant("faceid"), "faces")
+    whole = Attached(tiny_adapter(pipeline.unet).attach(pipeline.unet), Reader(tiny_encoder(), variant("base"), "whole"))
+    faces = Attached(face_id.attach(pipeline.unet), Reader(FaceFeatures(Finder()), variant("faceid"), "faces"))
     pipe = ImagePromptPipeline(pipeline, [whole, faces])
     settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32}
     found = pipe(Reference(images=BLUE, adapter="faces", face=1), **settings).images[0]
@@ -417,9 +418,9 @@ def test_faces() -> None:
     both = pipe([[Reference(images=BLUE, adapter="faces", mask=LEFT), Reference(images=RED)]], **settings).images[0]
     assert difference(both, first) > 0
     for wrong, says in (
-        (Reference(images=BLUE, face=0), "face: whole reads whole pictures; a face is for a FaceID adapter"),
-        (Reference(images=Face(embeddings[0])), "images: whole reads whole pictures"),
-        (Reference(images=BLUE, adapter="faces", crop="pad"), "a FaceID adapter's face is aligned by itself"),
+        (Reference(images=BLUE, face=0), "whole reads whole pictures .base.; a face is for a FaceID adapter"),
+        (Reference(images=Face(embeddings[0])), "whole reads whole pictures"),
+        (Reference(images=BLUE, adapter="faces", crop="pad"), "faces reads faces .faceid."),
         (Reference(images=BLUE, adapter="faces", negative=Noise(kind="fade")), "noise are for whole pictures"),
     ):
         with pytest.raises(SettingError, match=says):

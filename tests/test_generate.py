@@ -113,8 +113,10 @@ def test_any_diffusers_pipeline_in_three_lines(pipe: ImagePromptPipeline) -> Non
     plain = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
     plain.set_progress_bar_config(disable=True)
     adapter = load_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors", family_of(plain.unet))[0].attach(plain.unet)
-    encoder = pipe.first.encoder
-    tokens, null = (adapter.tokens(f) for f in (encoder.features([BLUE], "pooled"), encoder.null_features(pipe.first.variant)))
+    encoder = pipe.first.reader.encoder
+    tokens, null = (
+        adapter.tokens(f) for f in (encoder.features([BLUE], "pooled"), encoder.null_features(pipe.first.reader.variant))
+    )
     with torch.no_grad():
         made = plain(
             "a rocket",
@@ -175,13 +177,13 @@ def test_the_encoder_is_checked(pipe: ImagePromptPipeline) -> None:
     from imprompt.models import PACKAGED
 
     file = read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors")
-    check_encoder(pipe.first.encoder, file)
-    weight = pipe.first.encoder.model.visual_projection.weight
+    check_encoder(pipe.first.reader.encoder, file)
+    weight = pipe.first.reader.encoder.model.visual_projection.weight
     before = weight.data.clone()
     try:
         weight.data += 1
         with pytest.raises(MismatchError, match="other weights of the image encoder"):
-            check_encoder(pipe.first.encoder, file)
+            check_encoder(pipe.first.reader.encoder, file)
     finally:
         weight.data.copy_(before)
 

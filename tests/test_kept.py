@@ -82,7 +82,7 @@ def test_pictures_are_made_ready_without_the_encoder(tmp_path: Path) -> None:
     for opened in (True, False):
         pipe = ImagePromptPipeline.from_pretrained("emoji", device=CPU, keep_features=tmp_path)
         made.append(pipe(padded, seed=1, steps=2).images[0].tobytes())
-        assert ("encoder" in vars(pipe.first.encoder)) is opened
+        assert ("encoder" in vars(pipe.first.reader.encoder)) is opened
     assert made[0] == made[1]
 
 
@@ -91,7 +91,9 @@ def test_a_pipeline_makes_the_same_pictures(tmp_path: Path) -> None:
     first = pipe(ONE, seed=1, steps=2).images[0]
     for opened in (True, False):
         kept = emoji_encoder(emoji_file(), FeatureFolder(tmp_path))
-        pipe = ImagePromptPipeline(pipe.pipeline, replace(pipe.first, encoder=kept), model=pipe.model)
+        pipe = ImagePromptPipeline(
+            pipe.pipeline, replace(pipe.first, reader=replace(pipe.first.reader, encoder=kept)), model=pipe.model
+        )
         assert pipe(ONE, seed=1, steps=2).images[0].tobytes() == first.tobytes()
         assert ("encoder" in vars(kept)) is opened
 

@@ -23,6 +23,7 @@ from imprompt.models import PACKAGED, find_adapter, find_model, open_pipeline
 from imprompt.sampling.attached import Attached
 from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.sampling.memory import GROUP, OFFLOADS, QUANTIZERS, Savers, in_attentions, quantize, visit
+from imprompt.sampling.reading import Reader
 from imprompt.sampling.tasks import IMAGE, as_pipeline
 from imprompt.structures import SD1, SD2, SDXL
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
@@ -43,7 +44,7 @@ def opened(savers: Savers) -> ImagePromptPipeline:
     savers.lighten(pipeline)
     adapter = build_adapter(file, family_of(pipeline.unet)).attach(pipeline.unet)
     savers.place(pipeline, adapter)
-    return ImagePromptPipeline(pipeline, Attached(adapter, encoder, file.variant), model=known)
+    return ImagePromptPipeline(pipeline, Attached(adapter, Reader(encoder, file.variant)), model=known)
 
 
 def made(pipe: ImagePromptPipeline, **options: Any) -> np.ndarray:
@@ -227,7 +228,7 @@ def test_offload_on_a_gpu(offload: str) -> None:
     assert torch.cuda.memory_allocated() - before < 2**20  # nothing waits there
     for _ in range(2):
         assert np.abs(made(pipe) - expected).max() <= 1
-        parts = [pipe.first.adapter, pipe.first.encoder.model, pipe.pipeline.unet, pipe.pipeline.vae]
+        parts = [pipe.first.adapter, pipe.first.reader.encoder.model, pipe.pipeline.unet, pipe.pipeline.vae]
         assert not any(weight.is_cuda for part in parts for weight in part.parameters())
 
 

@@ -79,7 +79,7 @@ try: lines = [line.split() for line in open("/proc/self/maps")]
 except OSError: lines = []
 maps = [(*(int(bound, 16) for bound in line[0].split("-")), line[-1]) for line in lines if line[-1].endswith(".safetensors")]
 base = pipe.pipeline
-parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoder, "image": pipe.first.encoder.model}
+parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoder, "image": pipe.first.reader.encoder.model}
 def mapped(weight): return any(low <= weight.data_ptr() < high for low, high, _ in maps)
 copied = [name for name, part in parts.items() if lines and not all(map(mapped, part.parameters()))]
 """

@@ -20,6 +20,7 @@ from imprompt.encoders.vision import VisionEncoder, preprocess
 from imprompt.errors import CheckpointError, ImageError, ImpromptError, SettingError
 from imprompt.sampling.attached import Attached
 from imprompt.sampling.generate import ImagePromptPipeline
+from imprompt.sampling.reading import Reader
 from imprompt.sampling.settings import Settings
 from imprompt.training.recipe import Recipe
 from imprompt.training.validation import (
@@ -163,7 +164,7 @@ def test_the_grid_shows_what_the_live_adapter_makes(tmp_path: Path) -> None:
     plan = recipe(tmp_path, {"batch_size": 2}, texts=texts, scales=SCALES, seed=5)
     validator = Validator(plan, outfit.pipeline, outfit.encoder, variant("base"), outfit.adapter, iter(prompts))
     path, scores = validator.grid(1)
-    pipe = ImagePromptPipeline(outfit.pipeline, Attached(outfit.adapter.eval(), outfit.encoder, variant("base")))
+    pipe = ImagePromptPipeline(outfit.pipeline, Attached(outfit.adapter.eval(), Reader(outfit.encoder, variant("base"))))
     size = {"width": 16, "height": 16}
     made = [
         pipe(prompts, text, scale=scale, seed=5, steps=2, guidance=7.5, batch_size=2, **size).images

@@ -143,16 +143,16 @@ def with_text(
     texts = captions(Scenes(**{**vars(scenes), "glyph": torch.stack([named, -torch.ones_like(named)], 1)}), glyphs, generator)
     texts = [text.split(" on ")[0].split(" at ")[0].split(" in the ")[0] for text in texts]
     prompts = render(scenes, glyphs, world.side)
-    made = []
+    made, null = [], pipe.first.tokens(pipe.first.reader.null_features())
     for start in range(0, COUNT, 32):  # the façade takes one text a call; diffusers' own call takes many
         chunk = range(start, start + 32)
-        tokens = pipe.first.image_tokens([to_image(prompts[i]) for i in chunk])
+        tokens = pipe.first.tokens(pipe.first.reader.picture_features([to_image(prompts[i]) for i in chunk]))
         made += pipe.pipeline(
             [texts[i] for i in chunk],
             num_inference_steps=pipe.model.steps,
             guidance_scale=pipe.model.guidance,
             generator=[torch.Generator().manual_seed(i) for i in chunk],
-            cross_attention_kwargs={"ip_hidden_states": pipe.first.adapter.prompt(tokens, pipe.first.null_tokens(), scale)},
+            cross_attention_kwargs={"ip_hidden_states": pipe.first.adapter.prompt(tokens, null, scale)},
         ).images
     made = to_tensor(made)
     error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])

@@ -1,12 +1,11 @@
 """`imprompt embed`: image features as a file."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from imprompt.errors import MismatchError, SettingError
+from imprompt.errors import SettingError
 
 
 def register(app: typer.Typer) -> None:
@@ -20,12 +19,14 @@ def embed(
     adapter: Annotated[
         str | None, typer.Option(help="The adapter that is to read them: base, plus, a file, or a Hub file.")
     ] = None,
+    variant: Annotated[str | None, typer.Option(help="What the adapter's tensors cannot tell, such as faceid-plus-v2.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say.")] = None,
     crop: Annotated[
         str, typer.Option(help="What of a picture is seen: center, top, bottom, left, right, pad, 'pad black', squash, tiles.")
     ] = "center",
     sharpening: Annotated[float, typer.Option(help="Sharpen at the encoder's size, 0 to 1.")] = 0.0,
     ignore: Annotated[Path | None, typer.Option(help="A mask: what is white there is not seen.")] = None,
+    face: Annotated[str | None, typer.Option(help="Of several faces (FaceID): largest, or a number from the left.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")] = None,
 ) -> None:
@@ -34,45 +35,44 @@ def embed(
 
     from imprompt.cli import loading, quiet
     from imprompt.encoders.embeddings import SUFFIX, Embedding, save_embedding
-    from imprompt.encoders.preparation import Preparation, prepare
     from imprompt.files import check_folder
-    from imprompt.images import open_image, open_mask
+    from imprompt.sampling.references import Reference, hash_of
 
     if out.suffix != SUFFIX:
         raise SettingError(f"{out}: features are written to {SUFFIX} files; give such a name")
     check_folder(out.parent)
-    preparation = Preparation.check(crop=crop, sharpening=sharpening, ignore=open_mask(ignore) if ignore else None)
-    pictures = [open_image(path) for path in images]
+    which = int(face) if face and face.isdecimal() else face
+    reference = Reference.check(images=images, crop=crop, sharpening=sharpening, ignore=ignore, face=which)
+    for picture in reference.images:
+        picture.check()
     with Console(stderr=True).status(f"loading the image encoder for {model} …"), loading():
         quiet()
-        feature, vision = open_for(model, adapter, encoder, device, dtype)
-    ready = [square for picture in pictures for square in prepare(picture, preparation, vision)]
-    hashes = tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in images)
-    features = vision.features(ready, feature)
+        reader = open_reader(model, adapter, variant, encoder, device, dtype)
+    features, encoder_of = reader.features(reference), reader.encoder
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_embedding(out, Embedding(features, feature, vision.source, vision.fingerprint(), hashes))
-    print(f"{out}  {feature} features of {vision.source}, {'×'.join(map(str, features.shape))}")
+    feature, hashes = reader.variant.feature, tuple(map(hash_of, images))
+    embedding = Embedding(features, feature, encoder_of.source, encoder_of.fingerprint(), hashes)
+    save_embedding(out, embedding)
+    sizes = " and ".join("×".join(map(str, part.shape)) for part in embedding.parts)
+    print(f"{out}  {feature} features" + (f" of {encoder_of.source}" if encoder_of.source else "") + f", {sizes}")
 
 
-def open_for(model: str, adapter: str | None, encoder: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
-    """Which feature an adapter reads, and the image encoder that gives it."""
+def open_reader(model: str, adapter: str | None, variant: str | None, encoder: str | None, device: str | None,
+                dtype: str | None) -> Any:  # fmt: skip
+    """What reads pictures for an adapter."""
     import torch
 
     from imprompt.checkpoint import read_adapter
-    from imprompt.encoders.embeddings import RANKS
     from imprompt.encoders.opening import load_encoder
     from imprompt.models import find_adapter, find_model
     from imprompt.sampling.generate import check_device, default_device
+    from imprompt.sampling.reading import Reader
 
     place = check_device(device) if device else default_device()
     kind = dtype or ("float16" if place.startswith("cuda") else "float32")
     if kind not in ("float32", "float16", "bfloat16"):
         raise SettingError(f"dtype {kind!r} is not known; give float32, float16 or bfloat16")
     known = find_model(model)
-    path, told, *_ = find_adapter(known, adapter)
-    file = read_adapter(path)
-    if file.variant.feature not in RANKS.values():
-        raise MismatchError(
-            f"this adapter reads {file.variant.feature} features; {' and '.join(RANKS.values())} ones are made here"
-        )
-    return file.variant.feature, load_encoder(file, told, known, encoder, place, getattr(torch, kind))
+    path, told, named = find_adapter(known, adapter)
+    file = read_adapter(path, variant or named or None)
+    return Reader(load_encoder(file, told, known, encoder, place, getattr(torch, kind)), file.variant)

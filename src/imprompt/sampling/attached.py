@@ -10,27 +10,21 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter import ImagePrompt, IPAdapter
 from imprompt.attention import family_of
 from imprompt.checkpoint import AdapterFile, build_adapter, read_adapter
-from imprompt.encoders.embeddings import Reads, check_embedding, load_embedding
+from imprompt.encoders.embeddings import Reads
 from imprompt.encoders.kept import Store
-from imprompt.encoders.noise import Noise, noise_negative
+from imprompt.encoders.noise import Noise
 from imprompt.encoders.opening import load_encoder
-from imprompt.encoders.preparation import Preparation, prepare
 from imprompt.errors import SettingError
-from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, find_adapter
-from imprompt.projections.resampler import FacePlusV2Projection
 from imprompt.sampling.controls import as_mask, combine, concat, pushed_away, regions, scale_table, scaled
 from imprompt.sampling.memory import Savers
-from imprompt.sampling.references import AdapterChoice, Reference, is_face, is_features, source
-from imprompt.variants import Variant
-
-Features = Tensor | tuple[Tensor, ...]  # (K, ...), of what the variant reads
+from imprompt.sampling.reading import Features, Reader
+from imprompt.sampling.references import AdapterChoice, Reference, source
 
 
 class Call(NamedTuple):
@@ -74,24 +68,21 @@ class Heard(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """One adapter of a pipeline. `encoder` is an image encoder, or what gives a face's features; `name` is the user's for it."""
+    """One adapter of a pipeline, with what reads its features. `name` is the user's for it."""
 
     adapter: IPAdapter
-    encoder: Any
-    variant: Variant
-    name: str = ""
-    reads: Reads | None = None  # what features of a file are checked against
+    reader: Reader
 
     @property
-    def sites(self) -> list[str]:
-        return list(self.adapter.graft.sites)
+    def name(self) -> str:
+        return self.reader.name
 
     def hear(self, reference: Reference, call: Call) -> Heard:
         """Encode a reference."""
-        tokens, bias = self.combined(self.features(reference), reference)
+        tokens, bias = self.combined(self.reader.features(reference), reference)
         null = self.away_from(reference, call, tokens.shape[1]) if call.guided else None
         block, table = scale_table(
-            self.sites,
+            list(self.adapter.graft.sites),
             call.scale if reference.scale is None else reference.scale,
             reference.blocks,
             reference.boost,
@@ -103,80 +94,31 @@ class Attached:
         mask = None if reference.mask is None else F.interpolate(as_mask(source(reference.mask))[None], call.size, mode="area")[0]
         return Heard(self, tokens, null, bias, table, block.away, mask, reference.embeds_scaling)
 
-    def features(self, reference: Reference) -> Features:
-        """(K, ...): of each picture, or each of its tiles, and of each row of a file of features."""
-        self.check(reference)
-        return beside([self.features_of(image, reference) for image in reference.images])
-
-    def features_of(self, image: Any, reference: Reference) -> Features:
-        if is_features(image):
-            embedding = load_embedding(image.path)
-            if self.reads is not None:
-                check_embedding(embedding, self.reads, image.path)
-            parts = tuple(part.to(next(self.adapter.parameters()).device) for part in embedding.parts)
-            return parts[0] if len(parts) == 1 else parts
-        if self.variant.faces:
-            return self.encoder.features(
-                [image if is_face(image) else open_image(source(image))], self.variant.feature, reference.face
-            )
-        ignore = None if reference.ignore is None else open_mask(source(reference.ignore))
-        made_ready = Preparation(crop=reference.crop, sharpening=reference.sharpening, ignore=ignore)
-        pictures = prepare(open_image(source(image)), made_ready, self.encoder)
-        return self.encoder.features(pictures, self.variant.feature)
-
-    def check(self, reference: Reference) -> None:
-        """Raise SettingError if it asks what this kind of adapter has no use for."""
-        if reference.face_scale != 1 and not issubclass(self.variant.projection, FacePlusV2Projection):
-            raise SettingError(f"face_scale is for faceid-plus-v2; {self.name or 'the adapter'} is {self.variant.name}")
-        if not self.variant.faces:
-            for_faces = ["face"] * (reference.face is not None) + ["images"] * any(map(is_face, reference.images))
-            if for_faces:
-                raise SettingError(
-                    f"{for_faces[0]}: {self.name or self.variant.name} reads whole pictures; a face is for a FaceID adapter"
-                )
-        elif (reference.crop, reference.sharpening, reference.ignore) != ("center", 0, None) or isinstance(
-            reference.negative, Noise
-        ):
-            raise SettingError(
-                "crop, sharpening, ignore and noise are for whole pictures; a FaceID adapter's face is aligned by itself"
-            )
-
     def combined(self, features: Features, reference: Reference) -> tuple[Tensor, Tensor | None]:
         """Features (K, ...) -> the image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard alike."""
         left, weights = combine(features, reference.combine, reference.weights)
         return concat(self.tokens(left, reference), weights)
 
-    def tokens(self, features: Features, reference: Reference) -> Tensor:
+    def tokens(self, features: Features, reference: Reference | None = None) -> Tensor:
         """Features (K, ...) -> image tokens (K, N, D)."""
-        strength = () if reference.face_scale == 1 else (torch.tensor(reference.face_scale),)
-        return self.adapter.tokens((*(features if isinstance(features, tuple) else (features,)), *strength))
+        parts = features if isinstance(features, tuple) else (features,)
+        device = next(self.adapter.projection.parameters()).device
+        if reference is not None and reference.face_scale != 1:
+            parts = *parts, torch.tensor(reference.face_scale)
+        return self.adapter.tokens(tuple(part.to(device) for part in parts))
 
     def away_from(self, reference: Reference, call: Call, count: int) -> Tensor:
         """So many image tokens (1, count, D) of what guidance goes away from: "no image", or the reference's negative."""
         if reference.negative is None:
             which = self, reference.face_scale
             if which not in call.nulls:
-                call.nulls[which] = self.tokens(self.encoder.null_features(self.variant), reference)
+                call.nulls[which] = self.tokens(self.reader.null_features(), reference)
             return repeated(call.nulls[which], count)
         if isinstance(reference.negative, Noise):
-            features = self.encoder.features([self.noise(reference, call.seed)], self.variant.feature)
+            features = self.reader.noise_features(reference, reference.negative, call.seed)
         else:
-            features = combine(self.features(Reference(images=reference.negative)), "average").features
+            features = combine(self.reader.features(Reference(images=reference.negative)), "average").features
         return repeated(self.tokens(features, reference), count)
-
-    def noise(self, reference: Reference, seed: int) -> Image.Image:
-        """Of the first image that is a picture."""
-        assert isinstance(reference.negative, Noise)
-        pictures = [image for image in reference.images if not is_features(image)]
-        return noise_negative(open_image(source(pictures[0])) if pictures else None, reference.negative, self.encoder, seed)
-
-    def image_tokens(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures (K) -> their image tokens (K, N, D)."""
-        return self.adapter.tokens(self.encoder.features(images, self.variant.feature))
-
-    def null_tokens(self) -> Tensor:
-        """The image tokens (1, N, D) of "no image"."""
-        return self.adapter.tokens(self.encoder.null_features(self.variant))
 
 
 def repeated(tokens: Tensor, count: int) -> Tensor:
@@ -190,13 +132,6 @@ def share(heard: Sequence[Heard], overlap: str) -> list[Heard]:
         return list(heard)
     masks = regions([one.mask for one in heard], overlap)
     return [one._replace(mask=mask) for one, mask in zip(heard, masks, strict=True)]
-
-
-def beside(features: Sequence[Features]) -> Features:
-    """Several (K, ...) -> one."""
-    parts = [of if isinstance(of, tuple) else (of,) for of in features]
-    joined = tuple(torch.cat(part) for part in zip(*parts, strict=True))
-    return joined if isinstance(features[0], tuple) else joined[0]
 
 
 class Opened(NamedTuple):
@@ -221,7 +156,7 @@ class Opened(NamedTuple):
         live.image_kv.to(dtype)  # the projection stays in float32: a resampler's values leave float16's range
         if live.lora is not None:
             live.lora.to(dtype).strength = self.choice.lora_scale
-        return Attached(live, self.encoder, self.file.variant, self.name, Reads.of(self.file))
+        return Attached(live, Reader(self.encoder, self.file.variant, self.name, Reads.of(self.file)))
 
 
 def choices(adapter: Any, encoder: str | Path | None, variant: str | None) -> list[AdapterChoice]:

@@ -19,6 +19,7 @@ from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.images import WHITE, grid, open_image
 from imprompt.sampling.attached import Attached
 from imprompt.sampling.generate import ImagePromptPipeline
+from imprompt.sampling.reading import Reader
 from imprompt.sampling.record import save_png
 from imprompt.sampling.settings import Settings
 from imprompt.tensorfiles import some
@@ -167,7 +168,7 @@ class Validator:
             raise SettingError("validation has no image prompts: name pictures in validation.images, or set data.held_out")
         own = copy.copy(pipeline)  # the same models, with a scheduler of its own
         own.scheduler = sampling_scheduler(pipeline.scheduler, recipe.noise.zero_terminal_snr)
-        self.pipe = ImagePromptPipeline(own, Attached(adapter, encoder, variant))
+        self.pipe = ImagePromptPipeline(own, Attached(adapter, Reader(encoder, variant)))
         common = {"steps": plan.steps, "guidance": plan.guidance, "seed": plan.seed, "width": side, "height": side}
         self.columns = [Settings.check(prompt=text, scale=scale, **common) for text in plan.texts for scale in plan.scales]
         for column in self.columns:
@@ -189,7 +190,7 @@ class Validator:
     def _models_ready(self) -> Iterator[None]:
         base = self.pipe.pipeline.unet
         parts = [part for part in self.pipe.pipeline.components.values() if isinstance(part, nn.Module) and part is not base]
-        measuring = [self.pipe.first.encoder.model, self.measure.model]
+        measuring = [self.pipe.first.reader.encoder.model, self.measure.model]
         # Other batch sizes than training's would be compiled anew, for minutes.
         stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with (
