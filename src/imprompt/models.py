@@ -113,6 +113,7 @@ MODELS = {
             "small world of emoji, 64 px, packaged: works offline on a laptop",
             Place("", "emoji"),
             {name: KnownAdapter(Place("", f"emoji/adapters/{name}.safetensors"), EMOJI_ENCODER) for name in ("base", "plus")},
+            controlnets={"edges": Place("", "emoji/controlnets/edges")},
             steps=25,
             guidance=3.0,
         ),
