@@ -170,14 +170,15 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
         (Reference(images=BLUE, adapter="plus"), {}, "no adapter 'plus' is attached; there are 'base', 'fine'"),
         (Reference(images=BLUE, blocks="styel transfer"), {}, "unknown blocks 'styel transfer'; near: style transfer"),
         (Reference(images=BLUE, blocks="composition"), {}, "known for SD 1.x and SDXL only; for this UNet give a map"),
-        (Reference(images=BLUE, easing="slow"), {}, "unknown easing 'slow'; known: constant"),
-        (Reference(images=BLUE, start=0.5, end=0.5), {}, "give 0 <= start < end <= 1"),
-        (Reference(images=[BLUE, RED], combine="mix"), {}, "combine = 'mix' is unknown; "),
+        ([BLUE, []], {}, "no image prompt was given"),
         (Reference(images=BLUE, mask=Image.new("L", (8, 8))), {}, "a mask that is 0 everywhere"),
-        (Reference(images=BLUE, embeds_scaling="V"), {}, "unknown scaling 'V'"),
         (Reference(images=BLUE, ignore=Image.new("L", (8, 64))), {}, "does not fit a picture of 64×64"),
-        ({"images": [], "mask": None}, {}, "images = "),
-        ({"images": BLUE, "colour": 3}, {}, "unknown setting '0.0.colour'; known: "),
+        ({"images": [], "mask": None}, {}, "images = []: name at least one picture"),
+        ({"images": BLUE, "colour": 3}, {}, "unknown setting 'colour'; known: "),
+        (BLUE, {"pipeline_options": {"guidance_scale": 2}}, "pipeline_options['guidance_scale']: say it as guidance"),
+        (BLUE, {"image_guidance": 2, "guidance": 3, "pipeline_options": {"guidance_rescale": 0.5}}, "do not go together"),
+        (BLUE, {"batch_size": 1.5}, "batch_size = 1.5"),
+        (BLUE, {"cls": 1}, "unknown setting 'cls'"),
         (BLUE, {"image_guidance": 2, "guidance": 1}, "image_guidance goes beside the text's guidance, which is off at 1.0"),
         ([], {}, "no image prompt was given"),
     ],
@@ -185,7 +186,7 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
 )
 def test_wrong_use_is_one_line(pipe: ImagePromptPipeline, item: Any, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ImpromptError) as caught:
-        pipe([item] if item else [], **QUICK | settings)
+        pipe(item if isinstance(item, list) else [item], **QUICK | settings)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -194,16 +195,23 @@ def test_wrong_use_is_one_line(pipe: ImagePromptPipeline, item: Any, settings: d
     ("said", "says"),
     [
         ({"weights": [1]}, "1 weights for 2 pictures: give one for each"),
-        ({"crop": "centre"}, "did you mean 'center'"),
-        ({"negative": {"kind": "disolve"}}, "did you mean 'dissolve'"),
+        ({"crop": "centre"}, "near: center"),
+        ({"negative": {"kind": "disolve"}}, "near: dissolve"),
         ({"scale": 99}, "scale = 99"),
-        ({"wieghts": [1, 2]}, "unknown setting 'wieghts'; known: weights"),
+        ({"easing": "slow"}, "easing = 'slow': unknown; known: constant"),
+        ({"start": 0.5, "end": 0.5}, "give 0 <= start < end <= 1"),
+        ({"combine": "mix"}, "combine = 'mix': unknown; "),
+        ({"embeds_scaling": "V"}, "embeds_scaling = 'V': unknown; known: V only"),
+        ({"negative": []}, "name at least one picture"),
+        ({"images": 3}, "a int is no picture"),
+        ({"mask": {"path": "a.png", "sha": ""}}, "unknown setting 'sha'; near: sha256"),
+        ({"wieghts": [1, 2]}, "unknown setting 'wieghts'; near: weights"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_a_wrong_reference_is_one_line(said: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingError) as caught:
-        Reference.check(images=["a.png", "b.png"], **said)
+        Reference(**{"images": ["a.png", "b.png"]} | said)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -243,9 +251,9 @@ def test_a_request_file_is_what_the_picture_tells(pipe: ImagePromptPipeline, tmp
     [
         ("a.toml", "images = [", "is no TOML"),
         ("a.json", "[1]", "holds no request"),
-        ("a.json", '{"images": ["a.png"], "modle": "emoji"}', "unknown setting 'modle'; known: model"),
-        ("a.toml", "images = ['a.png']\n[settings]\nstep = 3", "unknown setting 'step'; known: steps"),
-        ("a.toml", "images = [{images = 'a.png', blok = 1}]", "known: blocks"),
+        ("a.json", '{"images": ["a.png"], "modle": "emoji"}', "unknown setting 'modle'; near: model"),
+        ("a.toml", "images = ['a.png']\n[settings]\nstep = 3", "unknown setting 'step'; near: steps"),
+        ("a.toml", "images = [{images = 'a.png', blok = 1}]", "near: blocks"),
     ],
 )
 def test_a_wrong_request_file_is_one_line(tmp_path: Path, name: str, text: str, says: str) -> None:
@@ -257,7 +265,7 @@ def test_a_wrong_request_file_is_one_line(tmp_path: Path, name: str, text: str, 
 
 
 def test_old_metadata_is_read_as_it_was() -> None:
-    request = Request.check(images=[{"path": "a.png", "sha256": "1"}, {"path": "b.png"}], settings={"together": True})
+    request = Request(images=[{"path": "a.png", "sha256": "1"}, {"path": "b.png"}], settings={"together": True})
     assert request.images[0] == (Reference(images=[{"path": "a.png", "sha256": "1"}]),)
     assert json.loads(request.model_dump_json())["images"][1] == {"path": "b.png"}
 
@@ -346,7 +354,7 @@ def test_a_controlnet_in_every_task(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="made for a base model with cross_attention_dim 768; this one has 192"):
         ImagePromptPipeline.from_pretrained("emoji", controlnet=tmp_path / "other", device="cpu")
     with pytest.raises(SettingError, match="give both, or neither"):
-        Request.check(images=["a.png"], controlnet="edges")
+        Request(images=["a.png"], controlnet="edges")
 
 
 @pytest.mark.parametrize("base", PIPELINES)
@@ -389,7 +397,7 @@ def test_published_presets_on_a_model_of_their_structure() -> None:
 def test_several_adapters_say_their_own() -> None:
     with pytest.raises(SettingError, match="encoder and variant are for a single adapter"):
         ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "plus"], encoder="elsewhere", device="cpu")
-    with pytest.raises(SettingError, match="two adapters are called 'base'"):
+    with pytest.raises(SettingError, match="two adapters are called 'base': name them apart"):
         ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "base"], device="cpu")
 
 

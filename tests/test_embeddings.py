@@ -301,7 +301,7 @@ def test_pictures_are_prepared_as_told(photos: list[Path], tmp_path: Path) -> No
     ("arguments", "words"),
     [
         (["--out", "a.bin"], "a.bin: features are written to .safetensors files"),
-        (["--out", "a.safetensors", "--crop", "centre"], "did you mean 'center'?"),
+        (["--out", "a.safetensors", "--crop", "centre"], "near: center"),
         (["--out", "a.safetensors", "--sharpening", "2"], "sharpening = 2.0"),
         (["--out", "a.safetensors", "--ignore", "nowhere.png"], "nowhere.png does not exist"),
         (["--out", "a.safetensors", "--dtype", "int8"], "dtype 'int8' is not known"),

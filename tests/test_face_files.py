@@ -167,7 +167,7 @@ def test_an_answer_against_the_file_is_refused(tmp_path: Path) -> None:
     assert "header says faceid-plus, not faceid-plus-v2" in refusal(plus.with_suffix(".safetensors"), "faceid-plus-v2")
     assert "faceid-plus-kolors by its tensors, not base" in refusal(plus.with_suffix(".bin"), "base")
     assert "missing: ip_adapter.0.to_q_lora.down.weight" in refusal(portrait.with_suffix(".bin"), "faceid")
-    assert "unknown variant 'faceid2'; like it: faceid" in refusal(plus.with_suffix(".bin"), "faceid2")
+    assert "unknown variant 'faceid2'; near: faceid" in refusal(plus.with_suffix(".bin"), "faceid2")
 
 
 def test_a_plus_adapter_of_another_encoder_may_be_as_wide_as_a_face(tmp_path: Path) -> None:

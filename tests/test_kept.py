@@ -238,7 +238,7 @@ def test_an_encoder_on_the_hub_is_known_by_its_revision(monkeypatch: pytest.Monk
 def test_a_repeated_command_opens_no_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ONE.save(tmp_path / "one.png")
     settings = {"steps": 2, "seed": 3, "num_images": 2}
-    request = Request.check(adapter="plus", images=[tmp_path / "one.png"], settings=settings)
+    request = Request(adapter="plus", images=[tmp_path / "one.png"], settings=settings)
     plain = run(request, tmp_path / "plain", device=CPU)
     run(request, tmp_path / "first", device=CPU, keep_features=tmp_path / "kept")
     monkeypatch.setattr("imprompt.encoders.vision.open_encoder", unopened)

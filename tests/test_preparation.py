@@ -56,7 +56,7 @@ def blank_mask(size: tuple[int, int], grey: int = 0) -> Image.Image:
     ],
 )
 def test_the_square_at_an_edge(crop: str, size: tuple[int, int], expected: object) -> None:
-    (made,) = prepare(numbered(*size), Preparation.check(crop=crop), ENCODER)
+    (made,) = prepare(numbered(*size), Preparation(crop=crop), ENCODER)
     assert place(made) == expected
 
 
@@ -70,7 +70,7 @@ def test_by_default_nothing_changes_and_the_encoder_is_not_asked() -> None:
 @pytest.mark.parametrize("size", [(64, 32), (20, 80), (1, 500), (2_000, 3)])
 def test_padding(crop: str, colour: tuple[int, int, int], size: tuple[int, int]) -> None:
     """The whole picture stands in the middle, exactly; all around it is the one colour, also as the encoder sees it."""
-    (made,) = prepare(Image.new("RGB", size, (200, 10, 60)), Preparation.check(crop=crop), ENCODER)
+    (made,) = prepare(Image.new("RGB", size, (200, 10, 60)), Preparation(crop=crop), ENCODER)
     width, height = (max(1, round(SIDE * length / max(size))) for length in size)
     expected = np.full((SIDE, SIDE, 3), colour)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
@@ -125,7 +125,7 @@ def test_a_square_is_its_own_tile() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (5_000, 2), (3, 900), (31, 33)])
 def test_pictures_of_any_shape_become_features(crop: str, size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    ways = Preparation.check(crop=crop, sharpening=0.5, ignore=blank_mask(size, 100))
+    ways = Preparation(crop=crop, sharpening=0.5, ignore=blank_mask(size, 100))
     made = prepare(image, ways, ENCODER)
     again = prepare(image, ways, ENCODER)
     assert [tile.tobytes() for tile in made] == [tile.tobytes() for tile in again]
@@ -197,7 +197,7 @@ def test_what_is_ignored_changes_no_feature(encoder: VisionEncoder, crop: str) -
     mask.paste(255, (10, 5, 50, 30))
     changed = first.copy()
     changed.paste(other.crop((10, 5, 50, 30)), (10, 5))
-    ways = Preparation.check(crop=crop, ignore=mask, sharpening=0.4)
+    ways = Preparation(crop=crop, ignore=mask, sharpening=0.4)
     features = [encoder.features(prepare(image, ways, encoder), "penultimate") for image in (first, changed, other)]
     assert torch.equal(features[0], features[1])
     assert not torch.equal(features[0], features[2])
@@ -257,7 +257,7 @@ def test_a_mask_must_have_the_pictures_shape(picture: tuple[int, int], mask: tup
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("image", [None, pictures(1)[0]], ids=["no picture", "picture"])
 def test_noise_is_of_the_encoders_size_and_repeatable(kind: str, strength: float, image: Image.Image | None) -> None:
-    noise = Noise.check(kind=kind, strength=strength, blur=0.5)
+    noise = Noise(kind=kind, strength=strength, blur=0.5)
     made, again, other = (noise_negative(image, noise, ENCODER, seed) for seed in (3, 3, 4))
     assert (made.mode, made.size) == ("RGB", (SIDE, SIDE))
     assert np.array_equal(made, again)
@@ -269,17 +269,17 @@ def test_noise_is_of_the_encoders_size_and_repeatable(kind: str, strength: float
 def test_noise_of_strength_0_is_the_picture(kind: str) -> None:
     image = pictures(1)[0]
     square = seen(image, ENCODER.processor)
-    assert np.array_equal(noise_negative(image, Noise.check(kind=kind, strength=0), ENCODER), square)
+    assert np.array_equal(noise_negative(image, Noise(kind=kind, strength=0), ENCODER), square)
     blurred = square.filter(ImageFilter.GaussianBlur(2))
-    assert np.array_equal(noise_negative(image, Noise.check(kind=kind, strength=0, blur=2), ENCODER), blurred)
-    assert np.array_equal(noise_negative(None, Noise.check(kind=kind, strength=0), ENCODER), np.full((SIDE, SIDE, 3), MEAN))
+    assert np.array_equal(noise_negative(image, Noise(kind=kind, strength=0, blur=2), ENCODER), blurred)
+    assert np.array_equal(noise_negative(None, Noise(kind=kind, strength=0), ENCODER), np.full((SIDE, SIDE, 3), MEAN))
 
 
 def test_noise_of_strength_1() -> None:
     """Fade and dissolve forget the picture; all values are as likely as any other."""
     black, white = (Image.new("RGB", (SIDE, SIDE), colour) for colour in ("black", "white"))
     for kind in ("fade", "dissolve"):
-        noise = Noise.check(kind=kind)
+        noise = Noise(kind=kind)
         made = np.asarray(noise_negative(black, noise, ENCODER, 1))
         assert np.array_equal(made, noise_negative(white, noise, ENCODER, 1))
         assert np.histogram(made, 8, (0, 256))[0] == pytest.approx([made.size / 8] * 8, rel=0.2)
@@ -288,7 +288,7 @@ def test_noise_of_strength_1() -> None:
 def test_half_a_noise() -> None:
     """Half of the values are replaced; half of their distance is faded; a normal step of a tenth is added."""
     image = Image.new("RGB", (SIDE, SIDE), (102, 102, 102))
-    pixels = {kind: np.asarray(noise_negative(image, Noise.check(kind=kind, strength=0.5), ENCODER)) for kind in KINDS}
+    pixels = {kind: np.asarray(noise_negative(image, Noise(kind=kind, strength=0.5), ENCODER)) for kind in KINDS}
     assert (pixels["dissolve"] == 102).mean() == pytest.approx(0.5, abs=0.04)
     assert (pixels["fade"].min(), pixels["fade"].max()) == (51, 178)
     mild = np.asarray(noise_negative(image, Noise(kind="gaussian", strength=0.1), ENCODER)).astype(float)
@@ -313,14 +313,14 @@ def test_shuffling_turns_and_displaces() -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "words"),
     [
-        (Preparation, {"crop": "centre"}, "crop = 'centre': unknown; did you mean 'center'? known: center, top,"),
+        (Preparation, {"crop": "centre"}, "crop = 'centre': unknown; near: center"),
         (Preparation, {"crop": "zoom"}, " known: center, top, bottom, left, right, pad, pad black, squash, tiles"),
         (Preparation, {"crop": ["top"]}, "crop = ['top']: unknown"),
         (Preparation, {"sharpening": 1.5}, "sharpening = 1.5: input should be less than or equal to 1"),
         (Preparation, {"sharpening": float("nan")}, "sharpening = nan"),
-        (Preparation, {"sharpen": 0.5}, "unknown setting 'sharpen'; known: sharpening"),
+        (Preparation, {"sharpen": 0.5}, "unknown setting 'sharpen'; near: sharpening"),
         (Preparation, {"ignore": 5}, "ignore"),
-        (Noise, {"kind": "disolve"}, "kind = 'disolve': unknown; did you mean 'dissolve'? known: fade"),
+        (Noise, {"kind": "disolve"}, "kind = 'disolve': unknown; near: dissolve"),
         (Noise, {"kind": "fade", "strength": -0.1}, "strength = -0.1: input should be greater than or equal to 0"),
         (Noise, {"kind": "fade", "blur": -1}, "blur = -1"),
         (Noise, {}, "kind: field required"),
@@ -328,7 +328,7 @@ def test_shuffling_turns_and_displaces() -> None:
 )
 def test_wrong_settings_are_told_in_one_line(kind: type[Preparation | Noise], values: dict[str, object], words: str) -> None:
     with pytest.raises(SettingError) as caught:
-        kind.check(**values)
+        kind(**values)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

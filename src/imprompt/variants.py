@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 from imprompt.adapter import ImageProjection
+from imprompt.checked import near
 from imprompt.errors import SettingError
 from imprompt.projections.mlp import FaceProjection, FullProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
@@ -138,8 +138,7 @@ ALL = {row.name: row for row in (*VARIANTS, *FACES)}
 def variant(name: str) -> Variant:
     """The row of that name; SettingError, with the names like it, if none."""
     if name not in ALL:
-        near = get_close_matches(name, ALL, 3)
-        raise SettingError(f"unknown variant {name!r}; " + (f"like it: {', '.join(near)}" if near else f"known: {', '.join(ALL)}"))
+        raise SettingError(f"unknown variant {name!r}{near(name, ALL)}")
     return ALL[name]
 
 

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from imprompt.adapter import KV, ImagePrompt
 from imprompt.attention.choice import may_fuse
-from imprompt.attention.lora import Lora, text_states
+from imprompt.attention.lora import Lora, text_states, version
 from imprompt.attention.step import (
     KEY,
     Step,
@@ -82,7 +82,7 @@ class Computed:
 
 def marked(sources: list[Any], facts: Any) -> tuple[list[Any], Any]:
     """The sources, and among the facts how often each tensor was changed in place."""
-    return sources, (facts, [source._version for source in sources if isinstance(source, Tensor)])
+    return sources, (facts, [version(source) for source in sources if isinstance(source, Tensor)])
 
 
 def same(new: tuple[list[Any], Any], old: tuple[list[Any], Any] | None) -> bool:

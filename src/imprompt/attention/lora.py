@@ -65,7 +65,7 @@ class LoRA(nn.ModuleList):
 
     def weights(self, dtype: torch.dtype) -> tuple[Lora, ...]:
         """By attention. The very same tuple as long as nothing has changed, so that several prompts of one adapter add it once."""
-        marks = (self.strength, dtype, [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()])
+        marks = (self.strength, dtype, [(parameter.data_ptr(), version(parameter)) for parameter in self.parameters()])
         found = self.__dict__.get("_made")
         trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
         if found is None or found[0] != marks or trained:
@@ -75,6 +75,11 @@ class LoRA(nn.ModuleList):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_made"}
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often it was changed in place; None where that is not counted (torch.inference_mode)."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def together(loras: Sequence[Lora]) -> Lora:

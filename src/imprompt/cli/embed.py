@@ -42,13 +42,14 @@ def embed(
         raise SettingError(f"{out}: features are written to {SUFFIX} files; give such a name")
     check_folder(out.parent)
     which = int(face) if face and face.isdecimal() else face
-    reference = Reference.check(images=images, crop=crop, sharpening=sharpening, ignore=ignore, face=which)
+    said = {"images": images, "crop": crop, "sharpening": sharpening, "ignore": ignore, "face": which}
+    reference = Reference.model_validate(said)
     for picture in reference.images:
         picture.check()
     with Console(stderr=True).status(f"loading the image encoder for {model} …"), loading():
         quiet()
         reader = open_reader(model, adapter, variant, encoder, device, dtype)
-    features, encoder_of = reader.features(reference), reader.encoder
+    features, encoder_of = reader.features(reference)[0], reader.encoder
     out.parent.mkdir(parents=True, exist_ok=True)
     feature, hashes = reader.variant.feature, tuple(map(hash_of, images))
     embedding = Embedding(features, feature, encoder_of.source, encoder_of.fingerprint(), hashes)

@@ -1,4 +1,4 @@
-"""`imprompt generate`, `imprompt demo` and `imprompt models`."""
+"""`imprompt generate`, `imprompt demo`, `imprompt models` and `imprompt blocks`."""
 
 import os
 import time
@@ -97,6 +97,8 @@ def generate(
             raise SettingError("--like takes its image prompts from that file: give either IMAGES or --like")
         run(read_request(like), out, **machine)
         return
+    if noise and negative_image:
+        raise SettingError("--noise and --negative-image both say what to keep away from: give one")
     said = {
         "blocks": blocks,
         "boost": boost,
@@ -109,22 +111,22 @@ def generate(
         "ignore": ignore,
         "face": int(face) if face and face.isdecimal() else face,
     }
-    request = Request.check(
-        model=model,
-        adapter=adapter,
-        encoder=encoder,
-        variant=variant,
-        images=references(images or [], combine, weight, region or [], said),
-        init_image=init,
-        mask_image=mask,
-        controlnet=controlnet,
-        control_image=control,
-        batch_size=batch_size,
-        dtype=dtype,
-        fast=fast,
-        tiling=tiling,
-        quantize=quantize,
-        settings={
+    asked = {
+        "model": model,
+        "adapter": adapter,
+        "encoder": encoder,
+        "variant": variant,
+        "images": references(images or [], combine, weight, region or [], said),
+        "init_image": init,
+        "mask_image": mask,
+        "controlnet": controlnet,
+        "control_image": control,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "fast": fast,
+        "tiling": tiling,
+        "quantize": quantize,
+        "settings": {
             "prompt": prompt,
             "negative_prompt": negative,
             "scale": scale,
@@ -140,8 +142,8 @@ def generate(
             "control_scale": control_scale,
             "strength": strength,
         },
-    )
-    run(request, out, **machine)
+    }
+    run(Request.model_validate(asked), out, **machine)
 
 
 def references(images: list[Path], combine: str | None, weights: list[float] | None, regions: list[Path],
@@ -161,7 +163,10 @@ def references(images: list[Path], combine: str | None, weights: list[float] | N
         groups = [[image] for image in images]
     masks = regions * len(groups) if len(regions) == 1 else regions or [None] * len(groups)
     weighed = {} if combine is None else {"combine": combine, "weights": weights}
-    return [Reference.check(images=group, mask=mask, **weighed, **said) for group, mask in zip(groups, masks, strict=True)]
+    return [
+        Reference.model_validate(said | weighed | {"images": group, "mask": mask})
+        for group, mask in zip(groups, masks, strict=True)
+    ]
 
 
 def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
@@ -199,7 +204,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the results.")] = Pa
 
     start = time.monotonic()
     prompt = PACKAGED / "emoji" / "demo.png"
-    request = Request.check(model="emoji", images=[prompt], settings={"num_images": 4, "seed": 7})
+    request = Request.model_validate({"images": [prompt], "settings": {"num_images": 4, "seed": 7}})
     paths = run(request, out)
     print(f"Four pictures that follow {prompt}: {time.monotonic() - start:.1f} s, model load included.")
     print(f"See {paths[-1]}; more: imprompt generate --help")

@@ -7,13 +7,14 @@ import numpy as np
 from PIL import Image, ImageFilter
 from pydantic import Field
 
-from imprompt.encoders.preparation import Checked, mean_colour, one_of, seen, side_of
+from imprompt.checked import Checked, one_of
+from imprompt.encoders.preparation import mean_colour, seen, side_of
 
 Kind = Literal["fade", "dissolve", "gaussian", "shuffle"]
 Pixels = np.ndarray  # (S, S, 3) float64, of 0 to 1
 
 
-class Noise(Checked):
+class Noise(Checked, frozen=True):
     """Which noise.
 
     kind      by the names of ComfyUI_IPAdapter_plus: see KINDS

@@ -13,11 +13,13 @@ from imprompt.errors import MismatchError, SettingError
 from imprompt.models import KnownModel, Place
 from imprompt.structures import published_encoder
 
+Encoder = VisionEncoder | KeptFeatures | FaceFeatures
+
 
 def load_encoder(file: Any, told: Place | None, model: KnownModel, given: str | Path | None, device: str, dtype: torch.dtype,
                  keep: Store | None = None,
                  prepare: Callable[[Any], None] | None = None,
-                 faces: FaceEncoder | None = None) -> VisionEncoder | KeptFeatures | FaceFeatures:  # fmt: skip
+                 faces: FaceEncoder | None = None) -> Encoder:  # fmt: skip
     """The image encoder for an adapter file, checked against it: the given one, or the one its name, header, model or width tells.
 
     For a FaceID adapter it reads faces: `faces` finds them, else insightface, loaded when the first picture is given. `keep` holds

@@ -4,19 +4,17 @@ What is to be ignored is covered at the picture's own size, then the picture is 
 encoder's own size. The encoder's own resizing then leaves its size and pixels as they are, or finds a square.
 """
 
-import difflib
-import reprlib
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import Field, InstanceOf
 
-from imprompt.errors import ImageError, SettingError
+from imprompt.checked import Checked, one_of
+from imprompt.errors import ImageError
 from imprompt.images import BLACK, open_mask
 
 Colour = tuple[int, int, int]
@@ -26,45 +24,11 @@ EDGES = {"left": (WIDE, 0), "right": (WIDE, 1), "top": (HIGH, 0), "bottom": (HIG
 MAX_TILES = 4
 
 
-class Checked(BaseModel):
-    """Settings that tell what is wrong with them in one line."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @classmethod
-    def check(cls, **values: object) -> Self:
-        """The settings; SettingError that names the first wrong value and what is allowed."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            if first["type"] == "extra_forbidden":
-                known = difflib.get_close_matches(name, cls.model_fields, 1) or cls.model_fields
-                raise SettingError(f"unknown setting {name!r}; known: {', '.join(known)}") from error
-            given = "" if first["type"] == "missing" else f" = {reprlib.repr(first['input'])}"
-            raise SettingError(f"{name}{given}: {first['msg'][0].lower()}{first['msg'][1:]}") from error
-
-
-def one_of(literal: Any) -> BeforeValidator:
-    """For a field of a Literal type: a name that is not of it is told with the known ones, and the nearest."""
-    known = get_args(literal)
-
-    def checked(value: Any) -> Any:
-        if value in known:
-            return value
-        near = difflib.get_close_matches(str(value), known, 1)
-        meant = f"; did you mean {near[0]!r}?" if near else ";"
-        raise PydanticCustomError("unknown_name", "{said}", {"said": f"unknown{meant} known: {', '.join(known)}"})
-
-    return BeforeValidator(checked)
-
-
 CropName = Literal["center", "top", "bottom", "left", "right", "pad", "pad black", "squash", "tiles"]
 Crop = Annotated[CropName, one_of(CropName)]
 
 
-class Preparation(Checked):
+class Preparation(Checked, frozen=True):
     """How a picture is made ready.
 
     crop        "center": as CLIP's own processor does it, the picture is left as it is; "top", "bottom", "left", "right": the

@@ -3,7 +3,9 @@
 Shape letters as in `imprompt.adapter`; K pictures.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -45,7 +47,7 @@ class Call(NamedTuple):
     nulls: dict[tuple["Attached", float], Tensor]
 
 
-class Heard(NamedTuple):
+class Ready(NamedTuple):
     """A reference made ready: all but its keys and values, which are projected when its turn comes."""
 
     by: "Attached"
@@ -57,10 +59,15 @@ class Heard(NamedTuple):
     mask: Tensor | None  # (1, h, w)
     embeds_scaling: str
 
+    @property
+    def audible(self) -> bool:
+        """Whether it has any strength, anywhere, at any time."""
+        return bool(self.scale.any())
+
     def prompt(self) -> ImagePrompt:
         """For one item, its unconditional half first where there is guidance."""
         prompt = self.by.adapter.prompt(self.tokens, self.null)
-        made = scaled(prompt.with_scale(self.scale.to(self.tokens.device)), self.embeds_scaling)
+        made = scaled(prompt.with_scale(self.scale), self.embeds_scaling)
         bias = self.bias if self.bias is None or self.null is None else self.bias.expand(2, -1)
         mask = None if self.mask is None else self.mask.to(self.tokens.device)
         return pushed_away(made._replace(bias=bias, mask=mask), self.away, self.null is not None)
@@ -77,10 +84,8 @@ class Attached:
     def name(self) -> str:
         return self.reader.name
 
-    def hear(self, reference: Reference, call: Call) -> Heard:
-        """Encode a reference."""
-        tokens, bias = self.combined(self.reader.features(reference), reference)
-        null = self.away_from(reference, call, tokens.shape[1]) if call.guided else None
+    def hear(self, reference: Reference, call: Call) -> Ready:
+        """Encode a reference, after what it says was checked."""
         block, table = scale_table(
             list(self.adapter.graft.sites),
             call.scale if reference.scale is None else reference.scale,
@@ -92,11 +97,15 @@ class Attached:
             call.timesteps,
         )
         mask = None if reference.mask is None else F.interpolate(as_mask(source(reference.mask))[None], call.size, mode="area")[0]
-        return Heard(self, tokens, null, bias, table, block.away, mask, reference.embeds_scaling)
+        tokens, bias = self.combined(reference)
+        null = self.null_tokens(reference, call, tokens.shape[1]) if call.guided else None
+        return Ready(self, tokens, null, bias, table, block.away, mask, reference.embeds_scaling)
 
-    def combined(self, features: Features, reference: Reference) -> tuple[Tensor, Tensor | None]:
-        """Features (K, ...) -> the image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard alike."""
-        left, weights = combine(features, reference.combine, reference.weights)
+    def combined(self, reference: Reference) -> tuple[Tensor, Tensor | None]:
+        """The image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard alike."""
+        features, weights = self.reader.features(reference)
+        parts = features if isinstance(features, tuple) else (features,)
+        left, weights = combine(tuple(part.float() for part in parts), reference.combine, weights)
         return concat(self.tokens(left, reference), weights)
 
     def tokens(self, features: Features, reference: Reference | None = None) -> Tensor:
@@ -107,7 +116,7 @@ class Attached:
             parts = *parts, torch.tensor(reference.face_scale)
         return self.adapter.tokens(tuple(part.to(device) for part in parts))
 
-    def away_from(self, reference: Reference, call: Call, count: int) -> Tensor:
+    def null_tokens(self, reference: Reference, call: Call, count: int) -> Tensor:
         """So many image tokens (1, count, D) of what guidance goes away from: "no image", or the reference's negative."""
         if reference.negative is None:
             which = self, reference.face_scale
@@ -117,7 +126,8 @@ class Attached:
         if isinstance(reference.negative, Noise):
             features = self.reader.noise_features(reference, reference.negative, call.seed)
         else:
-            features = combine(self.reader.features(Reference(images=reference.negative)), "average").features
+            face = "largest" if self.reader.variant.faces else None
+            features = combine(self.reader.features(Reference(images=reference.negative, face=face))[0], "average").features
         return repeated(self.tokens(features, reference), count)
 
 
@@ -126,12 +136,12 @@ def repeated(tokens: Tensor, count: int) -> Tensor:
     return tokens.repeat(1, count // tokens.shape[1], 1)
 
 
-def share(heard: Sequence[Heard], overlap: str) -> list[Heard]:
-    """What one result hears, where their masks overlap: see `controls.regions`."""
-    if overlap == "add" or all(one.mask is None for one in heard):
-        return list(heard)
-    masks = regions([one.mask for one in heard], overlap)
-    return [one._replace(mask=mask) for one, mask in zip(heard, masks, strict=True)]
+def share(ready: Sequence[Ready], overlap: str) -> list[Ready]:
+    """What one result hears, where the masks of those overlap that are heard at all: see `controls.regions`."""
+    if overlap == "add" or all(one.mask is None for one in ready):
+        return list(ready)
+    masks = iter(regions([one.mask for one in ready if one.audible], overlap))
+    return [one._replace(mask=next(masks)) if one.audible else one for one in ready]
 
 
 class Opened(NamedTuple):
@@ -159,13 +169,30 @@ class Opened(NamedTuple):
         return Attached(live, Reader(self.encoder, self.file.variant, self.name, Reads.of(self.file)))
 
 
+@contextmanager
+def joined_to(unet: Any, opened: Sequence[Opened], dtype: torch.dtype) -> Iterator[list[Attached]]:
+    """The adapters attached to `unet`; it is given back as it was if anything fails inside. SettingError for a name twice."""
+    name, often = Counter(one.name for one in opened).most_common(1)[0]
+    if often > 1:
+        raise SettingError(f"two adapters are called {name!r}: name them apart, by AdapterChoice(adapter=..., name=...)")
+    with ExitStack() as undo:
+        attached = []
+        for one in opened:
+            attached.append(one.attach(unet, dtype))
+            undo.callback(attached[-1].adapter.detach)
+        yield attached
+        undo.pop_all()
+
+
 def choices(adapter: Any, encoder: str | Path | None, variant: str | None) -> list[AdapterChoice]:
     """What a user says of adapters, as a list."""
     several = adapter if isinstance(adapter, list | tuple) else [adapter]
+    if not several:
+        raise SettingError("adapter = []: name at least one, or leave it out for the model's first")
     if len(several) > 1 and (encoder or variant):
         raise SettingError("encoder and variant are for a single adapter: say them for each, with AdapterChoice(adapter=..., ...)")
-    own = {"encoder": None if encoder is None else str(encoder), "variant": variant}
+    own: dict[str, Any] = {"encoder": None if encoder is None else str(encoder), "variant": variant}
     return [
-        one if isinstance(one, AdapterChoice) else AdapterChoice.check(adapter=None if one is None else str(one), **own)
+        one if isinstance(one, AdapterChoice) else AdapterChoice(adapter=None if one is None else str(one), **own)
         for one in several
     ]

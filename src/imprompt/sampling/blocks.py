@@ -4,8 +4,8 @@ A pattern is a dotted beginning of a site's name, with `*` for any one part: "up
 patterns that match a site the longest counts, in parts; then the one of the fewest stars. What none matches hears nothing.
 """
 
-import difflib
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from imprompt.checked import near
 from imprompt.errors import SettingError
 from imprompt.layouts import SD, SDXL, site_names
 
@@ -29,7 +30,7 @@ class BlockMap(NamedTuple):
     away: Tensor  # (sites,) bool: the unconditional half hears the picture instead, so that guidance pushes away from it
 
 
-class Heard(NamedTuple):
+class Strengths(NamedTuple):
     """What a preset says. factors: pattern -> factor; boosted: the same, times the caller's boost; away: see `BlockMap`."""
 
     factors: Map
@@ -40,15 +41,15 @@ class Heard(NamedTuple):
 class Tables(NamedTuple):
     """A preset whose blocks are known for two structures of base model."""
 
-    sd: Heard
-    sdxl: Heard
+    sd: Strengths
+    sdxl: Strengths
 
 
 class Preset(NamedTuple):
     """One row. A function of depth, 0 at the first transformer and 1 after the last, is for any UNet."""
 
     meaning: str
-    heard: Heard | Callable[[float], float] | Tables
+    heard: Strengths | Callable[[float], float] | Tables
 
 
 # What the node packs found: in SDXL layout and style live in one transformer each, in SD 1.x they are spread.
@@ -62,44 +63,44 @@ ALL = {"*": 1.0}
 # fmt: off
 PRESETS: dict[str, Preset] = {
     # The weight types of ComfyUI_IPAdapter_plus, under its names.
-    "linear": Preset("every block alike", Heard(ALL)),
+    "linear": Preset("every block alike", Strengths(ALL)),
     "ease in": Preset("strong in the first blocks, fading to the last", lambda x: 0.05 + 0.95 * (1 - x)),
     "ease out": Preset("weak in the first blocks, growing to the last", lambda x: 0.05 + 0.95 * x),
     "ease in-out": Preset("strong in the middle", lambda x: 0.05 + 0.95 * (1 - abs(2 * x - 1))),
     "reverse in-out": Preset("strong at both ends", lambda x: 0.05 + 0.95 * abs(2 * x - 1)),
-    "weak input": Preset("a fifth in the down blocks", Heard(ALL | {"down_blocks": 0.2})),
-    "weak middle": Preset("a fifth in the mid block", Heard(ALL | {"mid_block": 0.2})),
-    "weak output": Preset("a fifth in the up blocks", Heard(ALL | {"up_blocks": 0.2})),
-    "strong middle": Preset("a fifth outside the mid block", Heard({"*": 0.2, "mid_block": 1.0})),
+    "weak input": Preset("a fifth in the down blocks", Strengths(ALL | {"down_blocks": 0.2})),
+    "weak middle": Preset("a fifth in the mid block", Strengths(ALL | {"mid_block": 0.2})),
+    "weak output": Preset("a fifth in the up blocks", Strengths(ALL | {"up_blocks": 0.2})),
+    "strong middle": Preset("a fifth outside the mid block", Strengths({"*": 0.2, "mid_block": 1.0})),
     "style transfer": Preset("colours, material and manner, not the layout", Tables(
-        sd=Heard(SD_STYLE), sdxl=Heard({STYLE: 1.0}))),
+        sd=Strengths(SD_STYLE), sdxl=Strengths({STYLE: 1.0}))),
     "composition": Preset("the layout alone", Tables(
-        sd=Heard(SD_LAYOUT), sdxl=Heard({LAYOUT: 1.0}))),
+        sd=Strengths(SD_LAYOUT), sdxl=Strengths({LAYOUT: 1.0}))),
     "strong style transfer": Preset("everything but the layout", Tables(
-        sd=Heard(ALL | {"down_blocks.2": 0.0}), sdxl=Heard(ALL | {LAYOUT: 0.0}))),
+        sd=Strengths(ALL | {"down_blocks.2": 0.0}), sdxl=Strengths(ALL | {LAYOUT: 0.0}))),
     "style and composition": Preset("style transfer, and composition times boost", Tables(
-        sd=Heard(SD_STYLE, SD_LAYOUT), sdxl=Heard({STYLE: 1.0}, {LAYOUT: 1.0}))),
+        sd=Strengths(SD_STYLE, SD_LAYOUT), sdxl=Strengths({STYLE: 1.0}, {LAYOUT: 1.0}))),
     "strong style and composition": Preset("every block, those of the layout times boost", Tables(
-        sd=Heard(ALL, {"down_blocks.2": 1.0}), sdxl=Heard(ALL, {LAYOUT: 1.0}))),
+        sd=Strengths(ALL, {"down_blocks.2": 1.0}), sdxl=Strengths(ALL, {LAYOUT: 1.0}))),
     "style transfer precise": Preset("style transfer, pushed away from the picture's layout (times boost)", Tables(
-        sd=Heard(SD_STYLE, SD_LAYOUT, {"down_blocks.2": 1}), sdxl=Heard({STYLE: 1.0}, {LAYOUT: 1.0}, {LAYOUT: 1}))),
+        sd=Strengths(SD_STYLE, SD_LAYOUT, {"down_blocks.2": 1}), sdxl=Strengths({STYLE: 1.0}, {LAYOUT: 1.0}, {LAYOUT: 1}))),
     "composition precise": Preset("composition, pushed away from the picture's style (times boost)", Tables(
-        sd=Heard(SD_LAYOUT, ALL | SD_FAINT, {"*": 1, "down_blocks.2": 0}),
-        sdxl=Heard({LAYOUT: 1.0}, {"*": 0.1, STYLE: 1.0}, {"*": 1, LAYOUT: 0}))),
+        sd=Strengths(SD_LAYOUT, ALL | SD_FAINT, {"*": 1, "down_blocks.2": 0}),
+        sdxl=Strengths({LAYOUT: 1.0}, {"*": 0.1, STYLE: 1.0}, {"*": 1, LAYOUT: 0}))),
     # InstantStyle's (arXiv 2404.02733); those for SD 1.x are its authors' experiment. InvokeAI calls them style and composition.
     "instantstyle style": Preset("InstantStyle's style blocks", Tables(
-        sd=Heard({"up_blocks.1": 1.0}), sdxl=Heard({STYLE: 1.0}))),
+        sd=Strengths({"up_blocks.1": 1.0}), sdxl=Strengths({STYLE: 1.0}))),
     "instantstyle layout": Preset("InstantStyle's layout blocks", Tables(
-        sd=Heard(SD_DEEP), sdxl=Heard({LAYOUT: 1.0}))),
+        sd=Strengths(SD_DEEP), sdxl=Strengths({LAYOUT: 1.0}))),
     "instantstyle style and layout": Preset("both, the layout times boost", Tables(
-        sd=Heard({"up_blocks.1": 1.0}, SD_DEEP), sdxl=Heard({STYLE: 1.0}, {LAYOUT: 1.0}))),
+        sd=Strengths({"up_blocks.1": 1.0}, SD_DEEP), sdxl=Strengths({STYLE: 1.0}, {LAYOUT: 1.0}))),
     # InvokeAI's, where no other has the same blocks.
     "invokeai style strong": Preset("InvokeAI's style_strong: most blocks, not the layout's", Tables(
-        sd=Heard({"down_blocks.0": 1.0, "down_blocks.1": 1.0, "up_blocks.1": 1.0, "up_blocks.2": 1.0}),
-        sdxl=Heard({"down_blocks.1": 1.0, "down_blocks.2.attentions.0": 1.0, "up_blocks": 1.0}))),
+        sd=Strengths({"down_blocks.0": 1.0, "down_blocks.1": 1.0, "up_blocks.1": 1.0, "up_blocks.2": 1.0}),
+        sdxl=Strengths({"down_blocks.1": 1.0, "down_blocks.2.attentions.0": 1.0, "up_blocks": 1.0}))),
     "invokeai style precise": Preset("InvokeAI's style_precise: InstantStyle's style, pushed away from its layout (times boost)",
-        Tables(sd=Heard({"up_blocks.1": 1.0}, SD_DEEP, SD_DEEP),
-                     sdxl=Heard({STYLE: 1.0}, {LAYOUT: 1.0}, {LAYOUT: 1}))),
+        Tables(sd=Strengths({"up_blocks.1": 1.0}, SD_DEEP, SD_DEEP),
+                     sdxl=Strengths({STYLE: 1.0}, {LAYOUT: 1.0}, {LAYOUT: 1}))),
 }
 # fmt: on
 
@@ -116,7 +117,7 @@ def block_map(sites: Sequence[str], blocks: Blocks = "linear", boost: float = 1.
     factor for each `attentions.j`; what is not named is 0). `boost` multiplies what `presets()` says. SettingError for an unknown
     preset, one without a table for this UNet or without a use for `boost`, and for a pattern that matches no site.
     """
-    heard = preset_for(blocks, sites) if isinstance(blocks, str) else Heard(checked(blocks, sites))
+    heard = preset_for(blocks, sites) if isinstance(blocks, str) else Strengths(checked(blocks, sites))
     if number("boost", boost) != 1 and not heard.boosted:
         with_boost = (name for name, row in PRESETS.items() if isinstance(row.heard, Tables) and row.heard.sdxl.boosted)
         raise SettingError(f"boost = {boost} has nothing to multiply here; it is for {', '.join(map(repr, with_boost))}")
@@ -147,12 +148,12 @@ def transformers(sites: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda name: name.split("_")[0])  # down, mid, up; registered as down, up, mid
 
 
-def preset_for(name: str, sites: Sequence[str]) -> Heard:
+def preset_for(name: str, sites: Sequence[str]) -> Strengths:
     """What the preset of that name says about these sites."""
     if name not in PRESETS:
         raise SettingError(f"unknown blocks {name!r}{near(name, PRESETS)}")
     heard, found = PRESETS[name].heard, transformers(sites)
-    if isinstance(heard, Heard):
+    if isinstance(heard, Strengths):
         return heard
     if isinstance(heard, Tables):
         for structure, table in zip((SD, SDXL), heard, strict=True):
@@ -161,7 +162,7 @@ def preset_for(name: str, sites: Sequence[str]) -> Heard:
         raise SettingError(
             f"blocks {name!r} are known for SD 1.x and SDXL only; for this UNet give a map, such as {{{found[-1]!r}: 1.0}}"
         )
-    return Heard({transformer: heard(index / len(found)) for index, transformer in enumerate(found)})
+    return Strengths({transformer: heard(index / len(found)) for index, transformer in enumerate(found)})
 
 
 def checked(blocks: float | Mapping[str, Any], sites: Sequence[str]) -> Map:
@@ -204,22 +205,15 @@ def one_each(factors: Any, names: Sequence[str]) -> Sequence[Any]:
 
 
 def number(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise SettingError(f"{what} = {value!r}: give a number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond any float
+        pass
+    raise SettingError(f"{what} = {reprlib.repr(value)}: give a number")
 
 
 def beginnings(sites: Iterable[str]) -> dict[str, None]:
     """All that a pattern could be, without stars and transformer blocks."""
     parts = [name.split(".") for name in transformers(sites)]
     return dict.fromkeys(".".join(name[:length]) for name in parts for length in range(1, len(name) + 1))
-
-
-def near(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what is like it, or else all that there is."""
-    names = list(known)
-    return (
-        f"; near: {', '.join(found)}"
-        if (found := difflib.get_close_matches(str(name), names, 3))
-        else f"; known: {', '.join(names)}"
-    )

@@ -8,7 +8,7 @@ Shape letters as in `imprompt.adapter`; K pictures, T timesteps of the noise sch
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter import KV, ImagePrompt
+from imprompt.checked import near
 from imprompt.errors import MismatchError, SettingError
 from imprompt.images import open_mask
-from imprompt.sampling.blocks import BlockMap, Blocks, block_map, near, number
+from imprompt.sampling.blocks import BlockMap, Blocks, block_map, number
+from imprompt.sampling.settings import OverlapName
 
 # When.
 
@@ -265,7 +267,7 @@ def regions(masks: Sequence[Any], overlap: str = "add") -> list[Tensor | None]:
     return given if overlap == "add" or total.max() <= 1 else [mask / total.clamp(min=1) for mask in shown]
 
 
-OVERLAPS = ("add", "normalise")
+OVERLAPS = get_args(OverlapName)
 
 
 # Several items in one call.

@@ -15,8 +15,7 @@ from imprompt.encoders.kept import FeatureFolder, Store
 from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, Place, find_model, open_pipeline
-from imprompt.sampling.attached import Attached, Call, Opened, choices, share
-from imprompt.sampling.attached import Heard as HeardReference
+from imprompt.sampling.attached import Attached, Call, Opened, Ready, choices, joined_to, share
 from imprompt.sampling.controls import batched
 from imprompt.sampling.guidance import image_guidance
 from imprompt.sampling.memory import Savers
@@ -25,7 +24,7 @@ from imprompt.sampling.settings import MAX_SIDE, Resolved, Settings
 from imprompt.sampling.tasks import TASKS, Start, open_controlnet, task
 
 Picture = str | Path | Image.Image
-Heard = Picture | Reference
+ImageInput = Picture | Reference
 Choice = str | Path | AdapterChoice
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -54,8 +53,6 @@ class ImagePromptPipeline:
         several = [adapters] if isinstance(adapters, Attached) else list(adapters)
         self.pipeline = pipeline
         self.adapters = {attached.name: attached for attached in several}
-        if len(self.adapters) < len(several):
-            raise SettingError(f"two adapters are called {several[0].name!r}: give each a name of its own")
         self.model = model or KnownModel("", "", Place(""))
         self.savers = savers or Savers(str(pipeline.device))
         self.controlnet = controlnet
@@ -102,12 +99,14 @@ class ImagePromptPipeline:
         if type(pipeline).__name__ not in TASKS:
             raise MismatchError(f"{model} is a {type(pipeline).__name__}; image prompts are known for {', '.join(TASKS)}")
         savers.lighten(pipeline)
-        attached = [one.attach(pipeline.unet, dtype) for one in opened]
-        savers.place(pipeline, *(one.adapter for one in attached))
+        with joined_to(pipeline.unet, opened, dtype) as attached:
+            savers.place(pipeline, *(one.adapter for one in attached))
         if device.startswith("cuda") and offload is None:
             for part in (pipeline.unet, pipeline.vae):
                 part.to(memory_format=torch.channels_last)  # as convolutions in low precision read it
-        net = None if controlnet is None else open_controlnet(str(controlnet), known, pipeline.unet, savers.opens_on, dtype)
+        net = None if controlnet is None else open_controlnet(str(controlnet), known, pipeline, dtype)
+        if net is not None:
+            savers.bring(net)
         return cls(pipeline, attached, model=known, controlnet=net, compile=compile, savers=savers)
 
     @classmethod
@@ -121,11 +120,12 @@ class ImagePromptPipeline:
         """
         known = find_model(model) if model else KnownModel(type(pipeline).__name__, "", Place(""))
         keep = FeatureFolder(keep_features) if isinstance(keep_features, (str, Path)) else keep_features
-        device, dtype, savers = str(pipeline.device), pipeline.unet.dtype, Savers(str(pipeline.device))
+        device, dtype = str(pipeline._execution_device), pipeline.unet.dtype  # under offload it is not where the weights wait
+        savers = Savers(device)
         opened = [Opened.read(choice, known, faces, device, dtype, keep, savers) for choice in choices(adapter, encoder, variant)]
-        attached = [one.attach(pipeline.unet, dtype) for one in opened]
-        for one in attached:
-            one.adapter.to(device)
+        with joined_to(pipeline.unet, opened, dtype) as attached:
+            for one in attached:
+                one.adapter.to(device)
         return cls(pipeline, attached, model=known, savers=savers)
 
     def detach(self) -> None:
@@ -134,10 +134,10 @@ class ImagePromptPipeline:
             attached.adapter.detach()
 
     @torch.no_grad()
-    def __call__(self, image: Heard | Sequence[Heard | Sequence[Heard]], prompt: str = "", *, init_image: Picture | None = None,
-                 mask_image: Picture | None = None, control_image: Picture | None = None, batch_size: int = 4,
-                 only: int | None = None, on_step: OnStep | None = None, pipeline_options: dict[str, Any] | None = None,
-                 **settings: Any) -> Result:  # fmt: skip
+    def __call__(self, image: ImageInput | Sequence[ImageInput | Sequence[ImageInput]], prompt: str = "", *,
+                 init_image: Picture | None = None, mask_image: Picture | None = None, control_image: Picture | None = None,
+                 batch_size: int = 4, only: int | None = None, on_step: OnStep | None = None,
+                 pipeline_options: dict[str, Any] | None = None, **settings: Any) -> Result:  # fmt: skip
         """Make pictures that follow `image`: a picture, a file of features, or a `Reference`, which says more about it.
 
         A list of them gives one result each (× num_images); with `together=True` they all prompt the same result, as do those
@@ -150,16 +150,19 @@ class ImagePromptPipeline:
         """
         begin, control = (None if picture is None else open_image(picture) for picture in (init_image, control_image))
         start = Start(begin, None if mask_image is None else open_mask(mask_image), control)
-        chosen = self.resolve(Settings.check(prompt=prompt, **settings), begin or control)
+        chosen = self.resolve(Settings(prompt=prompt, **settings), begin or control)
         items = items_of(image, chosen.together)
-        if batch_size < 1:
-            raise SettingError(f"batch_size = {batch_size}: make at least one picture at once")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise SettingError(f"batch_size = {batch_size!r}: make at least one picture at once")
+        extra = own_options(pipeline_options, chosen)
         pipeline, options = task(self.pipeline, start, chosen, self.controlnet if control else None, self.savers)
         guided = chosen.guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as diffusers decides
         if chosen.image_guidance is not None and not guided:
             raise SettingError(
                 f"image_guidance goes beside the text's guidance, which is off at {chosen.guidance}: give more than 1"
             )
+        for item in items:
+            self.check(item)
         call = self._call(chosen, guided)
         heard = [self.hear(item, call) for item in items]
         total = len(items) * chosen.num_images
@@ -183,10 +186,10 @@ class ImagePromptPipeline:
                     num_inference_steps=chosen.steps,
                     guidance_scale=chosen.guidance,
                     generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
-                    cross_attention_kwargs={KEY: prompts or None},
+                    cross_attention_kwargs={**extra.get("cross_attention_kwargs", {}), KEY: prompts or None},
                     callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
                     **options,
-                    **(pipeline_options or {}),
+                    **{name: value for name, value in extra.items() if name != "cross_attention_kwargs"},
                 ).images
             made |= dict(zip(chunk, results[: len(chunk)], strict=True))
         if begin is not None and start.mask is not None:
@@ -199,14 +202,22 @@ class ImagePromptPipeline:
         size = settings.height // unit, settings.width // unit
         return Call(guided, settings.scale, settings.overlap, size, timesteps, settings.seed, {})
 
-    def hear(self, item: Item, call: Call) -> list[HeardReference]:
-        """What one result hears, encoded. What has no strength anywhere is left out: the base model is then by itself."""
+    def check(self, item: Item) -> None:
+        """Raise SettingError if a reference asks what the pipeline cannot do; before anything is encoded."""
         for reference in item:
             if reference.adapter is not None and reference.adapter not in self.adapters:
                 raise SettingError(f"no adapter {reference.adapter!r} is attached; there are {', '.join(map(repr, self.adapters))}")
-        by = [self.first if reference.adapter is None else self.adapters[reference.adapter] for reference in item]
-        heard = [attached.hear(reference, call) for attached, reference in zip(by, item, strict=True)]
-        return [one for one in share(heard, call.overlap) if one.scale.any() or self.compiled]
+            self.hears(reference).reader.check(reference)
+            if reference.timed and type(self.pipeline.scheduler).__name__.startswith("EDM"):
+                raise SettingError("start, end and easing are told by the training timestep, which this EDM scheduler has not")
+
+    def hears(self, reference: Reference) -> Attached:
+        return self.first if reference.adapter is None else self.adapters[reference.adapter]
+
+    def hear(self, item: Item, call: Call) -> list[Ready]:
+        """What one result hears, encoded. What is silent is left out; a graph keeps its inputs."""
+        ready = share([self.hears(reference).hear(reference, call) for reference in item], call.overlap)
+        return [one for one in ready if one.audible or self.compiled]
 
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Every default filled in: the model's steps, guidance and size, and a seed if none was given."""
@@ -224,6 +235,23 @@ class ImagePromptPipeline:
         if resolved.steps > (most := self.pipeline.scheduler.config.num_train_timesteps):
             raise SettingError(f"steps = {resolved.steps}: this model's noise schedule has {most}, give fewer")
         return resolved
+
+
+SAID = {  # of a diffusers pipeline's call: what says it here
+    "prompt": "prompt", "negative_prompt": "negative_prompt", "num_images_per_prompt": "num_images", "num_inference_steps": "steps",
+    "guidance_scale": "guidance", "generator": "seed", "width": "width", "height": "height", "strength": "strength",
+    "callback_on_step_end": "on_step", "controlnet_conditioning_scale": "control_scale",
+}  # fmt: skip
+
+
+def own_options(options: dict[str, Any] | None, settings: Resolved) -> dict[str, Any]:
+    """`pipeline_options` of a call, checked."""
+    options = options or {}
+    if taken := [name for name in options if name in SAID and SAID[name] in {*Settings.model_fields, "on_step"}]:
+        raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {SAID[taken[0]]}")
+    if settings.image_guidance is not None and options.get("guidance_rescale"):
+        raise SettingError("image_guidance and guidance_rescale do not go together: the latter would measure another prediction")
+    return options
 
 
 def keep_outside(made: Image.Image, start: Image.Image, mask: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ The pipeline sees its own two halves; hooks around the base model run three part
 formula makes that sum. Shape letters as in `imprompt.adapter`.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from imprompt.adapter import ImagePrompt
 from imprompt.attention.graft import Computed
 from imprompt.attention.step import KEY
+from imprompt.errors import MismatchError
 
 TEXT = ("encoder_hidden_states", "added_cond_kwargs", "encoder_attention_mask", "class_labels")
 
@@ -27,33 +29,43 @@ TEXT = ("encoder_hidden_states", "added_cond_kwargs", "encoder_attention_mask", 
 def image_guidance(model: nn.Module, scale: float) -> Iterator[None]:
     """Inside, a pipeline that runs `model` guides by the image with this scale, and by the text with its own guidance scale.
 
-    Its image prompts must hold both halves. A scale equal to the pipeline's own gives what the pipeline gives by itself; each step
-    costs half as much again.
+    Its image prompts must hold both halves. A scale equal to the pipeline's own gives what the pipeline gives by itself, but with
+    `guidance_rescale`, which would measure another prediction. Each step costs half as much again.
     """
     kept: dict[str, Computed] = {}
+    mine = threading.get_ident()  # another thread that runs the model meanwhile guides as it would
 
-    def thirds(name: str, value: Any, half: int) -> Any:
+    def thirds(name: str, value: Any, batch: int) -> Any:
         """Tensors of both halves -> of three parts: no text and no image, no text, both."""
-        middle = 0 if name in TEXT else half  # the text's unconditional half is heard twice, anything else's conditional one
 
         def three(tensor: Tensor) -> Tensor:
-            if tensor.ndim == 0 or len(tensor) != 2 * half:
+            if tensor.ndim == 0 or len(tensor) % batch:  # of a video some have an item for each frame
                 return tensor
+            half = len(tensor) // 2
+            middle = 0 if name in TEXT else half  # the text's unconditional half is heard twice, anything else's conditional one
             return torch.cat([tensor[:half], tensor[middle : middle + half], tensor[half:]])
 
-        if name == "encoder_hidden_states":  # the same tensor in every step, so that it is known to be the same text
+        if (
+            name == "encoder_hidden_states" and not value.is_inference()
+        ):  # the same tensor in every step, so that it is known to be the same text
             return kept.setdefault(name, Computed()).get(lambda _: ([value], None), lambda: three(value))
         return tree_map_only(Tensor, three, value)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != mine:
+            return None
         given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
-        half = len(given["sample"]) // 2
+        batch = len(given["sample"])
+        if batch % 2:
+            raise MismatchError(f"image guidance is for the two halves of classifier-free guidance; this is a batch of {batch}")
         told = given.get("cross_attention_kwargs") or {}
-        prompts = kept.setdefault(KEY, Computed()).get(lambda _: ([told.get(KEY)], None), lambda: in_thirds(told.get(KEY), half))
-        new = {name: thirds(name, value, half) for name, value in given.items() if name != "cross_attention_kwargs"}
+        prompts = kept.setdefault(KEY, Computed()).get(lambda _: ([told.get(KEY)], None), lambda: in_thirds(told.get(KEY)))
+        new = {name: thirds(name, value, batch) for name, value in given.items() if name != "cross_attention_kwargs"}
         return (), {**new, "cross_attention_kwargs": {**told, KEY: prompts}}
 
     def after(_: nn.Module, __: Any, out: Any) -> Any:
+        if threading.get_ident() != mine:
+            return None
         if isinstance(out, tuple):
             return (in_halves(out[0], scale), *out[1:])
         out.sample = in_halves(out.sample, scale)
@@ -74,17 +86,19 @@ def in_halves(noise: Tensor, scale: float) -> Tensor:
     return torch.cat([guided, guided + (both - image)])
 
 
-def in_thirds(prompts: Any, half: int) -> Any:
+def in_thirds(prompts: Any) -> Any:
     """Image prompts of both halves -> of three parts, the last two with the image."""
     if isinstance(prompts, list | tuple) and not isinstance(prompts, ImagePrompt):
-        return [in_thirds(prompt, half) for prompt in prompts]
+        return [in_thirds(prompt) for prompt in prompts]
     if prompts is None:
         return None
+    if (batch := len(prompts.keys[0])) % 2:
+        raise MismatchError(f"image guidance needs image prompts of both halves; this one is for a batch of {batch}")
 
     def three(tensor: Tensor, items: int = 0) -> Tensor:
-        if tensor.shape[items] != 2 * half:
+        if tensor.shape[items] != batch:
             return tensor
-        none, image = tensor.split(half, items)
+        none, image = tensor.chunk(2, items)
         return torch.cat([none, image, image], items)
 
     return prompts._replace(

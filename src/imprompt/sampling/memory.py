@@ -84,6 +84,13 @@ class Savers:
             if adapter.lora is not None:
                 adapter.lora.to(self.device)  # it is heard at every attention of every step
 
+    def bring(self, network: nn.Module) -> None:
+        """A network beside the pipeline's own, such as ControlNet: put it where it computes, or let it come there when it does."""
+        if self.offload is None:
+            network.to(self.device)
+        elif self.offload == "sequential":  # "model" finds it in the pipeline that has it: `again`
+            visit(network, self.device)
+
     def again(self, pipeline: Any) -> None:
         """For another pipeline over the same networks: it needs to know which to send away when it is done."""
         if self.offload == "model":

@@ -5,6 +5,7 @@ Shape letters as in `imprompt.adapter`; K pictures.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from imprompt.encoders.embeddings import Reads, check_embedding, load_embedding
 from imprompt.encoders.noise import Noise, noise_negative
+from imprompt.encoders.opening import Encoder
 from imprompt.encoders.preparation import Preparation, prepare
 from imprompt.errors import SettingError
-from imprompt.images import open_image, open_mask
+from imprompt.images import open_image
 from imprompt.projections.resampler import FacePlusV2Projection
+from imprompt.sampling.controls import combine
 from imprompt.sampling.references import Reference, is_face, is_features, source
 from imprompt.variants import Variant
 
@@ -31,15 +34,29 @@ class Reader:
     reads  what features of a file are checked against
     """
 
-    encoder: Any
+    encoder: Encoder
     variant: Variant
     name: str = ""
     reads: Reads | None = None
 
-    def features(self, reference: Reference) -> Features:
-        """(K, ...): of each picture, or each of its tiles, and of each row of a file of features."""
+    def features(self, reference: Reference) -> tuple[Features, list[float] | None]:
+        """(K, ...), of each picture and each row of a file of features, and their weights, if there are any.
+
+        Of a picture in tiles each tile is a row with the picture's weight where tokens are put beside each other; else it is their
+        average.
+        """
         self.check(reference)
-        return beside([self.features_of(image, reference) for image in reference.images])
+        found = [self.features_of(image, reference) for image in reference.images]
+        if reference.weights is None:
+            return rows_of(found), None
+        own = iter(reference.weights)
+        weights: list[float] = []
+        for image, features in zip(reference.images, found, strict=True):
+            rows = count(features)
+            weights += list(islice(own, rows)) if is_features(image) else [next(own, 0.0)] * rows
+        if (left := list(own)) or len(weights) < sum(map(count, found)):
+            raise SettingError(f"{len(reference.weights)} weights for {len(weights) - len(left)} pictures: give one for each")
+        return rows_of(found), weights
 
     def check(self, reference: Reference) -> None:
         """Raise SettingError if it asks what this kind of adapter has no use for."""
@@ -49,6 +66,8 @@ class Reader:
         if reference.face_scale != 1 and not issubclass(self.variant.projection, FacePlusV2Projection):
             raise SettingError(f"face_scale is for faceid-plus-v2; {name} is {self.variant.name}")
         plain = (reference.crop, reference.sharpening, reference.ignore) == ("center", 0, None)
+        if not plain and any(map(is_features, reference.images)):
+            raise SettingError("crop, sharpening and ignore are for pictures: a file of features holds what was made of one")
         if faces and (not plain or isinstance(reference.negative, Noise)):
             raise SettingError(
                 f"crop, sharpening, ignore and noise are for whole pictures; {name} reads faces ({self.variant.name})"
@@ -64,10 +83,14 @@ class Reader:
             return self.encoder.features([image], self.variant.feature)
         picture = open_image(source(image))
         if self.variant.faces:
-            return self.encoder.features([picture], self.variant.feature, reference.face)
-        ignore = None if reference.ignore is None else open_mask(source(reference.ignore))
-        made_ready = Preparation(crop=reference.crop, sharpening=reference.sharpening, ignore=ignore)
-        return self.encoder.features(prepare(picture, made_ready, self.encoder), self.variant.feature)
+            faces: Any = self.encoder
+            return faces.features([picture], self.variant.feature, reference.face)
+        features = self.picture_features(self.made_ready(picture, reference))
+        return features if reference.combine == "concat" else combine(features, "average").features
+
+    def made_ready(self, picture: Image.Image, reference: Reference) -> list[Image.Image]:
+        made = Preparation(crop=reference.crop, sharpening=reference.sharpening, ignore=source(reference.ignore))
+        return prepare(picture, made, self.encoder)
 
     def null_features(self) -> Features:
         """What stands for "no image", (1, ...)."""
@@ -76,7 +99,7 @@ class Reader:
     def noise_features(self, reference: Reference, noise: Noise, seed: int) -> Features:
         """(1, ...), of noise made of the first image that is a picture."""
         pictures = [image for image in reference.images if not is_features(image)]
-        first = open_image(source(pictures[0])) if pictures else None
+        first = self.made_ready(open_image(source(pictures[0])), reference)[0] if pictures else None
         return self.picture_features([noise_negative(first, noise, self.encoder, seed)])
 
     def picture_features(self, pictures: Sequence[Image.Image]) -> Features:
@@ -84,7 +107,12 @@ class Reader:
         return self.encoder.features(pictures, self.variant.feature)
 
 
-def beside(features: Sequence[Features]) -> Features:
+def count(features: Features) -> int:
+    """K"""
+    return len(features[0] if isinstance(features, tuple) else features)
+
+
+def rows_of(features: Sequence[Features]) -> Features:
     """Several (K, ...) -> one, on the device of the first that was not read from a file."""
     parts = [of if isinstance(of, tuple) else (of,) for of in features]
     device = next((part[0].device for part in parts if part[0].device.type != "cpu"), parts[0][0].device)

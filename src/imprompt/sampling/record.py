@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from PIL import Image, PngImagePlugin
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import Field, field_serializer, model_validator
 
+from imprompt.checked import Checked
 from imprompt.errors import ImageError, SettingError, first_line
 from imprompt.files import written_whole
 from imprompt.images import grid, open_image
@@ -17,13 +18,12 @@ from imprompt.sampling.references import (
     AnyPicture,
     Item,
     PictureFile,
-    Reference,
     as_told,
     files_in,
     source,
     with_files,
 )
-from imprompt.sampling.settings import Settings, one_line
+from imprompt.sampling.settings import Settings
 
 if TYPE_CHECKING:
     from imprompt.sampling.generate import ImagePromptPipeline, OnStep, Result
@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 KEY = "imprompt"  # of the PNG's text
 
 
-class Request(BaseModel):
+class Request(Checked, frozen=True):
     """One call of `imprompt generate`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = "emoji"
     adapter: str | AdapterChoice | list[str | AdapterChoice] | None = None
@@ -53,20 +51,15 @@ class Request(BaseModel):
     settings: Settings = Settings()
     only: Annotated[int, Field(ge=0)] | None = None  # the one picture of the call to make
 
-    @classmethod
-    def check(cls, **values: Any) -> Self:
-        """The request, or SettingError with one line."""
-        try:
-            request = cls.model_validate(values)
-        except ValidationError as error:
-            raise SettingError(one_line(error, KNOWN)) from error
-        if not any(request.images):
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if not self.images or not all(self.images):
             raise SettingError("no image prompt was given: name at least one picture")
-        if request.mask_image and not request.init_image:
+        if self.mask_image and not self.init_image:
             raise SettingError("a mask says what to redraw of a picture: give that picture too (--init)")
-        if bool(request.controlnet) != bool(request.control_image):
+        if bool(self.controlnet) != bool(self.control_image):
             raise SettingError("a control image and a ControlNet go together: give both, or neither (--control, --controlnet)")
-        return request
+        return self
 
     @field_serializer("images")
     def _told(self, images: list[Item]) -> list[Any]:
@@ -121,13 +114,10 @@ class Request(BaseModel):
         return json.dumps({"imprompt": __version__, **whole.model_dump(mode="json")}, ensure_ascii=False)
 
 
-KNOWN = list(dict.fromkeys([*Settings.model_fields, *Reference.model_fields, *Request.model_fields]))
-
-
 def read_request(path: Path) -> Request:
     """The request in a TOML or JSON file, or that made a PNG of ours; SettingError or ImageError if it is none.
 
-    Paths in a TOML or JSON file are relative to it.
+    Paths of pictures in a TOML or JSON file are relative to it.
     """
     if path.suffix.lower() in FORMATS:
         return request_file(path)
@@ -138,7 +128,7 @@ def read_request(path: Path) -> Request:
         raise ImageError(f"{path} was not made by imprompt, or its metadata was removed: it does not say how to repeat it")
     try:
         told = json.loads(text)
-        return Request.check(**{name: value for name, value in told.items() if name != "imprompt"})
+        return Request(**{name: value for name, value in told.items() if name != "imprompt"})
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ImageError(f"{path}: its metadata is damaged") from error
     except SettingError as error:
@@ -158,7 +148,7 @@ def request_file(path: Path) -> Request:
         raise SettingError(f"{path} is no {path.suffix[1:].upper()}: {first_line(error)}") from error
     if not isinstance(told, dict):
         raise SettingError(f"{path} holds no request: it is to name settings, such as images = ['cat.png']")
-    request = Request.check(**{name: value for name, value in told.items() if name != "imprompt"})
+    request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
     return with_files(request, lambda file: file.model_copy(update={"path": path.parent / file.path}))
 
 

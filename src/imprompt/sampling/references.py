@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from imprompt.checked import Checked, one_line, one_of
 from imprompt.encoders.noise import Noise
-from imprompt.encoders.preparation import Checked, Crop
+from imprompt.encoders.preparation import Crop
 from imprompt.errors import ImageError, SettingError
 from imprompt.images import open_image
-from imprompt.sampling.settings import one_line
 
 FEATURES = (".safetensors", ".ipadpt")  # files of image features, which stand for pictures
 
 
-class PictureFile(BaseModel):
+class PictureFile(Checked, frozen=True):
     """A picture, or image features, by its path, and a hash of what it held, so that a changed file is noticed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: Path
     sha256: str = ""
@@ -68,7 +66,7 @@ def _picture(value: Any) -> Any:
     if isinstance(value, str | Path):
         return PictureFile(path=Path(value))
     if isinstance(value, dict):
-        return PictureFile.model_validate(value)
+        return PictureFile(**value)
     if isinstance(value, PictureFile | Image.Image) or is_face(value):
         return value
     said = f"a {type(value).__name__} is no picture: give a path, or a picture of Pillow's"
@@ -79,12 +77,36 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _pictures(value: Any) -> tuple[Any, ...]:
+    if found := tuple(map(_picture, _as_list(value))):
+        return found
+    raise PydanticCustomError("no_picture", "name at least one picture")
+
+
+def _negative(value: Any) -> Any:
+    if value is None or isinstance(value, Noise):
+        return value
+    return Noise(**value) if isinstance(value, dict) and "kind" in value else _pictures(value)
+
+
 AnyPicture = Annotated[Any, PlainValidator(_picture)]  # a PictureFile, a picture of Pillow's, or a face
-Pictures = Annotated[tuple[AnyPicture, ...], BeforeValidator(_as_list)]
+Pictures = Annotated[Any, PlainValidator(_pictures)]  # one or several, as a tuple
+Negative = Annotated[Any, PlainValidator(_negative)]  # Noise, pictures, or None
+# The names that `sampling.controls` knows; here, so that a wrong one is told before torch and weights are read.
+CombineName = Literal["concat", "add", "subtract", "average", "norm-average", "max", "min"]
+ScalingName = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
+EasingName = Literal["constant", "ease in", "ease out", "ease in-out", "reverse in-out"]
 Factor = Annotated[float, Field(ge=-10, le=10)]
 
 
-class Reference(Checked):
+def _easing(value: Any) -> Any:
+    """A known name, or points as tuples."""
+    if isinstance(value, str):
+        return TypeAdapter(Annotated[EasingName, one_of(EasingName)]).validate_python(value)
+    return TypeAdapter(tuple[tuple[float, float], ...]).validate_python(value)
+
+
+class Reference(Checked, frozen=True):
     """Pictures that are heard as one image prompt. Its mathematics, and the names that it knows, are `sampling.controls`'.
 
     images          one or several; a file that `imprompt embed` wrote stands for the pictures whose features it holds, and for a
@@ -93,7 +115,8 @@ class Reference(Checked):
                     "max" or "min" (of their features)
     weights         of the images; 2 is as if an image were given twice, 0 as if it were not
     adapter         which of the pipeline's adapters hears them; the first if not given
-    scale           how strongly they are heard; the call's own if not given
+    scale           how strongly they are heard; the call's own if not given. A FaceID adapter's low-rank part acts on the whole
+                    result, whatever scale, mask, window and blocks say; `AdapterChoice.lora_scale` is its strength
     embeds_scaling  what the scale acts on
     blocks, boost   which cross-attentions hear them: a preset, or a map of patterns to factors: `sampling.blocks`
     start, end      from which to which fraction of the noise schedule they are heard
@@ -105,19 +128,19 @@ class Reference(Checked):
     face_scale      for faceid-plus-v2: how much the picture of the face counts beside its embedding
     """
 
-    images: Annotated[Pictures, Field(min_length=1)]
-    combine: str = "concat"
+    images: Pictures
+    combine: Annotated[CombineName, one_of(CombineName)] = "concat"
     weights: tuple[Factor, ...] | None = None
     adapter: str | None = None
     scale: Factor | None = None
-    embeds_scaling: str = "V only"
+    embeds_scaling: Annotated[ScalingName, one_of(ScalingName)] = "V only"
     blocks: str | float | dict[str, Any] = "linear"
     boost: Factor = 1.0
     start: Annotated[float, Field(ge=0, le=1)] = 0.0
     end: Annotated[float, Field(ge=0, le=1)] = 1.0
-    easing: str | tuple[tuple[float, float], ...] = "constant"
+    easing: Annotated[Any, PlainValidator(_easing)] = "constant"
     mask: AnyPicture | None = None
-    negative: Noise | Pictures | None = None
+    negative: Negative = None
     crop: Crop = "center"
     sharpening: Annotated[float, Field(ge=0, le=1)] = 0.0
     ignore: AnyPicture | None = None
@@ -125,10 +148,21 @@ class Reference(Checked):
     face_scale: Factor = 1.0
 
     @model_validator(mode="after")
+    def _in_order(self) -> "Reference":
+        if self.start >= self.end:
+            raise SettingError(f"start = {self.start}, end = {self.end}: give 0 <= start < end <= 1, fractions of the schedule")
+        return self
+
+    @model_validator(mode="after")
     def _weights_match(self) -> "Reference":
         if self.weights is not None and len(self.weights) != len(self.images) and not self.has_features:
             raise SettingError(f"{len(self.weights)} weights for {len(self.images)} pictures: give one for each")
         return self
+
+    @property
+    def timed(self) -> bool:
+        """Whether time matters to it."""
+        return (self.start, self.end, self.easing) != (0, 1, "constant")
 
     @property
     def has_features(self) -> bool:
@@ -150,7 +184,7 @@ def _as_item(value: Any) -> Any:
 AnyItem = Annotated[Item, BeforeValidator(_as_item)]
 
 
-class AdapterChoice(Checked):
+class AdapterChoice(Checked, frozen=True):
     """One of a pipeline's adapters.
 
     adapter     one of the model's adapters by name (its first if not given), a file, a folder, or a file on the Hub
@@ -194,8 +228,9 @@ def items_of(image: Any, together: bool) -> list[Item]:
         items = TypeAdapter(list[AnyItem]).validate_python(given)
     except ValidationError as error:
         raise SettingError(one_line(error, Reference.model_fields)) from error
-    if not any(items):
+    if not items or not all(items):
         raise SettingError("no image prompt was given: name at least one picture")
+    items = [joined([(reference,) for reference in item]) for item in items]
     return [joined(items)] if together else items
 
 

@@ -1,21 +1,18 @@
 """What a picture was made with: checked once, kept in the PNG, enough to make it again."""
 
-import difflib
-import reprlib
-from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from imprompt.errors import SettingError
+from imprompt.checked import Checked, one_of
 
 MAX_SIDE = 16_384  # pixels
+OverlapName = Literal["add", "normalise"]
+Overlap = Annotated[OverlapName, one_of(OverlapName)]
 
 
-class Settings(BaseModel, frozen=True):
+class Settings(Checked, frozen=True):
     """The numbers and texts of one call. `steps`, `guidance`, `width` and `height` of None are the model's own."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -30,15 +27,7 @@ class Settings(BaseModel, frozen=True):
     together: bool = False
     image_guidance: Annotated[float, Field(ge=0, le=1000)] | None = None  # of the image alone, beside `guidance` of the text
     control_scale: Annotated[float, Field(ge=0, le=10)] = 1.0  # of ControlNet, where there is one
-    overlap: Literal["add", "normalise"] = "add"  # where masks of one result's references overlap
-
-    @classmethod
-    def check(cls, **values: object) -> Self:
-        """The settings, or SettingError with one line that names the first wrong value and what is allowed."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise SettingError(one_line(error)) from error
+    overlap: Overlap = "add"  # where masks of one result's references overlap
 
 
 class Resolved(Settings, frozen=True):
@@ -53,13 +42,3 @@ class Resolved(Settings, frozen=True):
     @property
     def size(self) -> tuple[int, int]:
         return self.width, self.height
-
-
-def one_line(error: ValidationError, known: Iterable[str] = Settings.model_fields) -> str:
-    """pydantic's first complaint as one sentence: name, value, what is allowed. `known`: the settings that could be meant."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part != "settings") or "settings"
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name.split(".")[-1], known, 1) or known
-        return f"unknown setting {name!r}; known: {', '.join(near)}"
-    return f"{name} = {reprlib.repr(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -87,8 +87,11 @@ def as_pipeline(pipeline: Any, kind: int, controlnet: Any, savers: Savers) -> An
     return other
 
 
-def open_controlnet(name: str, model: KnownModel, unet: Any, device: str, dtype: torch.dtype) -> Any:
-    """A ControlNet for `unet`: one of the model's by name, a folder, or a Hub id. CheckpointError, MismatchError."""
+def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dtype) -> Any:
+    """A ControlNet for the pipeline's UNet, on the CPU: one of the model's by name, a folder, or a Hub id.
+
+    CheckpointError, or MismatchError if it was made for another base model.
+    """
     from diffusers.models.controlnets.controlnet import ControlNetModel
 
     place = model.controlnets.get(name) or Place(name)
@@ -100,7 +103,15 @@ def open_controlnet(name: str, model: KnownModel, unet: Any, device: str, dtype:
         net: Any = ControlNetModel.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
     except Exception as error:  # a folder can be wrong in any way
         raise CheckpointError(f"no ControlNet can be loaded from {place} ({first_line(error)})") from error
-    for what in ("cross_attention_dim", "block_out_channels"):
-        if (theirs := net.config[what]) != (ours := unet.config[what]):
+    sizes = {what: (net.config[what], pipeline.unet.config[what]) for what in ("cross_attention_dim", "block_out_channels")}
+    shrinks = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
+    sizes["pixels a latent"] = shrinks, pipeline.vae_scale_factor
+    for what, (theirs, ours) in sizes.items():
+        if listed(theirs) != listed(ours):
             raise MismatchError(f"the ControlNet {name} was made for a base model with {what} {theirs}; this one has {ours}")
-    return net.to(device).eval().requires_grad_(False)
+    return net.eval().requires_grad_(False)
+
+
+def listed(value: Any) -> Any:
+    """A configuration's tuple is a list after it was read from a file."""
+    return list(value) if isinstance(value, list | tuple) else value

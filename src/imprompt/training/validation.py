@@ -170,7 +170,7 @@ class Validator:
         own.scheduler = sampling_scheduler(pipeline.scheduler, recipe.noise.zero_terminal_snr)
         self.pipe = ImagePromptPipeline(own, Attached(adapter, Reader(encoder, variant)))
         common = {"steps": plan.steps, "guidance": plan.guidance, "seed": plan.seed, "width": side, "height": side}
-        self.columns = [Settings.check(prompt=text, scale=scale, **common) for text in plan.texts for scale in plan.scales]
+        self.columns = [Settings(prompt=text, scale=scale, **common) for text in plan.texts for scale in plan.scales]
         for column in self.columns:
             self.pipe.resolve(column)
         self.measure = Clip(plan.clip) if plan.clip else OwnEncoder(encoder)

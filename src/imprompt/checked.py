@@ -1,0 +1,52 @@
+"""Settings that tell what is wrong with them in one line. Needs neither torch nor what computes with them."""
+
+import difflib
+import reprlib
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import PydanticCustomError
+
+from imprompt.errors import SettingError
+
+
+class Checked(BaseModel, frozen=True):
+    """A model of pydantic whose faults are a SettingError that names the first wrong value and what is allowed."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SettingError(one_line(error, type(self).model_fields)) from error
+
+
+def one_line(error: ValidationError, known: Iterable[str] = ()) -> str:
+    """pydantic's first complaint as one sentence. `known`: the settings that an unknown one could have meant."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"])) or "settings"
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}{near(name, known)}"
+    given = "" if first["type"] == "missing" else f" = {reprlib.repr(first['input'])}"
+    return f"{name}{given}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def one_of(literal: Any) -> BeforeValidator:
+    """For a field of a Literal type: a name that is not of it is told with those like it, or all."""
+    known = get_args(literal)
+
+    def checked(value: Any) -> Any:
+        if value in known:
+            return value
+        raise PydanticCustomError("unknown_name", "{said}", {"said": f"unknown{near(value, known)}"})
+
+    return BeforeValidator(checked)
+
+
+def near(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what is like it, or else all that there is."""
+    names = list(known)
+    found = difflib.get_close_matches(str(name), names, 3, cutoff=0.65)
+    return f"; near: {', '.join(found)}" if found else f"; known: {', '.join(names)}"
