@@ -16,7 +16,7 @@ from torch import Tensor
 
 from imprompt.adapter import ImagePrompt, IPAdapter, decoupled_attention
 from imprompt.attention import family_of
-from imprompt.attention.step import images_of, weights_at
+from imprompt.attention.step import images_of, masks_at, weights_at
 from imprompt.errors import MismatchError, SettingError
 from imprompt.layouts import SD, SDXL, site_names
 from imprompt.sampling.controls import (
@@ -69,7 +69,9 @@ def hear(prompts: Sequence[ImagePrompt], items: Sequence[int] = (0,), timestep: 
     )
     if not prompts:
         return decoupled_attention(query, key, value, None, [], torch.ones(0)).expand(SITES, -1, -1, -1, -1)
-    weighed = weights_at([p.scale for p in prompts], [p.mask for p in prompts], timestep, [(ROWS, COLUMNS)], query.dtype)
+    weighed = weights_at(
+        [p.scale for p in prompts], masks_at([p.mask for p in prompts], [(ROWS, COLUMNS)], query.dtype), timestep, query.dtype
+    )
     by_site = weighed[0 if 0 in weighed else ROWS * COLUMNS]
     images = images_of(prompts)
     return torch.stack([decoupled_attention(query, key, value, None, images[site], by_site[site]) for site in range(SITES)])

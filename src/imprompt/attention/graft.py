@@ -20,6 +20,7 @@ from imprompt.attention.choice import may_fuse
 from imprompt.attention.lora import Lora, text_states, version
 from imprompt.attention.step import (
     KEY,
+    Masks,
     Step,
     check_batch,
     check_listening,
@@ -28,6 +29,7 @@ from imprompt.attention.step import (
     check_widths,
     images_of,
     loras_of,
+    masks_at,
     packed_for,
     weights_at,
 )
@@ -95,7 +97,7 @@ class Run:
     """What is kept while a text lives: its keys and values, the image prompts heard with it, and their weights."""
 
     def __init__(self) -> None:
-        self.text, self.images, self.weights = Computed(), Computed(), Computed()
+        self.text, self.images, self.masks, self.weights = Computed(), Computed(), Computed(), Computed()
 
     @property
     def bytes(self) -> int:
@@ -216,16 +218,20 @@ class Graft:
             images = images_of(prompts)
             return images, packed_for(images) if kernel else (), loras_of(prompts)
 
-        def weights() -> dict[int, Tensor]:
-            return weights_at(scales, masks, timestep, self.family.sizes(model, *size), dtype)
+        def resized() -> Masks:
+            return masks_at(masks, self.family.sizes(model, *size), dtype)
 
-        if remembers(text, *scales, *biases, *(mask for mask in masks if mask is not None), *copied):
+        given = [mask for mask in masks if mask is not None]
+        if remembers(text, *scales, *biases, *given, *copied):
             run, steady = self.run(text), all(scale.ndim == 2 for scale in scales)
             images, packed, lora = run.images.get(lambda _: (states + copied + biases + loras, kernel), heard)
             projected = self.text(run, text, lora)
-            weighed = run.weights.get(lambda _: (scales + masks, (size, dtype)), weights) if steady else weights()
+            seen = run.masks.get(lambda _: (masks, (size, dtype)), resized) if given else {}
+            made_of = (scales + masks, (size, dtype)) if steady else ([object()], None)  # what time changes is made in every step
+            weighed = run.weights.get(lambda _: made_of, lambda: weights_at(scales, seen, timestep, dtype))
         else:
-            projected, (images, packed, lora), weighed = (None,) * len(self.sites), heard(), weights()
+            projected, (images, packed, lora) = (None,) * len(self.sites), heard()
+            weighed = weights_at(scales, resized(), timestep, dtype)
         return Step(text, projected, images, packed, weighed, self.choices(latents, text, prompts) if kernel else [], lora)
 
     def text(self, run: Run, text: Tensor, lora: tuple[Lora, ...]) -> tuple[KV | None, ...]:

@@ -93,15 +93,24 @@ def check_batch(prompt: ImagePrompt, batch: int) -> None:
         raise MismatchError(f"mask of shape {list(prompt.mask.shape)}: give (1 or {batch}, rows, columns)")
 
 
-def weights_at(scales: Sequence[Tensor], masks: Sequence[Tensor | None], timestep: Any, sizes: Sequence[tuple[int, int]],
-               dtype: torch.dtype) -> dict[int, Tensor]:  # fmt: skip
-    """See `Step.weights`; the latents come in these sizes, rows and columns."""
-    now = [scale_at(scale, timestep).to(dtype)[:, :, None, None, None] for scale in scales]
+Masks = dict[int, list[Tensor | None]]  # by L, of each prompt: (B or 1, 1, L, 1)
+
+
+def masks_at(masks: Sequence[Tensor | None], sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> Masks:
+    """The masks (B or 1, h, w) for latents of these sizes, rows and columns; none at all if no prompt has one."""
     if all(mask is None for mask in masks):
+        return {}
+    return {rows * columns: [seen(mask, (rows, columns), dtype) for mask in masks] for rows, columns in sizes}
+
+
+def weights_at(scales: Sequence[Tensor], masks: Masks, timestep: Any, dtype: torch.dtype) -> dict[int, Tensor]:
+    """See `Step.weights`."""
+    now = [scale_at(scale, timestep).to(dtype)[:, :, None, None, None] for scale in scales]
+    if not masks:
         return {0: stacked(now)}
     return {
-        rows * columns: stacked([seen(scale, mask, (rows, columns)) for scale, mask in zip(now, masks, strict=True)])
-        for rows, columns in sizes
+        at: stacked([scale if mask is None else scale * mask for scale, mask in zip(now, of, strict=True)])
+        for at, of in masks.items()
     }
 
 
@@ -113,11 +122,11 @@ def scale_at(scale: Tensor, timestep: Any) -> Tensor:
     return torch.take_along_dim(scale, now.view(1, -1, 1), -1)[..., 0]
 
 
-def seen(scale: Tensor, mask: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """scale (sites, B or 1, 1, 1, 1), mask (B or 1, h, w) or none -> (sites, B or 1, 1, L or 1, 1) at L = rows × columns"""
+def seen(mask: Tensor | None, size: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+    """mask (B or 1, h, w) -> (B or 1, 1, L, 1) at L = rows × columns, the mean of what each covers"""
     if mask is None:
-        return scale
-    return scale * F.interpolate(mask[:, None].float(), size, mode="area").flatten(2)[..., None].to(scale)
+        return None
+    return F.interpolate(mask[:, None].float(), size, mode="area").flatten(2)[..., None].to(dtype)
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from imprompt.checked import Checked
 from imprompt.errors import ImageError, SettingError, first_line
 from imprompt.files import written_whole
 from imprompt.images import grid, open_image
+from imprompt.models import MODELS
 from imprompt.sampling.references import (
     AdapterChoice,
     AnyItem,
@@ -102,8 +103,23 @@ class Request(Checked, frozen=True):
         )
 
     def with_hashes(self) -> Self:
-        """The same request, every file hashed."""
-        return with_files(self, PictureFile.with_hash)
+        """The same request, every file hashed, for any folder to repeat it from."""
+        return with_files(self.beside(Path()), PictureFile.with_hash)
+
+    def beside(self, folder: Path) -> Self:
+        """The same request where it was read in `folder`: what it names and is there, weights too, by an absolute path."""
+
+        def found(name: Any) -> Any:
+            if isinstance(name, list):
+                return [found(one) for one in name]
+            if isinstance(name, AdapterChoice):
+                return name.model_copy(update={"adapter": found(name.adapter), "encoder": found(name.encoder)})
+            known = not isinstance(name, str) or name in MODELS or not (folder / name).exists()
+            return name if known else str((folder / name).absolute())
+
+        weights = {name: found(getattr(self, name)) for name in ("model", "adapter", "encoder", "controlnet")}
+        moved = with_files(self, lambda file: file.model_copy(update={"path": folder / file.path}))
+        return moved.model_copy(update=weights)
 
     def made(self, result: "Result", index: int) -> str:
         """The JSON that goes into picture `index` of the call: every default filled in."""
@@ -117,7 +133,7 @@ class Request(Checked, frozen=True):
 def read_request(path: Path) -> Request:
     """The request in a TOML or JSON file, or that made a PNG of ours; SettingError or ImageError if it is none.
 
-    Paths of pictures in a TOML or JSON file are relative to it.
+    Paths in a TOML or JSON file are relative to it.
     """
     if path.suffix.lower() in FORMATS:
         return request_file(path)
@@ -149,7 +165,7 @@ def request_file(path: Path) -> Request:
     if not isinstance(told, dict):
         raise SettingError(f"{path} holds no request: it is to name settings, such as images = ['cat.png']")
     request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
-    return with_files(request, lambda file: file.model_copy(update={"path": path.parent / file.path}))
+    return request.beside(path.parent)
 
 
 def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
