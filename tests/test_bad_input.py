@@ -310,7 +310,7 @@ BAD_REQUESTS = [
     ("like, newer", "generate --like {here}/newer.png", "of another imprompt (unknown setting 'warp'"),
     ("like, poisoned", "generate --like {here}/poisoned.png", "(steps = 0: input should be greater than or equal to 1)"),
     ("like, no such picture", "generate --like {here}/outside.png", "only = 5: this call makes 1 pictures"),
-    ("like and pictures", "generate {here}/cat.png --like {here}/cat.png", "give either IMAGES or --like"),
+    ("like and pictures", "generate {here}/cat.png --like {here}/cat.png", "give either IMAGES or a file"),
 ]
 WITHOUT = "generate {here}/cat.png --out {out} --steps 1 "
 BAD_MODELS = [
@@ -404,7 +404,7 @@ BAD_FILES = [
     ),
     ("inspect LoRA", "inspect {here}/lora.safetensors", "lora.safetensors is a LoRA, not an image-prompt adapter"),
     ("inspect text", "inspect {here}/notes.txt", "notes.txt: weights are read from .safetensors"),
-    ("inspect picture", "inspect {here}/cat.png", "cat.png: weights are read from .safetensors"),
+    ("inspect picture", "inspect {here}/cat.png", "cat.png was not made by imprompt"),
     ("convert missing", "convert none.bin {out}.safetensors", "none.bin: there is no such file"),
     ("convert code", "convert {here}/code.bin {out}.safetensors", "code.bin holds code"),
     ("convert to no folder", "convert {adapter} {out}/a.safetensors", "a.safetensors: No such file or directory"),

@@ -11,17 +11,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from imprompt.adapter import ImagePrompt, IPAdapter
     from imprompt.checkpoint import load_adapter, read_adapter, write_adapter
+    from imprompt.encoders.face import Face
     from imprompt.encoders.kept import FeatureMemory
+    from imprompt.encoders.noise import Noise
     from imprompt.errors import ImpromptError
     from imprompt.sampling.generate import ImagePromptPipeline, Result
     from imprompt.sampling.references import AdapterChoice, Reference
 
 _HOMES = {
     "AdapterChoice": "sampling.references",
+    "Face": "encoders.face",
     "FeatureMemory": "encoders.kept",
     "IPAdapter": "adapter",
     "ImagePrompt": "adapter",
     "ImagePromptPipeline": "sampling.generate",
+    "Noise": "encoders.noise",
     "Reference": "sampling.references",
     "Result": "sampling.generate",
     "ImpromptError": "errors",
@@ -32,11 +36,13 @@ _HOMES = {
 
 __all__ = [
     "AdapterChoice",
+    "Face",
     "FeatureMemory",
     "IPAdapter",
     "ImagePrompt",
     "ImagePromptPipeline",
     "ImpromptError",
+    "Noise",
     "Reference",
     "Result",
     "load_adapter",

@@ -25,7 +25,8 @@ class Checked(BaseModel, frozen=True):
 
 def one_line(error: ValidationError, known: Iterable[str] = ()) -> str:
     """pydantic's first complaint as one sentence. `known`: the settings that an unknown one could have meant."""
-    first = error.errors()[0]
+    faults = error.errors()
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])  # what is missing may be misspelt
     name = ".".join(map(str, first["loc"])) or "settings"
     if first["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{near(name, known)}"

@@ -44,6 +44,8 @@ def open_image(
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, paper)
+    if not isinstance(source, str | Path | bytes):
+        raise ImageError(f"a {type(source).__name__} is no picture: give a path, or a picture of Pillow's")
     with _opened(source, name, max_pixels) as picture:
         picture.seek(0)
         return to_rgb(picture, paper)

@@ -6,7 +6,7 @@ Shape letters: N pictures, S pixels a side.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from .evaluate import Judge, colour_error, rims, to_tensor
 from .glyphs import Glyphs
 from .scenes import PATTERNS, Scenes, render, sample_scenes, to_image
 from .stage import HERE, World
-from .style import INK, ink
+from .style import INK, PALE, ink
 
 DOCS = HERE.parents[1] / "docs" / "compose"
 FRONT = "plus"
@@ -150,8 +150,6 @@ def means(**values: Tensor) -> dict[str, float]:
 
 # Sheets
 
-Sheet = tuple[list[str], list[tuple[str, list[Tensor]]]]  # labels of the columns; rows: a label and pictures (3, S, S)
-
 
 def draw_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
     """Cells in rows under their columns' labels, each row with a label of its own beneath it if there is one."""
@@ -220,18 +218,181 @@ def block_map(sites: Sequence[str], blocks: Sequence[str]) -> Tensor:
     return torch.tensor([float(any(site.startswith(block) for block in blocks)) for site in sites])
 
 
-def carried(made: Tensor, real: Tensor, scenes: Scenes, plain: slice, other: slice) -> dict[str, float]:
-    """What of their prompts the results took over, as correlations over the scenes: 1 all, 0 nothing."""
-    there, drawn = (rims(x, scenes)[0] for x in (made, real))
+def bars(pictures: Tensor, band: int = 8) -> Tensor:
+    """How much colour changes along x and along y in the picture's outer `band` pixels (N, 2): what a pattern is there."""
+    rim = torch.ones(pictures.shape[-2:], dtype=torch.bool)
+    rim[band:-band, band:-band] = False
+    along_x, along_y = (F.pad(pictures.diff(dim=d), pad) for d, pad in ((3, (0, 1)), (2, (0, 0, 0, 1))))
+    return torch.stack([step.abs().amax(1)[:, rim].mean(1) for step in (along_x, along_y)], 1)
+
+
+def hue(pictures: Tensor, figures: Tensor) -> Tensor:
+    """The figure's mean colour (N, 3)."""
+    return (pictures * figures[:, None]).sum((2, 3)) / figures.sum((1, 2)).clamp(min=1)[:, None]
+
+
+def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
+    """What of their prompts the results took over, as correlations over the scenes: 1 all, 0 nothing.
+
+    Figures are looked for where the prompt's background is plain.
+    """
+    plain = scenes.pattern == 0
     found, true = (figure(x[plain], scenes[plain]) for x in (made, real))
-    hue = [(x[plain] * mask[:, None]).sum((2, 3)) / mask.sum((1, 2))[:, None].clamp(min=1) for x, mask in ((made, found), (real, true))]
-    bars = [edges(x[other])[:, 0] for x in (made, real)]
-    rim = torch.ones(made.shape[-1], made.shape[-1], dtype=torch.bool)
-    rim[8:-8, 8:-8] = False
-    upright = [x[:, rim] for x in bars]
     return {
-        "background colour": correlation(there.mean(2), drawn.mean(2)),
-        "figure colour": correlation(*hue),
+        "background colour": correlation(*(rims(x, scenes)[0].mean(2) for x in (made, real))),
+        "figure colour": correlation(hue(made[plain], found), hue(real[plain], true)),
+        "pattern": correlation(bars(made), bars(real)),
         "figure place": correlation(middle(found), middle(true)),
         "figure size": correlation(found.mean((1, 2))[:, None], true.mean((1, 2))[:, None]),
     }
+
+
+def blocks(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """Which sites carry what; then the style of one picture with the layout of another, as far as that goes here."""
+    plain = plain_scenes(glyphs, world, 3, 2 * COUNT)
+    scenes = joined(plain[:COUNT], patterned(plain[COUNT:]))
+    real = render(scenes, glyphs, world.side)
+    ways = {
+        name: carried(studio.draw(len(real), Heard(real, block_map(studio.sites, on)), steps=SWEEP_STEPS), real, scenes)
+        for name, on in GROUPS.items()
+    }
+    return {"what the maps carry": ways, "style and layout": style_and_layout(studio, glyphs, world)}
+
+
+def style_and_layout(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """Palette of B by a map of the style's sites; layout of A by a map of all others, and by its outlines."""
+    manner = plain_scenes(glyphs, world, 4, COUNT)
+    form = patterned(plain_scenes(glyphs, world, 5, COUNT))
+    form = joined(form[: COUNT // 2], replace(form, pattern=torch.zeros_like(form.pattern))[COUNT // 2 :])
+    a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
+    palette, layout = Heard(b, block_map(studio.sites, STYLE)), Heard(a, block_map(studio.sites, LAYOUT))
+    results = {
+        "B, style map": studio.draw(COUNT, palette),
+        "A, layout map": studio.draw(COUNT, layout),
+        "both maps": studio.draw(COUNT, palette, layout),
+        "A's edges, B's style": studio.draw(COUNT, palette, maps=edges(a)),
+    }
+    shown = [*range(2), *range(COUNT // 2, COUNT // 2 + SHOWN - 2)]
+    rows = [("", [a[i], b[i], *(made[i] for made in results.values())]) for i in shown]
+    draw_sheet(DOCS / "style-and-layout.jpg", ["layout of A", "style of B", *results], rows)
+    return {
+        name: {
+            "background colour of B": correlation(rims(made, manner)[0].mean(2), rims(b, manner)[0].mean(2)),
+            "pattern of A": correlation(bars(made), bars(a)),
+            "edges of A, IoU": means(iou=outline_iou(made, edges(a)))["iou"],
+            "place of A's figure": carried(made, a, form)["figure place"],
+        }
+        for name, made in results.items()
+    }
+
+
+def joined(one: Scenes, other: Scenes) -> Scenes:
+    return Scenes(**{name: torch.cat([value, getattr(other, name)]) for name, value in vars(one).items()})
+
+
+def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """The ControlNet holds A's outline, the image prompt gives B's palette; the two never met in training."""
+    form, manner = (plain_scenes(glyphs, world, salt, COUNT) for salt in (6, 7))
+    a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
+    maps, true = edges(a), figure(a, form)
+    results = {
+        "edges + B": studio.draw(COUNT, Heard(b), maps=maps),
+        "B without edges": studio.draw(COUNT, Heard(b)),
+        "edges alone": studio.draw(COUNT, maps=maps),
+    }
+    rows = [("", [maps[i], b[i], *(made[i] for made in results.values())]) for i in range(SHOWN + 2)]
+    draw_sheet(DOCS / "outlines.jpg", ["edges of A", "prompt B", *results], rows)
+    return {
+        name: means(
+            edge_IoU=outline_iou(made, maps),
+            edge_IoU_shuffled=outline_iou(made, maps.roll(1, 0)),
+            silhouette_IoU=iou(figure(made, form), true),
+            silhouette_IoU_shuffled=iou(figure(made, form), true.roll(1, 0)),
+            colour_error=colour_error(made, manner),
+            colour_error_shuffled=colour_error(made, shuffled(manner)),
+        )
+        for name, made in results.items()
+    }
+
+
+def paled(scenes: Scenes) -> Scenes:
+    """As `ink` leaves their backgrounds."""
+    return replace(scenes, shade=scenes.shade + (1 - scenes.shade) * PALE)
+
+
+def inked(pictures: Tensor) -> Tensor:
+    """The share of its edges at which there is a dark line (N,)."""
+    dark = F.max_pool2d((pictures.mean(1, keepdim=True) < 0.35).float(), 3, 1, 1)
+    edge = (edges(pictures)[:, :1] > 0.5).float()
+    return (dark * edge).sum((1, 2, 3)) / edge.sum((1, 2, 3)).clamp(min=1)
+
+
+def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """The other base, the same adapter, the same prompts and seeds."""
+    other = Studio(INK)
+    scenes = plain_scenes(glyphs, world, 8, 2 * COUNT)
+    scenes = scenes[(scenes.shade[:, 0].mean(1) > 0.4).nonzero().squeeze(1)[:COUNT]]  # on dark grounds dark lines are no news
+    real, count = render(scenes, glyphs, world.side), len(scenes)
+    names = [glyphs.names[g] for g in scenes.glyph[:, 0].tolist()]
+    results = {
+        "base": studio.draw(count, Heard(real)),
+        "ink": other.draw(count, Heard(real)),
+        "ink, text alone": other.draw(count, texts=names),
+        "ink + edges": other.draw(count, Heard(real), maps=edges(real)),
+    }
+    rows = [("", [real[i], ink(real[i : i + 1])[0], *(made[i] for made in results.values())]) for i in range(SHOWN + 1)]
+    draw_sheet(DOCS / "ink.jpg", ["prompt", "(as ink)", *results], rows)
+    real_ones = {"real scenes": real, "real scenes as ink": ink(real)}
+    return {
+        name: means(
+            edges_with_a_dark_line=inked(made),
+            colour_error=colour_error(made, scenes),
+            colour_error_to_the_paled_prompt=colour_error(made, paled(scenes)),
+            colour_error_to_another_paled_prompt=colour_error(made, shuffled(paled(scenes))),
+        )
+        for name, made in (real_ones | results).items()
+    }
+
+
+SCALES = (0.0, 0.1, 0.25, 0.5, 1.0)
+TEXTS = ("", "a red apple", "a frog on a blue background", "a sunflower on red and white stripes")
+
+
+def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """Scale × text: one image prompt under several texts; and over many pairs, how much of each is heard."""
+    scenes = plain_scenes(glyphs, world, 9, COUNT)
+    real, judge = render(scenes, glyphs, world.side), Judge.load()
+    rows = []
+    for text in TEXTS:
+        cells = [studio.draw(1, Heard(real[:1], scale), texts=[text], seed=3)[0] for scale in SCALES]
+        rows.append((f"text: {text or '(none)'}", [real[0], *cells]))
+    draw_sheet(DOCS / "scale-and-text.jpg", ["prompt", *(f"scale {scale}" for scale in SCALES)], rows)
+    named = (scenes.glyph[:, 0] + 7) % glyphs.seen
+    texts = ["a " + glyphs.names[g] for g in named.tolist()]
+    table = {}
+    for scale in SCALES:
+        made = studio.draw(COUNT, Heard(real, scale), texts=texts, steps=SWEEP_STEPS)
+        table[f"scale {scale}"] = means(
+            text_glyph_named=judge.glyph(made).eq(named).float(),
+            colour_error=colour_error(made, scenes),
+            colour_error_shuffled=colour_error(made, shuffled(scenes)),
+        )
+    return table
+
+
+PICTURES: dict[str, Callable[[Studio, Glyphs, World], dict[str, Any]]] = {
+    "regions": regions,
+    "blocks": blocks,
+    "outlines": outlines,
+    "sweep": sweep,
+    "ink": styles,
+}
+
+
+def compose(world: World) -> None:
+    world = replace(world, device="cpu")  # small enough, and the same pictures everywhere
+    glyphs, studio, results = world.glyphs(), Studio(), {}
+    for name, picture in PICTURES.items():
+        results[name] = picture(studio, glyphs, world)
+        print(name, json.dumps(results[name], indent=1), flush=True)
+    (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -229,7 +229,8 @@ def parts() -> str:
             count = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no dict
         config = path.parent / "config.json"
         facts = json.loads(config.read_text()) if config.exists() else {}
-        kind = facts.get("_class_name") or next(iter(facts.get("architectures", ["IPAdapter"])))
+        bare = "LoRA" if path.parent.parent.name == "styles" else "IPAdapter"
+        kind = facts.get("_class_name") or next(iter(facts.get("architectures", [bare])))
         name = path.stem if path.parent.name == "adapters" else path.parent.name
         rows.append(f"| {name} | {kind} | {count:,} |")
     return "\n".join(rows)

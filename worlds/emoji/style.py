@@ -17,7 +17,7 @@ from .control import Frozen, edges
 from .stage import World, fit, rank
 from .unet import TEXT_DROP
 
-INK = SHIPPED / "styles" / "ink.safetensors"
+INK = SHIPPED / "styles" / "ink"
 PALE = 0.45  # how far colours go towards white
 LINE = (0.10, 0.08, 0.16)  # the ink
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
@@ -48,5 +48,5 @@ def train(world: World) -> None:
     fit(world, "style", lora, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
     if rank()[0] == 0:
         layers = {name: value.half() for name, value in get_peft_model_state_dict(unet, adapter_name="ink").items()}
-        StableDiffusionPipeline.save_lora_weights(INK.parent, unet_lora_layers=layers, weight_name=INK.name)
+        StableDiffusionPipeline.save_lora_weights(INK, unet_lora_layers=layers)
         report(SHIPPED)

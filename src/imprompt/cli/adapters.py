@@ -22,12 +22,18 @@ Answer = Annotated[str | None, typer.Option(help="What the file's tensors cannot
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An adapter file, or a folder that holds one.")], variant: Answer = None
+    file: Annotated[Path, typer.Argument(help="An adapter file, a folder that holds one, or a PNG that was generated.")],
+    variant: Answer = None,
 ) -> None:
-    """Say what an adapter file is: for which model and image encoder, how many parameters."""
+    """Say what an adapter file is: for which model and image encoder, how many parameters. Of a PNG print its request, as JSON."""
     from imprompt.checkpoint import describe, read_adapter
     from imprompt.cli import print_rows
 
+    if file.suffix.lower() == ".png":
+        from imprompt.sampling.record import read_request
+
+        print(read_request(file).model_dump_json(indent=1, exclude_defaults=True))
+        return
     print_rows(describe(read_adapter(file, variant)))
 
 

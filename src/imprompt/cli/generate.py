@@ -1,5 +1,6 @@
 """`imprompt generate`, `imprompt demo`, `imprompt models` and `imprompt blocks`."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
+    context: typer.Context,
     images: Annotated[
         list[Path] | None, typer.Argument(help="Image prompts: each gives its own results.", show_default=False)
     ] = None,
@@ -28,7 +30,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="Text to keep away from.")] = "",
     scale: Annotated[float, typer.Option(help="How strongly the image prompt is heard; about 0.5 with a text.")] = 1.0,
     model: Annotated[str, typer.Option(help="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")] = "emoji",
-    adapter: Annotated[str | None, typer.Option(help="base, plus, a file, a training run's state, or a Hub file.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="base, plus, a file, a training run's state, or a Hub file.")] = None,
     variant: Annotated[str | None, typer.Option(help="What the adapter's tensors cannot tell, such as faceid-plus-v2.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say.")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Results per image prompt.")] = 1,
@@ -47,7 +49,8 @@ def generate(
     ] = None,
     overlap: Annotated[str, typer.Option(help="Where regions overlap: add, or normalise.")] = "add",
     blocks: Annotated[
-        str, typer.Option(help="Which cross-attentions hear the image prompt, such as 'style transfer': see `imprompt blocks`.")
+        str,
+        typer.Option(help="Which cross-attentions hear it: 'style transfer' or the like, or a map as JSON; see `imprompt blocks`"),
     ] = "linear",
     boost: Annotated[float, typer.Option(help="Of the second group of such blocks.")] = 1.0,
     start: Annotated[float, typer.Option(help="From which fraction of the noise schedule the image prompt is heard.")] = 0.0,
@@ -59,7 +62,7 @@ def generate(
         float | None, typer.Option(help="A guidance scale for the image; --guidance is then for the text alone.")
     ] = None,
     crop: Annotated[
-        str, typer.Option(help="What of it is seen: center, top, bottom, left, right, pad, squash or tiles.")
+        str, typer.Option(help="What of it is seen: center, top, bottom, left, right, pad, 'pad black', squash or tiles.")
     ] = "center",
     sharpening: Annotated[float, typer.Option(help="Of the image prompt, 0 to 1.")] = 0.0,
     ignore: Annotated[Path | None, typer.Option(help="Mask: what of the image prompt is white there is not seen.")] = None,
@@ -69,7 +72,7 @@ def generate(
     strength: Annotated[float, typer.Option(help="How much of --init is redrawn, 0 to 1.")] = 0.8,
     control: Annotated[Path | None, typer.Option(help="Keep to this picture of edges, depth or the like (ControlNet).")] = None,
     controlnet: Annotated[
-        str | None, typer.Option(help="The ControlNet that reads --control: a name (emoji has edges), folder or Hub id.")
+        str | None, typer.Option(help="The ControlNet that reads --control: emoji's edges (white on black), a folder or a Hub id.")
     ] = None,
     control_scale: Annotated[float, typer.Option(help="How strongly it is kept to.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder for the results, or a file name ending in .png.")] = Path("out"),
@@ -94,13 +97,20 @@ def generate(
     machine = {"device": device, "offload": offload, "keep_features": keep_features}
     if like is not None:
         if images:
-            raise SettingError("--like takes its image prompts from that file: give either IMAGES or --like")
+            raise SettingError("--like and --request take their image prompts from that file: give either IMAGES or a file")
+        if said_beside := [name for name in context.params if asked_for(context, name) and name not in BESIDE]:
+            flag = said_beside[0].replace("_", "-")
+            raise SettingError(
+                f"--{flag} is not read beside --like or --request: change it in the file (`imprompt inspect` prints a PNG's)"
+            )
         run(read_request(like), out, **machine)
         return
+    if len(adapter or []) > 1:
+        raise SettingError("several adapters: say which of them hears which picture in a request file (--request, docs/compose.md)")
     if noise and negative_image:
         raise SettingError("--noise and --negative-image both say what to keep away from: give one")
     said = {
-        "blocks": blocks,
+        "blocks": block_map(blocks),
         "boost": boost,
         "start": start,
         "end": end,
@@ -113,7 +123,7 @@ def generate(
     }
     asked = {
         "model": model,
-        "adapter": adapter,
+        "adapter": adapter[0] if adapter else None,
         "encoder": encoder,
         "variant": variant,
         "images": references(images or [], combine, weight, region or [], said),
@@ -144,6 +154,23 @@ def generate(
         },
     }
     run(Request.model_validate(asked), out, **machine)
+
+
+BESIDE = ("like", "out", "device", "offload", "keep_features")  # what goes with a request, as it changes no pixels
+
+
+def asked_for(context: typer.Context, name: str) -> bool:
+    """Whether the user gave that option, and it is not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def block_map(told: str) -> Any:
+    """A preset's name, a number, or a map as JSON."""
+    try:
+        return json.loads(told)
+    except ValueError:
+        return told
 
 
 def references(images: list[Path], combine: str | None, weights: list[float] | None, regions: list[Path],
@@ -226,9 +253,17 @@ def models() -> None:
     Console(**width).print(table)
 
 
-def blocks() -> None:
+def blocks(
+    model: Annotated[str | None, typer.Option(help="List that model's own blocks instead, for a map.")] = None,
+) -> None:
     """List the presets for --blocks: which cross-attentions hear an image prompt, and how strongly."""
-    from imprompt.cli import print_rows
-    from imprompt.sampling.blocks import presets
+    from imprompt.cli import print_rows, quiet
+    from imprompt.cli.adapters import sites_of
+    from imprompt.sampling.blocks import presets, transformers
 
-    print_rows(list(presets().items()))
+    if model is None:
+        print_rows(list(presets().items()))
+        return
+    quiet()
+    sites = sites_of(model)
+    print_rows([(name, f"{sum(site.startswith(name + '.') for site in sites)} cross-attentions") for name in transformers(sites)])

@@ -1,5 +1,6 @@
 """The façade: a picture in, pictures out, on a diffusers pipeline that stays diffusers' own."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from imprompt.attention.step import KEY
+from imprompt.checked import near
 from imprompt.encoders.kept import FeatureFolder, Store
 from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.images import open_image, open_mask
@@ -154,13 +156,13 @@ class ImagePromptPipeline:
         items = items_of(image, chosen.together)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SettingError(f"batch_size = {batch_size!r}: make at least one picture at once")
-        extra = own_options(pipeline_options, chosen)
         pipeline, options = task(self.pipeline, start, chosen, self.controlnet if control else None, self.savers)
         guided = chosen.guidance > 1 and self.pipeline.unet.config.time_cond_proj_dim is None  # as diffusers decides
         if chosen.image_guidance is not None and not guided:
             raise SettingError(
                 f"image_guidance goes beside the text's guidance, which is off at {chosen.guidance}: give more than 1"
             )
+        extra = own_options(pipeline_options, pipeline, chosen)
         for item in items:
             self.check(item)
         call = self._call(chosen, guided)
@@ -244,9 +246,12 @@ SAID = {  # of a diffusers pipeline's call: what says it here
 }  # fmt: skip
 
 
-def own_options(options: dict[str, Any] | None, settings: Resolved) -> dict[str, Any]:
+def own_options(options: dict[str, Any] | None, pipeline: Any, settings: Resolved) -> dict[str, Any]:
     """`pipeline_options` of a call, checked."""
     options = options or {}
+    takes = inspect.signature(pipeline.__call__).parameters
+    if unknown := [name for name in options if name not in takes]:
+        raise SettingError(f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} takes none{near(unknown[0], takes)}")
     if taken := [name for name in options if name in SAID and SAID[name] in {*Settings.model_fields, "on_step"}]:
         raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {SAID[taken[0]]}")
     if settings.image_guidance is not None and options.get("guidance_rescale"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from PIL import Image, PngImagePlugin
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, PlainValidator, field_serializer, model_validator
 
 from imprompt.checked import Checked
 from imprompt.errors import ImageError, SettingError, first_line
@@ -19,6 +19,7 @@ from imprompt.sampling.references import (
     AnyPicture,
     Item,
     PictureFile,
+    adapters_said,
     as_told,
     files_in,
     source,
@@ -36,7 +37,7 @@ class Request(Checked, frozen=True):
     """One call of `imprompt generate`."""
 
     model: str = "emoji"
-    adapter: str | AdapterChoice | list[str | AdapterChoice] | None = None
+    adapter: Annotated[Any, PlainValidator(adapters_said)] = None  # a name, an `AdapterChoice`, or a list of them
     encoder: str | None = None
     variant: str | None = None
     images: list[AnyItem] = Field(default_factory=list)  # each a picture, a reference, or a list of what is heard together

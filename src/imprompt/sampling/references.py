@@ -7,14 +7,14 @@ without torch, before any weights are read. Shape letters as in `imprompt.adapte
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from imprompt.checked import Checked, one_line, one_of
-from imprompt.encoders.noise import Noise
+from imprompt.encoders.noise import Kind, Noise
 from imprompt.encoders.preparation import Crop
 from imprompt.errors import ImageError, SettingError
 from imprompt.images import open_image
@@ -86,6 +86,8 @@ def _pictures(value: Any) -> tuple[Any, ...]:
 def _negative(value: Any) -> Any:
     if value is None or isinstance(value, Noise):
         return value
+    if value in get_args(Kind):
+        return Noise.model_validate({"kind": value})
     return Noise(**value) if isinstance(value, dict) and "kind" in value else _pictures(value)
 
 
@@ -97,6 +99,16 @@ CombineName = Literal["concat", "add", "subtract", "average", "norm-average", "m
 ScalingName = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 EasingName = Literal["constant", "ease in", "ease out", "ease in-out", "reverse in-out"]
 Factor = Annotated[float, Field(ge=-10, le=10)]
+
+
+def _weights(value: Any) -> Any:
+    return [value] if isinstance(value, int | float) else value
+
+
+def _face(value: Any) -> Any:
+    if value in (None, "largest") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise PydanticCustomError("no_face", 'give "largest", or a number from the left, 0 the first')
 
 
 def _easing(value: Any) -> Any:
@@ -122,7 +134,8 @@ class Reference(Checked, frozen=True):
     start, end      from which to which fraction of the noise schedule they are heard
     easing          how, between: a name, or points (progress of the schedule, factor)
     mask            where the result hears them: white in full, grey partly, black not at all
-    negative        what guidance goes away from, in place of "no image": pictures, or noise made of the first image
+    negative        what guidance goes away from, in place of "no image": pictures, or noise made of the first image, as `Noise` or
+                    by its kind alone
     crop, sharpening, ignore  how they are made ready: `encoders.preparation`
     face            of a picture with several faces: "largest", or which, by number from the left
     face_scale      for faceid-plus-v2: how much the picture of the face counts beside its embedding
@@ -130,7 +143,7 @@ class Reference(Checked, frozen=True):
 
     images: Pictures
     combine: Annotated[CombineName, one_of(CombineName)] = "concat"
-    weights: tuple[Factor, ...] | None = None
+    weights: Annotated[tuple[Factor, ...] | None, BeforeValidator(_weights)] = None
     adapter: str | None = None
     scale: Factor | None = None
     embeds_scaling: Annotated[ScalingName, one_of(ScalingName)] = "V only"
@@ -144,7 +157,7 @@ class Reference(Checked, frozen=True):
     crop: Crop = "center"
     sharpening: Annotated[float, Field(ge=0, le=1)] = 0.0
     ignore: AnyPicture | None = None
-    face: Annotated[int, Field(ge=0)] | Literal["largest"] | None = None
+    face: Annotated[Any, PlainValidator(_face)] = None
     face_scale: Factor = 1.0
 
     @model_validator(mode="after")
@@ -203,6 +216,17 @@ class AdapterChoice(Checked, frozen=True):
     @property
     def known_as(self) -> str:
         return self.name or Path(self.adapter or "").name.removesuffix(".safetensors").removesuffix(".bin")
+
+
+def adapters_said(value: Any) -> Any:
+    """For a field: a name, an `AdapterChoice` or what makes one, or a list of them."""
+    if isinstance(value, list | tuple):
+        return [adapters_said(one) for one in value]
+    if value is None or isinstance(value, str | AdapterChoice):
+        return value
+    if isinstance(value, dict):
+        return AdapterChoice(**value)
+    raise PydanticCustomError("no_adapter", "give a name, a file, or {adapter, name, encoder, variant}")
 
 
 def as_told(item: Item) -> Any:

@@ -2,11 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from imprompt.checked import Checked, one_of
 
 MAX_SIDE = 16_384  # pixels
+
+
+def _text(value: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise PydanticCustomError("no_text", "it is no Unicode text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
 OverlapName = Literal["add", "normalise"]
 Overlap = Annotated[OverlapName, one_of(OverlapName)]
 
@@ -14,8 +24,8 @@ Overlap = Annotated[OverlapName, one_of(OverlapName)]
 class Settings(Checked, frozen=True):
     """The numbers and texts of one call. `steps`, `guidance`, `width` and `height` of None are the model's own."""
 
-    prompt: str = ""
-    negative_prompt: str = ""
+    prompt: Text = ""
+    negative_prompt: Text = ""
     scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
     num_images: Annotated[int, Field(ge=1, le=10_000)] = 1
     steps: Annotated[int, Field(ge=1, le=10_000)] | None = None

@@ -45,8 +45,11 @@ class Start(NamedTuple):
 def task(pipeline: Any, start: Start, settings: Resolved, controlnet: Any, savers: Savers) -> tuple[Any, dict[str, Any]]:
     """The pipeline for the call, over the same networks, and what it takes beside the prompts. SettingError."""
     size = {"width": settings.width, "height": settings.height}
-    if (start.control is None) != (controlnet is None):
-        raise SettingError("a control image and a ControlNet go together: give both, or neither")
+    if start.control is not None and controlnet is None:
+        raise SettingError(
+            "a control image and a ControlNet go together: open the model with controlnet=...; a pipeline of your own that has one "
+            "takes its picture in pipeline_options"
+        )
     if start.init is None and start.mask is not None:
         raise SettingError("mask_image says what to redraw of a picture: give that picture as init_image")
     if start.init is None:
