@@ -1,6 +1,7 @@
 """Image prompts as a user composes them: regions, several references and adapters, request files, image guidance."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -433,3 +434,120 @@ def test_faces() -> None:
     ):
         with pytest.raises(SettingError, match=says):
             pipe(wrong, **settings)
+
+
+def test_tiles_have_their_picture_s_weight(pipe: ImagePromptPipeline) -> None:
+    wide = Image.new("RGB", (128, 64), (200, 40, 90))
+    wide.paste((20, 160, 60), (64, 0, 128, 64))
+    left, right = wide.crop((0, 0, 64, 64)), wide.crop((64, 0, 128, 64))
+    tiled = pipe(Reference(images=[wide, BLUE], weights=[1, 2], crop="tiles"), **QUICK).images[0]
+    assert difference(tiled, pipe(Reference(images=[left, right, BLUE], weights=[1, 1, 2]), **QUICK).images[0]) == 0
+    average = pipe(Reference(images=[wide, BLUE], weights=[2, 1], crop="tiles", combine="average"), **QUICK).images[0]
+    same = pipe(Reference(images=[left, right, BLUE], weights=[1, 1, 1], combine="average"), **QUICK).images[0]
+    assert difference(average, same) <= 1
+
+
+def test_a_list_in_the_list_is_heard_together(pipe: ImagePromptPipeline) -> None:
+    assert difference(pipe([[BLUE, RED]], **QUICK).images[0], pipe([BLUE, RED], together=True, **QUICK).images[0]) == 0
+
+
+def test_a_silent_reference_takes_no_share(pipe: ImagePromptPipeline) -> None:
+    alone = pipe(Reference(images=RED, mask=LEFT), **QUICK).images[0]
+    for silent in (Reference(images=BLUE, scale=0), Reference(images=BLUE, blocks={})):
+        assert difference(pipe([[Reference(images=RED, mask=LEFT), silent]], overlap="normalise", **QUICK).images[0], alone) <= 1
+
+
+def test_what_is_ignored_is_not_in_noise_either(pipe: ImagePromptPipeline) -> None:
+    made = []
+    for hidden in ("black", "white"):
+        picture = BLUE.copy()
+        picture.paste(hidden, (0, 0, 32, 64))
+        made.append(pipe(Reference(images=picture, ignore=LEFT, negative=Noise(kind="fade", strength=0.3)), **QUICK).images[0])
+    assert difference(*made) == 0
+    assert difference(made[0], pipe(Reference(images=picture, ignore=LEFT, negative="fade"), **QUICK).images[0]) > 0
+
+
+@torch.no_grad()
+def test_image_guidance_is_of_its_own_thread_and_works_in_inference_mode(guided: Any) -> None:
+    unet, inputs, adapter = guided
+    prompt = random_prompt(adapter, 4)
+    plain, found = noise(unet, inputs, prompt), []
+    with image_guidance(unet, 3.0):
+        mine = noise(unet, inputs, prompt)
+
+        def elsewhere() -> None:
+            with torch.no_grad():
+                found.append(noise(unet, inputs, prompt))
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        with torch.inference_mode():
+            torch.testing.assert_close(noise(unet, inputs, prompt), mine, rtol=0, atol=1e-5)
+        with pytest.raises(MismatchError, match="this is a batch of 3"):
+            noise(unet, noise_inputs(unet, 3), random_prompt(adapter, 1))
+    assert torch.equal(found[0], plain)
+    assert (mine - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_image_guidance_of_a_video() -> None:
+    frames, unet = 2, tiny_unet("sd1")
+    config = {"block_out_channels": (16, 32, 64, 64), "motion_norm_num_groups": 8, "motion_num_attention_heads": 2}
+    with seeded(4):
+        moving = diffusers.UNetMotionModel.from_unet2d(unet, diffusers.MotionAdapter(**config))
+        latents, text = torch.randn(1, 4, frames, 16, 8), torch.randn(2, 11, 768)
+    adapter = tiny_adapter(moving).attach(moving)
+
+    def part(of_text: int, of_image: int) -> Tensor:
+        prompt = random_prompt(adapter, 2)
+        half = [tuple(x[of_image, None].expand(frames, -1, -1, -1) for x in states) for states in (prompt.keys, prompt.values)]
+        words = text[of_text].expand(frames, -1, -1)
+        heard = {"ip_hidden_states": prompt._replace(keys=half[0], values=half[1])}
+        return moving(latents, 500, words, cross_attention_kwargs=heard).sample
+
+    neither, image, both = part(0, 0), part(0, 1), part(1, 1)
+    whole = random_prompt(adapter, 2)
+    keys, values = (tuple(x.repeat_interleave(frames, 0) for x in states) for states in (whole.keys, whole.values))
+    with image_guidance(moving, 2.0):
+        heard = {"ip_hidden_states": whole._replace(keys=keys, values=values)}
+        twice = moving(latents.repeat(2, 1, 1, 1, 1), 500, text.repeat_interleave(frames, 0), cross_attention_kwargs=heard).sample
+    first, second = twice.chunk(2)
+    expected = neither + 2 * (image - neither) + 5 * (both - image)
+    torch.testing.assert_close(first + 5 * (second - first), expected, rtol=0, atol=2e-5)
+
+
+def test_a_failed_attachment_leaves_the_base_model_alone(pipe: ImagePromptPipeline) -> None:
+    other = diffusers.StableDiffusionPipeline(
+        **pipe.pipeline.components | {"unet": tiny_unet("sd1")}, requires_safety_checker=False
+    )
+    own = dict(other.unet.attn_processors)
+    with pytest.raises(MismatchError, match="192-wide text"):
+        ImagePromptPipeline.from_pipeline(other, ["base", "plus"], model="emoji")
+    with pytest.raises(SettingError, match="two adapters are called 'plus'"):
+        ImagePromptPipeline.from_pipeline(other, ["base", "plus", "plus"], model="emoji")
+    with pytest.raises(SettingError, match="name at least one"):
+        ImagePromptPipeline.from_pipeline(other, [], model="emoji")
+    assert all(other.unet.attn_processors[name] is processor for name, processor in own.items())
+    assert not other.unet._forward_pre_hooks
+
+
+def test_windows_need_training_timesteps(pipe: ImagePromptPipeline) -> None:
+    edm = diffusers.StableDiffusionPipeline(**pipe.pipeline.components, requires_safety_checker=False)
+    edm.scheduler = diffusers.EDMEulerScheduler()
+    other = ImagePromptPipeline(edm, pipe.first)
+    with pytest.raises(SettingError, match="this EDM scheduler has not"):
+        other(Reference(images=BLUE, end=0.5), **QUICK)
+
+
+def test_paths_of_weights_are_the_request_s_folder_s(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.safetensors").touch()
+    (tmp_path / "sub" / "a.json").write_text(
+        '{"adapter": ["base", {"adapter": "mine.safetensors"}], "images": ["a.png"], "model": "emoji"}'
+    )
+    request = read_request(tmp_path / "sub" / "a.json")
+    assert request.model == "emoji"
+    assert request.adapter[0] == "base"
+    assert request.adapter[1].adapter == str(tmp_path / "sub" / "mine.safetensors")
+    assert [file.path for file in request.pictures()] == [tmp_path / "sub" / "a.png"]

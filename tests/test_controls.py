@@ -19,12 +19,12 @@ from imprompt.attention import family_of
 from imprompt.attention.step import images_of, masks_at, weights_at
 from imprompt.errors import MismatchError, SettingError
 from imprompt.layouts import SD, SDXL, site_names
+from imprompt.sampling.batches import batched
 from imprompt.sampling.controls import (
     COMBINE,
     EASINGS,
     SCALINGS,
     as_mask,
-    batched,
     combine,
     concat,
     over_time,

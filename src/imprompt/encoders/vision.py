@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -12,9 +12,6 @@ from imprompt.errors import CheckpointError, MismatchError, first_line
 from imprompt.models import Place, collector_waits
 from imprompt.tensorfiles import some
 from imprompt.variants import OF_CLIP, Feature, Variant
-
-if TYPE_CHECKING:
-    pass
 
 MAX_ASPECT = 2  # the encoder sees the central square: what lies far outside is cut off before resizing
 

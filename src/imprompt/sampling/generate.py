@@ -18,7 +18,7 @@ from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, Place, find_model, open_pipeline
 from imprompt.sampling.attached import Attached, Call, Opened, Ready, choices, joined_to, share
-from imprompt.sampling.controls import batched
+from imprompt.sampling.batches import batched
 from imprompt.sampling.guidance import image_guidance
 from imprompt.sampling.memory import Savers
 from imprompt.sampling.references import AdapterChoice, Item, Reference, items_of

@@ -101,6 +101,12 @@ EasingName = Literal["constant", "ease in", "ease out", "ease in-out", "reverse 
 Factor = Annotated[float, Field(ge=-10, le=10)]
 
 
+def _blocks(value: Any) -> Any:
+    if isinstance(value, str | int | float | dict) and not isinstance(value, bool):
+        return value
+    raise PydanticCustomError("no_blocks", "give a preset's name, a number, or a map of patterns to factors")
+
+
 def _weights(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
@@ -147,7 +153,7 @@ class Reference(Checked, frozen=True):
     adapter: str | None = None
     scale: Factor | None = None
     embeds_scaling: Annotated[ScalingName, one_of(ScalingName)] = "V only"
-    blocks: str | float | dict[str, Any] = "linear"
+    blocks: Annotated[Any, PlainValidator(_blocks)] = "linear"
     boost: Factor = 1.0
     start: Annotated[float, Field(ge=0, le=1)] = 0.0
     end: Annotated[float, Field(ge=0, le=1)] = 1.0
