@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
+from imprompt.adapter import ImagePrompt
 from imprompt.attention.step import KEY
 from imprompt.checked import near
 from imprompt.encoders.kept import FeatureFolder, Store
@@ -178,8 +179,7 @@ class ImagePromptPipeline:
         made: dict[int, Image.Image] = {}
         for number, chunk in enumerate(rounds):
             batch = [*chunk, *[chunk[-1]] * (filled - len(chunk))]
-            of_item = {i: [one.prompt() for one in heard[i]] for i in dict.fromkeys(i // chosen.num_images for i in batch)}
-            prompts = batched([of_item[i // chosen.num_images] for i in batch], guided)
+            prompts = prompts_for([heard[i // chosen.num_images] for i in batch], guided)
             with nullcontext() if chosen.image_guidance is None else image_guidance(pipeline.unet, chosen.image_guidance):
                 results = pipeline(
                     prompt=chosen.prompt,
@@ -188,7 +188,7 @@ class ImagePromptPipeline:
                     num_inference_steps=chosen.steps,
                     guidance_scale=chosen.guidance,
                     generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
-                    cross_attention_kwargs={**extra.get("cross_attention_kwargs", {}), KEY: prompts or None},
+                    cross_attention_kwargs={**extra.get("cross_attention_kwargs", {}), KEY: prompts},
                     callback_on_step_end=reporter(on_step, number * steps, steps, len(rounds) * steps),
                     **options,
                     **{name: value for name, value in extra.items() if name != "cross_attention_kwargs"},
@@ -237,6 +237,13 @@ class ImagePromptPipeline:
         if resolved.steps > (most := self.pipeline.scheduler.config.num_train_timesteps):
             raise SettingError(f"steps = {resolved.steps}: this model's noise schedule has {most}, give fewer")
         return resolved
+
+
+def prompts_for(batch: Sequence[list[Ready]], guided: bool) -> list[ImagePrompt] | None:
+    """What the items of a batch hear; None if that is nothing. One that several items hear is projected once."""
+    ready = {id(one): one for item in batch for one in item}
+    made = {key: one.prompt() for key, one in ready.items()}
+    return batched([[made[id(one)] for one in item] for item in batch], guided) or None
 
 
 SAID = {  # of a diffusers pipeline's call: what says it here

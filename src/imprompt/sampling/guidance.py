@@ -45,9 +45,8 @@ def image_guidance(model: nn.Module, scale: float) -> Iterator[None]:
             middle = 0 if name in TEXT else half  # the text's unconditional half is heard twice, anything else's conditional one
             return torch.cat([tensor[:half], tensor[middle : middle + half], tensor[half:]])
 
-        if (
-            name == "encoder_hidden_states" and not value.is_inference()
-        ):  # the same tensor in every step, so that it is known to be the same text
+        # The text is the same tensor in every step, so that the graft knows it to be the same.
+        if name == "encoder_hidden_states" and not value.is_inference():
             return kept.setdefault(name, Computed()).get(lambda _: ([value], None), lambda: three(value))
         return tree_map_only(Tensor, three, value)
 
