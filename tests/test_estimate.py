@@ -246,7 +246,12 @@ def test_a_folder_tells_its_structure(kind: str, make: Any, tmp_path: Path) -> N
 def test_published_structures_name_known_models_and_encoders() -> None:
     assert set(BASES) < set(MODELS)
     places = [row.place for row in ENCODERS]
-    used = {adapter.encoder for model in MODELS.values() for adapter in model.adapters.values() if adapter.encoder and adapter.encoder.repo}
+    used = {
+        adapter.encoder
+        for model in MODELS.values()
+        for adapter in model.adapters.values()
+        if adapter.encoder and adapter.encoder.repo
+    }
     assert used <= {row.place for row in ENCODERS if row.alone}
     assert len(set(places)) == len(places)
     for row in ENCODERS:
