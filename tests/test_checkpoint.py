@@ -317,7 +317,7 @@ SDXL = {
     [(SD15, layouts.SD, {1024: 22_319_616}), (SDXL, layouts.SDXL, {1024: 349_188_096, 1280: 351_285_248})],
     ids=["SD 1.5", "SDXL"],
 )
-def test_real_models_on_the_meta_device(config: dict, blocks: layouts.Blocks, embeddings: dict[int, int]) -> None:
+def test_real_models_on_the_meta_device(config: dict, blocks: layouts.UNetBlocks, embeddings: dict[int, int]) -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):

@@ -22,7 +22,7 @@ from imprompt.structures import BASES, ENCODERS, base_structure, encoder_structu
 from imprompt.training import estimate as module
 from imprompt.training.estimate import Estimate, LiveBytes, Sizes, matrix_rate, one_step, rows
 from imprompt.training.recipe import Recipe
-from imprompt.variants import BY_NAME
+from imprompt.variants import TRAINABLE
 from tests.tiny import FEATURE_DIMS, smallest_unet, tiny_adapter, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -51,7 +51,7 @@ def activations(found: Estimate) -> int:
 def tiny_sizes(base: Any, variant: str) -> Sizes:
     image = {"pooled": (FEATURE_DIMS["pooled"],), "penultimate": (257, FEATURE_DIMS["penultimate"])}
     pooled = 16 if base.config.addition_embed_type else 0
-    return Sizes((4, 16, 16), (11, base.config.cross_attention_dim), image[BY_NAME[variant].feature], pooled)
+    return Sizes((4, 16, 16), (11, base.config.cross_attention_dim), image[TRAINABLE[variant].feature], pooled)
 
 
 def with_contents(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from imprompt.errors import CheckpointError, SettingError
 from imprompt.models import MODELS, Place, find_adapter
 from imprompt.projections.mlp import FaceProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
-from imprompt.variants import ALL, FACES, variant
+from imprompt.variants import BY_NAME, FACES, variant
 from tests.test_checkpoint import ORIGIN, SITES, WIDTH, WRITTEN, assert_same_tensors, bare
 
 ASKED = {"faceid-plus": "faceid-plus or faceid-plus-v2", "faceid-plus-v2": "faceid-plus or faceid-plus-v2",
@@ -240,7 +240,9 @@ def test_a_file_that_lost_its_low_rank_part(tmp_path: Path) -> None:
 # Real sizes
 
 
-def on_meta(name: str, text: int, blocks: layouts.Blocks, widths: list[int], states: int, tokens: int, width: int) -> AdapterFile:
+def on_meta(
+    name: str, text: int, blocks: layouts.UNetBlocks, widths: list[int], states: int, tokens: int, width: int
+) -> AdapterFile:
     """With the published projections' sizes; widths: of every site's keys."""
     sites = list(layouts.site_names(blocks))
     with torch.device("meta"):
@@ -332,7 +334,7 @@ def test_known_faceid_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Place, "fetch_file", lambda self: Path(self.path))
     for model in (MODELS["sd15"], MODELS["sdxl"]):
         known = {name: row for name, row in model.adapters.items() if row.licence}
-        assert {"faceid", "faceid-plus-v2", "portrait"} <= known.keys() <= ALL.keys()
+        assert {"faceid", "faceid-plus-v2", "portrait"} <= known.keys() <= BY_NAME.keys()
         for name, row in known.items():
             found = find_adapter(model, name)
             assert found == (Path(row.file.path), row.encoder, name)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from imprompt.projections.resampler import HEAD_DIM
-from imprompt.variants import ALL, Variant, bearing
+from imprompt.variants import BY_NAME, Variant, bearing
 from tests.tiny import FACE_DIM, FEATURE_DIMS, seeded, tiny_projection
 
 WIDTH, COUNT = st.integers(1, 40), st.integers(1, 6)
 HEADS = st.integers(1, 3).map(lambda heads: heads * HEAD_DIM)
-ROWS = list(ALL.values())
+ROWS = list(BY_NAME.values())
 PLUS = {"feature_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT, "hidden": WIDTH, "depth": COUNT, "inner": HEADS}
 FACE = {"face_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT, "hidden": WIDTH}
 SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {

@@ -13,7 +13,7 @@ from imprompt.structures import BASES, ENCODERS
 from imprompt.training import estimate as module
 from imprompt.training.estimate import Estimate, estimate, rows
 from imprompt.training.recipe import Recipe, read_recipe
-from imprompt.variants import BY_NAME
+from imprompt.variants import TRAINABLE
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -127,7 +127,13 @@ def test_features_are_shared_where_they_are_the_same() -> None:
     kinds: dict[Path | None, set[object]] = {}
     for name in NAMES:
         recipe = read(name)
-        kind = (recipe.model, recipe.data.size, recipe.data.buckets, BY_NAME[recipe.variant].feature, BY_NAME[recipe.variant].null)
+        kind = (
+            recipe.model,
+            recipe.data.size,
+            recipe.data.buckets,
+            TRAINABLE[recipe.variant].feature,
+            TRAINABLE[recipe.variant].null,
+        )
         kinds.setdefault(recipe.data.features, set()).add(kind)
     assert all(len(found) == 1 for found in kinds.values())
     assert read("sd15-plus").data.features == read("sd15-full").data.features

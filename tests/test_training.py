@@ -14,7 +14,7 @@ from imprompt.errors import CheckpointError, ImpromptError, MismatchError, Setti
 from imprompt.training import loop, state, step
 from imprompt.training.model import AdaptedModel
 from imprompt.training.watch import Metrics, Row, Watcher
-from imprompt.variants import BY_NAME
+from imprompt.variants import TRAINABLE
 from tests.runs import losses, names, picture_folder, recipe, saved_pipeline, tensors
 
 SITES = {"sd1": 16, "sdxl": 17}  # text cross-attentions of the tiny structures
@@ -32,7 +32,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return saved_pipeline(tmp_path_factory.mktemp("models") / request.param, request.param)
 
 
-@pytest.mark.parametrize("name", list(BY_NAME))
+@pytest.mark.parametrize("name", list(TRAINABLE))
 def test_every_variant_trains_on_sd1_and_sdxl(name: str, model: Path, folder: Path, tmp_path: Path) -> None:
     sizes = {"depth": 1} if name == "plus" else {}
     plan = recipe(folder, tmp_path / "run", 2, model=str(model), variant=name, data={"size": 32}, **sizes)

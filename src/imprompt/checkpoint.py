@@ -23,7 +23,7 @@ from imprompt.errors import CheckpointError, MismatchError, SettingError, first_
 from imprompt.integrity import blank_projection, check_whole, shapes_of, text_dim
 from imprompt.layouts import Layout
 from imprompt.tensorfiles import check_plain, read_tensors, some, write_tensors
-from imprompt.variants import ALL, Seen, Variant, bearing, variant
+from imprompt.variants import BY_NAME, Seen, Variant, bearing, variant
 
 FORMAT = 1
 METADATA_KEY = "imprompt"
@@ -289,7 +289,7 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
 def _variant_of(path: Path, seen: Seen, header: Header | None, said: str | None) -> Variant:
     """The row that the tensors, the header and the user speak of; the tensors come first, and what they cannot tell is asked."""
     asked = variant(said) if said else None
-    told = ALL.get(header.variant) if header else None
+    told = BY_NAME.get(header.variant) if header else None
     if asked and told and asked is not told:
         raise SettingError(f"{path}: its header says {told.name}, not {asked.name}")
     rows = bearing(seen.projection)
@@ -300,7 +300,7 @@ def _variant_of(path: Path, seen: Seen, header: Header | None, said: str | None)
         return told
     if not rows:
         raise CheckpointError(
-            f"{path} holds no image projection of a known variant ({', '.join(ALL)}); it has {some(seen.projection) or 'none'}"
+            f"{path} holds no image projection of a known variant ({', '.join(BY_NAME)}); it has {some(seen.projection) or 'none'}"
         )
     likely = [row for row in rows if row.where(seen)] or rows
     names = [*(row.name for row in likely), *(name for row in likely for name in row.rivals)]

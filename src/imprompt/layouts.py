@@ -102,7 +102,7 @@ NO_ADAPTERS = (
 )
 
 
-class Blocks(NamedTuple):
+class UNetBlocks(NamedTuple):
     """Where a UNet has text cross-attentions: (attentions, transformer blocks in each) of every block."""
 
     down: tuple[tuple[int, int], ...]
@@ -110,8 +110,8 @@ class Blocks(NamedTuple):
     mid: tuple[int, int]
 
 
-SD = Blocks(down=((2, 1), (2, 1), (2, 1), (0, 0)), up=((0, 0), (3, 1), (3, 1), (3, 1)), mid=(1, 1))
-SDXL = Blocks(down=((0, 0), (2, 2), (2, 10)), up=((3, 10), (3, 2), (0, 0)), mid=(1, 10))
+SD = UNetBlocks(down=((2, 1), (2, 1), (2, 1), (0, 0)), up=((0, 0), (3, 1), (3, 1), (3, 1)), mid=(1, 1))
+SDXL = UNetBlocks(down=((0, 0), (2, 2), (2, 10)), up=((3, 10), (3, 2), (0, 0)), mid=(1, 10))
 
 # (text width, cross-attentions) -> base model
 MODELS = {
@@ -193,7 +193,7 @@ def in_model_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=place))
 
 
-def site_names(blocks: Blocks) -> tuple[str, ...]:
+def site_names(blocks: UNetBlocks) -> tuple[str, ...]:
     """Module names of the text cross-attentions, in the order of diffusers' `attn_processors`."""
 
     def of_block(block: str, attentions: int, depth: int) -> Iterator[str]:

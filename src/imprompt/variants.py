@@ -131,18 +131,18 @@ FACES = (  # they read a face
             lambda seen: not seen.lora, faces="buffalo_l"),
 )
 # fmt: on
-BY_NAME = {row.name: row for row in VARIANTS}
-ALL = {row.name: row for row in (*VARIANTS, *FACES)}
+TRAINABLE = {row.name: row for row in VARIANTS}
+BY_NAME = {row.name: row for row in (*VARIANTS, *FACES)}
 
 
 def variant(name: str) -> Variant:
     """The row of that name; SettingError, with the names like it, if none."""
-    if name not in ALL:
-        raise SettingError(f"unknown variant {name!r}{near(name, ALL)}")
-    return ALL[name]
+    if name not in BY_NAME:
+        raise SettingError(f"unknown variant {name!r}{near(name, BY_NAME)}")
+    return BY_NAME[name]
 
 
 def bearing(keys: Collection[str]) -> tuple[Variant, ...]:
     """The rows whose projection has tensors of these names, judged by the first signature that is among them."""
-    signature = next((row.signature for row in ALL.values() if row.signature in keys), None)
-    return tuple(row for row in ALL.values() if row.signature == signature)
+    signature = next((row.signature for row in BY_NAME.values() if row.signature in keys), None)
+    return tuple(row for row in BY_NAME.values() if row.signature == signature)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from imprompt.errors import SettingError, first_line
-from imprompt.variants import BY_NAME
+from imprompt.variants import TRAINABLE
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -128,8 +128,8 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.variant not in BY_NAME:
-            raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(BY_NAME)}")
+        if self.variant not in TRAINABLE:
+            raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(TRAINABLE)}")
         if self.depth is not None and self.variant != "plus":
             raise ValueError("depth is of the plus variant's resampler")
         if self.tokens is not None and self.variant == "full":
