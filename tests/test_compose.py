@@ -26,7 +26,6 @@ from imprompt.sampling.guidance import image_guidance
 from imprompt.sampling.reading import Reader
 from imprompt.sampling.record import Request, read_request, save_results
 from imprompt.sampling.references import AdapterChoice
-from imprompt.sampling.tasks import FLAGS
 from imprompt.variants import variant
 from tests.tiny import (
     PIPELINES,
@@ -34,13 +33,13 @@ from tests.tiny import (
     noise,
     noise_inputs,
     pictures,
-    quiet,
     random_prompt,
     seeded,
     tiny_adapter,
     tiny_encoder,
     tiny_unet,
 )
+from tests.ways import as_pipeline
 
 BLUE, YELLOW, RED = (Image.new("RGB", (64, 64), colour) for colour in ((30, 60, 220), (240, 200, 0), (220, 20, 20)))
 QUICK: dict[str, Any] = {"steps": 6, "seed": 3}
@@ -333,9 +332,8 @@ def tiny_controlnet(unet: Any) -> Any:
 
 
 def with_controlnet(pipe: Any) -> Any:
-    kind = getattr(diffusers, type(pipe).__name__.replace("Pipeline", "ControlNetPipeline"))
-    flags = {name: value for name, value in pipe.config.items() if name in FLAGS}
-    return quiet(kind(**pipe.components, controlnet=tiny_controlnet(pipe.unet), **flags))
+    name = type(pipe).__name__.replace("Pipeline", "ControlNetPipeline")
+    return as_pipeline(pipe, name, controlnet=tiny_controlnet(pipe.unet))
 
 
 def test_a_controlnet_in_every_task(tmp_path: Path) -> None:

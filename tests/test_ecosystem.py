@@ -20,7 +20,7 @@ from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.errors import MismatchError
-from tests.tiny import freeze, noise, noise_inputs, paper_layout, pictures, seeded, tiny_adapter
+from tests.tiny import freeze, noise, noise_inputs, paper_layout, pictures, seeded, smallest_unet, tiny_adapter
 from tests.ways import (
     KEY,
     SIDE,
@@ -32,7 +32,6 @@ from tests.ways import (
     Way,
     as_pipeline,
     check_same_pixels,
-    few_sites,
     pipeline,
     plainly,
     run,
@@ -139,7 +138,7 @@ second_lora = partial(lora, name="detail", seed=42)
 
 def consistency_model(pipe: Any) -> Any:
     """The UNet of a latent consistency model: it is told the guidance, and so runs no unconditional half."""
-    pipe.unet = few_sites("sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1", time_cond_proj_dim=8, sample_size=64)
+    pipe.unet = smallest_unet("sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1", time_cond_proj_dim=8, sample_size=64)
     return scheduler("LCMScheduler")(pipe)
 
 
@@ -155,7 +154,9 @@ def wider(channels: int, sample_size: int = 64) -> Change:
     """A UNet that sees more than latents: a mask, a picture."""
 
     def change(pipe: Any) -> Any:
-        pipe.unet = few_sites("sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1", in_channels=channels, sample_size=sample_size)
+        pipe.unet = smallest_unet(
+            "sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1", in_channels=channels, sample_size=sample_size
+        )
         return pipe
 
     return change

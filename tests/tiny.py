@@ -73,10 +73,19 @@ def tiny_unet(base: str = "sd1", seed: int = 0, **overrides: Any) -> UNet2DCondi
         return freeze(UNet2DConditionModel(**UNETS[base] | overrides))
 
 
-def smallest_unet(**overrides: Any) -> UNet2DConditionModel:
-    """Four text cross-attentions, for what is slow per layer."""
-    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-    return tiny_unet(**blocks | {"block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 32} | overrides)
+SMALLEST: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+}
+
+
+def smallest_unet(base: str = "sd1", **overrides: Any) -> UNet2DConditionModel:
+    """Four text cross-attentions, of the SDXL structure eight: for what is slow per layer."""
+    more = {"transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4)} if base == "sdxl" else {}
+    return tiny_unet(base, **SMALLEST | more | overrides)
 
 
 def tiny_encoder(seed: int = 1) -> VisionEncoder:

@@ -20,8 +20,8 @@ from torch import Tensor
 from imprompt.adapter import ImagePrompt, IPAdapter, split_heads
 from imprompt.attention import family_of
 from imprompt.attention.unet import FAMILY
-from imprompt.sampling.tasks import TASKS
-from tests.tiny import PIPELINES, pictures, quiet, seeded, tiny_adapter, tiny_unet
+from imprompt.sampling.tasks import FLAGS, TASKS
+from tests.tiny import PIPELINES, pictures, quiet, seeded, smallest_unet, tiny_adapter
 
 SIDE = 32  # pixels; 16 latents
 STEPS = 3
@@ -167,9 +167,7 @@ def run(pipe: Any, way: Way, **options: Any) -> Tensor:
 
 
 def flags(pipe: Any) -> dict[str, Any]:
-    return {
-        flag: value for flag, value in pipe.config.items() if flag in ("requires_safety_checker", "force_zeros_for_empty_prompt")
-    }
+    return {flag: value for flag, value in pipe.config.items() if flag in FLAGS}
 
 
 def as_pipeline(pipe: Any, name: str, **components: Any) -> Any:
@@ -180,25 +178,11 @@ def as_pipeline(pipe: Any, name: str, **components: Any) -> Any:
     return quiet(pipeline_class(**{part: value for part, value in given.items() if part in takes}))
 
 
-FEW = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-}
-FEW_OF_SDXL = FEW | {"transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4)}
-
-
-def few_sites(base: str, **overrides: Any) -> Any:
-    return tiny_unet(base, **(FEW_OF_SDXL if base == "sdxl" else FEW) | overrides)
-
-
 @cache
 def model(base: str, small: bool) -> Any:
     pipe = PIPELINES[base]()
     if small:
-        pipe.unet = few_sites(base)
+        pipe.unet = smallest_unet(base)
     pipe.unet.register_to_config(sample_size=64)  # some pipelines compare it
     return pipe
 

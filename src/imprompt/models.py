@@ -160,6 +160,11 @@ MODELS = {
 }
 
 
+def may_be_on_hub(name: str) -> bool:
+    """Whether a name has the form of a Hub id, owner/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/"))
+
+
 def find_model(name: str) -> KnownModel:
     """A model by name, folder or Hub id; SettingError if it is none of these."""
     if name in MODELS:
@@ -169,7 +174,7 @@ def find_model(name: str) -> KnownModel:
         if not (folder / "model_index.json").exists():
             raise SettingError(f"{name} is no model: it holds no model_index.json (a folder that diffusers saved)")
         return KnownModel(name, "folder", Place(name))
-    if name.count("/") == 1 and not name.startswith((".", "/")):
+    if may_be_on_hub(name):
         return KnownModel(name, "Hub", Place(name))
     raise SettingError(
         f"unknown model {name!r}; known: {', '.join(MODELS)}, a folder with model_index.json, or a Hub id owner/name"

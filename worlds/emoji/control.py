@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .assemble import SHIPPED, report, tidy
 from .glyphs import Glyphs
-from .scenes import captions, render, sample_scenes
 from .stage import World, fit, rank
+from .unet import latents_of, samples
 
 EDGES = SHIPPED / "controlnets" / "edges"
 TEXT_DROP = 0.5  # half of the samples have no text, so that it works beside an image prompt alone
@@ -57,22 +57,16 @@ class Frozen:
 
     def sample(self, count: int, generator: torch.Generator, drop: float) -> tuple[Tensor, Tensor]:
         """Pictures (N, 3, S, S) in [0, 1] and their captions' text states (N, T, D), a share `drop` of which is of no text."""
-        scenes = sample_scenes(self.glyphs, count, generator)
-        words = captions(scenes, self.glyphs, generator)
-        dropped = torch.rand(count, generator=generator) < drop
-        words = ["" if drop else word for drop, word in zip(dropped, words, strict=True)]
-        ids = self.pipe.tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        pictures = render(scenes, self.glyphs, self.world.side).to(memory_format=torch.channels_last)
+        pictures, ids = samples(self.world, self.glyphs, self.pipe.tokenizer, count, drop, generator)
         with torch.no_grad():
-            return pictures, self.pipe.text_encoder(ids.to(self.world.device)).last_hidden_state
+            return pictures, self.pipe.text_encoder(ids).last_hidden_state
 
     def noised(self, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Noised latents (N, C, h, h), their timesteps (N,) and the velocities to predict (N, C, h, h).
 
         Timesteps are drawn in proportion to themselves: where a shape lies is decided while there is most noise.
         """
-        with torch.no_grad():
-            x = self.pipe.vae.encode(pictures * 2 - 1).latent_dist.mode().float() * self.pipe.vae.config.scaling_factor
+        x = latents_of(self.pipe.vae, pictures)
         noise = torch.randn(x.shape, generator=generator).to(x)
         last = self.pipe.scheduler.config.num_train_timesteps - 1
         t = (torch.rand(len(x), generator=generator).sqrt() * last).round().long().to(x.device)

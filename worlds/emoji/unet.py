@@ -1,5 +1,7 @@
 """Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together (v-prediction, zero-SNR)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -7,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from .glyphs import Glyphs
 from .scenes import captions, render, sample_scenes
 from .stage import World, fit, rank
 from .text import build_tokenizer, text_config
@@ -44,6 +47,23 @@ def build_unet(world: World) -> UNet2DConditionModel:
     )
 
 
+def samples(world: World, glyphs: Glyphs, tokenizer: Any, count: int, share: float,
+            generator: torch.Generator) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pictures (N, 3, S, S) in [0, 1] and the tokens (N, T) of their captions, of which that share is empty."""
+    scenes = sample_scenes(glyphs, count, generator)
+    words = captions(scenes, glyphs, generator)
+    dropped = torch.rand(count, generator=generator) < share
+    words = ["" if drop else word for drop, word in zip(dropped, words, strict=True)]
+    ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(world.device)
+    return render(scenes, glyphs, world.side).to(world.device, memory_format=torch.channels_last), ids
+
+
+@torch.no_grad()
+def latents_of(vae: Any, pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, S, S) in [0, 1] -> latents (N, C, h, h)."""
+    return vae.encode(pictures * 2 - 1).latent_dist.mode().float() * vae.config.scaling_factor
+
+
 def train(world: World) -> None:
     torch.manual_seed(world.seed + 3)
     plan, glyphs, scheduler = world["unet"], world.glyphs(), build_scheduler()
@@ -61,14 +81,8 @@ def train(world: World) -> None:
 
     def losses(step: int) -> dict[str, Tensor]:
         generator = world.generator(21, step, rank()[0])
-        scenes = sample_scenes(glyphs, here, generator)
-        words = captions(scenes, glyphs, generator)
-        dropped = torch.rand(here, generator=generator) < TEXT_DROP
-        words = ["" if drop else word for drop, word in zip(dropped, words, strict=True)]
-        ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(world.device)
-        pictures = render(scenes, glyphs, world.side).to(world.device, memory_format=torch.channels_last)
-        with torch.no_grad():
-            x = vae.encode(pictures * 2 - 1).latent_dist.mode().float() * vae.config.scaling_factor
+        pictures, ids = samples(world, glyphs, tokenizer, here, TEXT_DROP, generator)
+        x = latents_of(vae, pictures)
         noise = torch.randn(x.shape, generator=generator).to(x)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (here,), generator=generator).to(x.device)
         v = unet(scheduler.add_noise(x, noise, t), t, text(ids).last_hidden_state).sample

@@ -1,7 +1,7 @@
 """`imprompt embed`: image features as a file."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -41,8 +41,7 @@ def embed(
     if out.suffix != SUFFIX:
         raise SettingError(f"{out}: features are written to {SUFFIX} files; give such a name")
     check_folder(out.parent)
-    which = int(face) if face and face.isdecimal() else face
-    said = {"images": images, "crop": crop, "sharpening": sharpening, "ignore": ignore, "face": which}
+    said = {"images": images, "crop": crop, "sharpening": sharpening, "ignore": ignore, "face": face}
     reference = Reference.model_validate(said)
     for picture in reference.images:
         picture.check()
@@ -68,10 +67,11 @@ def open_reader(model: str, adapter: str | None, variant: str | None, encoder: s
     from imprompt.models import find_adapter, find_model
     from imprompt.sampling.generate import check_device, default_device
     from imprompt.sampling.reading import Reader
+    from imprompt.sampling.settings import Precision
 
     place = check_device(device) if device else default_device()
     kind = dtype or ("float16" if place.startswith("cuda") else "float32")
-    if kind not in ("float32", "float16", "bfloat16"):
+    if kind not in get_args(Precision):
         raise SettingError(f"dtype {kind!r} is not known; give float32, float16 or bfloat16")
     known = find_model(model)
     path, told, named = find_adapter(known, adapter)

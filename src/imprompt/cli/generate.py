@@ -119,7 +119,7 @@ def generate(
         "crop": crop,
         "sharpening": sharpening,
         "ignore": ignore,
-        "face": int(face) if face and face.isdecimal() else face,
+        "face": face,
     }
     asked = {
         "model": model,

@@ -10,7 +10,7 @@ from imprompt.encoders.face import FaceEncoder, FaceFeatures, InsightFace
 from imprompt.encoders.kept import KeptFeatures, Store
 from imprompt.encoders.vision import VisionEncoder, open_encoder
 from imprompt.errors import MismatchError, SettingError
-from imprompt.models import KnownModel, Place
+from imprompt.models import KnownModel, Place, may_be_on_hub
 from imprompt.structures import published_encoder
 
 Encoder = VisionEncoder | KeptFeatures | FaceFeatures
@@ -55,7 +55,7 @@ def clip_encoder(file: Any, told: Place | None, model: KnownModel, given: str | 
 
 def given_place(name: str) -> Place:
     """The place that a user names; SettingError, before the Hub is asked, if it can be none."""
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+    if not Path(name).is_dir() and not may_be_on_hub(name):
         raise SettingError(f"no image encoder {name!r}: give a folder with config.json and weights, or a Hub id owner/name")
     return Place(name)
 

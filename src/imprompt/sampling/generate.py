@@ -259,7 +259,7 @@ def own_options(options: dict[str, Any] | None, pipeline: Any, settings: Resolve
     takes = inspect.signature(pipeline.__call__).parameters
     if unknown := [name for name in options if name not in takes]:
         raise SettingError(f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} takes none{near(unknown[0], takes)}")
-    if taken := [name for name in options if name in SAID and SAID[name] in {*Settings.model_fields, "on_step"}]:
+    if taken := [name for name in options if name in SAID]:
         raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {SAID[taken[0]]}")
     if settings.image_guidance is not None and options.get("guidance_rescale"):
         raise SettingError("image_guidance and guidance_rescale do not go together: the latter would measure another prediction")

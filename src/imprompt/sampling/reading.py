@@ -53,10 +53,8 @@ class Reader:
         weights: list[float] = []
         for image, features in zip(reference.images, found, strict=True):
             rows = count(features)
-            weights += list(islice(own, rows)) if is_features(image) else [next(own, 0.0)] * rows
-        if (left := list(own)) or len(weights) < sum(map(count, found)):
-            raise SettingError(f"{len(reference.weights)} weights for {len(weights) - len(left)} pictures: give one for each")
-        return rows_of(found), weights
+            weights += islice(own, rows) if is_features(image) else [*islice(own, 1)] * rows
+        return rows_of(found), [*weights, *own]  # too few or too many are told where they are used
 
     def check(self, reference: Reference) -> None:
         """Raise SettingError if it asks what this kind of adapter has no use for."""

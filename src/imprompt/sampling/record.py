@@ -25,7 +25,7 @@ from imprompt.sampling.references import (
     source,
     with_files,
 )
-from imprompt.sampling.settings import Settings
+from imprompt.sampling.settings import Precision, Settings
 
 if TYPE_CHECKING:
     from imprompt.sampling.generate import ImagePromptPipeline, OnStep, Result
@@ -46,7 +46,7 @@ class Request(Checked, frozen=True):
     controlnet: str | None = None
     control_image: AnyPicture | None = None
     batch_size: Annotated[int, Field(ge=1)] = 4
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Precision | None = None
     fast: bool = False  # compiled; like the two below it changes pixels, if little
     tiling: bool = False
     quantize: Literal["int8", "fp8"] | None = None

@@ -112,6 +112,8 @@ def _weights(value: Any) -> Any:
 
 
 def _face(value: Any) -> Any:
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
     if value in (None, "largest") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
     raise PydanticCustomError("no_face", 'give "largest", or a number from the left, 0 the first')

@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 from imprompt.checked import Checked, one_of
 
 MAX_SIDE = 16_384  # pixels
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 def _text(value: str) -> str:

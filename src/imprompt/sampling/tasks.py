@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
-from imprompt.models import KnownModel, Place
+from imprompt.models import KnownModel, Place, may_be_on_hub
 from imprompt.sampling.memory import Savers
 from imprompt.sampling.settings import Resolved
 
@@ -97,11 +97,11 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
     """
     from diffusers.models.controlnets.controlnet import ControlNetModel
 
-    place = model.controlnets.get(name) or Place(name)
-    source, subfolder = place.fetch_folder()
-    if place.repo and not Path(source).is_dir() and source.count("/") != 1:
+    if name not in model.controlnets and not Path(name).is_dir() and not may_be_on_hub(name):
         known = f"one of {', '.join(model.controlnets)}, " if model.controlnets else ""
         raise SettingError(f"no ControlNet {name!r} for {model.name}: give {known}a folder, or a Hub id owner/name")
+    place = model.controlnets.get(name) or Place(name)
+    source, subfolder = place.fetch_folder()
     try:
         net: Any = ControlNetModel.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
     except Exception as error:  # a folder can be wrong in any way
