@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
 	touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,quantized]' --group dev --group world
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,quantized,evaluate]' --group dev --group world
 	touch $@
 
 clean:

@@ -65,6 +65,43 @@ def test_one_picture_of_a_call_again_bit_for_bit(pipe: ImagePromptPipeline) -> N
         assert difference(whole.images[index], again.images[0]) == 0
 
 
+def test_each_picture_of_a_list_has_its_own_text(pipe: ImagePromptPipeline) -> None:
+    texts = ["a panda on blue", "a rocket"]
+    options: dict[str, Any] = {"steps": STEPS, "scale": 0.5, "num_images": 2, "negative_prompt": "red"}
+    both = pipe([BLUE, YELLOW], texts, seed=3, **options)
+    alone = [*pipe(BLUE, texts[0], seed=3, **options).images, *pipe(YELLOW, texts[1], seed=5, **options).images]
+    assert both.seeds == [3, 4, 5, 6]
+    assert both.settings.prompt == tuple(texts)
+    assert all(difference(a, b) <= 1 for a, b in zip(both.images, alone, strict=True))
+    other = pipe([BLUE, YELLOW], texts[::-1], seed=3, **options).images
+    assert min(difference(a, b) for a, b in zip(both.images, other, strict=True)) > 5
+    again = pipe([BLUE, YELLOW], texts, seed=3, only=2, **options)
+    assert difference(again.images[0], both.images[2]) == 0
+
+
+def test_own_texts_beside_a_first_picture_and_in_a_request(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+    texts = ["a panda", "a rocket"]
+    both = pipe([BLUE, YELLOW], texts, init_image=BLUE, seed=3, steps=STEPS).images
+    alone = pipe(YELLOW, texts[1], init_image=BLUE, seed=4, steps=STEPS).images[0]
+    assert difference(both[1], alone) <= 1
+    for name, image in (("blue", BLUE), ("yellow", YELLOW)):
+        image.save(tmp_path / f"{name}.png")
+    settings = {"prompt": texts, "seed": 3, "steps": STEPS}
+    request = Request.model_validate({"images": [tmp_path / "blue.png", tmp_path / "yellow.png"], "settings": settings})
+    made = save_results(request.run(pipe), request, tmp_path / "out")
+    assert read_request(made[1]).settings.prompt == tuple(texts)
+    assert difference(open_image(made[1]), read_request(made[1]).run(pipe).images[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [(["a"], "1 texts for 2 image prompts: give one for all, or one for each"), (["a", 3], "prompt = .*: input should be a valid")],
+)
+def test_texts_that_do_not_fit(pipe: ImagePromptPipeline, texts: list[Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        pipe([BLUE, YELLOW], texts, steps=STEPS)
+
+
 def test_pictures_together_prompt_one_result(pipe: ImagePromptPipeline) -> None:
     together = pipe([BLUE, YELLOW], together=True, num_images=2, seed=1, steps=STEPS)
     assert len(together.images) == 2

@@ -56,6 +56,7 @@ def command(*arguments: object) -> str:
         ("from imprompt import ImpromptError", HEAVY | SHELL_ONLY),
         (command("--help"), HEAVY),
         (command("generate", "--help"), HEAVY),
+        (command("evaluate", "run", "--help"), HEAVY),
         (command("models"), HEAVY),
         (command("inspect", ADAPTER), LIBRARIES),
         ("from imprompt import ImagePromptPipeline, load_adapter, write_adapter, FeatureMemory", LIBRARIES),

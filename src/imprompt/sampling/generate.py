@@ -137,14 +137,15 @@ class ImagePromptPipeline:
             attached.adapter.detach()
 
     @torch.no_grad()
-    def __call__(self, image: ImageInput | Sequence[ImageInput | Sequence[ImageInput]], prompt: str = "", *,
+    def __call__(self, image: ImageInput | Sequence[ImageInput | Sequence[ImageInput]],
+                 prompt: str | Sequence[str] = "", *,
                  init_image: Picture | None = None, mask_image: Picture | None = None, control_image: Picture | None = None,
                  batch_size: int = 4, only: int | None = None, on_step: OnStep | None = None,
                  pipeline_options: dict[str, Any] | None = None, **settings: Any) -> Result:  # fmt: skip
         """Make pictures that follow `image`: a picture, a file of features, or a `Reference`, which says more about it.
 
         A list of them gives one result each (× num_images); with `together=True` they all prompt the same result, as do those
-        of a list in the list. Each item has its own references, scales, masks and windows.
+        of a list in the list. Each item has its own references, scales, masks and windows; its own text if `prompt` is a list.
         `init_image` starts from a picture (`strength` of it is redrawn); `mask_image` redraws its white part only;
         `control_image` is what ControlNet reads (`control_scale` says how strongly).
         Picture i depends on seed and i alone: another `batch_size` changes it by rounding at most, and `only=i` makes
@@ -155,6 +156,8 @@ class ImagePromptPipeline:
         start = Start(begin, None if mask_image is None else open_mask(mask_image), control)
         chosen = self.resolve(Settings(prompt=prompt, **settings), begin or control)
         items = items_of(image, chosen.together)
+        if not isinstance(chosen.prompt, str) and len(chosen.prompt) != len(items):
+            raise SettingError(f"{len(chosen.prompt)} texts for {len(items)} image prompts: give one for all, or one for each")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SettingError(f"batch_size = {batch_size!r}: make at least one picture at once")
         pipeline, options = task(self.pipeline, start, chosen, self.controlnet if control else None, self.savers)
@@ -182,9 +185,7 @@ class ImagePromptPipeline:
             prompts = prompts_for([heard[i // chosen.num_images] for i in batch], guided)
             with nullcontext() if chosen.image_guidance is None else image_guidance(pipeline.unet, chosen.image_guidance):
                 results = pipeline(
-                    prompt=chosen.prompt,
-                    negative_prompt=chosen.negative_prompt or None,
-                    num_images_per_prompt=len(batch),
+                    **worded(chosen, batch),
                     num_inference_steps=chosen.steps,
                     guidance_scale=chosen.guidance,
                     generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
@@ -244,6 +245,16 @@ def prompts_for(batch: Sequence[list[Ready]], guided: bool) -> list[ImagePrompt]
     ready = {id(one): one for item in batch for one in item}
     made = {key: one.prompt() for key, one in ready.items()}
     return batched([[made[id(one)] for one in item] for item in batch], guided) or None
+
+
+def worded(settings: Resolved, batch: Sequence[int]) -> dict[str, Any]:
+    """The texts of a batch's pictures as diffusers takes them: one for all is encoded once."""
+    if isinstance(settings.prompt, str):
+        texts, negative, each = settings.prompt, settings.negative_prompt, len(batch)
+    else:
+        texts, each = [settings.prompt[i // settings.num_images] for i in batch], 1
+        negative = [settings.negative_prompt] * len(batch) if settings.negative_prompt else None
+    return {"prompt": texts, "negative_prompt": negative or None, "num_images_per_prompt": each}
 
 
 SAID = {  # of a diffusers pipeline's call: what says it here

@@ -1,8 +1,8 @@
 """What a picture was made with: checked once, kept in the PNG, enough to make it again."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from imprompt.checked import Checked, one_of
@@ -17,15 +17,27 @@ def _text(value: str) -> str:
     return value
 
 
+def _prompt(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_prompt, value))
+    if isinstance(value, str):
+        return _text(value)
+    raise PydanticCustomError("string_type", "Input should be a valid string")
+
+
 Text = Annotated[str, AfterValidator(_text)]
+Prompt = Annotated[Any, PlainValidator(_prompt)]  # a text, or several as a tuple
 OverlapName = Literal["add", "normalise"]
 Overlap = Annotated[OverlapName, one_of(OverlapName)]
 
 
 class Settings(Checked, frozen=True):
-    """The numbers and texts of one call. `steps`, `guidance`, `width` and `height` of None are the model's own."""
+    """The numbers and texts of one call. `steps`, `guidance`, `width` and `height` of None are the model's own.
 
-    prompt: Text = ""
+    prompt  one for all results, or one for each image prompt
+    """
+
+    prompt: Prompt = ""
     negative_prompt: Text = ""
     scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
     num_images: Annotated[int, Field(ge=1, le=10_000)] = 1

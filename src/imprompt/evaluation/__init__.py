@@ -1,0 +1,1 @@
+"""Measuring what an adapter does: sets, protocols, judges, metrics, and runs that can be stopped and gone on with."""

@@ -1,0 +1,171 @@
+"""What is measured, and how: pure functions on tensors; the models that see are in `judges`.
+
+Shape letters: N pictures, R real ones, I items of a set, K pictures of one item, E and D widths of an embedding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESAMPLES = 2000
+SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as its users take them
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a number is called, what it is in one sentence, which way is better (None: neither) and its digits."""
+
+    title: str
+    about: str
+    higher_is_better: bool | None
+    digits: int
+    per_picture: bool = True  # has a column of its own in rows.jsonl
+
+
+TARGET = "the picture that it should be like: its image prompt, where the set names no other"
+METRICS = {
+    "clip_i": Metric("CLIP-I", f"Cosine likeness, in CLIP's image space, to {TARGET}.", True, 4),
+    "dino": Metric("DINO", f"Cosine likeness, in DINO's space, to {TARGET}.", True, 4),
+    "clip_t": Metric("CLIP-T", "Cosine likeness to the caption, in CLIP's common space.", True, 4),
+    "clip_t_photo": Metric("CLIP-T, A photo depicts", "CLIP-T with “A photo depicts ” before the caption.", True, 4),
+    "clip_score": Metric("CLIPScore", "2.5 × max(CLIP-T, 0).", True, 4),
+    "clip_score_photo": Metric(
+        "CLIPScore, A photo depicts", "2.5 × max(CLIP-T, 0) with “A photo depicts ” before the caption.", True, 4
+    ),
+    "diversity": Metric("Diversity", "1 − cosine likeness, in CLIP's image space, to the item's other pictures.", None, 4),
+    "fid": Metric("FID", "Fréchet distance of the pictures' features to those of the set.", False, 2, per_picture=False),
+    "kid": Metric("KID × 1000", "Kernel distance (MMD², cubic kernel) of the same features, × 1000.", False, 3, per_picture=False),
+}  # fmt: skip
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine likeness along the last dimension; the others broadcast."""
+    return F.cosine_similarity(a.double(), b.double(), dim=-1)
+
+
+def clip_score(likeness: Tensor) -> Tensor:
+    """2.5 · max(cos, 0) of CLIP-T, any shape (Hessel et al., arXiv 2104.08718, section 3)."""
+    return 2.5 * likeness.clamp(min=0)
+
+
+def diversity(embeddings: Tensor) -> Tensor:
+    """How unlike each picture of an item is to the others: (K, E) -> (K,), the mean of 1 − cos. NaN for a lone picture.
+
+    Its mean is that of all pairs.
+    """
+    apart = 1 - cosine(embeddings[:, None], embeddings[None])
+    return apart.fill_diagonal_(0).sum(1) / (len(embeddings) - 1)
+
+
+# Fréchet and kernel distance are written out, as torchmetrics' would bring a package for twenty lines, want a module that takes
+# pictures, draw subsets from torch's global seed and keep their values to themselves. Tests hold these against torchmetrics'.
+
+
+def frechet_distance(real: Tensor, made: Tensor) -> float:
+    """|μ − μ'|² + tr(Σ + Σ' − 2 (Σ Σ')^½) of features (R, D) and (N, D) (Heusel et al., arXiv 1706.08500, equation 6).
+
+    With fewer pictures than D it comes out far too high. ValueError for fewer than two.
+    """
+    if min(len(real), len(made)) < 2:
+        raise ValueError("a covariance takes two pictures at least")
+    (mean, root), (other_mean, other_root) = (_moments(features.double()) for features in (real, made))
+    # Σ = A Aᵀ and Σ' = B Bᵀ: the eigenvalues of Σ Σ' are the squared singular values of Aᵀ B, without a root's rounding.
+    overlap = torch.linalg.svdvals(root.T @ other_root).sum()
+    return ((mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * overlap).item()
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, D) -> the mean (D,) and A (D, min(N, D)) with A Aᵀ the unbiased covariance."""
+    mean = features.mean(0)
+    centred = (features - mean) / (len(features) - 1) ** 0.5
+    return mean, (torch.linalg.qr(centred, mode="r").R if len(features) > features.shape[1] else centred).T
+
+
+def kernel_distances(real: Tensor, made: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0) -> Tensor:
+    """MMD² of features (R, D) and (N, D), unbiased, of random subsets of both: (subsets,) (Bińkowski et al., arXiv 1801.01401).
+
+    The kernel is (x·y / D + 1)³. Their mean is KID. `size` is cut to what there is; ValueError for fewer than two.
+    """
+    size = min(size, len(real), len(made))
+    if size < 2:
+        raise ValueError("an unbiased kernel distance takes two pictures at least")
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)].double()
+
+    return torch.stack([_mmd(drawn(real), drawn(made)) for _ in range(subsets)])
+
+
+def _mmd(x: Tensor, y: Tensor) -> Tensor:
+    """The unbiased MMD² of (M, D) and (M, D): the paper's equation 4, with the cubic kernel."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    m = len(x)
+    within = sum(k.sum() - k.trace() for k in (kernel(x, x), kernel(y, y)))
+    return within / (m * (m - 1)) - 2 * kernel(x, y).mean()
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def interval(values: Tensor, items: Tensor, *, seed: int = 0) -> Interval:
+    """The mean of `values` (N,), and a bootstrap interval over items: the pictures of one item are resampled together.
+
+    items  (N,) of integers: which item each value is of
+    """
+    sums, counts = _by_item(values, items)
+    means = torch.cat([sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in _resamples(len(sums), seed)])
+    return Interval(values.double().mean().item(), *_central(means))
+
+
+def difference(a: Tensor, a_items: Tensor, b: Tensor, b_items: Tensor, *, seed: int = 0) -> Interval:
+    """mean(a) − mean(b) over the items that both have, and its bootstrap interval: the same items are drawn for both.
+
+    a, a_items and b, b_items as in `interval`; equal integers are equal items. ValueError if there is none.
+    """
+    shared = torch.as_tensor(sorted({*a_items.tolist()} & {*b_items.tolist()}), dtype=torch.long)
+    if not len(shared):
+        raise ValueError("there is no item that both have")
+    pair = []
+    for values, items in ((a, a_items), (b, b_items)):
+        kept = torch.isin(items, shared)
+        pair.append(_by_item(values[kept], torch.searchsorted(shared, items[kept])))
+    (sums, counts), (other_sums, other_counts) = pair
+    drawn_means = [
+        sums[drawn].sum(1) / counts[drawn].sum(1) - other_sums[drawn].sum(1) / other_counts[drawn].sum(1)
+        for drawn in _resamples(len(shared), seed)
+    ]
+    value = sums.sum() / counts.sum() - other_sums.sum() / other_counts.sum()
+    return Interval(value.item(), *_central(torch.cat(drawn_means)))
+
+
+def _by_item(values: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count of the values of every item that is there, (I,) each."""
+    _, place = items.unique(return_inverse=True)
+    empty = values.new_zeros(int(place.max()) + 1, dtype=torch.float64)
+    return empty.index_add(0, place, values.double()), empty.index_add(0, place, torch.ones_like(values, dtype=torch.float64))
+
+
+def _resamples(count: int, seed: int) -> Iterator[Tensor]:
+    """Indices of items drawn with replacement, (200, I) at a time: all at once could take gigabytes."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(RESAMPLES // 200):
+        yield torch.randint(count, (200, count), generator=generator)
+
+
+def _central(means: Tensor) -> tuple[float, float]:
+    """The percentiles between which 95 % lie."""
+    low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
+    return low, high

@@ -1,0 +1,120 @@
+"""How pictures are made for an evaluation: named protocols, each a row of values that can be changed, and sweeps over some."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from imprompt.checked import Checked, near, one_of
+from imprompt.errors import SettingError
+from imprompt.sampling.settings import Text
+
+SchedulerName = Literal["default", "ddim"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Protocol(Checked, frozen=True):
+    """What is the same for every item. `steps` and `guidance` of None are the model's own.
+
+    captions    whether the caption is given as the text; it is measured against in either case
+    scale       of the image prompt
+    seeds       pictures of an item; picture k of item i has `seed` + i · seeds + k
+    scheduler   "ddim", or the model's own
+    limit       items, the first of the set
+    batch_size  pictures made at once: another changes results by rounding
+    """
+
+    captions: bool = True
+    scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    seeds: Count = 4
+    scheduler: Annotated[SchedulerName, one_of(SchedulerName)] = "default"
+    steps: Count | None = None
+    guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
+    negative_prompt: Text = ""
+    limit: Count | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    batch_size: Count = 4
+
+
+# Section 4.1 of the paper (arXiv 2308.06721): COCO 2017 val, four pictures for each of 5,000, DDIM with 50 steps, guidance 7.5; the
+# image prompt alone at scale 1. With a text it advises about 0.5.
+PAPER = Protocol(captions=False, scale=1.0, seeds=4, scheduler="ddim", steps=50, guidance=7.5, limit=5000)
+CAPTIONED = PAPER.model_copy(update={"captions": True, "scale": 0.5})
+PROTOCOLS = {
+    "default": Protocol(scale=0.5),  # the model's own steps and guidance
+    "paper": PAPER,
+    "paper-captioned": CAPTIONED,
+    "subjects": CAPTIONED.model_copy(update={"limit": None}),
+}
+
+
+def protocol(name: str, **changes: Any) -> Protocol:
+    """The protocol of that name, with the values that are not None in place of its own; SettingError."""
+    if name not in PROTOCOLS:
+        raise SettingError(f"unknown protocol {name!r}{near(name, PROTOCOLS)}")
+    return changed(PROTOCOLS[name], {key: value for key, value in changes.items() if value is not None})
+
+
+def changed(plan: Protocol, values: Mapping[str, Any]) -> Protocol:
+    """The protocol with other values; SettingError."""
+    whole: dict[str, Any] = {**plan.model_dump(), **values}
+    return Protocol(**whole)
+
+
+# What can be swept, and what a value is read as. The first three are the protocol's.
+AXES: dict[str, Callable[[str], Any]] = {"scale": float, "guidance": float, "steps": int, "adapter": str, "blocks": str}
+Sweep = Mapping[str, tuple[Any, ...]]
+
+
+def read_sweep(told: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """["scale=0,0.5,1", "steps=25,50"] -> the values of every axis; SettingError."""
+    sweep = {}
+    for line in told:
+        name, _, values = line.partition("=")
+        if name not in AXES:
+            raise SettingError(f"--sweep {line}: unknown axis {name!r}{near(name, AXES)}")
+        if name in sweep:
+            raise SettingError(f"--sweep {name} is given twice: give all its values at once, as {name}=A,B")
+        try:
+            sweep[name] = tuple(AXES[name](value.strip()) for value in values.split(",") if value.strip())
+        except ValueError as error:
+            raise SettingError(f"--sweep {line}: give numbers with commas between, such as {name}=1,2") from error
+        if not sweep[name]:
+            raise SettingError(f"--sweep {line}: give its values, such as {name}=1,2")
+    return sweep
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a sweep. Its name goes into file names."""
+
+    name: str
+    axes: Mapping[str, Any]
+    protocol: Protocol
+
+    @property
+    def adapter(self) -> str | None:
+        return self.axes.get("adapter")
+
+
+def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
+    """All points of a sweep, the last axis fastest; a single one, called "all", without a sweep. SettingError."""
+    settings = []
+    for values in product(*sweep.values()):
+        axes = dict(zip(sweep, values, strict=True))
+        own = {name: value for name, value in axes.items() if name in Protocol.model_fields}
+        name = ",".join(f"{axis}={filed(value)}" for axis, value in axes.items()) or "all"
+        settings.append(Setting(name, axes, changed(plan, own)))
+    name, often = Counter(setting.name for setting in settings).most_common(1)[0]
+    if often > 1:
+        raise SettingError(f"--sweep: {name} is there {often} times; give each value once")
+    return settings
+
+
+def filed(value: Any) -> str:
+    """A value as part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip("-")

@@ -1,0 +1,100 @@
+"""A finished run as one page, and as a table for the terminal."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from imprompt.evaluation import contact
+from imprompt.evaluation.comparison import write_comparison
+from imprompt.evaluation.contact import Card, Thumbnails, contact_sheet, extremes, spread
+from imprompt.evaluation.metrics import METRICS
+from imprompt.evaluation.page import NONE, facts, figures, measured, name_of, number, write_page
+from imprompt.evaluation.results import Results, Setting, known, label_of, read_results
+
+__all__ = ["table", "write_comparison", "write_report"]
+
+
+def write_report(folder: Path) -> Path:
+    """Write `folder`/report.html, which needs no other file; SettingError if `folder` holds no finished run."""
+    results = read_results(folder)
+    thumbnails = Thumbnails()
+    return write_page(
+        folder / "report.html",
+        "report.html.jinja",
+        thumbnails,
+        title=title_of(results),
+        notes=results.notes,
+        facts=facts(results.run),
+        run=json.dumps(results.run, indent=2, ensure_ascii=False),
+        settings=[(label_of(setting), setting) for setting in results.settings],
+        metrics=measured(results.settings),
+        best=best(results.settings),
+        figures=figures(results.settings),
+        sheet=contact_sheet(results, thumbnails),
+        sheet_rule=sheet_rule(results),
+        extremes=all_extremes(results, thumbnails),
+        rule={"extremes": contact.EXTREMES, "seeds": contact.SEEDS},
+    )
+
+
+def title_of(results: Results) -> str:
+    """ "emoji + base on scenes"; the folder's name where the run does not say."""
+    run = results.run
+    what = " + ".join(filter(None, (name_of(run.get("model")), name_of(run.get("adapters") or run.get("adapter")))))
+    where = name_of(run.get("set"))
+    return " on ".join(filter(None, (what, where))) or results.folder.resolve().name
+
+
+def best(settings: list[Setting]) -> dict[str, float]:
+    """The best value of each metric that has a better side, where settings can be compared."""
+    found: dict[str, float] = {}
+    for key, metric in METRICS.items():
+        values = [one["metrics"][key]["value"] for one in settings if known(one["metrics"].get(key, {}).get("value"))]
+        if metric.higher_is_better is not None and len(values) > 1:
+            found[key] = (max if metric.higher_is_better else min)(values)
+    return found
+
+
+def sheet_rule(results: Results) -> str:
+    """Which pictures the contact sheet shows."""
+    settings = len(results.settings)
+    items = len({item for rows in results.rows.values() for item in rows})
+    shown = min(items, contact.sheet_items(settings))
+    what = "All items" if shown == items else f"{shown} of {items:,} items, evenly spread over the set"
+    seeds = contact.sheet_seeds(settings)
+    by = "the first seed" if seeds == 1 else f"the first {seeds} seeds at most"
+    columns = f"{contact.COLUMNS} of {settings} settings, evenly spread" if settings > contact.COLUMNS else "every setting"
+    return f"{what}; {by} of {columns}. Not chosen by how they look."
+
+
+def all_extremes(results: Results, thumbnails: Thumbnails) -> list[tuple[str, list[Card], list[Card]]]:
+    """(label, best, worst) of settings spread evenly over those that have CLIP-I and two items."""
+    with_both = [one for one in results.settings if len(contact.ranked(results.rows[one["name"]])) > 1]
+    return [(label_of(one), *extremes(results, one, thumbnails)) for one in spread(with_both, contact.DETAILED)]
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Settings and metrics in Markdown, each value with its 95 % interval, in columns that a terminal shows straight."""
+    settings = summary["settings"]
+    keys = measured(settings)
+    lines = [["setting", "pictures", *(METRICS[key].title for key in keys)]]
+    for one in settings:
+        lines.append(
+            [label_of(one).replace("|", "\\|"), f"{one['count']:,}", *(_cell(one["metrics"].get(key), key) for key in keys)]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join(f"| {' | '.join(_straight(line, widths))} |" for line in lines)
+
+
+def _straight(cells: list[str], widths: list[int]) -> list[str]:
+    """The first to the left of its column, numbers to the right."""
+    return [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+
+
+def _cell(found: Mapping[str, Any] | None, key: str) -> str:
+    if not found or not known(found["value"]):
+        return NONE
+    within = f" ({number(found['low'], key)} to {number(found['high'], key)})" if known(found["low"]) else ""
+    return number(found["value"], key) + within

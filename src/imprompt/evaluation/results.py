@@ -1,0 +1,101 @@
+"""A finished run's folder, as the pages read it."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from imprompt.errors import SettingError, first_line
+
+Row = dict[str, Any]  # one picture, as it stands in rows.jsonl
+Setting = dict[str, Any]  # name, axes, count, items, metrics, as it stands in summary.json
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run's folder says: `run` is run.json, `rows` are by setting and by item, in the order of the files."""
+
+    folder: Path
+    run: dict[str, Any]
+    settings: list[Setting]
+    notes: list[str]
+    rows: dict[str, dict[str, list[Row]]]
+
+
+def read_results(folder: Path) -> Results:
+    """SettingError unless it is the folder of a finished run."""
+    summary = _read(folder, "summary.json", json.loads)
+    lines = _read(folder, "rows.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line])
+    rows: dict[str, dict[str, list[Row]]] = {}
+    try:
+        for row in lines:
+            rows.setdefault(row["setting"], {}).setdefault(row["item"], []).append(row)
+        unmade = [setting["name"] for setting in summary["settings"] if setting["name"] not in rows]
+        results = Results(folder, summary["run"], summary["settings"], summary.get("notes", []), rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SettingError(f"{folder} is no finished run: its summary.json or rows.jsonl lacks {first_line(error)}") from error
+    if unmade or not results.settings:
+        raise SettingError(
+            f"{folder} is no finished run: no pictures of {unmade[0] if unmade else 'any setting'} are in rows.jsonl"
+        )
+    return results
+
+
+def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse((folder / name).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise SettingError(
+            f"{folder} is no finished run: it has no {name}; `imprompt evaluate run` writes it at its end"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingError(f"{folder / name} cannot be read ({first_line(error)}); run the evaluation again") from error
+
+
+def known(value: object) -> bool:
+    """Whether it is a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def cluster(row: Row) -> str:
+    """What is resampled together: the pictures of a subject, where the set has subjects, else those of an item."""
+    return row.get("group") or row["item"]
+
+
+def mean_of(rows: list[Row], key: str) -> float | None:
+    """The mean of a metric over an item's pictures; None if none has it."""
+    values = [row[key] for row in rows if known(row.get(key))]
+    return fmean(values) if values else None
+
+
+def axis_values(settings: list[Setting], axis: str) -> list[Any]:
+    """The values of an axis in the order in which they come, each once."""
+    return list({word(setting["axes"].get(axis)): setting["axes"].get(axis) for setting in settings}.values())
+
+
+def axes_of(settings: list[Setting]) -> list[str]:
+    """The axes on which settings differ."""
+    names = list(dict.fromkeys(name for setting in settings for name in setting["axes"]))
+    return [name for name in names if len(axis_values(settings, name)) > 1]
+
+
+def numeric_axes(settings: list[Setting]) -> list[str]:
+    """Those that can be drawn along; the scale first, which most people ask about."""
+    found = [name for name in axes_of(settings) if all(map(known, axis_values(settings, name)))]
+    return sorted(found, key=lambda name: name != "scale")
+
+
+def word(value: Any, longest: int = 40) -> str:
+    """A value of an axis as a label. The end of a long one tells more: it is mostly a path."""
+    if known(value):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= longest else f"…{text[1 - longest :]}"
+
+
+def label_of(setting: Mapping[str, Any]) -> str:
+    """ "scale 0.5 · guidance 3", or the setting's name where nothing was swept."""
+    return " · ".join(f"{name} {word(value)}" for name, value in setting["axes"].items()) or word(setting["name"])

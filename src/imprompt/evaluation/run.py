@@ -1,0 +1,287 @@
+"""An evaluation: pictures made and measured chunk by chunk, on one process or many, from wherever an earlier one ended.
+
+OUT/run.json       what is run: everything that the numbers depend on
+    parts/         of every setting's chunks the rows, and the embeddings of its pictures and of their targets
+    images/        the pictures
+    rows.jsonl     all rows
+    summary.json   means and intervals
+
+A chunk holds the same items and is made in the same batches whoever makes it, so that neither a kill nor the number of processes
+changes a number. Its rows are written last: a chunk with rows is whole.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from filelock import FileLock, Timeout
+from PIL.Image import Image
+from pydantic import Field
+from torch import Tensor
+
+from imprompt.checked import Checked
+from imprompt.errors import ImpromptError, SettingError, first_line
+from imprompt.evaluation.judges import CLIP, DINO, PHOTO, Judge, open_judges
+from imprompt.evaluation.making import Maker, reference_of
+from imprompt.evaluation.metrics import clip_score, cosine, diversity
+from imprompt.evaluation.protocols import Protocol, Setting, settings_of
+from imprompt.evaluation.sets import EvaluationSet, Item, facts, open_set
+from imprompt.evaluation.summary import gather, write_text
+from imprompt.files import check_folder
+from imprompt.images import open_image
+from imprompt.sampling.generate import check_device, default_device
+from imprompt.sampling.record import save_png
+from imprompt.sampling.settings import Precision, Settings
+from imprompt.tensorfiles import flat, some, write_tensors
+from imprompt.training.loop import end_of_another
+
+PATIENCE = timedelta(hours=2)  # that processes wait for the slowest
+DIGITS = 6  # digits of a row's numbers
+OnDone = Callable[[int, int], None]  # (chunks of this process that are there, all of them)
+
+
+class Plan(Checked, frozen=True):
+    """An evaluation as a user asks for it.
+
+    protocol_name   what `protocol` was before values were changed
+    clip, dino      folders or Hub ids of the judges; None: none
+    inception       a TorchScript file, whose features FID and KID then take in place of CLIP's
+    judge_device    where they compute; where the pictures are made if not given
+    skip_bad        leave out the items whose pictures cannot be used
+    threads         of each process on a CPU; as many as torch takes if not given. Another number changes results by rounding
+    """
+
+    path: Path
+    out: Path
+    kind: str = "auto"
+    protocol_name: str = "default"
+    protocol: Protocol = Protocol()
+    sweep: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    model: str = "emoji"
+    adapter: str | None = None
+    encoder: str | None = None
+    variant: str | None = None
+    clip: str | None = CLIP
+    dino: str | None = DINO
+    inception: str | None = None
+    device: str | None = None
+    judge_device: str | None = None
+    dtype: Precision | None = None
+    skip_bad: bool = False
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Items of one setting that are made and measured together; `first` is the number of the first in the set."""
+
+    setting: Setting
+    items: Sequence[Item]
+    first: int
+    stem: Path  # of the files with its rows and its embeddings
+
+    @property
+    def rows(self) -> Path:
+        return self.stem.with_suffix(".jsonl")
+
+    @property
+    def embeddings(self) -> Path:
+        return self.stem.with_suffix(".safetensors")
+
+
+def chunks_of(plan: Plan, settings: Sequence[Setting], items: Sequence[Item]) -> list[Chunk]:
+    """All chunks, setting by setting."""
+    size = max(1, plan.protocol.batch_size // plan.protocol.seeds)
+    return [
+        Chunk(setting, items[first : first + size], first, plan.out / "parts" / setting.name / f"{first // size:06}")
+        for setting in settings
+        for first in range(0, len(items), size)
+    ]
+
+
+def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
+    """Make and measure what is not there yet; give the summary, which the first process writes at the end (others give {}).
+
+    What is wrong is told before anything is made: SettingError, also if `plan.out` holds a run of other settings, ImageError,
+    CheckpointError or MismatchError.
+    """
+    from accelerate import PartialState
+
+    settings = settings_of(plan.protocol, plan.sweep)
+    check_folder(plan.out)
+    whole = open_set(plan.path, plan.kind, plan.protocol.limit, skip_bad=plan.skip_bad)
+    asked = check_device(plan.device) if plan.device else default_device()
+    ranks = PartialState(cpu=asked == "cpu", timeout=PATIENCE)
+    device = str(ranks.device) if asked == "cuda" and ranks.num_processes > 1 else asked
+    if threads := plan.threads or (recorded(plan.out) or {}).get("threads"):
+        torch.set_num_threads(threads)  # as the run was begun: sums in another number of parts are rounded otherwise
+    sources = {"clip": plan.clip, "dino": plan.dino, "inception": plan.inception}
+    judges = open_judges(sources, check_device(plan.judge_device) if plan.judge_device else device)
+    if not judges:
+        raise SettingError("no judge is left to measure with: give --clip, --dino or --inception")
+    maker = Maker(plan, device)
+    for setting in settings:
+        maker.check(setting)
+    run = record(plan, whole, maker, judges, device)
+    check_same(plan.out, run)
+    with ends_told(plan.out):
+        ranks.wait_for_everyone()  # so that all have looked before the first writes
+        lock = begun(plan.out, run) if ranks.is_main_process else None
+        try:
+            chunks = chunks_of(plan, settings, whole.items)
+            mine = chunks[ranks.process_index :: ranks.num_processes]
+            work(mine, plan, maker, Measure(judges), on_done)
+            ranks.wait_for_everyone()
+            summary = gather(plan.out, chunks, run) if ranks.is_main_process else {}
+            ranks.wait_for_everyone()
+        finally:
+            if lock is not None:
+                lock.release()
+    return summary
+
+
+def work(mine: Sequence[Chunk], plan: Plan, maker: Maker, measure: "Measure", on_done: OnDone | None) -> None:
+    """Make, measure and write what is not there; chunks of one adapter after another."""
+    missing = sorted((chunk for chunk in mine if not chunk.rows.exists()), key=lambda chunk: chunk.setting.adapter or "")
+    for done, chunk in enumerate(missing, len(mine) - len(missing)):
+        if on_done:
+            on_done(done, len(mine))
+        pictures = maker.make(chunk.setting, chunk.items, chunk.first)
+        rows, embeddings = measure(chunk, pictures)
+        for path in (chunk.stem, *(plan.out / row["image"] for row in rows)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for row, picture in zip(rows, pictures, strict=True):
+            save_png(picture, plan.out / row["image"])
+        write_tensors(chunk.embeddings, embeddings, {})
+        write_text(chunk.rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if on_done:
+        on_done(len(mine), len(mine))
+
+
+class Measure:
+    """Rows and embeddings of a chunk. A target is embedded once, by itself, so that no number depends on what came before."""
+
+    def __init__(self, judges: Mapping[str, Judge]) -> None:
+        self.judges = judges
+        self._targets: dict[tuple[str, Path], Tensor] = {}
+
+    def __call__(self, chunk: Chunk, pictures: Sequence[Image]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        each = len(pictures) // len(chunk.items)
+        made = {key: judge.images(pictures) for key, judge in self.judges.items()}
+        targets = {key: [self.targets(key, item) for item in chunk.items] for key in self.judges}
+        rows = []
+        for number, item in enumerate(chunk.items):
+            own = {key: embeddings[number * each :][:each] for key, embeddings in made.items()}
+            columns = self.columns(item, own, {key: of[number] for key, of in targets.items()})
+            for k in range(each):
+                seed = chunk.setting.protocol.seed + (chunk.first + number) * each + k
+                rows.append({
+                    "setting": chunk.setting.name, "item": item.name, "group": item.group, "number": k, "seed": seed,
+                    "caption": item.caption, "image": f"images/{chunk.setting.name}/{item.name}-{seed}.png",
+                    "reference": str(reference_of(item, k)),
+                    **{key: round(values[k].item(), DIGITS) for key, values in columns.items()},
+                })  # fmt: skip
+        return rows, made | {f"{key}.targets": torch.cat(of) for key, of in targets.items()}
+
+    def targets(self, key: str, item: Item) -> Tensor:
+        """(T, E) of an item's targets."""
+        for path in item.targets:
+            if (key, path) not in self._targets:
+                self._targets[key, path] = self.judges[key].images([open_image(path)])
+        return torch.cat([self._targets[key, path] for path in item.targets])
+
+    def columns(self, item: Item, made: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The numbers of an item's K pictures, (K,) each, as far as there are judges and a caption for them."""
+        told = {}
+        for name, key in (("clip_i", "clip"), ("dino", "dino")):
+            if key in made:
+                told[name] = cosine(made[key][:, None], targets[key][None]).mean(1)
+        clip = self.judges.get("clip")
+        if clip is not None and clip.texts is not None and item.caption:
+            for name, prefix in (("", ""), ("_photo", PHOTO)):
+                told[f"clip_t{name}"] = cosine(made["clip"], clip.texts([prefix + item.caption]))
+                told[f"clip_score{name}"] = clip_score(told[f"clip_t{name}"])
+        if clip is not None and len(made["clip"]) > 1:
+            told["diversity"] = diversity(made["clip"])
+        return told
+
+
+def record(plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, Judge], device: str) -> dict[str, Any]:
+    """run.json: all that the numbers depend on."""
+    import diffusers
+    import transformers
+
+    from imprompt import __version__
+
+    made = maker.facts()
+    resolved = maker.pipe.resolve(Settings(steps=plan.protocol.steps, guidance=plan.protocol.guidance))
+    protocol = plan.protocol.model_dump() | {"steps": resolved.steps, "guidance": resolved.guidance}
+    on_gpu = device.startswith("cuda")
+    return {
+        "imprompt": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if on_gpu else device,
+        **({} if on_gpu else {"threads": torch.get_num_threads()}),
+        "set": facts(whole, plan.protocol.limit),
+        "protocol": {"name": plan.protocol_name, **protocol, "size": list(resolved.size)},
+        "sweep": {axis: list(values) for axis, values in plan.sweep.items()},
+        **made,
+        "judges": [judge.facts() for judge in judges.values()],
+        "features": next((key for key in ("inception", "clip") if key in judges), None),
+    }
+
+
+def recorded(out: Path) -> dict[str, Any] | None:
+    """run.json, if there is one."""
+    path = out / "run.json"
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise SettingError(f"{path} is damaged ({first_line(error)}); give another --out") from error
+
+
+def check_same(out: Path, run: Mapping[str, Any]) -> None:
+    """Raise SettingError, naming what differs, if `out` was begun with other settings."""
+    begun_with = recorded(out)
+    if begun_with is None:
+        return
+    was, now = dict(flat(by_name(begun_with))), dict(flat(by_name(json.loads(json.dumps(run)))))
+    changed = [f"{key} = {was.get(key)!r} (now {now.get(key)!r})" for key in {**was, **now} if was.get(key) != now.get(key)]
+    if changed:
+        raise SettingError(f"{out} was begun with {some(changed, 3)}: give another --out, or the old values")
+
+
+def by_name(run: Mapping[str, Any]) -> dict[str, Any]:
+    """run.json with its lists of judges and adapters as mappings, for a difference to have a short name."""
+    lists = {"judges": "key", "adapters": "name"}
+    return {**run, **{part: {one[name]: one for one in run[part]} for part, name in lists.items()}}
+
+
+def begun(out: Path, run: Mapping[str, Any]) -> Any:
+    """The sole right to write into the folder, which ends with this process at the latest."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(out / ".lock", blocking=False).acquire().lock
+    except Timeout as error:
+        raise SettingError(f"another process is evaluating into {out}: wait for it, or give another --out") from error
+    if recorded(out) is None:
+        write_text(out / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
+    return lock
+
+
+@contextmanager
+def ends_told(out: Path) -> Iterator[None]:
+    """The end of another process of the run as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (what := end_of_another(error)) is None:
+            raise
+        raise ImpromptError(f"{what}. The same command goes on from what is in {out}") from error

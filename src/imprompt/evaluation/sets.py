@@ -1,0 +1,229 @@
+"""What is evaluated on: items with their image prompts, the pictures to compare with, and captions.
+
+Every kind of set is read from local files; SETS is the table of all.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from imprompt.checked import near
+from imprompt.errors import ImageError, SettingError
+from imprompt.images import open_image
+from imprompt.training.recipe import Columns
+from imprompt.training.sources import FOLDER_FORM, Names, json_lines, json_list, parse_json, read_listing, read_text
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to make pictures of.
+
+    references  files that prompt it; its picture k hears the k-th of them, and from the last on the first again
+    targets     files that a result should be like
+    group       what it belongs to, such as a subject
+    """
+
+    name: str
+    references: tuple[Path, ...]
+    targets: tuple[Path, ...]
+    caption: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The items of a set in their order.
+
+    sha256   of the names, captions and groups, and of what the files hold
+    skipped  what is wrong with the items that were left out
+    """
+
+    kind: str
+    path: Path
+    items: Sequence[Item]
+    sha256: str = ""
+    skipped: tuple[str, ...] = ()
+
+
+# A folder with metadata.jsonl
+
+
+def folder_items(root: Path) -> Iterator[Item]:
+    """As for training: a line {"file_name": …, "text": …, "reference": …} per picture."""
+    names = Names.of(Columns(), "file_name", "text", "reference,references,reference_file_name,reference_file_names")
+    for row in read_listing(root / "metadata.jsonl", json_lines, FOLDER_FORM, names, root):
+        picture = Path(row.picture)
+        references = tuple(map(Path, row.references)) or (picture,)
+        yield Item(picture.relative_to(root).with_suffix("").as_posix(), references, (picture,), (row.text or "").strip())
+
+
+# COCO
+
+
+def captions_file(root: Path) -> Path | None:
+    """The newest annotations/captions_val*.json whose pictures are there."""
+    found = (root / "annotations").glob("captions_val*.json")
+    return max((path for path in found if pictures_of(path).is_dir()), default=None)
+
+
+def pictures_of(captions: Path) -> Path:
+    return captions.parents[1] / captions.stem.removeprefix("captions_")
+
+
+def coco_items(root: Path) -> Iterator[Item]:
+    """val2017/ and annotations/captions_val2017.json: by image id, each with its first caption by annotation id."""
+    path = captions_file(root)
+    assert path is not None
+    told = parse_json(read_text(path), path)
+    try:
+        first = {}
+        for annotation in sorted(told["annotations"], key=lambda one: one["id"]):
+            first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
+        pictures = sorted((image["id"], image["file_name"]) for image in told["images"] if image["id"] in first)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SettingError(f"{path} holds no COCO captions: lists images (id, file_name) and annotations are due") from error
+    for number, name in pictures:
+        file = pictures_of(path) / name
+        yield Item(Path(name).stem, (file,), (file,), first[number])
+
+
+# Subjects, such as CustomConcept101 or DreamBench
+
+
+def subject_items(root: Path) -> Iterator[Item]:
+    return (listed_subjects if (root / "dataset.json").is_file() else subject_folders)(root)
+
+
+def listed_subjects(root: Path) -> Iterator[Item]:
+    """CustomConcept101's dataset.json: a list of {"class_prompt", "instance_data_dir", "prompt_filename"}."""
+    for place, entry in json_list(root / "dataset.json"):
+        try:
+            folder, kind, prompts = (entry[key] for key in ("instance_data_dir", "class_prompt", "prompt_filename"))
+            files = Path(root, folder), Path(root, prompts)
+        except (KeyError, TypeError) as error:
+            form = '{"class_prompt": "toy", "instance_data_dir": "toy_bear", "prompt_filename": "prompts/toy.txt"}'
+            raise SettingError(f"{root / 'dataset.json'}, {place}: entries look like {form}") from error
+        yield from subject(files[0], files[1], kind)
+
+
+def subject_folders(root: Path) -> Iterator[Item]:
+    """A folder of pictures per subject, with a prompts.txt in it or one for all beside; the folder's name is its class."""
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and pictures_in(path)):
+        own = folder / "prompts.txt"
+        yield from subject(folder, own if own.is_file() else root / "prompts.txt", re.sub(r"[\W_\d]+", " ", folder.name).strip())
+
+
+def subject(folder: Path, prompts: Path, kind: str) -> Iterator[Item]:
+    """An item per prompt; {} in it is the class. All pictures of the subject prompt in turn, and are compared with."""
+    for path, what in ((folder, "the subject's folder"), (prompts, "its prompts, one a line")):
+        if not path.exists():
+            raise SettingError(f"{path}: there is no such file; it should hold {what}")
+    pictures = tuple(pictures_in(folder))
+    if not pictures:
+        raise SettingError(f"{folder} holds no picture of its subject")
+    lines = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        yield Item(f"{folder.name}-{number:02}", pictures, pictures, line.replace("{}", kind), folder.name)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+
+
+def has_subjects(root: Path) -> bool:
+    return any(next(root.glob(name), None) for name in ("dataset.json", "prompts.txt", "*/prompts.txt"))
+
+
+# All of them
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of set: how it looks, how that is told from others, what reads it."""
+
+    form: str
+    fits: Callable[[Path], bool]
+    items: Callable[[Path], Iterator[Item]]
+
+
+SETS = {
+    "folder": Kind("metadata.jsonl", lambda root: (root / "metadata.jsonl").is_file(), folder_items),
+    "coco": Kind("annotations/captions_val2017.json and val2017/", lambda root: captions_file(root) is not None, coco_items),
+    "subjects": Kind("CustomConcept101's dataset.json, or a folder per subject and prompts.txt", has_subjects, subject_items),
+}
+
+
+def open_set(path: Path, kind: str = "auto", limit: int | None = None, *, skip_bad: bool = False) -> EvaluationSet:
+    """The first `limit` items of the set in a folder, every file of them read.
+
+    SettingError if it is of no known kind or malformed; ImageError, naming the first file, if pictures cannot be used. `skip_bad`
+    leaves their items out.
+    """
+    if not path.is_dir():
+        raise SettingError(f"{path}: there is no such folder; a set is a folder with {forms()}")
+    if kind not in ("auto", *SETS):
+        raise SettingError(f"unknown kind of set {kind!r}{near(kind, ('auto', *SETS))}")
+    known = {kind: SETS[kind]} if kind != "auto" else SETS
+    found = next((name for name, one in known.items() if one.fits(path)), None)
+    if found is None:
+        raise SettingError(f"{path} is no set: it should hold {forms(known)}")
+    items = named_apart(SETS[found].items(path.absolute()))[:limit]
+    if not items:
+        raise SettingError(f"{path} lists nothing to evaluate on")
+    return read_through(EvaluationSet(found, path.absolute(), items), skip_bad)
+
+
+def forms(known: dict[str, Kind] = SETS) -> str:
+    return ", or ".join(kind.form for kind in known.values())
+
+
+def named_apart(items: Iterator[Item]) -> list[Item]:
+    """With names that go into a file's name, each another."""
+    met: Counter[str] = Counter()
+    apart = []
+    for item in items:
+        name = re.sub(r"[^\w.+-]+", "-", item.name)
+        met[name] += 1
+        apart.append(replace(item, name=f"{name}-{met[name]}" if met[name] > 1 else name))
+    return apart
+
+
+def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
+    """The set with its hash, after every picture was decoded once."""
+    held: dict[Path, str] = {}  # file -> sha256, or what is wrong with it after a space
+    good, bad, digest = [], [], hashlib.sha256()
+    for item in whole.items:
+        for path in (*item.references, *item.targets):
+            if path not in held:
+                held[path] = looked_at(path)
+        if wrong := next((held[path] for path in (*item.references, *item.targets) if held[path].startswith(" ")), ""):
+            bad.append(wrong.strip())
+            continue
+        good.append(item)
+        files = [[held[path] for path in part] for part in (item.references, item.targets)]
+        digest.update(json.dumps([item.name, item.caption, item.group, *files]).encode())
+    if bad and (not skip_bad or not good):
+        more = f" (and {len(bad) - 1} more of {len(whole.items)} items)" if len(bad) > 1 else ""
+        raise ImageError(f"{bad[0]}{more}; --skip-bad evaluates without")
+    return replace(whole, items=good, sha256=digest.hexdigest(), skipped=tuple(bad))
+
+
+def looked_at(path: Path) -> str:
+    try:
+        open_image(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except ImageError as error:
+        return f" {error}"
+
+
+def facts(whole: EvaluationSet, limit: int | None) -> dict[str, Any]:
+    """What a run's record says of the set."""
+    told = {"kind": whole.kind, "path": str(whole.path), "sha256": whole.sha256, "items": len(whole.items), "limit": limit}
+    return told | ({"skipped": list(whole.skipped)} if whole.skipped else {})

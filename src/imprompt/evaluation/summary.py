@@ -1,0 +1,94 @@
+"""Rows and embeddings of all chunks -> rows.jsonl and summary.json: means, intervals, distances."""
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from imprompt.errors import SettingError
+from imprompt.evaluation.metrics import METRICS, SUBSET_SIZE, Interval, frechet_distance, interval, kernel_distances
+from imprompt.evaluation.results import Row, cluster
+from imprompt.files import written_whole
+
+if TYPE_CHECKING:
+    from imprompt.evaluation.run import Chunk
+
+
+def gather(out: Path, chunks: Sequence["Chunk"], run: dict[str, Any]) -> dict[str, Any]:
+    """Write rows.jsonl and summary.json of a run whose chunks are all there, in the order of its settings; give the summary."""
+    rows, settings, notes = [], [], {}
+    for setting, group in groupby(chunks, key=lambda chunk: chunk.setting):
+        own = list(group)
+        mine = [row for chunk in own for row in read_rows(chunk.rows)]
+        metrics = {name: told._asdict() for name, told in of_rows(mine)}
+        if run["features"] is not None:
+            real, made = features_of(own, run["features"])
+            metrics |= {name: told._asdict() for name, told in distances(real, made)}
+            notes |= dict.fromkeys(notes_on(real, made, run["features"]))
+        rows += mine
+        items = len({row["item"] for row in mine})
+        settings.append({"name": setting.name, "axes": dict(setting.axes), "count": len(mine), "items": items, "metrics": metrics})
+    summary = {"run": run, "settings": settings, "notes": [*notes]}
+    write_text(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
+    return summary
+
+
+def read_rows(path: Path) -> list[Row]:
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{path} is gone or damaged: delete it, and the same command makes it again") from error
+
+
+def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
+    """The mean of every metric that pictures have of their own, over those that have it."""
+    number = {name: index for index, name in enumerate(dict.fromkeys(map(cluster, rows)))}
+    for name, metric in METRICS.items():
+        told = [(row[name], number[cluster(row)]) for row in rows if name in row]
+        if metric.per_picture and told:
+            values, items = zip(*told, strict=True)
+            yield name, interval(torch.tensor(values, dtype=torch.float64), torch.tensor(items))
+
+
+def features_of(chunks: Sequence["Chunk"], key: str) -> tuple[Tensor, Tensor]:
+    """Features of all targets (R, D), each file's once, and of all pictures (N, D)."""
+    real: dict[Path, Tensor] = {}
+    made = []
+    for chunk in chunks:
+        held = load_file(chunk.embeddings)
+        targets = [path for item in chunk.items for path in item.targets]
+        real |= zip(targets, held[f"{key}.targets"], strict=True)
+        made.append(held[key])
+    return torch.stack([*real.values()]), torch.cat(made)
+
+
+def distances(real: Tensor, made: Tensor) -> Iterable[tuple[str, Interval]]:
+    """FID, which resampling would raise so that it has no interval, and KID × 1000 with where 95 % of its subsets' values lie."""
+    if min(len(real), len(made)) < 2:
+        return
+    yield "fid", Interval(frechet_distance(real, made), None, None)
+    apart = 1000 * kernel_distances(real, made)
+    whole = min(len(real), len(made)) <= SUBSET_SIZE  # then a subset is all of the one or the other
+    low, high = (None, None) if whole else apart.quantile(apart.new_tensor([0.025, 0.975])).tolist()
+    yield "kid", Interval(apart.mean().item(), low, high)
+
+
+def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
+    """What a reader of FID and KID has to know."""
+    if key != "inception":
+        yield f"FID and KID are of {key.upper()}'s features: not to be compared with published numbers, which are of Inception's"
+    count, width = min(len(real), len(made)), made.shape[1]
+    if count <= width:
+        yield f"FID of {count:,} pictures is far too high, as a feature has {width:,} dimensions; KID holds for few pictures too"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    with written_whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
