@@ -25,6 +25,7 @@ from imprompt.evaluation.protocols import Protocol, protocol, read_sweep, settin
 from imprompt.evaluation.run import Chunk, Measure, Plan, evaluate
 from imprompt.evaluation.sets import Item
 from imprompt.evaluation.summary import distances, notes_on, of_rows
+from imprompt.models import PACKAGED
 from tests import commands
 from tests.judges import tiny_clip, tiny_dino, tiny_dinov2, tiny_inception
 from tests.ranks import CONTEXT, PATIENCE
@@ -208,6 +209,57 @@ def test_a_finished_run_is_only_read(place: Path) -> None:
     assert summary["settings"] == json.loads((place / "whole" / "summary.json").read_text())["settings"]
 
 
+def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(place / "whole", place / name))
+
+    headless = copied("headless")
+    (headless / "run.json").unlink()
+    with pytest.raises(SettingError, match=r"holds parts of a run, but no run.json says of which: give another --out"):
+        evaluate(plan(place, "headless", protocol={}))
+    for text in ("{}", "[]", "{"):
+        (headless / "run.json").write_text(text)
+        with pytest.raises(SettingError, match=r"run.json is damaged \(.*give another --out"):
+            evaluate(plan(place, "headless", protocol={}))
+    cut = copied("cut")
+    first = parts(cut)[0]
+    first.write_text(first.read_text().splitlines()[0] + "\n")
+    with pytest.raises(SettingError, match=rf"{first.name} is gone or damaged: delete .*{first.name}, and the same command"):
+        evaluate(plan(place, "cut", protocol={}))
+    shutil.copy(parts(place / "whole")[0], first)
+    embeddings = first.with_suffix(".safetensors")
+    embeddings.write_bytes(embeddings.read_bytes()[:50])
+    with pytest.raises(SettingError, match=rf"{embeddings.name} is gone or damaged: delete .*{first.name}, and"):
+        evaluate(plan(place, "cut", protocol={}))
+
+
+def test_files_that_a_kill_left_unfinished_go(place: Path) -> None:
+    held = Path(shutil.copytree(place / "whole", place / "littered"))
+    left = [held / "parts" / ".x.jsonl.1234.part", next((held / "images").iterdir()) / ".0-1.png.12.part"]
+    for path in left:
+        path.touch()
+    evaluate(plan(place, "littered", protocol={}))
+    assert not any(path.exists() for path in left)
+
+
+def test_another_schedule_is_another_run(place: Path) -> None:
+    packaged = PACKAGED / "emoji"
+    model = Path(shutil.copytree(packaged, place / "model"))
+    adapter = str(model / "adapters" / "base.safetensors")
+    one = plan(place, "scheduled", model=str(model), adapter=adapter, sweep={}, protocol={"limit": 1, "steps": 1})
+    evaluate(one)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.011"))
+    with pytest.raises(SettingError, match=r"begun with model.scheduler_config.beta_end = 0.012 \(now 0.011\)"):
+        evaluate(one)
+
+
+def test_a_value_is_given_once(place: Path) -> None:
+    ended = commands.imprompt([*arguments(place, "twice"), "--scale", "0.9"], place / "twice-notes")
+    assert ended.code == 2
+    assert "--scale and --sweep scale are both given: give one of them" in ended.said
+
+
 def test_a_damaged_picture_is_named_before_anything_runs(place: Path) -> None:
     shutil.copytree(place / "set", place / "bad")
     (place / "bad" / "1.png").write_bytes((place / "bad" / "1.png").read_bytes()[:60])
@@ -289,6 +341,15 @@ def test_protocols_and_sweeps() -> None:
     assert settings[1].name == "scale=0,steps=10,adapter=.-runs-a-b"
     assert (settings[-1].protocol.scale, settings[-1].protocol.steps, settings[-1].protocol.guidance) == (1, 20, 7.5)
     assert [setting.name for setting in settings_of(paper, {})] == ["all"]
+    near = read_sweep(["scale=-1,1,0.1234567,0.1234568", "adapter=a b,a-b", "blocks=-1"])
+    names = [setting.name for setting in settings_of(paper, near)]
+    assert names[0] == "scale=-1,adapter=a-b,blocks=-1"
+    assert names[1] == "scale=-1,adapter=a-b,blocks=-1-2"
+    assert names[4] == "scale=0.1234567,adapter=a-b,blocks=-1"
+    assert len(set(names)) == 8
+    long = settings_of(paper, {"adapter": ("/" + "x" * 400, "/" + "x" * 401)})
+    assert all(len(setting.name) <= 150 for setting in long)
+    assert long[0].name != long[1].name
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,10 @@ def test_coco_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "captions_val2017.json").write_text('{"images": []}')
     with pytest.raises(SettingError, match="holds no COCO captions: lists images"):
         open_set(tmp_path)
+    told = {"images": [{"id": 1, "file_name": 5}], "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(told))
+    with pytest.raises(SettingError, match="holds no COCO captions: lists images"):
+        open_set(tmp_path)
 
 
 def test_subjects_as_customconcept101_lists_them(tmp_path: Path) -> None:
@@ -99,6 +103,37 @@ def test_subjects_as_customconcept101_lists_them(tmp_path: Path) -> None:
         open_set(tmp_path)
 
 
+def test_subjects_of_one_name_stay_apart(tmp_path: Path) -> None:
+    entries = [{"class_prompt": "dog", "instance_data_dir": f"{side}/dog", "prompt_filename": "p.txt"} for side in "ab"]
+    for entry in entries:
+        picture(tmp_path / str(entry["instance_data_dir"]) / "0.png")
+    (tmp_path / "p.txt").write_text("a {}")
+    (tmp_path / "dataset.json").write_text(json.dumps(entries))
+    assert [(item.name, item.group) for item in open_set(tmp_path).items] == [("a-dog-00", "a/dog"), ("b-dog-00", "b/dog")]
+    (tmp_path / "dataset.json").write_text(json.dumps([entries[0] | {"class_prompt": 5}]))
+    with pytest.raises(SettingError, match="entry 1: entries look like"):
+        open_set(tmp_path)
+
+
+def test_names_stay_apart_and_short(tmp_path: Path) -> None:
+    long = "/".join(["d" * 120] * 3) + "/f.png"
+    names = ["a.png", "a.png", "a-2.png", "A.png", long]
+    elsewhere = picture(tmp_path / "else" / "x.png")
+    listing(tmp_path / "set", *({"file_name": name} for name in names), {"file_name": str(elsewhere)})
+    found = [item.name for item in open_set(tmp_path / "set").items]
+    assert found[:4] == ["a", "a-2", "a-2-2", "A-3"]
+    assert len({name.casefold() for name in found}) == len(found) == 6
+    assert len(found[4].encode()) <= 150
+    assert found[5].endswith("else-x")
+
+
+def test_half_an_emoji_is_no_caption(tmp_path: Path) -> None:
+    listing(tmp_path, {"file_name": "0.png", "text": "a cat"}, {"file_name": "1.png", "text": "a \ud83d"})
+    with pytest.raises(ImageError, match=r"^1: its caption is no Unicode text; --skip-bad"):
+        open_set(tmp_path)
+    assert [item.name for item in open_set(tmp_path, skip_bad=True).items] == ["0"]
+
+
 def test_subjects_in_folders_with_their_own_prompts_or_one_list(tmp_path: Path) -> None:
     for name in ("red_cartoon2", "dog"):
         picture(tmp_path / name / "0.png")
@@ -107,7 +142,7 @@ def test_subjects_in_folders_with_their_own_prompts_or_one_list(tmp_path: Path) 
     told = [(item.name, item.caption) for item in open_set(tmp_path, "subjects").items]
     assert told == [("dog-00", "a dog in a hat"), ("dog-01", "a dog asleep"), ("red_cartoon2-00", "a red cartoon on a beach")]
     (tmp_path / "prompts.txt").unlink()
-    with pytest.raises(SettingError, match=r"prompts.txt: there is no such file; it should hold its prompts"):
+    with pytest.raises(SettingError, match=r"prompts.txt: there is no such file; it should hold the subject's prompts"):
         open_set(tmp_path)
 
 

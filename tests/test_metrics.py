@@ -189,3 +189,9 @@ def test_a_difference_is_of_the_same_items() -> None:
 def test_every_metric_says_what_it_is() -> None:
     assert all(metric.about.endswith(".") and metric.title for metric in METRICS.values())
     assert [key for key, metric in METRICS.items() if not metric.per_picture] == ["fid", "kid"]
+
+
+def test_one_item_has_no_interval() -> None:
+    values, items = torch.tensor([0.4, 0.6]), torch.zeros(2, dtype=torch.long)
+    assert interval(values, items) == (pytest.approx(0.5), None, None)
+    assert difference(values, items, values + 0.1, items) == (pytest.approx(-0.1), None, None)

@@ -246,6 +246,10 @@ def test_a_folder_that_holds_no_finished_run(tmp_path: Path) -> None:
     (folder / "rows.jsonl").write_text("")
     with pytest.raises(SettingError, match="no pictures of scale=0"):
         write_report(folder)
+    for text, said in (("[]", "its summary.json lacks 'run'"), ('{"run": {}, "settings": [{"name": "a"}]}', "lacks 'axes'")):
+        (folder / "summary.json").write_text(text)
+        with pytest.raises(SettingError, match=said):
+            write_report(folder)
 
 
 def test_a_comparison_pairs_items(tmp_path: Path) -> None:
@@ -277,6 +281,8 @@ def test_a_comparison_of_what_is_not_the_same(tmp_path: Path) -> None:
 
 
 def test_comparisons_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"--out .*rows.jsonl: a page is written, so give a name that ends in .html"):
+        write_comparison(tmp_path, tmp_path, tmp_path / "rows.jsonl")
     first = run_folder(tmp_path / "a")
     with pytest.raises(SettingError, match="share no item"):
         write_comparison(first, run_folder(tmp_path / "b", items=("x", "y")), tmp_path / "page.html")

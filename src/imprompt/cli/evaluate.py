@@ -62,6 +62,7 @@ def run(
     from rich.progress import Progress
 
     from imprompt.cli import loading, quiet
+    from imprompt.errors import SettingError
     from imprompt.evaluation.protocols import protocol as named
     from imprompt.evaluation.protocols import read_sweep, settings_of
 
@@ -69,7 +70,10 @@ def run(
         "limit": limit, "seeds": seeds, "seed": seed, "captions": captions, "scale": scale, "scheduler": scheduler, "steps": steps,
         "guidance": guidance, "negative_prompt": negative, "batch_size": batch_size,
     }  # fmt: skip
-    plan, points = named(protocol, **changes), read_sweep(sweep or [])
+    points = read_sweep(sweep or [])
+    if twice := next((axis for axis in points if (changes | {"adapter": adapter}).get(axis) is not None), ""):
+        raise SettingError(f"--{twice} and --sweep {twice} are both given: give one of them")
+    plan = named(protocol, **changes)
     settings_of(plan, points)  # what is wrong with it is told before torch is there
     with loading():
         from imprompt.evaluation.run import Plan, evaluate

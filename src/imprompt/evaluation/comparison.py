@@ -51,6 +51,8 @@ class Pair:
 
 def write_comparison(a: Path, b: Path, out: Path) -> Path:
     """Write a page on the finished runs in folders `a` and `b`; SettingError where they share no setting, item or metric."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise SettingError(f"--out {out}: a page is written, so give a name that ends in .html")
     first, second = read_results(a), read_results(b)
     pairs = [_pair(first, second, *both) for both in _settings(first, second)]
     pairs = [pair for pair in pairs if pair.items]

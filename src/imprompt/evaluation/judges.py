@@ -146,6 +146,9 @@ def refused(key: str, source: str, why: str) -> CheckpointError:
 
 def open_judges(sources: Mapping[str, str | None], device: str) -> dict[str, Judge]:
     """The judges of these sources, by key; those of None are left out. CheckpointError."""
+    for key, source in sources.items():
+        if source is not None and Path(source).is_absolute() and not Path(source).exists():
+            raise refused(key, source, "there is no such file" if key == "inception" else "there is no such folder")
     return {key: JUDGES[key](source, device) for key, source in sources.items() if source is not None}
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 
 from imprompt.encoders.kept import FeatureMemory
-from imprompt.evaluation.judges import weights_hash
+from imprompt.evaluation.judges import weights_hash, words
 from imprompt.evaluation.protocols import Setting
 from imprompt.evaluation.sets import Item
 from imprompt.models import find_model
@@ -82,6 +82,8 @@ class Maker:
             self.wear(name)
             worn = self.pipe.first
             encoder = {"source": worn.reader.encoder.source, "fingerprint": worn.reader.encoder.fingerprint()}
+            if processor := getattr(worn.reader.encoder, "processor", None):  # faces are found otherwise
+                encoder["preprocessing"] = words(processor)
             adapters.append({"name": name or worn.name, "sha256": weights_hash(worn.adapter.state_dict()), "encoder": encoder})
         parts = {name: getattr(base, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
         return {
@@ -90,6 +92,7 @@ class Maker:
                 "base": str(known.base),
                 "sha256": {name: weights_hash(part.state_dict()) for name, part in parts.items() if part is not None},
                 "scheduler": type(base.scheduler).__name__,
+                "scheduler_config": {key: value for key, value in base.scheduler.config.items() if not key.startswith("_")},
             },
             "adapters": adapters,
             "dtype": str(base.unet.dtype).removeprefix("torch."),

@@ -113,7 +113,7 @@ def _mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval."""
+    """A mean with its 95 % interval; with none where there is but one item."""
 
     value: float
     low: float | None
@@ -126,6 +126,8 @@ def interval(values: Tensor, items: Tensor, *, seed: int = 0) -> Interval:
     items  (N,) of integers: which item each value is of
     """
     sums, counts = _by_item(values, items)
+    if len(sums) < 2:
+        return Interval(values.double().mean().item(), None, None)
     means = torch.cat([sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in _resamples(len(sums), seed)])
     return Interval(values.double().mean().item(), *_central(means))
 
@@ -143,12 +145,14 @@ def difference(a: Tensor, a_items: Tensor, b: Tensor, b_items: Tensor, *, seed: 
         kept = torch.isin(items, shared)
         pair.append(_by_item(values[kept], torch.searchsorted(shared, items[kept])))
     (sums, counts), (other_sums, other_counts) = pair
+    value = (sums.sum() / counts.sum() - other_sums.sum() / other_counts.sum()).item()
+    if len(shared) < 2:
+        return Interval(value, None, None)
     drawn_means = [
         sums[drawn].sum(1) / counts[drawn].sum(1) - other_sums[drawn].sum(1) / other_counts[drawn].sum(1)
         for drawn in _resamples(len(shared), seed)
     ]
-    value = sums.sum() / counts.sum() - other_sums.sum() / other_counts.sum()
-    return Interval(value.item(), *_central(torch.cat(drawn_means)))
+    return Interval(value, *_central(torch.cat(drawn_means)))
 
 
 def _by_item(values: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """How pictures are made for an evaluation: named protocols, each a row of values that can be changed, and sweeps over some."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from imprompt.checked import Checked, near, one_of
 from imprompt.errors import SettingError
+from imprompt.evaluation.names import told_apart
 from imprompt.sampling.settings import Text
 
 SchedulerName = Literal["default", "ddim"]
@@ -103,18 +103,21 @@ class Setting:
 
 def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
     """All points of a sweep, the last axis fastest; a single one, called "all", without a sweep. SettingError."""
+    for axis, values in sweep.items():
+        value, often = Counter(values).most_common(1)[0]
+        if often > 1:
+            raise SettingError(f"--sweep: {axis}={said(value)} is there {often} times; give each value once")
+    points = [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
+    names = told_apart(",".join(f"{axis}={said(value)}" for axis, value in axes.items()) or "all" for axes in points)
     settings = []
-    for values in product(*sweep.values()):
-        axes = dict(zip(sweep, values, strict=True))
-        own = {name: value for name, value in axes.items() if name in Protocol.model_fields}
-        name = ",".join(f"{axis}={filed(value)}" for axis, value in axes.items()) or "all"
+    for name, axes in zip(names, points, strict=True):
+        own = {axis: value for axis, value in axes.items() if axis in Protocol.model_fields}
         settings.append(Setting(name, axes, changed(plan, own)))
-    name, often = Counter(setting.name for setting in settings).most_common(1)[0]
-    if often > 1:
-        raise SettingError(f"--sweep: {name} is there {often} times; give each value once")
     return settings
 
 
-def filed(value: Any) -> str:
-    """A value as part of a file's name."""
-    return re.sub(r"[^\w.+-]+", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip("-")
+def said(value: Any) -> str:
+    """A value in a setting's name: a number as short as it can be told, a path without its first slash."""
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value).lstrip("/")

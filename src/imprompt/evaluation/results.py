@@ -30,18 +30,26 @@ def read_results(folder: Path) -> Results:
     summary = _read(folder, "summary.json", json.loads)
     lines = _read(folder, "rows.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line])
     rows: dict[str, dict[str, list[Row]]] = {}
-    try:
-        for row in lines:
-            rows.setdefault(row["setting"], {}).setdefault(row["item"], []).append(row)
-        unmade = [setting["name"] for setting in summary["settings"] if setting["name"] not in rows]
-        results = Results(folder, summary["run"], summary["settings"], summary.get("notes", []), rows)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SettingError(f"{folder} is no finished run: its summary.json or rows.jsonl lacks {first_line(error)}") from error
+    _check("summary.json", summary, {"run": dict, "settings": list}, folder)
+    for setting in summary["settings"]:
+        _check("summary.json", setting, {"name": str, "axes": dict, "metrics": dict, "count": int, "items": int}, folder)
+    for row in lines:
+        _check("rows.jsonl", row, {"setting": str, "item": str, "seed": int, "image": str, "reference": str}, folder)
+        rows.setdefault(row["setting"], {}).setdefault(row["item"], []).append(row)
+    unmade = [setting["name"] for setting in summary["settings"] if setting["name"] not in rows]
+    results = Results(folder, summary["run"], summary["settings"], summary.get("notes", []), rows)
     if unmade or not results.settings:
         raise SettingError(
             f"{folder} is no finished run: no pictures of {unmade[0] if unmade else 'any setting'} are in rows.jsonl"
         )
     return results
+
+
+def _check(name: str, told: Any, kinds: Mapping[str, type], folder: Path) -> None:
+    """SettingError unless `told`, of the file `name`, holds values of these kinds."""
+    wrong = [key for key, kind in kinds.items() if not (isinstance(told, dict) and isinstance(told.get(key), kind))]
+    if wrong:
+        raise SettingError(f"{folder} is no finished run: its {name} lacks {wrong[0]!r}; run the evaluation again")
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:

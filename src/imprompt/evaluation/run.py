@@ -86,6 +86,10 @@ class Chunk:
     stem: Path  # of the files with its rows and its embeddings
 
     @property
+    def pictures(self) -> int:
+        return len(self.items) * self.setting.protocol.seeds
+
+    @property
     def rows(self) -> Path:
         return self.stem.with_suffix(".jsonl")
 
@@ -132,6 +136,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     with ends_told(plan.out):
         ranks.wait_for_everyone()  # so that all have looked before the first writes
         lock = begun(plan.out, run) if ranks.is_main_process else None
+        ranks.wait_for_everyone()  # nobody's unfinished file is taken for one that an earlier run left
         try:
             chunks = chunks_of(plan, settings, whole.items)
             mine = chunks[ranks.process_index :: ranks.num_processes]
@@ -158,7 +163,7 @@ def work(mine: Sequence[Chunk], plan: Plan, maker: Maker, measure: "Measure", on
         for row, picture in zip(rows, pictures, strict=True):
             save_png(picture, plan.out / row["image"])
         write_tensors(chunk.embeddings, embeddings, {})
-        write_text(chunk.rows, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(chunk.rows, "".join(json.dumps(row) + "\n" for row in rows))
     if on_done:
         on_done(len(mine), len(mine))
 
@@ -241,16 +246,22 @@ def record(plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, 
 def recorded(out: Path) -> dict[str, Any] | None:
     """run.json, if there is one."""
     path = out / "run.json"
+    if not path.exists():
+        return None
     try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-    except ValueError as error:
+        run = json.loads(path.read_text("utf-8"))
+        by_name(run)
+    except (ValueError, KeyError, TypeError) as error:
         raise SettingError(f"{path} is damaged ({first_line(error)}); give another --out") from error
+    return run
 
 
 def check_same(out: Path, run: Mapping[str, Any]) -> None:
     """Raise SettingError, naming what differs, if `out` was begun with other settings."""
     begun_with = recorded(out)
     if begun_with is None:
+        if (out / "parts").exists():
+            raise SettingError(f"{out} holds parts of a run, but no run.json says of which: give another --out")
         return
     was, now = dict(flat(by_name(begun_with))), dict(flat(by_name(json.loads(json.dumps(run)))))
     changed = [f"{key} = {was.get(key)!r} (now {now.get(key)!r})" for key in {**was, **now} if was.get(key) != now.get(key)]
@@ -271,8 +282,10 @@ def begun(out: Path, run: Mapping[str, Any]) -> Any:
         lock = FileLock(out / ".lock", blocking=False).acquire().lock
     except Timeout as error:
         raise SettingError(f"another process is evaluating into {out}: wait for it, or give another --out") from error
+    for left in out.rglob(".*.part"):  # of a killed process
+        left.unlink()
     if recorded(out) is None:
-        write_text(out / "run.json", json.dumps(run, ensure_ascii=False, indent=1))
+        write_text(out / "run.json", json.dumps(run, indent=1))
     return lock
 
 

@@ -6,14 +6,15 @@ Every kind of set is read from local files; SETS is the table of all.
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonpath, normpath
 from pathlib import Path
 from typing import Any
 
 from imprompt.checked import near
 from imprompt.errors import ImageError, SettingError
+from imprompt.evaluation.names import told_apart
 from imprompt.images import open_image
 from imprompt.training.recipe import Columns
 from imprompt.training.sources import FOLDER_FORM, Names, json_lines, json_list, parse_json, read_listing, read_text
@@ -61,7 +62,7 @@ def folder_items(root: Path) -> Iterator[Item]:
     for row in read_listing(root / "metadata.jsonl", json_lines, FOLDER_FORM, names, root):
         picture = Path(row.picture)
         references = tuple(map(Path, row.references)) or (picture,)
-        yield Item(picture.relative_to(root).with_suffix("").as_posix(), references, (picture,), (row.text or "").strip())
+        yield Item(name_in(root, picture.with_suffix("")), references, (picture,), (row.text or "").strip())
 
 
 # COCO
@@ -86,12 +87,11 @@ def coco_items(root: Path) -> Iterator[Item]:
         first = {}
         for annotation in sorted(told["annotations"], key=lambda one: one["id"]):
             first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
-        pictures = sorted((image["id"], image["file_name"]) for image in told["images"] if image["id"] in first)
+        files = sorted((image["id"], pictures_of(path) / image["file_name"]) for image in told["images"] if image["id"] in first)
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingError(f"{path} holds no COCO captions: lists images (id, file_name) and annotations are due") from error
-    for number, name in pictures:
-        file = pictures_of(path) / name
-        yield Item(Path(name).stem, (file,), (file,), first[number])
+    for number, file in files:
+        yield Item(file.stem, (file,), (file,), first[number])
 
 
 # Subjects, such as CustomConcept101 or DreamBench
@@ -103,34 +103,52 @@ def subject_items(root: Path) -> Iterator[Item]:
 
 def listed_subjects(root: Path) -> Iterator[Item]:
     """CustomConcept101's dataset.json: a list of {"class_prompt", "instance_data_dir", "prompt_filename"}."""
+    subjects = []
     for place, entry in json_list(root / "dataset.json"):
-        try:
-            folder, kind, prompts = (entry[key] for key in ("instance_data_dir", "class_prompt", "prompt_filename"))
-            files = Path(root, folder), Path(root, prompts)
-        except (KeyError, TypeError) as error:
-            form = '{"class_prompt": "toy", "instance_data_dir": "toy_bear", "prompt_filename": "prompts/toy.txt"}'
-            raise SettingError(f"{root / 'dataset.json'}, {place}: entries look like {form}") from error
-        yield from subject(files[0], files[1], kind)
+        told = (
+            [entry.get(key) for key in ("instance_data_dir", "prompt_filename", "class_prompt")] if isinstance(entry, dict) else []
+        )
+        match told:
+            case [str(folder), str(prompts), str(kind)]:
+                subjects.append((Path(normpath(root / folder)), root / prompts, kind))
+            case _:
+                form = '{"class_prompt": "toy", "instance_data_dir": "toy_bear", "prompt_filename": "prompts/toy.txt"}'
+                raise SettingError(f"{root / 'dataset.json'}, {place}: entries look like {form}")
+    top = Path(commonpath([folder.parent for folder, *_ in subjects])) if subjects else root
+    for found in subjects:
+        yield from subject(top, *found)
 
 
 def subject_folders(root: Path) -> Iterator[Item]:
     """A folder of pictures per subject, with a prompts.txt in it or one for all beside; the folder's name is its class."""
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and pictures_in(path)):
         own = folder / "prompts.txt"
-        yield from subject(folder, own if own.is_file() else root / "prompts.txt", re.sub(r"[\W_\d]+", " ", folder.name).strip())
+        yield from subject(
+            root, folder, own if own.is_file() else root / "prompts.txt", re.sub(r"[\W_\d]+", " ", folder.name).strip()
+        )
 
 
-def subject(folder: Path, prompts: Path, kind: str) -> Iterator[Item]:
-    """An item per prompt; {} in it is the class. All pictures of the subject prompt in turn, and are compared with."""
-    for path, what in ((folder, "the subject's folder"), (prompts, "its prompts, one a line")):
-        if not path.exists():
-            raise SettingError(f"{path}: there is no such file; it should hold {what}")
+def subject(top: Path, folder: Path, prompts: Path, kind: str) -> Iterator[Item]:
+    """An item per prompt; {} in it is the class. All pictures of the subject prompt in turn, and are compared with.
+
+    top  a folder above, from which the subject is named
+    """
+    if not folder.is_dir():
+        raise SettingError(f"{folder}: there is no such folder; it should hold the subject's pictures")
+    if not prompts.is_file():
+        raise SettingError(f"{prompts}: there is no such file; it should hold the subject's prompts, one a line")
     pictures = tuple(pictures_in(folder))
     if not pictures:
         raise SettingError(f"{folder} holds no picture of its subject")
     lines = [line.strip() for line in read_text(prompts).splitlines() if line.strip()]
     for number, line in enumerate(lines):
-        yield Item(f"{folder.name}-{number:02}", pictures, pictures, line.replace("{}", kind), folder.name)
+        group = name_in(top, folder)
+        yield Item(f"{group}-{number:02}", pictures, pictures, line.replace("{}", kind), group)
+
+
+def name_in(root: Path, path: Path) -> str:
+    """A path as it is told in the set's folder."""
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix().lstrip("/")
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -186,13 +204,8 @@ def forms(known: dict[str, Kind] = SETS) -> str:
 
 def named_apart(items: Iterator[Item]) -> list[Item]:
     """With names that go into a file's name, each another."""
-    met: Counter[str] = Counter()
-    apart = []
-    for item in items:
-        name = re.sub(r"[^\w.+-]+", "-", item.name)
-        met[name] += 1
-        apart.append(replace(item, name=f"{name}-{met[name]}" if met[name] > 1 else name))
-    return apart
+    all_of = list(items)
+    return [replace(item, name=name) for item, name in zip(all_of, told_apart(item.name for item in all_of), strict=True)]
 
 
 def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
@@ -203,8 +216,9 @@ def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
         for path in (*item.references, *item.targets):
             if path not in held:
                 held[path] = looked_at(path)
-        if wrong := next((held[path] for path in (*item.references, *item.targets) if held[path].startswith(" ")), ""):
-            bad.append(wrong.strip())
+        wrong = next((held[path].strip() for path in (*item.references, *item.targets) if held[path].startswith(" ")), "")
+        if wrong := wrong or ("" if is_unicode(item.caption) else f"{item.name}: its caption is no Unicode text"):
+            bad.append(wrong)
             continue
         good.append(item)
         files = [[held[path] for path in part] for part in (item.references, item.targets)]
@@ -213,6 +227,15 @@ def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
         more = f" (and {len(bad) - 1} more of {len(whole.items)} items)" if len(bad) > 1 else ""
         raise ImageError(f"{bad[0]}{more}; --skip-bad evaluates without")
     return replace(whole, items=good, sha256=digest.hexdigest(), skipped=tuple(bad))
+
+
+def is_unicode(text: str) -> bool:
+    """Not so half an emoji, as JSON's \\ud83d: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def looked_at(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,26 +25,34 @@ def gather(out: Path, chunks: Sequence["Chunk"], run: dict[str, Any]) -> dict[st
     rows, settings, notes = [], [], {}
     for setting, group in groupby(chunks, key=lambda chunk: chunk.setting):
         own = list(group)
-        mine = [row for chunk in own for row in read_rows(chunk.rows)]
+        mine = [row for chunk in own for row in read_rows(chunk)]
         metrics = {name: told._asdict() for name, told in of_rows(mine)}
         if run["features"] is not None:
             real, made = features_of(own, run["features"])
-            metrics |= {name: told._asdict() for name, told in distances(real, made)}
-            notes |= dict.fromkeys(notes_on(real, made, run["features"]))
+            if apart := dict(distances(real, made)):
+                metrics |= {name: told._asdict() for name, told in apart.items()}
+                notes |= dict.fromkeys(notes_on(real, made, run["features"]))
         rows += mine
         items = len({row["item"] for row in mine})
         settings.append({"name": setting.name, "axes": dict(setting.axes), "count": len(mine), "items": items, "metrics": metrics})
     summary = {"run": run, "settings": settings, "notes": [*notes]}
-    write_text(out / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_text(out / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
+    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(chunk: "Chunk") -> list[Row]:
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in chunk.rows.read_text("utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
-        raise SettingError(f"{path} is gone or damaged: delete it, and the same command makes it again") from error
+        raise damaged(chunk.rows, chunk) from error
+    if len(rows) != chunk.pictures:
+        raise damaged(chunk.rows, chunk)
+    return rows
+
+
+def damaged(path: Path, chunk: "Chunk") -> SettingError:
+    return SettingError(f"{path} is gone or damaged: delete {chunk.rows}, and the same command makes both again")
 
 
 def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
@@ -61,7 +70,10 @@ def features_of(chunks: Sequence["Chunk"], key: str) -> tuple[Tensor, Tensor]:
     real: dict[Path, Tensor] = {}
     made = []
     for chunk in chunks:
-        held = load_file(chunk.embeddings)
+        try:
+            held = load_file(chunk.embeddings)
+        except (OSError, SafetensorError) as error:
+            raise damaged(chunk.embeddings, chunk) from error
         targets = [path for item in chunk.items for path in item.targets]
         real |= zip(targets, held[f"{key}.targets"], strict=True)
         made.append(held[key])
@@ -85,7 +97,7 @@ def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
         yield f"FID and KID are of {key.upper()}'s features: not to be compared with published numbers, which are of Inception's"
     count, width = min(len(real), len(made)), made.shape[1]
     if count <= width:
-        yield f"FID of {count:,} pictures is far too high, as a feature has {width:,} dimensions; KID holds for few pictures too"
+        yield f"FID of {count:,} pictures is far too high, as a feature has {width:,} dimensions; KID only scatters"
 
 
 def write_text(path: Path, text: str) -> None:
