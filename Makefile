@@ -1,6 +1,7 @@
 # make demo   install what is missing, then make four pictures from one image prompt
 # make test   install what is missing, then run the fast tests
 # make bench  measure what this machine can (long on a CPU), then write docs/benchmarks.md
+# make claims  measure the paper's claims on the packaged model (under an hour), then write docs/claims.md
 # make world  make the packaged model from nothing (hours); BUDGET=gpu for the larger one
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,13 +10,16 @@ DEV_INSTALLED := .venv/.installed-dev
 
 BUDGET ?= cpu
 
-.PHONY: demo bench world test test-slow lint types check clean
+.PHONY: demo bench claims world test test-slow lint types check clean
 
 demo: $(INSTALLED)
 	$(BIN)/imprompt demo
 
 bench: $(DEV_INSTALLED)
 	$(BIN)/python -m benchmarks.all
+
+claims: $(DEV_INSTALLED)
+	$(BIN)/python -m worlds.emoji claims
 
 world: $(DEV_INSTALLED)
 	$(BIN)/python -m worlds.emoji all --budget $(BUDGET)

@@ -1,4 +1,4 @@
-"""The emoji world's edge ControlNet and its other drawing style, as they ship: what they were made for holds, a little at least.
+"""The emoji world's edge ControlNet and its other drawing styles, as they ship: what they were made for holds, a little at least.
 
 Their inputs are drawn here: no font is needed.
 """
@@ -15,10 +15,10 @@ pytest.importorskip("emoji", reason="only building the world needs it")
 pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
 from imprompt.models import PACKAGED
-from worlds.emoji.compose import Heard, Studio, outline_iou
 from worlds.emoji.control import EDGES, edges
-from worlds.emoji.evaluate import to_tensor
-from worlds.emoji.style import INK, PALE, ink
+from worlds.emoji.measures import lined, outline_iou, to_tensor
+from worlds.emoji.studio import Heard, Studio
+from worlds.emoji.style import PLACE, STYLES
 
 SIDE, STEPS = 64, 8
 LIMIT, LIMIT_IN_ALL = 8e6, 35e6  # bytes
@@ -41,8 +41,8 @@ PALETTES = drawn(("#f8e050", "#98d0f8", "#f09030", "#a0e8c0"), ("#d02020", "#f09
 
 
 @cache
-def studio(*, styled: bool = False) -> Studio:
-    return Studio(INK if styled else None)
+def studio(style: str = "") -> Studio:
+    return Studio(PLACE / style if style else None)
 
 
 def ground(pictures: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def size(folder: object) -> int:
 
 def test_what_ships_is_small() -> None:
     assert size(EDGES) < LIMIT
-    assert size(INK) < LIMIT
+    assert size(PLACE) < LIMIT
     assert size(PACKAGED / "emoji") < LIMIT_IN_ALL
 
 
@@ -78,11 +78,20 @@ def test_edges_are_of_colour_and_lie_where_the_shape_ends() -> None:
     assert edges(grey)[0, 0, 32, 31:33].min() > 0.9
 
 
-def test_ink_is_paler_with_dark_lines() -> None:
-    drawn_over = ink(SHAPES)
-    line = edges(SHAPES)[:, 0] == 1
-    assert drawn_over.mean(1)[line].max() < 0.15
-    assert torch.allclose(ground(drawn_over), ground(SHAPES) + (1 - ground(SHAPES)) * PALE, atol=1e-6)
+@pytest.mark.parametrize(("name", "darkest", "lightest"), [("ink", 0.0, 0.15), ("chalk", 0.9, 1.0)])
+def test_a_style_moves_colours_and_draws_its_lines(name: str, darkest: float, lightest: float) -> None:
+    style = STYLES[name]
+    redrawn = style(SHAPES)
+    on_lines = redrawn.mean(1)[edges(SHAPES)[:, 0] == 1]
+    assert darkest <= on_lines.min() <= on_lines.max() <= lightest
+    assert torch.allclose(ground(redrawn), style.redrawn(ground(SHAPES)), atol=1e-6)
+    assert lined(redrawn, style.line).min() > 0.9
+
+
+def test_colours_go_to_white_in_ink_and_to_black_in_chalk() -> None:
+    half = torch.full((1, 3, 8, 8), 0.5)
+    assert torch.allclose(STYLES["ink"](half), torch.tensor(0.725))
+    assert torch.allclose(STYLES["chalk"](half), torch.tensor(0.225))
 
 
 def test_the_controlnet_holds_outlines_and_the_image_prompt_the_palette() -> None:
@@ -95,11 +104,14 @@ def test_the_controlnet_holds_outlines_and_the_image_prompt_the_palette() -> Non
     assert own < 0.5 * shuffled
 
 
-def test_the_style_is_another_base_and_the_same_adapter_drives_it() -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_is_another_base_and_the_same_adapter_drives_it(style: str) -> None:
     plain = studio().draw(4, Heard(PALETTES, 0.0), steps=STEPS)
-    styled = studio(styled=True).draw(4, Heard(PALETTES, 0.0), steps=STEPS)
+    styled = studio(style).draw(4, Heard(PALETTES, 0.0), steps=STEPS)
     assert (plain - styled).abs().mean() > 0.05
-    assert torch.equal(styled, studio(styled=True).draw(4, steps=STEPS))  # scale 0 is that base itself
-    wanted = ground(PALETTES) + (1 - ground(PALETTES)) * PALE
-    own, shuffled = ground_errors(studio(styled=True).draw(4, Heard(PALETTES), steps=STEPS), wanted)
+    assert torch.equal(styled, studio(style).draw(4, steps=STEPS))  # scale 0 is that base itself
+    # The adapter asks for a prompt's full colours, so the style comes through in part: whichever part fits best counts.
+    made = studio(style).draw(4, Heard(PALETTES), steps=STEPS)
+    parts = [STYLES[style]._replace(share=STYLES[style].share * part / 4).redrawn(ground(PALETTES)) for part in range(5)]
+    own, shuffled = (min(errors) for errors in zip(*(ground_errors(made, wanted) for wanted in parts), strict=True))
     assert own < 0.5 * shuffled

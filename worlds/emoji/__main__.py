@@ -15,16 +15,21 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "vae": ("vae", "train", 0),
     "clip": ("clip", "train", 0),
     "judge": ("clip", "train_judge", 1000),
+    "namer": ("namer", "train", 2000),
     "unet": ("unet", "train", 0),
     "assemble": ("assemble", "assemble", 0),
     "scenes": ("assemble", "scenes", 0),
+    "held-out": ("assemble", "held_out", 0),
     "adapters": ("assemble", "adapters", 0),
     "reproduce": ("reproduce", "reproduce", 0),
     "ship": ("assemble", "ship", 0),
     "evaluate": ("evaluate", "evaluate", 0),
     "control": ("control", "train", 0),
-    "style": ("style", "train", 0),
+    "ink": ("style", "train", 0),
+    "chalk": ("style", "train_chalk", 0),
     "compose": ("compose", "compose", 0),
+    "rivals": ("rivals", "train_all", 0),
+    "claims": ("page", "measure_all", 0),
 }
 
 ALL = [name for name in STAGES if name != "reproduce"]  # that compares with what shipped before

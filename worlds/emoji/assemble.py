@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
 
 from imprompt.checkpoint import read_adapter, write_adapter
 from imprompt.models import PACKAGED
@@ -19,6 +19,7 @@ from .scenes import captions, render, sample_scenes, to_image
 from .stage import HERE, World
 
 SHIPPED = PACKAGED / "emoji"
+JUDGE, NAMER, HELD_OUT = (HERE / name for name in ("judge", "namer", "held-out"))  # for measuring: not in the package
 ADAPTERS = ("base", "plus")
 RECIPES = HERE.parents[1] / "recipes"
 DEMO = 9  # which scene `imprompt demo` shows
@@ -63,13 +64,23 @@ def report(folder: Path) -> None:
 
 
 def scenes(world: World) -> None:
-    """The adapters' training set: pictures and metadata.jsonl, as any user's folder would be."""
-    glyphs, folder = replace(world, device="cpu").glyphs(), world.folder / "scenes"
+    """The adapters' training set."""
+    write_scenes(world, world.folder / "scenes", world["prompts"], 31)
+
+
+def held_out(world: World) -> None:
+    """A set to evaluate on, beside the code: scenes that no training draws."""
+    write_scenes(world, HELD_OUT, 32, 52)
+
+
+def write_scenes(world: World, folder: Path, count: int, salt: int) -> None:
+    """Pictures and metadata.jsonl, as any user's folder would be."""
+    glyphs = replace(world, device="cpu").glyphs()
     folder.mkdir(exist_ok=True)
     lines = []
-    for start in range(0, world["prompts"], 1000):
-        generator = world.generator(31, start)
-        chunk = sample_scenes(glyphs, min(1000, world["prompts"] - start), generator)
+    for start in range(0, count, 1000):
+        generator = world.generator(salt, start)
+        chunk = sample_scenes(glyphs, min(1000, count - start), generator)
         pictures = (render(chunk, glyphs, world.side) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         for offset, (picture, text) in enumerate(zip(pictures, captions(chunk, glyphs, generator), strict=True)):
             name = f"{start + offset:06d}.png"
@@ -102,9 +113,7 @@ def ship(world: World) -> None:
         half = replace(file, projection=projection, kv=[(k.half(), v.half()) for k, v in file.kv])
         (SHIPPED / "adapters").mkdir(exist_ok=True)
         write_adapter(SHIPPED / "adapters" / f"{name}.safetensors", half)
-    judge = HERE / "judge"
-    CLIPVisionModelWithProjection.from_pretrained(world.folder / "judge" / "image_encoder", dtype=torch.float16).save_pretrained(
-        judge
-    )
-    shutil.copy(world.folder / "judge" / "heads.safetensors", judge / "heads.safetensors")
+    CLIPModel.from_pretrained(world.folder / "judge" / "whole", dtype=torch.float16).save_pretrained(JUDGE)
+    for part in ("tokenizer", "feature_extractor"):
+        shutil.copytree(world.folder / "judge" / part, JUDGE, dirs_exist_ok=True)
     report(SHIPPED)

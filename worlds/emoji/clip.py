@@ -2,10 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessorPil,
+    CLIPModel,
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -23,6 +24,14 @@ def preprocess(pictures: Tensor) -> Tensor:
     """(N, 3, S, S) in [0, 1] -> the encoder's input. What the saved image processor does, for tensors of the right size."""
     mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (MEAN, STD))
     return (pictures - mean) / std
+
+
+def whole(vision: CLIPVisionModelWithProjection, text: CLIPTextModelWithProjection, log_scale: float) -> CLIPModel:
+    """The two towers as one CLIP, as other programs read it. `log_scale`: the logarithm of the likeness's factor in training."""
+    width = vision.config.projection_dim
+    clip = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.config.to_dict(), projection_dim=width))
+    clip.load_state_dict({**vision.state_dict(), **text.state_dict(), "logit_scale": torch.tensor(log_scale)})
+    return clip
 
 
 def train(world: World, name: str = "clip") -> None:
@@ -78,7 +87,7 @@ def train(world: World, name: str = "clip") -> None:
     vision.save_pretrained(folder / "image_encoder")
     text.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
-    save_file({key: value.half().contiguous() for key, value in heads.state_dict().items()}, folder / "heads.safetensors")
+    whole(vision, text, temperature.weight.item()).save_pretrained(folder / "whole")
     CLIPImageProcessorPil(size={"shortest_edge": world.side}, crop_size=world.side).save_pretrained(folder / "feature_extractor")
     for label, seen in (("seen", True), ("unseen", False)):
         found = retrieval(world, vision, glyphs, seen=seen)

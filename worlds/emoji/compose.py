@@ -7,100 +7,36 @@ Shape letters: N pictures, S pixels a side.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from imprompt import load_adapter
-from imprompt.adapter import ImagePrompt
-from imprompt.attention import family_of
-from imprompt.encoders.vision import open_encoder
-from imprompt.models import Place
-
-from .assemble import SHIPPED
-from .control import EDGES, edges
-from .evaluate import Judge, colour_error, rims, to_tensor
+from .control import edges
 from .glyphs import Glyphs
-from .scenes import PATTERNS, Scenes, render, sample_scenes, to_image
+from .marks import fill, table
+from .measures import Namer, bars, colour_error, correlation, figure, hue, iou, lined, middle, outline_iou, rims
+from .scenes import PATTERNS, PORTRAIT, Scenes, render, sample_scenes
+from .sheets import draw_sheet
 from .stage import HERE, World
-from .style import INK, PALE, ink
+from .studio import Heard, Studio
+from .style import PLACE, STYLES
 
 DOCS = HERE.parents[1] / "docs" / "compose"
-FRONT = "plus"
 COUNT = 32  # scenes that a number is measured on
 SHOWN = 5  # rows of a sheet
-STEPS, SWEEP_STEPS, GUIDANCE = 25, 10, 3.0
-CELL = 112  # pixels of a cell of a sheet
-LABEL = 20  # pixels of a line of labels
-
-
-class Heard(NamedTuple):
-    """An image prompt for each of N results."""
-
-    pictures: Tensor  # (N, 3, S, S)
-    scale: float | Tensor = 1.0  # or by site (sites,), the raw block map
-    mask: Tensor | None = None  # (1, h, w)
-
-
-class Studio:
-    """A base in diffusers' own pipelines with the shipped adapter attached; of another drawing style if `style` is given."""
-
-    def __init__(self, style: Path | None = None) -> None:
-        self.pipe: Any = StableDiffusionPipeline.from_pretrained(SHIPPED)
-        self.pipe.set_progress_bar_config(disable=True)
-        if style is not None:
-            self.pipe.load_lora_weights(style)
-        self.encoder = open_encoder(Place(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
-        family = family_of(self.pipe.unet)
-        self.sites = list(family.sites(self.pipe.unet))
-        self.adapter, self.file = load_adapter(SHIPPED / "adapters" / f"{FRONT}.safetensors", family)
-        self.adapter.attach(self.pipe.unet)
-
-    @cached_property
-    def controlled(self) -> Any:
-        """diffusers' own ControlNet pipeline over the same components."""
-        net = ControlNetModel.from_pretrained(EDGES)
-        pipe = StableDiffusionControlNetPipeline(**self.pipe.components, controlnet=net, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def prompt(self, heard: Heard) -> ImagePrompt:
-        images, feature = [to_image(picture) for picture in heard.pictures], self.file.variant.feature
-        tokens = self.adapter.tokens(self.encoder.features(images, feature))
-        null = self.adapter.tokens(self.encoder.null_features(self.file.variant))
-        return self.adapter.prompt(tokens, null, heard.scale)._replace(mask=heard.mask)
-
-    @torch.no_grad()
-    def draw(self, count: int, *heard: Heard, texts: Sequence[str] = (), maps: Tensor | None = None, seed: int = 0,
-             steps: int = STEPS) -> Tensor:  # fmt: skip
-        """`count` results (N, 3, S, S); result i has seed + i. maps (N, 3, S, S): outlines to hold."""
-        pipe = self.pipe if maps is None else self.controlled
-        prompts = {"ip_hidden_states": [self.prompt(one) for one in heard]} if heard else None
-        images = pipe(
-            list(texts) or [""] * count,
-            **({} if maps is None else {"image": maps}),
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(count)],
-            cross_attention_kwargs=prompts,
-        ).images
-        return to_tensor(images)
+SWEEP_STEPS = 10
+INK = STYLES["ink"]
 
 
 # Scenes, and what is measured on results
 
 
 def plain_scenes(glyphs: Glyphs, world: World, salt: int, count: int) -> Scenes:
-    """One glyph, off the middle, on one colour: the scenes whose palette and place are plainest."""
+    """One glyph on one colour, by turns large in the middle and small elsewhere: whose palette and place are plainest."""
     scenes = sample_scenes(glyphs, 8 * count, world.generator(81, salt), pairs=0)
-    away = (scenes.centre[:, 0].abs().amax(1) > 0.25) & (scenes.size[:, 0] < 0.7)
-    scenes = scenes[away.nonzero().squeeze(1)[:count]]
+    large, away = scenes.size[:, 0] == PORTRAIT, scenes.centre[:, 0].abs().amax(1) > 0
+    scenes = scenes[torch.stack([kind.nonzero().squeeze(1)[: count // 2] for kind in (large, away)], 1).flatten()]
     return replace(scenes, pattern=torch.zeros_like(scenes.pattern))
 
 
@@ -114,59 +50,8 @@ def shuffled(scenes: Scenes) -> Scenes:
     return scenes[torch.roll(torch.arange(len(scenes)), 1)]
 
 
-def figure(pictures: Tensor, scenes: Scenes) -> Tensor:
-    """What differs from the colour along the picture's edge: (N, S, S) of 0 and 1."""
-    there, _ = rims(pictures, scenes)
-    return ((pictures - there.median(2).values[:, :, None, None]).abs().amax(1) > 0.2).float()
-
-
-def middle(figures: Tensor) -> Tensor:
-    """The mean place of the figure's pixels, x and y in [-1, 1]: (N, 2)"""
-    line = (torch.arange(figures.shape[-1]) + 0.5) / figures.shape[-1] * 2 - 1
-    total = figures.sum((1, 2)).clamp(min=1)
-    return torch.stack([(figures.sum(1) * line).sum(1) / total, (figures.sum(2) * line).sum(1) / total], 1)
-
-
-def iou(one: Tensor, other: Tensor) -> Tensor:
-    """Intersection over union of masks (N, S, S), per picture (N,)."""
-    return torch.minimum(one, other).sum((1, 2)) / torch.maximum(one, other).sum((1, 2)).clamp(min=1)
-
-
-def outline_iou(pictures: Tensor, maps: Tensor) -> Tensor:
-    """Of the pictures' own edges and the given ones, both widened by a pixel (N,)."""
-    there, given = (F.max_pool2d((x[:, 0] > 0.5).float(), 3, 1, 1) for x in (edges(pictures), maps))
-    return iou(there, given)
-
-
-def correlation(one: Tensor, other: Tensor) -> float:
-    """Pearson's, over pictures, for each column (N, columns), and the columns' mean."""
-    a, b = (x - x.mean(0) for x in (one.flatten(1), other.flatten(1)))
-    return round((F.cosine_similarity(a, b, dim=0)).mean().item(), 3)
-
-
 def means(**values: Tensor) -> dict[str, float]:
     return {name.replace("_", " "): round(value.mean().item(), 3) for name, value in values.items()}
-
-
-# Sheets
-
-
-def draw_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
-    """Cells in rows under their columns' labels, each row with a label of its own beneath it if there is one."""
-    font, pitch = ImageFont.load_default(12), CELL + 6
-    height = CELL + 6 + (LABEL if any(label for label, _ in rows) else 0)
-    page = Image.new("RGB", (len(columns) * pitch - 6, LABEL + len(rows) * height - 6), "white")
-    pen = ImageDraw.Draw(page)
-    for column, label in enumerate(columns):
-        pen.text((column * pitch + 2, 3), label, "black", font)
-    for row, (label, pictures) in enumerate(rows):
-        top = LABEL + row * height
-        for column, picture in enumerate(pictures):
-            cell = to_image(picture).resize((CELL, CELL), Image.Resampling.LANCZOS)
-            page.paste(cell, (column * pitch, top))
-        pen.text((2, top + CELL + 3), label, "black", font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, quality=86, optimize=True)
 
 
 def half(side: int, *, left: bool) -> Tensor:
@@ -192,12 +77,13 @@ def regions(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     swapped = studio.draw(SHOWN, Heard(a[:SHOWN], mask=right), Heard(b[:SHOWN], mask=left))
     rows = [("", [a[i], b[i], made[i], swapped[i]]) for i in range(SHOWN)]
     draw_sheet(DOCS / "regions.jpg", ["prompt A", "prompt B", "A left, B right", "B left, A right"], rows)
-    return means(
-        left_half_to_its_prompt=ground_error(made, one, left=True),
-        left_half_to_the_other=ground_error(made, other, left=True),
-        right_half_to_its_prompt=ground_error(made, other, left=False),
-        right_half_to_the_other=ground_error(made, one, left=False),
-    )
+    sides = {"left half": (one, other, True), "right half": (other, one, False)}
+    return {
+        name: means(
+            colour_error_to_its_prompt=ground_error(made, own, left=here), to_the_other=ground_error(made, strange, left=here)
+        )
+        for name, (own, strange, here) in sides.items()
+    }
 
 
 # Which sites of this UNet are heard: name of the map -> the blocks that are on
@@ -216,19 +102,6 @@ STYLE, LAYOUT = GROUPS["up_blocks.2 (16x16)"], GROUPS["all but up_blocks.2"]
 def block_map(sites: Sequence[str], blocks: Sequence[str]) -> Tensor:
     """1 for sites whose names begin so, else 0 (sites,)."""
     return torch.tensor([float(any(site.startswith(block) for block in blocks)) for site in sites])
-
-
-def bars(pictures: Tensor, band: int = 8) -> Tensor:
-    """How much colour changes along x and along y in the picture's outer `band` pixels (N, 2): what a pattern is there."""
-    rim = torch.ones(pictures.shape[-2:], dtype=torch.bool)
-    rim[band:-band, band:-band] = False
-    along_x, along_y = (F.pad(pictures.diff(dim=d), pad) for d, pad in ((3, (0, 1)), (2, (0, 0, 0, 1))))
-    return torch.stack([step.abs().amax(1)[:, rim].mean(1) for step in (along_x, along_y)], 1)
-
-
-def hue(pictures: Tensor, figures: Tensor) -> Tensor:
-    """The figure's mean colour (N, 3)."""
-    return (pictures * figures[:, None]).sum((2, 3)) / figures.sum((1, 2)).clamp(min=1)[:, None]
 
 
 def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
@@ -316,20 +189,13 @@ def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
 
 
 def paled(scenes: Scenes) -> Scenes:
-    """As `ink` leaves their backgrounds."""
-    return replace(scenes, shade=scenes.shade + (1 - scenes.shade) * PALE)
-
-
-def inked(pictures: Tensor) -> Tensor:
-    """The share of its edges at which there is a dark line (N,)."""
-    dark = F.max_pool2d((pictures.mean(1, keepdim=True) < 0.35).float(), 3, 1, 1)
-    edge = (edges(pictures)[:, :1] > 0.5).float()
-    return (dark * edge).sum((1, 2, 3)) / edge.sum((1, 2, 3)).clamp(min=1)
+    """As the style leaves their backgrounds."""
+    return replace(scenes, shade=INK.redrawn(scenes.shade))
 
 
 def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     """The other base, the same adapter, the same prompts and seeds."""
-    other = Studio(INK)
+    other = Studio(PLACE / "ink")
     scenes = plain_scenes(glyphs, world, 8, 2 * COUNT)
     scenes = scenes[(scenes.shade[:, 0].mean(1) > 0.4).nonzero().squeeze(1)[:COUNT]]  # on dark grounds dark lines are no news
     real, count = render(scenes, glyphs, world.side), len(scenes)
@@ -340,12 +206,12 @@ def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
         "ink, text alone": other.draw(count, texts=names),
         "ink + edges": other.draw(count, Heard(real), maps=edges(real)),
     }
-    rows = [("", [real[i], ink(real[i : i + 1])[0], *(made[i] for made in results.values())]) for i in range(SHOWN + 1)]
+    rows = [("", [real[i], INK(real[i : i + 1])[0], *(made[i] for made in results.values())]) for i in range(SHOWN + 1)]
     draw_sheet(DOCS / "ink.jpg", ["prompt", "(as ink)", *results], rows)
-    real_ones = {"real scenes": real, "real scenes as ink": ink(real)}
+    real_ones = {"real scenes": real, "real scenes as ink": INK(real)}
     return {
         name: means(
-            edges_with_a_dark_line=inked(made),
+            edges_with_a_dark_line=lined(made, INK.line),
             colour_error=colour_error(made, scenes),
             colour_error_to_the_paled_prompt=colour_error(made, paled(scenes)),
             colour_error_to_another_paled_prompt=colour_error(made, shuffled(paled(scenes))),
@@ -361,7 +227,7 @@ TEXTS = ("", "a red apple", "a frog on a blue background", "a sunflower on red a
 def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     """Scale × text: one image prompt under several texts; and over many pairs, how much of each is heard."""
     scenes = plain_scenes(glyphs, world, 9, COUNT)
-    real, judge = render(scenes, glyphs, world.side), Judge.load()
+    real = render(scenes, glyphs, world.side)
     rows = []
     for text in TEXTS:
         cells = [studio.draw(1, Heard(real[:1], scale), texts=[text], seed=3)[0] for scale in SCALES]
@@ -373,7 +239,7 @@ def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     for scale in SCALES:
         made = studio.draw(COUNT, Heard(real, scale), texts=texts, steps=SWEEP_STEPS)
         table[f"scale {scale}"] = means(
-            text_glyph_named=judge.glyph(made).eq(named).float(),
+            text_glyph_named=Namer.load().glyph(made).eq(named).float(),
             colour_error=colour_error(made, scenes),
             colour_error_shuffled=colour_error(made, shuffled(scenes)),
         )
@@ -396,3 +262,5 @@ def compose(world: World) -> None:
         results[name] = picture(studio, glyphs, world)
         print(name, json.dumps(results[name], indent=1), flush=True)
     (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    blocks = results.pop("blocks")
+    fill(DOCS.with_suffix(".md"), {name: table(rows) for name, rows in (blocks | results).items()})

@@ -5,28 +5,22 @@ against the scenes' own factors. Shape letters: N scenes, S pixels a side.
 """
 
 import json
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
-from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
 
-from imprompt.images import grid
 from imprompt.sampling.generate import ImagePromptPipeline
 
 from .assemble import ADAPTERS, SHIPPED
-from .clip import preprocess
 from .glyphs import Glyphs
-from .scenes import Scenes, background, captions, render, sample_scenes, to_image
+from .marks import fill
+from .measures import Namer, background_error, colour_error, embed, outlines, retrieval, to_tensor
+from .scenes import Scenes, captions, render, sample_scenes, to_image
+from .sheets import sheet
 from .stage import HERE, World
 from .vae import psnr, reconstruct
 
@@ -39,74 +33,8 @@ SETS = {  # label -> which glyphs and which palettes and patterns
 }
 
 
-@dataclass(frozen=True)
-class Judge:
-    """The measuring encoder: embeddings for retrieval, and which of the seen glyphs it sees."""
-
-    encoder: CLIPVisionModelWithProjection
-    weight: Tensor
-    bias: Tensor
-
-    @classmethod
-    def load(cls) -> "Judge":
-        heads = load_file(HERE / "judge" / "heads.safetensors")
-        encoder = CLIPVisionModelWithProjection.from_pretrained(HERE / "judge", dtype=torch.float32).eval()
-        return cls(encoder, heads["glyph.weight"].float(), heads["glyph.bias"].float())
-
-    @torch.no_grad()
-    def embed(self, pictures: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] -> unit embeddings (N, E)"""
-        return F.normalize(self.encoder(preprocess(pictures)).image_embeds, dim=1)
-
-    @torch.no_grad()
-    def glyph(self, pictures: Tensor) -> Tensor:
-        """(N, 3, S, S) -> the likeliest seen glyph (N,)"""
-        return F.linear(self.encoder(preprocess(pictures)).image_embeds, self.weight, self.bias).argmax(1)
-
-
-def to_tensor(images: list[Image.Image]) -> Tensor:
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 255
-
-
-def retrieval(found: Tensor, prompts: Tensor) -> float:
-    """How often a result's nearest prompt, of all, is its own. Embeddings (N, E)."""
-    return (found @ prompts.T).argmax(1).eq(torch.arange(len(found))).float().mean().item()
-
-
-def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """Along the edge of the picture, after a 5-pixel blur: what is there and the true background, (N, 3, places)."""
-    side = pictures.shape[-1]
-    rim = torch.ones(side, side, dtype=torch.bool)
-    rim[3:-3, 3:-3] = False
-    there, true = (F.avg_pool2d(x, 5, 1, 2)[..., rim] for x in (pictures, background(scenes, side)))
-    return there, true
-
-
-def background_error(pictures: Tensor, scenes: Scenes) -> Tensor:
-    """Mean absolute difference, of 255, from the true background, place by place (N,)."""
-    there, true = rims(pictures, scenes)
-    return (there - true).abs().mean((1, 2)) * 255
-
-
-def colour_error(pictures: Tensor, scenes: Scenes) -> Tensor:
-    """The same of the mean colour: a pattern that lies otherwise is no error (N,)."""
-    there, true = rims(pictures, scenes)
-    return (there.mean(2) - true.mean(2)).abs().mean(1) * 255
-
-
-def outlines(pictures: Tensor) -> Tensor:
-    """Edge strength by place and direction, (N, 8·8·8) unit vectors: a histogram of oriented gradients."""
-    grey = pictures.mean(1, keepdim=True)
-    dx = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1, 0, 0))
-    dy = F.pad(grey[..., 1:, :] - grey[..., :-1, :], (0, 0, 0, 1))
-    turn = ((torch.atan2(dy, dx) / torch.pi) % 1 * 8).floor().clamp(max=7).long()
-    strength = (dx**2 + dy**2).sqrt()
-    bins = torch.zeros(len(pictures), 8, *grey.shape[-2:]).scatter_(1, turn, strength)
-    return F.normalize(F.adaptive_avg_pool2d(bins, 8).flatten(1), dim=1)
-
-
 def follow(
-    pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
+    pipe: ImagePromptPipeline, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Image prompt alone, scale 1: does the result follow its own prompt and not another's?"""
     side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
@@ -116,9 +44,9 @@ def follow(
     # The ceiling: another real picture of the same scene, a little moved.
     again = Scenes(**{**vars(scenes), "centre": scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)})
     shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(render(again, glyphs, side))
-    own_glyph = judge.glyph(made).eq(scenes.glyph[:, 0]) | judge.glyph(made).eq(scenes.glyph[:, 1])
+    own_glyph = Namer.load().glyph(made).eq(scenes.glyph[:, 0]) | Namer.load().glyph(made).eq(scenes.glyph[:, 1])
     row = {
-        "retrieval": retrieval(judge.embed(made), judge.embed(prompts)),
+        "retrieval": retrieval(embed(made), embed(prompts)),
         "background error, own": background_error(made, scenes).mean().item(),
         "background error, shuffled": background_error(made, scenes[other]).mean().item(),
         "colour error, own": colour_error(made, scenes).mean().item(),
@@ -133,9 +61,7 @@ def follow(
 
 
 @torch.no_grad()
-def with_text(
-    pipe: ImagePromptPipeline, judge: Judge, glyphs: Glyphs, world: World, scale: float
-) -> tuple[dict[str, float], Tensor, Tensor]:
+def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float) -> tuple[dict[str, float], Tensor, Tensor]:
     """A text that names one glyph, an image prompt that shows another: is the text's glyph there, in the image's palette?"""
     generator = world.generator(43)
     scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
@@ -156,11 +82,11 @@ def with_text(
         ).images
     made = to_tensor(made)
     error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])
-    glyph, palette = judge.glyph(made).eq(named), error < 0.25 * other.mean()
+    glyph, palette = Namer.load().glyph(made).eq(named), error < 0.25 * other.mean()
     return (
         {
             "text's glyph": glyph.float().mean().item(),
-            "image's glyph": judge.glyph(made).eq(scenes.glyph[:, 0]).float().mean().item(),
+            "image's glyph": Namer.load().glyph(made).eq(scenes.glyph[:, 0]).float().mean().item(),
             "image's palette": palette.float().mean().item(),
             "both right": (glyph & palette).float().mean().item(),
         },
@@ -169,30 +95,23 @@ def with_text(
     )
 
 
-def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: int = 6) -> None:
-    """Prompt and result side by side, enlarged twice."""
-    cells = [to_image(torch.cat([prompts[i], made[i]], 2)) for i in range(pairs)]
-    picture = grid(cells, columns=columns, gap=6)
-    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS).save(path, quality=88)
-
-
-def check_judge(judge: Judge, glyphs: Glyphs, world: World) -> dict[str, float]:
+def check_judge(glyphs: Glyphs, world: World) -> dict[str, float]:
     """The ruler itself, on real scenes: can it find a scene drawn again, and name its glyph?"""
     generator = world.generator(44)
     scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
     again = Scenes(**{**vars(scenes), "centre": scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)})
     pictures, redrawn = render(scenes, glyphs, world.side), render(again, glyphs, world.side)
     return {
-        "scene drawn again found": retrieval(judge.embed(redrawn), judge.embed(pictures)),
-        "glyph named": judge.glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
+        "scene drawn again found": retrieval(embed(redrawn), embed(pictures)),
+        "glyph named": Namer.load().glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
     }
 
 
 def evaluate(world: World) -> None:
     world = replace(world, device="cpu")  # small enough, and the same numbers everywhere
-    glyphs, judge, docs = world.glyphs(), Judge.load(), HERE.parents[1] / "docs" / "emoji"
+    glyphs, docs = world.glyphs(), HERE.parents[1] / "docs" / "emoji"
     docs.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, float]] = {"judge": check_judge(judge, glyphs, world)}
+    results: dict[str, dict[str, float]] = {"judge": check_judge(glyphs, world)}
     vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
     for label, (glyphs_seen, look_seen) in SETS.items():
         scenes = sample_scenes(
@@ -205,19 +124,19 @@ def evaluate(world: World) -> None:
         for label, (glyphs_seen, look_seen) in SETS.items():
             generator = world.generator(42, glyphs_seen, look_seen)
             scenes = sample_scenes(glyphs, COUNT, generator, seen_glyphs=glyphs_seen, seen_look=look_seen)
-            row, prompts, made = follow(pipe, judge, glyphs, scenes, generator)
+            row, prompts, made = follow(pipe, glyphs, scenes, generator)
             results[f"{name}: {label}"] = row
             sheet(prompts, made, docs / f"{name}-{label.split(',')[0].replace(' ', '-')}{'' if look_seen else '-and-looks'}.jpg")
             print(name, label, row, flush=True)
             if name == FRONT and glyphs_seen:
                 sheet(prompts, made, docs / "prompts-and-results.jpg", pairs=15, columns=5)
         for scale in (0.5,):
-            row, prompts, made = with_text(pipe, judge, glyphs, world, scale)
+            row, prompts, made = with_text(pipe, glyphs, world, scale)
             results[f"{name}: text and image, scale {scale}"] = row
             sheet(prompts, made, docs / f"{name}-with-text.jpg")
             print(name, "text", row, flush=True)
     (docs / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_card({"parts": parts(), "measured": table(results)})
+    fill(SHIPPED / "README.md", {"parts": parts(), "measured": table(results)})
     print(table(results))
 
 
@@ -234,15 +153,6 @@ def parts() -> str:
         name = path.stem if path.parent.name == "adapters" else path.parent.name
         rows.append(f"| {name} | {kind} | {count:,} |")
     return "\n".join(rows)
-
-
-def write_card(sections: dict[str, str]) -> None:
-    """Put each section between its marks in the model card."""
-    card = SHIPPED / "README.md"
-    text = card.read_text()
-    for name, section in sections.items():
-        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
-    card.write_text(text)
 
 
 PERCENT = {

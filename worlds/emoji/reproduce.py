@@ -1,6 +1,5 @@
 """Are the shipped adapters what their recipes make? After the stage `adapters`: a table for docs/training.md."""
 
-import re
 import tempfile
 
 from imprompt.sampling.generate import ImagePromptPipeline
@@ -9,7 +8,8 @@ from imprompt.training.recipe import read_recipe
 from imprompt.training.watch import Watcher
 
 from .assemble import ADAPTERS, RECIPES, places
-from .evaluate import COUNT, SETS, Judge, follow
+from .evaluate import COUNT, SETS, follow
+from .marks import fill
 from .scenes import sample_scenes
 from .stage import HERE, World
 
@@ -19,19 +19,17 @@ MEASURES = ("retrieval", "colour error, own", "outline likeness, own")
 
 def reproduce(world: World) -> None:
     rows = ["| adapter | held-out loss | retrieval among 128 | colour error | outline likeness |", "|---|---|---|---|---|"]
-    judge, glyphs = Judge.load(), world.glyphs()
+    glyphs = world.glyphs()
     for name in ADAPTERS:
         for label, adapter in (("shipped", name), ("by its recipe", str(world.folder / f"adapter-{name}" / "latest"))):
             scenes = sample_scenes(glyphs, COUNT, world.generator(42, *SETS["seen glyphs, new compositions"]))
             pipe = ImagePromptPipeline.from_pretrained("emoji", adapter=adapter, device="cpu")
-            row, _, _ = follow(pipe, judge, glyphs, scenes, world.generator(45))
+            row, _, _ = follow(pipe, glyphs, scenes, world.generator(45))
             retrieval, colour, outline = (row[measure] for measure in MEASURES)
             loss = held_out_loss(world, name, adapter)
             rows.append(f"| {name}, {label} | {loss:.4f} | {retrieval:.1%} | {colour:.1f} | {outline:.2f} |")
             print(rows[-1], flush=True)
-    text = GUIDE.read_text()
-    table = "\n".join(rows)
-    GUIDE.write_text(re.sub(r"(<!-- reproduced -->\n).*?(<!-- /reproduced -->)", rf"\1{table}\n\2", text, flags=re.DOTALL))
+    fill(GUIDE, {"reproduced": "\n".join(rows)})
 
 
 def held_out_loss(world: World, name: str, adapter: str) -> float:

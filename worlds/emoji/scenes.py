@@ -22,7 +22,10 @@ PALETTE = {
 UNSEEN_COLOURS = 2
 PATTERNS = ("solid", "gradient", "stripes", "checks", "dots", "rings")
 UNSEEN_PATTERNS = 1
-PATTERN_ODDS = (0.30, 0.20, 0.18, 0.16, 0.16)
+PATTERN_ODDS = (0.40, 0.24, 0.14, 0.11, 0.11)
+PORTRAITS, PORTRAIT = 0.75, 0.8125  # share of the scenes of one glyph in which it is large and in the middle; its size
+SMALL = 0.5  # size of a glyph elsewhere, and of each of two
+PLACES = (-0.5, 0.0, 0.5)  # where a middle may lie, along x and along y: whole latent pixels apart, so that shapes repeat exactly
 COLOUR_NAMES = tuple(PALETTE)
 
 
@@ -52,7 +55,7 @@ class Scenes:
 
 
 def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, seen_glyphs: bool = True,
-                  seen_look: bool = True, pairs: float = 0.15) -> Scenes:  # fmt: skip
+                  seen_look: bool = True, pairs: float = 0.1) -> Scenes:  # fmt: skip
     """Draw `count` scenes; `seen_look` says whether palette and pattern are the training ones or the held-out ones."""
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -64,13 +67,14 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
     ids = glyphs.ids(seen=seen_glyphs)
     glyph = index(ids.start, ids.stop, count, 2)
     pair = uniform(count) < pairs
-    size = torch.where(pair[:, None], uniform(count, 2, low=0.36, high=0.50), uniform(count, 2, low=0.50, high=0.88))
-    room = 1 - size  # how far a centre may stray with the glyph inside
-    centre = uniform(count, 2, 2, low=-1, high=1) * room[..., None]
+    portrait = ~pair & (uniform(count) < PORTRAITS)
+    size = torch.where(portrait, PORTRAIT, SMALL)[:, None].expand(-1, 2)
+    centre = torch.tensor(PLACES)[index(0, len(PLACES), count, 2, 2)]
+    centre = torch.where(portrait[:, None, None], torch.zeros(()), centre)
     side = torch.where(uniform(count) < 0.5, -1.0, 1.0)
     # Pairs stand apart along one axis, side by side or one above the other.
     axis = index(0, 2, count)
-    apart = torch.stack([side, -side], 1) * uniform(count, 2, low=0.44, high=0.56)
+    apart = torch.stack([side, -side], 1) / 2
     rows = torch.arange(count)
     paired = centre.clone()
     paired[rows, :, axis] = apart
@@ -88,7 +92,7 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
     pattern = torch.multinomial(odds, count, replacement=True, generator=generator)
     if not seen_look:
         pattern = torch.full((count,), len(PATTERNS) - UNSEEN_PATTERNS)
-    wave = torch.stack([uniform(count, high=torch.pi), uniform(count, low=1.5, high=3.2), uniform(count)], 1)
+    wave = torch.stack([uniform(count, high=torch.pi), index(2, 4, count).float(), index(0, 4, count) / 4], 1)
     # Stripes lie or stand; gradients run anywhere.
     upright = torch.where(uniform(count) < 0.5, 0.0, torch.pi / 2)
     wave[:, 0] = torch.where(pattern == PATTERNS.index("gradient"), wave[:, 0], upright)
@@ -96,9 +100,9 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
         glyph=glyph,
         centre=centre,
         size=size,
-        angle=(torch.randn(count, 2, generator=generator) * 0.22).clamp(-0.6, 0.6),
-        flip=torch.where(uniform(count, 2) < 0.5, -1.0, 1.0),
-        hue=torch.where(uniform(count, 2) < 0.25, uniform(count, 2, low=0.8, high=5.4), torch.zeros(count, 2)),
+        angle=torch.zeros(count, 2),
+        flip=torch.ones(count, 2),
+        hue=torch.where(uniform(count, 2) < 0.1, uniform(count, 2, low=0.8, high=5.4), torch.zeros(count, 2)),
         pattern=pattern,
         colour=colour,
         shade=shade,

@@ -12,9 +12,10 @@ from transformers import CLIPTextModel
 from .glyphs import Glyphs
 from .scenes import captions, render, sample_scenes
 from .stage import World, fit, rank
-from .text import build_tokenizer, text_config
+from .text import build_tokenizer
 
 TEXT_DROP = 0.12  # for classifier-free guidance
+QUIET = 0.35  # share of the timesteps at which shapes are plain to see
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -64,6 +65,13 @@ def latents_of(vae: Any, pictures: Tensor) -> Tensor:
     return vae.encode(pictures * 2 - 1).latent_dist.mode().float() * vae.config.scaling_factor
 
 
+def timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
+    """(N,) four fifths of them from the noisier two thirds: where so few latent pixels still have a shape to be found."""
+    share = torch.rand(count, generator=generator)
+    noisy = torch.rand(count, generator=generator) < 0.8
+    return (torch.where(noisy, QUIET + share * (1 - QUIET), share * QUIET) * total).long().clamp(max=total - 1)
+
+
 def train(world: World) -> None:
     torch.manual_seed(world.seed + 3)
     plan, glyphs, scheduler = world["unet"], world.glyphs(), build_scheduler()
@@ -73,10 +81,11 @@ def train(world: World) -> None:
         .requires_grad_(False)
     )
     tokenizer = build_tokenizer(world["text"]["tokens"])
-    text = CLIPTextModel(text_config(world, tokenizer, world["text"]["width"]))
+    text = CLIPTextModel.from_pretrained(world.folder / "clip" / "text_encoder").float()  # it goes on learning
     unet = build_unet(world).to(memory_format=torch.channels_last)
     if world.device == "cpu":
         unet.set_attn_processor(AttnProcessor())  # for attentions this small, 1.7 times faster there than the fused kernel
+    compiled: Any = torch.compile(unet)  # 1.4 times faster on a CPU, minutes later
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
@@ -84,12 +93,12 @@ def train(world: World) -> None:
         pictures, ids = samples(world, glyphs, tokenizer, here, TEXT_DROP, generator)
         x = latents_of(vae, pictures)
         noise = torch.randn(x.shape, generator=generator).to(x)
-        t = torch.randint(0, scheduler.config.num_train_timesteps, (here,), generator=generator).to(x.device)
-        v = unet(scheduler.add_noise(x, noise, t), t, text(ids).last_hidden_state).sample
+        t = timesteps(here, scheduler.config.num_train_timesteps, generator).to(x.device)
+        v = compiled(scheduler.add_noise(x, noise, t), t, text(ids).last_hidden_state, return_dict=False)[0]
         return {"v": F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))}
 
     modules = nn.ModuleDict({"unet": unet, "text": text})
-    fit(world, "unet", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.9995)
+    fit(world, "unet", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.999)
     if rank()[0] == 0:
         pipeline = StableDiffusionPipeline(vae, text.float(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
         pipeline.save_pretrained(world.folder / "base")

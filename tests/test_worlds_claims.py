@@ -1,0 +1,142 @@
+"""The emoji world's rivals of the adapter, and how its claims are judged and told. No font is needed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("emoji", reason="only building the world needs it")
+pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
+
+from imprompt.evaluation.metrics import Interval
+from worlds.emoji.bench import Claim, Table, better, in_parts, not_worse
+from worlds.emoji.measures import Namer, embed, judge, read
+from worlds.emoji.page import anchor
+from worlds.emoji.rivals import RIVALS, Base, Conditioned, Seen, file_of, load, operations, sample, warped
+from worlds.emoji.stage import World
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return Base(World("cpu", tmp_path_factory.mktemp("world"), device="cpu"))
+
+
+@pytest.fixture(params=RIVALS)
+def method(base: Base, request: pytest.FixtureRequest) -> Iterator[Conditioned]:
+    torch.manual_seed(0)
+    built = RIVALS[request.param].build(base)
+    yield built
+    if hasattr(built, "adapter"):
+        built.adapter.detach()
+
+
+def inputs(base: Base) -> tuple[Tensor, Tensor, Tensor, Seen]:
+    generator = torch.Generator().manual_seed(1)
+    pictures = torch.rand(2, 3, 64, 64, generator=generator) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
+    x = torch.randn(2, 4, base.unet.config.sample_size, base.unet.config.sample_size, generator=generator)
+    return x, torch.tensor([300, 800]), base.read(["a cow", ""]), base.see(pictures)
+
+
+def test_every_rival_learns_and_the_base_does_not(base: Base, method: Conditioned) -> None:
+    x, t, text, seen = inputs(base)
+    before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
+    method(x, t, text, seen).square().mean().backward()
+    assert sum(float(p.grad.abs().sum()) for p in method.parameters() if p.grad is not None) > 0
+    assert all(p.grad is None for p in base.unet.parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in base.unet.state_dict().items())
+    assert not any(name.startswith("base") for name in method.state_dict())
+
+
+def test_the_picture_is_heard(base: Base, method: Conditioned) -> None:
+    if type(method).__name__ == "Shuffle":  # its last layers start at zero
+        for layer in (*method.net.controlnet_down_blocks, method.net.controlnet_mid_block):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    x, t, text, seen = inputs(base)
+    with torch.no_grad():
+        one, other = method(x, t, text, seen), method(x, t, text, seen[[1, 0]])
+    assert (one - other).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+SILENT = {"decoupled": True, "simple": False, "T2I style": False, "ControlNet shuffle": True}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_scale_0_is_the_base_only_where_image_tokens_do_not_stand_in_the_texts_softmax(base: Base, name: str) -> None:
+    method, (x, t, text, seen) = RIVALS[name].build(base), inputs(base)
+    with torch.no_grad():
+        plain = base.unet(x, t, text, return_dict=False)[0]
+        assert torch.equal(method(x, t, text, seen, 0.0), plain) == SILENT[name]
+    if hasattr(method, "adapter"):
+        method.adapter.detach()
+
+
+def test_no_picture_is_the_base_under_shuffle(base: Base) -> None:
+    method, (x, t, text, seen) = RIVALS["ControlNet shuffle"].build(base), inputs(base)
+    torch.nn.init.normal_(method.net.controlnet_mid_block.weight)
+    with torch.no_grad():
+        plain, heard = base.unet(x, t, text, return_dict=False)[0], method(x, t, text, seen)
+        assert torch.equal(method(x, t, text, seen.where(torch.tensor([False, False]))), plain)
+    assert not torch.equal(heard, plain)
+
+
+def test_a_whole_fine_tuning_costs_more_than_the_adapter(base: Base) -> None:
+    cost = {name: operations(base, RIVALS[name]) for name in ("decoupled", "tuned")}
+    assert 0.5 < cost["decoupled"] / cost["tuned"] < 0.9
+
+
+def test_a_saved_rival_draws_what_it_drew(base: Base) -> None:
+    from safetensors.torch import save_file
+
+    method = RIVALS["simple"].build(base)
+    place: Path = file_of(base.world, "simple")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.half().float() for key, value in method.state_dict().items()}, place)
+    method.load_state_dict({key: value.half().float() for key, value in method.state_dict().items()})
+    text, seen = base.read(["", ""]), inputs(base)[3]
+    one, other = (sample(base, m, text, seen, steps=2) for m in (method, load(base.world, base, "simple")))
+    assert torch.equal(one, other)
+    assert one.shape == (2, 3, 64, 64)
+    assert 0 <= one.min() <= one.max() <= 1
+
+
+def test_warping_moves_content_and_keeps_colours() -> None:
+    halves = torch.zeros(1, 3, 32, 32)
+    halves[..., 16:] = 1
+    moved = warped(halves)
+    assert (moved - halves).abs().mean() > 0.1
+    assert 0.2 < moved.mean() < 0.8
+    assert torch.equal(moved, warped(halves))
+
+
+def test_the_judge_puts_pictures_and_captions_in_one_space() -> None:
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    seen, said = embed(pictures), read(["a cow", "a red apple on a blue background"])
+    assert torch.allclose(seen.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert seen.shape[1] == said.shape[1]
+    assert len(judge().sha256) == 64
+    assert Namer.load().glyph(pictures).shape == (3,)
+
+
+def test_a_verdict_needs_the_whole_interval() -> None:
+    assert better(Interval(0.2, 0.01, 0.4))
+    assert not better(Interval(0.2, -0.01, 0.4))
+    assert not better(Interval(0.2, None, None))
+    assert not_worse(Interval(-0.01, -0.02, 0.0), by=0.03)
+    assert not not_worse(Interval(-0.01, -0.04, 0.02), by=0.03)
+
+
+def test_a_table_and_its_heading() -> None:
+    table = Table(["CLIP-I", "kind"], {"plus": [Interval(0.5, 0.25, 0.75), "shipped"], "far": [Interval(12.25, None, None), ""]})
+    assert table.markdown().splitlines() == [
+        "| | CLIP-I | kind |",
+        "|---|---|---|",
+        "| plus | 0.500 (0.250 to 0.750) | shipped |",
+        "| far | 12.2 |  |",
+    ]
+    assert anchor(4, Claim("Decoupled beats the simple adapter", "", False, [])) == "4-decoupled-beats-the-simple-adapter-no"
+
+
+def test_parts_are_joined_in_order() -> None:
+    assert in_parts(lambda part: torch.tensor(list(part)), 70, size=32).tolist() == list(range(70))

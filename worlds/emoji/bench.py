@@ -1,0 +1,187 @@
+"""What the claims are measured with: scenes as image prompts, everything that draws, the measures, and tables of intervals.
+
+Shape letters: N pictures, I scenes, K seeds of each, S pixels a side.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imprompt.evaluation.metrics import Interval, difference, interval
+
+from . import rivals
+from .glyphs import Glyphs
+from .measures import Namer, colour_error, embed, figure, middle, outlines, read
+from .rivals import RIVALS, Base, Seen
+from .scenes import Scenes, captions, render, sample_scenes
+from .sheets import draw_sheet
+from .stage import HERE, World
+from .studio import GUIDANCE, STEPS, Heard, Studio
+
+PAGE = HERE.parents[1] / "docs" / "claims.md"
+SHEETS = PAGE.with_suffix("")
+SCENES, SEEDS = 72, 2
+DIVERSE = 6  # seeds of a scene where diversity is asked
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SHOWN = 6  # rows of a sheet
+RIGHT = 0.25  # of the mean error to another scene's background, under which a background is right
+Draw = Callable[[Tensor, Sequence[str], float], Tensor]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
+Measured = dict[str, Tensor]  # name -> a value a picture (N,)
+
+
+@dataclass
+class Table:
+    """Rows of intervals under named columns, and what is said of them."""
+
+    columns: list[str]
+    rows: dict[str, list[Interval | float | str]] = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        lines = [f"| | {' | '.join(self.columns)} |", "|---" * (len(self.columns) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(shown(cell) for cell in cells)} |" for name, cells in self.rows.items()]
+        return "\n".join(lines)
+
+
+def shown(cell: Interval | float | str) -> str:
+    if isinstance(cell, str):
+        return cell
+    if not isinstance(cell, Interval):
+        return f"{cell:.3g}"
+    digits = 1 if abs(cell.value) >= 2 else 3
+    low, high = cell.low, cell.high
+    return f"{cell.value:.{digits}f}" + ("" if low is None or high is None else f" ({low:.{digits}f} to {high:.{digits}f})")
+
+
+@dataclass
+class Claim:
+    """One row of the issue: what the paper says, how it is asked here, what came out."""
+
+    title: str
+    rule: str  # by which it holds
+    holds: bool | None  # None: it was not measured
+    tables: list[Table | str]
+    pictures: tuple[str, ...] = ()  # names of files in SHEETS
+
+
+class Bench:
+    """Scenes as image prompts, everything that draws, and what is measured on what was drawn."""
+
+    def __init__(self, world: World) -> None:
+        self.world = replace(world, device="cpu")
+        self.glyphs: Glyphs = self.world.glyphs()
+        self.namer = Namer.load()
+        generator = self.world.generator(101)
+        self.scenes = repeated(sample_scenes(self.glyphs, SCENES, generator, pairs=0), SEEDS)
+        self.items = torch.arange(len(self.scenes)) // SEEDS
+        self.pictures = render(self.scenes, self.glyphs, self.world.side)
+        self.captions = captions(self.scenes, self.glyphs, generator)
+        other = torch.randint(1, self.glyphs.seen, (SCENES,), generator=generator).repeat_interleave(SEEDS)
+        self.named = (self.scenes.glyph[:, 0] + other) % self.glyphs.seen
+        self.texts = [article(self.glyphs.names[g]) for g in self.named.tolist()]
+        self.names = read([article(name) for name in self.glyphs.names[: self.glyphs.seen]])
+        self.silent = [""] * len(self.scenes)
+        self.another = self.scenes[torch.arange(len(self.scenes)).roll(SEEDS)]
+        self.too_wrong = RIGHT * colour_error(self.pictures, self.another).mean()
+
+    @cached_property
+    def base(self) -> Base:
+        return Base(self.world)
+
+    def shipped(self, name: str, style: Path | None = None) -> Draw:
+        studio = Studio(style, name)
+        return lambda prompts, texts, scale: in_parts(
+            lambda part: studio.draw(len(part), Heard(prompts[part], scale), texts=[texts[i] for i in part], seed=part.start),
+            len(prompts),
+        )
+
+    def rival(self, name: str) -> Draw:
+        method = rivals.load(self.world, self.base, name)
+
+        def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
+            def part_of(part: range) -> Tensor:
+                said = [texts[i] for i in part]
+                text = self.base.read(said)
+                if not RIVALS[name].reads_text and not any(said):
+                    text = text[:, :0]
+                seen: Seen = self.base.see(prompts[part.start : part.stop])
+                return rivals.sample(self.base, method, text, seen, scale=scale, guidance=GUIDANCE, steps=STEPS, seed=part.start)
+
+            return in_parts(part_of, len(prompts))
+
+        return draw
+
+    @property
+    def trained(self) -> list[str]:
+        return [name for name in RIVALS if rivals.file_of(self.world, name).exists()]
+
+    def measure(self, made: Tensor) -> Measured:
+        """Against the prompts, and where a text named another glyph, against it."""
+        seen, named = embed(made), self.namer.glyph(made)
+        prompts = embed(self.pictures)
+        apart = prompts[::SEEDS]
+        plain = self.scenes.pattern == 0
+        place = (middle(figure(made, self.scenes)) - middle(figure(self.pictures, self.scenes))).norm(dim=1)
+        colour = colour_error(made, self.scenes)
+        palette, text = (colour < self.too_wrong).float(), named.eq(self.named).float()
+        likest = (seen @ self.names.T).argmax(1)
+        return {
+            "CLIP-I": (seen * prompts).sum(1),
+            "CLIP-T": (seen * read(self.captions)).sum(1),
+            "found again": (seen @ apart.T).argmax(1).eq(self.items).float(),
+            "colour error": colour,
+            "own glyph": named.eq(self.scenes.glyph[:, 0]).float(),
+            "outline likeness": (outlines(made) * outlines(self.pictures)).sum(1),
+            "place error": torch.where(plain, place, torch.nan),
+            "text's glyph": text,
+            "text's glyph, judge": likest.eq(self.named).float(),
+            "own glyph, judge": likest.eq(self.scenes.glyph[:, 0]).float(),
+            "image's palette": palette,
+            "both": palette * text,
+        }
+
+    def interval(self, values: Tensor) -> Interval:
+        there = ~values.isnan()
+        return interval(values[there], self.items[there])
+
+    def apart(self, one: Tensor, other: Tensor) -> Interval:
+        return difference(one, self.items, other, self.items)
+
+    def row(self, measured: Measured, names: Sequence[str]) -> list[Interval | float | str]:
+        return [self.interval(measured[name]) for name in names]
+
+    def sheet(self, name: str, columns: Mapping[str, Tensor], labels: Sequence[str] = ()) -> tuple[str, ...]:
+        rows = [
+            (labels[i] if labels else "", [self.pictures[i], *(made[i] for made in columns.values())])
+            for i in range(0, SHOWN * SEEDS, SEEDS)
+        ]
+        draw_sheet(SHEETS / f"{name}.jpg", ["image prompt", *columns], rows)
+        return (f"{name}.jpg",)
+
+
+FIDELITY = ("CLIP-I", "CLIP-T", "found again", "colour error", "own glyph", "own glyph, judge", "outline likeness", "place error")
+
+
+def repeated(scenes: Scenes, times: int) -> Scenes:
+    return scenes[torch.arange(len(scenes)).repeat_interleave(times)]
+
+
+def article(name: str) -> str:
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def in_parts(draw: Callable[[range], Tensor], count: int, size: int = 32) -> Tensor:
+    return torch.cat([draw(range(start, min(start + size, count))) for start in range(0, count, size)])
+
+
+def better(gap: Interval) -> bool:
+    """The whole interval of a difference is above 0."""
+    return gap.low is not None and gap.low > 0
+
+
+def not_worse(gap: Interval, by: float) -> bool:
+    """The whole interval of a difference is above -`by`."""
+    return gap.low is not None and gap.low > -by

@@ -1,0 +1,29 @@
+"""Tables put between marks in the documents, so that no number there is typed by hand."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from imprompt.files import written_whole
+
+
+def fill(page: Path, sections: Mapping[str, str]) -> None:
+    """Put each section between `<!-- name -->` and `<!-- /name -->`. A page without the marks is a ValueError."""
+    text = page.read_text()
+    for name, section in sections.items():
+        pattern = f"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, found = re.subn(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
+        if not found:
+            raise ValueError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->")
+    with written_whole(page) as aside:
+        aside.write_text(text)
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Numbers under the names of the first row's values, as Markdown."""
+    lines: list[str] = []
+    for name, row in rows.items():
+        if not lines:
+            lines = [f"| | {' | '.join(row)} |", "|---" * (len(row) + 1) + "|"]
+        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' if abs(value) >= 2 else f'{value:.2f}' for value in row.values())} |")
+    return "\n".join(lines)

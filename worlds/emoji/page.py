@@ -1,0 +1,104 @@
+"""`python -m worlds.emoji claims`: measure the paper's claims on this world, write docs/claims.md and its contact sheets.
+
+Everything that the shipped weights can say is measured anew; what needs the rivals is, where `python -m worlds.emoji rivals` has
+trained them.
+"""
+
+import re
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from imprompt.evaluation.metrics import RESAMPLES
+from imprompt.files import written_whole
+
+from .bench import DIVERSE, FIDELITY, PAGE, SCENES, SEEDS, Bench, Claim, Table
+from .claims import CLAIMS
+from .scenes import render
+from .stage import HERE, World
+from .studio import GUIDANCE, STEPS
+
+NOTES = HERE / "notes.toml"  # what a person says of a result, by its number and verdict
+HEAD = """# The paper's claims, measured
+
+IP-Adapter (arXiv 2308.06721) makes nine claims that can be asked of any base model. Here they are asked of the packaged emoji
+world, whose scenes are known to the last factor; the weights are in the package, the rest is a command:
+
+    make claims                              # this page and its pictures again, from the shipped weights
+    python -m worlds.emoji rivals            # rows 2 to 5 need these; hours, resumable: see worlds/emoji/README.md
+
+{budget}
+
+Numbers are means with 95 % bootstrap intervals over scenes ({resamples} resamples; the seeds of a scene are drawn together).
+*CLIP-I* and *CLIP-T* are cosines of the judge, an encoder of its own seed and size that conditioned nothing (its scale is not
+that of OpenAI's CLIP); *found again*: the prompt is nearest to its own result among {scenes}; *own glyph*: by a classifier of
+glyphs, or by the judge, whose likeliest name it is among all; *colour error*: of the background's mean along the picture's
+edge, of 255; *outline likeness*: cosine of oriented gradients on an 8×8 grid; *place error*: of the figure's middle, where 2 is
+the picture's side, on plain backgrounds.
+
+| # | claim | holds here |
+|---|---|---|
+{verdicts}
+
+## The rulers
+
+What the same measures say of real pictures.
+
+{rulers}
+"""
+SAID = {True: "yes", False: "**no**", None: "not measured"}
+
+
+def page(bench: Bench, claims: Sequence[Claim], budget: str) -> str:
+    notes = tomllib.loads(NOTES.read_text())
+    parts = []
+    for number, claim in enumerate(claims, 1):
+        tables = [table if isinstance(table, str) else table.markdown() for table in claim.tables]
+        note = notes.get(str(number), {}).get(SAID[claim.holds].strip("*"), "")
+        parts.append(f"## {number}. {claim.title}: {SAID[claim.holds].strip('*')}\n\nHolds if {claim.rule}.\n")
+        parts += [f"{table}\n" for table in tables]
+        if note:
+            parts.append(f"{note.strip()}\n")
+        parts += [f"![{claim.title}](claims/{picture})\n" for picture in claim.pictures]
+    rows = "\n".join(f"| {number} | [{c.title}](#{anchor(number, c)}) | {SAID[c.holds]} |" for number, c in enumerate(claims, 1))
+    head = HEAD.format(budget=budget, resamples=RESAMPLES, scenes=SCENES, verdicts=rows, rulers=rulers(bench).markdown())
+    return head + "\n" + "\n".join(parts)
+
+
+def anchor(number: int, claim: Claim) -> str:
+    """As GitHub makes it of the heading."""
+    words = f"{number}. {claim.title}: {SAID[claim.holds].strip('*')}".lower()
+    return re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+
+
+def measure_all(world: World) -> None:
+    """Measure every claim and write the page."""
+    started = time.monotonic()
+    bench, results = Bench(world), []
+    for claim in CLAIMS:
+        results.append(claim(bench))
+        print(f"{results[-1].title}: {SAID[results[-1].holds].strip('*')}  ({time.monotonic() - started:.0f} s)", flush=True)
+        for table in results[-1].tables:
+            print(table if isinstance(table, str) else table.markdown(), flush=True)
+    minutes = (time.monotonic() - started) / 60
+    budget = (
+        f"{SCENES} scenes of one glyph, none of them seen in training, {SEEDS} seeds each ({DIVERSE} for diversity), "
+        f"DDIM {STEPS} steps, guidance {GUIDANCE:g}; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, {minutes:.0f} minutes."
+    )
+    with written_whole(PAGE) as aside:
+        aside.write_text(page(bench, results, budget))
+    print(f"{PAGE} is written")
+
+
+def rulers(bench: Bench) -> Table:
+    """What the measures say of real pictures: the prompts themselves, the same scenes drawn again, another's."""
+    generator = bench.world.generator(102)
+    again = replace(bench.scenes, centre=bench.scenes.centre + 0.03 * torch.randn(bench.scenes.centre.shape, generator=generator))
+    table = Table(list(FIDELITY))
+    for name, scenes in (("drawn again, a little moved", again), ("another scene", bench.another)):
+        table.rows[name] = bench.row(bench.measure(render(scenes, bench.glyphs, bench.world.side)), FIDELITY)
+    return table
