@@ -12,7 +12,10 @@ GLUE = "a photo of an and on the at in with background middle top bottom left ri
 
 
 def build_tokenizer(tokens: int) -> CLIPTokenizer:
-    """Byte-pair codes learnt from the names of all emoji and the words of the captions, in CLIP's own format."""
+    """Byte-pair codes learnt from the names of all emoji and the words of the captions, in CLIP's own format.
+
+    Pairs that are equally frequent are numbered as it happens: what was trained with one tokenizer needs that one.
+    """
     seen, unseen = every_glyph()
     corpus = [english_name(c) for c in seen + unseen] + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from .glyphs import Glyphs
 from .scenes import captions, render, sample_scenes
 from .stage import World, fit, rank
-from .text import build_tokenizer
 
 TEXT_DROP = 0.12  # for classifier-free guidance
 QUIET = 0.35  # share of the timesteps at which shapes are plain to see
@@ -80,7 +79,7 @@ def train(world: World) -> None:
         .to(world.device, memory_format=torch.channels_last)
         .requires_grad_(False)
     )
-    tokenizer = build_tokenizer(world["text"]["tokens"])
+    tokenizer = CLIPTokenizer.from_pretrained(world.folder / "clip" / "tokenizer")  # built again it would number ties otherwise
     text = CLIPTextModel.from_pretrained(world.folder / "clip" / "text_encoder").float()  # it goes on learning
     unet = build_unet(world).to(memory_format=torch.channels_last)
     if world.device == "cpu":
