@@ -17,7 +17,23 @@ from imprompt.training.estimate import blank_adapter, blank_base, sizes_of
 from imprompt.training.recipe import read_recipe
 
 from .assemble import ADAPTERS, RECIPES
-from .bench import DIVERSE, FIDELITY, RIGHT, SCALES, SCENES, SEEDS, SHEETS, SHOWN, Bench, Claim, Table, better, in_parts, not_worse
+from .bench import (
+    DIVERSE,
+    FIDELITY,
+    RIGHT,
+    SCALES,
+    SCENES,
+    SEEDS,
+    SHEETS,
+    SHOWN,
+    STEPS,
+    Bench,
+    Claim,
+    Table,
+    better,
+    in_parts,
+    not_worse,
+)
 from .control import edges
 from .measures import colour_error, embed, lined, outline_iou
 from .rivals import Base
@@ -197,6 +213,7 @@ def structure(bench: Bench) -> Claim:
                 *([Heard(bench.pictures[part.start : part.stop])] if heard else []),
                 maps=maps[part.start : part.stop] if held else None,
                 seed=part.start,
+                steps=STEPS,
             ),
             count,
         )
