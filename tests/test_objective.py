@@ -146,6 +146,17 @@ def test_draws_are_even_for_diffusion_and_logit_normal_for_flow() -> None:
     assert (normal.mean().abs() < 1e-3, abs(normal.std() - 1) < 1e-2) == (True, True)
 
 
+@given(names, st.floats(1.1, 4))
+def test_a_power_draws_noisier_timesteps_more_often(name: str, power: float) -> None:
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    goal = objective(name, power=power)
+    assert torch.equal(goal.row(u), objective(name).draw(u))  # what is held out is measured evenly
+    share = goal.draw(u).double() / len(goal.alpha)
+    at = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    quartiles = objective(name).draw(1 - (1 - at) ** power).double() / len(goal.alpha)
+    assert torch.allclose(share.quantile(at), quartiles, atol=1 / len(goal.alpha) + 1e-3)
+
+
 def test_offset_noise_moves_whole_channels() -> None:
     noise, offset = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 1, 1)
     moved = objective("sdxl", offset=0.05).shift(noise, offset)

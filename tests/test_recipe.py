@@ -63,6 +63,7 @@ RANGES = [
     ("data.max_aspect", 0.5, "greater than or equal to 1"),
     ("data.held_out", -1, "greater than or equal to 0"),
     ("noise.min_snr", 0, "greater than 0"),
+    ("noise.power", 0, "greater than 0"),
     ("noise.offset", -0.1, "greater than or equal to 0"),
     ("validation.every", 0, "greater than or equal to 1"),
     ("validation.scales", "[]", "at least 1 item"),

@@ -310,7 +310,7 @@ class Run:
         """The same on every process, which all take all samples: sharded weights are gathered in every forward pass."""
 
         def losses(batch: Batch, u: Tensor) -> Tensor:
-            index = self.trainer.objective.draw(u.to(self.device).float())
+            index = self.trainer.objective.row(u.to(self.device).float())
             return self.trainer.losses(batch, index).plain[batch.weight > 0]
 
         def composed(item: Item) -> Batch:

@@ -56,7 +56,7 @@ class Objective(nn.Module):
     def __init__(self, scheduler: Any, noise: Noise) -> None:
         super().__init__()
         self.prediction_type: Prediction = prediction_type(scheduler)
-        self.offset = noise.offset
+        self.offset, self.power = noise.offset, noise.power
         alpha, sigma, timesteps = (flow if self.prediction_type == "flow" else diffusion)(scheduler, noise)
         of_latents, of_noise = TARGETS[self.prediction_type](alpha, sigma)
         weight = torch.ones_like(alpha) if noise.min_snr is None else min_snr(alpha, sigma, of_latents, of_noise, noise.min_snr)
@@ -65,6 +65,10 @@ class Objective(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def draw(self, u: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) (B,) -> the timesteps to train at (B,): rows, bent towards the noisier by `noise.power`."""
+        return self.row(u if self.power == 1 else 1 - (1 - u) ** self.power)
+
+    def row(self, u: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) (B,) -> timesteps as rows of the tables (B,).
 
         Diffusion draws them evenly. Flow matching draws those in the middle more often: logit-normal, the best of those

@@ -85,6 +85,9 @@ class Noise(Part):
 
     min_snr: Annotated[float, Field(gt=0)] | None = None  # gamma (Hang et al. 2023, arXiv 2303.09556); 5 is usual
     zero_terminal_snr: bool = False  # rescale the schedule (Lin et al. 2023, arXiv 2305.08891); for v prediction
+    # Above 1, noisier timesteps are drawn more often, t = 1 - u^power: there it is decided what is where (Mou et al. 2023,
+    # arXiv 2302.08453, section 3.4, with power 3).
+    power: Annotated[float, Field(gt=0)] = 1.0
     offset: Annotated[float, Field(ge=0)] = 0.0  # strength of noise that is equal over a channel; 0.05 is usual
 
 
