@@ -11,7 +11,7 @@ pytest.importorskip("emoji", reason="only building the world needs it")
 pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
 from imprompt.evaluation.metrics import Interval
-from worlds.emoji.bench import Claim, Table, better, in_parts, not_worse
+from worlds.emoji.bench import Bench, Claim, Table, better, digest, in_parts, not_worse
 from worlds.emoji.measures import Namer, embed, judge, read
 from worlds.emoji.page import anchor
 from worlds.emoji.rivals import RIVALS, Base, Conditioned, Seen, file_of, load, operations, sample, warped
@@ -99,6 +99,31 @@ def test_a_saved_rival_draws_what_it_drew(base: Base) -> None:
     assert torch.equal(one, other)
     assert one.shape == (2, 3, 64, 64)
     assert 0 <= one.min() <= one.max() <= 1
+
+
+def test_what_was_drawn_is_kept_until_what_it_comes_from_changes(base: Base, tmp_path: Path) -> None:
+    drawn, weights = [], tmp_path / "weights" / "unet.json"
+    weights.parent.mkdir()
+    weights.write_text("one")
+    bench: Bench = object.__new__(Bench)  # no font is needed for this
+    bench.world = base.world
+
+    def draw(prompts: Tensor, _: object, scale: float) -> Tensor:
+        drawn.append(scale)
+        return prompts * scale
+
+    prompts = torch.rand(2, 3, 8, 8)
+    kept = bench.kept(draw, weights.parent, "plus")
+    assert torch.allclose(kept(prompts, ["", ""], 0.5), prompts / 2, atol=1 / 255)
+    assert torch.equal(kept(prompts, ["", ""], 0.5), bench.kept(draw, weights.parent, "plus")(prompts, ("", ""), 0.5))
+    assert drawn == [0.5]
+    kept(prompts, ["", "a cow"], 0.5)
+    kept(prompts[[1, 0]], ["", ""], 0.5)
+    bench.kept(draw, weights.parent, "base")(prompts, ["", ""], 0.5)
+    weights.write_text("two")
+    bench.kept(draw, weights.parent, "plus")(prompts, ["", ""], 0.5)
+    assert len(drawn) == 5
+    assert digest(weights) == digest(weights.parent) != digest(prompts)
 
 
 def test_warping_moves_content_and_keeps_colours() -> None:

@@ -1,19 +1,25 @@
 """What the claims are measured with: scenes as image prompts, everything that draws, the measures, and tables of intervals.
 
+What was drawn is kept in the world's folder: a run that was stopped goes on, and no claim draws what another has drawn.
+
 Shape letters: N pictures, I scenes, K seeds of each, S pixels a side.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval, difference, interval
+from imprompt.files import written_whole
 
 from . import rivals
+from .assemble import SHIPPED
 from .glyphs import Glyphs
 from .measures import Namer, colour_error, embed, figure, middle, outlines, read
 from .rivals import RIVALS, Base, Seen
@@ -24,11 +30,12 @@ from .studio import GUIDANCE, Heard, Studio
 
 PAGE = HERE.parents[1] / "docs" / "claims.md"
 SHEETS = PAGE.with_suffix("")
-SCENES, SEEDS = 48, 2
-STEPS = 12
+SCENES, SEEDS = 80, 2
+STEPS = 25
 DIVERSE = 6  # seeds of a scene where diversity is asked
-SCALES = (0.0, 0.25, 0.5, 1.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = 6  # rows of a sheet
+PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")  # of the package, that a rival is made of
 RIGHT = 0.25  # of the mean error to another scene's background, under which a background is right
 Draw = Callable[[Tensor, Sequence[str], float], Tensor]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
 Measured = dict[str, Tensor]  # name -> a value a picture (N,)
@@ -92,21 +99,32 @@ class Bench:
     def base(self) -> Base:
         return Base(self.world)
 
-    def shipped(self, name: str, style: Path | None = None) -> Draw:
+    def shipped(self, name: str, style: Path | None = None, maps: Tensor | None = None) -> Draw:
+        """By the packaged parts; maps (N, 3, S, S): outlines to hold."""
         studio = Studio(style, name)
-        return lambda prompts, texts, scale: in_parts(
-            lambda part: studio.draw(
-                len(part), Heard(prompts[part], scale), texts=[texts[i] for i in part], seed=part.start, steps=STEPS
-            ),
-            len(prompts),
-        )
+
+        def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
+            def part_of(part: range) -> Tensor:
+                rows = slice(part.start, part.stop)
+                return studio.draw(
+                    len(part),
+                    Heard(prompts[rows], scale),
+                    texts=texts[rows],
+                    maps=None if maps is None else maps[rows],
+                    seed=part.start,
+                    steps=STEPS,
+                )
+
+            return in_parts(part_of, len(prompts))
+
+        return self.kept(draw, SHIPPED, name, style and style.name, maps)
 
     def rival(self, name: str) -> Draw:
         method = rivals.load(self.world, self.base, name)
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             def part_of(part: range) -> Tensor:
-                said = [texts[i] for i in part]
+                said = texts[part.start : part.stop]
                 text = self.base.read(said)
                 if not RIVALS[name].reads_text and not any(said):
                     text = text[:, :0]
@@ -115,7 +133,22 @@ class Bench:
 
             return in_parts(part_of, len(prompts))
 
-        return draw
+        return self.kept(draw, *(SHIPPED / part for part in PARTS), rivals.file_of(self.world, name))
+
+    def kept(self, draw: Draw, *of: object) -> Draw:
+        """`draw`, its results as bytes in files that are named by the weights `of` which they come and all else that decides."""
+
+        def drawn(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
+            name = digest(*of, prompts, list(texts), float(scale), STEPS, GUIDANCE)
+            place = self.world.folder / "claims" / f"{name}.safetensors"
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                pictures = (draw(prompts, texts, scale) * 255).round().byte()
+                with written_whole(place) as aside:
+                    save_file({"pictures": pictures}, aside)
+            return load_file(place)["pictures"].float() / 255
+
+        return drawn
 
     @property
     def trained(self) -> list[str]:
@@ -166,6 +199,19 @@ class Bench:
 
 
 FIDELITY = ("CLIP-I", "CLIP-T", "found again", "colour error", "own glyph", "own glyph, judge", "outline likeness", "place error")
+
+
+def digest(*parts: object) -> str:
+    """Of numbers and texts, of tensors, of weights and configurations in files and folders."""
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            files = sorted(path for path in (part, *part.rglob("*")) if path.suffix in (".json", ".safetensors"))
+            data = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)
+        else:
+            data = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
+        whole.update(hashlib.sha256(data).digest())
+    return whole.hexdigest()[:32]
 
 
 def repeated(scenes: Scenes, times: int) -> Scenes:

@@ -26,12 +26,10 @@ from .bench import (
     SEEDS,
     SHEETS,
     SHOWN,
-    STEPS,
     Bench,
     Claim,
     Table,
     better,
-    in_parts,
     not_worse,
 )
 from .control import edges
@@ -51,8 +49,8 @@ def shares(adapter: int, base: int) -> list[Interval | float | str]:
     return [f"{adapter:,}", f"{base:,}", f"{adapter / base:.1%}"]
 
 
-def parameters(_: Bench) -> Claim:
-    """1: the adapter is small."""
+def parameters(bench: Bench) -> Claim:
+    """1: the adapter is small; what it changes is seen beside the base alone."""
     table = Table(["adapter", "base's UNet", "share"])
     for name in ("sd15-base", "sd15-plus", "sdxl-base-512", "sdxl-plus-512"):
         recipe = read_recipe(RECIPES / f"{name}.toml")
@@ -64,7 +62,16 @@ def parameters(_: Bench) -> Claim:
         studio = Studio(adapter=variant)
         table.rows[f"this world's {variant}"] = shares(parameters_of(studio.adapter), parameters_of(studio.pipe.unet))
     small = table.rows["recipes/sd15-base.toml"][0] == "22,319,616"
-    return Claim("22M parameters suffice", "the SD 1.5 base adapter has 22M; whether they suffice is rows 2 to 8", small, [table])
+    few = slice(SHOWN * SEEDS)
+    made = {"without": bench.shipped("base")(bench.pictures[few], bench.silent[few], 0.0)}
+    made |= {name: bench.shipped(name)(bench.pictures, bench.silent, 1.0) for name in ADAPTERS}
+    return Claim(
+        "22M parameters suffice",
+        "the SD 1.5 base adapter has 22M; whether they suffice is rows 2 to 8",
+        small,
+        [table],
+        bench.sheet("parameters", made),
+    )
 
 
 def against(bench: Bench, title: str, rule: str, names: Sequence[str], sheet: str, *, strict: bool) -> Claim:
@@ -202,26 +209,12 @@ def custom(bench: Bench) -> Claim:
 
 def structure(bench: Bench) -> Claim:
     """7: with an edge ControlNet that the adapter never met."""
-    studio, count = Studio(), len(bench.pictures)
-    form = render(bench.another, bench.glyphs, bench.world.side)
-    maps = edges(form)
-
-    def draw(*, held: bool, heard: bool) -> Tensor:
-        return in_parts(
-            lambda part: studio.draw(
-                len(part),
-                *([Heard(bench.pictures[part.start : part.stop])] if heard else []),
-                maps=maps[part.start : part.stop] if held else None,
-                seed=part.start,
-                steps=STEPS,
-            ),
-            count,
-        )
-
+    maps = edges(render(bench.another, bench.glyphs, bench.world.side))
+    held, free = bench.shipped("plus", maps=maps), bench.shipped("plus")
     made = {
-        "edges and image": draw(held=True, heard=True),
-        "image alone": draw(held=False, heard=True),
-        "edges alone": draw(held=True, heard=False),
+        "edges and image": held(bench.pictures, bench.silent, 1.0),
+        "image alone": free(bench.pictures, bench.silent, 1.0),
+        "edges alone": held(bench.pictures, bench.silent, 0.0),
     }
     table = Table(["outline IoU", "outline IoU, another's", "colour error", "colour error, another's"])
     seen = {}
@@ -297,7 +290,13 @@ def untouched(bench: Bench) -> Claim:
         str(int((silent != plain).flatten(1).any(1).sum())),
         "equal" if same else "changed",
     ]
-    return Claim("The base is untouched", "no bit of any text-only picture differs at scale 0", equal and same, [table])
+    return Claim(
+        "The base is untouched",
+        "no bit of any text-only picture differs at scale 0",
+        equal and same,
+        [table],
+        bench.sheet("untouched", {"base alone": plain, "scale 0": silent}, texts),
+    )
 
 
 CLAIMS: list[Callable[[Bench], Claim]] = [

@@ -4,13 +4,15 @@ Everything that the shipped weights can say is measured anew; what needs the riv
 trained them.
 """
 
+import os
 import re
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import torch
 
@@ -77,10 +79,10 @@ def anchor(number: int, claim: Claim) -> str:
 
 
 def measure_all(world: World) -> None:
-    """Measure every claim and write the page. Each has a process of its own: threads help models this small little."""
+    """Measure every claim and write the page, on processes of one thread: more threads help models this small little."""
     started = time.monotonic()
     bench, count = Bench(world), torch.get_num_threads()
-    with ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), settle) as pool:
         works = {claim: pool.submit(measured, world, claim) for claim in sorted(CLAIMS, key=lambda claim: claim is not together)}
         results = [works[claim].result() for claim in CLAIMS]
     minutes = (time.monotonic() - started) / 60
@@ -92,6 +94,19 @@ def measure_all(world: World) -> None:
     with written_whole(PAGE) as aside:
         aside.write_text(page(bench, results, budget))
     print(f"{PAGE} is written")
+
+
+def settle() -> None:
+    """In a process of the pool: one thread for the work, and one that ends it with its parent, however that ends."""
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    torch.set_num_threads(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def measured(world: World, claim: Callable[[Bench], Claim]) -> Claim:

@@ -6,8 +6,7 @@ N samples, T text tokens, D their width, E width of the image embedding, P patch
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -315,7 +314,4 @@ def sample(base: Base, method: Method, text: Tensor, seen: Seen, *, scale: float
 
 def train_all(world: World) -> None:
     for name in RIVALS:
-        train(replace(world), name)
-
-
-STAGES = {name: partial(train, name=name) for name in RIVALS}
+        train(world, name)
