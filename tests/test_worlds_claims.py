@@ -14,7 +14,7 @@ from imprompt.evaluation.metrics import Interval
 from worlds.emoji.bench import Bench, Claim, Table, better, digest, in_parts, not_worse
 from worlds.emoji.measures import Namer, embed, judge, read
 from worlds.emoji.page import anchor
-from worlds.emoji.rivals import RIVALS, Base, Conditioned, Seen, file_of, load, operations, sample, warped
+from worlds.emoji.rivals import RIVALS, Base, Conditioned, Seen, budget, file_of, load, operations, sample, warped
 from worlds.emoji.stage import World
 
 
@@ -92,7 +92,8 @@ def test_a_saved_rival_draws_what_it_drew(base: Base) -> None:
     method = RIVALS["simple"].build(base)
     place: Path = file_of(base.world, "simple")
     place.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.half().float() for key, value in method.state_dict().items()}, place)
+    save_file({key: value.half().float() for key, value in method.state_dict().items()}, place, {"steps": "5"})
+    assert budget(base.world, "simple") == (sum(value.numel() for value in method.state_dict().values()), 160)
     method.load_state_dict({key: value.half().float() for key, value in method.state_dict().items()})
     text, seen = base.read(["", ""]), inputs(base)[3]
     one, other = (sample(base, m, text, seen, steps=2) for m in (method, load(base.world, base, "simple")))

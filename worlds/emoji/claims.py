@@ -34,7 +34,7 @@ from .bench import (
 )
 from .control import edges
 from .measures import colour_error, embed, lined, outline_iou
-from .rivals import Base
+from .rivals import Base, budget
 from .scenes import render
 from .sheets import draw_curves
 from .studio import Heard, Studio
@@ -77,6 +77,7 @@ def parameters(bench: Bench) -> Claim:
 def against(bench: Bench, title: str, rule: str, names: Sequence[str], sheet: str, *, strict: bool) -> Claim:
     """The adapter and others, image prompt alone; the paper's two scores and the scenes' own factors."""
     table, gaps = Table(list(FIDELITY)), Table(["CLIP-I", "CLIP-T", "colour error", "own glyph"])
+    costs = Table(["weights trained", "samples seen"])
     absent = [name for name in names if name not in bench.trained]
     names = [name for name in names if name in bench.trained]
     if "decoupled" not in bench.trained or not names:
@@ -86,13 +87,14 @@ def against(bench: Bench, title: str, rule: str, names: Sequence[str], sheet: st
     verdicts = []
     for name, values in measured.items():
         table.rows[name] = bench.row(values, FIDELITY)
+        costs.rows[name] = [f"{number:,}" for number in budget(bench.world, name)]
         if name != "decoupled":
             own = measured["decoupled"]
             gaps.rows[f"decoupled − {name}"] = [bench.apart(own[key], values[key]) for key in gaps.columns]
             gap = bench.apart(own["CLIP-I"], values["CLIP-I"])
             verdicts.append(better(gap) if strict else not_worse(gap, MARGIN))
     missing = [f"Not trained here: {', '.join(absent)}."] if absent else []
-    return Claim(title, rule, all(verdicts), [table, gaps, *missing], bench.sheet(sheet, made))
+    return Claim(title, rule, all(verdicts), [table, gaps, costs, *missing], bench.sheet(sheet, made))
 
 
 MARGIN = 0.03  # of CLIP-I: what "comparable" allows; the paper's own table has .828 against .830 and .858

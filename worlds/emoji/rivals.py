@@ -7,6 +7,7 @@ N samples, T text tokens, D their width, E width of the image embedding, P patch
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -292,6 +294,13 @@ def load(world: World, base: Base, name: str) -> Conditioned:
     method = RIVALS[name].build(base)
     method.load_state_dict({key: value.float() for key, value in load_file(file_of(world, name)).items()})
     return method.eval()
+
+
+def budget(world: World, name: str) -> tuple[int, int]:
+    """The weights that were trained, and the samples that they saw."""
+    with safe_open(file_of(world, name), "pt") as file:
+        names, steps = file.keys(), int(file.metadata()["steps"])
+        return sum(prod(file.get_slice(name).get_shape()) for name in names), BATCH * steps
 
 
 @torch.no_grad()
