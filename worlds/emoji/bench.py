@@ -184,7 +184,8 @@ class Bench:
         return interval(values[there], self.items[there])
 
     def apart(self, one: Tensor, other: Tensor) -> Interval:
-        return difference(one, self.items, other, self.items)
+        there = ~(one.isnan() | other.isnan())
+        return difference(one[there], self.items[there], other[there], self.items[there])
 
     def row(self, measured: Measured, names: Sequence[str]) -> list[Interval | float | str]:
         return [self.interval(measured[name]) for name in names]
