@@ -60,7 +60,6 @@ def follow(
     return row, prompts, made
 
 
-@torch.no_grad()
 def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float) -> tuple[dict[str, float], Tensor, Tensor]:
     """A text that names one glyph, an image prompt that shows another: is the text's glyph there, in the image's palette?"""
     generator = world.generator(43)
@@ -69,18 +68,7 @@ def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: fl
     texts = captions(Scenes(**{**vars(scenes), "glyph": torch.stack([named, -torch.ones_like(named)], 1)}), glyphs, generator)
     texts = [text.split(" on ")[0].split(" at ")[0].split(" in the ")[0] for text in texts]
     prompts = render(scenes, glyphs, world.side)
-    made, null = [], pipe.first.tokens(pipe.first.reader.null_features())
-    for start in range(0, COUNT, 32):  # the façade takes one text a call; diffusers' own call takes many
-        chunk = range(start, start + 32)
-        tokens = pipe.first.tokens(pipe.first.reader.picture_features([to_image(prompts[i]) for i in chunk]))
-        made += pipe.pipeline(
-            [texts[i] for i in chunk],
-            num_inference_steps=pipe.model.steps,
-            guidance_scale=pipe.model.guidance,
-            generator=[torch.Generator().manual_seed(i) for i in chunk],
-            cross_attention_kwargs={"ip_hidden_states": pipe.first.adapter.prompt(tokens, null, scale)},
-        ).images
-    made = to_tensor(made)
+    made = to_tensor(pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images)
     error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])
     glyph, palette = Namer.load().glyph(made).eq(named), error < 0.25 * other.mean()
     return (
@@ -145,13 +133,14 @@ def parts() -> str:
     rows = []
     for path in sorted(SHIPPED.rglob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            count = sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no dict
+            names = file.keys()
+            count = sum(prod(file.get_slice(name).get_shape()) for name in names)
         config = path.parent / "config.json"
         facts = json.loads(config.read_text()) if config.exists() else {}
         bare = "LoRA" if path.parent.parent.name == "styles" else "IPAdapter"
         kind = facts.get("_class_name") or next(iter(facts.get("architectures", [bare])))
-        name = path.stem if path.parent.name == "adapters" else path.parent.name
-        rows.append(f"| {name} | {kind} | {count:,} |")
+        label = path.stem if path.parent.name == "adapters" else path.parent.name
+        rows.append(f"| {label} | {kind} | {count:,} |")
     return "\n".join(rows)
 
 
