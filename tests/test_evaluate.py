@@ -21,8 +21,9 @@ from imprompt.errors import CheckpointError, ImageError, SettingError
 from imprompt.evaluation.judges import PHOTO, Judge, open_clip, open_dino, open_inception
 from imprompt.evaluation.making import Maker, reference_of
 from imprompt.evaluation.metrics import clip_score, cosine, frechet_distance
+from imprompt.evaluation.plan import Chunk, Plan
 from imprompt.evaluation.protocols import Protocol, protocol, read_sweep, settings_of
-from imprompt.evaluation.run import Chunk, Measure, Plan, evaluate
+from imprompt.evaluation.run import Measure, evaluate
 from imprompt.evaluation.sets import Item
 from imprompt.evaluation.summary import distances, notes_on, of_rows
 from imprompt.models import PACKAGED

@@ -76,7 +76,8 @@ def run(
     plan = named(protocol, **changes)
     settings_of(plan, points)  # what is wrong with it is told before torch is there
     with loading():
-        from imprompt.evaluation.run import Plan, evaluate
+        from imprompt.evaluation.plan import Plan
+        from imprompt.evaluation.run import evaluate
 
         quiet()
     asked: dict[str, Any] = {

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL.Image import Image
 
 from imprompt.encoders.kept import FeatureMemory
 from imprompt.evaluation.judges import weights_hash, words
+from imprompt.evaluation.plan import Plan
 from imprompt.evaluation.protocols import Setting
 from imprompt.evaluation.sets import Item
 from imprompt.models import find_model
@@ -17,16 +18,13 @@ from imprompt.sampling.generate import ImagePromptPipeline
 from imprompt.sampling.references import Reference
 from imprompt.sampling.settings import Settings
 
-if TYPE_CHECKING:
-    from imprompt.evaluation.run import Plan
-
 KEPT = 2**28  # bytes of image prompts' features: the pictures of an item are made one after the other
 
 
 class Maker:
     """The model that makes the pictures, with one adapter at a time."""
 
-    def __init__(self, plan: "Plan", device: str) -> None:
+    def __init__(self, plan: Plan, device: str) -> None:
         self.plan, self.worn = plan, plan.sweep.get("adapter", (plan.adapter,))[0]
         self.memory = FeatureMemory(KEPT)
         dtype = getattr(torch, plan.dtype) if plan.dtype else None

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from imprompt.errors import SettingError
 from imprompt.evaluation.metrics import METRICS, SUBSET_SIZE, Interval, frechet_distance, interval, kernel_distances
+from imprompt.evaluation.plan import Chunk
 from imprompt.evaluation.results import Row, cluster
 from imprompt.files import written_whole
 
-if TYPE_CHECKING:
-    from imprompt.evaluation.run import Chunk
 
-
-def gather(out: Path, chunks: Sequence["Chunk"], run: dict[str, Any]) -> dict[str, Any]:
+def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str, Any]:
     """Write rows.jsonl and summary.json of a run whose chunks are all there, in the order of its settings; give the summary."""
     rows, settings, notes = [], [], {}
     for setting, group in groupby(chunks, key=lambda chunk: chunk.setting):
@@ -41,7 +39,7 @@ def gather(out: Path, chunks: Sequence["Chunk"], run: dict[str, Any]) -> dict[st
     return summary
 
 
-def read_rows(chunk: "Chunk") -> list[Row]:
+def read_rows(chunk: Chunk) -> list[Row]:
     try:
         rows = [json.loads(line) for line in chunk.rows.read_text("utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
@@ -51,7 +49,7 @@ def read_rows(chunk: "Chunk") -> list[Row]:
     return rows
 
 
-def damaged(path: Path, chunk: "Chunk") -> SettingError:
+def damaged(path: Path, chunk: Chunk) -> SettingError:
     return SettingError(f"{path} is gone or damaged: delete {chunk.rows}, and the same command makes both again")
 
 
@@ -65,7 +63,7 @@ def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
             yield name, interval(torch.tensor(values, dtype=torch.float64), torch.tensor(items))
 
 
-def features_of(chunks: Sequence["Chunk"], key: str) -> tuple[Tensor, Tensor]:
+def features_of(chunks: Sequence[Chunk], key: str) -> tuple[Tensor, Tensor]:
     """Features of all targets (R, D), each file's once, and of all pictures (N, D)."""
     real: dict[Path, Tensor] = {}
     made = []
