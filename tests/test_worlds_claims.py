@@ -111,7 +111,7 @@ def test_what_was_drawn_is_kept_until_what_it_comes_from_changes(base: Base, tmp
 
     def draw(prompts: Tensor, _: object, scale: float) -> Tensor:
         drawn.append(scale)
-        return prompts * scale
+        return (prompts * scale).to(memory_format=torch.channels_last)  # as the models give them
 
     prompts = torch.rand(2, 3, 8, 8)
     kept = bench.kept(draw, weights.parent, "plus")

@@ -145,7 +145,7 @@ class Bench:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 pictures = (draw(prompts, texts, scale) * 255).round().byte()
                 with written_whole(place) as aside:
-                    save_file({"pictures": pictures}, aside)
+                    save_file({"pictures": pictures.contiguous()}, aside)
             return load_file(place)["pictures"].float() / 255
 
         return drawn
