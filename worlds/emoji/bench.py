@@ -6,13 +6,15 @@ Shape letters: N pictures, I scenes, K seeds of each, S pixels a side.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval, difference, interval
@@ -73,6 +75,7 @@ class Claim:
     holds: bool | None  # None: it was not measured
     tables: list[Table | str]
     pictures: tuple[str, ...] = ()  # names of files in SHEETS
+    drawn: Mapping[str, float] = field(default_factory=dict)  # names of what was drawn for it -> seconds that it took
 
 
 class Bench:
@@ -80,6 +83,7 @@ class Bench:
 
     def __init__(self, world: World) -> None:
         self.world = replace(world, device="cpu")
+        self.drawn: dict[str, float] = {}
         self.glyphs: Glyphs = self.world.glyphs()
         self.namer = Namer.load()
         generator = self.world.generator(101)
@@ -143,10 +147,13 @@ class Bench:
             place = self.world.folder / "claims" / f"{name}.safetensors"
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
+                started = time.monotonic()
                 pictures = (draw(prompts, texts, scale) * 255).round().byte()
                 with written_whole(place) as aside:
-                    save_file({"pictures": pictures.contiguous()}, aside)
-            return load_file(place)["pictures"].float() / 255
+                    save_file({"pictures": pictures.contiguous()}, aside, {"seconds": f"{time.monotonic() - started:.1f}"})
+            with safe_open(place, "pt") as file:
+                self.drawn[name] = float(file.metadata()["seconds"])
+                return file.get_tensor("pictures").float() / 255
 
         return drawn
 

@@ -142,9 +142,14 @@ def hue(pictures: Tensor, figures: Tensor) -> Tensor:
     return (pictures * figures[:, None]).sum((2, 3)) / figures.sum((1, 2)).clamp(min=1)[:, None]
 
 
+def toned(pictures: Tensor, line: Sequence[float]) -> Tensor:
+    """Where pictures (N, 3, S, S) are dark, if `line` is dark, or light: (N, 1, S, S) of 0 and 1."""
+    grey, wanted = pictures.mean(1, keepdim=True), sum(line) / len(line)
+    return ((grey < 0.35) if wanted < 0.5 else (grey > 0.8)).float()
+
+
 def lined(pictures: Tensor, line: Sequence[float]) -> Tensor:
     """The share of its edges at which there is a dark line, if `line` is dark, or a light one (N,)."""
-    grey, wanted = pictures.mean(1, keepdim=True), sum(line) / len(line)
-    near = F.max_pool2d(((grey < 0.35) if wanted < 0.5 else (grey > 0.8)).float(), 3, 1, 1)
+    near = F.max_pool2d(toned(pictures, line), 3, 1, 1)
     edge = (edges(pictures)[:, :1] > 0.5).float()
     return (near * edge).sum((1, 2, 3)) / edge.sum((1, 2, 3)).clamp(min=1)

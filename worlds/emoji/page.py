@@ -32,9 +32,11 @@ IP-Adapter (arXiv 2308.06721) makes nine claims that can be asked of any base mo
 world, whose scenes are known to the last factor; the weights are in the package, the rest is a command:
 
     make claims                              # this page and its pictures again, from the shipped weights
-    python -m worlds.emoji rivals            # rows 2 to 5 need these; hours, resumable: see worlds/emoji/README.md
+    python -m worlds.emoji rivals            # rows 2 to 5 need these; half an hour on two cores, resumable
 
 {budget}
+Which weights were trained on how much is said in rows 2 to 4 and, for the packaged ones, in the
+[model card](../src/imprompt/weights/emoji/README.md).
 
 Numbers are means with 95 % bootstrap intervals over scenes ({resamples} resamples; the seeds of a scene are drawn together).
 *CLIP-I* and *CLIP-T* are cosines of the judge, an encoder of its own seed and size that conditioned nothing (its scale is not
@@ -80,16 +82,15 @@ def anchor(number: int, claim: Claim) -> str:
 
 def measure_all(world: World) -> None:
     """Measure every claim and write the page, on processes of one thread: more threads help models this small little."""
-    started = time.monotonic()
     bench, count = Bench(world), torch.get_num_threads()
     with ProcessPoolExecutor(count, get_context("spawn"), settle) as pool:
         works = {claim: pool.submit(measured, world, claim) for claim in sorted(CLAIMS, key=lambda claim: claim is not together)}
         results = [works[claim].result() for claim in CLAIMS]
-    minutes = (time.monotonic() - started) / 60
+    drawn = {name: seconds for claim in results for name, seconds in claim.drawn.items()}
     budget = (
-        f"{SCENES} scenes of one glyph, none of them seen in training, {SEEDS} seeds each ({DIVERSE} for diversity), "
+        f"{SCENES} scenes of one glyph, drawn for this and not trained on, {SEEDS} seeds each ({DIVERSE} for diversity),\n"
         f"DDIM {STEPS} steps, guidance {GUIDANCE:g}; torch {torch.__version__}, "
-        f"{count} processes of one thread, {minutes:.0f} minutes."
+        f"{sum(drawn.values()) / 60:.0f} minutes of one CPU thread to draw them all."
     )
     with written_whole(PAGE) as aside:
         aside.write_text(page(bench, results, budget))
@@ -111,7 +112,8 @@ def settle() -> None:
 
 def measured(world: World, claim: Callable[[Bench], Claim]) -> Claim:
     started = time.monotonic()
-    found = claim(Bench(world))
+    bench = Bench(world)
+    found = replace(claim(bench), drawn=bench.drawn)
     tables = [table if isinstance(table, str) else table.markdown() for table in found.tables]
     print(f"{found.title}: {SAID[found.holds].strip('*')}  ({time.monotonic() - started:.0f} s)", *tables, sep="\n", flush=True)
     return found

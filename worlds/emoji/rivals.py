@@ -7,6 +7,7 @@ N samples, T text tokens, D their width, E width of the image embedding, P patch
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,7 @@ from imprompt.attention import family_of
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.files import written_whole
 from imprompt.images import open_image
+from imprompt.projections.resampler import Resampler
 
 from .control import EMBEDDING, Frozen
 from .scenes import to_image
@@ -92,16 +94,17 @@ class Conditioned(nn.Module):
 
 
 class Decoupled(Conditioned):
-    """The paper's adapter (section 3.2.2), as `imprompt` has it."""
+    """The paper's adapter (section 3.2.2), as `imprompt` has it; `plus` reads the patches, as recipes/emoji-plus.toml has it."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, *, plus: bool = False) -> None:
         super().__init__(base)
-        family = family_of(base.unet)
-        projection = ImageProjection(base.encoder.feature_dim("pooled"), width(base), TOKENS)
-        self.adapter = IPAdapter.beside(base.unet, family, projection).attach(base.unet)
+        self.plus = plus
+        size = base.encoder.feature_dim("penultimate" if plus else "pooled")
+        projection = Resampler(size, width(base), depth=2) if plus else ImageProjection(size, width(base), TOKENS)
+        self.adapter = IPAdapter.beside(base.unet, family_of(base.unet), projection).attach(base.unet)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
-        prompt = self.adapter.prompt(self.adapter.tokens(seen.embedding), scale=scale)
+        prompt = self.adapter.prompt(self.adapter.tokens(seen.patches if self.plus else seen.embedding), scale=scale)
         return self.velocity(x, t, text, cross_attention_kwargs={"ip_hidden_states": prompt})
 
 
@@ -202,6 +205,7 @@ RIVALS = {
     "tuned, equal compute": Rival(Tuned, lr=3e-4, reads_text=False, equal="decoupled"),
     "T2I style": Rival(Style),
     "ControlNet shuffle": Rival(Shuffle),
+    "decoupled, plus": Rival(partial(Decoupled, plus=True)),
 }
 
 
