@@ -11,7 +11,7 @@ pytest.importorskip("emoji", reason="only building the world needs it")
 pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
 from imprompt.evaluation.metrics import Interval
-from worlds.emoji.bench import Bench, Claim, Table, better, digest, in_parts, not_worse
+from worlds.emoji.bench import Bench, Claim, Table, digest, in_parts
 from worlds.emoji.measures import Namer, embed, judge, read
 from worlds.emoji.page import anchor
 from worlds.emoji.rivals import RIVALS, Base, Conditioned, Seen, budget, file_of, load, operations, sample, warped
@@ -146,11 +146,17 @@ def test_the_judge_puts_pictures_and_captions_in_one_space() -> None:
 
 
 def test_a_verdict_needs_the_whole_interval() -> None:
-    assert better(Interval(0.2, 0.01, 0.4))
-    assert not better(Interval(0.2, -0.01, 0.4))
-    assert not better(Interval(0.2, None, None))
-    assert not_worse(Interval(-0.01, -0.02, 0.0), by=0.03)
-    assert not not_worse(Interval(-0.01, -0.04, 0.02), by=0.03)
+    above, below, about, lone = (Interval(0.2, *ends) for ends in ((0.01, 0.4), (-0.4, -0.01), (-0.01, 0.4), (None, None)))
+
+    def verdict(*gaps: Interval, margin: float = 0.0) -> str:
+        return Claim("", "", [], decides=dict(enumerate(gaps)), above=margin).verdict
+
+    assert verdict(above, above) == "yes"
+    assert verdict(above, about) == verdict(lone) == "undecided"
+    assert verdict(above, about, below) == "no"
+    assert verdict(about, margin=-0.03) == "yes"
+    assert verdict() == "not measured"
+    assert Claim("", "", [], said="yes").verdict == "yes"
 
 
 def test_a_table_and_its_heading() -> None:
@@ -161,7 +167,7 @@ def test_a_table_and_its_heading() -> None:
         "| plus | 0.500 (0.250 to 0.750) | shipped |",
         "| far | 12.2 |  |",
     ]
-    assert anchor(4, Claim("Decoupled beats the simple adapter", "", False, [])) == "4-decoupled-beats-the-simple-adapter-no"
+    assert anchor(4, Claim("Decoupled beats the simple adapter", "", [], said="no")) == "4-decoupled-beats-the-simple-adapter-no"
 
 
 def test_parts_are_joined_in_order() -> None:

@@ -23,7 +23,7 @@ from imprompt.files import written_whole
 from . import rivals
 from .assemble import SHIPPED
 from .glyphs import Glyphs
-from .measures import Namer, colour_error, embed, figure, middle, outlines, read
+from .measures import Namer, background_error, colour_error, embed, figure, middle, outlines, read
 from .rivals import RIVALS, Base, Seen
 from .scenes import Scenes, captions, render, sample_scenes
 from .sheets import draw_sheet
@@ -38,7 +38,7 @@ DIVERSE = 6  # seeds of a scene where diversity is asked
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = 6  # rows of a sheet
 PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")  # of the package, that a rival is made of
-RIGHT = 0.25  # of the mean error to another scene's background, under which a background is right
+RIGHT = 0.25  # of the mean error to another scene's background, under which a background's colour is right
 Draw = Callable[[Tensor, Sequence[str], float], Tensor]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
 Measured = dict[str, Tensor]  # name -> a value a picture (N,)
 
@@ -72,10 +72,20 @@ class Claim:
 
     title: str
     rule: str  # by which it holds
-    holds: bool | None  # None: it was not measured
     tables: list[Table | str]
     pictures: tuple[str, ...] = ()  # names of files in SHEETS
+    decides: Mapping[str, Interval] = field(default_factory=dict)  # differences
+    above: float = 0.0  # what their whole intervals are above if the claim holds
+    said: str = ""  # the verdict where no interval decides
     drawn: Mapping[str, float] = field(default_factory=dict)  # names of what was drawn for it -> seconds that it took
+
+    @property
+    def verdict(self) -> str:
+        if self.said or not self.decides:
+            return self.said or "not measured"
+        if all(gap.low is not None and gap.low > self.above for gap in self.decides.values()):
+            return "yes"
+        return "no" if any(gap.high is not None and gap.high <= self.above for gap in self.decides.values()) else "undecided"
 
 
 class Bench:
@@ -177,6 +187,7 @@ class Bench:
             "found again": (seen @ apart.T).argmax(1).eq(self.items).float(),
             "colour error": colour,
             "own glyph": named.eq(self.scenes.glyph[:, 0]).float(),
+            "background error": background_error(made, self.scenes),
             "outline likeness": (outlines(made) * outlines(self.pictures)).sum(1),
             "place error": torch.where(plain, place, torch.nan),
             "text's glyph": text,
@@ -206,7 +217,17 @@ class Bench:
         return (f"{name}.jpg",)
 
 
-FIDELITY = ("CLIP-I", "CLIP-T", "found again", "colour error", "own glyph", "own glyph, judge", "outline likeness", "place error")
+FIDELITY = (
+    "CLIP-I",
+    "CLIP-T",
+    "found again",
+    "colour error",
+    "background error",
+    "own glyph",
+    "own glyph, judge",
+    "outline likeness",
+    "place error",
+)
 
 
 def digest(*parts: object) -> str:
@@ -232,13 +253,3 @@ def article(name: str) -> str:
 
 def in_parts(draw: Callable[[range], Tensor], count: int, size: int = 32) -> Tensor:
     return torch.cat([draw(range(start, min(start + size, count))) for start in range(0, count, size)])
-
-
-def better(gap: Interval) -> bool:
-    """The whole interval of a difference is above 0."""
-    return gap.low is not None and gap.low > 0
-
-
-def not_worse(gap: Interval, by: float) -> bool:
-    """The whole interval of a difference is above -`by`."""
-    return gap.low is not None and gap.low > -by

@@ -19,7 +19,7 @@ import torch
 from imprompt.evaluation.metrics import RESAMPLES
 from imprompt.files import written_whole
 
-from .bench import DIVERSE, FIDELITY, PAGE, SCENES, SEEDS, STEPS, Bench, Claim, Table
+from .bench import DIVERSE, FIDELITY, PAGE, SCENES, SEEDS, SHOWN, STEPS, Bench, Claim, Table, shown
 from .claims import CLAIMS, together
 from .scenes import render
 from .stage import HERE, World
@@ -31,19 +31,27 @@ HEAD = """# The paper's claims, measured
 IP-Adapter (arXiv 2308.06721) makes nine claims that can be asked of any base model. Here they are asked of the packaged emoji
 world, whose scenes are known to the last factor; the weights are in the package, the rest is a command:
 
+    python -m worlds.emoji scenes            # with `rivals` an hour of one thread, resumable:
+    python -m worlds.emoji rivals            # without them rows 2 to 4 are not measured
     make claims                              # this page and its pictures again, from the shipped weights
-    python -m worlds.emoji rivals            # rows 2 to 5 need these; half an hour on two cores, resumable
 
 {budget}
-Which weights were trained on how much is said in rows 2 to 4 and, for the packaged ones, in the
-[model card](../src/imprompt/weights/emoji/README.md).
+Image prompts of rows 1 to 4, 6 and 8 go with an empty text at scale 1. Which weights were trained on how much is said in rows 2 to
+4 and, for the packaged ones (*base* and *plus* without a further word), in the
+[model card](../src/imprompt/weights/emoji/README.md). *decoupled* is the base variant trained as the rivals are: one run each, on
+the same samples in the same order, learning rates not searched for. Intervals speak of scenes and seeds, not of other trainings.
+A claim is undecided where an interval holds what it would have to leave out.
 
 Numbers are means with 95 % bootstrap intervals over scenes ({resamples} resamples; the seeds of a scene are drawn together).
-*CLIP-I* and *CLIP-T* are cosines of the judge, an encoder of its own seed and size that conditioned nothing (its scale is not
-that of OpenAI's CLIP); *found again*: the prompt is nearest to its own result among {scenes}; *own glyph*: by a classifier of
-glyphs, or by the judge, whose likeliest name it is among all; *colour error*: of the background's mean along the picture's
-edge, of 255; *outline likeness*: cosine of oriented gradients on an 8×8 grid; *place error*: of the figure's middle, where 2 is
-the picture's side, on plain backgrounds.
+*CLIP-I* and *CLIP-T* (to the scene's caption, which was not given) are cosines of the judge, an encoder of its own seed and size
+that conditioned nothing (its scale is not that of OpenAI's CLIP); *found again*: of {scenes} prompts the result's nearest is its
+own; *own glyph* and *text's glyph*: as named by a classifier of the 72 glyphs, or by the judge, whose likeliest name it is;
+*colour error*: of the background's mean along the picture's edge, of 255, and *background error*: place by place; *image's
+palette*: a colour error under a quarter of the mean one to another scene; *both*: text's glyph in the image's palette; *outline
+likeness*: cosine of oriented gradients on an 8×8 grid; *place error*: of the figure's middle, where 2 is the picture's side, on the
+{plain} plain backgrounds; *outline IoU*: of edges widened by a pixel; *diversity*: 1 − cosine likeness of a scene's pictures, of
+the first half of the scenes. Sheets show the first {rows} scenes, the first seed of each; *without*: scale 0; *as ink*: what ink
+would make of the prompt.
 
 | # | claim | holds here |
 |---|---|---|
@@ -55,7 +63,7 @@ What the same measures say of real pictures.
 
 {rulers}
 """
-SAID = {True: "yes", False: "**no**", None: "not measured"}
+BOLD = ("no", "undecided")
 
 
 def page(bench: Bench, claims: Sequence[Claim], budget: str) -> str:
@@ -63,20 +71,32 @@ def page(bench: Bench, claims: Sequence[Claim], budget: str) -> str:
     parts = []
     for number, claim in enumerate(claims, 1):
         tables = [table if isinstance(table, str) else table.markdown() for table in claim.tables]
-        note = notes.get(str(number), {}).get(SAID[claim.holds].strip("*"), "")
-        parts.append(f"## {number}. {claim.title}: {SAID[claim.holds].strip('*')}\n\nHolds if {claim.rule}.\n")
+        note = notes.get(str(number), {}).get(claim.verdict, "")
+        parts.append(f"## {number}. {claim.title}: {claim.verdict}\n\nHolds if {claim.rule}.\n")
+        if claim.decides:
+            told = "; ".join(f"{name}: {shown(gap)}" for name, gap in claim.decides.items())
+            parts.append(f"What decides{f', of {claim.above:g} or more' if claim.above else ''}: {told}.\n")
         parts += [f"{table}\n" for table in tables]
         if note:
             parts.append(f"{note.strip()}\n")
         parts += [f"![{claim.title}](claims/{picture})\n" for picture in claim.pictures]
-    rows = "\n".join(f"| {number} | [{c.title}](#{anchor(number, c)}) | {SAID[c.holds]} |" for number, c in enumerate(claims, 1))
-    head = HEAD.format(budget=budget, resamples=RESAMPLES, scenes=SCENES, verdicts=rows, rulers=rulers(bench).markdown())
+    said = [f"**{claim.verdict}**" if claim.verdict in BOLD else claim.verdict for claim in claims]
+    rows = "\n".join(f"| {n} | [{c.title}](#{anchor(n, c)}) | {s} |" for n, (c, s) in enumerate(zip(claims, said, strict=True), 1))
+    head = HEAD.format(
+        budget=budget,
+        resamples=RESAMPLES,
+        scenes=SCENES,
+        rows=SHOWN,
+        plain=int((bench.scenes.pattern[::SEEDS] == 0).sum()),
+        verdicts=rows,
+        rulers=rulers(bench).markdown(),
+    )
     return head + "\n" + "\n".join(parts)
 
 
 def anchor(number: int, claim: Claim) -> str:
     """As GitHub makes it of the heading."""
-    words = f"{number}. {claim.title}: {SAID[claim.holds].strip('*')}".lower()
+    words = f"{number}. {claim.title}: {claim.verdict}".lower()
     return re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
 
 
@@ -88,7 +108,7 @@ def measure_all(world: World) -> None:
         results = [works[claim].result() for claim in CLAIMS]
     drawn = {name: seconds for claim in results for name, seconds in claim.drawn.items()}
     budget = (
-        f"{SCENES} scenes of one glyph, drawn for this and not trained on, {SEEDS} seeds each ({DIVERSE} for diversity),\n"
+        f"{SCENES} scenes drawn for this, of one of the glyphs that training has, {SEEDS} seeds each ({DIVERSE} for diversity),\n"
         f"DDIM {STEPS} steps, guidance {GUIDANCE:g}; torch {torch.__version__}, "
         f"{sum(drawn.values()) / 60:.0f} minutes of one CPU thread to draw them all."
     )
@@ -115,7 +135,7 @@ def measured(world: World, claim: Callable[[Bench], Claim]) -> Claim:
     bench = Bench(world)
     found = replace(claim(bench), drawn=bench.drawn)
     tables = [table if isinstance(table, str) else table.markdown() for table in found.tables]
-    print(f"{found.title}: {SAID[found.holds].strip('*')}  ({time.monotonic() - started:.0f} s)", *tables, sep="\n", flush=True)
+    print(f"{found.title}: {found.verdict}  ({time.monotonic() - started:.0f} s)", *tables, sep="\n", flush=True)
     return found
 
 

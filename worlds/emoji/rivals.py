@@ -180,8 +180,12 @@ def width(base: Base) -> int:
 
 
 def warped(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) with their content moved about: each result pixel reads where a smooth random field says."""
-    field = torch.rand(len(pictures), 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(pictures)
+    """Pictures (N, 3, S, S) with their content moved about: each result pixel reads where a smooth random field says.
+
+    As many fields as a batch of training has: what samples with more rows meets no other.
+    """
+    fields = torch.rand(BATCH, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(pictures)
+    field = fields[torch.arange(len(pictures), device=pictures.device) % BATCH]
     field = F.interpolate(field, pictures.shape[-2:], mode="bicubic", align_corners=True)
     low, high = field.amin((2, 3), keepdim=True), field.amax((2, 3), keepdim=True)
     grid = ((field - low) / (high - low) * 2 - 1).permute(0, 2, 3, 1)
