@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
 
 from imprompt.checkpoint import read_adapter, write_adapter
@@ -61,6 +63,13 @@ def report(folder: Path) -> None:
     print(f"{total / 1e6:7.2f} MB  in all")
     if total > LIMIT or any(path.stat().st_size > FILE_LIMIT for path in files):
         raise SystemExit(f"over the limit of {LIMIT / 1e6:.0f} MB in all or {FILE_LIMIT / 1e6:.0f} MB a file")
+
+
+def weights_in(path: Path) -> int:
+    """How many numbers a file of weights holds."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        return sum(prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def scenes(world: World) -> None:

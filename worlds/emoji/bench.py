@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from imprompt.files import written_whole
 from . import rivals
 from .assemble import SHIPPED
 from .glyphs import Glyphs
+from .marks import lines
 from .measures import Namer, background_error, colour_error, embed, figure, middle, outlines, read
 from .rivals import RIVALS, Base, Seen
-from .scenes import Scenes, captions, render, sample_scenes
+from .scenes import Scenes, article, captions, render, sample_scenes, shuffled
 from .sheets import draw_sheet
 from .stage import HERE, World
 from .studio import GUIDANCE, Heard, Studio
@@ -40,7 +41,7 @@ SHOWN = 6  # rows of a sheet
 PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")  # of the package, that a rival is made of
 RIGHT = 0.25  # of the mean error to another scene's background, under which a background's colour is right
 Draw = Callable[[Tensor, Sequence[str], float], Tensor]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
-Measured = dict[str, Tensor]  # name -> a value a picture (N,)
+Measured = dict[str, Tensor]  # name -> a value a picture (N,), or a vector (N, …)
 
 
 @dataclass
@@ -51,9 +52,7 @@ class Table:
     rows: dict[str, list[Interval | float | str]] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        lines = [f"| | {' | '.join(self.columns)} |", "|---" * (len(self.columns) + 1) + "|"]
-        lines += [f"| {name} | {' | '.join(shown(cell) for cell in cells)} |" for name, cells in self.rows.items()]
-        return "\n".join(lines)
+        return lines(self.columns, {name: [shown(cell) for cell in cells] for name, cells in self.rows.items()})
 
 
 def shown(cell: Interval | float | str) -> str:
@@ -68,7 +67,7 @@ def shown(cell: Interval | float | str) -> str:
 
 @dataclass
 class Claim:
-    """One row of the issue: what the paper says, how it is asked here, what came out."""
+    """One row of the page: what the paper says, how it is asked here, what came out."""
 
     title: str
     rule: str  # by which it holds
@@ -106,21 +105,31 @@ class Bench:
         self.texts = [article(self.glyphs.names[g]) for g in self.named.tolist()]
         self.names = read([article(name) for name in self.glyphs.names[: self.glyphs.seen]])
         self.silent = [""] * len(self.scenes)
-        self.another = self.scenes[torch.arange(len(self.scenes)).roll(SEEDS)]
+        self.another = shuffled(self.scenes, SEEDS)
         self.too_wrong = RIGHT * colour_error(self.pictures, self.another).mean()
 
     @cached_property
     def base(self) -> Base:
         return Base(self.world)
 
+    @cached_property
+    def of_prompts(self) -> Measured:
+        """What is measured on the prompts themselves, for results to be compared with."""
+        return {
+            "image": embed(self.pictures),
+            "caption": read(self.captions),
+            "outlines": outlines(self.pictures),
+            "middle": middle(figure(self.pictures, self.scenes)),
+        }
+
     def shipped(self, name: str, style: Path | None = None, maps: Tensor | None = None) -> Draw:
         """By the packaged parts; maps (N, 3, S, S): outlines to hold."""
-        studio = Studio(style, name)
+        opened = cache(lambda: Studio(style, name))  # not for what is kept
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             def part_of(part: range) -> Tensor:
                 rows = slice(part.start, part.stop)
-                return studio.draw(
+                return opened().draw(
                     len(part),
                     Heard(prompts[rows], scale),
                     texts=texts[rows],
@@ -134,7 +143,7 @@ class Bench:
         return self.kept(draw, SHIPPED, name, style and style.name, maps)
 
     def rival(self, name: str) -> Draw:
-        method = rivals.load(self.world, self.base, name)
+        opened = cache(lambda: rivals.load(self.world, self.base, name))
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             def part_of(part: range) -> Tensor:
@@ -143,7 +152,7 @@ class Bench:
                 if not RIVALS[name].reads_text and not any(said):
                     text = text[:, :0]
                 seen: Seen = self.base.see(prompts[part.start : part.stop])
-                return rivals.sample(self.base, method, text, seen, scale=scale, guidance=GUIDANCE, steps=STEPS, seed=part.start)
+                return rivals.sample(self.base, opened(), text, seen, scale=scale, guidance=GUIDANCE, steps=STEPS, seed=part.start)
 
             return in_parts(part_of, len(prompts))
 
@@ -174,22 +183,20 @@ class Bench:
     def measure(self, made: Tensor) -> Measured:
         """Against the prompts, and where a text named another glyph, against it."""
         seen, named = embed(made), self.namer.glyph(made)
-        prompts = embed(self.pictures)
-        apart = prompts[::SEEDS]
-        plain = self.scenes.pattern == 0
-        place = (middle(figure(made, self.scenes)) - middle(figure(self.pictures, self.scenes))).norm(dim=1)
+        prompts = self.of_prompts
+        place = (middle(figure(made, self.scenes)) - prompts["middle"]).norm(dim=1)
         colour = colour_error(made, self.scenes)
         palette, text = (colour < self.too_wrong).float(), named.eq(self.named).float()
         likest = (seen @ self.names.T).argmax(1)
         return {
-            "CLIP-I": (seen * prompts).sum(1),
-            "CLIP-T": (seen * read(self.captions)).sum(1),
-            "found again": (seen @ apart.T).argmax(1).eq(self.items).float(),
+            "CLIP-I": (seen * prompts["image"]).sum(1),
+            "CLIP-T": (seen * prompts["caption"]).sum(1),
+            "found again": (seen @ prompts["image"][::SEEDS].T).argmax(1).eq(self.items).float(),
             "colour error": colour,
             "own glyph": named.eq(self.scenes.glyph[:, 0]).float(),
             "background error": background_error(made, self.scenes),
-            "outline likeness": (outlines(made) * outlines(self.pictures)).sum(1),
-            "place error": torch.where(plain, place, torch.nan),
+            "outline likeness": (outlines(made) * prompts["outlines"]).sum(1),
+            "place error": torch.where(self.scenes.pattern == 0, place, torch.nan),
             "text's glyph": text,
             "text's glyph, judge": likest.eq(self.named).float(),
             "own glyph, judge": likest.eq(self.scenes.glyph[:, 0]).float(),
@@ -245,10 +252,6 @@ def digest(*parts: object) -> str:
 
 def repeated(scenes: Scenes, times: int) -> Scenes:
     return scenes[torch.arange(len(scenes)).repeat_interleave(times)]
-
-
-def article(name: str) -> str:
-    return ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def in_parts(draw: Callable[[range], Tensor], count: int, size: int = 32) -> Tensor:

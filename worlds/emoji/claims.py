@@ -262,18 +262,17 @@ def fine_grained(bench: Bench) -> Claim:
         many = embed(draw(bench.pictures[few], [""] * len(few), 1.0)).unflatten(0, (-1, DIVERSE))
         values["diversity"] = torch.stack([diversity(pictures).mean() for pictures in many])
         measured[name], sheets[name] = values, made
-        spread = interval(values["diversity"], torch.arange(len(many)))
-        table.rows[name] = [*bench.row(values, FIDELITY), spread]
+        table.rows[name] = [*bench.row(values, FIDELITY), interval(values["diversity"], torch.arange(len(many)))]
     base, plus = measured["base"], measured["plus"]
     places = torch.arange(len(plus["diversity"]))
-    spread = [difference(a["diversity"], places, b["diversity"], places) for a, b in ((plus, base), (base, plus))]
-    gaps.rows["plus − base"] = [*(bench.apart(plus[key], base[key]) for key in FIDELITY), spread[0]]
+    more, less = (difference(a["diversity"], places, b["diversity"], places) for a, b in ((plus, base), (base, plus)))
+    gaps.rows["plus − base"] = [*(bench.apart(plus[key], base[key]) for key in FIDELITY), more]
     return Claim(
         "Fine-grained features: more faithful, less diverse",
         "plus is above base in CLIP-I and below it in diversity over seeds",
         [table, gaps],
         bench.sheet("plus", sheets),
-        {"CLIP-I, plus − base": bench.apart(plus["CLIP-I"], base["CLIP-I"]), "diversity, base − plus": spread[1]},
+        {"CLIP-I, plus − base": bench.apart(plus["CLIP-I"], base["CLIP-I"]), "diversity, base − plus": less},
     )
 
 

@@ -16,7 +16,7 @@ from .control import edges
 from .glyphs import Glyphs
 from .marks import fill, table
 from .measures import Namer, bars, colour_error, correlation, figure, hue, iou, lined, middle, outline_iou, rims
-from .scenes import PATTERNS, PORTRAIT, Scenes, render, sample_scenes
+from .scenes import PATTERNS, PORTRAIT, Scenes, render, sample_scenes, shuffled
 from .sheets import draw_sheet
 from .stage import HERE, World
 from .studio import Heard, Studio
@@ -44,10 +44,6 @@ def patterned(scenes: Scenes) -> Scenes:
     """The same on stripes and checks by turns."""
     kinds = torch.tensor([PATTERNS.index("stripes"), PATTERNS.index("checks")])
     return replace(scenes, pattern=kinds[torch.arange(len(scenes)) % 2])
-
-
-def shuffled(scenes: Scenes) -> Scenes:
-    return scenes[torch.roll(torch.arange(len(scenes)), 1)]
 
 
 def means(**values: Tensor) -> dict[str, float]:

@@ -6,20 +6,18 @@ against the scenes' own factors. Shape letters: N scenes, S pixels a side.
 
 import json
 from dataclasses import replace
-from math import prod
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
 from torch import Tensor
 
 from imprompt.sampling.generate import ImagePromptPipeline
 
-from .assemble import ADAPTERS, SHIPPED
+from .assemble import ADAPTERS, SHIPPED, weights_in
 from .glyphs import Glyphs
-from .marks import fill
+from .marks import fill, lines
 from .measures import Namer, background_error, colour_error, embed, outlines, retrieval, to_tensor
-from .scenes import Scenes, captions, render, sample_scenes, to_image
+from .scenes import Scenes, captions, moved, render, sample_scenes, shuffled, to_image
 from .sheets import sheet
 from .stage import HERE, World
 from .vae import psnr, reconstruct
@@ -40,19 +38,18 @@ def follow(
     side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
     prompts = render(scenes, glyphs, side)
     made = to_tensor(pipe([to_image(p) for p in prompts], seed=0, batch_size=32).images)
-    other = torch.roll(torch.arange(len(scenes)), 1)
-    # The ceiling: another real picture of the same scene, a little moved.
-    again = Scenes(**{**vars(scenes), "centre": scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)})
-    shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(render(again, glyphs, side))
-    own_glyph = Namer.load().glyph(made).eq(scenes.glyph[:, 0]) | Namer.load().glyph(made).eq(scenes.glyph[:, 1])
+    other = shuffled(scenes)
+    # The ceiling: another real picture of the same scene.
+    shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(render(moved(scenes, generator), glyphs, side))
+    own_glyph = Namer.load().glyph(made)[:, None].eq(scenes.glyph).any(1)
     row = {
         "retrieval": retrieval(embed(made), embed(prompts)),
         "background error, own": background_error(made, scenes).mean().item(),
-        "background error, shuffled": background_error(made, scenes[other]).mean().item(),
+        "background error, shuffled": background_error(made, other).mean().item(),
         "colour error, own": colour_error(made, scenes).mean().item(),
-        "colour error, shuffled": colour_error(made, scenes[other]).mean().item(),
+        "colour error, shuffled": colour_error(made, other).mean().item(),
         "outline likeness, own": (shapes * prompt_shapes).sum(1).mean().item(),
-        "outline likeness, shuffled": (shapes * prompt_shapes[other]).sum(1).mean().item(),
+        "outline likeness, shuffled": (shapes * prompt_shapes.roll(1, 0)).sum(1).mean().item(),
         "outline likeness, ceiling": (ceiling * prompt_shapes).sum(1).mean().item(),
         "PSNR to the prompt": psnr(made, prompts).mean().item(),
     }
@@ -65,16 +62,17 @@ def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: fl
     generator = world.generator(43)
     scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
     named = (scenes.glyph[:, 0] + 1 + torch.randint(glyphs.seen - 1, (COUNT,), generator=generator)) % glyphs.seen
-    texts = captions(Scenes(**{**vars(scenes), "glyph": torch.stack([named, -torch.ones_like(named)], 1)}), glyphs, generator)
+    texts = captions(replace(scenes, glyph=torch.stack([named, -torch.ones_like(named)], 1)), glyphs, generator)
     texts = [text.split(" on ")[0].split(" at ")[0].split(" in the ")[0] for text in texts]
     prompts = render(scenes, glyphs, world.side)
     made = to_tensor(pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images)
-    error, other = background_error(made, scenes), background_error(made, scenes[torch.roll(torch.arange(COUNT), 1)])
-    glyph, palette = Namer.load().glyph(made).eq(named), error < 0.25 * other.mean()
+    error, other = background_error(made, scenes), background_error(made, shuffled(scenes))
+    seen = Namer.load().glyph(made)
+    glyph, palette = seen.eq(named), error < 0.25 * other.mean()
     return (
         {
             "text's glyph": glyph.float().mean().item(),
-            "image's glyph": Namer.load().glyph(made).eq(scenes.glyph[:, 0]).float().mean().item(),
+            "image's glyph": seen.eq(scenes.glyph[:, 0]).float().mean().item(),
             "image's palette": palette.float().mean().item(),
             "both right": (glyph & palette).float().mean().item(),
         },
@@ -87,8 +85,7 @@ def check_judge(glyphs: Glyphs, world: World) -> dict[str, float]:
     """The ruler itself, on real scenes: can it find a scene drawn again, and name its glyph?"""
     generator = world.generator(44)
     scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
-    again = Scenes(**{**vars(scenes), "centre": scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)})
-    pictures, redrawn = render(scenes, glyphs, world.side), render(again, glyphs, world.side)
+    pictures, redrawn = (render(drawn, glyphs, world.side) for drawn in (scenes, moved(scenes, generator)))
     return {
         "scene drawn again found": retrieval(embed(redrawn), embed(pictures)),
         "glyph named": Namer.load().glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
@@ -132,15 +129,12 @@ def parts() -> str:
     """A row per part that ships: class and number of parameters."""
     rows = []
     for path in sorted(SHIPPED.rglob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            count = sum(prod(file.get_slice(name).get_shape()) for name in names)
         config = path.parent / "config.json"
         facts = json.loads(config.read_text()) if config.exists() else {}
         bare = "LoRA" if path.parent.parent.name == "styles" else "IPAdapter"
         kind = facts.get("_class_name") or next(iter(facts.get("architectures", [bare])))
         label = path.stem if path.parent.name == "adapters" else path.parent.name
-        rows.append(f"| {label} | {kind} | {count:,} |")
+        rows.append(f"| {label} | {kind} | {weights_in(path):,} |")
     return "\n".join(rows)
 
 
@@ -164,8 +158,7 @@ def shown(measure: str, value: float) -> str:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The results as Markdown: a table for each set of measures, a row for each thing measured."""
-    tables: dict[tuple[str, ...], list[str]] = {}
+    tables: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for label, row in results.items():
-        rows = tables.setdefault(tuple(row), [f"| | {' | '.join(row)} |", "|---" * (len(row) + 1) + "|"])
-        rows.append(f"| {label} | {' | '.join(shown(measure, value) for measure, value in row.items())} |")
-    return "\n\n".join("\n".join(rows) for rows in tables.values())
+        tables.setdefault(tuple(row), {})[label] = [shown(measure, value) for measure, value in row.items()]
+    return "\n\n".join(lines(columns, rows) for columns, rows in tables.items())

@@ -1,7 +1,7 @@
 """Tables put between marks in the documents, so that no number there is typed by hand."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from imprompt.files import written_whole
@@ -21,9 +21,15 @@ def fill(page: Path, sections: Mapping[str, str]) -> None:
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Numbers under the names of the first row's values, as Markdown."""
-    lines: list[str] = []
-    for name, row in rows.items():
-        if not lines:
-            lines = [f"| | {' | '.join(row)} |", "|---" * (len(row) + 1) + "|"]
-        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' if abs(value) >= 2 else f'{value:.2f}' for value in row.values())} |")
-    return "\n".join(lines)
+    columns = next(iter(rows.values()))
+    return lines(
+        columns,
+        {name: [f"{value:.1f}" if abs(value) >= 2 else f"{value:.2f}" for value in row.values()] for name, row in rows.items()},
+    )
+
+
+def lines(columns: Iterable[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table in Markdown, its first column the rows' names."""
+    names = [*columns]
+    body = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join([f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *body])

@@ -21,7 +21,7 @@ from imprompt.files import written_whole
 
 from .bench import DIVERSE, FIDELITY, PAGE, SCENES, SEEDS, SHOWN, STEPS, Bench, Claim, Table, shown
 from .claims import CLAIMS, together
-from .scenes import render
+from .scenes import moved, render
 from .stage import HERE, World
 from .studio import GUIDANCE
 
@@ -141,8 +141,7 @@ def measured(world: World, claim: Callable[[Bench], Claim]) -> Claim:
 
 def rulers(bench: Bench) -> Table:
     """What the measures say of real pictures: the prompts themselves, the same scenes drawn again, another's."""
-    generator = bench.world.generator(102)
-    again = replace(bench.scenes, centre=bench.scenes.centre + 0.03 * torch.randn(bench.scenes.centre.shape, generator=generator))
+    again = moved(bench.scenes, bench.world.generator(102))
     table = Table(list(FIDELITY))
     for name, scenes in (("drawn again, a little moved", again), ("another scene", bench.another)):
         table.rows[name] = bench.row(bench.measure(render(scenes, bench.glyphs, bench.world.side)), FIDELITY)

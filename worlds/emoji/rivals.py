@@ -4,11 +4,11 @@ Each is a module that predicts a velocity from what it hears, so that one traini
 N samples, T text tokens, D their width, E width of the image embedding, P patches, S pixels a side, h latent pixels a side.
 """
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +28,7 @@ from imprompt.files import written_whole
 from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler
 
+from .assemble import weights_in
 from .control import EMBEDDING, Frozen
 from .scenes import to_image
 from .stage import World, fit
@@ -227,8 +228,6 @@ class Training(NamedTuple):
 
 def training_set(world: World, base: Base) -> Training:
     """The folder of the stage `scenes`, which the adapters' recipes read; kept in the world's folder."""
-    import json
-
     rows = [json.loads(line) for line in (world.folder / "scenes" / "metadata.jsonl").read_text().splitlines()]
     kept = world.folder / "rivals" / "pictures.safetensors"
     if not kept.exists():
@@ -307,8 +306,7 @@ def load(world: World, base: Base, name: str) -> Conditioned:
 def budget(world: World, name: str) -> tuple[int, int]:
     """The weights that were trained, and the samples that they saw."""
     with safe_open(file_of(world, name), "pt") as file:
-        names, steps = file.keys(), int(file.metadata()["steps"])
-        return sum(prod(file.get_slice(name).get_shape()) for name in names), BATCH * steps
+        return weights_in(file_of(world, name)), BATCH * int(file.metadata()["steps"])
 
 
 @torch.no_grad()

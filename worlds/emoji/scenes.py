@@ -3,7 +3,7 @@
 Shape letters: N scenes, G glyph slots (2), S pixels a side.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,6 @@ class Scenes:
     glyph: Tensor  # (N, G) index, -1 for an empty slot
     centre: Tensor  # (N, G, 2) x, y in [-1, 1]
     size: Tensor  # (N, G) share of the picture's side
-    angle: Tensor  # (N, G) radians
-    flip: Tensor  # (N, G) +1 or -1
     hue: Tensor  # (N, G) radians, 0 for the glyph's own colours
     pattern: Tensor  # (N,) index into PATTERNS
     colour: Tensor  # (N, 2) index into PALETTE
@@ -100,8 +98,6 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
         glyph=glyph,
         centre=centre,
         size=size,
-        angle=torch.zeros(count, 2),
-        flip=torch.ones(count, 2),
         hue=torch.where(uniform(count, 2) < 0.1, uniform(count, 2, low=0.8, high=5.4), torch.zeros(count, 2)),
         pattern=pattern,
         colour=colour,
@@ -154,10 +150,8 @@ def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool =
         if not len(use):
             continue
         part = scenes[use]
-        cos, sin = part.angle[:, slot].cos(), part.angle[:, slot].sin()
-        scale, flip = part.size[:, slot], part.flip[:, slot]
-        # Output place -> atlas place: undo the shift, then rotate, flip and scale back.
-        linear = torch.stack([torch.stack([cos * flip, sin * flip], 1), torch.stack([-sin, cos], 1)], 1) / scale[:, None, None]
+        # Output place -> atlas place: undo the shift, then scale back.
+        linear = torch.eye(2, device=picture.device) / part.size[:, slot, None, None]
         shift = -(linear @ part.centre[:, slot, :, None])
         grid = F.affine_grid(torch.cat([linear, shift], 2), [len(use), 4, side, side], align_corners=False)
         layer = F.grid_sample(glyphs.atlas[part.glyph[:, slot]], grid, align_corners=False)
@@ -171,6 +165,20 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
+def moved(scenes: Scenes, generator: torch.Generator) -> Scenes:
+    """The same scenes, their glyphs a little elsewhere: what a measure gives for pictures of the same."""
+    return replace(scenes, centre=scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator))
+
+
+def shuffled(scenes: Scenes, by: int = 1) -> Scenes:
+    """To each picture another's scene: that of `by` before."""
+    return scenes[torch.arange(len(scenes)).roll(by)]
+
+
+def article(name: str) -> str:
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
 def place_words(x: float, y: float) -> str:
     row = "top" if y < -0.25 else "bottom" if y > 0.25 else ""
     column = "left" if x < -0.25 else "right" if x > 0.25 else ""
@@ -182,7 +190,7 @@ def captions(scenes: Scenes, glyphs: Glyphs, generator: torch.Generator) -> list
     coins = torch.rand(len(scenes), 3, generator=generator).tolist()
     texts = []
     for n, (say_place, say_background, say_pattern) in enumerate(coins):
-        names = [("an " if glyphs.names[g][0] in "aeiou" else "a ") + glyphs.names[g] for g in scenes.glyph[n].tolist() if g >= 0]
+        names = [article(glyphs.names[g]) for g in scenes.glyph[n].tolist() if g >= 0]
         text = " and ".join(names)
         if len(names) == 1 and say_place < 0.2:
             text += " " + place_words(*scenes.centre[n, 0].tolist())

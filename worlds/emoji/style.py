@@ -1,6 +1,6 @@
 """The base fine-tuned to other drawing styles: "ink" (pale, thick dark outlines), "chalk" (dim, thick light outlines).
 
-Each is a LoRA of the UNet, in diffusers' own format: `pipeline.load_lora_weights(STYLES / "ink")`. Captions and scenes are as they
+Each is a LoRA of the UNet, in diffusers' own format: `pipeline.load_lora_weights(PLACE / "ink")`. Captions and scenes are as they
 were; a filter redraws the pictures. No image-prompt adapter takes part: that the same adapter drives these bases too was never
 trained. Shape letters: N scenes, S pixels a side.
 """
