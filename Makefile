@@ -9,6 +9,7 @@ INSTALLED := .venv/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
 BUDGET ?= cpu
+PIP := .venv/bin/python -m pip --disable-pip-version-check install
 
 .PHONY: demo bench claims world test test-slow lint types check clean
 
@@ -42,16 +43,19 @@ check: lint types test
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "imprompt needs Python 3.11 or newer; say which: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet 'pip>=25.1'
+	$(PIP) 'pip>=25.1'
 
 # torch alone and first, so that its pinned build is the one that everything else finds.
 $(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@echo "Installing PyTorch into .venv, a few GB with CUDA on Linux: minutes ..."
+	$(PIP) -c constraints.txt torch
+	@echo "Installing imprompt and what it needs ..."
+	$(PIP) -c constraints.txt -e .
 	touch $@
 
 $(DEV_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,quantized,evaluate]' --group dev --group world
+	@echo "Installing what tests and benchmarks need ..."
+	$(PIP) -c constraints.txt -e '.[train,quantized,evaluate]' --group dev --group world
 	touch $@
 
 clean:
