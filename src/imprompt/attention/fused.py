@@ -79,8 +79,12 @@ def options(launch: Launch) -> dict[str, Any]:
 @cache
 def halves(width: int) -> tuple[int, int]:
     """A head's width in one or two powers of two with little padding: 40 as 64, 80 as 64 + 16, 160 as 128 + 32."""
-    whole = max(16, triton.next_power_of_2(width))
-    low, high = whole // 2, max(16, triton.next_power_of_2(width - whole // 2))
+
+    def power_of_two(least: int) -> int:
+        return max(16, 1 << (least - 1).bit_length())
+
+    whole = power_of_two(width)
+    low, high = whole // 2, power_of_two(width - whole // 2)
     return (whole, 0) if whole <= 64 or high == low else (low, high)
 
 
@@ -149,8 +153,8 @@ def backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, image_
             *tensors[:5], weights, offsets, gradient, sums, delta, by_query, *steps, heads, queries, key.shape[2], prompts, scale,
             width**-0.5, QUERIES.block, (unit, width, *halves(width)), **options(QUERIES),
         )  # fmt: skip
-    blocks = triton.cdiv(total, SHORT_BLOCK.value)  # enough for every prompt; those without tokens end at once
-    splits = max(1, min(triton.cdiv(queries, SPLIT), PROGRAMS // (blocks * prompts * heads * items)))
+    blocks = -(-total // SHORT_BLOCK.value)  # enough for every prompt; those without tokens end at once
+    splits = max(1, min(-(-queries // SPLIT), PROGRAMS // (blocks * prompts * heads * items)))
     share = triton.cdiv(queries, splits)
     by_key, by_value = (query.new_empty(splits, items, heads, total, width, dtype=torch.float32) for _ in range(2))
     tensors = (query, image_key, image_value, gradient)

@@ -8,6 +8,9 @@ Names of pointers: ik, iv images' keys and values, w weights, g gradient of the 
 (items), _h (heads), _n (rows), _p (prompts).
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (Triton's own types say that tl.arange and tl.range give nothing back: they are never called as Python.)
+
 from typing import Any
 
 import triton
