@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from imprompt.errors import ImageError
 from imprompt.images import BLACK, MAX_PIXELS, WHITE, grid, open_image, open_mask
@@ -83,6 +83,22 @@ def grey(*values: int) -> list[tuple[int, ...]]:
     return [(value,) * 3 for value in values]
 
 
+def srgb(*, swapped: bool) -> bytes:
+    """The profile of sRGB, or one of screens whose red and green are swapped."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    if swapped:
+        entries = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(profile[128:132]), 12)}
+        red, green = (slice(entries[tag] + 4, entries[tag] + 12) for tag in (b"rXYZ", b"gXYZ"))
+        profile[red], profile[green] = profile[green], profile[red]
+    return bytes(profile)
+
+
+SRGB, SWAPPED = srgb(swapped=False), srgb(swapped=True)
+# mode, what is stored under the swapped profile, and what that shows
+IN_PROFILE: list[tuple[str, tuple[object, ...], list[tuple[int, ...]]]] = [
+    ("RGB", (RED, (9, 200, 30)), [GREEN, (200, 9, 30)]),
+    ("RGBA", ((*RED, 255), (*RED, 0)), [GREEN, WHITE]),
+]
 TURNED = [tuple(pixel) for pixel in UPRIGHT.reshape(-1, 3).tolist()]
 # (what, ending, how it is made, its pixels)
 GOOD: list[tuple[str, str, Make, list[tuple[int, ...]]]] = [
@@ -111,6 +127,13 @@ GOOD: list[tuple[str, str, Make, list[tuple[int, ...]]]] = [
     ("32-bit TIFF of 8-bit values", "tiff", of_array("<i4", 0, 100, 255), grey(0, 100, 255)),
     ("32-bit TIFF of larger values", "tiff", of_array("<i4", 0, 10**6, 2 * 10**6), grey(0, 128, 255)),
     ("TIFF of real numbers", "tiff", of_array("<f4", -1.0, 100.2, 254.9, np.nan, np.inf), grey(0, 100, 255, 0, 0)),
+    ("TIFF of shares of white", "tiff", of_array("<f4", 0.0, 0.4, 1.0), grey(0, 102, 255)),
+    ("16-bit PGM, all dark", "ppm", of_array("<i4", 0, 100, 255), grey(0, 0, 1)),
+    *((f"{mode} in a profile", "png", of(mode, *stored, icc_profile=SWAPPED), shown) for mode, stored, shown in IN_PROFILE),
+    ("palette in a profile", "png", palette(icc_profile=SWAPPED), [GREEN, RED, (100, 100, 100)]),
+    ("RGB in the profile sRGB", "png", of("RGB", (60, 150, 60), icc_profile=SRGB), [(60, 150, 60)]),
+    ("a damaged profile", "png", of("RGB", (60, 150, 60), icc_profile=b"no profile"), [(60, 150, 60)]),
+    ("a profile of other colours", "png", of("L", 7, icc_profile=SWAPPED), grey(7)),
     *((f"EXIF orientation {n}", "png", stored(n), TURNED) for n in range(1, 9)),
     ("damaged EXIF", "png", of("RGB", RED, exif=b"Exif\0\0no such thing"), [RED]),
     ("one pixel", "png", of("RGB", (1, 2, 3)), [(1, 2, 3)]),
@@ -267,3 +290,32 @@ def test_grid(count: int, columns: int | None, size: tuple[int, int]) -> None:
     for n in range(count):
         assert sheet.getpixel((n % wide * 8 + 3, n // wide * 7 + 2)) == (n, 0, 0)
     assert {pixel for pixel in pixels(sheet) if pixel[1]} <= {WHITE}
+
+
+@pytest.mark.parametrize(
+    ("what", "values"),
+    [
+        ("bool", [False, True]),
+        ("uint8", [0, 1]),
+        ("uint8", [0, 255]),
+        ("int32", [0, 1]),
+        ("uint16", [0, 65535]),
+        ("float32", [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_mask_applies_where_it_is_one_or_white(what: str, values: list[int], stored: bool, tmp_path: Path) -> None:
+    mask: Image.Image = Image.fromarray(np.array([values], what))
+    if stored:
+        mask.save(tmp_path / "mask.tiff")
+    assert np.asarray(open_mask(tmp_path / "mask.tiff" if stored else mask)).tolist() == [[0, 255]]
+
+
+def test_greys_of_a_mask_stay() -> None:
+    assert np.asarray(open_mask(Image.fromarray(np.array([[0, 1, 2]], "uint8")))).tolist() == [[0, 1, 2]]
+
+
+def test_grey_multiplied_by_its_alpha() -> None:
+    picture = Image.new("LA", (2, 1), (200, 255))
+    picture.putpixel((1, 0), (200, 0))
+    assert pixels(open_image(picture.convert("La"))) == [(200, 200, 200), WHITE]

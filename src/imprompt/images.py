@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 
 from imprompt.errors import ImageError, first_line
 
 MAX_PIXELS = 100_000_000
 ORIENTATION = ExifTags.Base.Orientation
 Trouble = Literal["absent", "empty", "damaged", "no picture", "too large", "not readable"]
+ROUNDING = 1  # of a colour on its way through a profile that changes nothing
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 # Of Pillow's formats those that decode here and now: EPS and the like would start other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "TGA", "ICO", "JPEG2000")
@@ -112,18 +113,42 @@ def _check_file(path: Path, name: str) -> None:
 
 
 def to_rgb(picture: Image.Image, paper: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Any mode of Pillow -> upright RGB."""
+    """Any mode of Pillow -> upright RGB, in the colours of sRGB."""
+    wide = picture.format == "PPM"  # Pillow brings its values of more than 8 bits to 16
     picture = upright(picture)
     if not picture.width * picture.height:
         raise ImageError(f"a picture of {picture.width}×{picture.height} pixels shows nothing")
-    if picture.mode.startswith("I;16"):
+    if picture.mode == "La":  # grey multiplied by its alpha, which converts to LA alone
+        picture = picture.convert("LA")
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and wide):
         picture = Image.fromarray(to_eight_bits(np.asarray(picture), 65535))
     elif picture.mode in ("I", "F"):
         picture = Image.fromarray(to_eight_bits(np.asarray(picture)))
+    picture = in_srgb(picture)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
         whole = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, paper), whole).convert("RGB")
     return picture.convert("RGB")
+
+
+def in_srgb(picture: Image.Image) -> Image.Image:
+    """The picture in the colours that its embedded profile shows; as it is without one, or where that is damaged."""
+    held = picture.info.get("icc_profile")
+    if not held:
+        return picture
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(held))
+        whole = picture.convert("RGBA" if "transparency" in picture.info else "RGB") if picture.mode == "P" else picture
+        colours = whole.convert(whole.mode.removesuffix("A"))
+        shown = ImageCms.profileToProfile(colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # damaged, or of another kind of colours than the picture's
+        return picture
+    assert shown is not None
+    if np.asarray(ImageChops.difference(shown, colours.convert("RGB"))).max(initial=0) <= ROUNDING:
+        return picture  # its colours are those of sRGB
+    if whole.mode in ("RGBA", "LA"):
+        shown.putalpha(whole.getchannel("A"))
+    return shown
 
 
 def upright(picture: Image.Image) -> Image.Image:
@@ -137,16 +162,24 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def to_eight_bits(values: np.ndarray, full: float | None = None) -> np.ndarray:
-    """Grey values (H, W) of 0 to `full` -> 8-bit. Without `full` they are taken for those of 8 bits, 16 bits or what they fill."""
+    """Grey values (H, W) of 0 to `full` -> 8-bit.
+
+    Without `full` they are taken for those of 8 bits, 16 bits or what they fill; real numbers up to 1 for shares of white.
+    """
     finite = np.where(np.isfinite(values), values, 0).clip(0, None).astype(np.float32)
     high = float(finite.max())
-    full = full or next((bound for bound in (255, 65535) if high <= bound), high)
+    bounds = (1, 255, 65535) if np.issubdtype(values.dtype, np.floating) else (255, 65535)
+    full = full or next((bound for bound in bounds if high <= bound), high)
     return (finite / full * 255).round().astype(np.uint8)
 
 
-def open_mask(source: str | Path | Image.Image) -> Image.Image:
-    """A mask as 8-bit grey: white where the picture is to be painted anew, black or transparent where not."""
-    return open_image(source, paper=BLACK).convert("L")
+def open_mask(source: str | Path | bytes | Image.Image, *, name: str | None = None) -> Image.Image:
+    """A mask as 8-bit grey: white where it applies, black or transparent where not; ImageError as of `open_image`.
+
+    A mask of no other values than 0 and 1 applies where it is 1.
+    """
+    mask = open_image(source, name=name, paper=BLACK).convert("L")
+    return mask.point(lambda value: 255 * value) if mask.getextrema()[1] == 1 else mask
 
 
 def grid(pictures: list[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:

@@ -244,7 +244,8 @@ def open_pipeline(model: KnownModel, device: Any, *, without: Collection[str] = 
         saved: Any = DiffusionPipeline.load_config(source)
         # Told of the class itself, diffusers leaves out what is None; told of the class of all, it loads an image encoder anyway.
         kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)
-        pipeline = kind.from_pretrained(source, **dict.fromkeys({"image_encoder", *without} & set(saved)), **options)
+        absent = dict.fromkeys({"image_encoder", *without} & set(saved))
+        pipeline = kind.from_pretrained(source, **absent, **options, trust_remote_code=False)
     except Exception as error:  # a folder can be wrong in any way
         raise CheckpointError(f"the model {model.name} cannot be loaded ({first_line(error)})") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -90,8 +90,8 @@ def open_dino(source: str, device: str) -> Judge:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        loaded: Any = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        processor: Any = AutoImageProcessor.from_pretrained(source, backend="pil")
+        loaded: Any = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        processor: Any = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False)
         model, report = loaded
         if not hasattr(model.config, "patch_size") or model.main_input_name != "pixel_values":
             raise ValueError(f"it holds a {model.config.model_type}, not a vision transformer")
