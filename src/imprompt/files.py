@@ -3,8 +3,9 @@
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from imprompt.errors import SettingError, first_line
@@ -23,6 +24,35 @@ def written_whole(path: Path, mark: str = "") -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def written_new(part: Path, wanted: Path) -> Path:
+    """Give a whole file the name `wanted`, or the first free one of wanted-2, wanted-3 and so on; the name that it got.
+
+    No other file is replaced, whichever processes write there.
+    """
+    flush(part)
+    for number in count(1):
+        path = wanted if number == 1 else wanted.with_stem(f"{wanted.stem}-{number}")
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            continue
+        except OSError:  # a disk without links: take the name first
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                continue
+            part.replace(path)
+        part.unlink(missing_ok=True)
+        return path
+    raise AssertionError("numbers do not end")
+
+
+def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise SettingError if the file `out`, which is to be written, is one of those that are read."""
+    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+        raise SettingError(f"{out} is read for this: give another name for what is written")
 
 
 def flush(path: Path) -> None:

@@ -46,7 +46,9 @@ def convert(
 ) -> None:
     """Write an adapter in another layout, its weights bit for bit. A .bin has no place for the header; .safetensors keeps it."""
     from imprompt.checkpoint import read_adapter, write_adapter
+    from imprompt.files import refuse_inputs
 
+    refuse_inputs(target, [source])
     write_adapter(target, read_adapter(source, variant), to.value, sites_of(model) if model else None)
     print(f"{target}  {to.value} layout")
 

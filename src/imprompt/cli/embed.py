@@ -35,12 +35,13 @@ def embed(
 
     from imprompt.cli import loading, quiet
     from imprompt.encoders.embeddings import SUFFIX, Embedding, save_embedding
-    from imprompt.files import check_folder
+    from imprompt.files import check_folder, refuse_inputs
     from imprompt.sampling.references import Reference, hash_of
 
     if out.suffix != SUFFIX:
         raise SettingError(f"{out}: features are written to {SUFFIX} files; give such a name")
     check_folder(out.parent)
+    refuse_inputs(out, [*images, *(Path(name) for name in (ignore, adapter) if name is not None)])
     said = {"images": images, "crop": crop, "sharpening": sharpening, "ignore": ignore, "face": face}
     reference = Reference.model_validate(said)
     for picture in reference.images:

@@ -202,12 +202,13 @@ def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from imprompt.cli import loading, quiet
-    from imprompt.files import check_folder
+    from imprompt.files import check_folder, refuse_inputs
     from imprompt.sampling.record import results_at, save_results
 
     check_folder(results_at(out)[0])
     for picture in request.pictures():
         picture.check()
+    refuse_inputs(out, [picture.path for picture in request.pictures()] if results_at(out)[1] else [])
     console = Console(stderr=True)
     with console.status(f"loading {request.model} …"), loading():
         quiet()

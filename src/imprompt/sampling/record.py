@@ -1,7 +1,10 @@
 """A request as it stands in the PNG that it made: enough to repeat the picture, and to notice when it cannot be."""
 
 import json
+import secrets
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -10,7 +13,7 @@ from pydantic import Field, PlainValidator, field_serializer, model_validator
 
 from imprompt.checked import Checked
 from imprompt.errors import ImageError, SettingError, first_line
-from imprompt.files import written_whole
+from imprompt.files import written_new, written_whole
 from imprompt.images import grid, open_image
 from imprompt.models import MODELS
 from imprompt.sampling.references import (
@@ -170,19 +173,23 @@ def request_file(path: Path) -> Request:
 
 
 def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
-    """Write every picture with its request inside, and a grid of several; for `out` see `results_at`."""
+    """Write every picture with its request inside, and a grid of several; for `out` see `results_at`.
+
+    Only a file that `out` names itself is replaced: all others get names that are free.
+    """
     folder, named = results_at(out)
     stem = named or next(files_in(request.images)).path.stem
     folder.mkdir(parents=True, exist_ok=True)
     request = request.with_hashes()
-    several = len(result.images) > 1
-    paths = []
-    for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-        name = f"{stem}-{seed}" if several or not named else stem
-        paths.append(save_png(picture, free_name(folder, name, reuse=bool(named)), request.made(result, index)))
-    if several:
+    if named and len(result.images) == 1:
+        return [save_png(result.images[0], folder / f"{named}.png", request.made(result, 0))]
+    paths = [
+        save_new(picture, folder / f"{stem}-{seed}.png", request.made(result, index))
+        for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True))
+    ]
+    if len(result.images) > 1:
         sheet = grid(result.images, columns=result.settings.num_images if len(request.images) > 1 else None)
-        paths.append(save_png(sheet, free_name(folder, f"{stem}-{result.seeds[0]}-grid", reuse=bool(named))))
+        paths.append(save_new(sheet, folder / f"{stem}-{result.seeds[0]}-grid.png"))
     return paths
 
 
@@ -195,22 +202,35 @@ def results_at(out: Path) -> tuple[Path, str]:
     return out.parent, out.stem
 
 
-def free_name(folder: Path, stem: str, *, reuse: bool) -> Path:
-    """A path that overwrites nothing, unless the user named the file."""
-    path, number = folder / f"{stem}.png", 2
-    while path.exists() and not reuse:
-        path, number = folder / f"{stem}-{number}.png", number + 1
+def save_png(picture: Image.Image, path: Path, text: str | None = None) -> Path:
+    """Write a PNG whole or not at all."""
+    with told(path), written_whole(path) as part:
+        write_png(picture, part, text)
     return path
 
 
-def save_png(picture: Image.Image, path: Path, text: str | None = None) -> Path:
-    """Write a PNG whole or not at all."""
+def save_new(picture: Image.Image, wanted: Path, text: str | None = None) -> Path:
+    """Write a PNG whole under the wanted name, or the next that is free; the name that it got."""
+    part = wanted.with_name(f".{wanted.name}.{secrets.token_hex(4)}.part")
+    try:
+        with told(wanted):
+            write_png(picture, part, text)
+            return written_new(part, wanted)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_png(picture: Image.Image, path: Path, text: str | None) -> None:
     info = PngImagePlugin.PngInfo()
     if text is not None:
         info.add_itxt(KEY, text)
+    picture.save(path, "PNG", pnginfo=info)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """What keeps a file from being written, as ImageError."""
     try:
-        with written_whole(path) as aside:
-            picture.save(aside, "PNG", pnginfo=info)
+        yield
     except OSError as error:
         raise ImageError(f"cannot write {path}: {first_line(error)}") from error
-    return path
