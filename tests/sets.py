@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from imprompt.images import open_image
 from imprompt.training.recipe import Data
 
 Size = tuple[int, int]
@@ -18,12 +19,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Item:
-    """One sample before it is stored: PNG files' bytes and a caption."""
+    """One sample before it is stored: PNG files' bytes and a caption. Its mask is under the name "mask"."""
 
     key: str
     data: bytes | None  # None: the listing names a file that is not there
     text: str | None
     references: tuple[bytes, ...] = ()
+    mask: bytes | None = None
 
 
 def noise_picture(number: int, size: Size = (48, 40)) -> Image.Image:
@@ -54,6 +56,12 @@ def items(count: int, size: Size | Sequence[Size] = (48, 40), references: int = 
     ]
 
 
+def masked(samples: Sequence[Item]) -> list[Item]:
+    """The samples, all but every third with a mask."""
+    masks = {n: noise_picture(50_000 + n, open_image(item.data or b"").size).convert("L") for n, item in enumerate(samples)}
+    return [replace(item, mask=png(masks[n]) if n % 3 < 2 else None) for n, item in enumerate(samples)]
+
+
 def given(samples: int | Iterable[Item], size: Size | Sequence[Size], references: int) -> list[Item]:
     return items(samples, size, references) if isinstance(samples, int) else list(samples)
 
@@ -67,7 +75,13 @@ def write_pictures(folder: Path, samples: Iterable[Item]) -> list[list[str]]:
         for name, data in zip(names[-1], (item.data, *item.references), strict=True):
             if data is not None:
                 (folder / name).write_bytes(data)
+        if item.mask is not None:
+            (folder / mask_name(item)).write_bytes(item.mask)
     return names
+
+
+def mask_name(item: Item) -> str:
+    return f"{item.key}-mask.png"
 
 
 def entries(samples: list[Item], names: list[list[str]], image: str, reference: str) -> list[dict[str, object]]:
@@ -75,6 +89,7 @@ def entries(samples: list[Item], names: list[list[str]], image: str, reference: 
     rows = []
     for item, (target, *others) in zip(samples, names, strict=True):
         text = {} if item.text is None else {"text": item.text}
+        text |= {} if item.mask is None else {"mask": mask_name(item)}
         rows.append({image: target} | text | ({reference: others[0] if len(others) == 1 else others} if others else {}))
     return rows
 
@@ -103,7 +118,7 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], layout: int = ta
 
 def members(item: Item) -> list[tuple[str, bytes]]:
     """A sample's files in a shard."""
-    parts = {"txt": item.text if item.text is None else item.text.encode(), "png": item.data}
+    parts = {"txt": item.text if item.text is None else item.text.encode(), "png": item.data, "mask.png": item.mask}
     parts |= {f"reference.{n}.png": data for n, data in enumerate(item.references)}
     return [(f"{item.key}.{ending}", data) for ending, data in parts.items() if data is not None]
 
@@ -133,6 +148,9 @@ def make_hub(path: Path, samples: int | Iterable[Item], *, size: Size | Sequence
     if any(item.references for item in made):
         columns["reference"] = [[as_stored(data) for data in item.references] for item in made]
         features["reference"] = datasets.List(datasets.Image())
+    if any(item.mask is not None for item in made):
+        columns["mask"] = [as_stored(item.mask) for item in made]
+        features["mask"] = datasets.Image()
     path.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(path / "train.parquet")
     return Data(source=f"hub:{path}")

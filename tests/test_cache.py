@@ -31,12 +31,13 @@ from imprompt import files
 from imprompt.cli.encode import register
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.training import encoding
+from imprompt.training.batches import PictureReader
 from imprompt.training.buckets import bucket_sizes, fit, to_pixels
 from imprompt.training.cache import FeatureReader, open_features, read_manifest, verify
 from imprompt.training.encoding import encode, origin
 from imprompt.training.examples import Example, Examples, bucket_of, read_example
 from imprompt.training.features import FeatureEncoder, wanted
-from imprompt.training.recipe import Data
+from imprompt.training.recipe import Columns, Data
 from imprompt.training.sources import BadSample, Sample
 from imprompt.variants import variant
 from tests.tiny import PIPELINES, tiny_encoder
@@ -50,6 +51,10 @@ def picture(index: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def grey(index: int, size: tuple[int, int]) -> Image.Image:
+    return picture(index, size).convert("L")
+
+
 @dataclass(frozen=True)
 class Noise:
     """A source of small noise pictures; every third has two references."""
@@ -57,6 +62,7 @@ class Noise:
     count: int = 23
     bad: dict[int, str] = field(default_factory=dict)
     bad_shards: tuple[BadSample, ...] = ()
+    masked: bool = False  # every second sample
 
     @property
     def shards(self) -> list[int]:
@@ -77,7 +83,8 @@ class Noise:
         size = self.size(index)
         target = partial(picture, index, size)
         references = (target,) if index % 3 else tuple(partial(picture, 1000 + index + r, (40, 40)) for r in range(2))
-        return Sample(self.name(index), target, references, f"picture {index}" if index else "")
+        mask = partial(grey, 2000 + index, size) if self.masked and index % 2 else None
+        return Sample(self.name(index), target, references, f"picture {index}" if index else "", mask)
 
 
 @cache
@@ -91,7 +98,7 @@ def settings(**changes: Any) -> Data:
 
 def fill(folder: Path, source: Any = None, encoder: FeatureEncoder | None = None, data: Data | None = None, **more: Any) -> Path:
     source, encoder, data = source or Noise(), encoder or frozen(), data or settings()
-    examples = Examples(source, bucket_sizes(data, encoder.size(data)), encoder.encoder.processor)
+    examples = Examples(source, bucket_sizes(data, encoder.size(data)), encoder.unit, encoder.encoder.processor)
     encode(folder, source, examples, encoder, data, **{"shard": 5} | more)
     return folder
 
@@ -176,7 +183,7 @@ def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) 
         assert (reader.bucket[index], reader.name(index)) == (bucket, source.name(index))
         for flip, pick in ((False, 0.0), (True, 0.99)):
             read = reader.read(index, flip, pick)
-            example = read_example(source.read(index), sizes[bucket], encoder.encoder.processor, pick)
+            example = read_example(source.read(index), sizes[bucket], encoder.unit, encoder.encoder.processor, pick)
             direct = {
                 **encoder.latents((example.pixels.flip(-1) if flip else example.pixels)[None]),
                 **encoder.text([example.text]),
@@ -193,6 +200,71 @@ def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) 
     for key, value in encoder.nulls().items():
         torch.testing.assert_close(reader.nulls[key].float(), value, rtol=2e-3, atol=2e-3)
     assert verify(tmp_path) == []
+
+
+MASKED = {"columns": Columns(mask="mask"), "buckets": True, "bucket_step": 8}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_masks_are_encoded_with_their_pictures(flip: bool, tmp_path: Path) -> None:
+    source, encoder, data = Noise(8, masked=True), Quick(), settings(**MASKED, flip=flip)
+    fill(tmp_path, source, encoder, data)
+    features = FeatureReader(tmp_path)
+    pictures = PictureReader(source, bucket_sizes(data, 32), encoder.encoder.processor, encoder.unit, 3)
+    for index in range(len(source)):
+        read, blank = features.read(index, flip, 0), features.blank(index)
+        assert read["mask"].any() == (index % 2 == 1)
+        assert torch.equal(read["mask"], pictures.read(index, flip, 0)["mask"])
+        plain = pictures.read(index, False, 0)["mask"]
+        assert torch.equal(read["mask"], plain.flip(-1) if flip else plain)
+        for reader in (features, pictures):
+            assert reader.blank(index)["mask"].shape == read["mask"].shape == (1, *read["mean"].shape[1:])
+        assert {key: value.dtype for key, value in blank.items()} == {key: value.dtype for key, value in read.items()}
+    without = fill(tmp_path / "without", source, encoder, settings())
+    assert not {"mask"} & {*FeatureReader(without).read(1, False, 0), *FeatureReader(without).blank(1)}
+
+
+def test_features_with_and_without_masks_are_told_apart(tmp_path: Path) -> None:
+    plain, masks = settings(), settings(columns=Columns(mask="mask"))
+    source, encoder = Noise(6, masked=True), Quick()
+    without, with_masks = fill(tmp_path / "1", source, encoder, plain), fill(tmp_path / "2", source, encoder, masks)
+    for folder, data, words in (
+        (without, masks, r'features of mask null \(this recipe: "mask"\)'),
+        (with_masks, plain, r'features of mask "mask" \(this recipe: null\)'),
+    ):
+        with pytest.raises(SettingError, match=words):
+            open_features(folder, encoder.identity(data) | origin(data))
+        with pytest.raises(SettingError, match=words):
+            fill(folder, source, encoder, data)
+
+
+def test_features_from_before_there_were_masks_are_read_and_completed(tmp_path: Path) -> None:
+    source, encoder, data = Noise(12), Quick(), settings()
+    whole = digests(fill(tmp_path, source, encoder, data))
+    for name in ("plan.json", "manifest.json"):
+        table = json.loads((tmp_path / name).read_text())
+        assert table["source"].pop("mask") is None
+        assert table["source"]["columns"] == {"image": None, "text": None, "reference": None}
+        (tmp_path / name).write_text(json.dumps(table))
+    wanted_now = encoder.identity(data) | origin(data)
+    assert open_features(tmp_path, wanted_now).blank(0).keys() == open_features(tmp_path, wanted_now).read(0, False, 0).keys()
+    (tmp_path / "shard-000001.json").unlink()
+    fill(tmp_path, source, encoder, data)
+    assert digests(tmp_path).items() - whole.items() == {("plan.json", digests(tmp_path)["plan.json"])}
+    with pytest.raises(SettingError, match="mask null"):
+        open_features(tmp_path, wanted_now | {"mask": "mask"})
+
+
+@pytest.mark.parametrize("bucket", [(32, 32), (48, 24), (24, 40)])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_mask_is_cut_as_its_picture_and_averaged(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    """One that is its picture's grey becomes the means of the cut picture's squares, half a level apart at most."""
+    mask = grey(1, size)
+    target = partial(Image.merge, "RGB", [mask] * 3)
+    example = read_example(Sample("a", target, (target,), "x", lambda: mask), bucket, 8, Quick.encoder.processor)
+    means = torch.nn.functional.avg_pool2d((example.pixels[:1] + 1) * 127.5, 8)
+    assert example.mask.dtype == torch.uint8
+    assert (example.mask - means).abs().max() <= 0.5 + 1e-3
 
 
 def test_shards_are_what_webdataset_reads(filled: Path) -> None:
@@ -270,7 +342,7 @@ def test_nothing_is_encoded_twice(tmp_path: Path) -> None:
         if len(seen) == 13:
             raise KeyboardInterrupt
         seen.append(index)
-        return Examples(source, bucket_sizes(settings(), 32), encoder.encoder.processor)(index)
+        return Examples(source, bucket_sizes(settings(), 32), encoder.unit, encoder.encoder.processor)(index)
 
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path, source, examples, encoder, settings(), shard=5)
@@ -447,16 +519,16 @@ def test_an_example_opens_each_picture_once() -> None:
         return lambda: opened.append(index) or picture(index, (90, 40))
 
     target, processor = opener(0), Quick.encoder.processor
-    alone = read_example(Sample("a", target, (target,), "x"), (32, 48), processor)
+    alone = read_example(Sample("a", target, (target,), "x"), (32, 48), 8, processor)
     assert opened == [0]
     assert alone.pixels.shape == (3, 48, 32)
     assert torch.equal(alone.pixels, to_pixels(fit(picture(0, (90, 40)), (32, 48))[0]))
     assert alone.time_ids.tolist() == [40, 90, 0, 38, 48, 32]
     sample = Sample("a", target, (opener(1), opener(2), opener(3)), "x")
-    whole = read_example(sample, (32, 32), processor)
+    whole = read_example(sample, (32, 32), 8, processor)
     opened.clear()
     for pick, index in ((0.0, 0), (0.5, 1), (0.999, 2)):
-        assert torch.equal(read_example(sample, (32, 32), processor, pick).references, whole.references[index : index + 1])
+        assert torch.equal(read_example(sample, (32, 32), 8, processor, pick).references, whole.references[index : index + 1])
     assert opened == [0, 1, 0, 2, 0, 3]
 
 

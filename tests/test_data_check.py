@@ -13,8 +13,9 @@ from PIL import Image
 from imprompt import cli
 from imprompt.cli import data as data_cli
 from imprompt.training.check import ASPECT_ROWS, ASPECTS, SHORT_SIDES, SIDE_ROWS, check, histogram
+from imprompt.training.recipe import Columns
 from imprompt.training.sources import open_source
-from tests.sets import DAMAGE, MAKERS, damaged, items, make_folder, make_list, make_shards
+from tests.sets import DAMAGE, MAKERS, damaged, items, make_folder, make_list, make_shards, masked, noise_picture, png
 
 SPOILT = dict(enumerate(DAMAGE, 10))  # sample number -> trouble
 
@@ -55,6 +56,21 @@ def test_bad_references_and_shards_are_found(tmp_path: Path) -> None:
     assert report.bad_shards.count == 1
     assert "0002.tar: is no tar file" in report.bad_shards.examples[0]
     assert "reference.1.png is not a picture" in report.unusable["no picture"].examples[0]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_bad_masks_are_found(kind: str, tmp_path: Path) -> None:
+    made = masked(items(4))
+    made[0], made[1] = replace(made[0], mask=b"no picture"), replace(made[1], mask=png(noise_picture(1, (40, 48))))
+    data = MAKERS[kind](tmp_path, made)
+    report = check(source := open_source(data.model_copy(update={"columns": Columns(mask="mask")})))
+    assert (report.usable, report.fine) == (2, False)
+    for number, trouble, words in ((0, "no picture", "is not a picture"), (1, "another shape", "the mask has 40×48 pixels")):
+        (example,) = report.unusable[trouble].examples
+        assert example.startswith(f"{source.name(number)}: the ")
+        assert "mask" in example
+        assert words in example
+    assert check(open_source(data)).fine
 
 
 def test_sizes_are_counted(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from imprompt.projections.resampler import Resampler
 from imprompt.structures import BASES, ENCODERS, base_structure, encoder_structure, published_encoder
 from imprompt.training import estimate as module
 from imprompt.training.estimate import Estimate, LiveBytes, Sizes, matrix_rate, one_step, rows
+from imprompt.training.model import best_device
 from imprompt.training.recipe import Recipe
 from imprompt.variants import TRAINABLE
 from tests.tiny import FEATURE_DIMS, smallest_unet, tiny_adapter, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet
@@ -144,6 +145,8 @@ def test_the_packaged_model_is_read_from_its_folder() -> None:
         assert found.trained == read_adapter(MODELS["emoji"].adapters[variant].file.fetch_file()).parameters
     assert base_structure(MODELS["emoji"]).side == 64
     assert found.encoded == 2 * (2 * 4 * 16 * 16 + 24 * 192 + 65 * 160)
+    masked = estimate(recipe(variant="plus", depth=2, data={"columns": {"mask": "mask"}}), CPU)
+    assert masked.encoded == found.encoded + 16 * 16
 
 
 def test_arithmetic_and_memory_grow_with_the_batch() -> None:
@@ -177,7 +180,13 @@ def test_seconds_are_work_over_speed(a_step: int, rate: float, flops: float) -> 
 def test_what_is_kept_of_each_weight() -> None:
     plain = estimate(recipe(), CPU)
     small = estimate(recipe(optimization={"optimizer": "adamw8bit", "ema": 0.999, "precision": "fp32"}), CPU)
+    muon = estimate(recipe(optimization={"optimizer": "muon"}), CPU)
+    structure = base_structure(module.find_model("emoji"))
+    base = module.blank_base(structure, torch.float32)
+    adapter = module.blank_adapter(recipe(), base, module.sizes_of(recipe(), base, structure))
+    vectors = sum(weight.numel() for weight in adapter.parameters() if weight.ndim < 2)
     assert plain.memory["states of adamw"] == 8 * plain.trained
+    assert muon.memory["states of muon"] == 4 * plain.trained + 4 * vectors
     assert small.memory["states of adamw8bit"] < plain.memory["states of adamw"] / 3.8
     assert small.memory["average of the weights"] == small.memory["their gradients"] == 4 * plain.trained
     assert small.memory["base weights, float32"] == 2 * plain.memory["base weights, bfloat16"]
@@ -266,3 +275,11 @@ def test_attention_stays_what_it_was() -> None:
     adapter = tiny_adapter(smallest_unet()).to("meta").attach(base)
     one_step(base, adapter, tiny_sizes(base, "base").batch(1), fused=True)
     assert F.scaled_dot_product_attention is before
+
+
+def test_an_accelerator_without_a_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)  # of a build for CUDA, on any machine
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert best_device() == CPU
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert best_device() == GPU

@@ -33,7 +33,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "list": {"data": {"workers": 1}},
     "shards": {"save_every": 2, "optimization": {"accumulate": 3}},
     "hub": {"keep": 1},
-    "features": {"data": {"flip": True}},
+    "features": {"data": {"flip": True}, "optimization": {"optimizer": "muon"}},
 }
 Plan = Callable[[str], Recipe]  # of the run of that name
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imprompt.errors import SettingError
-from imprompt.training.objective import BUCKETS, TARGETS, ByTimestep, Objective
+from imprompt.training.objective import BUCKETS, TARGETS, ByTimestep, Objective, emphasis
 from imprompt.training.recipe import Noise
 
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -129,6 +129,44 @@ def test_losses_are_of_each_sample(name: str, seed: int, gamma: float | None, dt
     assert torch.allclose(plain, torch.stack([((a.float() - b) ** 2).mean() for a, b in zip(prediction, noise, strict=True)]))
     assert torch.equal(weighted, plain * goal.weight[index])
     assert gamma is not None or torch.equal(weighted, plain)
+
+
+@given(names, seeds, st.floats(0.1, 50), st.sampled_from([None, 5.0]))
+def test_a_mask_weighs_errors_by_place(name: str, seed: int, weight: float, gamma: float | None) -> None:
+    goal = objective(name, min_snr=gamma, mask_weight=weight)
+    latents, noise, index = drawn(goal, seed)
+    mask = torch.rand(BATCH, 1, 6, 5, generator=torch.Generator().manual_seed(seed))
+    mask[0], mask[1] = 0, 1  # both count evenly
+    weighted, plain = goal.losses(latents, noise, index, mask)
+    assert torch.equal(plain, goal.losses(latents, noise, index).plain)
+    assert torch.equal(weighted[0], (goal.weight[index] * plain)[0])
+    assert torch.allclose(weighted[:2], (goal.weight[index] * plain)[:2])
+    for number in range(BATCH):
+        own = 1 + weight * mask[number].double()
+        expected = ((latents[number].double() - noise[number]) ** 2 * own).mean() / own.mean() * goal.weight[index[number]]
+        assert weighted[number].item() == pytest.approx(expected.item(), rel=1e-4)
+    for number in range(BATCH):  # whatever else is in the batch
+        one = slice(number, number + 1)
+        alone = goal.losses(latents[one], noise[one], index[one], mask[one]).weighted
+        assert alone.item() == pytest.approx(weighted[number].item(), rel=1e-5)
+
+
+def test_white_weighs_one_and_the_weight_times_black() -> None:
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, :, :1] = 1
+    weights = emphasis(mask, 3.0)
+    assert weights[0, 0, 0, 0] == pytest.approx(4 * weights[0, 0, 3, 3])
+    assert torch.allclose(weights.mean((1, 2, 3)), torch.ones(2))
+
+
+@given(names, seeds)
+def test_a_weight_of_zero_is_no_mask_bit_for_bit(name: str, seed: int) -> None:
+    goal = objective(name, min_snr=5.0)
+    latents, noise, index = drawn(goal, seed)
+    without = goal.losses(latents, noise, index)
+    for weight, mask in ((0.0, torch.rand(BATCH, 1, 6, 5)), (3.0, torch.zeros(BATCH, 1, 6, 5)), (3.0, None)):
+        losses = objective(name, min_snr=5.0, mask_weight=weight).losses(latents, noise, index, mask)
+        assert all(torch.equal(one, other) for one, other in zip(losses, without, strict=True))
 
 
 @given(names, st.floats(0, 1, exclude_max=True, width=32))

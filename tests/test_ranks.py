@@ -200,14 +200,25 @@ def test_a_batch_that_cannot_be_shared_is_one_line(place: Place) -> None:
     assert ended.said == [line, line]
 
 
-@pytest.fixture(scope="module")
-def averaged(place: Place, alone: Path) -> Path:  # noqa: ARG001
-    return place.train("averaged", 1, **AVERAGED)
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def averaging(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """What these runs share, by optimizer."""
+    return AVERAGED | {"optimization": AVERAGED["optimization"] | {"optimizer": request.param}}
 
 
 @pytest.fixture(scope="module")
-def sharded(place: Place, alone: Path) -> Path:  # noqa: ARG001
-    return place.train("sharded", 2, ranks.sharded, **AVERAGED)
+def averaged(place: Place, alone: Path, averaging: dict[str, Any]) -> Path:  # noqa: ARG001
+    return place.train(f"averaged, {averaging['optimization']['optimizer']}", 1, **averaging)
+
+
+@pytest.fixture(scope="module")
+def sharded(place: Place, alone: Path, averaging: dict[str, Any]) -> Path:  # noqa: ARG001
+    return place.train(f"sharded, {averaging['optimization']['optimizer']}", 2, ranks.sharded, **averaging)
+
+
+def test_two_processes_take_the_steps_of_one_with_muon(place: Place, alone: Path) -> None:  # noqa: ARG001
+    changes = {"optimization": {"optimizer": "muon"}}
+    assert farthest(place.train("muon", 1, **changes), place.train("muon of two", 2, **changes)) < CLOSE
 
 
 def test_sharded_weights_take_the_steps_of_one_process(averaged: Path, sharded: Path) -> None:
@@ -216,19 +227,23 @@ def test_sharded_weights_take_the_steps_of_one_process(averaged: Path, sharded: 
 
 
 @pytest.mark.slow
-def test_parts_of_the_batches_of_two_processes_take_the_steps_of_one(place: Place, averaged: Path) -> None:
-    assert farthest(place.train("averaged by two", 2, **AVERAGED), averaged) < CLOSE
+def test_parts_of_the_batches_of_two_processes_take_the_steps_of_one(
+    place: Place, averaging: dict[str, Any], averaged: Path
+) -> None:
+    assert farthest(place.train(f"{averaged.name} by two", 2, **averaging), averaged) < CLOSE
 
 
 @pytest.mark.parametrize(
     ("before", "after"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow)]
 )
-def test_a_sharded_run_goes_on(before: int, after: int, place: Place, averaged: Path, sharded: Path) -> None:
+def test_a_sharded_run_goes_on(
+    before: int, after: int, place: Place, averaging: dict[str, Any], averaged: Path, sharded: Path
+) -> None:
     """Also as one process, and one process's run sharded: a state is the same whoever wrote it."""
-    name, changes = f"sharded on {before}, then {after}", {1: (), 2: (ranks.sharded,)}
-    ended = ranks.train(place.plan(name, **AVERAGED), before, *changes[before], ranks.Struck(before - 1, 5))
+    name, changes = f"{sharded.name} on {before}, then {after}", {1: (), 2: (ranks.sharded,)}
+    ended = ranks.train(place.plan(name, **averaging), before, *changes[before], ranks.Struck(before - 1, 5))
     assert ended.codes == [2] * (before - 1) + [-signal.SIGKILL]
-    run = place.train(name, after, *changes[after], **AVERAGED)
+    run = place.train(name, after, *changes[after], **averaging)
     assert farthest(run, averaged) < CLOSE
     if before == after:
         assert farthest(run, sharded) == 0

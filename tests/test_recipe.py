@@ -57,7 +57,7 @@ RANGES = [
     ("optimization.learning_rate", "nan", "finite number"),
     ("optimization.precision", '"int8"', "'auto', 'fp32', 'bf16' or 'fp16'"),
     ("optimization.schedule", '"step"', "'constant' or 'cosine'"),
-    ("optimization.optimizer", '"sgd"', "'adamw' or 'adamw8bit'"),
+    ("optimization.optimizer", '"sgd"', "'adamw', 'adamw8bit' or 'muon'"),
     ("data.captions", '"none"', "'required' or 'optional'"),
     ("data.size", 4, "greater than or equal to 8"),
     ("data.max_aspect", 0.5, "greater than or equal to 1"),
@@ -65,6 +65,7 @@ RANGES = [
     ("noise.min_snr", 0, "greater than 0"),
     ("noise.power", 0, "greater than 0"),
     ("noise.offset", -0.1, "greater than or equal to 0"),
+    ("noise.mask_weight", -1, "greater than or equal to 0"),
     ("validation.every", 0, "greater than or equal to 1"),
     ("validation.scales", "[]", "at least 1 item"),
     ("logging.every", 0, "greater than or equal to 1"),
@@ -88,6 +89,7 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(key: str, value: o
         ("data.drop_text=0.95", "add up to 1.05: 1 at most"),
         ("variant=pluss", "unknown variant 'pluss'"),
         ("depth=2", "depth is of the plus variant"),
+        ("data.columns={}", r"noise.mask_weight = 3 needs masks: data.columns.mask names"),
         ("steps", "write key=value"),
         ("model.x=1", "model is no group"),
     ],
@@ -96,3 +98,10 @@ def test_a_wrong_recipe_is_one_line(override: str, words: str) -> None:
     with pytest.raises(SettingError, match=words) as caught:
         read_recipe(RECIPE, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_masks_may_be_named_without_a_weight() -> None:
+    """So that features encoded with masks serve the run that is compared with."""
+    for weight in (0, 3):
+        recipe = read_recipe(RECIPE, ["data.columns.mask=mask", f"noise.mask_weight={weight}"])
+        assert (recipe.data.columns.mask, recipe.noise.mask_weight) == ("mask", weight)

@@ -3,14 +3,16 @@
 import hashlib
 import io
 import json
+import math
 import pickle
 import random
 import shutil
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,11 +25,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imprompt.errors import SettingError
-from imprompt.images import image_size, open_image
+from imprompt.images import image_size, open_image, open_mask
 from imprompt.training.order import Order
 from imprompt.training.recipe import Columns, Data
 from imprompt.training.shards import HEADER, TarIndex, cache_folder, fetch
-from imprompt.training.sources import SOURCES, BadSample, Opener, Source, open_source
+from imprompt.training.sources import SOURCES, BadSample, Opener, Sample, Source, open_source
 from tests.sets import (
     DAMAGE,
     MAKERS,
@@ -38,6 +40,7 @@ from tests.sets import (
     make_hub,
     make_list,
     make_shards,
+    masked,
     members,
     noise_picture,
     png,
@@ -130,6 +133,81 @@ def test_a_bad_reference_is_the_samples_trouble(kind: str, tmp_path: Path) -> No
     with pytest.raises(BadSample, match=r"reference.* is empty") as caught:
         sample.references[1]()
     assert (caught.value.name, caught.value.kind) == (source.name(1), "empty")
+
+
+# Masks
+
+MASKS = {"columns": Columns(mask="mask")}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_kind_of_source_gives_masks(kind: str, tmp_path: Path) -> None:
+    made = masked(items(7, SIZES, references=1))
+    data = MAKERS[kind](tmp_path, made)
+    source = pickle.loads(pickle.dumps(open_source(data.model_copy(update=MASKS))))
+    for index, item in enumerate(made):
+        sample = source.read(index)
+        mask = sample.checked_mask(sample.picture())
+        assert (mask is None) == (item.mask is None)
+        assert mask is None or np.array_equal(np.asarray(mask), np.asarray(open_mask(item.mask or b"")))
+        assert same(sample.picture, item.data)
+        assert same(sample.references[0], item.references[0])
+    assert open_source(data).read(0).mask is None  # they are not asked for
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind", "words"),
+    [
+        (b"", "empty", "mask.* is empty"),
+        (b"<html>404 Not Found</html>", "no picture", "mask.* is not a picture"),
+        (png(noise_picture(1, (40, 48))), "another shape", "the mask has 40×48 pixels, the picture 48×40: another aspect ratio"),
+    ],
+)
+@pytest.mark.parametrize("source_kind", MAKERS)
+def test_a_bad_mask_is_the_samples_trouble(source_kind: str, mask: bytes, kind: str, words: str, tmp_path: Path) -> None:
+    made = [replace(item, mask=mask) for item in items(1)]
+    source = open_source(MAKERS[source_kind](tmp_path, made).model_copy(update=MASKS))
+    sample = source.read(0)
+    with pytest.raises(BadSample, match=words) as caught:
+        sample.checked_mask(sample.picture())
+    assert (caught.value.name, caught.value.kind) == (source.name(0), kind)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_mask_file_is_the_samples_trouble(tmp_path: Path) -> None:
+    data = make_folder(tmp_path, masked(items(1)))
+    (tmp_path / "0000-mask.png").unlink()
+    sample = open_source(data.model_copy(update=MASKS)).read(0)
+    with pytest.raises(BadSample, match=r"the mask .*0000-mask\.png does not exist"):
+        sample.checked_mask(sample.picture())
+
+
+@given(st.integers(8, 3000), st.integers(8, 3000), st.floats(0.1, 1), st.sampled_from([round, math.floor, math.ceil]))
+def test_a_smaller_mask_fits_its_picture(width: int, height: int, scale: float, rounded: Callable[[float], int]) -> None:
+    def blank(mode: str, *sides: int) -> Callable[[], Image.Image]:
+        return lambda: Image.new(mode, sides)
+
+    picture = blank("RGB", width, height)
+    mask = blank("L", max(1, rounded(scale * width)), max(1, rounded(scale * height)))
+    sample = Sample("a", picture, (picture,), "a", mask)
+    assert sample.checked_mask(picture()) is not None
+    other = Sample("a", picture, (picture,), "a", blank("L", width, height + max(2, width // 8 + height // 8)))
+    with pytest.raises(BadSample, match="another aspect ratio"):
+        other.checked_mask(picture())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_set_without_any_mask_is_refused(kind: str, tmp_path: Path) -> None:
+    data = MAKERS[kind](tmp_path, 2)
+    with pytest.raises(SettingError, match=r"data\.columns\.mask") as caught:
+        open_source(data.model_copy(update=MASKS))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_that_is_no_file_name_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_bytes(GOOD_LINE + b'{"file_name": "0000.png", "text": "a", "mask": ["a.png"]}')
+    with pytest.raises(SettingError, match="line 2: mask is no file name"):
+        open_source(Data(source=str(tmp_path), **MASKS))
 
 
 # Listings

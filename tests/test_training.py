@@ -1,6 +1,7 @@
 """Whole runs of a few steps on small models, from the same entry that users call."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from imprompt.training.model import AdaptedModel
 from imprompt.training.watch import Metrics, Row, Watcher
 from imprompt.variants import TRAINABLE
 from tests.runs import losses, names, picture_folder, recipe, saved_pipeline, tensors
+from tests.sets import MAKERS, items, make_folder, masked
 
 SITES = {"sd1": 16, "sdxl": 17}  # text cross-attentions of the tiny structures
 FILES = ["adapter.safetensors", "state.json", "training.pt"]
@@ -66,12 +68,13 @@ def after_of(latest: Path, run: Any) -> list[torch.Tensor]:
     [
         {},
         {"optimization": {"ema": 0.9, "accumulate": 3}},
+        {"optimization": {"optimizer": "muon", "ema": 0.9}},
         {"data": {"features": "FEATURES", "flip": True, "held_out": 1}},
         {"data": {"buckets": True, "bucket_step": 16, "workers": 2}},
         {"validation": {"every": 3, "steps": 2, "texts": ["a cat"]}, "data": {"held_out": 2}},
         {"noise": {"min_snr": 5.0, "offset": 0.05}, "optimization": {"checkpointing": True, "schedule": "cosine", "warmup": 2}},
     ],
-    ids=["plain", "average", "features", "buckets", "validation", "noise"],
+    ids=["plain", "average", "muon", "features", "buckets", "validation", "noise"],
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     if "features" in changes.get("data", {}):
@@ -130,9 +133,11 @@ def test_the_average_follows_as_it_should() -> None:
     assert weight.item() == 7
 
 
-def test_accumulated_parts_are_one_batch(folder: Path, tmp_path: Path) -> None:
-    loop.train(recipe(folder, tmp_path / "one", 4, optimization={"batch_size": 6}))
-    loop.train(recipe(folder, tmp_path / "three", 4, optimization={"batch_size": 6, "accumulate": 3}))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_accumulated_parts_are_one_batch(optimizer: str, folder: Path, tmp_path: Path) -> None:
+    plan = {"batch_size": 6, "optimizer": optimizer}
+    loop.train(recipe(folder, tmp_path / "one", 4, optimization=plan))
+    loop.train(recipe(folder, tmp_path / "three", 4, optimization=plan | {"accumulate": 3}))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "three"), abs=1e-5)
 
 
@@ -140,6 +145,54 @@ def test_features_encoded_once_train_as_pictures_do(folder: Path, tmp_path: Path
     loop.train(recipe(folder, tmp_path / "pictures"))
     loop.train(recipe(folder, tmp_path / "features", data={"features": tmp_path / "kept"}))
     assert losses(tmp_path / "pictures") == pytest.approx(losses(tmp_path / "features"), rel=5e-3)  # kept as float16
+
+
+MASKS: dict[str, Any] = {"columns": {"mask": "mask"}, "size": 32, "buckets": True, "bucket_step": 8, "flip": True}
+
+
+def plain_losses(run: Path) -> list[float]:
+    return [row["plain_loss"] for row in Metrics(run).read() if "loss" in row]
+
+
+def test_masks_weigh_alike_from_every_source_and_from_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hub-cache"))
+    made, runs = masked(items(7, ((48, 40), (40, 64)))), {}
+    for kind, make in MAKERS.items():
+        more = {"per_shard": 7} if kind == "shards" else {}
+        source = make(tmp_path / kind, made, **more)
+        data = MASKS | {"root": source.root}
+        for name, changes in ((kind, {}), (f"{kind} encoded", {"features": tmp_path / f"{kind}-features"})):
+            plan = recipe(source.source, tmp_path / f"{name} run", 4, data=data | changes, noise={"mask_weight": 3.0})
+            loop.train(plan)
+            runs[name] = plan.output
+    for kind in MAKERS:
+        assert losses(runs[kind]) == losses(runs["folder"])
+        assert losses(runs[f"{kind} encoded"]) == losses(runs["folder encoded"])
+    assert losses(runs["folder encoded"]) == pytest.approx(losses(runs["folder"]), rel=5e-3)  # kept as float16
+    assert losses(runs["folder"]) != plain_losses(runs["folder"])
+
+
+def test_a_mask_weight_of_zero_trains_as_without_masks(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "set", masked(items(7))).source
+    plain = MASKS | {"columns": {}}
+    weighted, zero, without = (
+        recipe(source, tmp_path / name, 3, data=data, noise={"mask_weight": weight})
+        for name, data, weight in (("weighted", MASKS, 3.0), ("zero", MASKS, 0.0), ("without", plain, 0.0))
+    )
+    states = [tensors(loop.train(plan)) for plan in (weighted, zero, without)]
+    assert losses(zero.output) == losses(without.output) != losses(weighted.output)
+    assert plain_losses(weighted.output)[0] == plain_losses(without.output)[0]
+    assert all(torch.equal(one, other) for one, other in zip(states[1], states[2], strict=True))
+
+
+def test_a_bad_mask_weighs_nothing_and_is_named(tmp_path: Path) -> None:
+    made = masked(items(7))
+    made[3] = replace(made[3], mask=b"")
+    source = make_folder(tmp_path / "set", made).source
+    loop.train(recipe(source, tmp_path / "run", 4, data=MASKS | {"max_bad": 0.2}, noise={"mask_weight": 3.0}))
+    (row,) = map(json.loads, (tmp_path / "run" / "bad.jsonl").read_text().splitlines())
+    assert row["name"].endswith("0003.png")
+    assert row["why"].endswith("0003-mask.png is empty")
 
 
 def test_training_on_features_holds_no_encoders(folder: Path, tmp_path: Path) -> None:

@@ -23,13 +23,12 @@ def train_command(
 
     plan = read_recipe(recipe, overrides or [])
     if dry_run:
-        import torch
-
         from imprompt.cli import print_rows
         from imprompt.training.estimate import estimate, rows
+        from imprompt.training.model import best_device
 
         print(plan.model_dump_json(indent=2))
-        print_rows(rows(estimate(plan, torch.accelerator.current_accelerator() or torch.device("cpu"))))
+        print_rows(rows(estimate(plan, best_device())))
         return
     from imprompt.cli import quiet
     from imprompt.training.loop import train

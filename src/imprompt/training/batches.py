@@ -5,13 +5,15 @@ Shape letters as in `imprompt.training.features`.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from imprompt.training.buckets import Size
@@ -64,19 +66,20 @@ class PictureReader:
         return self.source.name(index)
 
     def read(self, index: int, flip: bool, pick: float) -> Item:
-        """ "pixels" (3, H, W) in [-1, 1], "reference" (3, S, S), "caption" and "time_ids" (6,)."""
-        example = read_example(self.source.read(index), self.sizes[self.bucket[index]], self.processor, pick)
-        pixels = example.pixels.flip(-1) if flip else example.pixels
-        return self._item(pixels, example.references[0], example.text, example.time_ids)
+        """ "pixels" (3, H, W) in [-1, 1], "mask" (1, h, w) of 8 bits, "reference" (3, S, S), "caption" and "time_ids" (6,)."""
+        example = read_example(self.source.read(index), self.sizes[self.bucket[index]], self.unit, self.processor, pick)
+        pixels, mask = (part.flip(-1) if flip else part for part in (example.pixels, example.mask))
+        return self._item(pixels, mask, example.references[0], example.text, example.time_ids)
 
     def blank(self, index: int) -> Item:
         (wide, high), side = self.sizes[self.bucket[index]], self.processor.crop_size
         reference = torch.zeros(3, side["height"], side["width"])
-        return self._item(torch.zeros(3, high, wide), reference, "", torch.zeros(6))
+        mask = torch.zeros(1, high // self.unit, wide // self.unit, dtype=torch.uint8)
+        return self._item(torch.zeros(3, high, wide), mask, reference, "", torch.zeros(6))
 
-    def _item(self, pixels: Tensor, reference: Tensor, caption: str, time_ids: Tensor) -> Item:
-        latent = (self.channels, pixels.shape[1] // self.unit, pixels.shape[2] // self.unit)
-        return {"pixels": pixels, "reference": reference, "caption": caption, "time_ids": time_ids, "latent": latent}
+    def _item(self, pixels: Tensor, mask: Tensor, reference: Tensor, caption: str, time_ids: Tensor) -> Item:
+        item = {"pixels": pixels, "mask": mask, "reference": reference, "caption": caption, "time_ids": time_ids}
+        return item | {"latent": (self.channels, *mask.shape[1:])}
 
 
 def dice(seed: int, draw: Draw) -> torch.Generator:
@@ -177,6 +180,14 @@ class Batch:
     image: Tensor  # image features
     text: Tensor  # (B, T, D)
     added: dict[str, Tensor]  # SDXL: "text_embeds" (B, P), "time_ids" (B, 6)
+    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]: where an error counts more; None of features without masks
+
+    def samples(self) -> Iterator["Batch"]:
+        """Every sample as a batch of its own."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for row, name in enumerate(self.names):
+            one = tree_map_only(Tensor, itemgetter(slice(row, row + 1)), values)
+            yield Batch(**one | {"names": [name]})
 
 
 Encode = Callable[[Item], Item]
@@ -210,6 +221,7 @@ class Composer:
             image=self._dropped(item, "image", no_image),
             text=self._dropped(item, "text", no_text),
             added=pooled and {**pooled, "time_ids": item["time_ids"]},
+            mask=item["mask"].float() / 255 if "mask" in item else None,
         )
 
     def _dropped(self, item: Item, key: str, which: Tensor) -> Tensor:

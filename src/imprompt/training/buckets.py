@@ -57,3 +57,8 @@ def fit(picture: Image.Image, bucket: Size) -> tuple[Image.Image, Tensor]:
 def to_pixels(picture: Image.Image) -> Tensor:
     """RGB -> (3, H, W) in [-1, 1], as the VAE takes it."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_latents(mask: Image.Image, unit: int) -> Tensor:
+    """Grey (W, H) -> (1, h, w) of 8 bits: for each latent the mean of the `unit` × `unit` pixels that it stands for."""
+    return torch.from_numpy(np.array(mask.reduce(unit)))[None]

@@ -144,6 +144,7 @@ class FeatureReader:
     def read(self, index: int, flip: bool, pick: float) -> dict[str, Tensor]:
         """What training takes of a sample: "mean" and "spread" (C, h, w), mirrored or not; "image" (E,) or (patches, E) of the
         reference that `pick` in [0, 1) chooses; "text" (T, D); for SDXL "pooled" (P,); all float16. "time_ids" (6,) float32.
+        "mask" (1, h, w) of 8 bits, mirrored or not, if they were encoded with masks.
 
         BadSample if it was bad when it was encoded, or its bytes are not those that were written.
         """
@@ -160,12 +161,14 @@ class FeatureReader:
             raise BadSample(self.name(index), f"{shard_file(self.folder, number, '.tar')} is damaged or cut short", "damaged")
         tensors = load(held)
         side = "_flip" if flip else ""
+        if flip and "mask" in tensors:
+            tensors["mask"] = tensors["mask"].flip(-1)
         references = tensors.pop("image")
         return {
             "mean": tensors.pop("mean" + side),
             "spread": tensors.pop("spread" + side),
             "image": references[int(pick * len(references))],
-            **{key: tensors[key] for key in ("text", "pooled", "time_ids") if key in tensors},
+            **{key: tensors[key] for key in ("mask", "text", "pooled", "time_ids") if key in tensors},
         }
 
     def blank(self, index: int) -> dict[str, Tensor]:
@@ -173,7 +176,8 @@ class FeatureReader:
         wide, high = (side // self._plan["unit"] for side in self.identity["buckets"][self.bucket[index]])
         latent = torch.zeros(self._plan["channels"], high, wide, dtype=torch.float16)
         rest = {key: torch.zeros_like(null[0]) for key, null in self.nulls.items()}
-        return {"mean": latent, "spread": latent, **rest, "time_ids": torch.zeros(6)}
+        masks = {"mask": torch.zeros(1, high, wide, dtype=torch.uint8)} if self._plan["source"].get("mask") else {}
+        return {"mean": latent, "spread": latent, **masks, **rest, "time_ids": torch.zeros(6)}
 
     def _shard(self, number: int) -> "_Shard":
         if number not in self._open:

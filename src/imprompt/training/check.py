@@ -86,6 +86,7 @@ def look(source: Source, index: int, every_pixel: bool) -> Look:
         if not every_pixel:
             return Look(sample.name, sample.text, source.size(index))
         picture = sample.picture()
+        sample.checked_mask(picture)
         for reference in sample.references:
             if reference is not sample.picture:
                 reference()

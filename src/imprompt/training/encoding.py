@@ -68,7 +68,7 @@ def encode(
     on_done(done, total)
     sizes = bucket_sizes(data, encoder.size(data))
     batches = chain.from_iterable(batches_of(samples, source, sizes) for samples in absent.values())
-    rows = counted(rows_of(read_ahead(examples, batches, data.workers), encoder, data.flip), done, total, on_done)
+    rows = counted(rows_of(read_ahead(examples, batches, data.workers), encoder, data), done, total, on_done)
     for number, samples in absent.items():
         names = {index: source.name(index).encode(errors="backslashreplace").decode() for index in samples}
         write_shard(folder, number, names, islice(rows, len(samples)), rank)
@@ -80,8 +80,9 @@ def encode(
 
 
 def origin(data: Data) -> Table:
-    """Which samples features are of, as plain values."""
-    return data.model_dump(mode="json", include={"source", "root", "columns", "captions"})
+    """Which samples features are of, as plain values. Folders from before there were masks have no "mask", which is as None."""
+    columns = data.columns.model_dump(exclude={"mask"})
+    return data.model_dump(mode="json", include={"source", "root", "captions"}) | {"columns": columns, "mask": data.columns.mask}
 
 
 def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> Table:
@@ -237,7 +238,7 @@ class Read(NamedTuple):
     good: list[int]
     texts: list[str]
     references: list[int]  # how many each good sample has
-    tensors: dict[str, Tensor]  # "pixels" (B, 3, H, W), "references" (ΣR, 3, S, S), "time_ids" (B, 6); none if all are bad
+    tensors: dict[str, Tensor]  # "pixels" (B, 3, H, W), "mask" (B, 1, h, w), "references" (ΣR, 3, S, S), "time_ids" (B, 6)
 
 
 Asked = tuple[int, list[int]]  # a bucket and samples of it
@@ -263,11 +264,12 @@ class Reading(Dataset[Read]):
 
 
 def stacked(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """The tensors of a `Read`."""
+    """The tensors of a `Read`; none if all are bad."""
     if not examples:
         return {}
     return {
         "pixels": torch.stack([example.pixels for example in examples]),
+        "mask": torch.stack([example.mask for example in examples]),
         "references": torch.cat([example.references for example in examples]),
         "time_ids": torch.stack([example.time_ids for example in examples]),
     }
@@ -299,22 +301,22 @@ def unchanged(read: Read) -> Read:
     return read
 
 
-def rows_of(reads: Iterable[Read], encoder: FeatureEncoder, flip: bool) -> Iterator[Row]:
+def rows_of(reads: Iterable[Read], encoder: FeatureEncoder, data: Data) -> Iterator[Row]:
     for read in reads:
         for index, error in read.bad.items():
             yield Row(index, read.bucket, "", error)
         if read.good:
-            for index, text, features in zip(read.good, read.texts, encoded(read, encoder, flip), strict=True):
+            for index, text, features in zip(read.good, read.texts, encoded(read, encoder, data), strict=True):
                 finite = all(tensor.isfinite().all() for tensor in features.values())
                 trouble = BadSample("", "its features are no finite numbers", "not finite")
                 yield Row(index, read.bucket, text, features if finite else trouble)
 
 
-def encoded(read: Read, encoder: FeatureEncoder, flip: bool) -> Iterator[dict[str, Tensor]]:
+def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[str, Tensor]]:
     """The features of every good sample of a batch."""
     pixels = read.tensors["pixels"]
     parts = {**encoder.latents(pixels), **encoder.text(read.texts)}
-    if flip:
+    if data.flip:
         parts |= {f"{key}_flip": value for key, value in encoder.latents(pixels.flip(-1)).items()}
     images = torch.cat([encoder.image(part) for part in read.tensors["references"].split(AT_ONCE)])
     rows = {
@@ -322,6 +324,8 @@ def encoded(read: Read, encoder: FeatureEncoder, flip: bool) -> Iterator[dict[st
         "image": stored({"image": images})["image"].split(read.references),
         "time_ids": read.tensors["time_ids"].unbind(),
     }
+    if data.columns.mask:
+        rows["mask"] = read.tensors["mask"].unbind()
     for values in zip(*rows.values(), strict=True):
         yield dict(zip(rows, values, strict=True))
 

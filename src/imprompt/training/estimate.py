@@ -26,13 +26,16 @@ from imprompt.models import find_model
 from imprompt.structures import BaseStructure, base_structure, encoder_structure
 from imprompt.training.buckets import training_size
 from imprompt.training.model import DTYPES, encoder_place, precision, predict, start_adapter
+from imprompt.training.muon import weight_matrices
 from imprompt.training.recipe import Recipe
 from imprompt.variants import variant
 
 # Of the measured matrix rate what a whole step reaches. Assumed on GPUs. On 2 CPU cores, SD 1.5 had 0.45 in float32 and 0.3 in
 # bfloat16, the emoji model less.
 CPU_SHARE, GPU_SHARE = 0.3, 0.45
-STATES = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes a parameter: two numbers, in 8 bits with a scale for every 256
+EIGHT_BIT = 2 + 2 * 4 / 256  # bytes of two numbers in 8 bits, with a scale for every 256
+# What an optimizer keeps of a parameter, in bytes: of a weight matrix, of another. AdamW two numbers, Muon one of a matrix.
+STATES = {"adamw": (8, 8), "adamw8bit": (EIGHT_BIT, EIGHT_BIT), "muon": (4, 8)}
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
@@ -47,9 +50,11 @@ class Sizes:
     image: tuple[int, ...]  # (E,) or (patches, E)
     pooled: int  # P; 0 where the model takes none
 
-    def encoded(self, flip: bool) -> int:
-        """Bytes of the sample's features in float16: latents as mean and spread, mirrored too with `flip`; image; text."""
-        return 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + prod(self.text) + self.pooled)
+    def encoded(self, flip: bool, masked: bool) -> int:
+        """Bytes of the sample's features: in float16 latents as mean and spread, mirrored too with `flip`, image and text; a mask
+        in 8 bits."""
+        features = 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + prod(self.text) + self.pooled)
+        return features + masked * prod(self.latents[1:])
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """Noisy latents, timesteps, text, image features and SDXL's added conditions of `size` samples, without contents."""
@@ -100,11 +105,13 @@ def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estima
     at_once = a_step // plan.accumulate
     flops, activations = one_step(base, adapter, sizes.batch(at_once), fused=device.type != "cpu")
     trained = sum(weight.numel() for weight in adapter.parameters())
+    matrices = sum(weight.numel() for weight in weight_matrices(adapter))
+    of_matrix, of_other = STATES[plan.optimizer]
     memory = {
         f"base weights, {str(dtype).removeprefix('torch.')}": sum(weight.nbytes for weight in base.parameters()),
         "adapter weights, float32": 4 * trained,
         "their gradients": 4 * trained,
-        f"states of {plan.optimizer}": round(STATES[plan.optimizer] * trained),
+        f"states of {plan.optimizer}": round(of_matrix * matrices + of_other * (trained - matrices)),
         "average of the weights": 4 * trained if plan.ema else 0,
         f"activations, {at_once} at once": activations,
     }
@@ -115,7 +122,7 @@ def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estima
         memory={part: size for part, size in memory.items() if size},
         a_step=a_step,
         steps=plan.steps,
-        encoded=sizes.encoded(recipe.data.flip) if recipe.data.features else None,
+        encoded=sizes.encoded(recipe.data.flip, bool(recipe.data.columns.mask)) if recipe.data.features else None,
         device=device,
         rate=matrix_rate(device, dtype),
     )

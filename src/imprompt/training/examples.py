@@ -7,31 +7,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from imprompt.encoders.vision import preprocess
-from imprompt.training.buckets import Size, fit, nearest, to_pixels
+from imprompt.training.buckets import Size, fit, nearest, to_latents, to_pixels
 from imprompt.training.sources import BadSample, Sample, Source
 
 
 @dataclass(frozen=True)
 class Example:
-    """The mirrored example has `pixels.flip(-1)`; its references are not mirrored."""
+    """The mirrored example has `pixels.flip(-1)` and `mask.flip(-1)`; its references are not mirrored."""
 
     name: str
     pixels: Tensor  # (3, H, W) in [-1, 1]
     references: Tensor  # (R, 3, S, S)
     text: str
     time_ids: Tensor  # (6,): see `imprompt.training.buckets.fit`
+    mask: Tensor  # (1, h, w) of 8 bits; black, which counts evenly, where the sample has none
 
 
-def read_example(sample: Sample, bucket: Size, processor: Any, pick: float | None = None) -> Example:
-    """Open and cut a sample's pictures: all references, or the one that `pick` in [0, 1) chooses. BadSample."""
+def read_example(sample: Sample, bucket: Size, unit: int, processor: Any, pick: float | None = None) -> Example:
+    """Open and cut a sample's pictures: all references, or the one that `pick` in [0, 1) chooses. BadSample.
+
+    unit  pixels a side that one latent stands for
+    """
     picture = sample.picture()
+    mask = sample.checked_mask(picture)
     chosen = sample.references if pick is None else [sample.references[int(pick * len(sample.references))]]
     references = [picture if opener is sample.picture else opener() for opener in chosen]
     cut, time_ids = fit(picture, bucket)
-    return Example(sample.name, to_pixels(cut), preprocess(processor, references), sample.text, time_ids)
+    wide, high = (side // unit for side in bucket)
+    small = torch.zeros(1, high, wide, dtype=torch.uint8) if mask is None else to_latents(fit(mask, bucket)[0], unit)
+    return Example(sample.name, to_pixels(cut), preprocess(processor, references), sample.text, time_ids, small)
 
 
 def bucket_of(source: Source, index: int, sizes: Sequence[Size]) -> int:
@@ -50,7 +58,9 @@ class Examples:
 
     source: Source
     sizes: Sequence[Size]
+    unit: int
     processor: Any
 
     def __call__(self, index: int) -> Example:
-        return read_example(self.source.read(index), self.sizes[bucket_of(self.source, index, self.sizes)], self.processor)
+        bucket = self.sizes[bucket_of(self.source, index, self.sizes)]
+        return read_example(self.source.read(index), bucket, self.unit, self.processor)

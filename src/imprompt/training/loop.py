@@ -25,7 +25,7 @@ from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.files import check_folder
 from imprompt.training.batches import Batch, Composer, Item, Share
 from imprompt.training.features import FeatureEncoder
-from imprompt.training.model import AdaptedModel, measures, open_base, open_frozen, precision, ready, start_adapter
+from imprompt.training.model import AdaptedModel, best_device, measures, open_base, open_frozen, precision, ready, start_adapter
 from imprompt.training.objective import Objective
 from imprompt.training.recipe import Recipe
 from imprompt.training.sources import BadSample, open_source
@@ -118,7 +118,7 @@ class Run:
         # What is wrong with the set is told before the models are loaded.
         self.source = None if have_features(recipe) else open_source(recipe.data)
         self.state = load_state(recipe.output, recipe)
-        kind = precision(recipe, torch.accelerator.current_accelerator() or torch.device("cpu"))
+        kind = precision(recipe, best_device())
         self.accelerator = Accelerator(
             mixed_precision="fp16" if kind == "fp16" else "no",
             cpu=not torch.accelerator.is_available(),

@@ -85,7 +85,8 @@ def ready(base: Any, plan: Optimization, device: torch.device) -> Any:
     if plan.checkpointing:
         base.enable_gradient_checkpointing()
     if plan.compile:
-        base.compile()
+        # To save memory, PyTorch 2.13 may read a gradient before it is written: see `imprompt.training.compiled`.
+        base.compile(options={"reorder_for_peak_memory": False} if device.type == "cpu" else None)
     return base
 
 
@@ -142,6 +143,12 @@ def measures(recipe: Recipe) -> Measures:
         vae.get("scaling_factor", 0.18215),
         vae.get("shift_factor") or 0.0,
     )
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one that computes, else the CPU: torch built for CUDA names one on machines without a driver."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return there or torch.device("cpu")
 
 
 def precision(recipe: Recipe, device: torch.device) -> str:

@@ -34,7 +34,7 @@ class Schedule(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of every sample (B,), in float32: the mean squared error weighted for training, and as it is."""
+    """Of every sample (B,), in float32: the mean squared error weighted for training (by timestep and mask), and as it is."""
 
     weighted: Tensor
     plain: Tensor
@@ -56,7 +56,7 @@ class Objective(nn.Module):
     def __init__(self, scheduler: Any, noise: Noise) -> None:
         super().__init__()
         self.prediction_type: Prediction = prediction_type(scheduler)
-        self.offset, self.power = noise.offset, noise.power
+        self.offset, self.power, self.mask_weight = noise.offset, noise.power, noise.mask_weight
         alpha, sigma, timesteps = (flow if self.prediction_type == "flow" else diffusion)(scheduler, noise)
         of_latents, of_noise = TARGETS[self.prediction_type](alpha, sigma)
         weight = torch.ones_like(alpha) if noise.min_snr is None else min_snr(alpha, sigma, of_latents, of_noise, noise.min_snr)
@@ -92,10 +92,22 @@ class Objective(nn.Module):
         )
         return alpha * latents + sigma * noise, self.timesteps[index], of_latents * latents + of_noise * noise
 
-    def losses(self, prediction: Tensor, target: Tensor, index: Tensor) -> Losses:
-        """Prediction and target (B, C, h, w), timesteps as rows (B,) -> losses (B,)."""
-        plain = (prediction.float() - target.float()).square().mean((1, 2, 3))
-        return Losses(self.weight[index] * plain, plain)
+    def losses(self, prediction: Tensor, target: Tensor, index: Tensor, mask: Tensor | None = None) -> Losses:
+        """Prediction and target (B, C, h, w), timesteps as rows (B,), mask (B, 1, h, w) in [0, 1] -> losses (B,)."""
+        errors = (prediction.float() - target.float()).square()
+        plain = errors.mean((1, 2, 3))
+        masked = (errors * emphasis(mask, self.mask_weight)).mean((1, 2, 3)) if mask is not None and self.mask_weight else plain
+        return Losses(self.weight[index] * masked, plain)
+
+
+def emphasis(mask: Tensor, weight: float) -> Tensor:
+    """Mask (B, 1, h, w) in [0, 1] -> weights of that shape: 1 + weight where it is white to 1 where it is black, of mean 1.
+
+    The mean is each sample's own. So a sample counts as much as another however much of it is white, one without a mask as ever,
+    and the loss does not depend on which samples share a batch, a part of it or a process.
+    """
+    weights = 1 + weight * mask
+    return weights / weights.mean((1, 2, 3), keepdim=True)
 
 
 def prediction_type(scheduler: Any) -> Prediction:

@@ -26,6 +26,7 @@ class Columns(Part):
     image: str | None = None
     text: str | None = None
     reference: str | None = None  # the image prompt's picture, or a list of them; the target picture itself where there is none
+    mask: str | None = None  # a picture that is white where an error counts more: noise.mask_weight; None: there are no masks
 
 
 class Data(Part):
@@ -63,12 +64,13 @@ class Data(Part):
 
 
 class Optimization(Part):
-    """AdamW with the paper's defaults."""
+    """How the adapter's weights are changed; AdamW with the paper's settings if nothing is given."""
 
     steps: Count
     batch_size: Count = 8  # samples a step, over all processes and accumulated parts
     accumulate: Count = 1  # parts that a step's batch is taken in
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # the latter needs the extra 8bit
+    # adamw8bit needs the extra 8bit; muon is for weight matrices, under it AdamW for all else: `imprompt.training.muon`.
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "cosine"] = "constant"
@@ -89,6 +91,8 @@ class Noise(Part):
     # arXiv 2302.08453, section 3.4, with power 3).
     power: Annotated[float, Field(gt=0)] = 1.0
     offset: Annotated[float, Field(ge=0)] = 0.0  # strength of noise that is equal over a channel; 0.05 is usual
+    # Where the mask (data.columns.mask) is white, an error weighs 1 + mask_weight times what it weighs where it is black.
+    mask_weight: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Validation(Part):
@@ -137,6 +141,11 @@ class Recipe(Part):
             raise ValueError("depth is of the plus variant's resampler")
         if self.tokens is not None and self.variant == "full":
             raise ValueError("the full variant has one token per patch: leave tokens out")
+        if self.noise.mask_weight and not self.data.columns.mask:
+            raise ValueError(
+                f"noise.mask_weight = {self.noise.mask_weight:g} needs masks: data.columns.mask names the key of a picture "
+                "that is white where an error counts more"
+            )
         if self.optimization.batch_size % self.optimization.accumulate:
             raise ValueError(
                 f"optimization.batch_size = {self.optimization.batch_size} cannot be taken in "

@@ -21,12 +21,13 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
+from PIL import Image
 from pydantic import NonNegativeInt, TypeAdapter
 from pydantic_core import from_json
 
 from imprompt.errors import ImageError, SettingError, first_line
 from imprompt.files import written_whole
-from imprompt.images import image_size
+from imprompt.images import image_size, open_image, open_mask
 from imprompt.training.recipe import Data
 from imprompt.training.sources import BadSample, Names, Picture, Sample, Size, caption
 
@@ -59,7 +60,7 @@ class TarIndex:
         self.place, self.label = place, label or str(place)
         self.keys: list[str] = []
         self.whole = False  # whether the tar ends as it should; if not, its last sample may lack something
-        self._endings: dict[str, int] = {}  # each with its number
+        self.endings: dict[str, int] = {}  # of all members, each with its number
         first, spans, numbers = array("q"), array("q"), array("l")
         for name, start, size in self._headers():
             key, ending = base_plus_ext(name)
@@ -69,7 +70,7 @@ class TarIndex:
                 self.keys.append(key)
                 first.append(len(numbers))
             spans.extend((start, size))
-            numbers.append(self._endings.setdefault(ending.lower(), len(self._endings)))
+            numbers.append(self.endings.setdefault(ending.lower(), len(self.endings)))
         if not self.keys:
             raise BadSample(self.label, "holds no samples", "empty")
         self._first = np.array([*first, len(numbers)])  # (samples + 1,) a sample's first member
@@ -90,7 +91,7 @@ class TarIndex:
         if number == len(self) - 1 and not self.whole:
             why = "the tar is cut off or damaged here, so this may not be all of it"
             raise BadSample(self.name(number), why, "damaged")
-        part, endings = slice(*self._first[number : number + 2]), list(self._endings)
+        part, endings = slice(*self._first[number : number + 2]), list(self.endings)
         spans: Any = self._spans[part].tolist()
         return {endings[ending]: (start, size) for ending, (start, size) in zip(self._ending[part], spans, strict=True)}
 
@@ -216,6 +217,11 @@ class ShardSource:
             *(BadSample(tar.label, "is cut off or damaged", "damaged", held - len(tar)) for tar in cut if len(tar) < held),
         ]
         self._ends = np.cumsum(self.shards).tolist()
+        possible = any(isinstance(tar, Streamed) or fitting(tar.endings, self.names.mask) for tar in self.tars)
+        if self.names.mask and not possible:
+            raise SettingError(
+                f"data.source = {data.source!r} holds no masks: data.columns.mask is the ending of none of its files"
+            )
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -230,7 +236,8 @@ class ShardSource:
         text = caption(name, self._text(tar, number, members), self.captions_required)
         target = self._picture(tar, number, self._target(name, members))
         references = (self._picture(tar, number, ending) for ending in fitting(members, self.names.reference))
-        return Sample(name, target, tuple(references) or (target,), text)
+        mask = next((self._picture(tar, number, ending, open_mask) for ending in fitting(members, self.names.mask)), None)
+        return Sample(name, target, tuple(references) or (target,), text, mask)
 
     def size(self, index: int) -> Size:
         tar, number = self._find(index)
@@ -251,8 +258,10 @@ class ShardSource:
             raise BadSample(name, f"holds no picture, only {', '.join(members)}; data.columns.image names the ending", "absent")
         return found
 
-    def _picture(self, tar: TarIndex | Streamed, number: int, ending: str) -> Picture:
-        return Picture(tar.name(number), f"the {ending}", partial(tar.read, number, ending))
+    def _picture(
+        self, tar: TarIndex | Streamed, number: int, ending: str, opened: Callable[..., Image.Image] = open_image
+    ) -> Picture:
+        return Picture(tar.name(number), f"the {ending}", partial(tar.read, number, ending), opened)
 
     def _text(self, tar: TarIndex | Streamed, number: int, members: Mapping[str, Any]) -> str | None:
         ending = next(iter(fitting(members, self.names.text)), None)

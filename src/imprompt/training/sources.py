@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 
 from imprompt.errors import ImpromptError, SettingError, first_line
-from imprompt.images import UnusableImage, image_size, open_image
+from imprompt.images import UnusableImage, image_size, open_image, open_mask
 from imprompt.training.recipe import Columns, Data
 
-Opener = Callable[[], Image.Image]  # gives upright RGB; raises BadSample
+Opener = Callable[[], Image.Image]  # gives upright RGB, of a mask 8-bit grey; raises BadSample
 Size = tuple[int, int]  # width, height in pixels
 SIDES = ["width", "height"]  # keys and columns that may tell it
 T = TypeVar("T")
@@ -39,12 +39,24 @@ class BadSample(ImpromptError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A target picture, the pictures that may prompt it (one of them is drawn each time), and a caption."""
+    """A target picture, the pictures that may prompt it (one of them is drawn each time), a caption and perhaps a mask."""
 
     name: str
     picture: Opener
     references: tuple[Opener, ...]  # never empty: the target picture itself where the set names none
     text: str
+    mask: Opener | None = None  # white where an error in the target counts more; None: it counts evenly
+
+    def checked_mask(self, picture: Image.Image) -> Image.Image | None:
+        """Open the mask of the target picture, which is given; BadSample if it is of another shape than that."""
+        if self.mask is None:
+            return None
+        mask = self.mask()
+        (wide, high), (width, height) = mask.size, picture.size
+        if abs(wide * height - high * width) > max(width, height):  # more than rounding when it was made smaller
+            why = f"the mask has {wide}×{high} pixels, the picture {width}×{height}: another aspect ratio"
+            raise BadSample(self.name, why, "another shape")
+        return mask
 
 
 class Source(Protocol):
@@ -70,14 +82,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """The opener of one picture of a sample. `part` says which: "the file", "the reference …"."""
+    """The opener of one picture of a sample. `part` says which: "the file", "the reference …", "the mask …"."""
 
     sample: str
     part: str
     place: Path | bytes | Callable[[], bytes]  # the latter raises BadSample
+    opened: Callable[..., Image.Image] = open_image  # how
 
     def __call__(self) -> Image.Image:
-        return self._do(open_image)
+        return self._do(self.opened)
 
     def size(self) -> Size:
         """From the header alone."""
@@ -109,12 +122,13 @@ class Names:
     image: tuple[str, ...]
     text: tuple[str, ...]
     reference: tuple[str, ...]
+    mask: tuple[str, ...]  # empty: masks are not asked for
 
     @classmethod
     def of(cls, columns: Columns, image: str, text: str, reference: str) -> "Names":
         """The recipe's names, or the format's own; several with commas."""
-        pairs = ((columns.image, image), (columns.text, text), (columns.reference, reference))
-        return cls(*(tuple(name.strip() for name in (given or own).split(",")) for given, own in pairs))
+        pairs = ((columns.image, image), (columns.text, text), (columns.reference, reference), (columns.mask, ""))
+        return cls(*(tuple(name.strip() for name in (given or own).split(",") if name.strip()) for given, own in pairs))
 
 
 def first_of(item: dict[str, Any], names: Sequence[str]) -> Any:
@@ -141,6 +155,7 @@ class Row:
     references: tuple[str, ...]
     text: str | None
     size: Size | None
+    mask: str | None
 
 
 class Listing:
@@ -165,7 +180,8 @@ class Listing:
         if not os.path.exists(row.picture):
             target()  # says what is wrong
         references = tuple(Picture(name, f"the reference {path}", Path(path)) for path in row.references)
-        return Sample(name, target, references or (target,), text)
+        mask = None if row.mask is None else Picture(name, f"the mask {row.mask}", Path(row.mask), open_mask)
+        return Sample(name, target, references or (target,), text, mask)
 
     def size(self, index: int) -> Size:
         return self.rows[index].size or self._target(index).size()
@@ -178,7 +194,8 @@ def parse_row(item: Any, names: Names, root: str) -> Row:
     """One entry of a listing; ValueError with words for what is wrong with its form."""
     if not isinstance(item, dict):
         raise ValueError(f"a {type(item).__name__} where an object is due")
-    picture, text, references = (first_of(item, part) for part in (names.image, names.text, names.reference))
+    parts = (names.image, names.text, names.reference, names.mask)
+    picture, text, references, mask = (first_of(item, part) for part in parts)
     references = [references] if isinstance(references, str) else references or []
     if not (isinstance(picture, str) and picture):
         raise ValueError(f"no text under {' or '.join(names.image)}, which names the picture")
@@ -186,8 +203,10 @@ def parse_row(item: Any, names: Names, root: str) -> Row:
         raise ValueError(f"{' or '.join(names.text)} is no text")
     if not (isinstance(references, list) and all(isinstance(path, str) and path for path in references)):
         raise ValueError(f"{' or '.join(names.reference)} is neither a file name nor a list of them")
+    if mask is not None and not (isinstance(mask, str) and mask):
+        raise ValueError(f"{' or '.join(names.mask)} is no file name")
     target, *others = (os.path.join(root, path) for path in (picture, *references))
-    return Row(target, tuple(others), text, given_size(item))
+    return Row(target, tuple(others), text, given_size(item), mask and os.path.join(root, mask))
 
 
 def read_listing(
@@ -202,6 +221,8 @@ def read_listing(
             raise SettingError(f"{path}, {place}: {error}; entries look like {form}") from error
     if not rows:
         raise SettingError(f"{path} lists no pictures; entries look like {form}")
+    if names.mask and not any(row.mask for row in rows):
+        raise SettingError(f"{path} names no masks: data.columns.mask = {','.join(names.mask)!r} is in none of its entries")
     return rows
 
 
@@ -280,17 +301,18 @@ class HubSource:
         """rows: a datasets.Dataset; SettingError if its columns are not what is needed."""
         self.source, self.captions_required = source, captions_required
         columns = rows.column_names
-        self.image, self.text, self.reference = (
-            next((name for name in part if name in columns), "") for part in (names.image, names.text, names.reference)
+        self.image, self.text, self.reference, self.mask = (
+            next((name for name in part if name in columns), "") for part in (names.image, names.text, names.reference, names.mask)
         )
-        for part, found, looked_for in (("image", self.image, names.image), ("text", self.text, names.text)):
-            if not found and (part == "image" or captions_required):
+        for part, needed in (("image", True), ("text", captions_required), ("mask", bool(names.mask))):
+            if needed and not getattr(self, part):
                 held = f"it has {', '.join(columns)}; data.columns.{part} says which it is"
-                raise SettingError(f"data.source = {source!r} has no column {' or '.join(looked_for)}: {held}")
+                raise SettingError(f"data.source = {source!r} has no column {' or '.join(getattr(names, part))}: {held}")
         if self.text and getattr(rows.features[self.text], "dtype", None) not in TEXT_TYPES:
             raise SettingError(f"data.source = {source!r}: its column {self.text} holds no text")
         self.sizes = rows.select_columns(SIDES) if {*SIDES} <= {*columns} else None
-        self.rows = undecoded(rows.select_columns([name for name in (self.image, self.text, self.reference) if name]))
+        used = (self.image, self.text, self.reference, self.mask)
+        self.rows = undecoded(rows.select_columns([name for name in used if name]))
         self.shards: Sequence[int] = (len(rows),)
 
     def __len__(self) -> int:
@@ -306,7 +328,9 @@ class HubSource:
         references = (row[self.reference] if self.reference else None) or []
         references = references if isinstance(references, list) else [references]
         others = [Picture(name, f"reference {n}", self._place(index, value)) for n, value in enumerate(references)]
-        return Sample(name, target, tuple(others) or (target,), text)
+        held = row[self.mask] if self.mask else None
+        mask = None if held is None else Picture(name, f"the {self.mask}", self._place(index, held), open_mask)
+        return Sample(name, target, tuple(others) or (target,), text, mask)
 
     def size(self, index: int) -> Size:
         given = given_size(self.sizes[index]) if self.sizes is not None else None

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,25 +25,41 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.training.batches import Batch
+from imprompt.training.compiled import compare_backward, own_parts
+from imprompt.training.muon import Muon, weight_matrices
 from imprompt.training.objective import ByTimestep, Losses, Objective
 from imprompt.training.recipe import Optimization
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def adamw(parameters: Any, plan: Optimization) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+def adamw(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
 
 
-def adamw_8bit(parameters: Any, plan: Optimization) -> torch.optim.Optimizer:
+def adamw_8bit(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise SettingError("optimization.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'imprompt[8bit]'") from error
-    return AdamW8bit(parameters, plan.learning_rate, weight_decay=plan.weight_decay)
+    return AdamW8bit(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[[Any, Optimization], torch.optim.Optimizer]] = {"adamw": adamw, "adamw8bit": adamw_8bit}
+def muon(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+    matrices = weight_matrices(model)
+    taken = {*map(id, matrices)}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    # Bfloat16 is quicker, but in it the last bits of a gradient, which depend on the number of processes, show in the weights.
+    precision = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
+    return Muon(matrices, others, plan.learning_rate, weight_decay=plan.weight_decay, precision=precision)
+
+
+# Of the parameters of a module, all of which are trained.
+OPTIMIZERS: dict[str, Callable[[nn.Module, Optimization], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw8bit": adamw_8bit,
+    "muon": muon,
+}
 
 # Share of the learning rate, by the share of the steps that is done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -72,23 +89,26 @@ class Trainer:
 
     def __init__(self, accelerator: Any, model: nn.Module, objective: Objective, plan: Optimization) -> None:
         self.accelerator, self.plan, self.objective = accelerator, plan, objective.to(accelerator.device)
-        optimizer = OPTIMIZERS[plan.optimizer](model.parameters(), plan)
+        optimizer = OPTIMIZERS[plan.optimizer](model, plan)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.by_timestep = ByTimestep(self.objective)
         self.sums = torch.zeros(3, device=accelerator.device)  # since the last log: weighted and plain losses, samples
         self.average = Average(self.model.parameters(), plan.ema) if plan.ema else None
+        self.checked: set[torch.Size] = set()  # shapes of latents for which the compiled gradient is known to be right
 
     def losses(self, batch: Batch, index: Tensor) -> Losses:
         """The adapted model's loss (B,) at timesteps given as rows of the schedule (B,)."""
         noise = self.objective.shift(batch.noise, batch.offset)
         noisy, t, target = self.objective.corrupt(batch.latents, noise, index)
         prediction = self.model(noisy, t, batch.text, batch.image, batch.added)
-        return self.objective.losses(prediction, target, index)
+        return self.objective.losses(prediction, target, index, batch.mask)
 
     def update(self, step: int, parts: Iterable[Batch]) -> Stepped:
         """Take step number `step` (from 0) over the parts of this process's share of the batch."""
         loss = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(parts, 1):
+            if self.plan.compile and number == 1 and batch.latents.shape not in self.checked:
+                self._check_compiled(batch)
             with nullcontext() if number == self.plan.accumulate else self.accelerator.no_sync(self.model):
                 loss += self._backward(batch)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.clip)
@@ -99,6 +119,27 @@ class Trainer:
         if self.average:
             self.average.step(self.model.parameters())
         return Stepped(self.accelerator.reduce(loss, "mean"), norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _check_compiled(self, batch: Batch) -> None:
+        """SettingError if compiling the base has made a gradient wrong; every new size of pictures may be compiled anew.
+
+        All processes must ask together, before the step has a gradient.
+        """
+
+        def backward(part: Batch) -> None:
+            losses = self.losses(part, self.objective.draw(part.u))
+            self.accelerator.backward((losses.weighted * part.weight).sum() / len(batch.names))
+
+        samples = [partial(backward, sample) for sample in batch.samples()]
+        found = compare_backward(self.model, partial(backward, batch), samples)
+        wrong, compared = self.accelerator.reduce(found, "sum").tolist()
+        if wrong:
+            raise SettingError(
+                f"optimization.compile = true gives {wrong / compared:.0%} of the adapter's weights a wrong gradient: PyTorch "
+                f"{torch.__version__} miscompiles this model; give compile = false, another precision or another PyTorch"
+            )
+        if compared:
+            self.checked.add(batch.latents.shape)
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradient of one part; give its share of the step's loss. A sample that could not be read weighs nothing."""
@@ -199,11 +240,6 @@ class Average:
         finally:
             for part, own in zip(parts, kept, strict=True):
                 part.copy_(own)
-
-
-def own_parts(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The weights that this process holds, sharing their memory."""
-    return [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parameters]
 
 
 class Diverged(ImpromptError):

@@ -36,7 +36,7 @@ def encode_features(
     """Fill the recipe's features folder, this process's part of it."""
     assert recipe.data.features is not None
     sizes = bucket_sizes(recipe.data, frozen.size(recipe.data))
-    examples = Examples(source, sizes, frozen.encoder.processor)
+    examples = Examples(source, sizes, frozen.unit, frozen.encoder.processor)
     encode(recipe.data.features, source, examples, frozen, recipe.data, rank=share.rank, ranks=share.ranks, on_done=on_done)
 
 
