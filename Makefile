@@ -3,6 +3,7 @@
 # make bench  measure what this machine can (long on a CPU), then write docs/benchmarks.md
 # make claims  measure the paper's claims on the packaged model (under an hour), then write docs/claims.md
 # make world  make the packaged model from nothing (hours); BUDGET=gpu for the larger one
+# make rehearse  the same in 20 steps a stage, in a clone: does every stage run?
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -11,7 +12,7 @@ DEV_INSTALLED := .venv/.installed-dev
 BUDGET ?= cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check install
 
-.PHONY: demo bench claims world test test-slow lint types check clean
+.PHONY: demo bench claims world rehearse test test-slow lint types check clean
 
 demo: $(INSTALLED)
 	$(BIN)/imprompt demo
@@ -24,6 +25,12 @@ claims: $(DEV_INSTALLED)
 
 world: $(DEV_INSTALLED)
 	$(BIN)/python -m worlds.emoji all --budget $(BUDGET)
+
+rehearse: $(DEV_INSTALLED)
+	rm -rf runs/rehearsal
+	git clone --quiet . runs/rehearsal
+	ln -s ../../../../worlds/emoji/node_modules runs/rehearsal/worlds/emoji/node_modules
+	cd runs/rehearsal && PYTHONPATH=src ../../.venv/bin/python -m worlds.emoji all --budget $(BUDGET) --steps 20 --folder world
 
 test: $(DEV_INSTALLED)
 	$(BIN)/python -m pytest

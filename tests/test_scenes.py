@@ -1,13 +1,16 @@
-"""The emoji world's scenes, on glyphs drawn here: no font is needed."""
+"""The emoji world's scenes, on glyphs drawn here: no drawings are needed."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("emoji", reason="only building the world needs it")
-
-from worlds.emoji.glyphs import Glyphs
-from worlds.emoji.scenes import PALETTE, PATTERNS, UNSEEN_COLOURS, Scenes, background, captions, render, sample_scenes
+from worlds.emoji.clip import cells, loosened, shares
+from worlds.emoji.glyphs import Glyphs, lists
+from worlds.emoji.scenes import PALETTE, PATTERNS, UNSEEN_COLOURS, Scenes, background, captions, figures, render, sample_scenes
 from worlds.emoji.stage import World, learning_rate
+from worlds.emoji.unet import relaxed, weighted
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def test_captions_name_the_glyphs_and_only_part_of_the_rest(glyphs: Glyphs) -> N
     assert 60 < said < 140
 
 
-def test_the_seed_of_a_step_depends_on_step_and_rank(tmp_path) -> None:
+def test_the_seed_of_a_step_depends_on_step_and_rank(tmp_path: Path) -> None:
     world = World("cpu", tmp_path)
     draws = {tuple(torch.rand(2, generator=world.generator(*salt)).tolist()) for salt in ((1,), (2,), (1, 1), (1, 2), (1,))}
     assert len(draws) == 4
@@ -89,4 +92,69 @@ def test_the_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] < 0.1
     assert max(rates) > 0.98
-    assert rates[-1] < 1e-3
+    assert rates[600] == 1.0  # level until the last third, so that a longer run is the same until then
+    assert rates[-1] < 5e-3
+
+
+def test_the_lists_of_glyphs_are_large_and_apart() -> None:
+    groups = lists()
+    names = [name for group in groups.values() for name in group]
+    assert len(names) == len(set(names))
+    assert len(groups["core"]) == 72
+    assert len(groups["core"] + groups["more"]) >= 400
+    assert len(groups["held_out"]) >= 60
+
+
+def test_a_core_is_drawn_as_often_as_is_said(glyphs: Glyphs) -> None:
+    cored = replace(glyphs, core=1)
+    for share in (0.0, 0.3, 1.0):
+        drawn = scenes(cored, 2000, core=share)
+        assert abs((drawn.glyph[:, 0] == 0).float().mean().item() - share) < 0.05
+
+
+def test_figures_are_where_glyphs_cover_the_background(glyphs: Glyphs) -> None:
+    drawn = scenes(glyphs, 50, pairs=0.5)
+    where = figures(drawn, glyphs, 32)
+    bare, ground = render(drawn, glyphs, 32), background(drawn, 32)
+    assert where.shape == (50, 1, 32, 32)
+    assert torch.allclose(bare.where(where > 0, ground), bare)
+    assert (where == 1).flatten(1).any(1).all()
+
+
+def test_loosened_scenes_keep_all_but_sizes_and_places(glyphs: Glyphs) -> None:
+    drawn = scenes(glyphs)
+    loose = loosened(drawn, torch.Generator().manual_seed(0))
+    assert all(torch.equal(getattr(drawn, name), getattr(loose, name)) for name in ("glyph", "hue", "pattern", "shade", "wave"))
+    same = (loose.size == drawn.size).all(1)
+    assert 0.3 < same.float().mean() < 0.7
+    assert torch.equal(loose.centre[same], drawn.centre[same])
+
+
+def test_shares_of_a_pair_are_halves(glyphs: Glyphs) -> None:
+    drawn = scenes(glyphs, 3, pairs=1)
+    drawn.glyph[:] = torch.tensor([[0, 1], [1, -1], [1, 1]])
+    assert shares(drawn, glyphs.seen).tolist() == [[0.5, 0.5], [0, 1], [0, 1]]
+
+
+def test_cells_are_the_patches_pixels_in_order() -> None:
+    pictures = torch.arange(64.0).view(1, 1, 8, 8)
+    assert cells(pictures, 2)[0, 1].tolist() == pictures[0, 0, :4, 4:].flatten().tolist()
+
+
+def test_weights_move_the_loss_to_the_figure_and_keep_its_size() -> None:
+    error, figure = torch.zeros(2, 4, 8, 8), torch.zeros(2, 1, 8, 8)
+    error[:, :, :4], figure[:, :, :4] = 1.0, 1.0
+    assert weighted(torch.ones(2, 4, 8, 8), figure, 3.0) == 1
+    assert torch.isclose(weighted(error, figure, 3.0), torch.tensor(0.8))
+    assert weighted(error, figure, 0.0) == 0.5
+
+
+def test_a_rehearsal_has_few_steps_and_scenes(tmp_path: Path) -> None:
+    whole, few = (World("cpu", tmp_path, most=most) for most in (None, 20))
+    assert {value["steps"] for value in few.plan.values() if isinstance(value, dict) and "steps" in value} == {20}
+    assert few["pool"] == 320 < whole["pool"]
+    assert few["unet"]["channels"] == whole["unet"]["channels"]
+
+
+def test_the_figures_weight_is_relaxed_in_the_last_third() -> None:
+    assert [relaxed(step, 900, 3.0, 1.0) for step in (0, 600, 750, 900)] == [3.0, 3.0, 2.0, 1.0]

@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("emoji", reason="only building the world needs it")
 pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
 from imprompt.evaluation.metrics import Interval
+from imprompt.models import MODELS
+from imprompt.structures import base_structure
 from worlds.emoji.bench import Bench, Claim, Table, digest, in_parts
 from worlds.emoji.measures import Namer, embed, judge, read
 from worlds.emoji.page import anchor
 from worlds.emoji.rivals import RIVALS, Base, Conditioned, Seen, budget, file_of, load, operations, sample, warped
 from worlds.emoji.stage import World
+
+SIDE = base_structure(MODELS["emoji"]).side
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def method(base: Base, request: pytest.FixtureRequest) -> Iterator[Conditioned]:
 
 def inputs(base: Base) -> tuple[Tensor, Tensor, Tensor, Seen]:
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.rand(2, 3, 64, 64, generator=generator) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
+    pictures = torch.rand(2, 3, SIDE, SIDE, generator=generator) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
     x = torch.randn(2, 4, base.unet.config.sample_size, base.unet.config.sample_size, generator=generator)
     return x, torch.tensor([300, 800]), base.read(["a cow", ""]), base.see(pictures)
 
@@ -98,7 +101,7 @@ def test_a_saved_rival_draws_what_it_drew(base: Base) -> None:
     text, seen = base.read(["", ""]), inputs(base)[3]
     one, other = (sample(base, m, text, seen, steps=2) for m in (method, load(base.world, base, "simple")))
     assert torch.equal(one, other)
-    assert one.shape == (2, 3, 64, 64)
+    assert one.shape == (2, 3, SIDE, SIDE)
     assert 0 <= one.min() <= one.max() <= 1
 
 
@@ -137,7 +140,7 @@ def test_warping_moves_content_and_keeps_colours() -> None:
 
 
 def test_the_judge_puts_pictures_and_captions_in_one_space() -> None:
-    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pictures = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     seen, said = embed(pictures), read(["a cow", "a red apple on a blue background"])
     assert torch.allclose(seen.norm(dim=1), torch.ones(3), atol=1e-5)
     assert seen.shape[1] == said.shape[1]

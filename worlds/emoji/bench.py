@@ -96,14 +96,14 @@ class Bench:
         self.glyphs: Glyphs = self.world.glyphs()
         self.namer = Namer.load()
         generator = self.world.generator(101)
-        self.scenes = repeated(sample_scenes(self.glyphs, SCENES, generator, pairs=0), SEEDS)
+        self.scenes = repeated(sample_scenes(self.glyphs, SCENES, generator, pairs=0, core=1.0), SEEDS)
         self.items = torch.arange(len(self.scenes)) // SEEDS
         self.pictures = render(self.scenes, self.glyphs, self.world.side)
         self.captions = captions(self.scenes, self.glyphs, generator)
-        other = torch.randint(1, self.glyphs.seen, (SCENES,), generator=generator).repeat_interleave(SEEDS)
-        self.named = (self.scenes.glyph[:, 0] + other) % self.glyphs.seen
+        other = torch.randint(1, self.glyphs.core, (SCENES,), generator=generator).repeat_interleave(SEEDS)
+        self.named = (self.scenes.glyph[:, 0] + other) % self.glyphs.core
         self.texts = [article(self.glyphs.names[g]) for g in self.named.tolist()]
-        self.names = read([article(name) for name in self.glyphs.names[: self.glyphs.seen]])
+        self.names = read([article(name) for name in self.glyphs.names[: self.glyphs.core]])
         self.silent = [""] * len(self.scenes)
         self.another = shuffled(self.scenes, SEEDS)
         self.too_wrong = RIGHT * colour_error(self.pictures, self.another).mean()

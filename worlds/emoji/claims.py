@@ -5,7 +5,6 @@ is wholly on the wrong, else "undecided". Shape letters: N pictures, S pixels a 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -31,13 +30,14 @@ from .bench import (
     Claim,
     Table,
 )
-from .control import edges
-from .measures import colour_error, embed, lined, outline_iou, toned
+from .edges import edges
+from .glyphs import CUSTOM
+from .measures import by_hand, colour_error, embed, outline_iou
 from .rivals import Base, budget
 from .scenes import render
 from .sheets import draw_curves
 from .studio import Heard, Studio
-from .style import PLACE, STYLES
+from .style import PLACE
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -157,13 +157,11 @@ def together(bench: Bench) -> Claim:
 
 
 REDRAWN = (
-    "edges with the style's line",
-    "the same, where the prompt lacks the line's tone",
+    "drawn by the style's hand",
     "CLIP-I to the prompt redrawn",
     "CLIP-I to another redrawn",
-    "colour error to the prompt redrawn",
-    "colour error to another redrawn",
     "colour error to the prompt",
+    "colour error to another",
 )
 
 
@@ -171,17 +169,14 @@ def custom(bench: Bench) -> Claim:
     """6: the same adapter on bases fine-tuned to draw otherwise."""
     tables, decides, sheets = [], {}, {}
     plain = bench.shipped("plus")(bench.pictures, bench.silent, 1.0)
-    for name, style in STYLES.items():
+    for name in CUSTOM:
         if not (PLACE / name).exists():
             continue
         table = Table(list(REDRAWN))
         draw = bench.shipped("plus", PLACE / name)
         made, unheard = (draw(bench.pictures, bench.silent, scale) for scale in (1.0, 0.0))
-        redrawn = style(bench.pictures)
-        own = replace(bench.scenes, shade=style.redrawn(bench.scenes.shade))
-        other = replace(bench.another, shade=style.redrawn(bench.another.shade))
+        redrawn = render(bench.scenes, bench.world.glyphs(name), bench.world.side)
         wanted, seen = embed(redrawn), {}
-        lacking = toned(bench.pictures, style.line).mean((1, 2, 3)) < 0.02
         shown = {
             f"{name}, image prompt": made,
             "base, image prompt": plain,
@@ -190,25 +185,22 @@ def custom(bench: Bench) -> Claim:
         }
         for label, pictures in shown.items():
             found = embed(pictures)
-            lines = lined(pictures, style.line)
             seen[label] = (
-                lines,
-                lines.where(lacking, torch.nan),
+                by_hand(pictures, name),
                 (found * wanted).sum(1),
                 (found * wanted.roll(SEEDS, 0)).sum(1),
-                colour_error(pictures, own),
-                colour_error(pictures, other),
                 colour_error(pictures, bench.scenes),
+                colour_error(pictures, bench.another),
             )
             table.rows[label] = [bench.interval(values) for values in seen[label]]
         custom_, base_ = seen[f"{name}, image prompt"], seen["base, image prompt"]
-        decides[f"{name}: lines − the base's"] = bench.apart(custom_[0], base_[0])
-        decides[f"{name}: CLIP-I, the prompt − another"] = bench.apart(custom_[2], custom_[3])
+        decides[f"{name}: by its hand − the base's"] = bench.apart(custom_[0], base_[0])
+        decides[f"{name}: CLIP-I, the prompt − another"] = bench.apart(custom_[1], custom_[2])
         tables.append(table)
         sheets |= {f"as {name}": redrawn, name: made}
     return Claim(
         "Generalises to custom models of the same base",
-        "on each custom base there are more of its lines than the base draws, and the result is nearer to its own prompt redrawn "
+        "on each custom base more results are drawn by its hand than on the base, and they are nearer to their own prompt redrawn "
         "than to another's",
         tables,
         bench.sheet("custom", {"base": plain, **sheets}),

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .control import edges
+from .edges import edges
 from .glyphs import Glyphs
 from .marks import fill, table
-from .measures import Namer, bars, colour_error, correlation, figure, hue, iou, lined, middle, outline_iou, rims
-from .scenes import PATTERNS, PORTRAIT, Scenes, render, sample_scenes, shuffled
+from .measures import Namer, bars, by_hand, colour_error, correlation, figure, hue, iou, middle, outline_iou, rims
+from .scenes import PATTERNS, PORTRAIT, Scenes, article, render, sample_scenes, shuffled
 from .sheets import draw_sheet
 from .stage import HERE, World
 from .studio import Heard, Studio
-from .style import PLACE, STYLES
+from .style import PLACE
 
 DOCS = HERE.parents[1] / "docs" / "compose"
 COUNT = 32  # scenes that a number is measured on
 SHOWN = 5  # rows of a sheet
 SWEEP_STEPS = 10
-INK = STYLES["ink"]
+STYLE_SHOWN = "flat"
 
 
 # Scenes, and what is measured on results
@@ -34,7 +34,7 @@ INK = STYLES["ink"]
 
 def plain_scenes(glyphs: Glyphs, world: World, salt: int, count: int) -> Scenes:
     """One glyph on one colour, by turns large in the middle and small elsewhere: whose palette and place are plainest."""
-    scenes = sample_scenes(glyphs, 8 * count, world.generator(81, salt), pairs=0)
+    scenes = sample_scenes(glyphs, 8 * count, world.generator(81, salt), pairs=0, core=1.0)
     large, away = scenes.size[:, 0] == PORTRAIT, scenes.centre[:, 0].abs().amax(1) > 0
     scenes = scenes[torch.stack([kind.nonzero().squeeze(1)[: count // 2] for kind in (large, away)], 1).flatten()]
     return replace(scenes, pattern=torch.zeros_like(scenes.pattern))
@@ -86,13 +86,12 @@ def regions(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
 GROUPS = {
     "every site": ("",),
     "none": (),
-    "down_blocks.0 (16x16)": ("down_blocks.0",),
-    "up_blocks.2 (16x16)": ("up_blocks.2",),
-    "the 8x8 sites": ("down_blocks.1", "up_blocks.1"),
+    "down_blocks.1 (8x8)": ("down_blocks.1",),
+    "up_blocks.1 (8x8)": ("up_blocks.1",),
     "the 4x4 sites": ("down_blocks.2", "mid_block", "up_blocks.0"),
-    "all but up_blocks.2": ("down_blocks", "mid_block", "up_blocks.0", "up_blocks.1"),
+    "all but up_blocks.1": ("down_blocks", "mid_block", "up_blocks.0"),
 }
-STYLE, LAYOUT = GROUPS["up_blocks.2 (16x16)"], GROUPS["all but up_blocks.2"]
+STYLE, LAYOUT = GROUPS["up_blocks.1 (8x8)"], GROUPS["all but up_blocks.1"]
 
 
 def block_map(sites: Sequence[str], blocks: Sequence[str]) -> Tensor:
@@ -184,33 +183,26 @@ def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     }
 
 
-def paled(scenes: Scenes) -> Scenes:
-    """As the style leaves their backgrounds."""
-    return replace(scenes, shade=INK.redrawn(scenes.shade))
-
-
 def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     """The other base, the same adapter, the same prompts and seeds."""
-    other = Studio(PLACE / "ink")
-    scenes = plain_scenes(glyphs, world, 8, 2 * COUNT)
-    scenes = scenes[(scenes.shade[:, 0].mean(1) > 0.4).nonzero().squeeze(1)[:COUNT]]  # on dark grounds dark lines are no news
-    real, count = render(scenes, glyphs, world.side), len(scenes)
-    names = [glyphs.names[g] for g in scenes.glyph[:, 0].tolist()]
+    other = Studio(PLACE / STYLE_SHOWN)
+    scenes = plain_scenes(glyphs, world, 8, COUNT)
+    real, redrawn = (render(scenes, drawn, world.side) for drawn in (glyphs, world.glyphs(STYLE_SHOWN)))
+    names = [article(glyphs.names[g]) for g in scenes.glyph[:, 0].tolist()]
     results = {
-        "base": studio.draw(count, Heard(real)),
-        "ink": other.draw(count, Heard(real)),
-        "ink, text alone": other.draw(count, texts=names),
-        "ink + edges": other.draw(count, Heard(real), maps=edges(real)),
+        "base": studio.draw(COUNT, Heard(real)),
+        STYLE_SHOWN: other.draw(COUNT, Heard(real)),
+        f"{STYLE_SHOWN}, text alone": other.draw(COUNT, texts=names),
+        f"{STYLE_SHOWN} + edges": other.draw(COUNT, Heard(real), maps=edges(real)),
     }
-    rows = [("", [real[i], INK(real[i : i + 1])[0], *(made[i] for made in results.values())]) for i in range(SHOWN + 1)]
-    draw_sheet(DOCS / "ink.jpg", ["prompt", "(as ink)", *results], rows)
-    real_ones = {"real scenes": real, "real scenes as ink": INK(real)}
+    rows = [("", [real[i], redrawn[i], *(made[i] for made in results.values())]) for i in range(SHOWN + 1)]
+    draw_sheet(DOCS / "style.jpg", ["prompt", f"(as {STYLE_SHOWN})", *results], rows)
+    real_ones = {"real scenes": real, f"real scenes as {STYLE_SHOWN}": redrawn}
     return {
         name: means(
-            edges_with_a_dark_line=lined(made, INK.line),
+            drawn_by_that_hand=by_hand(made, STYLE_SHOWN),
             colour_error=colour_error(made, scenes),
-            colour_error_to_the_paled_prompt=colour_error(made, paled(scenes)),
-            colour_error_to_another_paled_prompt=colour_error(made, shuffled(paled(scenes))),
+            colour_error_to_another=colour_error(made, shuffled(scenes)),
         )
         for name, made in (real_ones | results).items()
     }
@@ -229,7 +221,7 @@ def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
         cells = [studio.draw(1, Heard(real[:1], scale), texts=[text], seed=3)[0] for scale in SCALES]
         rows.append((f"text: {text or '(none)'}", [real[0], *cells]))
     draw_sheet(DOCS / "scale-and-text.jpg", ["prompt", *(f"scale {scale}" for scale in SCALES)], rows)
-    named = (scenes.glyph[:, 0] + 7) % glyphs.seen
+    named = (scenes.glyph[:, 0] + 7) % glyphs.core
     texts = ["a " + glyphs.names[g] for g in named.tolist()]
     table = {}
     for scale in SCALES:
@@ -247,7 +239,7 @@ PICTURES: dict[str, Callable[[Studio, Glyphs, World], dict[str, Any]]] = {
     "blocks": blocks,
     "outlines": outlines,
     "sweep": sweep,
-    "ink": styles,
+    "style": styles,
 }
 
 

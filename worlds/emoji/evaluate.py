@@ -5,86 +5,157 @@ against the scenes' own factors. Shape letters: N scenes, S pixels a side.
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 
+from imprompt.evaluation.metrics import Interval, interval
 from imprompt.sampling.generate import ImagePromptPipeline
 
 from .assemble import ADAPTERS, SHIPPED, weights_in
 from .glyphs import Glyphs
 from .marks import fill, lines
-from .measures import Namer, background_error, colour_error, embed, outlines, retrieval, to_tensor
-from .scenes import Scenes, captions, moved, render, sample_scenes, shuffled, to_image
-from .sheets import sheet
+from .measures import Namer, colour_error, embed, figure, middle, outlines, retrieval, to_tensor
+from .scenes import COLOUR_NAMES, PALETTE, UNSEEN_COLOURS, Scenes, article, moved, render, sample_scenes, shuffled, to_image
+from .sheets import draw_sheet, sheet
 from .stage import HERE, World
+from .studio import GUIDANCE, STEPS
 from .vae import psnr, reconstruct
 
+DOCS = HERE.parents[1] / "docs" / "emoji"
 COUNT = 128
 FRONT = "plus"  # the adapter whose results stand in the README
-SETS = {  # label -> which glyphs and which palettes and patterns
-    "seen glyphs, new compositions": (True, True),
-    "unseen glyphs": (False, True),
-    "unseen glyphs, palettes and pattern": (False, False),
+SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt beside a text
+RIGHT = 0.25  # of the mean error to another scene's background, under which a background's colour is right
+
+
+class Kind(NamedTuple):
+    """Which scenes are asked for."""
+
+    glyphs_seen: bool = True
+    look_seen: bool = True
+    core: float = 1.0
+
+    def scenes(self, glyphs: Glyphs, count: int, generator: torch.Generator, pairs: float = 0.1) -> Scenes:
+        return sample_scenes(
+            glyphs, count, generator, seen_glyphs=self.glyphs_seen, seen_look=self.look_seen, core=self.core, pairs=pairs
+        )
+
+
+SETS = {
+    "core glyphs, new compositions": Kind(),
+    "other seen glyphs": Kind(core=0.0),
+    "unseen glyphs": Kind(glyphs_seen=False),
+    "unseen glyphs, palettes and pattern": Kind(glyphs_seen=False, look_seen=False),
 }
+Row = dict[str, Interval | float]
+
+
+def means(values: Mapping[str, Tensor]) -> Row:
+    """Of values by picture (N,), those that are there, with their intervals; NaN where there is none."""
+    there = {name: value[~value.isnan()] for name, value in values.items()}
+    return {name: interval(value, torch.arange(len(value))) if len(value) else float("nan") for name, value in there.items()}
 
 
 def follow(
     pipe: ImagePromptPipeline, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
-) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Image prompt alone, scale 1: does the result follow its own prompt and not another's?"""
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Image prompt alone, scale 1: does the result follow its own prompt and not another's? Values by picture (N,)."""
     side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
     prompts = render(scenes, glyphs, side)
     made = to_tensor(pipe([to_image(p) for p in prompts], seed=0, batch_size=32).images)
+    return measured(prompts, made, glyphs, scenes, generator), prompts, made
+
+
+def measured(prompts: Tensor, made: Tensor, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
+    """What results (N, 3, S, S) took from their prompts (N, 3, S, S), by picture (N,); NaN where it cannot be told."""
     other = shuffled(scenes)
     # The ceiling: another real picture of the same scene.
-    shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(render(moved(scenes, generator), glyphs, side))
-    own_glyph = Namer.load().glyph(made)[:, None].eq(scenes.glyph).any(1)
-    row = {
-        "retrieval": retrieval(embed(made), embed(prompts)),
-        "background error, own": background_error(made, scenes).mean().item(),
-        "background error, shuffled": background_error(made, other).mean().item(),
-        "colour error, own": colour_error(made, scenes).mean().item(),
-        "colour error, shuffled": colour_error(made, other).mean().item(),
-        "outline likeness, own": (shapes * prompt_shapes).sum(1).mean().item(),
-        "outline likeness, shuffled": (shapes * prompt_shapes.roll(1, 0)).sum(1).mean().item(),
-        "outline likeness, ceiling": (ceiling * prompt_shapes).sum(1).mean().item(),
-        "PSNR to the prompt": psnr(made, prompts).mean().item(),
+    again = render(moved(scenes, generator), glyphs, prompts.shape[-1])
+    shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(again)
+    named = Namer.load().glyph(made)[:, None].eq(scenes.glyph).any(1).float()
+    alone = (scenes.glyph[:, 1] < 0) & (scenes.pattern == 0)  # where a figure's middle can be told
+    place = (middle(figure(made, scenes)) - middle(figure(prompts, scenes))).norm(dim=1)
+    return {
+        "retrieval": (embed(made) @ embed(prompts).T).argmax(1).eq(torch.arange(len(made))).float(),
+        "own glyph": named.where((scenes.glyph < glyphs.seen).all(1), torch.nan),
+        "colour error": colour_error(made, scenes),
+        "another's": colour_error(made, other),
+        "place error": place.where(alone, torch.nan),
+        "outline likeness": (shapes * prompt_shapes).sum(1),
+        "another's outline": (shapes * prompt_shapes.roll(1, 0)).sum(1),
+        "outline drawn again": (ceiling * prompt_shapes).sum(1),
     }
-    row["own glyph"] = own_glyph.float().mean().item() if bool((scenes.glyph < glyphs.seen).all()) else float("nan")
-    return row, prompts, made
 
 
-def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float) -> tuple[dict[str, float], Tensor, Tensor]:
+def count_of(world: World) -> int:
+    return COUNT if world.most is None else min(COUNT, 2 * world.most)
+
+
+def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float) -> tuple[Row, Tensor, Tensor]:
     """A text that names one glyph, an image prompt that shows another: is the text's glyph there, in the image's palette?"""
-    generator = world.generator(43)
-    scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
-    named = (scenes.glyph[:, 0] + 1 + torch.randint(glyphs.seen - 1, (COUNT,), generator=generator)) % glyphs.seen
-    texts = captions(replace(scenes, glyph=torch.stack([named, -torch.ones_like(named)], 1)), glyphs, generator)
-    texts = [text.split(" on ")[0].split(" at ")[0].split(" in the ")[0] for text in texts]
+    generator, count = world.generator(43), count_of(world)
+    scenes = SETS["core glyphs, new compositions"].scenes(glyphs, count, generator, pairs=0)
+    named = (scenes.glyph[:, 0] + 1 + torch.randint(glyphs.core - 1, (count,), generator=generator)) % glyphs.core
     prompts = render(scenes, glyphs, world.side)
+    texts = [article(glyphs.names[g]) for g in named.tolist()]
     made = to_tensor(pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images)
-    error, other = background_error(made, scenes), background_error(made, shuffled(scenes))
-    seen = Namer.load().glyph(made)
-    glyph, palette = seen.eq(named), error < 0.25 * other.mean()
-    return (
-        {
-            "text's glyph": glyph.float().mean().item(),
-            "image's glyph": seen.eq(scenes.glyph[:, 0]).float().mean().item(),
-            "image's palette": palette.float().mean().item(),
-            "both right": (glyph & palette).float().mean().item(),
-        },
-        prompts,
-        made,
-    )
+    error, other = colour_error(made, scenes), colour_error(made, shuffled(scenes))
+    found = Namer.load().glyph(made)
+    glyph, palette = found.eq(named), error < RIGHT * other.mean()
+    values = {
+        "text's glyph": glyph,
+        "image's glyph": found.eq(scenes.glyph[:, 0]),
+        "image's palette": palette,
+        "both right": glyph & palette,
+    }
+    return means({name: value.float() for name, value in values.items()}), prompts, made
 
 
-def check_judge(glyphs: Glyphs, world: World) -> dict[str, float]:
+def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
+    """The base alone: is what the text names there, on the background that it names?"""
+    pipe = StableDiffusionPipeline.from_pretrained(SHIPPED)
+    pipe.set_progress_bar_config(disable=True)
+    rows, count = {}, count_of(world)
+    for label, ids in {"core glyphs": range(glyphs.core), "other seen glyphs": range(glyphs.core, glyphs.seen)}.items():
+        generator = world.generator(46, len(ids))
+        named = torch.tensor(ids)[torch.randint(len(ids), (count,), generator=generator)]
+        colours = torch.randint(len(PALETTE) - UNSEEN_COLOURS, (count,), generator=generator)
+        texts = [
+            f"{article(glyphs.names[g])} on {article(COLOUR_NAMES[c])} background"
+            for g, c in zip(named.tolist(), colours.tolist(), strict=True)
+        ]
+        parts = [
+            pipe(texts[i : i + 32], num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds(range(count)[i : i + 32]))
+            for i in range(0, count, 32)
+        ]
+        made = torch.cat([to_tensor(part.images) for part in parts])
+        ground = torch.tensor(list(PALETTE.values()))[colours]
+        edge = torch.cat([made[:, :, :6].flatten(2), made[:, :, -6:].flatten(2)], 2).mean(2)
+        rows[label] = means(
+            {
+                "text's glyph": Namer.load().glyph(made).eq(named).float(),
+                "colour error to the text's": (edge - ground).abs().mean(1) * 255,
+            }
+        )
+        draw_sheet(
+            DOCS / f"text-{label.replace(' ', '-')}.jpg", [""] * 8, [("", [*made[i : i + 8]]) for i in range(0, min(48, count), 8)]
+        )
+    return rows
+
+
+def seeds(numbers: Iterable[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def check_judge(glyphs: Glyphs, world: World) -> Row:
     """The ruler itself, on real scenes: can it find a scene drawn again, and name its glyph?"""
     generator = world.generator(44)
-    scenes = sample_scenes(glyphs, COUNT, generator, pairs=0)
+    scenes = sample_scenes(glyphs, count_of(world), generator, pairs=0)
     pictures, redrawn = (render(drawn, glyphs, world.side) for drawn in (scenes, moved(scenes, generator)))
     return {
         "scene drawn again found": retrieval(embed(redrawn), embed(pictures)),
@@ -94,33 +165,31 @@ def check_judge(glyphs: Glyphs, world: World) -> dict[str, float]:
 
 def evaluate(world: World) -> None:
     world = replace(world, device="cpu")  # small enough, and the same numbers everywhere
-    glyphs, docs = world.glyphs(), HERE.parents[1] / "docs" / "emoji"
-    docs.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, float]] = {"judge": check_judge(glyphs, world)}
+    glyphs = world.glyphs()
+    DOCS.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Row] = {"judge": check_judge(glyphs, world)}
     vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
-    for label, (glyphs_seen, look_seen) in SETS.items():
-        scenes = sample_scenes(
-            glyphs, 256, world.generator(41, glyphs_seen, look_seen), seen_glyphs=glyphs_seen, seen_look=look_seen
-        )
-        pictures = render(scenes, glyphs, world.side)
-        results[f"VAE: {label}"] = {"PSNR": psnr(reconstruct(vae, pictures), pictures).mean().item()}
+    for number, (label, kind) in enumerate(SETS.items()):
+        pictures = render(kind.scenes(glyphs, 256, world.generator(41, number)), glyphs, world.side)
+        results[f"autoencoder: {label}"] = means({"PSNR": psnr(reconstruct(vae, pictures), pictures)})
+    results |= {f"text alone: {label}": row for label, row in by_text(world, glyphs).items()}
     for name in ADAPTERS:
         pipe = ImagePromptPipeline.from_pretrained("emoji", adapter=name)
-        for label, (glyphs_seen, look_seen) in SETS.items():
-            generator = world.generator(42, glyphs_seen, look_seen)
-            scenes = sample_scenes(glyphs, COUNT, generator, seen_glyphs=glyphs_seen, seen_look=look_seen)
-            row, prompts, made = follow(pipe, glyphs, scenes, generator)
-            results[f"{name}: {label}"] = row
-            sheet(prompts, made, docs / f"{name}-{label.split(',')[0].replace(' ', '-')}{'' if look_seen else '-and-looks'}.jpg")
-            print(name, label, row, flush=True)
-            if name == FRONT and glyphs_seen:
-                sheet(prompts, made, docs / "prompts-and-results.jpg", pairs=15, columns=5)
-        for scale in (0.5,):
+        for number, (label, kind) in enumerate(SETS.items()):
+            generator = world.generator(42, number)
+            values, prompts, made = follow(pipe, glyphs, kind.scenes(glyphs, count_of(world), generator), generator)
+            results[f"{name}: {label}"] = means(values)
+            sheet(prompts, made, DOCS / f"{name}-{label.replace(',', '').replace(' ', '-')}.jpg")
+            print(name, label, results[f"{name}: {label}"], flush=True)
+            if name == FRONT and not number:
+                sheet(prompts, made, DOCS / "prompts-and-results.jpg", pairs=15, columns=5)
+        for scale in SCALES:
             row, prompts, made = with_text(pipe, glyphs, world, scale)
             results[f"{name}: text and image, scale {scale}"] = row
-            sheet(prompts, made, docs / f"{name}-with-text.jpg")
-            print(name, "text", row, flush=True)
-    (docs / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            print(name, "text", scale, row, flush=True)
+            if scale == 0.5:
+                sheet(prompts, made, DOCS / f"{name}-with-text.jpg")
+    (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     fill(SHIPPED / "README.md", {"parts": parts(), "measured": table(results)})
     print(table(results))
 
@@ -150,13 +219,17 @@ PERCENT = {
 }
 
 
-def shown(measure: str, value: float) -> str:
-    if value != value:  # not a number: the judge knows the seen glyphs only
+def shown(measure: str, value: Interval | float) -> str:
+    """A mean, and in brackets its 95 % interval; a dash where there is none."""
+    numbers = [value] if isinstance(value, float) else [number for number in value if number is not None]
+    if numbers[0] != numbers[0]:  # not a number: the namer knows the seen glyphs only
         return "–"
-    return f"{value:.1%}" if measure in PERCENT else f"{value:.2f}" if "likeness" in measure else f"{value:.1f}"
+    form = "{:.1%}" if measure in PERCENT else "{:.2f}" if "outline" in measure or "place" in measure else "{:.1f}"
+    mean, *ends = (form.format(number) for number in numbers)
+    return f"{mean} ({' to '.join(ends)})" if ends else mean
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
+def table(results: Mapping[str, Row]) -> str:
     """The results as Markdown: a table for each set of measures, a row for each thing measured."""
     tables: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for label, row in results.items():

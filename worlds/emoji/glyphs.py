@@ -1,75 +1,140 @@
-"""Glyphs: emoji of the Noto Color Emoji font, drawn once into an atlas, with their English names and splits."""
+"""Glyphs: emoji drawn once into an atlas, in one of several drawing styles, with their English names and splits.
 
+The drawings are SVGs of npm packages (`package.json`): `npm install --prefix worlds/emoji` brings them.
+"""
+
+import io
+import json
+import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torch import Tensor
 
-import emoji
+HERE = Path(__file__).parent
+PACKS = HERE / "node_modules" / "@iconify-json"
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")  # Debian: fonts-noto-color-emoji (OFL)
-FONT_SIZE = 109  # the one bitmap size that the font holds
 
-# The `cpu` budget: simple, colourful glyphs whose silhouettes differ.
-CPU_SEEN = (
-    "🍎🍏🍊🍋🍌🍉🍇🍓🍒🍍🍅🍆🥕🌽🍄🥑🍔🍕🍩🍪🍦🧀🐸🐼🐷🐱🐶🦊🐵🐔🐧🐤🦋🐢🐟🐙🐞🦀🌳🌵🌻🌷🌹🍁🍀⭐🌙🔥🌈💧"
-    "⚽🏀🎈🎁🔑🔔🚗🚌🚀⛵⏰👑💎🏆🏠😀😎👻👽💀🎃💙"
-)
-# Never seen by any model in training: not by the VAE, CLIP, the base model or the adapters.
-CPU_UNSEEN = "🍑🍐🥝🍭🐯🐬🌲🎾🐰🌼🚕😡🤖🍬🐳📷"
+class Hand(NamedTuple):
+    """Who drew a style."""
+
+    package: str  # of npm, under @iconify-json
+    backed: bool = False  # lines alone, that need paper behind them
+
+
+STYLES = {
+    "noto": Hand("noto"),  # Apache-2.0
+    "blobs": Hand("noto-v1"),  # Apache-2.0
+    "twemoji": Hand("twemoji"),  # CC-BY-4.0
+    "flat": Hand("fluent-emoji-flat"),  # MIT
+    "lines": Hand("fluent-emoji-high-contrast", backed=True),  # MIT
+}
+OWN = "noto"  # what the base draws
+ENCODED = ("noto", "blobs", "twemoji", "flat")  # what image encoders see
+CUSTOM = ("flat", "lines")  # what the base is fine-tuned to; no adapter ever sees them
+PAPER = 0.04  # how far it reaches beyond lines, as a share of the picture's side
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Names and pictures. `atlas` is (glyphs, 4, side, side) in [0, 1], premultiplied RGB and alpha."""
+    """Names and pictures. `atlas` is (glyphs, 4, side, side) in [0, 1], premultiplied RGB and alpha.
+
+    The first `core` glyphs are drawn more often in training, the first `seen` are for training, the rest are held out.
+    """
 
     names: tuple[str, ...]
-    atlas: torch.Tensor
-    seen: int  # the first `seen` glyphs are for training, the rest are held out
+    atlas: Tensor
+    seen: int
+    core: int = 0
 
     def ids(self, *, seen: bool) -> range:
         return range(self.seen) if seen else range(self.seen, len(self.names))
 
 
-def english_name(char: str) -> str:
-    """The Unicode short name, spaced and lower-cased: 🍎 -> "red apple"."""
-    return emoji.demojize(char, language="en").strip(":").replace("_", " ").replace("-", " ").replace("’", "").lower()
+@cache
+def lists() -> dict[str, list[str]]:
+    """The names in `glyphs.toml`: core, more, held_out."""
+    return {key: text.split() for key, text in tomllib.loads((HERE / "glyphs.toml").read_text()).items()}
 
 
-def every_glyph() -> tuple[list[str], list[str]]:
-    """All one-character emoji but flags, keycaps and skin tones; every tenth by name is held out."""
-    chars = {
-        english_name(char): char
-        for char, data in emoji.EMOJI_DATA.items()
-        if data["status"] == emoji.STATUS["fully_qualified"] and len(char) == 1
-    }
-    ordered = [chars[name] for name in sorted(chars)]
-    return [c for i, c in enumerate(ordered) if i % 10], [c for i, c in enumerate(ordered) if not i % 10]
+def english_name(slug: str) -> str:
+    return slug.replace("-", " ")
 
 
-def draw(char: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """One glyph, cropped to its ink and centred on a square of the font's height."""
-    canvas = Image.new("RGBA", (180, 180))
-    ImageDraw.Draw(canvas).text((20, 20), char, font=font, embedded_color=True)
-    box = canvas.getbbox()
+@cache
+def pack(package: str) -> dict[str, Any]:
+    """The drawings of a package."""
+    path = PACKS / package / "icons.json"
+    if not path.exists():
+        raise SystemExit(f"no drawings at {path}; run: npm install --prefix worlds/emoji")
+    return json.loads(path.read_text())
+
+
+def svg(style: str, slug: str, side: int) -> str | None:
+    """One drawing as SVG, or None if the style has none of that name."""
+    drawings = pack(STYLES[style].package)
+    icon = drawings["icons"].get(drawings.get("aliases", {}).get(slug, {}).get("parent", slug))
+    if icon is None:
+        return None
+    box = (icon.get("left", 0), icon.get("top", 0), *(icon.get(key, drawings.get(key, 16)) for key in ("width", "height")))
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{" ".join(map(str, box))}" width="{side}" height="{side}">{icon["body"]}</svg>'
+    )
+
+
+def draw(style: str, slug: str, side: int) -> Image.Image | None:
+    """One glyph (side × side, RGBA), cropped to its ink and centred on a square; None if the style does not have it."""
+    import resvg_py
+
+    picture = svg(style, slug, 2 * side)
+    if picture is None:
+        return None
+    drawn = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=picture)))).convert("RGBA")
+    if STYLES[style].backed:
+        drawn = backed(drawn)
+    box = drawn.getbbox()
     if box is None:
-        raise ValueError(f"the font draws nothing for {char!r}")
-    ink = canvas.crop(box)
-    side = max(ink.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
-    return square
+        return None
+    ink = drawn.crop(box)
+    longest = max(ink.size)
+    square = Image.new("RGBA", (longest, longest))
+    square.paste(ink, ((longest - ink.width) // 2, (longest - ink.height) // 2))
+    return square.resize((side, side), Image.Resampling.LANCZOS)
 
 
-def load_glyphs(which: str, side: int) -> Glyphs:
-    """Draw the glyph set `cpu` or `all` at `side` pixels."""
-    seen, unseen = (list(CPU_SEEN), list(CPU_UNSEEN)) if which == "cpu" else every_glyph()
-    font = ImageFont.truetype(str(FONT), FONT_SIZE)
-    pictures = []
-    for char in seen + unseen:
-        rgba = np.asarray(draw(char, font).resize((side, side), Image.Resampling.LANCZOS), np.float32) / 255
-        rgba[..., :3] *= rgba[..., 3:]
-        pictures.append(torch.from_numpy(rgba).permute(2, 0, 1))
-    return Glyphs(tuple(map(english_name, seen + unseen)), torch.stack(pictures), len(seen))
+def backed(picture: Image.Image) -> Image.Image:
+    """Lines on white paper (RGBA): paper is whatever they enclose, and a rim around them."""
+    rim = 2 * round(PAPER * picture.width) + 1
+    canvas = ImageOps.expand(picture, rim)
+    inked = canvas.getchannel("A").filter(ImageFilter.MaxFilter(rim)).point(lambda alpha: 255 * (alpha > 64))
+    ImageDraw.floodfill(inked, (0, 0), 128)  # what lies outside
+    paper = inked.point(lambda value: 255 * (value != 128)).filter(ImageFilter.GaussianBlur(1))
+    sheet = Image.new("RGBA", canvas.size, "white")
+    sheet.putalpha(paper)
+    return Image.alpha_composite(sheet, canvas)
+
+
+def premultiplied(picture: Image.Image) -> Tensor:
+    """An RGBA picture -> (4, S, S) in [0, 1]"""
+    rgba = np.asarray(picture, np.float32) / 255
+    rgba[..., :3] *= rgba[..., 3:]
+    return torch.from_numpy(rgba).permute(2, 0, 1)
+
+
+def load_glyphs(style: str, side: int) -> Glyphs:
+    """Draw all glyphs of one style at `side` pixels. What a style does not have is drawn as the world's own style has it."""
+    groups = lists()
+    slugs = groups["core"] + groups["more"] + groups["held_out"]
+    pictures = [draw(style, slug, side) or draw(OWN, slug, side) for slug in slugs]
+    lost = [slug for slug, picture in zip(slugs, pictures, strict=True) if picture is None]
+    if lost:
+        raise SystemExit(f"{OWN} does not draw {', '.join(lost)}: take them out of glyphs.toml")
+    atlas = torch.stack([premultiplied(picture) for picture in pictures if picture is not None])
+    core = len(groups["core"])
+    return Glyphs(tuple(map(english_name, slugs)), atlas, seen=core + len(groups["more"]), core=core)

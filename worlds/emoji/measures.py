@@ -7,6 +7,7 @@ Shape letters: N pictures or scenes, S pixels a side, E width of an embedding.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from transformers import ResNetForImageClassification
 
 from imprompt.evaluation.judges import Judge, open_clip
 
-from .assemble import JUDGE, NAMER
+from .assemble import HANDS, JUDGE, NAMER
 from .clip import preprocess
-from .control import edges
+from .edges import edges
 from .scenes import Scenes, background, to_image
+
+FINE = 64  # what measures blur and widen is a share of a picture's side: whole numbers of its 64ths
 
 
 @cache
@@ -49,13 +52,20 @@ class Namer:
 
     @classmethod
     @cache
-    def load(cls) -> "Namer":
-        return cls(ResNetForImageClassification.from_pretrained(NAMER, dtype=torch.float32).eval())
+    def load(cls, place: Path = NAMER) -> "Namer":
+        """Another `place` holds a classifier of something else: of the hand that drew."""
+        return cls(ResNetForImageClassification.from_pretrained(place, dtype=torch.float32).eval())
 
     @torch.no_grad()
     def glyph(self, pictures: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] -> the likeliest seen glyph (N,)"""
-        return self.network(preprocess(pictures)).logits.argmax(1)
+        return torch.cat([self.network(preprocess(part)).logits for part in pictures.split(64)]).argmax(1)
+
+
+def by_hand(pictures: Tensor, style: str) -> Tensor:
+    """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0 or 1 (N,)."""
+    hands = Namer.load(HANDS)
+    return hands.glyph(pictures).eq(hands.network.config.label2id[style]).float()
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
@@ -68,11 +78,12 @@ def retrieval(found: Tensor, prompts: Tensor) -> float:
 
 
 def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """Along the edge of the picture, after a 5-pixel blur: what is there and the true background, (N, 3, places)."""
+    """Along the edge of the picture, after a blur: what is there and the true background, (N, 3, places)."""
     side = pictures.shape[-1]
+    width, reach = 3 * side // FINE, 2 * side // FINE
     rim = torch.ones(side, side, dtype=torch.bool)
-    rim[3:-3, 3:-3] = False
-    there, true = (F.avg_pool2d(x, 5, 1, 2)[..., rim] for x in (pictures, background(scenes, side)))
+    rim[width:-width, width:-width] = False
+    there, true = (F.avg_pool2d(x, 2 * reach + 1, 1, reach)[..., rim] for x in (pictures, background(scenes, side)))
     return there, true
 
 
@@ -118,8 +129,9 @@ def iou(one: Tensor, other: Tensor) -> Tensor:
 
 
 def outline_iou(pictures: Tensor, maps: Tensor) -> Tensor:
-    """Of the pictures' own edges and the given ones, both widened by a pixel (N,)."""
-    there, given = (F.max_pool2d((x[:, 0] > 0.5).float(), 3, 1, 1) for x in (edges(pictures), maps))
+    """Of the pictures' own edges and the given ones, both widened by a 64th of a side (N,)."""
+    reach = pictures.shape[-1] // FINE
+    there, given = (F.max_pool2d((x[:, 0] > 0.5).float(), 2 * reach + 1, 1, reach) for x in (edges(pictures), maps))
     return iou(there, given)
 
 
@@ -129,8 +141,9 @@ def correlation(one: Tensor, other: Tensor) -> float:
     return round((F.cosine_similarity(a, b, dim=0)).mean().item(), 3)
 
 
-def bars(pictures: Tensor, band: int = 8) -> Tensor:
-    """How much colour changes along x and along y in the picture's outer `band` pixels (N, 2): what a pattern is there."""
+def bars(pictures: Tensor) -> Tensor:
+    """How much colour changes along x and along y in the picture's outer eighth (N, 2): what a pattern is there."""
+    band = pictures.shape[-1] // 8
     rim = torch.ones(pictures.shape[-2:], dtype=torch.bool)
     rim[band:-band, band:-band] = False
     along_x, along_y = (F.pad(pictures.diff(dim=d), pad) for d, pad in ((3, (0, 1)), (2, (0, 0, 0, 1))))
@@ -140,16 +153,3 @@ def bars(pictures: Tensor, band: int = 8) -> Tensor:
 def hue(pictures: Tensor, figures: Tensor) -> Tensor:
     """The figure's mean colour (N, 3)."""
     return (pictures * figures[:, None]).sum((2, 3)) / figures.sum((1, 2)).clamp(min=1)[:, None]
-
-
-def toned(pictures: Tensor, line: Sequence[float]) -> Tensor:
-    """Where pictures (N, 3, S, S) are dark, if `line` is dark, or light: (N, 1, S, S) of 0 and 1."""
-    grey, wanted = pictures.mean(1, keepdim=True), sum(line) / len(line)
-    return ((grey < 0.35) if wanted < 0.5 else (grey > 0.8)).float()
-
-
-def lined(pictures: Tensor, line: Sequence[float]) -> Tensor:
-    """The share of its edges at which there is a dark line, if `line` is dark, or a light one (N,)."""
-    near = F.max_pool2d(toned(pictures, line), 3, 1, 1)
-    edge = (edges(pictures)[:, :1] > 0.5).float()
-    return (near * edge).sum((1, 2, 3)) / edge.sum((1, 2, 3)).clamp(min=1)

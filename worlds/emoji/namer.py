@@ -1,22 +1,24 @@
-"""The namer: which of the seen glyphs a picture shows. A small ResNet for measuring only, trained apart."""
+"""Classifiers for measuring only, small ResNets trained apart: which of the seen glyphs a picture shows, and by whose hand."""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .assemble import NAMER
-from .clip import preprocess
-from .glyphs import Glyphs
+from .assemble import HANDS, NAMER
+from .clip import CORE, loosened, preprocess
+from .glyphs import OWN, STYLES, Glyphs
 from .scenes import render, sample_scenes
 from .stage import World, fit
 
-WIDTHS = [32, 64, 96, 160]
+WIDTHS = [32, 64, 128, 192]
 
 
 def seen_by_it(world: World, glyphs: Glyphs, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Pictures (N, 3, S, S) of one glyph, sharp, blurred and noisy by chance as results of a model are, and the glyphs (N,)."""
-    scenes = sample_scenes(glyphs, count, generator, pairs=0)
+    scenes = loosened(sample_scenes(glyphs, count, generator, pairs=0, core=CORE), generator)
     pictures = render(scenes, glyphs, world.side)
     blur, noise = (torch.rand(count, 1, 1, 1, generator=generator).to(pictures) for _ in range(2))
     pictures = torch.where(blur < 0.5, pictures, F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1))
@@ -24,26 +26,50 @@ def seen_by_it(world: World, glyphs: Glyphs, count: int, generator: torch.Genera
     return (pictures + strength * torch.randn(pictures.shape, generator=generator).to(pictures)).clamp(0, 1), scenes.glyph[:, 0]
 
 
-def train(world: World) -> None:
+def named(world: World, styles: list[Glyphs], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures in the world's own style, and their glyphs (N,)."""
+    return seen_by_it(world, styles[0], count, generator)
+
+
+def signed(world: World, styles: list[Glyphs], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures in all styles, and the styles' numbers (N,)."""
+    share = count // len(styles)
+    pictures = torch.cat([seen_by_it(world, glyphs, share, generator)[0] for glyphs in styles])
+    return pictures, torch.arange(len(styles)).repeat_interleave(share)
+
+
+TASKS = {  # name -> what is shown with its label, in which styles, and where the network goes
+    "namer": (named, (OWN,), NAMER),
+    "hands": (signed, tuple(STYLES), HANDS),
+}
+
+
+def train(world: World, name: str) -> None:
     torch.manual_seed(world.seed)
-    plan, glyphs = world["namer"], world.glyphs()
+    plan = world[name]
+    show, names, place = TASKS[name]
+    styles = [world.glyphs(style) for style in names]
+    labels = names if len(names) > 1 else styles[0].names[: styles[0].seen]
     config = ResNetConfig(
         embedding_size=WIDTHS[0],
         hidden_sizes=WIDTHS,
         depths=[1] * len(WIDTHS),
         layer_type="basic",
-        id2label=dict(enumerate(glyphs.names[: glyphs.seen])),
+        id2label=dict(enumerate(labels)),
     )
     network = ResNetForImageClassification(config).to(memory_format=torch.channels_last)
 
     def losses(step: int) -> dict[str, Tensor]:
-        pictures, truth = seen_by_it(world, glyphs, plan["batch"], world.generator(91, step))
-        named = network(preprocess(pictures.to(world.device, memory_format=torch.channels_last))).logits
-        return {"glyph": F.cross_entropy(named.float(), truth.to(world.device))}
+        pictures, truth = show(world, styles, plan["batch"], world.generator(91, step))
+        logits = network(preprocess(pictures.to(world.device, memory_format=torch.channels_last))).logits
+        return {name: F.cross_entropy(logits.float(), truth.to(world.device))}
 
-    fit(world, "namer", nn.ModuleDict({"namer": network}), losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"])
-    network.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(NAMER)
-    pictures, truth = seen_by_it(world, glyphs, 512, world.generator(92))
+    fit(world, name, nn.ModuleDict({"namer": network}), losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"])
+    network.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(place)
+    pictures, truth = show(world, styles, 500, world.generator(92))
     with torch.no_grad():
         right = network.float().eval()(preprocess(pictures.cpu())).logits.argmax(1).eq(truth)
-    print(f"namer: {right.float().mean():.1%} of 512 new scenes named")
+    print(f"{name}: {right.float().mean():.1%} of 500 new pictures named")
+
+
+train_namer, train_hands = partial(train, name="namer"), partial(train, name="hands")

@@ -29,10 +29,10 @@ from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler
 
 from .assemble import weights_in
-from .control import EMBEDDING, Frozen
+from .control import Frozen
+from .pool import latents_of
 from .scenes import to_image
 from .stage import World, fit
-from .unet import latents_of
 
 TOKENS = 4
 DROP_TEXT, DROP_IMAGE, DROP_BOTH = 0.30, 0.05, 0.05  # as recipes/emoji-base.toml
@@ -157,12 +157,11 @@ class Shuffle(Conditioned):
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
-        self.net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=EMBEDDING).requires_grad_(True)
+        self.net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=base.embedding).requires_grad_(True)
         self.net.register_to_config(global_pool_conditions=True)
         nn.init.kaiming_uniform_(self.net.controlnet_cond_embedding.conv_out.weight, nonlinearity="linear")
         if base.world.device == "cpu":
             self.net.set_attn_processor(AttnProcessor())
-        self.net.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
         down, mid = self.net(x, t, text, controlnet_cond=warped(seen.pixels), conditioning_scale=scale, return_dict=False)

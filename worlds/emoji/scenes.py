@@ -3,6 +3,7 @@
 Shape letters: N scenes, G glyph slots (2), S pixels a side.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -22,8 +23,9 @@ PALETTE = {
 UNSEEN_COLOURS = 2
 PATTERNS = ("solid", "gradient", "stripes", "checks", "dots", "rings")
 UNSEEN_PATTERNS = 1
-PATTERN_ODDS = (0.40, 0.24, 0.14, 0.11, 0.11)
-PORTRAITS, PORTRAIT = 0.75, 0.8125  # share of the scenes of one glyph in which it is large and in the middle; its size
+PATTERN_ODDS = (0.52, 0.26, 0.08, 0.07, 0.07)
+CORE = 0.5  # share of the glyphs that come from the core, where there is one
+PORTRAITS, PORTRAIT = 0.8, 0.8125  # share of the scenes of one glyph in which it is large and in the middle; its size
 SMALL = 0.5  # size of a glyph elsewhere, and of each of two
 PLACES = (-0.5, 0.0, 0.5)  # where a middle may lie, along x and along y: whole latent pixels apart, so that shapes repeat exactly
 COLOUR_NAMES = tuple(PALETTE)
@@ -48,13 +50,23 @@ class Scenes:
     def __getitem__(self, index) -> "Scenes":
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
+    def split(self, size: int) -> list["Scenes"]:
+        return [self[rows] for rows in torch.arange(len(self)).split(size)]
+
+    @classmethod
+    def cat(cls, parts: Sequence["Scenes"]) -> "Scenes":
+        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
     def to(self, device: torch.device) -> "Scenes":
         return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
 def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, seen_glyphs: bool = True,
-                  seen_look: bool = True, pairs: float = 0.1) -> Scenes:  # fmt: skip
-    """Draw `count` scenes; `seen_look` says whether palette and pattern are the training ones or the held-out ones."""
+                  seen_look: bool = True, pairs: float = 0.1, core: float = CORE) -> Scenes:  # fmt: skip
+    """Draw `count` scenes; `seen_look` says whether palette and pattern are the training ones or the held-out ones.
+
+    core  share of the seen glyphs that come from the core, the first of them; 1 for these alone
+    """
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return torch.rand(shape, generator=generator) * (high - low) + low
@@ -64,6 +76,8 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
 
     ids = glyphs.ids(seen=seen_glyphs)
     glyph = index(ids.start, ids.stop, count, 2)
+    if seen_glyphs and glyphs.core:
+        glyph = torch.where(uniform(count, 2) < core, index(0, glyphs.core, count, 2), index(glyphs.core, glyphs.seen, count, 2))
     pair = uniform(count) < pairs
     portrait = ~pair & (uniform(count) < PORTRAITS)
     size = torch.where(portrait, PORTRAIT, SMALL)[:, None].expand(-1, 2)
@@ -106,6 +120,21 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
     )
 
 
+def portrait(glyphs: Glyphs, name: str, colour: str) -> Scenes:
+    """One scene: that glyph, large and in the middle, on one colour."""
+    number = COLOUR_NAMES.index(colour)
+    return Scenes(
+        glyph=torch.tensor([[glyphs.names.index(name), -1]]),
+        centre=torch.zeros(1, 2, 2),
+        size=torch.full((1, 2), PORTRAIT),
+        hue=torch.zeros(1, 2),
+        pattern=torch.tensor([PATTERNS.index("solid")]),
+        colour=torch.tensor([[number, number]]),
+        shade=torch.tensor([[PALETTE[colour]] * 2]),
+        wave=torch.tensor([[0.0, 2.0, 0.0]]),
+    )
+
+
 def background(scenes: Scenes, side: int) -> Tensor:
     """(N, 3, S, S): two colours mixed by the pattern."""
     line = (torch.arange(side, device=scenes.shade.device) + 0.5) / side * 2 - 1
@@ -141,23 +170,38 @@ def turn_hue(rgb: Tensor, hue: Tensor, alpha: Tensor) -> Tensor:
     return torch.minimum(torch.einsum("nij,njhw->nihw", matrix, rgb).clamp(min=0), alpha)
 
 
-def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool = True) -> Tensor:
-    """(N, 3, S, S) in [0, 1], drawn where the atlas is. Without a background the glyphs stand on grey (for measures of shape)."""
-    scenes = scenes.to(glyphs.atlas.device)
-    picture = background(scenes, side) if with_background else scenes.shade.new_full((len(scenes), 3, side, side), 0.5)
+def layers(scenes: Scenes, glyphs: Glyphs, side: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each slot: the scenes that fill it (n,), their glyphs in place, premultiplied (n, 3, S, S), and alpha (n, 1, S, S)."""
     for slot in range(scenes.glyph.shape[1]):
         use = (scenes.glyph[:, slot] >= 0).nonzero().squeeze(1)
         if not len(use):
             continue
         part = scenes[use]
         # Output place -> atlas place: undo the shift, then scale back.
-        linear = torch.eye(2, device=picture.device) / part.size[:, slot, None, None]
+        linear = torch.eye(2, device=glyphs.atlas.device) / part.size[:, slot, None, None]
         shift = -(linear @ part.centre[:, slot, :, None])
         grid = F.affine_grid(torch.cat([linear, shift], 2), [len(use), 4, side, side], align_corners=False)
         layer = F.grid_sample(glyphs.atlas[part.glyph[:, slot]], grid, align_corners=False)
-        alpha = layer[:, 3:]
-        picture[use] = picture[use] * (1 - alpha) + turn_hue(layer[:, :3], part.hue[:, slot], alpha)
+        rgb, alpha = layer.split([3, 1], 1)
+        yield use, turn_hue(rgb, part.hue[:, slot], alpha), alpha
+
+
+def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool = True) -> Tensor:
+    """(N, 3, S, S) in [0, 1], drawn where the atlas is. Without a background the glyphs stand on grey (for measures of shape)."""
+    scenes = scenes.to(glyphs.atlas.device)
+    picture = background(scenes, side) if with_background else scenes.shade.new_full((len(scenes), 3, side, side), 0.5)
+    for use, rgb, alpha in layers(scenes, glyphs, side):
+        picture[use] = picture[use] * (1 - alpha) + rgb
     return picture.clamp(0, 1)
+
+
+def figures(scenes: Scenes, glyphs: Glyphs, side: int) -> Tensor:
+    """(N, 1, S, S) in [0, 1]: where a glyph covers the background."""
+    scenes = scenes.to(glyphs.atlas.device)
+    bare = scenes.shade.new_ones((len(scenes), 1, side, side))
+    for use, _, alpha in layers(scenes, glyphs, side):
+        bare[use] *= 1 - alpha
+    return 1 - bare.clamp(0, 1)
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -198,7 +242,7 @@ def captions(scenes: Scenes, glyphs: Glyphs, generator: torch.Generator) -> list
             first, second = (COLOUR_NAMES[c] for c in scenes.colour[n].tolist())
             pattern = PATTERNS[int(scenes.pattern[n])]
             if pattern == "solid" or say_pattern < 0.5:
-                text += f" on a {first} background"
+                text += f" on {article(first)} background"
             else:
                 text += f" on {first} and {second} {pattern}"
         texts.append(text)

@@ -37,7 +37,7 @@ def draw_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Seq
 
 def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: int = 6) -> None:
     """Prompt and result side by side, enlarged twice."""
-    cells = [to_image(torch.cat([prompts[i], made[i]], 2)) for i in range(pairs)]
+    cells = [to_image(torch.cat(pair, 2)) for pair in zip(prompts[:pairs], made[:pairs], strict=True)]
     picture = grid(cells, columns=columns, gap=6)
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS).save(path, quality=88)
 

@@ -5,7 +5,6 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import cos, pi
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 
 from imprompt.files import written_whole
 from imprompt.training.model import bf16_is_fast
+from imprompt.training.muon import Muon, weight_matrices
 
-from .glyphs import Glyphs, load_glyphs
+from .glyphs import OWN, Glyphs, load_glyphs
 
 HERE = Path(__file__).parent
 SAVE_EVERY = 90.0  # seconds
+ENDS = ("conv_in", "conv_out", "quant_conv", "patch_embedding", "heads", "temperature")  # names of layers between a model and data
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class World:
     budget: str
     folder: Path
     seed: int = 0
+    most: int | None = None  # steps of any stage, for a rehearsal: pools and pictures are then few as well
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        return tomllib.loads((HERE / "budgets.toml").read_text())[self.budget]
+        plan = tomllib.loads((HERE / "budgets.toml").read_text())[self.budget]
+        return plan if self.most is None else fewer(plan, self.most)
 
     def __getitem__(self, key: str) -> Any:
         return self.plan[key]
@@ -42,10 +45,17 @@ class World:
     def side(self) -> int:
         return self["side"]
 
-    def glyphs(self) -> Glyphs:
-        """The atlas, on this machine's device: scenes are drawn there."""
-        glyphs = load_glyphs(self["glyphs"], round(self.side * 0.875))
-        return replace(glyphs, atlas=glyphs.atlas.to(self.device))
+    def glyphs(self, style: str = OWN) -> Glyphs:
+        """The atlas in one drawing style, on this machine's device: scenes are drawn there. Drawn once, then kept."""
+        side = round(self.side * 0.875)
+        kept = self.folder / f"glyphs-{style}-{side}.pt"
+        if not kept.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            drawn = load_glyphs(style, side)
+            with written_whole(kept) as aside:
+                torch.save(vars(drawn) | {"atlas": (drawn.atlas * 255).round().byte()}, aside)
+        glyphs = Glyphs(**torch.load(kept, weights_only=True))
+        return replace(glyphs, atlas=glyphs.atlas.to(self.device).float() / 255)
 
     def generator(self, *salt: int) -> torch.Generator:
         """A generator that depends on the seed and the salt alone, so that a resumed run draws what it would have."""
@@ -53,6 +63,16 @@ class World:
         for number in salt:
             state = (state * 1_000_003 + number + 1) % 2**61
         return torch.Generator().manual_seed(state)
+
+
+def fewer(plan: dict[str, Any], most: int) -> dict[str, Any]:
+    """A budget with at most so many steps a stage, and as few scenes as they need."""
+    stages = {
+        key: value | {"steps": min(value["steps"], most)}
+        for key, value in plan.items()
+        if isinstance(value, dict) and "steps" in value
+    }
+    return plan | stages | {key: min(plan[key], 16 * most) for key in ("pool", "prompts")}
 
 
 def rank() -> tuple[int, int]:
@@ -70,9 +90,16 @@ def share_gradients(modules: nn.Module) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 3 %, then a cosine to zero."""
-    warm = max(1, steps * 3 // 100)
-    return peak * min((step + 1) / warm, 0.5 * (1 + cos(pi * min(step / steps, 1))))
+    """Linear warm-up over 100 steps, level, then down to zero in the last third. While it is level `steps` may still be raised."""
+    return peak * min((step + 1) / 100, 1.0, max(0.0, (1 - step / steps) * 3))
+
+
+def optimizer_of(modules: nn.Module, lr: float, weight_decay: float) -> Muon:
+    """Muon for the inner matrices and convolutions, AdamW for the rest: the first and last layers, norms, biases, embeddings."""
+    ends = {id(p) for name, p in modules.named_parameters() if any(end in name for end in ENDS)}
+    matrices = [p for p in weight_matrices(modules) if id(p) not in ends]
+    inner = {id(p) for p in matrices}
+    return Muon(matrices, [p for p in modules.parameters() if id(p) not in inner], lr, weight_decay=weight_decay)
 
 
 def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int], dict[str, Tensor]], *,
@@ -83,7 +110,7 @@ def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int]
     """
     state_file = world.folder / f"{name}.state"
     modules.to(world.device).train()
-    optimizer = torch.optim.AdamW(modules.parameters(), lr, weight_decay=weight_decay, fused=True)
+    optimizer = optimizer_of(modules, lr, weight_decay)
     mean = {k: v.detach().clone() for k, v in modules.state_dict().items()} if average else {}
     start = 0
     if state_file.exists():

@@ -3,7 +3,7 @@
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from .glyphs import english_name, every_glyph
+from .glyphs import english_name, lists
 from .scenes import COLOUR_NAMES, PATTERNS
 from .stage import World
 
@@ -12,12 +12,12 @@ GLUE = "a photo of an and on the at in with background middle top bottom left ri
 
 
 def build_tokenizer(tokens: int) -> CLIPTokenizer:
-    """Byte-pair codes learnt from the names of all emoji and the words of the captions, in CLIP's own format.
+    """Byte-pair codes learnt from the names of all glyphs and the words of the captions, in CLIP's own format.
 
     Pairs that are equally frequent are numbered as it happens: what was trained with one tokenizer needs that one.
     """
-    seen, unseen = every_glyph()
-    corpus = [english_name(c) for c in seen + unseen] + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
+    names = [english_name(slug) for group in lists().values() for slug in group]
+    corpus = names + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -37,6 +37,14 @@ def build_tokenizer(tokens: int) -> CLIPTokenizer:
     vocab = dict.fromkeys([*alphabet, *(c + "</w>" for c in alphabet), *sorted(model["vocab"], key=model["vocab"].get), START, END])
     merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer({token: i for i, token in enumerate(vocab)}, merges, model_max_length=tokens)
+
+
+def open_tokenizer(world: World) -> CLIPTokenizer:
+    """The tokenizer in the world's folder, built at first: all of its models read with one."""
+    place = world.folder / "tokenizer"
+    if not place.exists():
+        build_tokenizer(world["text"]["tokens"]).save_pretrained(place)
+    return CLIPTokenizer.from_pretrained(place)
 
 
 def text_config(world: World, tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:

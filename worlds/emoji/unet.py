@@ -1,20 +1,22 @@
-"""Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together (v-prediction, zero-SNR)."""
+"""Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together (v-prediction, zero-SNR).
 
-from typing import Any
+Shape letters: N scenes, C channels of a latent, h latent pixels a side, T tokens of a text, D width of a text state.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from .glyphs import Glyphs
-from .scenes import captions, render, sample_scenes
+from .pool import Pool, open_pool
 from .stage import World, fit, rank
+from .text import open_tokenizer
 
 TEXT_DROP = 0.12  # for classifier-free guidance
-QUIET = 0.35  # share of the timesteps at which shapes are plain to see
+FIGURE = 3.0  # how much more the loss of what is added to the base weighs where the figure is than on the background
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -31,74 +33,78 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_unet(world: World) -> UNet2DConditionModel:
+    """Untrained; attention at the levels that the plan names: at the finest it costs as much as all the rest."""
     plan = world["unet"]
-    levels = len(plan["channels"])
     return UNet2DConditionModel(
-        sample_size=world.side // 4,
+        sample_size=world.side // 8,
         in_channels=world["vae"]["latent"],
         out_channels=world["vae"]["latent"],
         block_out_channels=plan["channels"],
         layers_per_block=plan["layers"],
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=[("DownBlock2D", "CrossAttnDownBlock2D")[on] for on in plan["attention"]],
+        up_block_types=[("UpBlock2D", "CrossAttnUpBlock2D")[on] for on in reversed(plan["attention"])],
         cross_attention_dim=world["text"]["width"],
         attention_head_dim=plan["heads"],
         norm_num_groups=plan["groups"],
     )
 
 
-def samples(world: World, glyphs: Glyphs, tokenizer: Any, count: int, share: float,
-            generator: torch.Generator) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Pictures (N, 3, S, S) in [0, 1] and the tokens (N, T) of their captions, of which that share is empty."""
-    scenes = sample_scenes(glyphs, count, generator)
-    words = captions(scenes, glyphs, generator)
-    dropped = torch.rand(count, generator=generator) < share
-    words = ["" if drop else word for drop, word in zip(dropped, words, strict=True)]
-    ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(world.device)
-    return render(scenes, glyphs, world.side).to(world.device, memory_format=torch.channels_last), ids
+def weighted(error: Tensor, figures: Tensor, figure: float = FIGURE) -> Tensor:
+    """The mean of errors (N, C, h, h) that weigh 1 + `figure` where all is figure (N, 1, h, h); the mean weight is 1."""
+    weight = 1 + figure * figures
+    return (error * (weight / weight.mean())).mean()
 
 
-@torch.no_grad()
-def latents_of(vae: Any, pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) in [0, 1] -> latents (N, C, h, h)."""
-    return vae.encode(pictures * 2 - 1).latent_dist.mode().float() * vae.config.scaling_factor
+def relaxed(step: int, steps: int, first: float, last: float) -> float:
+    """How much more the figure weighs: `first`, and in the last third of the steps ever nearer to `last`."""
+    return first + (last - first) * min(1.0, max(0.0, 3 * step / steps - 2))
 
 
-def timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
-    """(N,) four fifths of them from the noisier two thirds: where so few latent pixels still have a shape to be found."""
-    share = torch.rand(count, generator=generator)
-    noisy = torch.rand(count, generator=generator) < 0.8
-    return (torch.where(noisy, QUIET + share * (1 - QUIET), share * QUIET) * total).long().clamp(max=total - 1)
+class Draw(NamedTuple):
+    """What a step of the base, or of something added to it, learns from."""
+
+    noisy: Tensor  # (N, C, h, h)
+    t: Tensor  # (N,)
+    velocity: Tensor  # (N, C, h, h), to be predicted
+    figures: Tensor  # (N, 1, h, h)
+    ids: Tensor  # (N, T), of the captions
+    index: Tensor  # (N,), of the scenes in their pool
+
+
+def draw(world: World, pool: Pool, tokenizer: Any, scheduler: Any, count: int, generator: torch.Generator, *,
+         drop: float = TEXT_DROP, power: float = 1.0) -> Draw:  # fmt: skip
+    """Scenes of the pool with noise of evenly drawn timesteps; with `power` above 1 noisier ones are drawn more often."""
+    index = pool.draw(count, generator)
+    words = pool.captions(index, drop, generator)
+    ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    x = pool.latents[index].float()
+    noise = torch.randn(x.shape, generator=generator)
+    share = 1 - torch.rand(count, generator=generator) ** power
+    t = (share * scheduler.config.num_train_timesteps).long().clamp_max(scheduler.config.num_train_timesteps - 1)
+    parts = (scheduler.add_noise(x, noise, t), t, scheduler.get_velocity(x, noise, t), pool.figures[index].float(), ids)
+    return Draw(*(part.to(world.device) for part in parts), index)
 
 
 def train(world: World) -> None:
     torch.manual_seed(world.seed + 3)
-    plan, glyphs, scheduler = world["unet"], world.glyphs(), build_scheduler()
-    vae = (
-        AutoencoderKL.from_pretrained(world.folder / "vae")
-        .to(world.device, memory_format=torch.channels_last)
-        .requires_grad_(False)
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(world.folder / "clip" / "tokenizer")  # built again it would number ties otherwise
+    plan, scheduler, pool = world["unet"], build_scheduler(), open_pool(world)
+    tokenizer = open_tokenizer(world)
     text = CLIPTextModel.from_pretrained(world.folder / "clip" / "text_encoder").float()  # it goes on learning
-    unet = build_unet(world).to(memory_format=torch.channels_last)
+    unet = build_unet(world)
     if world.device == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # for attentions this small, 1.7 times faster there than the fused kernel
-    compiled: Any = torch.compile(unet)  # 1.4 times faster on a CPU, minutes later
+        unet.set_attn_processor(AttnProcessor())  # for attentions this small, a third faster there than the fused kernel
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
-        generator = world.generator(21, step, rank()[0])
-        pictures, ids = samples(world, glyphs, tokenizer, here, TEXT_DROP, generator)
-        x = latents_of(vae, pictures)
-        noise = torch.randn(x.shape, generator=generator).to(x)
-        t = timesteps(here, scheduler.config.num_train_timesteps, generator).to(x.device)
-        v = compiled(scheduler.add_noise(x, noise, t), t, text(ids).last_hidden_state, return_dict=False)[0]
-        return {"v": F.mse_loss(v.float(), scheduler.get_velocity(x, noise, t))}
+        drawn = draw(world, pool, tokenizer, scheduler, here, world.generator(21, step, rank()[0]))
+        v = unet(drawn.noisy, drawn.t, text(drawn.ids).last_hidden_state, return_dict=False)[0]
+        figure = relaxed(step, plan["steps"], *plan["figure"])
+        return {"v": weighted((v.float() - drawn.velocity).square(), drawn.figures, figure)}
 
     modules = nn.ModuleDict({"unet": unet, "text": text})
     fit(world, "unet", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.999)
     if rank()[0] == 0:
+        vae = AutoencoderKL.from_pretrained(world.folder / "vae")
         pipeline = StableDiffusionPipeline(vae, text.float(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
         pipeline.save_pretrained(world.folder / "base")
         print("unet: the base model is saved")

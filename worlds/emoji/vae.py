@@ -1,20 +1,27 @@
-"""Stage 1: the autoencoder, pictures (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/4, S/4)."""
+"""Stage 1: the autoencoder, pictures (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/8, S/8).
+
+It learns from crops of scenes of every drawing style: what it must know is local. Crops cost a quarter of whole pictures.
+"""
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from .glyphs import STYLES, Glyphs
 from .scenes import render, sample_scenes
 from .stage import World, fit
 
 KL_WEIGHT = 1e-6
+CROP = 64  # pixels
+CORE = 0.1  # share of the scenes whose glyphs are of the core: for pictures all glyphs count alike
 
 
 def build(world: World) -> AutoencoderKL:
+    """An untrained autoencoder whose residual blocks begin as the identity and whose latents begin nearly without noise."""
     plan = world["vae"]
     levels = len(plan["channels"])
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         block_out_channels=plan["channels"],
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -24,6 +31,16 @@ def build(world: World) -> AutoencoderKL:
         mid_block_add_attention=False,
         sample_size=world.side,
     )
+    for module in vae.modules():
+        if type(module).__name__ == "ResnetBlock2D":
+            nn.init.zeros_(module.conv2.weight)
+    moments = vae.quant_conv
+    assert moments is not None
+    assert moments.bias is not None
+    with torch.no_grad():
+        moments.weight[plan["latent"] :].zero_()
+        moments.bias[plan["latent"] :].fill_(-6.0)
+    return vae
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -33,36 +50,76 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    return (vae.decode(vae.encode(pictures * 2 - 1).latent_dist.mode()).sample / 2 + 0.5).clamp(0, 1)
+    """Pictures (N, 3, S, S) in [0, 1] -> what is left of them after encoding and decoding."""
+    parts = [vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in pictures.split(32)]
+    return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+
+def crops(world: World, styles: list[Glyphs], count: int, generator: torch.Generator) -> Tensor:
+    """`count` crops (N, 3, CROP, CROP) in [-1, 1] of scenes in one drawing style; half of the times it is the world's own."""
+    number = int(torch.randint(2 * (len(styles) - 1), (), generator=generator))
+    glyphs = styles[number + 1] if number + 1 < len(styles) else styles[0]
+    scenes = sample_scenes(glyphs, count, generator, core=CORE)
+    pictures = render(scenes, glyphs, world.side)
+    places = torch.randint(world.side - CROP + 1, (count, 2), generator=generator).tolist()
+    return torch.stack([p[:, y : y + CROP, x : x + CROP] for p, (y, x) in zip(pictures, places, strict=True)]) * 2 - 1
+
+
+def slopes(pictures: Tensor) -> Tensor:
+    """Differences of neighbouring pixels along x and along y, flat."""
+    return torch.cat([pictures.diff(dim=3).flatten(), pictures.diff(dim=2).flatten()])
+
+
+def errors(vae: AutoencoderKL, latents: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """What decoding latents (N, C, h, h) lacks of the pictures x (N, 3, S, S)."""
+    y = vae.decode(latents).sample.float()
+    return {"l1": F.l1_loss(y, x), "mse": F.mse_loss(y, x), "slopes": 2 * F.l1_loss(slopes(y), slopes(x))}
 
 
 def train(world: World) -> None:
     torch.manual_seed(world.seed)
-    plan, glyphs = world["vae"], world.glyphs()
+    plan = world["vae"]
+    styles = [world.glyphs(style) for style in STYLES]
     vae = build(world)
-    # Zero the last convolution of every residual block: each starts as the identity.
-    for module in vae.modules():
-        if type(module).__name__ == "ResnetBlock2D":
-            nn.init.zeros_(module.conv2.weight)
-    vae.to(memory_format=torch.channels_last)
 
     def losses(step: int) -> dict[str, Tensor]:
-        scenes = sample_scenes(glyphs, plan["batch"], world.generator(1, step))
-        x = (render(scenes, glyphs, world.side) * 2 - 1).to(world.device, memory_format=torch.channels_last)
+        x = crops(world, styles, plan["batch"], world.generator(1, step)).to(world.device)
         latents = vae.encode(x).latent_dist
-        y = vae.decode(latents.sample()).sample
-        return {"l1": F.l1_loss(y, x), "mse": F.mse_loss(y, x), "kl": KL_WEIGHT * latents.kl().mean()}
+        return errors(vae, latents.sample(), x) | {"kl": KL_WEIGHT * latents.kl().float().mean()}
 
     fit(world, "vae", nn.ModuleDict({"vae": vae}), losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
 
-    scenes = sample_scenes(glyphs, 256, world.generator(2))
-    pictures = render(scenes, glyphs, world.side).to(world.device)
+    pictures = render(sample_scenes(styles[0], 256, world.generator(2), core=CORE), styles[0], world.side).to(world.device)
     # The scale that gives latents unit variance, so that the noise schedule fits them.
     with torch.no_grad():
-        spread = vae.encode(pictures * 2 - 1).latent_dist.sample().std().item()
-    vae.register_to_config(scaling_factor=round(1 / spread, 4))
+        std = torch.cat([vae.encode(part * 2 - 1).latent_dist.sample() for part in pictures.split(32)]).std().item()
+    vae.register_to_config(scaling_factor=round(1 / std, 4))
     vae.save_pretrained(world.folder / "vae")
+    tell(world, vae, styles[0])
+
+
+def train_decoder(world: World) -> None:
+    """Train the decoder on, the encoder as it is: latents that were encoded before stay true."""
+    torch.manual_seed(world.seed + 1)
+    plan = world["decoder"]
+    styles = [world.glyphs(style) for style in STYLES]
+    vae = AutoencoderKL.from_pretrained(world.folder / "vae").requires_grad_(False)
+    parts = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        x = crops(world, styles, plan["batch"], world.generator(4, step)).to(world.device)
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.sample()
+        return errors(vae, latents, x)
+
+    fit(world, "decoder", parts, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
+    vae.save_pretrained(world.folder / "vae")
+    tell(world, vae, styles[0])
+
+
+def tell(world: World, vae: AutoencoderKL, glyphs: Glyphs) -> None:
+    """Print what is left of new scenes."""
     for name, seen in (("seen", True), ("unseen", False)):
         scenes = sample_scenes(glyphs, 256, world.generator(3, seen), seen_glyphs=seen, seen_look=seen)
         pictures = render(scenes, glyphs, world.side).to(world.device)
-        print(f"vae: {psnr(reconstruct(vae, pictures), pictures).mean():.2f} dB on new scenes, {name} glyphs and looks")
+        print(f"vae: {psnr(reconstruct(vae, pictures), pictures).mean():.2f} dB on new scenes, {name} glyphs and looks", flush=True)
