@@ -63,15 +63,20 @@ def alone(place: Place) -> Path:
 
 
 @pytest.fixture(scope="module")
+def encoded(place: Place, alone: Path) -> Place:  # noqa: ARG001 - what it has trained has encoded the features that others read
+    return place
+
+
+@pytest.fixture(scope="module")
 def pair(place: Place) -> Path:
     """The same on two processes, which also encode the features together."""
     return place.train("pair", 2, data={"features": place.folder / "features of two"})
 
 
 @pytest.fixture(scope="module")
-def killed(place: Place, alone: Path) -> tuple[Path, ranks.Ended]:  # noqa: ARG001 - its features are read
+def killed(encoded: Place) -> tuple[Path, ranks.Ended]:
     """A run of two processes, one of which is killed in the sixth step, after the state of step 4."""
-    plan = place.plan("killed")
+    plan = encoded.plan("killed")
     return plan.output, ranks.train(plan, 2, ranks.Struck(1, 5))
 
 
@@ -207,18 +212,18 @@ def averaging(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def averaged(place: Place, alone: Path, averaging: dict[str, Any]) -> Path:  # noqa: ARG001
-    return place.train(f"averaged, {averaging['optimization']['optimizer']}", 1, **averaging)
+def averaged(encoded: Place, averaging: dict[str, Any]) -> Path:
+    return encoded.train(f"averaged, {averaging['optimization']['optimizer']}", 1, **averaging)
 
 
 @pytest.fixture(scope="module")
-def sharded(place: Place, alone: Path, averaging: dict[str, Any]) -> Path:  # noqa: ARG001
-    return place.train(f"sharded, {averaging['optimization']['optimizer']}", 2, ranks.sharded, **averaging)
+def sharded(encoded: Place, averaging: dict[str, Any]) -> Path:
+    return encoded.train(f"sharded, {averaging['optimization']['optimizer']}", 2, ranks.sharded, **averaging)
 
 
-def test_two_processes_take_the_steps_of_one_with_muon(place: Place, alone: Path) -> None:  # noqa: ARG001
+def test_two_processes_take_the_steps_of_one_with_muon(encoded: Place) -> None:
     changes = {"optimization": {"optimizer": "muon"}}
-    assert farthest(place.train("muon", 1, **changes), place.train("muon of two", 2, **changes)) < CLOSE
+    assert farthest(encoded.train("muon", 1, **changes), encoded.train("muon of two", 2, **changes)) < CLOSE
 
 
 def test_sharded_weights_take_the_steps_of_one_process(averaged: Path, sharded: Path) -> None:
@@ -316,9 +321,9 @@ LONG: dict[str, Any] = {"steps": 30, "save_every": 10, "data": {"workers": 1}}
 
 
 @pytest.fixture(scope="module")
-def long(place: Place, alone: Path) -> Path:  # noqa: ARG001
+def long(encoded: Place) -> Path:
     """A longer run under torchrun, that is left alone."""
-    plan = place.plan("long", **LONG)
+    plan = encoded.plan("long", **LONG)
     assert launch(plan).code == 0
     return plan.output
 

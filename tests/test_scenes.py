@@ -10,7 +10,7 @@ from worlds.emoji.clip import cells, loosened, shares
 from worlds.emoji.glyphs import Glyphs, lists
 from worlds.emoji.scenes import PALETTE, PATTERNS, UNSEEN_COLOURS, Scenes, background, captions, figures, render, sample_scenes
 from worlds.emoji.stage import World, learning_rate
-from worlds.emoji.unet import relaxed, weighted
+from worlds.emoji.unet import relaxed
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +139,6 @@ def test_shares_of_a_pair_are_halves(glyphs: Glyphs) -> None:
 def test_cells_are_the_patches_pixels_in_order() -> None:
     pictures = torch.arange(64.0).view(1, 1, 8, 8)
     assert cells(pictures, 2)[0, 1].tolist() == pictures[0, 0, :4, 4:].flatten().tolist()
-
-
-def test_weights_move_the_loss_to_the_figure_and_keep_its_size() -> None:
-    error, figure = torch.zeros(2, 4, 8, 8), torch.zeros(2, 1, 8, 8)
-    error[:, :, :4], figure[:, :, :4] = 1.0, 1.0
-    assert weighted(torch.ones(2, 4, 8, 8), figure, 3.0) == 1
-    assert torch.isclose(weighted(error, figure, 3.0), torch.tensor(0.8))
-    assert weighted(error, figure, 0.0) == 0.5
 
 
 def test_a_rehearsal_has_few_steps_and_scenes(tmp_path: Path) -> None:

@@ -12,22 +12,32 @@ from imprompt.errors import SettingError, first_line
 
 
 @contextmanager
-def written_whole(path: Path, mark: str = "") -> Iterator[Path]:
-    """Write to the path that is given, beside `path`: flushed to disk it takes the name, so that nobody meets a part of it.
+def part_of(path: Path, mark: str = "") -> Iterator[Path]:
+    """A path beside `path` that nobody else writes to. What is still there under it at the end is removed.
 
-    mark  in that path's name, so that a killed process's part can be told from others'; a random one if not given
+    mark  in its name, so that a killed process's part can be told from others'; a random one if not given
     """
-    aside = path.with_name(f".{path.name}.{mark or secrets.token_hex(4)}.part")
+    part = path.with_name(f".{path.name}.{mark or secrets.token_hex(4)}.part")
     try:
-        yield aside
-        flush(aside)
-        aside.replace(path)
+        yield part
     finally:
-        aside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(path: Path, mark: str = "") -> Iterator[Path]:
+    """Write to the path that is given: flushed to disk it takes the name `path`, so that nobody meets a part of it.
+
+    mark  as in `part_of`
+    """
+    with part_of(path, mark) as part:
+        yield part
+        flush(part)
+        part.replace(path)
 
 
 def written_new(part: Path, wanted: Path) -> Path:
-    """Give a whole file the name `wanted`, or the first free one of wanted-2, wanted-3 and so on; the name that it got.
+    """Give a whole file (see `part_of`) the name `wanted`, or the first free one of wanted-2, wanted-3 and so on; the name it got.
 
     No other file is replaced, whichever processes write there.
     """
@@ -44,7 +54,6 @@ def written_new(part: Path, wanted: Path) -> Path:
             except FileExistsError:
                 continue
             part.replace(path)
-        part.unlink(missing_ok=True)
         return path
     raise AssertionError("numbers do not end")
 

@@ -24,7 +24,7 @@ from . import rivals
 from .assemble import SHIPPED
 from .glyphs import Glyphs
 from .marks import lines
-from .measures import Namer, background_error, colour_error, embed, figure, middle, outlines, read
+from .measures import RIGHT, Namer, background_error, colour_error, embed, figure, middle, outlines, read
 from .rivals import RIVALS, Base, Seen
 from .scenes import Scenes, article, captions, render, sample_scenes, shuffled
 from .sheets import draw_sheet
@@ -39,7 +39,6 @@ DIVERSE = 6  # seeds of a scene where diversity is asked
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = 6  # rows of a sheet
 PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")  # of the package, that a rival is made of
-RIGHT = 0.25  # of the mean error to another scene's background, under which a background's colour is right
 Draw = Callable[[Tensor, Sequence[str], float], Tensor]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
 Measured = dict[str, Tensor]  # name -> a value a picture (N,), or a vector (N, …)
 

@@ -18,7 +18,7 @@ from .glyphs import OWN
 from .pool import Pool, open_pool
 from .scenes import render
 from .stage import World, fit, rank
-from .unet import Draw, draw, weighted
+from .unet import Draw, draw, loss
 
 EDGES = SHIPPED / "controlnets" / "edges"
 TEXT_DROP = 0.5  # half of the samples have no text, so that it works beside an image prompt alone
@@ -74,7 +74,7 @@ def train(world: World) -> None:
         down, mid = net(drawn.noisy, drawn.t, text, controlnet_cond=maps, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         v = base.pipe.unet(drawn.noisy, drawn.t, text, **residuals).sample
-        return {"v": weighted((v.float() - drawn.velocity).square(), drawn.figures)}
+        return {"v": loss(v, drawn)}
 
     modules = nn.ModuleDict({"control": net})
     fit(world, "control", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)

@@ -5,12 +5,12 @@ against the scenes' own factors. Shape letters: N scenes, S pixels a side.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval, interval
@@ -19,18 +19,17 @@ from imprompt.sampling.generate import ImagePromptPipeline
 from .assemble import ADAPTERS, SHIPPED, weights_in
 from .glyphs import Glyphs
 from .marks import fill, lines
-from .measures import Namer, colour_error, embed, figure, middle, outlines, retrieval, to_tensor
+from .measures import RIGHT, Namer, colour_error, embed, figure, middle, outlines, retrieval, to_tensor
 from .scenes import COLOUR_NAMES, PALETTE, UNSEEN_COLOURS, Scenes, article, moved, render, sample_scenes, shuffled, to_image
 from .sheets import draw_sheet, sheet
 from .stage import HERE, World
-from .studio import GUIDANCE, STEPS
+from .studio import Studio
 from .vae import psnr, reconstruct
 
 DOCS = HERE.parents[1] / "docs" / "emoji"
 COUNT = 128
 FRONT = "plus"  # the adapter whose results stand in the README
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt beside a text
-RIGHT = 0.25  # of the mean error to another scene's background, under which a background's colour is right
 
 
 class Kind(NamedTuple):
@@ -118,9 +117,7 @@ def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: fl
 
 def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
     """The base alone: is what the text names there, on the background that it names?"""
-    pipe = StableDiffusionPipeline.from_pretrained(SHIPPED)
-    pipe.set_progress_bar_config(disable=True)
-    rows, count = {}, count_of(world)
+    studio, rows, count = Studio(), {}, count_of(world)
     for label, ids in {"core glyphs": range(glyphs.core), "other seen glyphs": range(glyphs.core, glyphs.seen)}.items():
         generator = world.generator(46, len(ids))
         named = torch.tensor(ids)[torch.randint(len(ids), (count,), generator=generator)]
@@ -129,11 +126,8 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             f"{article(glyphs.names[g])} on {article(COLOUR_NAMES[c])} background"
             for g, c in zip(named.tolist(), colours.tolist(), strict=True)
         ]
-        parts = [
-            pipe(texts[i : i + 32], num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=seeds(range(count)[i : i + 32]))
-            for i in range(0, count, 32)
-        ]
-        made = torch.cat([to_tensor(part.images) for part in parts])
+        starts = range(0, count, 32)
+        made = torch.cat([studio.draw(len(part), texts=part, seed=i) for i in starts for part in [texts[i : i + 32]]])
         ground = torch.tensor(list(PALETTE.values()))[colours]
         edge = torch.cat([made[:, :, :6].flatten(2), made[:, :, -6:].flatten(2)], 2).mean(2)
         rows[label] = means(
@@ -146,10 +140,6 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             DOCS / f"text-{label.replace(' ', '-')}.jpg", [""] * 8, [("", [*made[i : i + 8]]) for i in range(0, min(48, count), 8)]
         )
     return rows
-
-
-def seeds(numbers: Iterable[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
 
 
 def check_judge(glyphs: Glyphs, world: World) -> Row:

@@ -23,6 +23,7 @@ from .clip import preprocess
 from .edges import edges
 from .scenes import Scenes, background, to_image
 
+RIGHT = 0.25  # of the mean error to another scene's background, under which a background's colour is right
 FINE = 64  # what measures blur and widen is a share of a picture's side: whole numbers of its 64ths
 
 

@@ -6,13 +6,14 @@ Shape letters: N scenes, D width of a feature.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.encoders.vision import open_encoder
+from imprompt.encoders.vision import VisionEncoder, open_encoder
 from imprompt.models import Place
 
 from .assemble import SHIPPED
@@ -57,48 +58,71 @@ def shapes(scenes: Scenes, glyphs: Glyphs, side: int) -> Tensor:
     return torch.cat([F.adaptive_avg_pool2d(figures(part, glyphs, side), SHAPE).flatten(1) for part in scenes.split(100)])
 
 
+@dataclass(frozen=True)
+class Reader:
+    """The shipped image encoder, of pictures of this side."""
+
+    side: int
+
+    @cached_property
+    def encoder(self) -> VisionEncoder:
+        return open_encoder(Place(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
+
+    def read(self, scenes: Scenes, glyphs: Glyphs) -> dict[str, Tensor]:
+        """Scenes as drawn -> each feature of them (N, D)."""
+        images = [to_image(picture) for part in scenes.split(50) for picture in render(part, glyphs, self.side)]
+        return {
+            name: torch.cat([self.encoder.features(images[i : i + 50], feature) for i in range(0, len(images), 50)]).flatten(1)
+            for name, feature in FEATURES.items()
+        }
+
+
+def answer(features: Tensor, targets: Tensor, score: Callable[[Tensor, Tensor], float]) -> str:
+    """How well a probe of the first `TRAIN` scenes tells the targets of the others."""
+    value = score(ridge(features[:TRAIN], targets[:TRAIN], features[TRAIN:]), targets[TRAIN:])
+    return f"{value:.1%}" if score is named else f"{value:.3f}"
+
+
 # What is asked of scenes of one glyph: its targets (N, K), and how well they were found.
 ASKED: dict[str, tuple[Callable[[Scenes, Glyphs, int], Tensor], Callable[[Tensor, Tensor], float]]] = {
     "colour": (lambda scenes, _glyphs, _side: scenes.shade[:, 0], explained),
     "place": (lambda scenes, _glyphs, _side: scenes.centre[:, 0], explained),
     "size": (lambda scenes, _glyphs, _side: scenes.size[:, :1], explained),
-    "shape": (lambda scenes, glyphs, side: shapes(scenes, glyphs, side), explained),
+    "shape": (shapes, explained),
     "glyph": (lambda scenes, _glyphs, _side: one_hot(scenes.glyph[:, 0]), named),
 }
 
 
+def of_glyphs(world: World, reader: Reader, seen: bool) -> dict[str, list[str]]:
+    """For each feature, an answer for each of `ASKED`, of scenes of one glyph on one colour or two without a pattern."""
+    glyphs = world.glyphs()
+    scenes = sample_scenes(glyphs, TRAIN + TEST, world.generator(48, seen), seen_glyphs=seen, pairs=0, core=1.0)
+    scenes = loosened(replace(scenes, pattern=torch.zeros_like(scenes.pattern)), world.generator(49, seen))
+    targets = [(of(scenes, glyphs, world.side), score) for of, score in ASKED.values()]
+    return {name: [answer(x, y, score) for y, score in targets] for name, x in reader.read(scenes, glyphs).items()}
+
+
+def of_styles(world: World, reader: Reader) -> dict[str, str]:
+    """For each feature, how often it tells which hand drew a scene."""
+    styles = [world.glyphs(style) for style in ENCODED]
+    share = (TRAIN + TEST) // len(styles)
+    drawn = [sample_scenes(one, share, world.generator(50, number), pairs=0) for number, one in enumerate(styles)]
+    parts = [reader.read(scenes, one) for one, scenes in zip(styles, drawn, strict=True)]
+    hands = one_hot(torch.arange(len(styles)).repeat_interleave(share))
+    mixed = torch.randperm(len(hands), generator=world.generator(53))
+    return {name: answer(torch.cat([part[name] for part in parts])[mixed], hands[mixed], named) for name in FEATURES}
+
+
 def probe(world: World) -> None:
     world = replace(world, device="cpu")
-    encoder = open_encoder(Place(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
-
-    def read(pictures: Tensor) -> dict[str, Tensor]:
-        images = [to_image(picture) for picture in pictures]
-        return {name: encoder.features(images, feature).flatten(1) for name, feature in FEATURES.items()}
-
-    rows: dict[str, list[str]] = {}
-    glyphs, count = world.glyphs(), TRAIN + TEST
-    for label, seen in (("seen", True), ("unseen", False)):
-        scenes = sample_scenes(glyphs, count, world.generator(48, seen), seen_glyphs=seen, pairs=0, core=1.0)
-        scenes = loosened(replace(scenes, pattern=torch.zeros_like(scenes.pattern)), world.generator(49, seen))
-        parts = [read(render(part, glyphs, world.side)) for part in scenes.split(50)]
-        for name in FEATURES:
-            x = torch.cat([part[name] for part in parts])
-            cells = []
-            for targets, score in ASKED.values():
-                y = targets(scenes, glyphs, world.side)
-                value = score(ridge(x[:TRAIN], y[:TRAIN], x[TRAIN:]), y[TRAIN:])
-                cells.append(f"{value:.1%}" if score is named else f"{value:.3f}")
-            rows[f"{name}, {label} glyphs"] = cells
-    styles = [world.glyphs(style) for style in ENCODED]
-    share = count // len(styles)
-    drawn = [sample_scenes(one, share, world.generator(50, number), pairs=0) for number, one in enumerate(styles)]
-    parts = [read(render(p, one, world.side)) for one, scenes in zip(styles, drawn, strict=True) for p in scenes.split(50)]
-    y = one_hot(torch.arange(len(styles)).repeat_interleave(share))
-    mixed = torch.randperm(len(y), generator=world.generator(53))
-    for name in FEATURES:
-        x = torch.cat([part[name] for part in parts])[mixed]
-        found = named(ridge(x[:TRAIN], y[mixed][:TRAIN], x[TRAIN:]), y[mixed][TRAIN:])
-        rows[f"{name}, seen glyphs"].append(f"{found:.1%}")
+    reader = Reader(world.side)
+    rows = {
+        f"{name}, {label} glyphs": cells
+        for label, seen in (("seen", True), ("unseen", False))
+        for name, cells in of_glyphs(world, reader, seen).items()
+    }
+    for name, cell in of_styles(world, reader).items():
+        rows[f"{name}, seen glyphs"].append(cell)
         rows[f"{name}, unseen glyphs"].append("–")
     table = lines([*ASKED, "style"], rows)
     print(table)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .assemble import SHIPPED, report
 from .control import Frozen
 from .stage import World, fit, rank
-from .unet import TEXT_DROP, weighted
+from .unet import TEXT_DROP, loss
 
 PLACE = SHIPPED / "styles"
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
@@ -32,7 +32,7 @@ def train(world: World, name: str) -> None:
     def losses(step: int) -> dict[str, Tensor]:
         drawn, text = base.draw(here, world.generator(71, step, rank()[0]), TEXT_DROP)
         v = unet(drawn.noisy, drawn.t, text).sample
-        return {"v": weighted((v.float() - drawn.velocity).square(), drawn.figures)}
+        return {"v": loss(v, drawn)}
 
     lora = nn.ModuleDict({"lora": nn.ParameterList([p for p in unet.parameters() if p.requires_grad])})
     fit(world, f"style-{name}", lora, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)

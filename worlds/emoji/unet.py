@@ -11,6 +11,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
+from imprompt.training.objective import emphasis
+
 from .pool import Pool, open_pool
 from .stage import World, fit, rank
 from .text import open_tokenizer
@@ -49,12 +51,6 @@ def build_unet(world: World) -> UNet2DConditionModel:
     )
 
 
-def weighted(error: Tensor, figures: Tensor, figure: float = FIGURE) -> Tensor:
-    """The mean of errors (N, C, h, h) that weigh 1 + `figure` where all is figure (N, 1, h, h); the mean weight is 1."""
-    weight = 1 + figure * figures
-    return (error * (weight / weight.mean())).mean()
-
-
 def relaxed(step: int, steps: int, first: float, last: float) -> float:
     """How much more the figure weighs: `first`, and in the last third of the steps ever nearer to `last`."""
     return first + (last - first) * min(1.0, max(0.0, 3 * step / steps - 2))
@@ -69,6 +65,11 @@ class Draw(NamedTuple):
     figures: Tensor  # (N, 1, h, h)
     ids: Tensor  # (N, T), of the captions
     index: Tensor  # (N,), of the scenes in their pool
+
+
+def loss(v: Tensor, drawn: Draw, figure: float = FIGURE) -> Tensor:
+    """The mean square error of a predicted velocity (N, C, h, h), where the figure is 1 + `figure` times as heavy."""
+    return ((v.float() - drawn.velocity).square() * emphasis(drawn.figures, figure)).mean()
 
 
 def draw(world: World, pool: Pool, tokenizer: Any, scheduler: Any, count: int, generator: torch.Generator, *,
@@ -98,8 +99,7 @@ def train(world: World) -> None:
     def losses(step: int) -> dict[str, Tensor]:
         drawn = draw(world, pool, tokenizer, scheduler, here, world.generator(21, step, rank()[0]))
         v = unet(drawn.noisy, drawn.t, text(drawn.ids).last_hidden_state, return_dict=False)[0]
-        figure = relaxed(step, plan["steps"], *plan["figure"])
-        return {"v": weighted((v.float() - drawn.velocity).square(), drawn.figures, figure)}
+        return {"v": loss(v, drawn, relaxed(step, plan["steps"], *plan["figure"]))}
 
     modules = nn.ModuleDict({"unet": unet, "text": text})
     fit(world, "unet", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.999)

@@ -153,8 +153,8 @@ def backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, image_
             *tensors[:5], weights, offsets, gradient, sums, delta, by_query, *steps, heads, queries, key.shape[2], prompts, scale,
             width**-0.5, QUERIES.block, (unit, width, *halves(width)), **options(QUERIES),
         )  # fmt: skip
-    blocks = -(-total // SHORT_BLOCK.value)  # enough for every prompt; those without tokens end at once
-    splits = max(1, min(-(-queries // SPLIT), PROGRAMS // (blocks * prompts * heads * items)))
+    blocks = int(triton.cdiv(total, SHORT_BLOCK.value))  # enough for every prompt; those without tokens end at once
+    splits = max(1, min(int(triton.cdiv(queries, SPLIT)), PROGRAMS // (blocks * prompts * heads * items)))
     share = triton.cdiv(queries, splits)
     by_key, by_value = (query.new_empty(splits, items, heads, total, width, dtype=torch.float32) for _ in range(2))
     tensors = (query, image_key, image_value, gradient)

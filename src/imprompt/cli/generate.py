@@ -208,7 +208,7 @@ def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
     check_folder(results_at(out)[0])
     for picture in request.pictures():
         picture.check()
-    refuse_inputs(out, [picture.path for picture in request.pictures()] if results_at(out)[1] else [])
+    refuse_inputs(out, [picture.path for picture in request.pictures()])
     console = Console(stderr=True)
     with console.status(f"loading {request.model} …"), loading():
         quiet()

@@ -1,7 +1,6 @@
 """A request as it stands in the PNG that it made: enough to repeat the picture, and to notice when it cannot be."""
 
 import json
-import secrets
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pydantic import Field, PlainValidator, field_serializer, model_validator
 
 from imprompt.checked import Checked
 from imprompt.errors import ImageError, SettingError, first_line
-from imprompt.files import written_new, written_whole
+from imprompt.files import part_of, written_new, written_whole
 from imprompt.images import grid, open_image
 from imprompt.models import MODELS
 from imprompt.sampling.references import (
@@ -211,13 +210,9 @@ def save_png(picture: Image.Image, path: Path, text: str | None = None) -> Path:
 
 def save_new(picture: Image.Image, wanted: Path, text: str | None = None) -> Path:
     """Write a PNG whole under the wanted name, or the next that is free; the name that it got."""
-    part = wanted.with_name(f".{wanted.name}.{secrets.token_hex(4)}.part")
-    try:
-        with told(wanted):
-            write_png(picture, part, text)
-            return written_new(part, wanted)
-    finally:
-        part.unlink(missing_ok=True)
+    with told(wanted), part_of(wanted) as part:
+        write_png(picture, part, text)
+        return written_new(part, wanted)
 
 
 def write_png(picture: Image.Image, path: Path, text: str | None) -> None:
