@@ -15,6 +15,8 @@ from .stage import World, fit
 KL_WEIGHT = 1e-6
 CROP = 64  # pixels
 CORE = 0.1  # share of the scenes whose glyphs are of the core: for pictures all glyphs count alike
+WHOLE = {"l1": 1.0, "mse": 1.0, "slopes": 2.0}  # what errors weigh
+LAST = {"l1": 1.0, "mse": 10.0, "slopes": 1.0}  # while only the decoder learns: then large errors more
 
 
 def build(world: World) -> AutoencoderKL:
@@ -55,11 +57,11 @@ def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 
-def crops(world: World, styles: list[Glyphs], count: int, generator: torch.Generator) -> Tensor:
+def crops(world: World, styles: list[Glyphs], count: int, generator: torch.Generator, core: float = CORE) -> Tensor:
     """`count` crops (N, 3, CROP, CROP) in [-1, 1] of scenes in one drawing style; half of the times it is the world's own."""
     number = int(torch.randint(2 * (len(styles) - 1), (), generator=generator))
     glyphs = styles[number + 1] if number + 1 < len(styles) else styles[0]
-    scenes = sample_scenes(glyphs, count, generator, core=CORE)
+    scenes = sample_scenes(glyphs, count, generator, core=core)
     pictures = render(scenes, glyphs, world.side)
     places = torch.randint(world.side - CROP + 1, (count, 2), generator=generator).tolist()
     return torch.stack([p[:, y : y + CROP, x : x + CROP] for p, (y, x) in zip(pictures, places, strict=True)]) * 2 - 1
@@ -70,10 +72,11 @@ def slopes(pictures: Tensor) -> Tensor:
     return torch.cat([pictures.diff(dim=3).flatten(), pictures.diff(dim=2).flatten()])
 
 
-def errors(vae: AutoencoderKL, latents: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """What decoding latents (N, C, h, h) lacks of the pictures x (N, 3, S, S)."""
+def errors(vae: AutoencoderKL, latents: Tensor, x: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
+    """What decoding latents (N, C, h, h) lacks of the pictures x (N, 3, S, S), each kind of error times its weight."""
     y = vae.decode(latents).sample.float()
-    return {"l1": F.l1_loss(y, x), "mse": F.mse_loss(y, x), "slopes": 2 * F.l1_loss(slopes(y), slopes(x))}
+    found = {"l1": F.l1_loss(y, x), "mse": F.mse_loss(y, x), "slopes": F.l1_loss(slopes(y), slopes(x))}
+    return {name: weights[name] * error for name, error in found.items()}
 
 
 def train(world: World) -> None:
@@ -85,7 +88,7 @@ def train(world: World) -> None:
     def losses(step: int) -> dict[str, Tensor]:
         x = crops(world, styles, plan["batch"], world.generator(1, step)).to(world.device)
         latents = vae.encode(x).latent_dist
-        return errors(vae, latents.sample(), x) | {"kl": KL_WEIGHT * latents.kl().float().mean()}
+        return errors(vae, latents.sample(), x, WHOLE) | {"kl": KL_WEIGHT * latents.kl().float().mean()}
 
     fit(world, "vae", nn.ModuleDict({"vae": vae}), losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
 
@@ -107,10 +110,10 @@ def train_decoder(world: World) -> None:
     parts = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
 
     def losses(step: int) -> dict[str, Tensor]:
-        x = crops(world, styles, plan["batch"], world.generator(4, step)).to(world.device)
+        x = crops(world, styles, plan["batch"], world.generator(4, step), core=0.5).to(world.device)
         with torch.no_grad():
             latents = vae.encode(x).latent_dist.sample()
-        return errors(vae, latents, x)
+        return errors(vae, latents, x, LAST)
 
     fit(world, "decoder", parts, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
     vae.save_pretrained(world.folder / "vae")
