@@ -25,7 +25,6 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "scenes": ("assemble", "scenes", 0),
     "held-out": ("assemble", "held_out", 0),
     "adapters": ("assemble", "adapters", 0),
-    "reproduce": ("reproduce", "reproduce", 0),
     "optimizers": ("optimizers", "compare", 0),
     "ship": ("assemble", "ship", 0),
     "evaluate": ("evaluate", "evaluate", 0),
@@ -38,7 +37,7 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "claims": ("page", "measure_all", 0),
 }
 
-APART = ("reproduce", "optimizers", "blind", "compose", "rivals", "claims")  # studies, which make nothing that ships
+APART = ("optimizers", "blind", "compose", "rivals", "claims")  # studies, which make nothing that ships
 ALL = [name for name in STAGES if name not in APART]
 
 

@@ -20,9 +20,9 @@ from imprompt.training.watch import Metrics
 from .assemble import RECIPES, places
 from .evaluate import SETS, follow
 from .marks import fill, lines
-from .reproduce import GUIDE
-from .stage import World
+from .stage import HERE, World
 
+GUIDE = HERE.parents[1] / "docs" / "training.md"
 VARIANT = "plus"
 STEPS, EVERY, SEEDS = 600, 50, (1, 2, 3)
 SCENES = 64  # on which results are measured
