@@ -19,7 +19,7 @@ LABEL = 20  # pixels of a line of labels
 def draw_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
     """Cells in rows under their columns' labels, each row with a label of its own beneath it if there is one."""
     font, pitch = ImageFont.load_default(12), CELL + 6
-    head = font.font_variant(size=min(12.0, 12 * (CELL - 4) / max(font.getlength(label) for label in columns)))
+    head = font.font_variant(size=min(12.0, 12 * (CELL - 4) / max(1.0, *map(font.getlength, columns))))
     height = CELL + 6 + (LABEL if any(label for label, _ in rows) else 0)
     page = Image.new("RGB", (len(columns) * pitch - 6, LABEL + len(rows) * height - 6), "white")
     pen = ImageDraw.Draw(page)
