@@ -59,8 +59,9 @@ def fill_pool(world: World, style: str = OWN) -> None:
     glyphs = world.glyphs(style)
     vae = AutoencoderKL.from_pretrained(world.folder / "vae").to(world.device)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-    chunk = min(CHUNK, world["pool"])
-    for number in range(rank()[0] * chunk, world["pool"], rank()[1] * chunk):
+    count = world["pool"] if style == OWN else world["pool"] // 2  # fewer steps learn from another style's
+    chunk = min(CHUNK, count)
+    for number in range(rank()[0] * chunk, count, rank()[1] * chunk):
         path = world.folder / f"pool-{style}-{number:06d}.pt"
         if path.exists():
             continue
