@@ -26,6 +26,7 @@ JUDGE, NAMER, HANDS, HELD_OUT = (HERE / name for name in ("judge", "namer", "han
 ADAPTERS = ("base", "plus")
 RECIPES = HERE.parents[1] / "recipes"
 DEMO = {"demo.png": ("fox", "mint"), "demo-other.png": ("rocket", "yellow"), "demo-edges.png": ("butterfly", "white")}
+CORE = 0.3  # share of the scenes whose glyphs are of the core: what adapters learn of shapes they learn from all
 LIMIT = 55e6  # bytes: the wheel has room for 60 MB
 
 
@@ -97,7 +98,7 @@ def write_scenes(world: World, folder: Path, count: int, salt: int) -> None:
     lines = []
     for start in range(0, count, 1000):
         generator = world.generator(salt, start)
-        chunk = sample_scenes(glyphs, min(1000, count - start), generator)
+        chunk = sample_scenes(glyphs, min(1000, count - start), generator, core=CORE)
         drawn = (torch.cat([draw(part, glyphs, world.side) for part in chunk.split(50)]) for draw in (render, figures))
         pictures, masks = ((part * 255).round().byte().permute(0, 2, 3, 1).numpy() for part in drawn)
         texts = captions(chunk, glyphs, generator)
