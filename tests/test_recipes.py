@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TRAINED = {
     "emoji-base": 624_768,
-    "emoji-plus": 1_385_472,
+    "emoji-plus": 1_394_688,
     "sd15-base": 22_319_616,
     "sd15-full": 21_794_304,
     "sd15-plus": 49_087_488,
