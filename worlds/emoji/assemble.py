@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
@@ -35,7 +35,8 @@ def assemble(world: World) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "base", dtype=torch.float16)
     encoder = CLIPVisionModelWithProjection.from_pretrained(world.folder / "clip" / "image_encoder", dtype=torch.float16)
     processor = CLIPImageProcessorPil.from_pretrained(world.folder / "clip" / "feature_extractor")
-    pipeline.register_modules(image_encoder=encoder, feature_extractor=processor)
+    vae = AutoencoderKL.from_pretrained(world.folder / "vae", dtype=torch.float16)  # its decoder may have been trained on since
+    pipeline.register_modules(vae=vae, image_encoder=encoder, feature_extractor=processor)
     for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "feature_extractor"):
         shutil.rmtree(SHIPPED / part, ignore_errors=True)
     pipeline.save_pretrained(SHIPPED)
