@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .assemble import SHIPPED, report
 from .control import Frozen
+from .pool import fill_pool
 from .stage import World, fit, rank
 from .unet import TEXT_DROP, loss
 
@@ -24,6 +25,7 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut",
 
 def train(world: World, name: str) -> None:
     torch.manual_seed(world.seed + 7)
+    fill_pool(world, name)  # not in the first step, whose autocast is not meant for it
     plan, base = world["style"], Frozen(world, name)
     unet = base.pipe.unet
     unet.add_adapter(LoraConfig(r=plan["rank"], lora_alpha=plan["rank"], target_modules=LAYERS), name)
