@@ -63,7 +63,9 @@ def alone(place: Place) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoded(place: Place, alone: Path) -> Place:  # noqa: ARG001 - what it has trained has encoded the features that others read
+def encoded(place: Place, alone: Path) -> Place:
+    """The place after a run, which has encoded the features that others read."""
+    assert (alone / "latest").exists()
     return place
 
 

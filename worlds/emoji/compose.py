@@ -222,7 +222,7 @@ def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
         rows.append((f"text: {text or '(none)'}", [real[0], *cells]))
     draw_sheet(DOCS / "scale-and-text.jpg", ["prompt", *(f"scale {scale}" for scale in SCALES)], rows)
     named = (scenes.glyph[:, 0] + 7) % glyphs.core
-    texts = ["a " + glyphs.names[g] for g in named.tolist()]
+    texts = [article(glyphs.names[g]) for g in named.tolist()]
     table = {}
     for scale in SCALES:
         made = studio.draw(COUNT, Heard(real, scale), texts=texts, steps=SWEEP_STEPS)

@@ -4,7 +4,6 @@ The base is frozen and no image-prompt adapter takes part: what the two do toget
 pixels a side, C channels of a latent, h latent pixels a side.
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from .assemble import SHIPPED, report, tidy
 from .edges import edges
-from .glyphs import OWN
 from .pool import Pool, open_pool
 from .scenes import render
 from .stage import World, fit, rank
@@ -28,26 +26,22 @@ EMBEDDING = (16, 32, 48, 64)  # channels of the map's own convolutions, as many 
 class Frozen:
     """The base model as a teacher of additions to it, and the samples that they learn from."""
 
-    def __init__(self, world: World, style: str = OWN) -> None:
-        self.world, self.style = world, style
+    def __init__(self, world: World) -> None:
+        self.world = world
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(SHIPPED)
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).to(world.device)
         if world.device == "cpu":
             self.pipe.unet.set_attn_processor(AttnProcessor())  # see unet.py
 
-    @cached_property
-    def pool(self) -> Pool:
-        return open_pool(self.world, self.style)
-
     @property
     def embedding(self) -> tuple[int, ...]:
         """Channels of convolutions with as many strides of 2 as lead from pixels to latents."""
         return EMBEDDING[: len(self.pipe.vae.config.block_out_channels)]
 
-    def draw(self, count: int, generator: torch.Generator, drop: float, power: float = 1.0) -> tuple[Draw, Tensor]:
+    def draw(self, pool: Pool, count: int, generator: torch.Generator, drop: float, power: float = 1.0) -> tuple[Draw, Tensor]:
         """Samples of the pool, and their captions' text states (N, T, D), a share `drop` of which is of no text."""
-        drawn = draw(self.world, self.pool, self.pipe.tokenizer, self.pipe.scheduler, count, generator, drop=drop, power=power)
+        drawn = draw(self.world, pool, self.pipe.tokenizer, self.pipe.scheduler, count, generator, drop=drop, power=power)
         with torch.no_grad():
             return drawn, self.pipe.text_encoder(drawn.ids).last_hidden_state
 
@@ -63,13 +57,13 @@ def build(base: Frozen) -> ControlNetModel:
 
 def train(world: World) -> None:
     torch.manual_seed(world.seed + 5)
-    plan, base = world["control"], Frozen(world)
-    net, pool = build(base), base.pool
+    plan, base, pool = world["control"], Frozen(world), open_pool(world)
+    net = build(base)
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
         # Noisier timesteps more often: where a shape lies is decided while there is most noise.
-        drawn, text = base.draw(here, world.generator(61, step, rank()[0]), TEXT_DROP, power=2.0)
+        drawn, text = base.draw(pool, here, world.generator(61, step, rank()[0]), TEXT_DROP, power=2.0)
         maps = edges(render(pool.scenes[drawn.index], pool.glyphs, world.side)).to(world.device)
         down, mid = net(drawn.noisy, drawn.t, text, controlnet_cond=maps, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}

@@ -23,12 +23,11 @@ from .measures import RIGHT, Namer, colour_error, embed, figure, middle, outline
 from .scenes import COLOUR_NAMES, PALETTE, UNSEEN_COLOURS, Scenes, article, moved, render, sample_scenes, shuffled, to_image
 from .sheets import draw_sheet, sheet
 from .stage import HERE, World
-from .studio import Studio
+from .studio import FRONT, Studio
 from .vae import psnr, reconstruct
 
 DOCS = HERE.parents[1] / "docs" / "emoji"
 COUNT = 128
-FRONT = "plus"  # the adapter whose results stand in the README
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt beside a text
 
 
@@ -80,7 +79,7 @@ def measured(prompts: Tensor, made: Tensor, glyphs: Glyphs, scenes: Scenes, gene
     alone = (scenes.glyph[:, 1] < 0) & (scenes.pattern == 0)  # where a figure's middle can be told
     place = (middle(figure(made, scenes)) - middle(figure(prompts, scenes))).norm(dim=1)
     return {
-        "retrieval": (embed(made) @ embed(prompts).T).argmax(1).eq(torch.arange(len(made))).float(),
+        "retrieval": retrieval(embed(made), embed(prompts)),
         "own glyph": named.where((scenes.glyph < glyphs.seen).all(1), torch.nan),
         "colour error": colour_error(made, scenes),
         "another's": colour_error(made, other),
@@ -126,8 +125,8 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             f"{article(glyphs.names[g])} on {article(COLOUR_NAMES[c])} background"
             for g, c in zip(named.tolist(), colours.tolist(), strict=True)
         ]
-        starts = range(0, count, 32)
-        made = torch.cat([studio.draw(len(part), texts=part, seed=i) for i in starts for part in [texts[i : i + 32]]])
+        parts = {start: texts[start : start + 32] for start in range(0, count, 32)}
+        made = torch.cat([studio.draw(len(part), texts=part, seed=start) for start, part in parts.items()])
         ground = torch.tensor(list(PALETTE.values()))[colours]
         edge = torch.cat([made[:, :, :6].flatten(2), made[:, :, -6:].flatten(2)], 2).mean(2)
         rows[label] = means(
@@ -148,7 +147,7 @@ def check_judge(glyphs: Glyphs, world: World) -> Row:
     scenes = sample_scenes(glyphs, count_of(world), generator, pairs=0)
     pictures, redrawn = (render(drawn, glyphs, world.side) for drawn in (scenes, moved(scenes, generator)))
     return {
-        "scene drawn again found": retrieval(embed(redrawn), embed(pictures)),
+        "scene drawn again found": retrieval(embed(redrawn), embed(pictures)).mean().item(),
         "glyph named": Namer.load().glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
     }
 

@@ -73,9 +73,9 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 255
 
 
-def retrieval(found: Tensor, prompts: Tensor) -> float:
-    """How often a result's nearest prompt, of all, is its own. Embeddings (N, E)."""
-    return (found @ prompts.T).argmax(1).eq(torch.arange(len(found))).float().mean().item()
+def retrieval(found: Tensor, prompts: Tensor) -> Tensor:
+    """Whether a result's nearest prompt, of all, is its own. Embeddings (N, E) -> 0 or 1 (N,)."""
+    return (found @ prompts.T).argmax(1).eq(torch.arange(len(found))).float()
 
 
 def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .assemble import SHIPPED, report
 from .control import Frozen
-from .pool import fill_pool
+from .pool import open_pool
 from .stage import World, fit, rank
 from .unet import TEXT_DROP, loss
 
@@ -25,14 +25,13 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut",
 
 def train(world: World, name: str) -> None:
     torch.manual_seed(world.seed + 7)
-    fill_pool(world, name)  # not in the first step, whose autocast is not meant for it
-    plan, base = world["style"], Frozen(world, name)
+    plan, base, pool = world["style"], Frozen(world), open_pool(world, name)
     unet = base.pipe.unet
     unet.add_adapter(LoraConfig(r=plan["rank"], lora_alpha=plan["rank"], target_modules=LAYERS), name)
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
-        drawn, text = base.draw(here, world.generator(71, step, rank()[0]), TEXT_DROP)
+        drawn, text = base.draw(pool, here, world.generator(71, step, rank()[0]), TEXT_DROP)
         v = unet(drawn.noisy, drawn.t, text).sample
         return {"v": loss(v, drawn)}
 
