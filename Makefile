@@ -1,4 +1,4 @@
-# make demo   install what is missing, then make four pictures from one image prompt
+# make demo   install what is missing, then make a sheet of what image prompts do
 # make test   install what is missing, then run the fast tests
 # make bench  measure what this machine can (long on a CPU), then write docs/benchmarks.md
 # make claims  measure the paper's claims on the packaged model (under an hour), then write docs/claims.md

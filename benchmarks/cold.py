@@ -19,12 +19,13 @@ from typing import Any
 from benchmarks.record import Bar, Outcome, Record, join, note, options, parsed, spread, table, verdicts
 from benchmarks.turns import take_turns
 from imprompt.checkpoint import read_adapter, write_adapter
+from imprompt.cli import demo
 from imprompt.errors import ImpromptError
 from imprompt.models import PACKAGED
 
 TITLE = "From a cold process to the first picture"
 PICTURE = PACKAGED / "emoji" / "demo.png"
-GENERATE, DEMO, HELP = "imprompt generate", "imprompt demo (four pictures)", "imprompt --help"
+GENERATE, DEMO, HELP = "imprompt generate", "imprompt demo", "imprompt --help"
 SCRIPT = "a script of diffusers"
 BARS = {DEMO: 10.0, HELP: 0.3}  # seconds
 
@@ -76,7 +77,7 @@ def compared(folder: Path, device: str) -> Iterator[tuple[str, int, dict[str, li
     theirs = [sys.executable, "-m", "benchmarks.cold_diffusers", str(adapter), str(PICTURE), str(out), device]
     generate = [*ours, "generate", str(PICTURE), "--seed", "7", "--out", str(out), "--device", device]
     yield "the first picture", 1, {SCRIPT: theirs, GENERATE: generate}
-    yield "the demo", 4, {DEMO: [*ours, "demo", "--out", str(folder / "demo")]}
+    yield "the demo", demo.RESULTS * len(demo.LABELS), {DEMO: [*ours, "demo", "--out", str(folder / "demo")]}
     yield "the help page", 1, {HELP: [*ours, "--help"]}
 
 

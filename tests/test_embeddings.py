@@ -272,7 +272,7 @@ def photos(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize(("adapter", "shape"), [("base", (2, 256)), ("plus", (2, 65, 160))])
+@pytest.mark.parametrize(("adapter", "shape"), [("base", (2, 256)), ("plus", (2, 101, 192))])
 def test_pictures_embedded_for_the_packaged_model(adapter: str, shape: tuple[int, ...], photos: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "a.safetensors"
     said = embed(*photos, "--out", out, "--adapter", adapter)

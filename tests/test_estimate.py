@@ -140,11 +140,11 @@ def test_sd15_is_as_published() -> None:
 
 
 def test_the_packaged_model_is_read_from_its_folder() -> None:
-    for variant, sizes in (("base", {}), ("plus", {"depth": 2})):
+    for variant, sizes in (("base", {}), ("plus", {"depth": 2, "tokens": 64})):
         found = estimate(recipe(variant=variant, **sizes), CPU)
         assert found.trained == read_adapter(MODELS["emoji"].adapters[variant].file.fetch_file()).parameters
-    assert base_structure(MODELS["emoji"]).side == 64
-    assert found.encoded == 2 * (2 * 4 * 16 * 16 + 24 * 192 + 65 * 160)
+    assert base_structure(MODELS["emoji"]).side == 128
+    assert found.encoded == 2 * (2 * 4 * 16 * 16 + 24 * 192 + 101 * 192)
     masked = estimate(recipe(variant="plus", depth=2, data={"columns": {"mask": "mask"}}), CPU)
     assert masked.encoded == found.encoded + 16 * 16
 
@@ -196,7 +196,7 @@ def test_what_is_kept_of_each_weight() -> None:
 def test_rows_are_for_people() -> None:
     found = estimate(recipe(), CPU)
     table = dict(rows(found))
-    assert table["trained parameters"] == "624,768"
+    assert table["trained parameters"] == "640,128"
     assert table["features"] == "13.82 kB a sample on disk"
     assert "for 4 samples, if 30% of the 100 TFLOP/s that this CPU" in table["step"]
     assert table["run"].endswith("for 100 steps")

@@ -18,8 +18,8 @@ STEPS = 3
 
 
 def picture(background: str, shape: str = "red") -> Image.Image:
-    image = Image.new("RGB", (64, 64), background)
-    ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=shape)
+    image = Image.new("RGB", (128, 128), background)
+    ImageDraw.Draw(image).ellipse((32, 32, 96, 96), fill=shape)
     return image
 
 
@@ -124,18 +124,18 @@ def test_image_to_image_and_inpainting(pipe: ImagePromptPipeline) -> None:
     start = picture("white", "black")
     weak, strong = (pipe(BLUE, init_image=start, strength=s, seed=1, steps=10).images[0] for s in (0.2, 1.0))
     assert np.abs(values(weak) - values(start)).mean() < np.abs(values(strong) - values(start)).mean()
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (32, 0, 64, 64))
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (64, 0, 128, 128))
     painted = pipe(BLUE, init_image=start, mask_image=mask, strength=1.0, seed=1, steps=10).images[0]
-    assert np.array_equal(values(painted)[:, :32], values(start)[:, :32])
-    assert np.abs(values(painted)[:, 40:] - values(start)[:, 40:]).mean() > 10
+    assert np.array_equal(values(painted)[:, :64], values(start)[:, :64])
+    assert np.abs(values(painted)[:, 80:] - values(start)[:, 80:]).mean() > 10
 
 
 def test_sizes(pipe: ImagePromptPipeline) -> None:
     assert pipe(BLUE, width=96, height=48, seed=0, steps=1).images[0].size == (96, 48)
     wide = pipe(BLUE, init_image=Image.new("RGB", (400, 100)), seed=0, steps=2).images[0]
-    assert wide.size == (128, 32)  # the native area in the first picture's shape
-    with pytest.raises(SettingError, match=r"width = 66: .* multiples of 4, such as 64 or 68"):
+    assert wide.size == (256, 64)  # the native area in the first picture's shape
+    with pytest.raises(SettingError, match=r"width = 66: .* multiples of 8, such as 64 or 72"):
         pipe(BLUE, width=66)
 
 

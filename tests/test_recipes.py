@@ -18,8 +18,8 @@ from imprompt.variants import TRAINABLE
 FOLDER = Path(__file__).parents[1] / "recipes"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TRAINED = {
-    "emoji-base": 624_768,
-    "emoji-plus": 1_394_688,
+    "emoji-base": 640_128,
+    "emoji-plus": 1_416_192,
     "sd15-base": 22_319_616,
     "sd15-full": 21_794_304,
     "sd15-plus": 49_087_488,

@@ -206,7 +206,7 @@ def test_features_of_another_encoder_or_size_are_refused(folder: Path, tmp_path:
     kept = tmp_path / "kept"
     loop.train(recipe(folder, tmp_path / "run", 1, data={"features": kept}))
     for changes, words in (
-        ({"data": {"features": kept, "size": 32}}, "size 64 .this recipe: 32"),
+        ({"data": {"features": kept, "size": 32}}, "size 128 .this recipe: 32"),
         ({"data": {"features": kept}, "variant": "plus"}, "feature .*pooled.*penultimate"),
         ({"data": {"features": kept, "flip": True}}, "flip false .this recipe: true"),
     ):
@@ -232,7 +232,7 @@ def test_a_run_starts_from_a_given_adapter(folder: Path, tmp_path: Path) -> None
     run = loop.Run(recipe(folder, tmp_path / "second", 2, start=str(first)), Watcher())
     given = loop.load_adapter(first, run.twin.family)[0].state_dict()
     assert all(torch.equal(given[key], value) for key, value in run.trainer.weights().items())
-    with pytest.raises(MismatchError, match="is a base adapter of 256-wide features; this recipe trains a plus one of 160-wide"):
+    with pytest.raises(MismatchError, match="is a base adapter of 256-wide features; this recipe trains a plus one of 192-wide"):
         loop.train(recipe(folder, tmp_path / "third", 2, start=str(first), variant="plus"))
 
 

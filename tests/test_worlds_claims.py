@@ -37,7 +37,8 @@ def method(base: Base, request: pytest.FixtureRequest) -> Iterator[Conditioned]:
 
 def inputs(base: Base) -> tuple[Tensor, Tensor, Tensor, Seen]:
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.rand(2, 3, SIDE, SIDE, generator=generator) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
+    patches = torch.rand(2, 3, 4, 4, generator=generator) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
+    pictures = torch.nn.functional.interpolate(patches, (SIDE, SIDE))
     x = torch.randn(2, 4, base.unet.config.sample_size, base.unet.config.sample_size, generator=generator)
     return x, torch.tensor([300, 800]), base.read(["a cow", ""]), base.see(pictures)
 

@@ -110,7 +110,7 @@ MODELS = {
     for model in (
         KnownModel(
             "emoji",
-            "small world of emoji, 64 px, packaged: works offline on a laptop",
+            "small world of emoji, 128 px, packaged: works offline on a laptop",
             Place("", "emoji"),
             {name: KnownAdapter(Place("", f"emoji/adapters/{name}.safetensors"), EMOJI_ENCODER) for name in ("base", "plus")},
             controlnets={"edges": Place("", "emoji/controlnets/edges")},

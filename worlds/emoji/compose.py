@@ -164,7 +164,7 @@ def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
     maps, true = edges(a), figure(a, form)
     results = {
-        "edges + B": studio.draw(COUNT, Heard(b), maps=maps),
+        **{f"edges + B, scale {scale}": studio.draw(COUNT, Heard(b, scale), maps=maps) for scale in (1.0, 0.5, 0.35)},
         "B without edges": studio.draw(COUNT, Heard(b)),
         "edges alone": studio.draw(COUNT, maps=maps),
     }

@@ -34,11 +34,6 @@ class Frozen:
         if world.device == "cpu":
             self.pipe.unet.set_attn_processor(AttnProcessor())  # see unet.py
 
-    @property
-    def embedding(self) -> tuple[int, ...]:
-        """Channels of convolutions with as many strides of 2 as lead from pixels to latents."""
-        return EMBEDDING[: len(self.pipe.vae.config.block_out_channels)]
-
     def draw(self, pool: Pool, count: int, generator: torch.Generator, drop: float, power: float = 1.0) -> tuple[Draw, Tensor]:
         """Samples of the pool, and their captions' text states (N, T, D), a share `drop` of which is of no text."""
         drawn = draw(self.world, pool, self.pipe.tokenizer, self.pipe.scheduler, count, generator, drop=drop, power=power)
@@ -47,9 +42,12 @@ class Frozen:
 
 
 def build(base: Frozen) -> ControlNetModel:
-    """The encoder half of the base, copied. The map's embedding starts away from zero: the zero convolutions behind it do."""
-    net = ControlNetModel.from_unet(base.pipe.unet, conditioning_embedding_out_channels=base.embedding).requires_grad_(True)
-    nn.init.kaiming_uniform_(net.controlnet_cond_embedding.conv_out.weight, nonlinearity="linear")
+    """The encoder half of the base, copied. What the map passes starts as large as what comes in: the zero convolutions behind
+    it start at nothing, and eight convolutions as they are by default would leave nothing of the map."""
+    net = ControlNetModel.from_unet(base.pipe.unet, conditioning_embedding_out_channels=EMBEDDING).requires_grad_(True)
+    for module in net.controlnet_cond_embedding.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
     if base.world.device == "cpu":
         net.set_attn_processor(AttnProcessor())
     return net

@@ -66,7 +66,8 @@ class Namer:
 def by_hand(pictures: Tensor, style: str) -> Tensor:
     """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0 or 1 (N,)."""
     hands = Namer.load(HANDS)
-    return hands.glyph(pictures).eq(hands.network.config.label2id[style]).float()
+    number = [*hands.network.config.id2label.values()].index(style)
+    return hands.glyph(pictures).eq(number).float()
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

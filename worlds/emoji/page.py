@@ -45,13 +45,13 @@ A claim is undecided where an interval holds what it would have to leave out.
 Numbers are means with 95 % bootstrap intervals over scenes ({resamples} resamples; the seeds of a scene are drawn together).
 *CLIP-I* and *CLIP-T* (to the scene's caption, which was not given) are cosines of the judge, an encoder of its own seed and size
 that conditioned nothing (its scale is not that of OpenAI's CLIP); *found again*: of {scenes} prompts the result's nearest is its
-own; *own glyph* and *text's glyph*: as named by a classifier of the 72 glyphs, or by the judge, whose likeliest name it is;
+own; *own glyph* and *text's glyph*: as named by a classifier of the seen glyphs, or by the judge, whose likeliest name it is;
 *colour error*: of the background's mean along the picture's edge, of 255, and *background error*: place by place; *image's
 palette*: a colour error under a quarter of the mean one to another scene; *both*: text's glyph in the image's palette; *outline
 likeness*: cosine of oriented gradients on an 8×8 grid; *place error*: of the figure's middle, where 2 is the picture's side, on the
 {plain} plain backgrounds; *outline IoU*: of edges widened by a pixel; *diversity*: 1 − cosine likeness of a scene's pictures, of
-the first half of the scenes. Sheets show the first {rows} scenes, the first seed of each; *without*: scale 0; *as ink*: what ink
-would make of the prompt.
+the first half of the scenes. Sheets show the first {rows} scenes, the first seed of each; *without*: scale 0; *as flat*: the
+prompt drawn by that style's hand.
 
 | # | claim | holds here |
 |---|---|---|

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel
-from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,7 +27,7 @@ from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler
 
 from .assemble import weights_in
-from .control import Frozen
+from .control import Frozen, build
 from .pool import latents_of
 from .scenes import to_image
 from .stage import World, fit
@@ -142,7 +140,7 @@ class Style(Conditioned):
         wide = base.encoder.feature_dim("penultimate")
         self.norm_in, self.norm_out = nn.LayerNorm(wide), nn.LayerNorm(wide)
         self.queries = nn.Parameter(wide**-0.5 * torch.randn(1, tokens, wide))
-        layer = nn.TransformerEncoderLayer(wide, 5, 4 * wide, 0.0, F.gelu, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(wide, wide // 32, 4 * wide, 0.0, F.gelu, batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.project = nn.Parameter(wide**-0.5 * torch.randn(wide, width(base)))
 
@@ -157,11 +155,8 @@ class Shuffle(Conditioned):
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
-        self.net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=base.embedding).requires_grad_(True)
+        self.net = build(base)
         self.net.register_to_config(global_pool_conditions=True)
-        nn.init.kaiming_uniform_(self.net.controlnet_cond_embedding.conv_out.weight, nonlinearity="linear")
-        if base.world.device == "cpu":
-            self.net.set_attn_processor(AttnProcessor())
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
         down, mid = self.net(x, t, text, controlnet_cond=warped(seen.pixels), conditioning_scale=scale, return_dict=False)

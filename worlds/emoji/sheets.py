@@ -36,10 +36,9 @@ def draw_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Seq
 
 
 def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: int = 6) -> None:
-    """Prompt and result side by side, enlarged twice."""
+    """Prompt and result side by side."""
     cells = [to_image(torch.cat(pair, 2)) for pair in zip(prompts[:pairs], made[:pairs], strict=True)]
-    picture = grid(cells, columns=columns, gap=6)
-    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS).save(path, quality=88)
+    grid(cells, columns=columns, gap=6).save(path, quality=88)
 
 
 def draw_curves(path: Path, along: str, xs: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> None:

@@ -25,10 +25,10 @@ app = typer.Typer(
 
 def commands() -> None:
     """Register every command, once."""
-    from imprompt.cli import adapters, data, embed, evaluate, generate, train
+    from imprompt.cli import adapters, data, demo, embed, evaluate, generate, train
 
     if not app.registered_commands:
-        for module in (generate, embed, train, data, evaluate, adapters):
+        for module in (generate, demo, embed, train, data, evaluate, adapters):
             module.register(app)
 
 

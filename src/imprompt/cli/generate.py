@@ -1,8 +1,7 @@
-"""`imprompt generate`, `imprompt demo`, `imprompt models` and `imprompt blocks`."""
+"""`imprompt generate`, `imprompt models` and `imprompt blocks`."""
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     app.command()(generate)
-    app.command()(demo)
     app.command()(models)
     app.command()(blocks)
 
@@ -223,19 +221,6 @@ def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
     for path in paths[len(result.seeds) :]:
         print(f"{path}  all of them")
     return paths
-
-
-def demo(out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out")) -> None:
-    """Make four pictures from one image prompt with the packaged model, and say how long it took."""
-    from imprompt.models import PACKAGED
-    from imprompt.sampling.record import Request
-
-    start = time.monotonic()
-    prompt = PACKAGED / "emoji" / "demo.png"
-    request = Request.model_validate({"images": [prompt], "settings": {"num_images": 4, "seed": 7}})
-    paths = run(request, out)
-    print(f"Four pictures that follow {prompt}: {time.monotonic() - start:.1f} s, model load included.")
-    print(f"See {paths[-1]}; more: imprompt generate --help")
 
 
 def models() -> None:
