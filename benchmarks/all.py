@@ -1,4 +1,6 @@
-"""Every benchmark that suits the device, one after the other, each with a time limit; then the page.
+"""Every benchmark that suits the device, one after the other, each with a time limit.
+
+Then the page.
 
     python -m benchmarks.all                              # this machine: what `make bench` runs
     python -m benchmarks.all --device cuda --out DIR      # a GPU machine, in about 10 minutes
@@ -41,13 +43,21 @@ STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", choices=STAGES, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of the numbers ({RESULTS.name}/)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.all", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--device", choices=STAGES, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help=f"folder of the numbers ({RESULTS.name}/)"
+    )
     parser.add_argument("--only", nargs="+", metavar="QUESTION", help="some of them")
     args = parser.parse_args(arguments)
     stages = [row for row in STAGES[args.device] if args.only is None or row[0] in args.only]
-    failed = [question for question, limit, asked in stages if not stage(question, limit, asked, args)]
+    failed = [
+        question for question, limit, asked in stages if not stage(question, limit, asked, args)
+    ]
     if args.out == RESULTS:
         page.main()
     if failed:
@@ -66,7 +76,9 @@ def stage(question: str, limit: int, asked: Sequence[str], args: argparse.Namesp
         code = subprocess.run(command, timeout=limit, check=False).returncode
     except subprocess.TimeoutExpired:
         code = None
-    told = {0: "done", None: f"cut off at its limit of {limit} s"}.get(code, f"failed with exit code {code}")
+    told = {0: "done", None: f"cut off at its limit of {limit} s"}.get(
+        code, f"failed with exit code {code}"
+    )
     note(f"{question}: {told} after {time.monotonic() - start:.0f} s")
     return code == 0
 

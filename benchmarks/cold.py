@@ -1,9 +1,10 @@
-"""From a new process to its first picture: `imprompt generate` on the packaged model, beside a script of diffusers.
+"""From a new process to its first picture: `imprompt generate` on the packaged model, beside a
+script of diffusers.
 
     python -m benchmarks.cold
 
-Every number is of a whole process, start and end included. The files it reads are in the system's cache: the first turn, which
-does not count, has read them.
+Every number is of a whole process, start and end included. The files it reads are in the system's
+cache: the first turn, which does not count, has read them.
 """
 
 import argparse
@@ -16,9 +17,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.record import Bar, Outcome, Record, join, note, options, parsed, spread, table, verdicts
+from benchmarks.record import (
+    Bar,
+    Outcome,
+    Record,
+    join,
+    note,
+    options,
+    parsed,
+    spread,
+    table,
+    verdicts,
+)
 from benchmarks.turns import take_turns
-from imprompt.checkpoint import read_adapter, write_adapter
+from imprompt.checkpoints.adapters import read_adapter, write_adapter
 from imprompt.cli import demo
 from imprompt.errors import ImpromptError
 from imprompt.models import PACKAGED
@@ -31,7 +43,10 @@ BARS = {DEMO: 10.0, HELP: 0.3}  # seconds
 
 
 class Process:
-    """A command, run as a process of its own; see `benchmarks.turns.Turn`. ImpromptError if it fails."""
+    """A command, run as a process of its own; see `benchmarks.turns.Turn`.
+
+    ImpromptError if it fails.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = command
@@ -41,7 +56,9 @@ class Process:
         for _ in range(steps):
             done = subprocess.run(self.command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise ImpromptError(f"{' '.join(self.command)} failed: {done.stderr.strip()[-500:]}")
+                raise ImpromptError(
+                    f"{' '.join(self.command)} failed: {done.stderr.strip()[-500:]}"
+                )
         return (time.perf_counter() - start) / steps, None
 
     def peak(self) -> tuple[float, float]:
@@ -65,25 +82,56 @@ def run(args: argparse.Namespace) -> Iterator[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         for what, batch, commands in compared(Path(folder), args.device):
             turns = {name: Process(command) for name, command in commands.items()}
-            loops = take_turns(turns, args.rounds, 1, lambda name, seconds: note(f"{name}: {seconds:.2f} s"))
-            yield Outcome({"device": args.device, "model": "emoji", "what": what, "batch": batch}, loops)
+            loops = take_turns(
+                turns, args.rounds, 1, lambda name, seconds: note(f"{name}: {seconds:.2f} s")
+            )
+            yield Outcome(
+                {"device": args.device, "model": "emoji", "what": what, "batch": batch}, loops
+            )
 
 
 def compared(folder: Path, device: str) -> Iterator[tuple[str, int, dict[str, list[str]]]]:
     """What is done, how many pictures that gives, and the commands that do it."""
     adapter, out = folder / "emoji.safetensors", folder / "out.png"
-    write_adapter(adapter, read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors"), layout="paper")
+    write_adapter(
+        adapter, read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors"), layout="paper"
+    )
     ours = [sys.executable, "-m", "imprompt"]
-    theirs = [sys.executable, "-m", "benchmarks.cold_diffusers", str(adapter), str(PICTURE), str(out), device]
-    generate = [*ours, "generate", str(PICTURE), "--seed", "7", "--out", str(out), "--device", device]
+    theirs = [
+        sys.executable,
+        "-m",
+        "benchmarks.cold_diffusers",
+        str(adapter),
+        str(PICTURE),
+        str(out),
+        device,
+    ]
+    generate = [
+        *ours,
+        "generate",
+        str(PICTURE),
+        "--seed",
+        "7",
+        "--out",
+        str(out),
+        "--device",
+        device,
+    ]
     yield "the first picture", 1, {SCRIPT: theirs, GENERATE: generate}
-    yield "the demo", demo.RESULTS * len(demo.LABELS), {DEMO: [*ours, "demo", "--out", str(folder / "demo")]}
+    yield (
+        "the demo",
+        demo.RESULTS * len(demo.LABELS),
+        {DEMO: [*ours, "demo", "--out", str(folder / "demo")]},
+    )
     yield "the help page", 1, {HELP: [*ours, "--help"]}
 
 
 def bars_of(found: Outcome) -> list[Bar]:
     bars = {name: BARS[name] for name in found.loops if name in BARS}
-    return [Bar(f"seconds, {name}", median(found.loops[name].seconds), bar, most=True) for name, bar in bars.items()]
+    return [
+        Bar(f"seconds, {name}", median(found.loops[name].seconds), bar, most=True)
+        for name, bar in bars.items()
+    ]
 
 
 def section(rows: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""What a user of diffusers writes to follow a picture with the packaged model: the peer of `imprompt generate`.
+"""What a user of diffusers writes to follow a picture with the packaged model: the peer of
+`imprompt generate`.
 
-python -m benchmarks.cold_diffusers ADAPTER PICTURE OUT DEVICE     # the adapter in the paper's layout
+python -m benchmarks.cold_diffusers ADAPTER PICTURE OUT DEVICE   # ADAPTER in the paper's layout
 """
 
 import sys
@@ -18,7 +19,9 @@ def main(adapter: str, picture: str, out: str, device: str) -> None:
     known, file = MODELS["emoji"], Path(adapter)
     dtype = torch.float16 if device == "cuda" else torch.float32  # as imprompt chooses
     pipe = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji", torch_dtype=dtype).to(device)
-    pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
+    pipe.load_ip_adapter(
+        str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None
+    )
     made: Any = pipe(
         "",
         ip_adapter_image=Image.open(picture).convert("RGB"),

@@ -1,4 +1,5 @@
-"""Who is compared when pictures are made: text-only diffusers, diffusers with its own IP-Adapter, ours. All have the same weights.
+"""Who is compared when pictures are made: text-only diffusers, diffusers with its own IP-Adapter,
+ours. All have the same weights.
 
 Shape letters as in `imprompt.adapter`; B images, 2B with guidance: the unconditional half first.
 """
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from benchmarks import stand_ins
 from benchmarks.setting import PromptedSetting
-from imprompt.adapter import ImageProjection, ImagePrompt, IPAdapter
-from imprompt.attention import family_of
+from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.projections.resampler import Resampler
-from imprompt.variants import variant
+from imprompt.prompt import ImagePrompt
+from imprompt.variants import find_variant
 
 TEXT, PEER, OURS = "text only", "diffusers + IP-Adapter", "ours"
 GUIDANCE = 7.5
@@ -37,12 +38,16 @@ class Scene:
     nulls: Tensor  # of the same shape: "no image"
 
     def unet(self) -> Any:
-        """A copy of the base model's modules around the same weights, so that each can be joined in its own way."""
+        """A copy of the base model's modules around the same weights, so that each can be joined in
+        its own way.
+        """
         return copy.deepcopy(self.base, {id(weight): weight for weight in self.base.parameters()})
 
     def heard(self) -> list[IPAdapter]:
         """The adapter of each prompt."""
-        return [self.adapters[number % len(self.adapters)] for number in range(self.setting.prompts)]
+        return [
+            self.adapters[number % len(self.adapters)] for number in range(self.setting.prompts)
+        ]
 
     def embeddings(self) -> Tensor:
         """What diffusers' IP-Adapter is given for each prompt: (2B, pictures, ...)"""
@@ -51,7 +56,9 @@ class Scene:
 
     def prompt(self, adapter: IPAdapter) -> ImagePrompt:
         """The same for ours; the adapter must be attached."""
-        tokens, nulls = (adapter.tokens(shown).flatten(0, 1)[None] for shown in (self.features, self.nulls))
+        tokens, nulls = (
+            adapter.tokens(shown).flatten(0, 1)[None] for shown in (self.features, self.nulls)
+        )
         return adapter.prompt(tokens.repeat(self.setting.batch, 1, 1), nulls)
 
 
@@ -76,19 +83,30 @@ def scene(setting: PromptedSetting, adapters: int = 1, base: Any = None) -> Scen
     of, dtype, double = setting.stand_in, stand_ins.DTYPES[setting.precision], 2 * setting.batch
     with torch.device(setting.device):
         base = stand_ins.unet(of, dtype) if base is None else base
-        known = variant(setting.variant)
-        shape = (of.vision["projection_dim"],) if known.feature == "pooled" else (PATCHES, of.vision["hidden_size"])
+        known = find_variant(setting.variant)
+        shape = (
+            (of.vision["projection_dim"],)
+            if known.feature == "pooled"
+            else (PATCHES, of.vision["hidden_size"])
+        )
         features, nulls = torch.randn(2, setting.pictures, *shape)
         added: dict[str, Tensor] = {}
         if of.pooled:
-            sizes = torch.tensor([setting.pixels, setting.pixels, 0, 0, setting.pixels, setting.pixels])
-            added = {"text_embeds": torch.randn(double, of.pooled, dtype=dtype), "time_ids": sizes.to(dtype).repeat(double, 1)}
+            sizes = torch.tensor(
+                [setting.pixels, setting.pixels, 0, 0, setting.pixels, setting.pixels]
+            )
+            added = {
+                "text_embeds": torch.randn(double, of.pooled, dtype=dtype),
+                "time_ids": sizes.to(dtype).repeat(double, 1),
+            }
         return Scene(
             setting=setting,
             base=base,
             adapters=[adapter_beside(base, setting.variant, shape[-1]) for _ in range(adapters)],
             latents=torch.randn(double, 4, setting.side, setting.side, dtype=dtype),
-            text=torch.randn(double, of.base.text_tokens, base.config.cross_attention_dim, dtype=dtype),
+            text=torch.randn(
+                double, of.base.text_tokens, base.config.cross_attention_dim, dtype=dtype
+            ),
             added=added,
             features=features,
             nulls=torch.zeros_like(nulls) if known.null == "zero embedding" else nulls,
@@ -99,7 +117,7 @@ def adapter_beside(base: Any, name: str, feature_dim: int) -> IPAdapter:
     """An adapter of that variant with random weights, on the default device."""
     kind: Any = Resampler if name == "plus" else ImageProjection
     projection = kind(feature_dim, base.config.cross_attention_dim)
-    return IPAdapter.beside(base, family_of(base), projection).requires_grad_(False)
+    return IPAdapter.for_model(base, projection).requires_grad_(False)
 
 
 def text_only(of: Scene) -> Contender:
@@ -117,14 +135,23 @@ def diffusers_ip_adapter(of: Scene) -> Contender:
 
 def ours(of: Scene) -> Contender:
     unet = of.unet()
-    if of.setting.device == "cuda":  # as the package loads it; with weights of its own, for others would see them turned
+    if (
+        of.setting.device == "cuda"
+    ):  # as the package loads it; with weights of its own, for others would see them turned
         unet = copy.deepcopy(of.base).to(memory_format=torch.channels_last)
     for adapter in of.adapters:
         adapter.detach()  # from the UNet of an earlier measurement
         adapter.attach(unet)
     prompts = [of.prompt(adapter) for adapter in of.heard()]
     given: Any = prompts[0] if len(prompts) == 1 else prompts
-    return Contender(unet, of.text, {"added_cond_kwargs": dict(of.added), "cross_attention_kwargs": {"ip_hidden_states": given}})
+    return Contender(
+        unet,
+        of.text,
+        {
+            "added_cond_kwargs": dict(of.added),
+            "cross_attention_kwargs": {"ip_hidden_states": given},
+        },
+    )
 
 
 def stepper(of: Scene, contender: Contender) -> Callable[[], Tensor]:
@@ -135,10 +162,16 @@ def stepper(of: Scene, contender: Contender) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 def prompted(of: Scene, name: str) -> dict[str, Any]:
-    """How diffusers' pipeline around that contender's UNet is given the scene's first image prompt, as an embedding."""
+    """How diffusers' pipeline around that contender's UNet is given the scene's first image prompt,
+    as an embedding.
+    """
     if name == PEER:
         return {"ip_adapter_image_embeds": [torch.stack([of.nulls, of.features]).to(of.base.dtype)]}
-    return {"cross_attention_kwargs": {"ip_hidden_states": of.prompt(of.adapters[0])}} if name == OURS else {}
+    return (
+        {"cross_attention_kwargs": {"ip_hidden_states": of.prompt(of.adapters[0])}}
+        if name == OURS
+        else {}
+    )
 
 
 def asked(setting: PromptedSetting, steps: int) -> dict[str, Any]:
@@ -153,11 +186,17 @@ def asked(setting: PromptedSetting, steps: int) -> dict[str, Any]:
     }
 
 
-CONTENDERS: dict[str, Callable[[Scene], Contender]] = {TEXT: text_only, PEER: diffusers_ip_adapter, OURS: ours}
+CONTENDERS: dict[str, Callable[[Scene], Contender]] = {
+    TEXT: text_only,
+    PEER: diffusers_ip_adapter,
+    OURS: ours,
+}
 
 
 def paper_layout(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:
-    """The adapter as the paper's checkpoints hold it: cross-attention i is attention processor 2i + 1."""
+    """The adapter as the paper's checkpoints hold it: cross-attention i is attention processor 2i +
+    1.
+    """
     image_kv = {
         f"{2 * number + 1}.to_{part}_ip.weight": getattr(kv, f"to_{part}").weight.detach()
         for number, kv in enumerate(adapter.image_kv)

@@ -1,8 +1,10 @@
-"""What a step takes as there is more of something: image prompts, image tokens, pixels, images at once.
+"""What a step takes as there is more of something: image prompts, image tokens, pixels, images at
+once.
 
     python -m benchmarks.growth
 
-Ours and diffusers' IP-Adapter, which has an adapter loaded for each prompt, so that both compute the same sum. All guided.
+Ours and diffusers' IP-Adapter, which has an adapter loaded for each prompt, so that both compute
+the same sum. All guided.
 """
 
 import argparse
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = args.model or MODEL[args.device]
     start = PromptedSetting(args.device, model, 1, STAND_INS[model].base.side, args.precision)
     if args.device == "cpu":
-        record.skip("SD 1.5 at its full width", "that many steps are for a GPU; --model sd15 asks for them")
+        record.skip(
+            "SD 1.5 at its full width", "that many steps are for a GPU; --model sd15 asks for them"
+        )
     for found in run(args, start, record):
         record.add(found)
     record.tell(section(record.rows))
@@ -58,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("growth", __doc__, rounds=3)
     parser.add_argument("--model", choices=STAND_INS, help="sd15; on a CPU its narrow stand-in")
-    parser.add_argument("--axes", choices=[field for field, *_ in AXES["cuda"]], nargs="+", help="all, if not given")
+    parser.add_argument(
+        "--axes", choices=[field for field, *_ in AXES["cuda"]], nargs="+", help="all, if not given"
+    )
     parser.add_argument("--most", type=int, help="leave out values beyond it")
     parser.add_argument("--steps", type=int, default=2, help="in a turn (2)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
@@ -66,7 +72,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def run(args: argparse.Namespace, start: PromptedSetting, record: Record) -> Iterator[dict[str, Any]]:
+def run(
+    args: argparse.Namespace, start: PromptedSetting, record: Record
+) -> Iterator[dict[str, Any]]:
     base = scene(start).base
     axes = [row for row in AXES[args.device] if args.axes is None or row[0] in args.axes]
     for field, axis, values in axes:
@@ -96,11 +104,15 @@ def measured(of: Scene, args: argparse.Namespace) -> dict[str, Measured]:
 
 def kept_bytes(of: Scene) -> int:
     """Keys and values that ours has prepared: of the text and of every image prompt."""
-    return of.adapters[0].held_bytes() + sum(of.prompt(adapter).bytes for adapter in of.heard())
+    return of.adapters[0].injection.cached_bytes() + sum(
+        of.prompt(adapter).bytes for adapter in of.heard()
+    )
 
 
 def taken_gb(call: Callable[[], Any], contender: Contender, of: Scene) -> float:
-    """The most that one step holds beside what was there before: PyTorch's on a GPU, all tensors' on a CPU."""
+    """The most that one step holds beside what was there before: PyTorch's on a GPU, all tensors'
+    on a CPU.
+    """
     device = torch.device(of.setting.device)
     if device.type == "cuda":
         forget_peak(device)
@@ -121,14 +133,27 @@ def section(rows: Mapping[str, Any]) -> str:
     first, lines = found[0].setting, []
     for outcome in found:
         setting, loops = outcome.setting, [outcome.loops[name] for name in (PEER, OURS)]
-        each = (spread([1000 * seconds / setting["batch"] for seconds in loop.seconds], ",.1f") for loop in loops)
+        each = (
+            spread([1000 * seconds / setting["batch"] for seconds in loop.seconds], ",.1f")
+            for loop in loops
+        )
         memory = (f"{loop.peak * 1000:,.1f}" for loop in loops)
-        lines.append((setting["axis"], f"{setting['value']:,}", *each, spread(outcome.times(OURS, PEER), ".2f"), *memory))
+        lines.append(
+            (
+                setting["axis"],
+                f"{setting['value']:,}",
+                *each,
+                spread(outcome.times(OURS, PEER), ".2f"),
+                *memory,
+            )
+        )
     heads = ("what grows", "to", f"{PEER}, ms", "ours, ms", "× (range)", f"{PEER}, MB", "ours, MB")
     pixels = min(outcome.setting["pixels"] for outcome in found)
     what = (
-        f"{first['model']}, {first['precision']}; where nothing else is said 1 image prompt of {TOKENS} tokens, 1 image at once, "
-        f"{pixels} pixels. ms: of a step, for each image. MB: the most that a step takes beside the weights, "
+        f"{first['model']}, {first['precision']}; where nothing else is said 1 image prompt of "
+        f"{TOKENS} tokens, 1 image at once, "
+        f"{pixels} pixels. ms: of a step, for each image. MB: the most that a step takes beside "
+        "the weights, "
         "ours with the keys and values that it has prepared."
     )
     return join(what, table(heads, lines), left_out(rows))

@@ -1,4 +1,5 @@
-"""Peak memory of making a picture, each way in a process of its own, and what our prepared keys and values hold.
+"""Peak memory of making a picture, each way in a process of its own, and what our prepared keys and
+values hold.
 
 python -m benchmarks.memory
 """
@@ -19,9 +20,9 @@ from benchmarks.record import Outcome, Record, join, left_out, note, options, pa
 from benchmarks.setting import PromptedSetting
 from benchmarks.stand_ins import DTYPES, STAND_INS
 from benchmarks.turns import Measured, Worker, take_turns
-from imprompt.cli import quiet
+from imprompt.cli.console import quiet
 from imprompt.errors import ImpromptError
-from imprompt.sampling.memory import quantize
+from imprompt.generation.memory import quantize
 
 TITLE = "Peak memory of making a picture"
 SAMPLED = 2  # UNet steps of a picture: the peak does not depend on their number
@@ -52,7 +53,9 @@ def tiled(pipe: Any) -> None:
 
 
 def cast(pipe: Any) -> None:
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.unet.dtype)
+    pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.unet.dtype
+    )
 
 
 MODES = {
@@ -62,20 +65,30 @@ MODES = {
     "attention weights fp8 (torchao)": Mode(unet=lambda unet: quantize(unet, "fp8")),
     "UNet weights fp8 (diffusers' casting)": Mode(pipe=cast),
     "model CPU offload": Mode(pipe=lambda pipe: pipe.enable_model_cpu_offload(), offloads=True),
-    "sequential CPU offload": Mode(pipe=lambda pipe: pipe.enable_sequential_cpu_offload(), offloads=True),
+    "sequential CPU offload": Mode(
+        pipe=lambda pipe: pipe.enable_sequential_cpu_offload(), offloads=True
+    ),
 }
-MODELS = {"cuda": {"sd15": (PLAIN,), "sdxl": MODES}, "cpu": {"sd15": MODES}}  # and in which ways, on a device
+MODELS = {
+    "cuda": {"sd15": (PLAIN,), "sdxl": MODES},
+    "cpu": {"sd15": MODES},
+}  # and in which ways, on a device
 
 
 class PictureLoop:
-    """Pictures through diffusers' pipeline, the image prompt being an embedding; a `benchmarks.turns.Loop`."""
+    """Pictures through diffusers' pipeline, the image prompt being an embedding.
+
+    A `benchmarks.turns.Loop`.
+    """
 
     def __init__(self, name: str, setting: MemorySetting) -> None:
         quiet()
         mode, stage = MODES[setting.mode], scene(setting)
         mode.unet(stage.base)
         stage.base = CONTENDERS[name](stage).unet  # and let go of the one that it was made from
-        stage.adapters = stage.adapters if name == OURS else []  # diffusers has the weights that it needs in its UNet
+        stage.adapters = (
+            stage.adapters if name == OURS else []
+        )  # diffusers has the weights that it needs in its UNet
         with torch.device(setting.device):
             pipe = stand_ins.pipeline(setting.stand_in, stage.base, stage.base.dtype, sees=False)
         if mode.offloads:
@@ -97,7 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in args.modes or modes:
             setting = MemorySetting(args.device, model, 1, pixels, args.precision, mode=name)
             if MODES[name].offloads and args.device == "cpu":
-                record.skip(f"{model}, {name}", "models are offloaded from a GPU to the CPU; there is no GPU here")
+                record.skip(
+                    f"{model}, {name}",
+                    "models are offloaded from a GPU to the CPU; there is no GPU here",
+                )
             elif loops := measured(setting, args.rounds, record):
                 record.add(Outcome(asdict(setting), loops).row() | {"held": held(setting)})
     record.tell(section(record.rows))
@@ -117,7 +133,10 @@ def measured(setting: MemorySetting, rounds: int, record: Record) -> dict[str, M
     """By contender. One that fails is told in the record, and the others go on."""
     found = {}
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(partial(PictureLoop, name), setting)) for name in CONTENDERS}
+        workers = {
+            name: stack.enter_context(Worker(partial(PictureLoop, name), setting))
+            for name in CONTENDERS
+        }
         for name, worker in workers.items():
             what = f"{setting.model}, {setting.mode}, {name}"
             try:
@@ -130,11 +149,16 @@ def measured(setting: MemorySetting, rounds: int, record: Record) -> dict[str, M
 
 @torch.no_grad()
 def held(setting: PromptedSetting) -> dict[str, int]:
-    """Bytes of the keys and values that ours keeps while a picture is sampled, counted on the meta device."""
-    of = scene(PromptedSetting("meta", setting.model, setting.batch, setting.pixels, setting.precision))
+    """Bytes of the keys and values that ours keeps while a picture is sampled, counted on the meta
+    device.
+    """
+    of = scene(
+        PromptedSetting("meta", setting.model, setting.batch, setting.pixels, setting.precision)
+    )
     joined = ours(of)
     joined(of.latents, torch.empty(1, dtype=torch.long, device="meta"))
-    return {"text": of.adapters[0].held_bytes(), "image": joined.arguments["cross_attention_kwargs"]["ip_hidden_states"].bytes}
+    prompt = joined.arguments["cross_attention_kwargs"]["ip_hidden_states"]
+    return {"text": of.adapters[0].injection.cached_bytes(), "image": prompt.bytes}
 
 
 def section(rows: Mapping[str, Any]) -> str:
@@ -148,16 +172,37 @@ def section(rows: Mapping[str, Any]) -> str:
             more = f"{loop.peak - found.loops[TEXT].peak:+.2f}" if TEXT in found.loops else "-"
             seconds = f"{loop.seconds[0]:.3g}"
             what = f"{setting['model']}, {setting['pixels']} pixels, {setting['precision']}"
-            lines.append((what, setting["mode"], name, f"{loop.peak:.2f}", more, f"{loop.reserved:.2f}", seconds))
-    heads = ("what", "how", "who", "peak GB", "beside text only", "reserved GB", f"s a picture of {SAMPLED} steps")
+            lines.append(
+                (
+                    what,
+                    setting["mode"],
+                    name,
+                    f"{loop.peak:.2f}",
+                    more,
+                    f"{loop.reserved:.2f}",
+                    seconds,
+                )
+            )
+    heads = (
+        "what",
+        "how",
+        "who",
+        "peak GB",
+        "beside text only",
+        "reserved GB",
+        f"s a picture of {SAMPLED} steps",
+    )
     told = "\n".join(
-        f"- {model}: keys and values that ours prepares once for a guided picture: {size['text'] / 1e6:.1f} MB of the text, "
+        f"- {model}: keys and values that ours prepares once for a guided picture: "
+        f"{size['text'] / 1e6:.1f} MB of the text, "
         f"{size['image'] / 1e6:.1f} MB of the image prompt"
         for model, size in kept.items()
     )
     spoken_of = [line[1] for line in lines] + [row["what"] for row in rows["skipped"]]
     cut_off = "\n".join(
-        f"- not measured: {mode}: the run ended before" for mode in MODES if not any(mode in what for what in spoken_of)
+        f"- not measured: {mode}: the run ended before"
+        for mode in MODES
+        if not any(mode in what for what in spoken_of)
     )
     return join(table(heads, lines) if lines else "", told, left_out(rows), cut_off)
 

@@ -1,9 +1,11 @@
-"""Operators and arithmetic of one UNet step with guidance: what an image prompt adds, whatever the machine.
+"""Operators and arithmetic of one UNet step with guidance: what an image prompt adds, whatever the
+machine.
 
     python -m benchmarks.operators
 
-Operators are the ATen calls that compute (no views), seen on the meta device: all of diffusers' and our code runs, at full width,
-on tensors without contents. Fused attention is one operator, as on a GPU, and so is our own kernel.
+Operators are the ATen calls that compute (no views), seen on the meta device: all of diffusers' and
+our code runs, at full width, on tensors without contents. Fused attention is one operator, as on a
+GPU, and so is our own kernel.
 """
 
 import argparse
@@ -25,8 +27,8 @@ from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, Contender, Scene
 from benchmarks.record import Bar, Record, join, left_out, note, options, parsed, table, verdicts
 from benchmarks.setting import PromptedSetting
 from benchmarks.stand_ins import STAND_INS
-from imprompt.attention import family_of
-from imprompt.attention.lora import PARTS, AttentionLoRA, LoRA, Lora
+from imprompt.attention.low_rank import PARTS, AttentionLowRank, LowRank, ModelLowRank
+from imprompt.families.base import family_of
 from imprompt.training.estimate import flash
 
 TITLE = "Operators and arithmetic of a step"
@@ -54,7 +56,10 @@ class Case:
 BASE, PLUS, TWO = Case("base"), Case("plus", variant="plus"), Case("two adapters", adapters=2)
 MASKS = Case("two adapters, masks", adapters=2, masks=True)
 BLOCKS, WINDOW = Case("base, block map", blocks=True), Case("base, time window", window=True)
-WEIGHED, LORA = Case("base, weighted pictures", weighed=True), Case("base, low-rank part (FaceID)", lora=True)
+WEIGHED, LORA = (
+    Case("base, weighted pictures", weighed=True),
+    Case("base, low-rank part (FaceID)", lora=True),
+)
 CASES = (BASE, PLUS, TWO, MASKS, BLOCKS, WINDOW, WEIGHED, LORA)
 
 
@@ -65,7 +70,9 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         self.count += not (func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view)
         return func(*args, **(kwargs or {}))
 
@@ -91,9 +98,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
     for model in models:
-        bases = {precision: scene(setting_of(model, BASE, precision)).base for precision in ("fp32", "bf16")}
+        bases = {
+            precision: scene(setting_of(model, BASE, precision)).base
+            for precision in ("fp32", "bf16")
+        }
         for case in CASES:
-            found = {name: counts(name, model, case, bases[precision]) for name, precision in counted(case).items()}
+            found = {
+                name: counts(name, model, case, bases[precision])
+                for name, precision in counted(case).items()
+            }
             note(model, case.name, *(f"{name} {told['operators']}" for name, told in found.items()))
             yield {"model": model, "case": asdict(case), "counts": found}
 
@@ -101,31 +114,46 @@ def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
 def counted(case: Case) -> dict[str, str]:
     """Who is counted in that case, and in what precision: our kernel takes no other than a low one.
 
-    Diffusers has no time windows or weights, its LoRA for faces is PEFT's, and text alone has none of all this.
+    Diffusers has no time windows or weights, its LoRA for faces is PEFT's, and text alone has none
+    of all this.
     """
     names = [TEXT] * (case == BASE) + [PEER] * (case not in (WINDOW, WEIGHED, LORA)) + [OURS]
     return dict.fromkeys(names, "fp32") | ({FUSED: "bf16"} if find_spec("triton") else {})
 
 
 def setting_of(model: str, case: Case, precision: str) -> PromptedSetting:
-    return PromptedSetting("meta", model, 1, STAND_INS[model].base.side, precision, case.variant, prompts=case.adapters)
+    return PromptedSetting(
+        "meta", model, 1, STAND_INS[model].base.side, precision, case.variant, prompts=case.adapters
+    )
 
 
 @torch.no_grad()
 def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
     """Operators of the first step and of a later one, and FLOPs of a later one."""
-    base.requires_grad_(True)  # as from_pretrained leaves it: for frozen weights torch multiplies in another way
-    of = scene(setting_of(model, case, "fp32" if base.dtype == torch.float32 else "bf16"), case.adapters, base)
+    base.requires_grad_(
+        True
+    )  # as from_pretrained leaves it: for frozen weights torch multiplies in another way
+    of = scene(
+        setting_of(model, case, "fp32" if base.dtype == torch.float32 else "bf16"),
+        case.adapters,
+        base,
+    )
     timestep = torch.empty(1, dtype=torch.long, device="meta")
     joined = with_case(CONTENDERS.get(name, CONTENDERS[OURS])(of), name, case)
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", flash),  # on the meta device torch would choose another
+        mock.patch.object(
+            F, "scaled_dot_product_attention", flash
+        ),  # on the meta device torch would choose another
         mock.patch.dict(os.environ, {"IMPROMPT_KERNEL": CHOICE.get(name, "never")}),
     ):
         first, later = (seen_by(Operators(), joined, of, timestep).count for _ in range(2))
         own = {torch.ops.imprompt.decoupled_attention: kernel_flops} if name == FUSED else {}
         counter = FlopCounterMode(display=False, custom_mapping=own)
-        return {"first": first, "operators": later, "flops": seen_by(counter, joined, of, timestep).get_total_flops()}
+        return {
+            "first": first,
+            "operators": later,
+            "flops": seen_by(counter, joined, of, timestep).get_total_flops(),
+        }
 
 
 def seen_by(mode: Any, joined: Contender, of: Scene, timestep: torch.Tensor) -> Any:
@@ -135,7 +163,9 @@ def seen_by(mode: Any, joined: Contender, of: Scene, timestep: torch.Tensor) -> 
 
 
 def kernel_flops(query: Any, key: Any, _: Any, image_key: Any, *__: Any, **___: Any) -> int:
-    """Two products of L×T×d and of L×N×d each, from the shapes (B, H, L, d), (B, H, T, d), (B, H, N, d)."""
+    """Two products of L×T×d and of L×N×d each, from the shapes (B, H, L, d), (B, H, T, d), (B, H,
+    N, d).
+    """
     return 2 * 2 * prod(query) * (key[2] + image_key[2])
 
 
@@ -145,14 +175,23 @@ def with_case(joined: Contender, name: str, case: Case) -> Contender:
     if name == PEER:
         if case.masks:
             told["ip_adapter_masks"] = [torch.ones(1, 1, 64, 64, device="meta")] * case.adapters
-        sites = [processor for processor in joined.unet.attn_processors.values() if hasattr(processor, "to_k_ip")]
+        sites = [
+            processor
+            for processor in joined.unet.attn_processors.values()
+            if hasattr(processor, "to_k_ip")
+        ]
         for number, site in enumerate(sites if case.blocks else ()):
             site.scale = [(number + 1) / len(sites)] * case.adapters
     elif name != TEXT:
         given = told["ip_hidden_states"]
-        told["ip_hidden_states"] = [shaped(prompt, case) for prompt in (given if isinstance(given, list) else [given])]
+        told["ip_hidden_states"] = [
+            shaped(prompt, case) for prompt in (given if isinstance(given, list) else [given])
+        ]
         if case.lora:
-            told["ip_hidden_states"] = [prompt._replace(lora=lora_for(joined.unet)) for prompt in told["ip_hidden_states"]]
+            told["ip_hidden_states"] = [
+                prompt._replace(low_rank=lora_for(joined.unet))
+                for prompt in told["ip_hidden_states"]
+            ]
     return joined
 
 
@@ -166,33 +205,47 @@ def shaped(prompt: Any, case: Case) -> Any:
     if case.weighed:
         prompt = prompt._replace(bias=torch.zeros(1, prompt.keys[0].shape[2], device="meta"))
     if case.window:
-        times = torch.arange(1000)
+        times = 999 - torch.arange(1000)  # the noisiest first
         prompt = prompt.with_scale(((times > 200) & (times < 800)).float().expand(sites, 1, -1))
     return prompt
 
 
-def lora_for(unet: Any) -> tuple[Lora, ...]:
+def lora_for(unet: Any) -> tuple[LowRank, ...]:
     """A low-rank part for every attention of `unet`, which listens to it from now on."""
     family = family_of(unet)
-    family.join(unet, True)
+    family.inject(unet, True)
     parts = []
     with torch.device("meta"):
         for attention in family.attentions(unet).values():
-            layers = zip(PARTS, (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]), strict=True)
-            parts.append(AttentionLoRA({part: (layer.in_features, layer.out_features, RANK) for part, layer in layers}))
-    return LoRA(parts).weights(unet.dtype)
+            layers = zip(
+                PARTS,
+                (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]),
+                strict=True,
+            )
+            parts.append(
+                AttentionLowRank(
+                    {part: (layer.in_features, layer.out_features, RANK) for part, layer in layers}
+                )
+            )
+    return ModelLowRank(parts).weights(unet.dtype)
 
 
 def bars_of(found: Mapping[str, Any]) -> list[Bar]:
     model, case = found["model"], Case(**found["case"])
-    told = {name: count["operators"] for name, count in found["counts"].items() if name in CHOICE and case in (BASE, PLUS)}
+    told = {
+        name: count["operators"]
+        for name, count in found["counts"].items()
+        if name in CHOICE and case in (BASE, PLUS)
+    }
     what, most = f"operators of a step, {model}, {case.name}", LARGEST[model]
     return [Bar(f"{what}, {name}", count, most, most=True) for name, count in told.items()]
 
 
 def section(rows: Mapping[str, Any]) -> str:
     """A record's tables in markdown."""
-    parts = [told(model, [row for row in rows["outcomes"] if row["model"] == model]) for model in MODELS]
+    parts = [
+        told(model, [row for row in rows["outcomes"] if row["model"] == model]) for model in MODELS
+    ]
     return join(*parts, verdicts(rows), left_out(rows))
 
 
@@ -204,11 +257,25 @@ def told(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
     for row in outcomes:
         for name, count in row["counts"].items():
             more = f"{count['operators'] / bare['operators'] - 1:+.1%}" if bare else "-"
-            arithmetic = f"{count['flops'] / 1e12:.4f}" + (f" ({count['flops'] / bare['flops'] - 1:+.2%})" if bare else "")
+            arithmetic = f"{count['flops'] / 1e12:.4f}" + (
+                f" ({count['flops'] / bare['flops'] - 1:+.2%})" if bare else ""
+            )
             case = "-" if name == TEXT else row["case"]["name"]
-            lines.append((case, name, f"{count['operators']:,}", more, f"{count['first']:,}", arithmetic))
-    heads = ("image prompt", "who", "operators a step", "beside text only", "in the first step", "TFLOP a step")
-    return f"{model}, {STAND_INS[model].base.side} pixels, one image with guidance (batch 2)\n\n{table(heads, lines)}"
+            lines.append(
+                (case, name, f"{count['operators']:,}", more, f"{count['first']:,}", arithmetic)
+            )
+    heads = (
+        "image prompt",
+        "who",
+        "operators a step",
+        "beside text only",
+        "in the first step",
+        "TFLOP a step",
+    )
+    return (
+        f"{model}, {STAND_INS[model].base.side} pixels, one image with guidance (batch "
+        f"2)\n\n{table(heads, lines)}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from torch import Tensor
 from benchmarks import stand_ins
 from benchmarks.setting import TrainingSetting
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.attention import family_of
 from imprompt.training.batches import Composer, Item, Share, Shown, loader
-from imprompt.training.model import AdaptedModel, ready
+from imprompt.training.model import AdaptedModel, prepare_base
 from imprompt.training.objective import Objective
 from imprompt.training.order import Order
-from imprompt.training.recipe import Data, Noise, Optimization
+from imprompt.training.recipe import Data, NoiseSettings, Optimization
 from imprompt.training.step import Sentry, Trainer
 
 
@@ -38,19 +37,25 @@ class OurLoop:
             checkpointing=setting.checkpointing,
             compile=self.compiled,
         )
-        accelerator = Accelerator(mixed_precision="fp16" if plan.precision == "fp16" else "no", cpu=device.type == "cpu")
+        accelerator = Accelerator(
+            mixed_precision="fp16" if plan.precision == "fp16" else "no", cpu=device.type == "cpu"
+        )
         with device:
             base = stand_ins.unet(of, stand_ins.DTYPES[setting.precision])
-        adapter = IPAdapter.beside(
-            base, family_of(base), ImageProjection(of.vision["projection_dim"], base.config.cross_attention_dim)
+        adapter = IPAdapter.for_model(
+            base, ImageProjection(of.vision["projection_dim"], base.config.cross_attention_dim)
         ).float()
-        objective = Objective(DDPMScheduler(**stand_ins.NOISE), Noise())
-        self.trainer = Trainer(accelerator, AdaptedModel(ready(base, plan, device), adapter), objective, plan)
+        objective = Objective(DDPMScheduler(**stand_ins.NOISE), NoiseSettings())
+        self.trainer = Trainer(
+            accelerator, AdaptedModel(prepare_base(base, plan, device), adapter), objective, plan
+        )
         self.sentry = Sentry(list, scaled=accelerator.scaler is not None)
         reader = MemoryReader(setting)
         self.compose = Composer(reader.nulls, device, of.vae["scaling_factor"], 0.0, None)
         order = Order([np.arange(len(reader))], setting.batch, seed=0)
-        self.items = loader(Shown(reader, Data(source="in memory"), seed=0), order.steps(), Share(), workers=0)
+        self.items = loader(
+            Shown(reader, Data(source="in memory"), seed=0), order.steps(), Share(), workers=0
+        )
         self.step = 0
 
     def run(self, steps: int) -> float:
@@ -68,12 +73,15 @@ class CompiledLoop(OurLoop):
 
 
 class MemoryReader:
-    """Encoded features in memory, as `imprompt.training.cache.FeatureReader` gives them; see `imprompt.training.batches.Reader`."""
+    """Encoded features in memory, as `imprompt.training.cache.FeatureReader` gives them.
+
+    See `imprompt.training.batches.SampleReader`.
+    """
 
     def __init__(self, setting: TrainingSetting) -> None:
         of, count = setting.stand_in, setting.samples
         latent, embedding = (4, setting.side, setting.side), (of.vision["projection_dim"],)
-        text = (of.base.text_tokens, of.base.unet["cross_attention_dim"])
+        text = (of.base.text_tokens, of.base.config["cross_attention_dim"])
         self.features: dict[str, Tensor] = {
             "mean": torch.randn(count, *latent),
             "spread": torch.rand(count, *latent),

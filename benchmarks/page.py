@@ -26,11 +26,12 @@ QUESTIONS: dict[str, ModuleType] = {
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 HEAD = """# Benchmarks
 
-Made from `benchmarks/results/*.json` by `python -m benchmarks.page`; `make bench` measures anew what this machine can. How each is
-measured: [benchmarks/README.md](../benchmarks/README.md).
+Made from `benchmarks/results/*.json` by `python -m benchmarks.page`; `make bench` measures anew
+what this machine can. How each is measured: [benchmarks/README.md](../benchmarks/README.md).
 
-All models have the published sizes or, where it says *narrow*, as many layers at a tenth of the width, and random weights: speed
-and memory depend on nothing else. What is compared runs in one run, turn by turn, with the same weights. Numbers are medians with
+All models have the published sizes or, where it says *narrow*, as many layers at a tenth of the
+width, and random weights: speed and memory depend on nothing else. What is compared runs in one
+run, turn by turn, with the same weights. Numbers are medians with
 the smallest and largest; ratios (×, above 1 is faster) are of neighbouring turns."""
 
 
@@ -59,7 +60,10 @@ def chapter(question: str, results: Path) -> str:
             rows = json.loads(path.read_text())
             parts += [origin(rows), module.section(rows)]
         elif question != "operators" or device == "cpu":  # which are the same everywhere
-            parts.append(f"{name}: not measured yet; run `python -m benchmarks.{question} --device {device}`.")
+            parts.append(
+                f"{name}: not measured yet; run `python -m benchmarks.{question} --device "
+                f"{device}`."
+            )
     return join(*parts)
 
 

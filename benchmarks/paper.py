@@ -1,9 +1,10 @@
-"""The paper's training loop, written anew from its published scripts: the same work in each step, in the same order.
+"""The paper's training loop, written anew from its published scripts: the same work in each step,
+in the same order.
 
-https://github.com/tencent-ailab/IP-Adapter, tutorial_train.py and tutorial_train_sdxl.py. Frozen encoders run in every step
-in the low precision (SDXL's VAE in float32); the UNet's weights stay in float32 and compute under autocast; AdamW with its
-defaults; the loss is gathered and read in every step. Attention and projection are those of the authors' package
-(ip-adapter 0.1.0).
+https://github.com/tencent-ailab/IP-Adapter, tutorial_train.py and tutorial_train_sdxl.py. Frozen
+encoders run in every step in the low precision (SDXL's VAE in float32); the UNet's weights stay in
+float32 and compute under autocast; AdamW with its defaults; the loss is gathered and read in every
+step. Attention and projection are those of the authors' package (ip-adapter 0.1.0).
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -42,8 +43,12 @@ class PaperLoop:
             self.texts = stand_ins.text_encoders(of, low)
             self.image_encoder = stand_ins.image_encoder(of, low)
             model = graft(stand_ins.unet(of, torch.float32), of.vision["projection_dim"])
-        optimizer = torch.optim.AdamW([*model.image_proj_model.parameters(), *model.adapter_modules.parameters()], 1e-4)
-        data = DataLoader(PaperData(setting), batch_size=setting.batch, shuffle=True, collate_fn=collate)
+        optimizer = torch.optim.AdamW(
+            [*model.image_proj_model.parameters(), *model.adapter_modules.parameters()], 1e-4
+        )
+        data = DataLoader(
+            PaperData(setting), batch_size=setting.batch, shuffle=True, collate_fn=collate
+        )
         self.model, self.optimizer, self.data = self.accelerator.prepare(model, optimizer, data)
         self.scheduler: Any = DDPMScheduler(**stand_ins.NOISE)
         self.batches = self._batches()
@@ -65,12 +70,17 @@ class PaperLoop:
                 latents = self.vae.encode(batch["pixels"].to(self.vae.dtype)).latent_dist.sample()
                 latents = (latents * self.vae.config.scaling_factor).to(self.low)
             noise = torch.randn_like(latents)
-            t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+            t = torch.randint(
+                0, self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
+            )
             noisy = self.scheduler.add_noise(latents, noise, t)
             with torch.no_grad():
                 embeds = self.image_encoder(batch["reference"].to(self.low)).image_embeds
             embeds = torch.stack(
-                [torch.zeros_like(one) if drop == 1 else one for one, drop in zip(embeds, batch["drop"], strict=True)]
+                [
+                    torch.zeros_like(one) if drop == 1 else one
+                    for one, drop in zip(embeds, batch["drop"], strict=True)
+                ]
             )
             text, added = self._text(batch)
             prediction = self.model(noisy, t, text, embeds, added)
@@ -88,18 +98,38 @@ class PaperLoop:
             return self.texts[0](batch["ids"])[0], None
         outs = [encoder(batch["ids"], output_hidden_states=True) for encoder in self.texts]
         text = torch.cat([out.hidden_states[-2] for out in outs], -1)
-        return text, {"text_embeds": outs[-1].text_embeds, "time_ids": batch["time_ids"].to(self.low)}
+        return text, {
+            "text_embeds": outs[-1].text_embeds,
+            "time_ids": batch["time_ids"].to(self.low),
+        }
 
 
 class PaperModel(nn.Module):
-    """UNet, projection and attention processors in one module, as the paper's script hands them to accelerate."""
+    """UNet, projection and attention processors in one module, as the paper's script hands them to
+    accelerate.
+    """
 
-    def __init__(self, unet: nn.Module, image_proj_model: nn.Module, adapter_modules: nn.ModuleList) -> None:
+    def __init__(
+        self, unet: nn.Module, image_proj_model: nn.Module, adapter_modules: nn.ModuleList
+    ) -> None:
         super().__init__()
-        self.unet, self.image_proj_model, self.adapter_modules = unet, image_proj_model, adapter_modules
+        self.unet, self.image_proj_model, self.adapter_modules = (
+            unet,
+            image_proj_model,
+            adapter_modules,
+        )
 
-    def forward(self, noisy: Tensor, t: Tensor, text: Tensor, embeds: Tensor, added: dict[str, Tensor] | None) -> Tensor:
-        """Noisy latents, timesteps, text (B, T, D), image embeddings (B, E), SDXL's conditions -> predicted noise"""
+    def forward(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        text: Tensor,
+        embeds: Tensor,
+        added: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """Noisy latents, timesteps, text (B, T, D), image embeddings (B, E), SDXL's conditions ->
+        predicted noise
+        """
         together = torch.cat([text, self.image_proj_model(embeds)], 1)
         return self.unet(noisy, t, together, added_cond_kwargs=added).sample
 
@@ -113,9 +143,14 @@ def graft(unet: Any, embedding_dim: int) -> PaperModel:
         if name.endswith("attn1.processor"):
             processors[name] = package.AttnProcessor()
             continue
-        processors[name] = package.IPAttnProcessor(attention.to_k.out_features, unet.config.cross_attention_dim, num_tokens=TOKENS)
+        processors[name] = package.IPAttnProcessor(
+            attention.to_k.out_features, unet.config.cross_attention_dim, num_tokens=TOKENS
+        )
         processors[name].load_state_dict(
-            {"to_k_ip.weight": attention.to_k.weight.detach(), "to_v_ip.weight": attention.to_v.weight.detach()}
+            {
+                "to_k_ip.weight": attention.to_k.weight.detach(),
+                "to_v_ip.weight": attention.to_v.weight.detach(),
+            }
         )
     unet.set_attn_processor(dict(processors))
     projection = package.ImageProjModel(unet.config.cross_attention_dim, embedding_dim, TOKENS)
@@ -123,20 +158,29 @@ def graft(unet: Any, embedding_dim: int) -> PaperModel:
 
 
 def paper_package() -> Any:
-    """The authors' module, with its kernels for PyTorch 2. It reads a name that current diffusers no longer has."""
-    with patch("diffusers.pipelines.controlnet.MultiControlNetModel", MultiControlNetModel, create=True):
+    """The authors' module, with its kernels for PyTorch 2.
+
+    It reads a name that current diffusers no longer has.
+    """
+    with patch(
+        "diffusers.pipelines.controlnet.MultiControlNetModel", MultiControlNetModel, create=True
+    ):
         return import_module("ip_adapter.ip_adapter")
 
 
 class PaperData(Dataset[dict[str, Any]]):
-    """Pictures decoded, cut and normalised, captions tokenised: what the script's workers would do is done already."""
+    """Pictures decoded, cut and normalised, captions tokenised: what the script's workers would do
+    is done already.
+    """
 
     def __init__(self, setting: TrainingSetting) -> None:
         of, count = setting.stand_in, setting.samples
         self.pixels = torch.rand(count, 3, setting.pixels, setting.pixels) * 2 - 1
         self.reference = torch.randn(count, 3, of.image_side, of.image_side)
         self.ids = torch.randint(1000, (count, of.base.text_tokens))
-        self.time_ids = torch.tensor([setting.pixels, setting.pixels, 0, 0, setting.pixels, setting.pixels])
+        self.time_ids = torch.tensor(
+            [setting.pixels, setting.pixels, 0, 0, setting.pixels, setting.pixels]
+        )
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -23,7 +23,8 @@ TITLE = "Where the time goes"
 # The first that an operator's or a kernel's name matches.
 KINDS = {
     "convolutions": r"conv|cudnn|winograd|implicit_gemm",
-    "attention": r"flash|attention|softmax|fmha|Blockwise|::bmm|baddbmm|forward_kernel|query_kernel|image_kernel",
+    "attention": r"flash|attention|softmax|fmha|Blockwise|::bmm|baddbmm"
+    r"|forward_kernel|query_kernel|image_kernel",
     "matrix products": r"::mm|addmm|matmul|linear|gemm|cutlass|nvjet",
     "norms": r"norm",
     "optimizer": r"fused_adam|foreach|multi_tensor|lerp",
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def training_step(device: str, model: str) -> Callable[[], Any]:
     of = STAND_INS[model]
-    loop = OurLoop(TrainingSetting(device, model, 1 if device == "cpu" else 8, of.base.side, "bf16"))
+    loop = OurLoop(
+        TrainingSetting(device, model, 1 if device == "cpu" else 8, of.base.side, "bf16")
+    )
     return lambda: loop.run(1)
 
 
@@ -58,7 +61,10 @@ def sampling_step(device: str, model: str) -> Callable[[], Any]:
     return unet_steps(of, 1)[OURS]
 
 
-STEPS = {"a training step on encoded features": training_step, "a UNet step with an image prompt, guided": sampling_step}
+STEPS = {
+    "a training step on encoded features": training_step,
+    "a UNet step with an image prompt, guided": sampling_step,
+}
 
 
 def shares_of(run: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
@@ -69,7 +75,9 @@ def shares_of(run: Callable[[], Any], device: str, rounds: int) -> dict[str, flo
             run()
     spent: Counter[str] = Counter()
     for event in told.key_averages():
-        spent[kind_of(event.key)] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        spent[kind_of(event.key)] += (
+            event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        )
     return {kind: spent[kind] / spent.total() for kind in (*KINDS, OTHER)}
 
 
@@ -81,7 +89,9 @@ def section(rows: Mapping[str, Any]) -> str:
     """A record's table in markdown."""
     found = rows["outcomes"]
     lines = [[kind, *(f"{row['shares'][kind]:.1%}" for row in found)] for kind in (*KINDS, OTHER)]
-    return join(table(["kind of operator", *(f"{row['what']} ({row['model']})" for row in found)], lines))
+    return join(
+        table(["kind of operator", *(f"{row['what']} ({row['model']})" for row in found)], lines)
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Numbers with what they were measured on, by what command: written to results/ as JSON, and read again for the pages."""
+"""Numbers with what they were measured on, by what command: written to results/ as JSON, and read
+again for the pages.
+"""
 
 import argparse
 import json
@@ -18,7 +20,7 @@ import torch
 
 from benchmarks.stand_ins import DTYPES
 from benchmarks.turns import Measured, ratios
-from imprompt.cli import quiet
+from imprompt.cli.console import quiet
 from imprompt.files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,7 +42,10 @@ class Bar:
 
     def line(self) -> str:
         side = "at most" if self.most else "at least"
-        return f"{'reached' if self.met else 'MISSED'}: {self.what}: {self.value:.4g}, {side} {self.bar:g} is asked"
+        return (
+            f"{'reached' if self.met else 'MISSED'}: {self.what}: {self.value:.4g}, {side} "
+            f"{self.bar:g} is asked"
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class Outcome:
         return ratios(self.loops[other].seconds, self.loops[name].seconds)
 
     def row(self) -> dict[str, Any]:
-        loops = {name: {key: value for key, value in asdict(loop).items() if value} for name, loop in self.loops.items()}
+        loops = {
+            name: {key: value for key, value in asdict(loop).items() if value}
+            for name, loop in self.loops.items()
+        }
         return {**asdict(self), "setting": dict(self.setting), "loops": loops}
 
     @classmethod
@@ -75,10 +83,18 @@ class Outcome:
 
 
 class Record:
-    """What one command found, written again whenever there is more: who cuts it off keeps what was measured."""
+    """What one command found, written again whenever there is more: who cuts it off keeps what was
+    measured.
+    """
 
-    def __init__(self, question: str, arguments: Sequence[str] | None, device: str, path: Path | None,
-                 packages: Iterable[str] = PACKAGES) -> None:  # fmt: skip
+    def __init__(
+        self,
+        question: str,
+        arguments: Sequence[str] | None,
+        device: str,
+        path: Path | None,
+        packages: Iterable[str] = PACKAGES,
+    ) -> None:
         """`path`: where it is written; None keeps it."""
         told = sys.argv[1:] if arguments is None else arguments
         self.path = path
@@ -86,7 +102,8 @@ class Record:
             "command": " ".join([f"python -m benchmarks.{question}", *told]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(device),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in packages},
             "outcomes": [],
             "skipped": [],
             "bars": [],
@@ -117,16 +134,26 @@ class Record:
 
 def options(question: str, doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{question}", description=(doc or "").partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{question}", description=(doc or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--rounds", type=int, default=rounds, help=f"turns that count ({rounds})")
-    parser.add_argument("--record", type=Path, help=f"where the numbers go ({RESULTS.name}/{question}-DEVICE.json)")
+    parser.add_argument(
+        "--record", type=Path, help=f"where the numbers go ({RESULTS.name}/{question}-DEVICE.json)"
+    )
     parser.set_defaults(question=question)
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, narrows: Iterable[str] = ()) -> argparse.Namespace:
-    """The options. A run that asks for less than all (`narrows`: options that do) is recorded only where --record says."""
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, narrows: Iterable[str] = ()
+) -> argparse.Namespace:
+    """The options. A run that asks for less than all (`narrows`: options that do) is recorded only
+    where --record says.
+    """
     args = parser.parse_args(arguments)
     quiet()
     whole = all(getattr(args, name) == parser.get_default(name) for name in narrows)
@@ -140,7 +167,9 @@ def machine(device: str) -> dict[str, Any]:
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],  # processes running in the minute before: beside others, a measurement is worth little
+        "load": os.getloadavg()[
+            0
+        ],  # processes running in the minute before: beside others, a measurement is worth little
         "system": platform.platform(),
     }
 
@@ -155,7 +184,10 @@ def device_name(device: str) -> str:
 
 
 def matrix_rate(device: str, precision: str, side: int = 0, repeats: int = 10) -> float:
-    """FLOP/s of a matrix product of side³, 8192³ on a GPU and 2048³ on a CPU if not given; the median of `repeats`."""
+    """FLOP/s of a matrix product of side³, 8192³ on a GPU and 2048³ on a CPU if not given.
+
+    The median of `repeats`.
+    """
     side = side or (8192 if device == "cuda" else 2048)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     left, right = torch.randn(2, side, side, device=device).to(DTYPES[precision])
@@ -177,7 +209,9 @@ def note(*words: object) -> None:
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """In markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" if line[0] != "---" else f"|{'|'.join(line)}|" for line in lines)
+    return "\n".join(
+        f"| {' | '.join(line)} |" if line[0] != "---" else f"|{'|'.join(line)}|" for line in lines
+    )
 
 
 def join(*parts: str) -> str:
@@ -187,15 +221,21 @@ def join(*parts: str) -> str:
 
 def spread(values: Sequence[float], form: str) -> str:
     """The median, and the smallest and largest."""
-    return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})" if values else "-"
+    return (
+        f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})" if values else "-"
+    )
 
 
 def verdicts(rows: Mapping[str, Any]) -> str:
     """What the bars of a record say, a list in markdown."""
-    bars = [Bar(**{key: value for key, value in bar.items() if key != "met"}) for bar in rows["bars"]]
+    bars = [
+        Bar(**{key: value for key, value in bar.items() if key != "met"}) for bar in rows["bars"]
+    ]
     return "\n".join(f"- {bar.line()}" for bar in bars)
 
 
 def left_out(rows: Mapping[str, Any]) -> str:
     """What a record says was not measured, a list in markdown."""
-    return "\n".join(f"- not measured: {row['what']}: {row['why']}" for row in rows.get("skipped", ()))
+    return "\n".join(
+        f"- not measured: {row['what']}: {row['why']}" for row in rows.get("skipped", ())
+    )

@@ -1,11 +1,19 @@
-"""Models of the published sizes with random weights, and data for them: speed and memory depend on nothing else."""
+"""Models of the published sizes with random weights, and data for them: speed and memory depend on
+nothing else.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -17,7 +25,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from imprompt.structures import BASES, SD1, SDXL, BaseStructure
+from imprompt.families.published import BASES, SD1, SDXL, BaseStructure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of every Stable Diffusion.
@@ -47,7 +55,12 @@ VAE = {
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
 BIG_G = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -65,7 +78,12 @@ VIT_H = {
     "projection_dim": 1024,
     "hidden_act": "gelu",
 }
-SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 TINY_UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -89,7 +107,9 @@ STAND_INS = {
     "sdxl": StandIn(BASES["sdxl"], VAE | {"scaling_factor": 0.13025}, (CLIP_L, BIG_G), VIT_H),
     # As many layers as the published ones, so as many operators, and a tenth of their width.
     "sd15-narrow": StandIn(
-        BaseStructure(SD1 | {"block_out_channels": (32, 64, 128, 128), "attention_head_dim": 4}, 128),
+        BaseStructure(
+            SD1 | {"block_out_channels": (32, 64, 128, 128), "attention_head_dim": 4}, 128
+        ),
         NARROW_VAE | {"scaling_factor": 0.18215},
         (NARROW_TEXT | {"hidden_size": 768},),
         NARROW_VISION,
@@ -98,14 +118,23 @@ STAND_INS = {
     "sdxl-narrow": StandIn(
         BaseStructure(SDXL | NARROW_SDXL, 128),
         NARROW_VAE | {"scaling_factor": 0.13025},
-        (NARROW_TEXT | {"hidden_size": 768}, NARROW_TEXT | {"hidden_size": 1280, "projection_dim": 64}),
+        (
+            NARROW_TEXT | {"hidden_size": 768},
+            NARROW_TEXT | {"hidden_size": 1280, "projection_dim": 64},
+        ),
         NARROW_VISION,
         image_side=28,
     ),
     # For the tests.
     "tiny": StandIn(
         BaseStructure(TINY_UNET, 32),
-        VAE | {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "scaling_factor": 1.0},
+        VAE
+        | {
+            "block_out_channels": (8, 8, 8, 8),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "scaling_factor": 1.0,
+        },
         (SMALL,),
         SMALL | {"patch_size": 14, "projection_dim": 24},
         image_side=28,
@@ -119,21 +148,29 @@ def vae(of: StandIn, dtype: torch.dtype) -> Any:
 
 def text_encoders(of: StandIn, dtype: torch.dtype) -> list[Any]:
     """The last one also gives the pooled text where the model takes that."""
-    *first, last = (CLIPTextConfig(**text, max_position_embeddings=of.base.text_tokens) for text in of.texts)
+    *first, last = (
+        CLIPTextConfig(**text, max_position_embeddings=of.base.text_tokens) for text in of.texts
+    )
     kind = CLIPTextModelWithProjection if of.pooled else CLIPTextModel
     return [*(frozen(CLIPTextModel(config), dtype) for config in first), frozen(kind(last), dtype)]
 
 
 def image_encoder(of: StandIn, dtype: torch.dtype) -> Any:
-    return frozen(CLIPVisionModelWithProjection(CLIPVisionConfig(**of.vision, image_size=of.image_side)), dtype)
+    return frozen(
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**of.vision, image_size=of.image_side)),
+        dtype,
+    )
 
 
 def unet(of: StandIn, dtype: torch.dtype) -> Any:
-    return frozen(UNet2DConditionModel(**of.base.unet), dtype)
+    return frozen(UNet2DConditionModel(**of.base.config), dtype)
 
 
 def pipeline(of: StandIn, base: nn.Module, dtype: torch.dtype, *, sees: bool = True) -> Any:
-    """diffusers' own pipeline around the UNet `base`, with an image encoder if it `sees`; on the default device."""
+    """diffusers' own pipeline around the UNet `base`, with an image encoder if it `sees`.
+
+    On the default device.
+    """
     tokenizer = letters(of.base.text_tokens)
     encoders = text_encoders(of, dtype)
     parts: dict[str, Any] = {
@@ -141,7 +178,9 @@ def pipeline(of: StandIn, base: nn.Module, dtype: torch.dtype, *, sees: bool = T
         "unet": base,
         "text_encoder": encoders[0],
         "tokenizer": tokenizer,
-        "scheduler": DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        "scheduler": DDIMScheduler(
+            **NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         "image_encoder": image_encoder(of, dtype) if sees else None,
         "feature_extractor": image_processor(of),
     }
@@ -156,15 +195,28 @@ def pipeline(of: StandIn, base: nn.Module, dtype: torch.dtype, *, sees: bool = T
 
 def image_processor(of: StandIn) -> Any:
     side = of.image_side
-    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
 
 
 def letters(tokens: int) -> CLIPTokenizer:
     """A tokenizer that knows letters: what a prompt costs depends on its padded length alone."""
     alphabet = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=tokens)
+    words = [
+        *alphabet,
+        *(f"{letter}</w>" for letter in alphabet),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[],
+        model_max_length=tokens,
+    )
 
 
 def frozen(model: nn.Module, dtype: torch.dtype) -> Any:
-    return nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of what does not matter here
+    return (
+        nn.Module.to(model, dtype).eval().requires_grad_(False)
+    )  # diffusers' own `to` warns of what does not matter here

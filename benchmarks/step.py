@@ -3,8 +3,9 @@
     python -m benchmarks.step                     # on a GPU if there is one, else on the CPU
     python -m benchmarks.step --model sd15-narrow # a try: printed, not recorded
 
-Three take turns around the same random weights: diffusers without an image prompt, diffusers with its own IP-Adapter, ours.
-All guided. Whole pipelines encode the text, sample and decode; the image prompt is given as an embedding, then as a picture.
+Three take turns around the same random weights: diffusers without an image prompt, diffusers with
+its own IP-Adapter, ours. All guided. Whole pipelines encode the text, sample and decode; the image
+prompt is given as an embedding, then as a picture.
 """
 
 import argparse
@@ -23,18 +24,42 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import stand_ins
-from benchmarks.contenders import CONTENDERS, GUIDANCE, OURS, PEER, TEXT, Scene, asked, prompted, scene, stepper
-from benchmarks.record import Bar, Outcome, Record, join, left_out, matrix_rate, note, options, parsed, spread, table, verdicts
+from benchmarks.contenders import (
+    CONTENDERS,
+    GUIDANCE,
+    OURS,
+    PEER,
+    TEXT,
+    Scene,
+    asked,
+    prompted,
+    scene,
+    stepper,
+)
+from benchmarks.record import (
+    Bar,
+    Outcome,
+    Record,
+    join,
+    left_out,
+    matrix_rate,
+    note,
+    options,
+    parsed,
+    spread,
+    table,
+    verdicts,
+)
 from benchmarks.setting import PromptedSetting
 from benchmarks.stand_ins import DTYPES, STAND_INS
 from benchmarks.turns import Here, take_turns
-from imprompt.encoders.vision import VisionEncoder
-from imprompt.sampling.attached import Attached
-from imprompt.sampling.compiled import compile_base
-from imprompt.sampling.generate import ImagePromptPipeline
-from imprompt.sampling.reading import Reader
+from imprompt.encoders.clip import VisionEncoder
+from imprompt.generation.compile import compile_base
+from imprompt.generation.features import Reader
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.prepare import Attached
 from imprompt.training.estimate import flash
-from imprompt.variants import variant
+from imprompt.variants import find_variant
 
 TITLE = "Time of a step, images a second"
 STEP, COMPILED = "a UNet step", "a UNet step, compiled"
@@ -62,7 +87,10 @@ PLANS = {
         Plan("sd15", (1,), (COMPILED, FAST), repeats=20),
         Plan("sdxl", (1,), (COMPILED, FAST), repeats=10),
     ),
-    "cpu": (Plan("sd15-narrow", (1, 4, 16), sampled=10, repeats=5), Plan("sd15", (1,), (STEP, EMBEDDING), sampled=3)),
+    "cpu": (
+        Plan("sd15-narrow", (1, 4, 16), sampled=10, repeats=5),
+        Plan("sd15", (1,), (STEP, EMBEDDING), sampled=3),
+    ),
 }
 ABSENT = {
     "cpu": [
@@ -87,12 +115,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("step", __doc__)
-    parser.add_argument("--model", choices=STAND_INS, help="those that suit the device, if not given")
-    parser.add_argument("--batch", type=int, nargs="+", help="images at once (1, 4 and 16; on a CPU 1 for SD 1.5)")
+    parser.add_argument(
+        "--model", choices=STAND_INS, help="those that suit the device, if not given"
+    )
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="images at once (1, 4 and 16; on a CPU 1 for SD 1.5)"
+    )
     parser.add_argument("--steps", type=int, help="UNet steps of an image (50; fewer on a CPU)")
     parser.add_argument("--pixels", type=int, help="a side (the model's own)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--compile", action="store_true", help="measure compiled steps too; on a GPU they are")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure compiled steps too; on a GPU they are"
+    )
     return parsed(parser, arguments, narrows=("model", "batch", "pixels", "precision"))
 
 
@@ -112,13 +146,17 @@ def run(plan: Plan, args: argparse.Namespace) -> Iterator[Outcome]:
     of, base = STAND_INS[plan.model], None
     ceiling = matrix_rate(args.device, args.precision, side=64 if plan.model == "tiny" else 0)
     for batch in plan.batches:
-        setting = PromptedSetting(args.device, plan.model, batch, args.pixels or of.base.side, args.precision)
+        setting = PromptedSetting(
+            args.device, plan.model, batch, args.pixels or of.base.side, args.precision
+        )
         stage = scene(setting, base=base)
         base = stage.base
         for what in plan.what:
             whole = what in (EMBEDDING, PICTURE, FAST)
             steps, repeats = (plan.sampled, 1) if whole else (1, plan.repeats)
-            turns = {name: Here(call, args.device) for name, call in MAKERS[what](stage, steps).items()}
+            turns = {
+                name: Here(call, args.device) for name, call in MAKERS[what](stage, steps).items()
+            }
             loops = take_turns(turns, args.rounds, repeats, teller(f"{plan.model} x{batch} {what}"))
             flops = steps * unet_flops(setting) / batch
             yield Outcome({**asdict(setting), "what": what, "steps": steps}, loops, flops, ceiling)
@@ -134,7 +172,9 @@ def unet_steps(of: Scene, _: int) -> Calls:
 
 
 def compiled_steps(of: Scene, _: int) -> Calls:
-    """The same with the UNet's forward pass compiled as the package compiles it, on a GPU with CUDA graphs."""
+    """The same with the UNet's forward pass compiled as the package compiles it, on a GPU with CUDA
+    graphs.
+    """
     joined = {name: make(of) for name, make in CONTENDERS.items()}
     for contender in joined.values():
         compile_base(contender.unet)
@@ -142,20 +182,35 @@ def compiled_steps(of: Scene, _: int) -> Calls:
 
 
 def from_embeddings(of: Scene, steps: int, ready: Callable[[Any], None] = lambda _: None) -> Calls:
-    """By name: the scene's images through diffusers' pipeline, the image prompt being an embedding."""
+    """By name: the scene's images through diffusers' pipeline, the image prompt being an
+    embedding.
+    """
     pipes, arguments = pipelines(of, sees=False), asked(of.setting, steps)
     for pipe in pipes.values():
         ready(pipe.unet)
-    return {name: lambda name=name: pipes[name](**arguments, **prompted(of, name)) for name in pipes}
+    return {
+        name: lambda name=name: pipes[name](**arguments, **prompted(of, name)) for name in pipes
+    }
 
 
 def from_pictures(of: Scene, steps: int) -> Calls:
     """The same, the image prompt being a picture; ours through the package's own pipeline."""
-    pipes, arguments, picture = pipelines(of, sees=True), asked(of.setting, steps), Image.new("RGB", (256, 256), "orange")
+    pipes, arguments, picture = (
+        pipelines(of, sees=True),
+        asked(of.setting, steps),
+        Image.new("RGB", (256, 256), "orange"),
+    )
     encoder = VisionEncoder(pipes[OURS].image_encoder, pipes[OURS].feature_extractor)
-    whole = ImagePromptPipeline(pipes[OURS], Attached(of.adapters[0], Reader(encoder, variant(of.setting.variant))))
+    whole = ImagePromptPipeline(
+        pipes[OURS], Attached(of.adapters[0], Reader(encoder, find_variant(of.setting.variant)))
+    )
     setting = of.setting
-    same: dict[str, Any] = {"width": setting.pixels, "height": setting.pixels, "steps": steps, "guidance": GUIDANCE}
+    same: dict[str, Any] = {
+        "width": setting.pixels,
+        "height": setting.pixels,
+        "steps": steps,
+        "guidance": GUIDANCE,
+    }
     several = {"num_images": setting.batch, "batch_size": setting.batch}
     return {
         TEXT: lambda: pipes[TEXT](**arguments),
@@ -187,9 +242,14 @@ def pipelines(of: Scene, sees: bool) -> dict[str, Any]:
 @cache
 @torch.no_grad()
 def unet_flops(setting: PromptedSetting) -> int:
-    """Of a guided step without an image prompt: what any of the contenders does beside that earns it nothing."""
+    """Of a guided step without an image prompt: what any of the contenders does beside that earns
+    it nothing.
+    """
     of = scene(replace(setting, device="meta"))
-    with mock.patch.object(F, "scaled_dot_product_attention", flash), FlopCounterMode(display=False) as counter:
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", flash),
+        FlopCounterMode(display=False) as counter,
+    ):
         CONTENDERS[TEXT](of)(of.latents, torch.empty(1, dtype=torch.long, device="meta"))
     return counter.get_total_flops()
 
@@ -197,20 +257,29 @@ def unet_flops(setting: PromptedSetting) -> int:
 def bars_of(found: Outcome) -> list[Bar]:
     setting = found.setting
     what = f"{setting['model']}, batch {setting['batch']}, {setting['what']}"
-    over_text = Bar(f"{what}: time, ours over text only", 1 / median(found.times(OURS, TEXT)), 1.0, most=True)
-    over_peer = Bar(f"{what}: ours over diffusers + IP-Adapter", median(found.times(OURS, PEER)), 1.25)
+    over_text = Bar(
+        f"{what}: time, ours over text only", 1 / median(found.times(OURS, TEXT)), 1.0, most=True
+    )
+    over_peer = Bar(
+        f"{what}: ours over diffusers + IP-Adapter", median(found.times(OURS, PEER)), 1.25
+    )
     if setting["device"] == "cpu":
         return [replace(over_peer, bar=1.0)]
     if setting["batch"] > 1 or setting["model"] not in ("sd15", "sdxl"):
         return []
-    return [{STEP: over_text, COMPILED: replace(over_text, bar=1.01)}.get(setting["what"], over_peer)]
+    return [
+        {STEP: over_text, COMPILED: replace(over_text, bar=1.01)}.get(setting["what"], over_peer)
+    ]
 
 
 def section(rows: Mapping[str, Any]) -> str:
     """A record's tables in markdown."""
     found = [Outcome.read(row) for row in rows["outcomes"]]
     models = dict.fromkeys(outcome.setting["model"] for outcome in found)
-    tables = (told([outcome for outcome in found if outcome.setting["model"] == model]) for model in models)
+    tables = (
+        told([outcome for outcome in found if outcome.setting["model"] == model])
+        for model in models
+    )
     return join(*tables, verdicts(rows), left_out(rows))
 
 
@@ -222,10 +291,35 @@ def told(outcomes: Sequence[Outcome]) -> str:
         what = setting["what"] + (f", {setting['steps']} steps" if setting["steps"] > 1 else "")
         for name, loop in found.loops.items():
             times = [spread(found.times(name, other), ".2f") for other in (TEXT, PEER)]
-            rate, share = f"{found.rate(name):.3g}" if setting["steps"] > 1 else "-", f"{found.share(name):.1%}"
-            lines.append((what, str(setting["batch"]), name, spread(loop.seconds, ".4g"), rate, *times, share))
-    heads = ("what", "batch", "who", "s (range)", "images/s", "× text only", f"× {PEER}", "share of ceiling")
-    what = f"{first['model']}, {first['pixels']} pixels, {first['precision']}; ceiling {outcomes[0].ceiling / 1e12:.3g} TFLOP/s"
+            rate, share = (
+                f"{found.rate(name):.3g}" if setting["steps"] > 1 else "-",
+                f"{found.share(name):.1%}",
+            )
+            lines.append(
+                (
+                    what,
+                    str(setting["batch"]),
+                    name,
+                    spread(loop.seconds, ".4g"),
+                    rate,
+                    *times,
+                    share,
+                )
+            )
+    heads = (
+        "what",
+        "batch",
+        "who",
+        "s (range)",
+        "images/s",
+        "× text only",
+        f"× {PEER}",
+        "share of ceiling",
+    )
+    what = (
+        f"{first['model']}, {first['pixels']} pixels, {first['precision']}; ceiling "
+        f"{outcomes[0].ceiling / 1e12:.3g} TFLOP/s"
+    )
     return f"{what}\n\n{table(heads, lines)}"
 
 

@@ -1,6 +1,8 @@
-"""Our training loop beside the paper's: samples a second, peak memory, share of what the machine can do.
+"""Our training loop beside the paper's: samples a second, peak memory, share of what the machine
+can do.
 
-    python -m benchmarks.training                  # SD 1.5 at 512 pixels on a GPU if there is one, else on the CPU
+    python -m benchmarks.training                  # SD 1.5 at 512 pixels on a GPU if there is one,
+    else on the CPU
     python -m benchmarks.training --device cuda    # and SDXL's memory at 1024 pixels
 
 Both train on data that is in memory already. What is compared and how: README.md.
@@ -17,19 +19,35 @@ import torch
 
 from benchmarks.ours import CompiledLoop, OurLoop
 from benchmarks.paper import PaperLoop
-from benchmarks.record import Bar, Outcome, Record, join, matrix_rate, note, options, parsed, spread, table, verdicts
+from benchmarks.record import (
+    Bar,
+    Outcome,
+    Record,
+    join,
+    matrix_rate,
+    note,
+    options,
+    parsed,
+    spread,
+    table,
+    verdicts,
+)
 from benchmarks.setting import TrainingSetting
 from benchmarks.stand_ins import DTYPES, STAND_INS
 from benchmarks.turns import Loop, measure
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.attention import family_of
 from imprompt.errors import ImpromptError
+from imprompt.families.base import find_family
 from imprompt.training.estimate import Sizes, blank_base, one_step
 
 TITLE = "Training"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "ip-adapter")
 PAPER, OURS, COMPILED = "the paper's", "ours", "ours, compiled"
-LOOPS: dict[str, Callable[[TrainingSetting], Loop]] = {PAPER: PaperLoop, OURS: OurLoop, COMPILED: CompiledLoop}
+LOOPS: dict[str, Callable[[TrainingSetting], Loop]] = {
+    PAPER: PaperLoop,
+    OURS: OurLoop,
+    COMPILED: CompiledLoop,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,16 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("training", __doc__)
-    parser.add_argument("--model", choices=STAND_INS, help="sd15, and on a GPU SDXL's memory too, if not given")
-    parser.add_argument("--batch", type=int, help="samples a step (8, the paper's script's own; 1 on a CPU)")
+    parser.add_argument(
+        "--model", choices=STAND_INS, help="sd15, and on a GPU SDXL's memory too, if not given"
+    )
+    parser.add_argument(
+        "--batch", type=int, help="samples a step (8, the paper's script's own; 1 on a CPU)"
+    )
     parser.add_argument("--pixels", type=int, help="a side (the model's own)")
     parser.add_argument("--steps", type=int, help="in a turn (10; 1 on a CPU)")
     parser.add_argument(
-        "--precision", choices=DTYPES, default="bf16", help="of the frozen models and of the paper's autocast (bf16)"
+        "--precision",
+        choices=DTYPES,
+        default="bf16",
+        help="of the frozen models and of the paper's autocast (bf16)",
     )
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="measure our loop compiled too (on a GPU: yes)")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="measure our loop compiled too (on a GPU: yes)",
+    )
     parser.add_argument("--checkpointing", action="store_true", help="in our loop")
-    args = parsed(parser, arguments, narrows=("model", "batch", "pixels", "precision", "checkpointing"))
+    args = parsed(
+        parser, arguments, narrows=("model", "batch", "pixels", "precision", "checkpointing")
+    )
     cpu = args.device == "cpu"
     args.batch = args.batch or (1 if cpu else 8)
     args.steps = args.steps or (1 if cpu else 10)
@@ -86,7 +117,9 @@ def outcome(setting: TrainingSetting, names: list[str], rounds: int, steps: int)
     def told(name: str, seconds: float) -> None:
         note(setting.model, f"{name}: {seconds:.3f} s a step")
 
-    ceiling = matrix_rate(setting.device, setting.precision, side=64 if setting.model == "tiny" else 0)
+    ceiling = matrix_rate(
+        setting.device, setting.precision, side=64 if setting.model == "tiny" else 0
+    )
     loops = measure({name: LOOPS[name] for name in names}, setting, rounds, steps, told)
     return Outcome(asdict(setting), loops, flops(setting), ceiling)
 
@@ -97,8 +130,9 @@ def flops(setting: TrainingSetting) -> float:
     base = blank_base(of.base, DTYPES[setting.precision])
     embedding, token_dim = of.vision["projection_dim"], base.config.cross_attention_dim
     with torch.device("meta"):
-        adapter = IPAdapter.beside(base, family_of(base), ImageProjection(embedding, token_dim)).attach(base)
-    sizes = Sizes((4, setting.side, setting.side), (of.base.text_tokens, token_dim), (embedding,), of.pooled)
+        adapter = IPAdapter.for_model(base, ImageProjection(embedding, token_dim)).attach(base)
+    conditions = find_family(of.base.family).condition_shapes(base.config, of.base.text_tokens)
+    sizes = Sizes((4, setting.side, setting.side), (embedding,), conditions)
     return one_step(base, adapter, sizes.batch(1), fused=True)[0]
 
 
@@ -109,7 +143,9 @@ def bars_of(found: Outcome) -> list[Bar]:
     bars = []
     for name in ours:
         if (device, model, pixels) == ("cpu", "sd15", 512):
-            bars.append(Bar(f"samples/s, {name} over the paper's", median(found.times(name, PAPER)), 1.7))
+            bars.append(
+                Bar(f"samples/s, {name} over the paper's", median(found.times(name, PAPER)), 1.7)
+            )
         if (device, model, pixels) == ("cuda", "sd15", 512):
             memory = found.loops[name].peak / found.loops[PAPER].peak
             bars += [
@@ -118,7 +154,14 @@ def bars_of(found: Outcome) -> list[Bar]:
                 Bar(f"share of the ceiling, {name}", found.share(name), 0.45),
             ]
         if (device, model, pixels, setting["batch"]) == ("cuda", "sdxl", 1024, 1):
-            bars.append(Bar(f"GB reserved for SDXL at batch 1, {name}", found.loops[name].reserved, 24, most=True))
+            bars.append(
+                Bar(
+                    f"GB reserved for SDXL at batch 1, {name}",
+                    found.loops[name].reserved,
+                    24,
+                    most=True,
+                )
+            )
     return bars
 
 
@@ -127,7 +170,9 @@ def row(found: Outcome) -> dict[str, Any]:
         **found.row(),
         "samples_per_second": {name: found.rate(name) for name in found.loops},
         "share_of_ceiling": {name: found.share(name) for name in found.loops},
-        "times_the_papers": {name: found.times(name, PAPER) for name in found.loops} if PAPER in found.loops else {},
+        "times_the_papers": {name: found.times(name, PAPER) for name in found.loops}
+        if PAPER in found.loops
+        else {},
     }
 
 
@@ -142,9 +187,21 @@ def told(found: Outcome) -> str:
         times = spread(found.times(name, PAPER), ".2f") if PAPER in found.loops else "-"
         rate, share = f"{found.rate(name):.3f}", f"{found.share(name):.1%}"
         lines.append((name, spread(loop.seconds, ".3f"), rate, times, f"{loop.peak:.2f}", share))
-    what = f"{setting['model']}, {setting['pixels']} pixels, batch {setting['batch']}, {setting['precision']}"
-    arithmetic = f"{found.flops / 1e12:.3f} TFLOP a sample, ceiling {found.ceiling / 1e12:.2f} TFLOP/s"
-    heads = ("loop", "s a step (range)", "samples/s", "× the paper's (range)", "peak GB", "share of ceiling")
+    what = (
+        f"{setting['model']}, {setting['pixels']} pixels, batch {setting['batch']}, "
+        f"{setting['precision']}"
+    )
+    arithmetic = (
+        f"{found.flops / 1e12:.3f} TFLOP a sample, ceiling {found.ceiling / 1e12:.2f} TFLOP/s"
+    )
+    heads = (
+        "loop",
+        "s a step (range)",
+        "samples/s",
+        "× the paper's (range)",
+        "peak GB",
+        "share of ceiling",
+    )
     return f"{what}; {arithmetic}\n\n{table(heads, lines)}"
 
 

@@ -1,4 +1,7 @@
-"""Taking turns: what is compared runs in one run, one after the other, again and again; ratios are of neighbouring turns."""
+"""Taking turns: what is compared runs in one run, one after the other, again and again.
+
+Ratios are of neighbouring turns.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +31,17 @@ class Turn(Protocol):
     """What is measured, as the one who takes turns sees it."""
 
     def run(self, steps: int) -> tuple[float, float | None]:
-        """Take so many steps; give the seconds of one, and a loss, where there is one. The first turn warms up."""
+        """Take so many steps; give the seconds of one, and a loss, where there is one.
+
+        The first turn warms up.
+        """
         ...
 
     def peak(self) -> tuple[float, float]:
-        """The most memory held since the first turn in 1e9 bytes: `Measured.peak` and `.reserved`. It ends the loop."""
+        """The most memory held since the first turn in 1e9 bytes: `Measured.peak` and `.reserved`.
+
+        It ends the loop.
+        """
         ...
 
 
@@ -51,7 +60,9 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     return sorted(a / b for a, b in zip(over, under, strict=True))
 
 
-def take_turns(loops: Mapping[str, Turn], rounds: int, steps: int, on_turn: Callable[[str, float], None]) -> dict[str, Measured]:
+def take_turns(
+    loops: Mapping[str, Turn], rounds: int, steps: int, on_turn: Callable[[str, float], None]
+) -> dict[str, Measured]:
     """All in turn, `rounds` times `steps` steps, after a first turn that does not count."""
     found = {name: Measured() for name in loops}
     for number in range(rounds + 1):
@@ -67,7 +78,9 @@ def take_turns(loops: Mapping[str, Turn], rounds: int, steps: int, on_turn: Call
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Seconds that the work took on the device, between two CUDA events or by the clock, and what it gave."""
+    """Seconds that the work took on the device, between two CUDA events or by the clock, and what
+    it gave.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -99,7 +112,10 @@ class Here:
 
 
 class Worker:
-    """A loop in a process of its own, so that its peak memory is its own; see `Turn`. ImpromptError if it fails."""
+    """A loop in a process of its own, so that its peak memory is its own; see `Turn`.
+
+    ImpromptError if it fails.
+    """
 
     def __init__(self, make: Callable[[Any], Loop], setting: Any) -> None:
         context = get_context("spawn")  # CUDA and OpenMP do not survive a fork
@@ -128,7 +144,9 @@ class Worker:
             self._pipe.send(steps)
             answer = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
-            raise ImpromptError("a loop's process was killed, perhaps for the memory it took") from error
+            raise ImpromptError(
+                "a loop's process was killed, perhaps for the memory it took"
+            ) from error
         if isinstance(answer, ImpromptError):
             raise answer
         return answer
@@ -139,7 +157,9 @@ def serve(pipe: Any, make: Callable[[Any], Loop], setting: Any) -> None:
     device = torch.device(setting.device)
     try:
         steps, turns = pipe.recv(), 0
-        loop = make(setting)  # now, so that no two loops are made at a time: that takes more memory than to have them
+        loop = make(
+            setting
+        )  # now, so that no two loops are made at a time: that takes more memory than to have them
         while steps:
             seconds, loss = timed(lambda taken=steps: loop.run(taken), device)
             pipe.send((seconds / steps, loss))
@@ -153,7 +173,9 @@ def serve(pipe: Any, make: Callable[[Any], Loop], setting: Any) -> None:
 
 
 def reserved_gb(device: torch.device) -> float:
-    return torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else peak_memory_gb(device)
+    return (
+        torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else peak_memory_gb(device)
+    )
 
 
 def forget_peak(device: torch.device) -> None:

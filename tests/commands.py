@@ -1,4 +1,6 @@
-"""`imprompt` commands as processes of their own, which end by themselves or are killed, also in the middle of saving."""
+"""`imprompt` commands as processes of their own, which end by themselves or are killed, also in the
+middle of saving.
+"""
 
 import gc
 import json
@@ -14,33 +16,51 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import CLIPImageProcessorPil, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from imprompt.cli import main
-from imprompt.training import loop
+from imprompt.training import loop, setup
 from imprompt.training.recipe import Recipe
 from tests.ranks import CONTEXT, PATIENCE
 from tests.tiny import pipeline_parts, quiet, seeded, smallest_unet, tiny_text_encoder
 
 # What a command imports as it runs, and pytest, which every process under it imports.
-CONTEXT.set_forkserver_preload([__name__, "accelerate", "diffusers.guiders", "rich.progress", "pytest"])
+CONTEXT.set_forkserver_preload(
+    [__name__, "accelerate", "diffusers.guiders", "rich.progress", "pytest"]
+)
 # Functions by which files come, go and reach the disk.
 DISK = {"open", "mkdir", "fsync", "rename", "replace", "symlink", "unlink", "rmdir"}
 
 
 def smallest_model(folder: Path) -> Path:
-    """A pipeline whose UNet has four cross-attentions and whose image encoder has five tokens, as a user's folder."""
+    """A pipeline whose UNet has four cross-attentions and whose image encoder has five tokens, as a
+    user's folder.
+    """
     parts = pipeline_parts("sd1") | {"unet": smallest_unet()}
     config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, projection_dim=24, num_hidden_layers=1, num_attention_heads=4,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        projection_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+    )
     with seeded(1):
         parts["image_encoder"] = CLIPVisionModelWithProjection(config)
     side = config.image_size
-    parts["feature_extractor"] = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    parts["feature_extractor"] = CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+    )
     text_encoder = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 32, seed=7)
-    pipeline = StableDiffusionPipeline(**parts, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline(
+        **parts, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False
+    )
     quiet(pipeline).save_pretrained(folder)
     return folder
 
@@ -52,7 +72,10 @@ def written(plan: Recipe, path: Path) -> Path:
 
 
 def toml(group: Mapping[str, Any], name: str = "") -> Iterator[str]:
-    """The lines of a table: its own values, then its groups. What JSON calls them TOML does, but for null."""
+    """The lines of a table: its own values, then its groups.
+
+    What JSON calls them TOML does, but for null.
+    """
     if name:
         yield f"[{name}]"
     groups = {key: value for key, value in group.items() if isinstance(value, dict)}
@@ -68,7 +91,9 @@ class After(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """A process kills itself at an event in saving, counted from 1 over all states that it saves."""
+    """A process kills itself at an event in saving, counted from 1 over all states that it
+    saves.
+    """
 
     event: int
     disk: bool  # only calls of and returns from disk functions count, else those of all functions
@@ -81,11 +106,16 @@ class Ended(NamedTuple):
     said: str  # on standard error
     seconds: float  # from its start
     doing: str  # what it was doing last
-    saves: list[list[int]]  # of every state that was saved: how many events it took, on the disk and in all
+    saves: list[
+        list[int]
+    ]  # of every state that was saved: how many events it took, on the disk and in all
 
 
 def imprompt(
-    arguments: Sequence[str], notes: Path, kill: After | Saving | None = None, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    notes: Path,
+    kill: After | Saving | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Ended:
     """Run a command in a new process. notes: the folder for what it says."""
     notes.mkdir(parents=True, exist_ok=True)
@@ -106,13 +136,20 @@ def imprompt(
     return Ended(None if hung else process.exitcode, said, seconds, doing.strip(), saves)
 
 
-def command(arguments: Sequence[str], notes: Path, kill: After | Saving | None, environment: Mapping[str, str]) -> None:
+def command(
+    arguments: Sequence[str],
+    notes: Path,
+    kill: After | Saving | None,
+    environment: Mapping[str, str],
+) -> None:
     """What the new process does."""
     gc.freeze()  # what is imported stays: no time goes into looking it through
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for the processes that read ahead, as in a user's process
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # for the processes that read ahead, as in a user's process
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     tell(notes, Events(kill if isinstance(kill, Saving) else None))
     sys.argv = ["imprompt", *arguments]
@@ -140,10 +177,13 @@ def tell(notes: Path, events: "Events") -> None:
         state = save_state(*args)
         sys.setprofile(None)
         with (notes / "saves").open("a") as lines:
-            lines.write(" ".join(str(count - was) for count, was in zip(events.counts, before, strict=True)) + "\n")
+            lines.write(
+                " ".join(str(count - was) for count, was in zip(events.counts, before, strict=True))
+                + "\n"
+            )
         return state
 
-    loop.encode_features = told("encoding", loop.encode_features)
+    setup.encode_features = told("encoding", setup.encode_features)
     loop.Run.go = told("training", loop.Run.go)
     loop.save_state = told("saving", save, "training")
 
@@ -155,7 +195,11 @@ class Events:
         self.kill, self.counts = kill, [0, 0]  # on the disk, all
 
     def __call__(self, _frame: FrameType, event: str, function: Any) -> None:
-        self.counts[0] += event.startswith("c_") and function.__module__ in ("posix", "io", "_io") and function.__name__ in DISK
+        self.counts[0] += (
+            event.startswith("c_")
+            and function.__module__ in ("posix", "io", "_io")
+            and function.__name__ in DISK
+        )
         self.counts[1] += 1
         if self.kill is not None and self.counts[not self.kill.disk] == self.kill.event:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""The fused attention on a GPU or, where there is none, in Triton's interpreter: import it from here in tests."""
+"""The fused attention on a GPU or, where there is none, in Triton's interpreter: import it from
+here in tests.
+"""
 
 import os
 from typing import Any
@@ -11,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with mock.patch.dict(os.environ, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}):  # read where kernels are defined
-    from imprompt.attention import choice, fused
+with mock.patch.dict(
+    os.environ, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
+):  # read where kernels are defined
+    from imprompt.attention import autotune, fused
 
-__all__ = ["DEVICE", "Counted", "choice", "fused", "interpret"]
+__all__ = ["DEVICE", "Counted", "autotune", "fused", "interpret"]
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:

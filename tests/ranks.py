@@ -1,4 +1,6 @@
-"""Training runs on several processes of this machine: every rank is told of the others as torchrun tells it."""
+"""Training runs on several processes of this machine: every rank is told of the others as torchrun
+tells it.
+"""
 
 import gc
 import json
@@ -16,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from imprompt.cli import fail
+from imprompt.cli.console import fail
 from imprompt.errors import ImpromptError
-from imprompt.training import loop
+from imprompt.training import loop, setup
 from imprompt.training.batches import Batch, Item, Shown
 from imprompt.training.order import Draw
 from imprompt.training.recipe import Recipe
@@ -41,13 +43,19 @@ class Ended(NamedTuple):
 
 
 def train(plan: Recipe, ranks: int, *changes: Change) -> Ended:
-    """The run as `torchrun --nproc-per-node ranks` would start it; `shown` tells what it trained on."""
+    """The run as `torchrun --nproc-per-node ranks` would start it.
+
+    `shown` tells what it trained on.
+    """
     notes = notes_of(plan.output)
     notes.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=one, args=(plan, rank, ranks, port, changes)) for rank in range(ranks)]
+    processes = [
+        CONTEXT.Process(target=one, args=(plan, rank, ranks, port, changes))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     try:
@@ -60,7 +68,9 @@ def train(plan: Recipe, ranks: int, *changes: Change) -> Ended:
     finally:
         for process in processes:
             process.kill()
-    said = [(notes / f"{rank}.err").read_text().strip().rpartition("\n")[2] for rank in range(ranks)]
+    said = [
+        (notes / f"{rank}.err").read_text().strip().rpartition("\n")[2] for rank in range(ranks)
+    ]
     return Ended(codes, said, time.monotonic() - first)
 
 
@@ -74,8 +84,17 @@ def one(plan: Recipe, rank: int, ranks: int, port: int, changes: Sequence[Change
     torch.set_num_threads(1)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     if ranks > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "localhost", **{key: str(value) for key, value in place.items()}}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_WORLD_SIZE": ranks,
+            "MASTER_PORT": port,
+        }
+        os.environ |= {
+            "MASTER_ADDR": "localhost",
+            **{key: str(value) for key, value in place.items()},
+        }
     note(notes / f"{rank}.jsonl")
     for change in changes:
         change(rank)
@@ -134,7 +153,7 @@ class Struck(NamedTuple):
 def killed_encoding(rank: int) -> None:
     """The second rank is killed as it is to encode its part of the features."""
     if rank == 1:
-        loop.encode_features = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        setup.encode_features = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Spoiled(NamedTuple):
@@ -145,7 +164,10 @@ class Spoiled(NamedTuple):
 
     def __call__(self, rank: int) -> None:
         if rank == self.rank:
-            before(self.step, lambda parts: [replace(part, latents=part.latents * torch.nan) for part in parts])
+            before(
+                self.step,
+                lambda parts: [replace(part, latents=part.latents * torch.nan) for part in parts],
+            )
 
 
 def before(chosen: int, change: Callable[[Iterable[Batch]], Iterable[Batch]]) -> None:

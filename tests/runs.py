@@ -1,4 +1,6 @@
-"""Small training runs: sets of a few pictures, tiny models saved as folders, and what a run leaves."""
+"""Small training runs: sets of a few pictures, tiny models saved as folders, and what a run
+leaves.
+"""
 
 import json
 from pathlib import Path
@@ -7,9 +9,11 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from imprompt.checkpoint import read_adapter
+from imprompt.checkpoints.adapters import read_adapter
+from imprompt.training.loop import Run
 from imprompt.training.recipe import Recipe
-from imprompt.training.watch import Metrics
+from imprompt.training.setup import set_up
+from imprompt.training.watch import Metrics, Watcher
 from tests.tiny import PIPELINES
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange")
@@ -36,19 +40,38 @@ def saved_pipeline(folder: Path, base: str) -> Path:
 
 
 def recipe(source: Path | str, output: Path, steps: int = 6, **changes: Any) -> Recipe:
-    """A run of the packaged model that logs every step. `changes` are keys of the recipe, groups merged."""
+    """A run of the packaged model that logs every step.
+
+    `changes` are keys of the recipe, groups merged.
+    """
     values: dict[str, Any] = {
         "model": "emoji",
         "output": output,
         "save_every": 2,
-        "data": {"source": str(source), "drop_text": 0.2, "drop_image": 0.2, "drop_both": 0.2, "workers": 0},
+        "data": {
+            "source": str(source),
+            "drop_text": 0.2,
+            "drop_image": 0.2,
+            "drop_both": 0.2,
+            "workers": 0,
+        },
         # One precision for all tests: accelerate keeps one state per process.
-        "optimization": {"steps": steps, "batch_size": 3, "learning_rate": 1e-3, "precision": "fp32"},
+        "optimization": {
+            "steps": steps,
+            "batch_size": 3,
+            "learning_rate": 1e-3,
+            "precision": "fp32",
+        },
         "logging": {"every": 1, "to": []},
     }
     for key, change in changes.items():
         values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
     return Recipe.model_validate(values)
+
+
+def begun(recipe: Recipe) -> Run:
+    """A run that is put together and has taken no step."""
+    return Run(set_up(recipe, Watcher().encoded), Watcher())
 
 
 def losses(run: Path) -> list[float]:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from imprompt.adapter import ImageProjection, ImagePrompt, IPAdapter, attention, decoupled_attention, split_heads
-from imprompt.attention import family, family_of
-from imprompt.encoders.vision import VisionEncoder
+from imprompt.adapter import ImageProjection, IPAdapter, attention, decoupled_attention, split_heads
+from imprompt.encoders.clip import VisionEncoder
 from imprompt.errors import MismatchError, SettingError
-from imprompt.variants import VARIANTS, Variant, variant
+from imprompt.families.base import family_of, find_family
+from imprompt.prompt import ImagePrompt
+from imprompt.variants import VARIANTS, Variant, find_variant
 from tests.tiny import (
     FEATURE_DIMS,
     SD1,
@@ -44,10 +45,14 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """All that a graft could leave traces in: the printed tree, the weights and the attention's processors themselves."""
+    """All that a graft could leave traces in: the printed tree, the weights and the attention's
+    processors themselves.
+    """
     return {
         "tree": repr(model),
-        "weights": {key: weight.data_ptr() for key, weight in model.state_dict(keep_vars=True).items()},
+        "weights": {
+            key: weight.data_ptr() for key, weight in model.state_dict(keep_vars=True).items()
+        },
         "processors": dict(model.attn_processors),  # compared by identity
     }
 
@@ -84,8 +89,14 @@ def test_base_model_and_adapter_hold_nothing_of_each_other(unet: UNet2DCondition
         assert not set(unet.modules()) & set(adapter.modules())
         ours, theirs = (set(map(id, model.parameters())) for model in (adapter, unet))
         assert not ours & theirs
-        kv = {f"image_kv.{site}.{name}.weight" for site in range(len(adapter.image_kv)) for name in ("to_k", "to_v")}
-        assert set(adapter.state_dict()) == kv | {f"projection.{key}" for key in adapter.projection.state_dict()}
+        kv = {
+            f"image_kv.{site}.{name}.weight"
+            for site in range(len(adapter.image_kv))
+            for name in ("to_k", "to_v")
+        }
+        assert set(adapter.state_dict()) == kv | {
+            f"projection.{key}" for key in adapter.projection.state_dict()
+        }
 
 
 def test_attached_detaches_after_an_exception() -> None:
@@ -98,7 +109,10 @@ def test_attached_detaches_after_an_exception() -> None:
 
 def test_attached_twice_is_refused() -> None:
     unet = smallest_unet()
-    with tiny_adapter(unet).attached(unet) as adapter, pytest.raises(MismatchError, match="attached already"):
+    with (
+        tiny_adapter(unet).attached(unet) as adapter,
+        pytest.raises(MismatchError, match="attached already"),
+    ):
         adapter.attach(unet)
 
 
@@ -118,8 +132,8 @@ def test_an_adapter_moves_between_models() -> None:
 
 def test_starts_from_the_text_keys_and_values(unet: UNet2DConditionModel) -> None:
     projection = tiny_projection("base", unet.config.cross_attention_dim)
-    adapter = IPAdapter.beside(unet, family_of(unet), projection)
-    sites = family_of(unet).sites(unet)
+    adapter = IPAdapter.for_model(unet, projection)
+    sites = family_of(unet).layers(unet)
     assert all(name.endswith("attn2") for name in sites)
     for kv, site in zip(adapter.image_kv, sites.values(), strict=True):
         for new, own in ((kv.to_k, site.to_k), (kv.to_v, site.to_v)):
@@ -134,10 +148,14 @@ def test_starts_from_the_text_keys_and_values(unet: UNet2DConditionModel) -> Non
     [(SD1, 1024, 16, 22_319_616), (SDXL, 1024, 70, 349_188_096), (SDXL, 1280, 70, 351_285_248)],
     ids=["sd1", "sdxl-vit-h", "sdxl-vit-bigg"],
 )
-def test_sizes_of_the_published_adapters(config: dict[str, Any], embedding: int, sites: int, parameters: int) -> None:
+def test_sizes_of_the_published_adapters(
+    config: dict[str, Any], embedding: int, sites: int, parameters: int
+) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-        adapter = IPAdapter.beside(unet, family("unet"), ImageProjection(embedding, config["cross_attention_dim"]))
+        adapter = IPAdapter.for_model(
+            unet, ImageProjection(embedding, config["cross_attention_dim"])
+        )
     assert len(adapter.image_kv) == sites
     assert sum(parameter.numel() for parameter in adapter.parameters()) == parameters
 
@@ -153,20 +171,22 @@ def test_sizes_of_the_published_adapters(config: dict[str, Any], embedding: int,
 def test_sites_stand_in_the_published_order(config: dict[str, Any], runs: str) -> None:
     """Down blocks, up blocks, middle: the order by which checkpoints number them."""
     with torch.device("meta"):
-        names = list(family("unet").sites(UNet2DConditionModel(**config)))
-    blocks = [name.replace("mid_block", "mid").replace("_blocks.", "").split(".")[0] for name in names]
+        names = list(find_family("unet").layers(UNet2DConditionModel(**config)))
+    blocks = [
+        name.replace("mid_block", "mid").replace("_blocks.", "").split(".")[0] for name in names
+    ]
     assert " ".join(f"{block}×{blocks.count(block)}" for block in dict.fromkeys(blocks)) == runs
     assert blocks == [block for block in dict.fromkeys(blocks) for _ in range(blocks.count(block))]
 
 
 def test_families_are_found() -> None:
-    assert family_of(smallest_unet()) is family("unet")
+    assert family_of(smallest_unet()) is find_family("unet")
     with pytest.raises(MismatchError, match="Linear is of no known family"):
         family_of(nn.Linear(1, 1))
     with pytest.raises(MismatchError, match="unknown base-model family 'nope'; known: unet"):
-        family("nope")
+        find_family("nope")
     with pytest.raises(SettingError, match="unknown variant 'nope'; known: base"):
-        variant("nope")
+        find_variant("nope")
 
 
 @pytest.mark.parametrize(
@@ -175,11 +195,17 @@ def test_families_are_found() -> None:
         ("sd2", {}, r"768-wide text \(SD 1.x\); the text of this model is 1024 wide \(SD 2.x\)"),
         ("sdxl", {}, r"768-wide text \(SD 1.x\); the text of this model is 2048 wide \(SDXL\)"),
         ("sdxl", {"cross_attention_dim": 768}, "joins 16 cross-attentions; this model has 17"),
-        ("sd1", {"block_out_channels": (16, 32, 64, 128)}, "64-wide keys at mid_block.*attn2; this model's are 128 wide"),
+        (
+            "sd1",
+            {"block_out_channels": (16, 32, 64, 128)},
+            "64-wide keys at mid_block.*attn2; this model's are 128 wide",
+        ),
     ],
     ids=["text-width", "sdxl", "number", "width"],
 )
-def test_wrong_model_is_refused_with_both_numbers(base: str, overrides: dict[str, Any], message: str) -> None:
+def test_wrong_model_is_refused_with_both_numbers(
+    base: str, overrides: dict[str, Any], message: str
+) -> None:
     adapter, other = tiny_adapter(tiny_unet("sd1")), tiny_unet(base, **overrides)
     before = describe(other)
     with pytest.raises(MismatchError, match=message):
@@ -208,7 +234,8 @@ def test_a_prompt_of_one_is_heard_by_all(unet: UNet2DConditionModel) -> None:
     with tiny_adapter(unet).attached(unet) as adapter:
         one = random_prompt(adapter, 1)
         spread = one._replace(
-            keys=tuple(k.expand(3, -1, -1, -1) for k in one.keys), values=tuple(v.expand(3, -1, -1, -1) for v in one.values)
+            keys=tuple(k.expand(3, -1, -1, -1) for k in one.keys),
+            values=tuple(v.expand(3, -1, -1, -1) for v in one.values),
         )
         assert same_bits(noise(unet, inputs, one), noise(unet, inputs, spread))
 
@@ -240,7 +267,9 @@ def test_scale_by_site_and_by_item() -> None:
         assert same_bits(by_item[0], silent[0])
         assert same_bits(by_item[1], heard[1])
         first_only = prompt.with_scale(torch.eye(sites)[0])
-        others_muted = prompt._replace(values=tuple(v if site == 0 else 0 * v for site, v in enumerate(prompt.values)))
+        others_muted = prompt._replace(
+            values=tuple(v if site == 0 else 0 * v for site, v in enumerate(prompt.values))
+        )
         assert same_bits(noise(unet, inputs, first_only), noise(unet, inputs, others_muted))
         assert not torch.equal(noise(unet, inputs, first_only), silent)
 
@@ -265,11 +294,18 @@ def test_with_scale_takes_a_number_a_row_of_sites_or_a_table(sites: int, batch: 
 
 
 @pytest.mark.parametrize(
-    ("scale", "shape"), [(torch.ones(3), r"\[3\]"), (torch.ones(3, 2), r"\[3, 2\]"), (torch.ones(4, 1, 1, 1), r"\[4, 1, 1, 1\]")]
+    ("scale", "shape"),
+    [
+        (torch.ones(3), r"\[3\]"),
+        (torch.ones(3, 2), r"\[3, 2\]"),
+        (torch.ones(4, 1, 1, 1), r"\[4, 1, 1, 1\]"),
+    ],
 )
 def test_a_scale_for_other_sites_is_refused(scale: Tensor, shape: str) -> None:
     states = (torch.zeros(2, 1, 1, 1),) * 4
-    with pytest.raises(MismatchError, match=f"scale of shape {shape}: give one number, 4 \\(one per site\\)"):
+    with pytest.raises(
+        MismatchError, match=f"scale of shape {shape}: give one number, 4 \\(one per layer\\)"
+    ):
         ImagePrompt(states, states, torch.ones(4, 1)).with_scale(scale)
 
 
@@ -277,7 +313,9 @@ def test_a_copy_leaves_the_base_model_behind() -> None:
     unet = smallest_unet()
     with tiny_adapter(unet).attached(unet) as adapter:
         other = copy.deepcopy(adapter)
-        assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), other.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(adapter.parameters(), other.parameters(), strict=True)
+        )
         random_prompt(adapter, 1)  # the first is attached still
         with pytest.raises(MismatchError, match="not attached"):
             random_prompt(other, 1)
@@ -286,20 +324,37 @@ def test_a_copy_leaves_the_base_model_behind() -> None:
 # The attention
 
 
-@given(batch=SIZES, heads=SIZES, queries=SIZES, tokens=SIZES, width=SIZES, scale=st.floats(-2, 2, width=32))
-def test_output_is_affine_in_scale(batch: int, heads: int, queries: int, tokens: int, width: int, scale: float) -> None:
-    """Equation 5, written out: out(s) = out(0) + s · (out(1) − out(0)), and out(1) − out(0) is the image's own attention."""
+@given(
+    batch=SIZES,
+    heads=SIZES,
+    queries=SIZES,
+    tokens=SIZES,
+    width=SIZES,
+    scale=st.floats(-2, 2, width=32),
+)
+def test_output_is_affine_in_scale(
+    batch: int, heads: int, queries: int, tokens: int, width: int, scale: float
+) -> None:
+    """Equation 5, written out: out(s) = out(0) + s · (out(1) − out(0)), and out(1) − out(0) is the
+    image's own attention.
+    """
     with seeded(batch):
-        query, key, value = (torch.randn(batch, heads, length, width) for length in (queries, tokens + 1, tokens + 1))
+        query, key, value = (
+            torch.randn(batch, heads, length, width) for length in (queries, tokens + 1, tokens + 1)
+        )
         image_key, image_value = torch.randn(2, batch, heads, tokens, width)
 
     def heard(*scales: float) -> Tensor:
         weights = torch.tensor(scales).view(-1, 1, 1, 1, 1)
-        return decoupled_attention(query, key, value, None, [(image_key, image_value)] * len(scales), weights)
+        return decoupled_attention(
+            query, key, value, None, [(image_key, image_value)] * len(scales), weights
+        )
 
     zero, one = heard(0.0), heard(1.0)
     torch.testing.assert_close(heard(scale), zero + scale * (one - zero), rtol=0, atol=1e-5)
-    torch.testing.assert_close(heard(scale, 0.5), zero + (scale + 0.5) * (one - zero), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        heard(scale, 0.5), zero + (scale + 0.5) * (one - zero), rtol=0, atol=1e-5
+    )
     weights = (query @ image_key.transpose(-1, -2) / width**0.5).softmax(-1)
     torch.testing.assert_close(one - zero, weights @ image_value, rtol=0, atol=1e-5)
     assert torch.equal(zero, attention(query, key, value))
@@ -316,7 +371,9 @@ def test_split_heads_loses_nothing(batch: int, length: int, heads: int, width: i
 @torch.no_grad()
 def test_text_mask_as_in_the_base_model(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 2)
-    masked = inputs | {"encoder_attention_mask": torch.arange(TEXT_TOKENS) < torch.tensor([[4], [TEXT_TOKENS]])}
+    masked = inputs | {
+        "encoder_attention_mask": torch.arange(TEXT_TOKENS) < torch.tensor([[4], [TEXT_TOKENS]])
+    }
     base = noise(unet, masked)
     assert not torch.equal(base[0], noise(unet, inputs)[0])
     with tiny_adapter(unet).attached(unet):
@@ -337,9 +394,14 @@ def test_half_precision_base_with_single_precision_adapter(
     with adapter.attached(unet):
         expected = noise(unet, inputs, adapter.prompt(adapter.tokens(features)))
     unet.to(dtype)
-    halves = {name: value.to(dtype) if name in ("sample", "encoder_hidden_states") else value for name, value in inputs.items()}
+    halves = {
+        name: value.to(dtype) if name in ("sample", "encoder_hidden_states") else value
+        for name, value in inputs.items()
+    }
     if "added_cond_kwargs" in inputs:
-        halves["added_cond_kwargs"] = {name: value.to(dtype) for name, value in inputs["added_cond_kwargs"].items()}
+        halves["added_cond_kwargs"] = {
+            name: value.to(dtype) for name, value in inputs["added_cond_kwargs"].items()
+        }
     with adapter.attached(unet):
         prompt = adapter.prompt(adapter.tokens(features))
         assert {state.dtype for state in prompt.keys + prompt.values} == {dtype}
@@ -352,8 +414,12 @@ def gradients(unet: UNet2DConditionModel, row: Variant) -> dict[str, Tensor]:
     """The adapter's gradients after one backward pass through the frozen base model."""
     with tiny_adapter(unet, row.name).attached(unet) as adapter:
         with seeded(0):
-            features = torch.randn(2, *(() if row.feature == "pooled" else (9,)), FEATURE_DIMS[row.feature])
-        noise(unet, noise_inputs(unet, 2), adapter.prompt(adapter.tokens(features))).square().mean().backward()
+            features = torch.randn(
+                2, *(() if row.feature == "pooled" else (9,)), FEATURE_DIMS[row.feature]
+            )
+        noise(
+            unet, noise_inputs(unet, 2), adapter.prompt(adapter.tokens(features))
+        ).square().mean().backward()
     return {name: parameter.grad for name, parameter in adapter.named_parameters()}
 
 
@@ -367,13 +433,15 @@ def test_gradients_reach_the_adapter_only(unet: UNet2DConditionModel, row: Varia
 
 
 def test_gradient_checkpointing_changes_no_gradient(unet: UNet2DConditionModel) -> None:
-    row = variant("base")
+    row = find_variant("base")
     plain = gradients(unet, row)
     unet.train()
     unet.enable_gradient_checkpointing()
     assert unet.is_gradient_checkpointing
     for name, gradient in gradients(unet, row).items():
-        torch.testing.assert_close(gradient, plain[name], rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, plain[name], rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def wrapped(model: nn.Module, **options: Any) -> Any:
@@ -407,7 +475,9 @@ def test_new_scales_and_images_recompile_nothing(compiled: Callable[..., Any]) -
         prompt.with_scale(torch.linspace(0, 1, sites)),
         random_prompt(adapter, 2, scale=0.7, seed=99),
     ):
-        torch.testing.assert_close(noise(fast, inputs, heard), noise(other, inputs, heard), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            noise(fast, inputs, heard), noise(other, inputs, heard), rtol=0, atol=1e-6
+        )
         compilations = compilations or counter.frame_count
         assert counter.frame_count == compilations > 0
     torch._dynamo.reset()
@@ -425,8 +495,13 @@ def diffusers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptur
 
 
 @torch.no_grad()
-def test_self_attention_drops_our_key_without_a_word(diffusers_log: pytest.LogCaptureFixture) -> None:
-    """`ip_hidden_states` reaches every attention; the processors that do not know it must not warn."""
+def test_self_attention_drops_our_key_without_a_word(
+    diffusers_log: pytest.LogCaptureFixture,
+) -> None:
+    """`ip_hidden_states` reaches every attention.
+
+    The processors that do not know it must not warn.
+    """
     unet = smallest_unet()
     with tiny_adapter(unet).attached(unet) as adapter:
         noise(unet, noise_inputs(unet, 1), random_prompt(adapter, 1))
@@ -446,4 +521,8 @@ def test_copies_of_an_adapted_model_hear_too() -> None:
 
 
 def test_every_structure_has_its_own_number_of_sites() -> None:
-    assert {base: len(family("unet").sites(tiny_unet(base))) for base in UNETS} == {"sd1": 16, "sd2": 16, "sdxl": 17}
+    assert {base: len(find_family("unet").layers(tiny_unet(base))) for base in UNETS} == {
+        "sd1": 16,
+        "sd2": 16,
+        "sdxl": 17,
+    }

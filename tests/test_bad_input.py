@@ -1,4 +1,6 @@
-"""Bad input on the command line: one line that says what is wrong, exit code 2, and nothing half-written."""
+"""Bad input on the command line: one line that says what is wrong, exit code 2, and nothing
+half-written.
+"""
 
 import errno
 import json
@@ -21,14 +23,14 @@ from PIL import Image, PngImagePlugin
 from transformers.utils import logging as transformers_log
 
 from imprompt.adapter import ImageKV, ImageProjection, IPAdapter
-from imprompt.attention.unet import FAMILY
-from imprompt.checkpoint import Origin, read_adapter, save_adapter, write_adapter
+from imprompt.checkpoints.adapters import Origin, read_adapter, save_adapter, write_adapter
 from imprompt.cli import main
+from imprompt.families.unet import UNET
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.request import Request
 from imprompt.models import PACKAGED
-from imprompt.sampling.generate import ImagePromptPipeline
-from imprompt.sampling.record import Request
 from imprompt.training.state import save_state
-from imprompt.variants import variant
+from imprompt.variants import find_variant
 from tests.tiny import FEATURE_DIMS, tiny_adapter, tiny_encoder, tiny_sd
 
 LOGS = (diffusers_log, transformers_log)
@@ -67,16 +69,22 @@ def save_model(at: Path) -> Any:
 
 def save_adapters(at: Path, pipe: Any) -> None:
     """One that fits the model, and every kind of one that does not."""
-    unet, row, names = pipe.unet, variant("base"), list(FAMILY.sites(pipe.unet))
+    unet, row, names = pipe.unet, find_variant("base"), list(UNET.layers(pipe.unet))
     fit = tiny_adapter(unet)
     encoder = tiny_encoder()
-    save_adapter(at / "adapter.safetensors", fit, row, names, Origin(encoder_fingerprint=encoder.fingerprint()))
+    save_adapter(
+        at / "adapter.safetensors",
+        fit,
+        row,
+        names,
+        Origin(encoder_fingerprint=encoder.fingerprint()),
+    )
     whole = read_adapter(at / "adapter.safetensors")
     write_adapter(at / "plain.bin", whole, "paper")
 
     def other(name: str, token_dim: int, sites: int) -> None:
         pairs = [ImageKV(token_dim, 2) for _ in range(sites)]
-        adapter = IPAdapter(ImageProjection(FEATURE_DIMS["pooled"], token_dim), pairs, FAMILY)
+        adapter = IPAdapter(ImageProjection(FEATURE_DIMS["pooled"], token_dim), pairs, UNET)
         save_adapter(at / name, adapter, row, [f"site.{n}" for n in range(sites)])
 
     other("sdxl.safetensors", 2048, 70)
@@ -87,11 +95,19 @@ def save_adapters(at: Path, pipe: Any) -> None:
     (at / "empty.safetensors").touch()
     tensors = safetensors.torch.load_file(at / "adapter.safetensors")
     key = next(iter(tensors))
-    safetensors.torch.save_file({**tensors, key: tensors[key] * float("nan")}, at / "nan.safetensors", whole_metadata(at))
-    safetensors.torch.save_file({k: t for k, t in tensors.items() if k != key}, at / "part.safetensors", whole_metadata(at))
-    safetensors.torch.save_file({"unet.to_q_lora.down.weight": torch.ones(2, 2)}, at / "lora.safetensors")
+    safetensors.torch.save_file(
+        {**tensors, key: tensors[key] * float("nan")}, at / "nan.safetensors", whole_metadata(at)
+    )
+    safetensors.torch.save_file(
+        {k: t for k, t in tensors.items() if k != key}, at / "part.safetensors", whole_metadata(at)
+    )
+    safetensors.torch.save_file(
+        {"unet.to_q_lora.down.weight": torch.ones(2, 2)}, at / "lora.safetensors"
+    )
     torch.save({"image_proj": Code(at / "the code ran")}, at / "code.bin")
-    (at / "newer-code.bin").write_bytes(pickle.dumps({"image_proj": Code(at / "the code ran")}, protocol=5))
+    (at / "newer-code.bin").write_bytes(
+        pickle.dumps({"image_proj": Code(at / "the code ran")}, protocol=5)
+    )
     (at / "notes.txt").write_text("no adapter")
     (at / "taken").touch()
     (at / "bare").mkdir()
@@ -105,14 +121,20 @@ def whole_metadata(at: Path) -> dict[str, str]:
 def save_models(at: Path, pipe: Any) -> None:
     """Image encoders that are not the adapter's, and folders that hold no model."""
     tiny_encoder(seed=99).model.save_pretrained(at / "encoder-weights")
-    wide = type(pipe.image_encoder)(type(pipe.image_encoder.config)(**pipe.image_encoder.config.to_dict() | {"projection_dim": 40}))
+    wide = type(pipe.image_encoder)(
+        type(pipe.image_encoder.config)(
+            **pipe.image_encoder.config.to_dict() | {"projection_dim": 40}
+        )
+    )
     wide.save_pretrained(at / "encoder-wide")
     for name in ("encoder-cut", "encoder-part"):
         shutil.copytree(at / "model" / "image_encoder", at / name)
     cut(at / "encoder-cut" / "model.safetensors")
     tensors = safetensors.torch.load_file(at / "encoder-part" / "model.safetensors")
     del tensors["visual_projection.weight"]
-    safetensors.torch.save_file(tensors, at / "encoder-part" / "model.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(
+        tensors, at / "encoder-part" / "model.safetensors", {"format": "pt"}
+    )
     shutil.copytree(at / "model", at / "model-cut")
     cut(at / "model-cut" / "unet" / "diffusion_pytorch_model.safetensors")
     for name, index in (("model-odd", '{"_class_name": "NoPipeline"}'), ("model-damaged", "{")):
@@ -161,7 +183,13 @@ def save_results(at: Path) -> None:
     result("list.png", "[1]")
     result("newer.png", json.dumps({"images": [picture], "warp": 9}))
     result("poisoned.png", json.dumps({"images": [picture], "settings": {"steps": 0}}))
-    result("outside.png", json.dumps({"images": [str(at / "cat.png")], "only": 5, "settings": {"steps": 1}}))
+    named = {"images": [picture], "adapter": "fine"}
+    adapters = ["base", {"adapter": "plus", "name": "fine"}]
+    result("two.png", json.dumps({"images": [named, picture], "adapter": adapters}))
+    result(
+        "outside.png",
+        json.dumps({"images": [str(at / "cat.png")], "only": 5, "settings": {"steps": 1}}),
+    )
 
 
 def save_recipes(at: Path) -> None:
@@ -169,7 +197,9 @@ def save_recipes(at: Path) -> None:
         (at / name).mkdir()
     (at / "pictures" / "metadata.jsonl").write_text('{"file_name": "gone.png"}')
     (at / "bad-listing" / "metadata.jsonl").write_text('{"file_name": "a.png"}\nno json')
-    (at / "recipe.toml").write_text(RECIPE.format(model=at / "model", run=at / "run", pictures=at / "pictures"))
+    (at / "recipe.toml").write_text(
+        RECIPE.format(model=at / "model", run=at / "run", pictures=at / "pictures")
+    )
     (at / "short.toml").write_text('model = "emoji"')
     (at / "no.toml").write_text("model = ")
     (at / "binary.toml").write_bytes(b"\xff\xfe\x00")
@@ -177,7 +207,9 @@ def save_recipes(at: Path) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """A folder of files, the names by which the tables call them, and the tiny model, loaded once."""
+    """A folder of files, the names by which the tables call them, and the tiny model, loaded
+    once.
+    """
 
     folder: Path
     names: dict[str, Path]
@@ -224,7 +256,9 @@ def imprompt(
     monkeypatch.chdir(tmp_path)
 
     def run(command: str) -> Ended:
-        words = [word.format_map({**world.names, "out": tmp_path / "out"}) for word in command.split()]
+        words = [
+            word.format_map({**world.names, "out": tmp_path / "out"}) for word in command.split()
+        ]
         monkeypatch.setattr(sys, "argv", ["imprompt", *words])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -255,12 +289,17 @@ def assert_one_line(ended: Ended, words: str) -> None:
 # The tables: what is wrong, the command, and what its one line says
 
 WITH_CAT = f"generate {{here}}/cat.png --out {{out}} --steps 1 {MODEL}"
+LIKE = "generate --like {here}/"
 BAD_REQUESTS = [
     ("picture missing", "generate {here}/none.png", "none.png does not exist"),
     ("picture is a folder", "generate {here}/bare", "bare is a folder; name one picture in it"),
     ("picture empty", "generate {here}/empty.png", "empty.png is empty"),
     ("picture truncated", "generate {here}/cut.png", "cut.png is damaged, truncated"),
-    ("picture is text", "generate {here}/text.png", "is not a picture of a known format (PNG, JPEG, WebP, …)"),
+    (
+        "picture is text",
+        "generate {here}/text.png",
+        "is not a picture of a known format (PNG, JPEG, WebP, …)",
+    ),
     (
         "picture too large",
         "generate {here}/huge.png",
@@ -270,80 +309,275 @@ BAD_REQUESTS = [
     ("second picture bad", "generate {here}/cat.png {here}/empty.png", "empty.png is empty"),
     ("no picture", "generate", "no image prompt was given: name at least one picture"),
     ("init missing", "generate {here}/cat.png --init none.png", "none.png does not exist"),
-    ("mask is text", "generate {here}/cat.png --init {here}/cat.png --mask {here}/text.png", "text.png is not a picture"),
-    ("mask without init", "generate {here}/cat.png --mask {here}/cat.png", "give that picture too (--init)"),
+    (
+        "mask is text",
+        "generate {here}/cat.png --init {here}/cat.png --mask {here}/text.png",
+        "text.png is not a picture",
+    ),
+    (
+        "mask without init",
+        "generate {here}/cat.png --mask {here}/cat.png",
+        "give that picture too (--init)",
+    ),
     ("scale NaN", WITH_CAT + " --scale nan", "scale = nan: input should be a finite number"),
     ("scale infinite", WITH_CAT + " --scale=-inf", "scale = -inf: input should be a finite number"),
-    ("scale huge", WITH_CAT + " --scale 1e9", "scale = 1000000000.0: input should be less than or equal to 10"),
-    ("guidance NaN", WITH_CAT + " --guidance nan", "guidance = nan: input should be a finite number"),
+    (
+        "scale huge",
+        WITH_CAT + " --scale 1e9",
+        "scale = 1000000000.0: input should be less than or equal to 10",
+    ),
+    (
+        "guidance NaN",
+        WITH_CAT + " --guidance nan",
+        "guidance = nan: input should be a finite number",
+    ),
     ("no steps", WITH_CAT + " --steps 0", "steps = 0: input should be greater than or equal to 1"),
-    ("steps below zero", WITH_CAT + " --steps=-3", "steps = -3: input should be greater than or equal to 1"),
-    ("steps beyond the schedule", WITH_CAT + " --steps 5000", "steps = 5000: this model's noise schedule has 1000"),
-    ("no results", WITH_CAT + " -n 0", "num_images = 0: input should be greater than or equal to 1"),
-    ("seed below zero", WITH_CAT + " --seed=-1", "seed = -1: input should be greater than or equal to 0"),
-    ("seed too large", WITH_CAT + " --seed 99999999999999999999", "seed = 99999999999999999999: input should be"),
-    ("width odd", WITH_CAT + " --width 33", "width = 33: this model's VAE takes multiples of 2, such as 32 or 34"),
-    ("height odd", WITH_CAT + " --height 17", "height = 17: this model's VAE takes multiples of 2, such as 16 or 18"),
-    ("width too small", WITH_CAT + " --width 4", "width = 4: input should be greater than or equal to 8"),
-    ("height too large", WITH_CAT + " --height 100000", "height = 100000: input should be less than or equal to 16384"),
+    (
+        "steps below zero",
+        WITH_CAT + " --steps=-3",
+        "steps = -3: input should be greater than or equal to 1",
+    ),
+    (
+        "steps beyond the schedule",
+        WITH_CAT + " --steps 5000",
+        "steps = 5000: this model's noise schedule has 1000",
+    ),
+    (
+        "no results",
+        WITH_CAT + " -n 0",
+        "num_images = 0: input should be greater than or equal to 1",
+    ),
+    (
+        "seed below zero",
+        WITH_CAT + " --seed=-1",
+        "seed = -1: input should be greater than or equal to 0",
+    ),
+    (
+        "seed too large",
+        WITH_CAT + " --seed 99999999999999999999",
+        "seed = 99999999999999999999: input should be",
+    ),
+    (
+        "width odd",
+        WITH_CAT + " --width 33",
+        "width = 33: this model takes multiples of 2, such as 32 or 34",
+    ),
+    (
+        "height odd",
+        WITH_CAT + " --height 17",
+        "height = 17: this model takes multiples of 2, such as 16 or 18",
+    ),
+    (
+        "width too small",
+        WITH_CAT + " --width 4",
+        "width = 4: input should be greater than or equal to 8",
+    ),
+    (
+        "height too large",
+        WITH_CAT + " --height 100000",
+        "height = 100000: input should be less than or equal to 16384",
+    ),
     ("strength zero", WITH_CAT + " --strength 0", "strength = 0.0: input should be greater than 0"),
-    ("strength above one", WITH_CAT + " --strength 1.5", "strength = 1.5: input should be less than or equal to 1"),
-    ("strength too weak", WITH_CAT + " --init {here}/cat.png --strength 0.5", "strength 0.5 of 1 steps leaves no step to run"),
-    ("batch of none", WITH_CAT + " --batch-size 0", "batch_size = 0: input should be greater than or equal to 1"),
-    ("unknown precision", WITH_CAT + " --dtype int3", "dtype = 'int3': input should be 'float32', 'float16' or 'bfloat16'"),
+    (
+        "strength above one",
+        WITH_CAT + " --strength 1.5",
+        "strength = 1.5: input should be less than or equal to 1",
+    ),
+    (
+        "strength too weak",
+        WITH_CAT + " --init {here}/cat.png --strength 0.5",
+        "strength 0.5 of 1 steps leaves no step to run",
+    ),
+    (
+        "batch of none",
+        WITH_CAT + " --batch-size 0",
+        "batch_size = 0: input should be greater than or equal to 1",
+    ),
+    (
+        "unknown precision",
+        WITH_CAT + " --dtype int3",
+        "dtype = 'int3': input should be 'float32', 'float16' or 'bfloat16'",
+    ),
     (
         "out is a JPEG",
         "generate {here}/cat.png --out a.jpg",
         "a.jpg: results are PNG files; give a name ending in .png, or a folder",
     ),
-    ("out is a text", "generate {here}/cat.png --out {here}/notes.txt", "notes.txt: results are PNG files"),
-    ("out is a file", "generate {here}/cat.png --out {here}/taken", "taken is a file; a folder is needed"),
-    ("out is the prompt", "generate {here}/cat.png --out {here}/cat.png", "cat.png is read for this: give another name for what"),
+    (
+        "out is a text",
+        "generate {here}/cat.png --out {here}/notes.txt",
+        "notes.txt: results are PNG files",
+    ),
+    (
+        "out is a file",
+        "generate {here}/cat.png --out {here}/taken",
+        "taken is a file; a folder is needed",
+    ),
+    (
+        "out is the prompt",
+        "generate {here}/cat.png --out {here}/cat.png",
+        "cat.png is read for this: give another name for what",
+    ),
     (
         "out is what it starts from",
         "generate {here}/dot.png --init {here}/cat.png --out {here}/cat.png",
         "cat.png is read for this",
     ),
-    ("out in a file", "generate {here}/cat.png --out {here}/notes.txt/sub/a.png", "notes.txt is a file; a folder is needed"),
-    ("out in a PNG", "generate {here}/cat.png --out {here}/cat.png/more", "cat.png is a file; a folder is needed"),
-    ("like a foreign PNG", "generate --like {here}/cat.png", "cat.png was not made by imprompt, or its metadata was removed"),
+    (
+        "out in a file",
+        "generate {here}/cat.png --out {here}/notes.txt/sub/a.png",
+        "notes.txt is a file; a folder is needed",
+    ),
+    (
+        "out in a PNG",
+        "generate {here}/cat.png --out {here}/cat.png/more",
+        "cat.png is a file; a folder is needed",
+    ),
+    (
+        "like a foreign PNG",
+        "generate --like {here}/cat.png",
+        "cat.png was not made by imprompt, or its metadata was removed",
+    ),
     ("like a JPEG", "generate --like {here}/cat.jpg", "cat.jpg was not made by imprompt"),
     ("like nothing", "generate --like none.png", "none.png does not exist"),
-    ("like, picture changed", "generate --like {here}/changed.png", "cat.png is not the picture that it was"),
+    (
+        "like, picture changed",
+        "generate --like {here}/changed.png",
+        "cat.png is not the picture that it was",
+    ),
     ("like, picture vanished", "generate --like {here}/vanished.png", "gone.png does not exist"),
     (
         "like and a setting",
         "generate --like {here}/changed.png --seed 3",
-        "--seed is not read beside --like or --request: change it in",
+        "cat.png is not the picture that it was",
+    ),
+    (
+        "like and a bad setting",
+        LIKE + "changed.png --steps 0",
+        "steps = 0: input should be greater than",
+    ),
+    (
+        "like and a bad window",
+        LIKE + "changed.png --end 0",
+        "start = 0.0, end = 0.0: give 0 <= start",
+    ),
+    (
+        "like and a mask alone",
+        LIKE + "changed.png --mask {here}/cat.png",
+        "give that picture too (--init)",
+    ),
+    (
+        "like and regions",
+        LIKE + "changed.png --region a.png --region b.png",
+        "2 regions for 1 image prompts",
+    ),
+    (
+        "like and weights",
+        LIKE + "two.png --weight 2 --weight 1",
+        "2 weights for 1 pictures: give one for each",
+    ),
+    (
+        "like and its adapters",
+        LIKE + "two.png --adapter plus",
+        "--adapter names one for all image prompts",
+    ),
+    (
+        "like, none such changed",
+        LIKE + "outside.png -n 2",
+        "only = 5: the request makes no such picture",
     ),
     (
         "several adapters",
         "generate {here}/cat.png --adapter base --adapter plus",
         "say which of them hears which picture in a request",
     ),
-    ("two negatives", "generate {here}/cat.png --noise fade --negative-image {here}/cat.png", "both say what to keep away from"),
-    ("weights alone", "generate {here}/cat.png --weight 2", "--weight weighs image prompts that are combined"),
-    ("regions", "generate {here}/cat.png --region a.png --region b.png", "2 regions for 1 image prompts"),
-    ("blocks", "generate {here}/cat.png --blocks [1]", "blocks = [1]: give a preset's name, a number, or a map of patterns"),
-    ("unknown combine", "generate {here}/cat.png --combine blend", "combine = 'blend': unknown; known: concat"),
-    ("controlnet alone", "generate {here}/cat.png --controlnet edges", "go together: give both, or neither"),
+    (
+        "two negatives",
+        "generate {here}/cat.png --noise fade --negative-image {here}/cat.png",
+        "both say what to keep away from",
+    ),
+    (
+        "weights alone",
+        "generate {here}/cat.png --weight 2",
+        "--weight weighs image prompts that are combined",
+    ),
+    (
+        "regions",
+        "generate {here}/cat.png --region a.png --region b.png",
+        "2 regions for 1 image prompts",
+    ),
+    (
+        "blocks",
+        "generate {here}/cat.png --blocks [1]",
+        "blocks = [1]: give a preset's name, a number, or a map of patterns",
+    ),
+    (
+        "unknown combine",
+        "generate {here}/cat.png --combine blend",
+        "combine = 'blend': unknown; known: concat",
+    ),
+    (
+        "controlnet alone",
+        "generate {here}/cat.png --controlnet edges",
+        "go together: give both, or neither",
+    ),
     ("like, damaged", "generate --like {here}/damaged.png", "damaged.png: its metadata is damaged"),
     ("like, no object", "generate --like {here}/list.png", "list.png: its metadata is damaged"),
-    ("like, newer", "generate --like {here}/newer.png", "of another imprompt (unknown setting 'warp'"),
-    ("like, poisoned", "generate --like {here}/poisoned.png", "(steps = 0: input should be greater than or equal to 1)"),
-    ("like, no such picture", "generate --like {here}/outside.png", "only = 5: this call makes 1 pictures"),
-    ("like and pictures", "generate {here}/cat.png --like {here}/cat.png", "give either IMAGES or a file"),
+    (
+        "like, newer",
+        "generate --like {here}/newer.png",
+        "of another imprompt (unknown setting 'warp'",
+    ),
+    (
+        "like, poisoned",
+        "generate --like {here}/poisoned.png",
+        "(steps = 0: input should be greater than or equal to 1)",
+    ),
+    (
+        "like, no such picture",
+        "generate --like {here}/outside.png",
+        "only = 5: this call makes 1 pictures",
+    ),
+    (
+        "like and pictures",
+        "generate {here}/cat.png {here}/cat.png {here}/cat.png --like {here}/two.png",
+        "3 pictures for the 2 of the request: give as many, which take their places in turn",
+    ),
 ]
 WITHOUT = "generate {here}/cat.png --out {out} --steps 1 "
 BAD_MODELS = [
     ("device unknown", WITH_CAT + " --device quantum", "device 'quantum' cannot be used here"),
-    ("quantize unknown", WITH_CAT + " --quantize int3", "quantize = 'int3': input should be 'int8' or 'fp8'"),
-    ("offload unknown", WITH_CAT + " --offload half --device cpu", "unknown offload 'half'; known: model, sequential"),
-    ("offload of a CPU", WITH_CAT + " --offload model --device cpu", "spares a GPU's memory; the device here is cpu: leave it out"),
-    ("features in a file", WITH_CAT + " --keep-features {here}/taken", "taken is a file; a folder is needed"),
+    (
+        "quantize unknown",
+        WITH_CAT + " --quantize int3",
+        "quantize = 'int3': input should be 'int8' or 'fp8'",
+    ),
+    (
+        "offload unknown",
+        WITH_CAT + " --offload half --device cpu",
+        "unknown offload 'half'; known: model, sequential",
+    ),
+    (
+        "offload of a CPU",
+        WITH_CAT + " --offload model --device cpu",
+        "spares a GPU's memory; the device here is cpu: leave it out",
+    ),
+    (
+        "features in a file",
+        WITH_CAT + " --keep-features {here}/taken",
+        "taken is a file; a folder is needed",
+    ),
     ("device computes nothing", WITH_CAT + " --device meta", "device 'meta' cannot be used here"),
-    ("model unknown", WITHOUT + "--model emojii", "unknown model 'emojii'; known: emoji, sd15, sdxl, a folder"),
-    ("model folder bare", WITHOUT + "--model {here}/bare", "bare is no model: it holds no model_index.json"),
+    (
+        "model unknown",
+        WITHOUT + "--model emojii",
+        "unknown model 'emojii'; known: emoji, sd15, sdxl, a folder",
+    ),
+    (
+        "model folder bare",
+        WITHOUT + "--model {here}/bare",
+        "bare is no model: it holds no model_index.json",
+    ),
     ("model folder missing", WITHOUT + "--model {here}/none", "unknown model"),
     (
         "model of no pipeline",
@@ -352,10 +586,15 @@ BAD_MODELS = [
     ),
     (
         "model's index damaged",
-        WITHOUT + "--model {here}/model-damaged --adapter {adapter} --encoder {model}/image_encoder",
+        WITHOUT
+        + "--model {here}/model-damaged --adapter {adapter} --encoder {model}/image_encoder",
         "cannot be loaded",
     ),
-    ("model truncated", WITHOUT + "--model {here}/model-cut --adapter {adapter}", "model-cut cannot be loaded"),
+    (
+        "model truncated",
+        WITHOUT + "--model {here}/model-cut --adapter {adapter}",
+        "model-cut cannot be loaded",
+    ),
     (
         "model on no Hub",
         WITHOUT + "--model nobody/nothing --adapter {adapter} --encoder {model}/image_encoder",
@@ -368,7 +607,11 @@ BAD_MODELS = [
         WITHOUT + "--model sd15 --adapter pluss",
         "give one of base, plus, plus-face, full-face, base-vit-G, ",
     ),
-    ("adapter missing", WITHOUT + "--model {model} --adapter {here}/none.safetensors", "none.safetensors"),
+    (
+        "adapter missing",
+        WITHOUT + "--model {model} --adapter {here}/none.safetensors",
+        "none.safetensors",
+    ),
     (
         "adapter on no Hub",
         WITHOUT + "--model {model} --adapter nobody/nothing/a.safetensors",
@@ -389,15 +632,31 @@ BAD_MODELS = [
         WITHOUT + "--model {model} --adapter {here}/sites.safetensors",
         "joins 17 cross-attentions; this model has 16",
     ),
-    ("adapter truncated", WITHOUT + "--model {model} --adapter {here}/cut.safetensors", "cut.safetensors is damaged or cut short"),
+    (
+        "adapter truncated",
+        WITHOUT + "--model {model} --adapter {here}/cut.safetensors",
+        "cut.safetensors is damaged or cut short",
+    ),
     (
         "adapter of NaN",
         WITHOUT + "--model {model} --adapter {here}/nan.safetensors",
         "nan.safetensors is corrupt, or of a training that diverged",
     ),
-    ("encoder too wide", WITH_CAT + " --encoder {here}/encoder-wide", "reads 24-wide pooled features"),
-    ("encoder of other weights", WITH_CAT + " --encoder {here}/encoder-weights", "trained with other weights of the image encoder"),
-    ("encoder missing", WITH_CAT + " --encoder nowhere", "no image encoder 'nowhere': give a folder with config.json"),
+    (
+        "encoder too wide",
+        WITH_CAT + " --encoder {here}/encoder-wide",
+        "reads 24-wide pooled features",
+    ),
+    (
+        "encoder of other weights",
+        WITH_CAT + " --encoder {here}/encoder-weights",
+        "trained with other weights of the image encoder",
+    ),
+    (
+        "encoder missing",
+        WITH_CAT + " --encoder nowhere",
+        "no image encoder 'nowhere': give a folder with config.json",
+    ),
     ("encoder bare", WITH_CAT + " --encoder {here}/bare", "no image encoder can be loaded from"),
     ("encoder truncated", WITH_CAT + " --encoder {here}/encoder-cut", "encoder-cut"),
     (
@@ -413,58 +672,140 @@ BAD_MODELS = [
 ]
 BAD_FILES = [
     ("inspect missing", "inspect none.safetensors", "none.safetensors: there is no such file"),
-    ("inspect bare folder", "inspect {here}/bare", "bare holds no adapter: none of adapter.safetensors"),
+    (
+        "inspect bare folder",
+        "inspect {here}/bare",
+        "bare holds no adapter: none of adapter.safetensors",
+    ),
     ("inspect empty", "inspect {here}/empty.safetensors", "empty.safetensors is empty"),
-    ("inspect garbage", "inspect {here}/garbage.safetensors", "garbage.safetensors is damaged or cut short"),
-    ("inspect truncated", "inspect {here}/cut.safetensors", "cut.safetensors is damaged or cut short"),
-    ("inspect part", "inspect {here}/part.safetensors", "part.safetensors is no whole base adapter"),
-    ("inspect code", "inspect {here}/code.bin", "code.bin holds code, not only tensors; refused. Convert it"),
+    (
+        "inspect garbage",
+        "inspect {here}/garbage.safetensors",
+        "garbage.safetensors is damaged or cut short",
+    ),
+    (
+        "inspect truncated",
+        "inspect {here}/cut.safetensors",
+        "cut.safetensors is damaged or cut short",
+    ),
+    (
+        "inspect part",
+        "inspect {here}/part.safetensors",
+        "part.safetensors is no whole base adapter",
+    ),
+    (
+        "inspect code",
+        "inspect {here}/code.bin",
+        "code.bin holds code, not only tensors; refused. Convert it",
+    ),
     (
         "inspect newer code",
         "inspect {here}/newer-code.bin",
         "newer-code.bin is damaged or cut short, or holds more than tensors; refused",
     ),
-    ("inspect LoRA", "inspect {here}/lora.safetensors", "lora.safetensors is a LoRA, not an image-prompt adapter"),
+    (
+        "inspect LoRA",
+        "inspect {here}/lora.safetensors",
+        "lora.safetensors is a LoRA, not an image-prompt adapter",
+    ),
     ("inspect text", "inspect {here}/notes.txt", "notes.txt: weights are read from .safetensors"),
     ("inspect picture", "inspect {here}/cat.png", "cat.png was not made by imprompt"),
-    ("convert onto itself", "convert {adapter} {here}/./adapter.safetensors", "adapter.safetensors is read for this"),
-    ("embed onto the adapter", "embed {here}/cat.png --adapter {adapter} --out {adapter}", "adapter.safetensors is read for this"),
+    (
+        "convert onto itself",
+        "convert {adapter} {here}/./adapter.safetensors",
+        "adapter.safetensors is read for this",
+    ),
+    (
+        "embed onto the adapter",
+        "embed {here}/cat.png --adapter {adapter} --out {adapter}",
+        "adapter.safetensors is read for this",
+    ),
     ("convert missing", "convert none.bin {out}.safetensors", "none.bin: there is no such file"),
     ("convert code", "convert {here}/code.bin {out}.safetensors", "code.bin holds code"),
-    ("convert to no folder", "convert {adapter} {out}/a.safetensors", "a.safetensors: No such file or directory"),
+    (
+        "convert to no folder",
+        "convert {adapter} {out}/a.safetensors",
+        "a.safetensors: No such file or directory",
+    ),
     ("convert to a folder", "convert {adapter} {here}/bare", "not as a file without suffix"),
-    ("convert to no such file", "convert {adapter} a.bin", "the imprompt layout is written as .safetensors, not as .bin"),
-    ("convert, sites unknown", "convert {here}/plain.bin {out}.safetensors", "name the base model that it was trained for"),
-    ("convert, model unknown", "convert {here}/plain.bin {out}.safetensors --model emojii", "unknown model 'emojii'"),
+    (
+        "convert to no such file",
+        "convert {adapter} a.bin",
+        "the imprompt layout is written as .safetensors, not as .bin",
+    ),
+    (
+        "convert, sites unknown",
+        "convert {here}/plain.bin {out}.safetensors",
+        "name the base model that it was trained for",
+    ),
+    (
+        "convert, model unknown",
+        "convert {here}/plain.bin {out}.safetensors --model emojii",
+        "unknown model 'emojii'",
+    ),
     (
         "convert, model has no UNet",
         "convert {here}/plain.bin {out}.safetensors --model {here}/model-odd",
-        "model-odd holds no UNet",
+        "this is a NoPipeline",
     ),
     ("train nothing", "train none.toml", "no recipe none.toml (No such file or directory)"),
     ("train a folder", "train {here}", "(Is a directory)"),
     ("train no TOML", "train {here}/no.toml", "no.toml is no TOML"),
     ("train binary", "train {here}/binary.toml", "binary.toml is no TOML"),
     ("train half a recipe", "train {here}/short.toml", "short.toml: output: Field required"),
-    ("train no steps", "train {here}/recipe.toml --set optimization.steps=0", "optimization.steps = 0"),
-    ("train rate NaN", "train {here}/recipe.toml --set optimization.learning_rate=nan", "optimization.learning_rate = nan"),
-    ("train misspelt", "train {here}/recipe.toml --set optimization.step=9", "unknown key optimization.step; did you mean steps?"),
+    (
+        "train no steps",
+        "train {here}/recipe.toml --set optimization.steps=0",
+        "optimization.steps = 0",
+    ),
+    (
+        "train rate NaN",
+        "train {here}/recipe.toml --set optimization.learning_rate=nan",
+        "optimization.learning_rate = nan",
+    ),
+    (
+        "train misspelt",
+        "train {here}/recipe.toml --set optimization.step=9",
+        "unknown key optimization.step; did you mean steps?",
+    ),
     ("train set nothing", "train {here}/recipe.toml --set steps", "--set steps: write key=value"),
-    ("train unknown model", "train {here}/recipe.toml --set model=emojii", "unknown model 'emojii'"),
-    ("train a truncated model", "train {here}/recipe.toml --set model={here}/model-cut", "model-cut cannot be loaded"),
-    ("train unknown encoder", "train {here}/recipe.toml --set encoder=nowhere", "no image encoder 'nowhere'"),
-    ("train no pictures", "train {here}/recipe.toml --set data.source={here}/no-pictures", "no-pictures holds no metadata.jsonl"),
+    (
+        "train unknown model",
+        "train {here}/recipe.toml --set model=emojii",
+        "unknown model 'emojii'",
+    ),
+    (
+        "train a truncated model",
+        "train {here}/recipe.toml --set model={here}/model-cut",
+        "model-cut cannot be loaded",
+    ),
+    (
+        "train unknown encoder",
+        "train {here}/recipe.toml --set encoder=nowhere",
+        "no image encoder 'nowhere'",
+    ),
+    (
+        "train no pictures",
+        "train {here}/recipe.toml --set data.source={here}/no-pictures",
+        "no-pictures holds no metadata.jsonl",
+    ),
     (
         "train bad listing",
         "train {here}/recipe.toml --set data.source={here}/bad-listing",
         "metadata.jsonl, line 2: ",
     ),
-    ("train into a file", "train {here}/recipe.toml --set output={here}/notes.txt", "notes.txt is a file; a folder is needed"),
+    (
+        "train into a file",
+        "train {here}/recipe.toml --set output={here}/notes.txt",
+        "notes.txt is a file; a folder is needed",
+    ),
 ]
 
 
 def table(rows: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("command", "words"), [row[1:] for row in rows], ids=[row[0] for row in rows])
+    return pytest.mark.parametrize(
+        ("command", "words"), [row[1:] for row in rows], ids=[row[0] for row in rows]
+    )
 
 
 @table(BAD_REQUESTS)
@@ -479,7 +820,9 @@ def test_a_bad_request_is_one_line(
 
 
 @table(BAD_MODELS + BAD_FILES)
-def test_a_bad_file_is_one_line(command: str, words: str, imprompt: Callable[[str], Ended], world: World, tmp_path: Path) -> None:
+def test_a_bad_file_is_one_line(
+    command: str, words: str, imprompt: Callable[[str], Ended], world: World, tmp_path: Path
+) -> None:
     before = files_in(world.folder)
     assert_one_line(imprompt(command), words)
     assert files_in(world.folder) == before  # nor did the pickle's code run
@@ -497,7 +840,9 @@ def test_a_bad_file_is_one_line(command: str, words: str, imprompt: Callable[[st
         ("paint", "No such command 'paint'"),
     ],
 )
-def test_a_misspelt_command_is_told_how_it_is_written(command: str, words: str, imprompt: Callable[[str], Ended]) -> None:
+def test_a_misspelt_command_is_told_how_it_is_written(
+    command: str, words: str, imprompt: Callable[[str], Ended]
+) -> None:
     ended = imprompt(command)
     assert ended.code == 2
     assert ended.out == ""
@@ -526,7 +871,9 @@ def test_a_misspelt_command_is_told_how_it_is_written(command: str, words: str, 
     ],
 )
 @pytest.mark.usefixtures("loaded")
-def test_an_odd_picture_is_used(command: str, imprompt: Callable[[str], Ended], tmp_path: Path) -> None:
+def test_an_odd_picture_is_used(
+    command: str, imprompt: Callable[[str], Ended], tmp_path: Path
+) -> None:
     ended = imprompt(f"generate {command} --steps 1 --seed 3 --out {{out}}")
     assert (ended.code, ended.err) == (0, "")
     made = [path for path in files_in(tmp_path) if path.is_file()]
@@ -540,7 +887,11 @@ def test_an_odd_picture_is_used(command: str, imprompt: Callable[[str], Ended], 
 def test_places_for_results(imprompt: Callable[[str], Ended], tmp_path: Path) -> None:
     """A name, a folder with a dot in its name, and a name that is taken."""
     (tmp_path / "v1.5").mkdir()
-    for out, expected in (("new/cat.png", "new/cat.png"), ("v1.5", "v1.5/cat-3.png"), ("v1.5", "v1.5/cat-3-2.png")):
+    for out, expected in (
+        ("new/cat.png", "new/cat.png"),
+        ("v1.5", "v1.5/cat-3.png"),
+        ("v1.5", "v1.5/cat-3-2.png"),
+    ):
         ended = imprompt(f"generate {{here}}/cat.png --steps 1 --seed 3 --out {out}")
         assert (ended.code, ended.err, ended.out) == (0, "", f"{expected}  seed 3\n")
     assert len([path for path in files_in(tmp_path) if path.is_file()]) == 3
@@ -559,11 +910,15 @@ def test_a_folder_that_may_not_be_written_to(
 ) -> None:
     """Root may write anywhere, so the refusal is played."""
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr(Request, "run", lambda *_: pytest.fail("it was computed first"))
+    monkeypatch.setattr(Request, "prepare", lambda *_: pytest.fail("it was computed first"))
     assert_one_line(
-        imprompt("generate {here}/cat.png --out {out}"), "may not be written to (Permission denied); give another place"
+        imprompt("generate {here}/cat.png --out {out}"),
+        "may not be written to (Permission denied); give another place",
     )
-    assert_one_line(imprompt("train {here}/recipe.toml --set output={out}"), "may not be written to (Permission denied)")
+    assert_one_line(
+        imprompt("train {here}/recipe.toml --set output={out}"),
+        "may not be written to (Permission denied)",
+    )
     assert files_in(tmp_path) == set()
 
 
@@ -577,8 +932,12 @@ def half_a_picture(error: BaseException) -> Callable[..., None]:
 
 @pytest.mark.parametrize("to", ["{out}", "{out}/a.png"])
 @pytest.mark.usefixtures("loaded")
-def test_a_full_disk(to: str, imprompt: Callable[[str], Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image.Image, "save", half_a_picture(OSError(errno.ENOSPC, "No space left on device")))
+def test_a_full_disk(
+    to: str, imprompt: Callable[[str], Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Image.Image, "save", half_a_picture(OSError(errno.ENOSPC, "No space left on device"))
+    )
     ended = imprompt(f"generate {{here}}/cat.png --steps 1 --seed 3 --out {to}")
     assert_one_line(ended, ".png: No space left on device")
     assert files_in(tmp_path) <= {tmp_path / "out"}
@@ -586,12 +945,14 @@ def test_a_full_disk(to: str, imprompt: Callable[[str], Ended], tmp_path: Path, 
 
 @pytest.mark.parametrize("when", ["sampling", "saving"])
 @pytest.mark.usefixtures("loaded")
-def test_an_interrupt(when: str, imprompt: Callable[[str], Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt(
+    when: str, imprompt: Callable[[str], Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     if when == "sampling":
-        monkeypatch.setattr(Request, "run", interrupt)
+        monkeypatch.setattr(ImagePromptPipeline, "run", interrupt)
     else:
         monkeypatch.setattr(Image.Image, "save", half_a_picture(KeyboardInterrupt()))
     ended = imprompt("generate {here}/cat.png --steps 1 --out {out}")
@@ -599,18 +960,27 @@ def test_an_interrupt(when: str, imprompt: Callable[[str], Ended], tmp_path: Pat
     assert files_in(tmp_path) <= {tmp_path / "out"}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("writer")])
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), RuntimeError("writer")],
+)
 def test_a_training_state_is_whole_or_absent(error: BaseException, tmp_path: Path) -> None:
     def torn(path: Path) -> None:
         path.write_bytes(b"half")
         raise error
 
-    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else Exception, match=r"state before it|^$"):
+    with pytest.raises(
+        KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else Exception,
+        match=r"state before it|^$",
+    ):
         save_state(tmp_path / "run", 1, {"training.pt": torn}, {}, keep=1)
     assert files_in(tmp_path) == {tmp_path / "run"}
 
 
 def test_the_packaged_weights_are_not_touched(imprompt: Callable[[str], Ended]) -> None:
     before = files_in(PACKAGED)
-    assert_one_line(imprompt("generate {here}/cat.png --adapter fancy"), "give one of base, plus, a file, a folder")
+    assert_one_line(
+        imprompt("generate {here}/cat.png --adapter fancy"),
+        "give one of base, plus, a file, a folder",
+    )
     assert files_in(PACKAGED) == before

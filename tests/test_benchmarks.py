@@ -1,4 +1,7 @@
-"""The benchmarks run on tiny models, and compare what is equal; turns, ratios, bars, records and pages."""
+"""The benchmarks run on tiny models, and compare what is equal.
+
+Turns, ratios, bars, records and pages.
+"""
 
 import json
 import math
@@ -48,7 +51,10 @@ def test_a_loop_trains(make: Callable[[TrainingSetting], Loop]) -> None:
 
 
 def test_both_train_the_same_weights() -> None:
-    shapes = [sorted(tuple(weight.shape) for weight in trained(make(TINY))) for make in (PaperLoop, OurLoop)]
+    shapes = [
+        sorted(tuple(weight.shape) for weight in trained(make(TINY)))
+        for make in (PaperLoop, OurLoop)
+    ]
     assert shapes[0] == shapes[1]
 
 
@@ -74,14 +80,18 @@ class Fake:
 
 def test_loops_take_turns_and_the_first_does_not_count() -> None:
     log: list[str] = []
-    found = take_turns({"a": Fake("a", log), "b": Fake("b", log)}, rounds=2, steps=5, on_turn=lambda *_: None)
+    found = take_turns(
+        {"a": Fake("a", log), "b": Fake("b", log)}, rounds=2, steps=5, on_turn=lambda *_: None
+    )
     assert log == ["a5", "b5"] * 3
     assert found["b"] == Measured([3.0, 2.0], [0.5, 0.5], 2.0, 3.0)
 
 
 def outcome(device: str, ours: list[float]) -> Outcome:
     loops = {PAPER: Measured([10.0, 12.0, 8.0], peak=10.0), training.OURS: Measured(ours, peak=5.0)}
-    return Outcome(asdict(TrainingSetting(device, "sd15", 8, 512, "bf16")), loops, flops=1e12, ceiling=4e12)
+    return Outcome(
+        asdict(TrainingSetting(device, "sd15", 8, 512, "bf16")), loops, flops=1e12, ceiling=4e12
+    )
 
 
 def test_ratios_are_of_neighbouring_turns() -> None:
@@ -89,13 +99,19 @@ def test_ratios_are_of_neighbouring_turns() -> None:
     assert found.times(training.OURS, PAPER) == [2.0, 2.0, 4.0]
     assert found.rate(training.OURS) == 2.0
     assert found.share(training.OURS) == 0.5
-    assert "| ours | 4.000 (3.000 to 5.000) | 2.000 | 2.00 (2.00 to 4.00) | 5.00 | 50.0% |" in told(found)
+    assert "| ours | 4.000 (3.000 to 5.000) | 2.000 | 2.00 (2.00 to 4.00) | 5.00 | 50.0% |" in told(
+        found
+    )
     assert ratios([1.0, 6.0], [2.0, 2.0]) == [0.5, 3.0]
 
 
 @pytest.mark.parametrize(
     ("device", "ours", "met"),
-    [("cpu", [5.0, 6.0, 4.0], [True]), ("cpu", [10.0, 6.0, 8.0], [False]), ("cuda", [5.0, 6.0, 4.0], [False, True, False])],
+    [
+        ("cpu", [5.0, 6.0, 4.0], [True]),
+        ("cpu", [10.0, 6.0, 8.0], [False]),
+        ("cuda", [5.0, 6.0, 4.0], [False, True, False]),
+    ],
 )
 def test_bars(device: str, ours: list[float], met: list[bool]) -> None:
     bars = bars_of(outcome(device, ours))
@@ -103,8 +119,14 @@ def test_bars(device: str, ours: list[float], met: list[bool]) -> None:
     assert all(("reached" in bar.line()) == bar.met for bar in bars)
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def here(loops: Mapping[str, Callable[[TrainingSetting], Loop]], setting: TrainingSetting, *turns: Any) -> dict[str, Measured]:
+def test_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(
+        loops: Mapping[str, Callable[[TrainingSetting], Loop]],
+        setting: TrainingSetting,
+        *turns: Any,
+    ) -> dict[str, Measured]:
         return take_turns({name: InProcess(make(setting)) for name, make in loops.items()}, *turns)
 
     class InProcess(Fake):
@@ -117,13 +139,20 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
 
     monkeypatch.setattr(training, "measure", here)
     path = tmp_path / "new" / "record.json"
-    asked = f"--device cpu --model tiny --pixels 32 --batch 2 --rounds 2 --steps 2 --precision fp32 --record {path}"
+    asked = (
+        "--device cpu --model tiny --pixels 32 --batch 2 --rounds 2 --steps 2 --precision fp32 "
+        f"--record {path}"
+    )
     assert main(asked.split()) == 0
     assert "| ours |" in capsys.readouterr().out
     rows = json.loads(path.read_text())
     assert rows["command"] == f"python -m benchmarks.training {asked}"
     assert rows["outcomes"][0]["times_the_papers"] == {PAPER: [1.0, 1.0], "ours": [1.0, 1.0]}
-    assert all(math.isfinite(loss) for loop in rows["outcomes"][0]["loops"].values() for loss in loop["losses"])
+    assert all(
+        math.isfinite(loss)
+        for loop in rows["outcomes"][0]["loops"].values()
+        for loss in loop["losses"]
+    )
 
 
 SCENES = {
@@ -159,26 +188,43 @@ TRY = ["--device", "cpu", "--model", "tiny", "--rounds", "2", "--precision", "fp
 
 def test_the_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "step.json"
-    assert step.main([*TRY, "--pixels", "32", "--batch", "2", "--steps", "2", "--record", str(path)]) == 0
+    assert (
+        step.main([*TRY, "--pixels", "32", "--batch", "2", "--steps", "2", "--record", str(path)])
+        == 0
+    )
     rows = json.loads(path.read_text())
-    assert [row["setting"]["what"] for row in rows["outcomes"]] == [step.STEP, step.EMBEDDING, step.PICTURE]
-    assert all(len(loop["seconds"]) == 2 for row in rows["outcomes"] for loop in row["loops"].values())
+    assert [row["setting"]["what"] for row in rows["outcomes"]] == [
+        step.STEP,
+        step.EMBEDDING,
+        step.PICTURE,
+    ]
+    assert all(
+        len(loop["seconds"]) == 2 for row in rows["outcomes"] for loop in row["loops"].values()
+    )
     assert all(set(row["loops"]) == {TEXT, PEER, OURS} for row in rows["outcomes"])
-    assert [bar["bar"] for bar in rows["bars"]] == [1.0] * 3  # never slower than diffusers' IP-Adapter
+    assert [bar["bar"] for bar in rows["bars"]] == [
+        1.0
+    ] * 3  # never slower than diffusers' IP-Adapter
     assert step.section(rows) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("what", "seconds", "bar"), [(step.STEP, 1.01, 1.0), (step.COMPILED, 1.02, 1.01), (step.EMBEDDING, 0.9, 1.25)]
+    ("what", "seconds", "bar"),
+    [(step.STEP, 1.01, 1.0), (step.COMPILED, 1.02, 1.01), (step.EMBEDDING, 0.9, 1.25)],
 )
 def test_bars_of_steps_on_a_gpu(what: str, seconds: float, bar: float) -> None:
     loops = {TEXT: Measured([1.0]), PEER: Measured([1.1]), OURS: Measured([seconds])}
-    (found,) = step.bars_of(Outcome({"device": "cuda", "model": "sd15", "batch": 1, "what": what}, loops))
+    (found,) = step.bars_of(
+        Outcome({"device": "cuda", "model": "sd15", "batch": 1, "what": what}, loops)
+    )
     assert (found.bar, found.met) == (bar, False)
 
 
 def test_the_profile_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert profile.main(["--device", "cpu", "--model", "tiny", "--record", str(tmp_path / "a.json")]) == 0
+    assert (
+        profile.main(["--device", "cpu", "--model", "tiny", "--record", str(tmp_path / "a.json")])
+        == 0
+    )
     outcomes = json.loads((tmp_path / "a.json").read_text())["outcomes"]
     for row in outcomes:
         assert sum(row["shares"].values()) == pytest.approx(1)
@@ -189,9 +235,19 @@ def test_the_profile_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_growth_command(tmp_path: Path) -> None:
     path = tmp_path / "growth.json"
-    assert growth.main([*TRY, "--axes", "prompts", "pictures", "batch", "--most", "2", "--record", str(path)]) == 0
+    assert (
+        growth.main(
+            [*TRY, "--axes", "prompts", "pictures", "batch", "--most", "2", "--record", str(path)]
+        )
+        == 0
+    )
     rows = json.loads(path.read_text())
-    assert [row["setting"]["value"] for row in rows["outcomes"]] == [1, 2, 4, 1]  # prompts, then tokens, then images at once
+    assert [row["setting"]["value"] for row in rows["outcomes"]] == [
+        1,
+        2,
+        4,
+        1,
+    ]  # prompts, then tokens, then images at once
     assert all(0 < loop["peak"] < 1 for row in rows["outcomes"] for loop in row["loops"].values())
     assert "| image prompts | 2 |" in growth.section(rows)
 
@@ -208,18 +264,30 @@ def test_the_memory_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             return super().run(steps)
 
     monkeypatch.setattr(memory, "Worker", lambda *told: nullcontext(InProcess(*told)))
-    path, modes = tmp_path / "memory.json", ["as it is", "VAE sliced and tiled", "model CPU offload"]
+    path, modes = (
+        tmp_path / "memory.json",
+        ["as it is", "VAE sliced and tiled", "model CPU offload"],
+    )
     assert memory.main([*TRY, "--pixels", "32", "--modes", *modes, "--record", str(path)]) == 0
     rows = json.loads(path.read_text())
     assert [list(row["loops"]) for row in rows["outcomes"]] == [[TEXT, PEER, OURS], [TEXT, PEER]]
-    assert [row["what"] for row in rows["skipped"]] == [f"tiny, {modes[1]}, ours", f"tiny, {modes[2]}"]
-    assert rows["outcomes"][0]["held"]["text"] == 4 * 2 * 77 * 2 * 4 * 16  # 4 sites, batch 2, keys and values, 16 wide, float32
+    assert [row["what"] for row in rows["skipped"]] == [
+        f"tiny, {modes[1]}, ours",
+        f"tiny, {modes[2]}",
+    ]
+    assert (
+        rows["outcomes"][0]["held"]["text"] == 4 * 2 * 77 * 2 * 4 * 16
+    )  # 4 sites, batch 2, keys and values, 16 wide, float32
     assert "MB of the text" in memory.section(rows)
 
 
 def test_the_cold_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def commands(_: Path, __: str) -> Any:
-        yield "the first picture", 1, {name: [sys.executable, "-c", "pass"] for name in (cold.SCRIPT, cold.GENERATE)}
+        yield (
+            "the first picture",
+            1,
+            {name: [sys.executable, "-c", "pass"] for name in (cold.SCRIPT, cold.GENERATE)},
+        )
         yield "the help page", 1, {cold.HELP: [sys.executable, "-c", "pass"]}
 
     monkeypatch.setattr(cold, "compared", commands)
@@ -249,7 +317,9 @@ def test_a_record_is_written_as_it_grows(tmp_path: Path) -> None:
     record.add(Outcome({"batch": 1}, {OURS: Measured([1.0])}).row(), [Bar("speed", 1.0, 2.0)])
     rows = json.loads((tmp_path / "new" / "record.json").read_text())
     assert rows["command"] == "python -m benchmarks.step --rounds 1"
-    assert rows["bars"] == [{"what": "speed", "value": 1.0, "bar": 2.0, "most": False, "met": False}]
+    assert rows["bars"] == [
+        {"what": "speed", "value": 1.0, "bar": 2.0, "most": False, "met": False}
+    ]
     assert rows["machine"]["cores"] > 0
     assert Outcome.read(rows["outcomes"][0]).loops == {OURS: Measured([1.0])}
 
@@ -260,11 +330,15 @@ def test_the_page_is_what_the_records_say() -> None:
 
 def test_a_page_without_records(tmp_path: Path) -> None:
     text = page.made(tmp_path)
-    assert text.count("GPU: not measured yet; run `python -m benchmarks.") == len(page.QUESTIONS) - 1  # operators have no device
+    assert (
+        text.count("GPU: not measured yet; run `python -m benchmarks.") == len(page.QUESTIONS) - 1
+    )  # operators have no device
     assert all(f"## {module.TITLE}" in text for module in page.QUESTIONS.values())
 
 
-def test_one_command_for_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_command_for_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[list[str]] = []
 
     def run(command: list[str], timeout: int, check: bool) -> Any:  # noqa: ARG001
@@ -274,8 +348,17 @@ def test_one_command_for_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(everything.subprocess, "run", run)
-    assert everything.main(["--device", "cuda", "--out", str(tmp_path), "--only", "step", "growth"]) == 1
-    assert asked[0] == ["benchmarks.step", "--device", "cuda", "--record", str(tmp_path / "step-cuda.json")]
+    assert (
+        everything.main(["--device", "cuda", "--out", str(tmp_path), "--only", "step", "growth"])
+        == 1
+    )
+    assert asked[0] == [
+        "benchmarks.step",
+        "--device",
+        "cuda",
+        "--record",
+        str(tmp_path / "step-cuda.json"),
+    ]
     assert "not whole: growth" in capsys.readouterr().err
     assert sum(limit for _, limit, _ in everything.STAGES["cuda"]) <= 590
 
@@ -294,7 +377,10 @@ def test_a_loop_in_a_process_of_its_own(make: Callable[[TrainingSetting], Loop])
 
 @pytest.mark.slow
 def test_a_loop_that_fails_tells_why() -> None:
-    with Worker(OurLoop, TrainingSetting("cpu", "nothing", 2, 32, "bf16")) as worker, pytest.raises(ImpromptError, match="nothing"):
+    with (
+        Worker(OurLoop, TrainingSetting("cpu", "nothing", 2, 32, "bf16")) as worker,
+        pytest.raises(ImpromptError, match="nothing"),
+    ):
         worker.run(2)
 
 

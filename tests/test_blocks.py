@@ -1,4 +1,6 @@
-"""Which cross-attentions hear a prompt: patterns, diffusers' dictionaries, and every preset against numbers written by hand."""
+"""Which cross-attentions hear a prompt: patterns, diffusers' dictionaries, and every preset against
+numbers written by hand.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from imprompt.errors import SettingError
-from imprompt.layouts import SD, SDXL, site_names
-from imprompt.sampling.blocks import PRESETS, block_map, presets, transformers
+from imprompt.families.unet_layers import SD, SDXL, layer_names
+from imprompt.families.unet_presets import PRESETS
+from imprompt.generation.blocks import block_map, presets, transformers
 from tests.tiny import smallest_unet, tiny_unet
 
-SITES = {"SD 1.x": site_names(SD), "SDXL": site_names(SDXL)}
+SITES = {"SD 1.x": layer_names(SD), "SDXL": layer_names(SDXL)}
 GROUPS = {"SD 1.x": 16, "SDXL": 11}
 
 # The transformers in the order in which a UNet runs them, as the published tables number them.
-SD_ORDER = [f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)] + ["mid_block.attentions.0"]
+SD_ORDER = [f"down_blocks.{i}.attentions.{j}" for i in range(3) for j in range(2)] + [
+    "mid_block.attentions.0"
+]
 SD_ORDER += [f"up_blocks.{i}.attentions.{j}" for i in (1, 2, 3) for j in range(3)]
-SDXL_ORDER = [f"down_blocks.{i}.attentions.{j}" for i in (1, 2) for j in range(2)] + ["mid_block.attentions.0"]
+SDXL_ORDER = [f"down_blocks.{i}.attentions.{j}" for i in (1, 2) for j in range(2)] + [
+    "mid_block.attentions.0"
+]
 SDXL_ORDER += [f"up_blocks.{i}.attentions.{j}" for i in (0, 1) for j in range(3)]
 ORDER = {"SD 1.x": SD_ORDER, "SDXL": SDXL_ORDER}
 
@@ -29,41 +36,61 @@ B = 0.6  # the boost in the tables below
 # preset: (factor of transformer 0, 1, ... of SD 1.x, of SDXL)
 TABLES: dict[str, tuple[list[float], list[float]]] = {
     "linear": ([1] * 16, [1] * 11),
-    "ease in": ([1, .940625, .88125, .821875, .7625, .703125, .64375, .584375, .525, .465625, .40625, .346875, .2875, .228125,
+    "ease in": ([1, .940625, .88125, .821875, .7625, .703125, .64375, .584375, .525, .465625,
+        .40625, .346875, .2875, .228125,
                  .16875, .109375],
-                [1, .9136364, .8272727, .7409091, .6545455, .5681818, .4818182, .3954545, .3090909, .2227273, .1363636]),
-    "ease out": ([.05, .109375, .16875, .228125, .2875, .346875, .40625, .465625, .525, .584375, .64375, .703125, .7625, .821875,
+                [1, .9136364, .8272727, .7409091, .6545455, .5681818, .4818182, .3954545, .3090909,
+                .2227273, .1363636]),
+    "ease out": ([.05, .109375, .16875, .228125, .2875, .346875, .40625, .465625, .525, .584375,
+        .64375, .703125, .7625, .821875,
                   .88125, .940625],
-                 [.05, .1363636, .2227273, .3090909, .3954545, .4818182, .5681818, .6545455, .7409091, .8272727, .9136364]),
-    "ease in-out": ([.05, .16875, .2875, .40625, .525, .64375, .7625, .88125, 1, .88125, .7625, .64375, .525, .40625, .2875,
+                 [.05, .1363636, .2227273, .3090909, .3954545, .4818182, .5681818, .6545455,
+                 .7409091, .8272727, .9136364]),
+    "ease in-out": ([.05, .16875, .2875, .40625, .525, .64375, .7625, .88125, 1, .88125, .7625,
+        .64375, .525, .40625, .2875,
                      .16875],
-                    [.05, .2227273, .3954545, .5681818, .7409091, .9136364, .9136364, .7409091, .5681818, .3954545, .2227273]),
-    "reverse in-out": ([1, .88125, .7625, .64375, .525, .40625, .2875, .16875, .05, .16875, .2875, .40625, .525, .64375, .7625,
+                    [.05, .2227273, .3954545, .5681818, .7409091, .9136364, .9136364, .7409091,
+                    .5681818, .3954545, .2227273]),
+    "reverse in-out": ([1, .88125, .7625, .64375, .525, .40625, .2875, .16875, .05, .16875, .2875,
+        .40625, .525, .64375, .7625,
                         .88125],
-                       [1, .8272727, .6545455, .4818182, .3090909, .1363636, .1363636, .3090909, .4818182, .6545455, .8272727]),
+                       [1, .8272727, .6545455, .4818182, .3090909, .1363636, .1363636, .3090909,
+                       .4818182, .6545455, .8272727]),
     "weak input": ([.2] * 6 + [1] * 10, [.2] * 4 + [1] * 7),
     "weak middle": ([1] * 6 + [.2] + [1] * 9, [1] * 4 + [.2] + [1] * 6),
     "weak output": ([1] * 7 + [.2] * 9, [1] * 5 + [.2] * 6),
     "strong middle": ([.2] * 6 + [1] + [.2] * 9, [.2] * 4 + [1] + [.2] * 6),
-    #                                     d0    d1    d2       m  u1       u2       u3          d1    d2    m  u0       u1
-    "style transfer":                   ([1, 1, 1, 1, 0, 0,    0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]),
-    "composition":                      ([0, 0, 0, 0, .25, 1,  0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
-    "strong style transfer":            ([1, 1, 1, 1, 0, 0,    1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]),
-    "style and composition":            ([1, 1, 1, 1, .15, B,  0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, B, 0, 0, 1, 0, 0, 0, 0]),
-    "strong style and composition":     ([1, 1, 1, 1, B, B,    1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, B, 1, 1, 1, 1, 1, 1, 1]),
-    "style transfer precise":           ([1, 1, 1, 1, .15, B,  0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 0, B, 0, 0, 1, 0, 0, 0, 0]),
+    # d0    d1    d2       m  u1       u2       u3          d1    d2    m  u0       u1
+    "style transfer":                   ([1, 1, 1, 1, 0, 0,    0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0,
+        0, 0, 0, 0, 1, 0, 0, 0, 0]),
+    "composition":                      ([0, 0, 0, 0, .25, 1,  0, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0,
+        0, 1, 0, 0, 0, 0, 0, 0, 0]),
+    "strong style transfer":            ([1, 1, 1, 1, 0, 0,    1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1,
+        1, 0, 1, 1, 1, 1, 1, 1, 1]),
+    "style and composition":            ([1, 1, 1, 1, .15, B,  0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0,
+        0, B, 0, 0, 1, 0, 0, 0, 0]),
+    "strong style and composition":     ([1, 1, 1, 1, B, B,    1, 1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1,
+        1, B, 1, 1, 1, 1, 1, 1, 1]),
+    "style transfer precise":           ([1, 1, 1, 1, .15, B,  0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [0, 0,
+        0, B, 0, 0, 1, 0, 0, 0, 0]),
     "composition precise":              ([B, B, B, B, .25, 1,  .06, .06, .06, B, B, B, B, B, B, B],
                                          [.06, .06, .06, 1, .06, .06, B, .06, .06, .06, .06]),
-    "instantstyle style":               ([0, 0, 0, 0, 0, 0,    0, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]),
-    "instantstyle layout":              ([0, 0, 0, 0, 1, 1,    1, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
-    "instantstyle style and layout":    ([0, 0, 0, 0, B, B,    B, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, B, 0, 0, 1, 0, 0, 0, 0]),
-    "invokeai style strong":            ([1, 1, 1, 1, 0, 0,    0, 1, 1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]),
-    "invokeai style precise":           ([0, 0, 0, 0, B, B,    B, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, B, 0, 0, 1, 0, 0, 0, 0]),
+    "instantstyle style":               ([0, 0, 0, 0, 0, 0,    0, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0,
+        0, 0, 0, 0, 1, 0, 0, 0, 0]),
+    "instantstyle layout":              ([0, 0, 0, 0, 1, 1,    1, 0, 0, 0, 0, 0, 0, 0, 0, 0], [0, 0,
+        0, 1, 0, 0, 0, 0, 0, 0, 0]),
+    "instantstyle style and layout":    ([0, 0, 0, 0, B, B,    B, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0,
+        0, B, 0, 0, 1, 0, 0, 0, 0]),
+    "invokeai style strong":            ([1, 1, 1, 1, 0, 0,    0, 1, 1, 1, 1, 1, 1, 0, 0, 0], [1, 1,
+        1, 0, 0, 1, 1, 1, 1, 1, 1]),
+    "invokeai style precise":           ([0, 0, 0, 0, B, B,    B, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0, 0,
+        0, B, 0, 0, 1, 0, 0, 0, 0]),
 }
 # preset: transformers where the unconditional half hears the picture
 AWAY: dict[str, tuple[set[int], set[int]]] = {
     "style transfer precise": ({4, 5}, {3}),
-    "composition precise": ({0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {0, 1, 2, 4, 5, 6, 7, 8, 9, 10}),
+    "composition precise": ({0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {0, 1, 2, 4, 5, 6, 7,
+        8, 9, 10}),
     "invokeai style precise": ({4, 5, 6}, {3}),
 }
 # fmt: on
@@ -81,7 +108,11 @@ def by_transformer(numbers: Tensor, sites: tuple[str, ...], order: list[str]) ->
     """One number for each transformer, after a check that all its sites have the same."""
     found = []
     for transformer in order:
-        own = {number.item() for site, number in zip(sites, numbers, strict=True) if site.startswith(f"{transformer}.")}
+        own = {
+            number.item()
+            for site, number in zip(sites, numbers, strict=True)
+            if site.startswith(f"{transformer}.")
+        }
         assert len(own) == 1, transformer
         found.append(own.pop())
     return found
@@ -111,7 +142,11 @@ def test_transformers_are_numbered_as_the_unet_runs(structure: str) -> None:
 
 def factors(blocks: Any, structure: str = "SDXL", **options: Any) -> dict[str, float]:
     found = block_map(SITES[structure], blocks, **options).factors
-    return dict(zip(ORDER[structure], by_transformer(found, SITES[structure], ORDER[structure]), strict=True))
+    return dict(
+        zip(
+            ORDER[structure], by_transformer(found, SITES[structure], ORDER[structure]), strict=True
+        )
+    )
 
 
 def heard(blocks: Any, structure: str = "SDXL") -> dict[str, float]:
@@ -120,7 +155,15 @@ def heard(blocks: Any, structure: str = "SDXL") -> dict[str, float]:
 
 
 def test_the_longest_pattern_counts() -> None:
-    found = heard({"*": 0.5, "up_blocks": 0, "up_blocks.0": 0.25, "up_blocks.0.attentions.1": 1, "up_blocks.*.attentions.1": 2})
+    found = heard(
+        {
+            "*": 0.5,
+            "up_blocks": 0,
+            "up_blocks.0": 0.25,
+            "up_blocks.0.attentions.1": 1,
+            "up_blocks.*.attentions.1": 2,
+        }
+    )
     assert {name: found.get(name, 0) for name in SDXL_ORDER if name.startswith("up")} == {
         "up_blocks.0.attentions.0": 0.25,
         "up_blocks.0.attentions.1": 1,  # as long as the pattern with a star, which is less
@@ -145,17 +188,46 @@ def test_a_pattern_reaches_a_single_site() -> None:
 
 def test_a_pattern_ends_where_a_part_ends() -> None:
     """`up_blocks.1` is not the beginning of `up_blocks.10`."""
-    sites = ["up_blocks.1.attentions.0.transformer_blocks.0.attn2", "up_blocks.10.attentions.0.transformer_blocks.0.attn2"]
+    sites = [
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn2",
+        "up_blocks.10.attentions.0.transformer_blocks.0.attn2",
+    ]
     assert block_map(sites, {"up_blocks.1": 1}).factors.tolist() == [1, 0]
 
 
-@given(st.permutations(["*", "up_blocks", "*.1", "up_blocks.*.attentions", "up_blocks.1", "*.*.*.1", "up_blocks.1.*.1"]))
+@given(
+    st.permutations(
+        [
+            "*",
+            "up_blocks",
+            "*.1",
+            "up_blocks.*.attentions",
+            "up_blocks.1",
+            "*.*.*.1",
+            "up_blocks.1.*.1",
+        ]
+    )
+)
 @settings(max_examples=25, deadline=None)
 def test_the_order_of_a_map_means_nothing(patterns: list[str]) -> None:
-    numbers = {"*": 1, "up_blocks": 2, "*.1": 3, "up_blocks.*.attentions": 4, "up_blocks.1": 5, "*.*.*.1": 6, "up_blocks.1.*.1": 7}
+    numbers = {
+        "*": 1,
+        "up_blocks": 2,
+        "*.1": 3,
+        "up_blocks.*.attentions": 4,
+        "up_blocks.1": 5,
+        "*.*.*.1": 6,
+        "up_blocks.1.*.1": 7,
+    }
     found = block_map(SITES["SD 1.x"], {pattern: numbers[pattern] for pattern in patterns}).factors
     assert torch.equal(found, block_map(SITES["SD 1.x"], numbers).factors)
-    assert set(found.tolist()) == {1, 3, 4, 6, 7}  # the others have a longer one, or one with fewer stars, everywhere
+    assert set(found.tolist()) == {
+        1,
+        3,
+        4,
+        6,
+        7,
+    }  # the others have a longer one, or one with fewer stars, everywhere
 
 
 def test_a_number_is_for_all() -> None:
@@ -165,11 +237,19 @@ def test_a_number_is_for_all() -> None:
 
 NESTED: list[tuple[str, Mapping[str, Any], Mapping[str, float]]] = [
     ("SDXL", {"up": {"block_0": [0.0, 1.0, 0.0]}}, {"up_blocks.0.attentions.1": 1}),
-    ("SDXL", {"down": {"block_2": [0.0, 1.0]}, "mid": [0.5]}, {"down_blocks.2.attentions.1": 1, "mid_block.attentions.0": 0.5}),
+    (
+        "SDXL",
+        {"down": {"block_2": [0.0, 1.0]}, "mid": [0.5]},
+        {"down_blocks.2.attentions.1": 1, "mid_block.attentions.0": 0.5},
+    ),
     ("SDXL", {"down": 2, "mid": 0.0, "up": {"block_1": [3]}}, {"down_blocks": 2, "up_blocks.1": 3}),
-    ("SD 1.x", {"up": [1, 2, 3]}, {f"up_blocks.*.attentions.{number - 1}": number for number in (1, 2, 3)}),
+    (
+        "SD 1.x",
+        {"up": [1, 2, 3]},
+        {f"up_blocks.*.attentions.{number - 1}": number for number in (1, 2, 3)},
+    ),
     ("SD 1.x", {"down": {"block_1": 0.5}, "up": 1.0}, {"down_blocks.1": 0.5, "up_blocks": 1}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("structure", "nested", "plain"), NESTED)
@@ -183,19 +263,39 @@ def test_nested_dictionaries_mean_what_diffusers_means(
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ("style transfers", {}, "unknown blocks 'style transfers'; near: style transfer,"),
     ("xyz", {}, "unknown blocks 'xyz'; known: linear, ease in"),
-    ("style transfer", {"boost": 2.0}, "boost = 2.0 has nothing to multiply here; it is for 'style and composition'"),
+    (
+        "style transfer",
+        {"boost": 2.0},
+        "boost = 2.0 has nothing to multiply here; it is for 'style and composition'",
+    ),
     ({"*": 1}, {"boost": 0.5}, "boost = 0.5 has nothing to multiply here"),
     ("composition precise", {"boost": "high"}, "boost = 'high': give a number"),
-    ({"up_block.0": 1}, {}, "blocks 'up_block.0': no cross-attention's name begins so; near: up_blocks.0"),
+    (
+        {"up_block.0": 1},
+        {},
+        "blocks 'up_block.0': no cross-attention's name begins so; near: up_blocks.0",
+    ),
     ({"output": 1}, {}, "blocks 'output': no cross-attention's name begins so"),
     ({"mid_block": "much"}, {}, "blocks 'mid_block' = 'much': give a number"),
     (float("nan"), {}, "blocks = nan: give a number"),
     (True, {}, "blocks = True: give a number"),
-    ({"up": {"block_2": 1.0}}, {}, "blocks 'up': no cross-attention in 'block_2', there are in block_0, block_1"),
+    (
+        {"up": {"block_2": 1.0}},
+        {},
+        "blocks 'up': no cross-attention in 'block_2', there are in block_0, block_1",
+    ),
     ({"up": {"block_0": [1, 2]}}, {}, "2 factors for the 3 attentions up_blocks.0.attentions.0"),
     ({"mid": [1, 2]}, {}, "2 factors for the 1 attentions mid_block.attentions.0"),
-    ({"up": 1.0, "up_blocks.0": 1.0}, {}, "blocks 'up_blocks.0' beside up: known are down, mid, up"),
-    ({"up": {"block_0": [[1, 2], 0, 0]}}, {}, "blocks 'up_blocks.0.attentions.0' = [1, 2]: give a number"),
+    (
+        {"up": 1.0, "up_blocks.0": 1.0},
+        {},
+        "blocks 'up_blocks.0' beside up: known are down, mid, up",
+    ),
+    (
+        {"up": {"block_0": [[1, 2], 0, 0]}},
+        {},
+        "blocks 'up_blocks.0.attentions.0' = [1, 2]: give a number",
+    ),
 ]
 
 
@@ -209,17 +309,32 @@ def test_wrong_use_is_told_in_one_line(blocks: Any, options: dict[str, Any], sai
 
 def test_another_structure_has_formulas_but_no_tables() -> None:
     unet = smallest_unet()
-    sites = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
-    assert block_map(sites, "ease out").factors.tolist() == pytest.approx([0.05, 0.525, 0.7625, 0.2875])  # down, up, up, mid
+    sites = [
+        name.removesuffix(".processor")
+        for name in unet.attn_processors
+        if name.endswith("attn2.processor")
+    ]
+    assert block_map(sites, "ease out").factors.tolist() == pytest.approx(
+        [0.05, 0.525, 0.7625, 0.2875]
+    )  # down, up, up, mid
     assert block_map(sites, "weak middle").factors.tolist() == pytest.approx([1, 1, 1, 0.2])
-    with pytest.raises(SettingError, match=r"'style transfer' are known for SD 1.x and SDXL only; for this UNet give a map"):
+    with pytest.raises(
+        SettingError,
+        match=r"'style transfer' are known for SD 1.x and SDXL only; for this model give a map",
+    ):
         block_map(sites, "style transfer")
 
 
-@pytest.mark.parametrize(("base", "structure"), [("sd1", "SD 1.x"), ("sd2", "SD 1.x"), ("sdxl", "SDXL")])
+@pytest.mark.parametrize(
+    ("base", "structure"), [("sd1", "SD 1.x"), ("sd2", "SD 1.x"), ("sdxl", "SDXL")]
+)
 def test_tables_are_for_every_unet_of_the_structure(base: str, structure: str) -> None:
     """Also where the transformers have another number of blocks, as in distilled SDXL models."""
-    names = [name.removesuffix(".processor") for name in tiny_unet(base).attn_processors if name.endswith("attn2.processor")]
-    assert by_transformer(block_map(names, "composition").factors, tuple(names), ORDER[structure]) == pytest.approx(
-        TABLES["composition"][list(SITES).index(structure)]
-    )
+    names = [
+        name.removesuffix(".processor")
+        for name in tiny_unet(base).attn_processors
+        if name.endswith("attn2.processor")
+    ]
+    assert by_transformer(
+        block_map(names, "composition").factors, tuple(names), ORDER[structure]
+    ) == pytest.approx(TABLES["composition"][list(SITES).index(structure)])

@@ -1,4 +1,6 @@
-"""Features on disk: what is read is what was encoded, whoever encoded it, however often that was stopped; damage is named."""
+"""Features on disk: what is read is what was encoded, whoever encoded it, however often that was
+stopped; damage is named.
+"""
 
 import hashlib
 import json
@@ -28,18 +30,18 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt import files
-from imprompt.cli.encode import register
+from imprompt.cli import app, commands
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.training import encoding
 from imprompt.training.batches import PictureReader
 from imprompt.training.buckets import bucket_sizes, fit, to_pixels
-from imprompt.training.cache import FeatureReader, open_features, read_manifest, verify
-from imprompt.training.encoding import encode, origin
+from imprompt.training.cache import FeatureReader, open_features, read_manifest, verify_folder
+from imprompt.training.encoding import encode_set, source_origin
 from imprompt.training.examples import Example, Examples, bucket_of, read_example
-from imprompt.training.features import FeatureEncoder, wanted
+from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.recipe import Columns, Data
-from imprompt.training.sources import BadSample, Sample
-from imprompt.variants import variant
+from imprompt.training.samples import BadSample, Sample
+from imprompt.variants import find_variant
 from tests.tiny import PIPELINES, tiny_encoder
 
 SIZES = ((40, 56), (64, 32), (32, 64), (48, 48), (90, 40))
@@ -48,7 +50,9 @@ BAD = {3: "is empty", 11: "is empty", 12: "is no picture"}
 
 def picture(index: int, size: tuple[int, int]) -> Image.Image:
     width, height = size
-    return Image.fromarray(np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def grey(index: int, size: tuple[int, int]) -> Image.Image:
@@ -82,24 +86,38 @@ class Noise:
     def read(self, index: int) -> Sample:
         size = self.size(index)
         target = partial(picture, index, size)
-        references = (target,) if index % 3 else tuple(partial(picture, 1000 + index + r, (40, 40)) for r in range(2))
+        references = (
+            (target,)
+            if index % 3
+            else tuple(partial(picture, 1000 + index + r, (40, 40)) for r in range(2))
+        )
         mask = partial(grey, 2000 + index, size) if self.masked and index % 2 else None
-        return Sample(self.name(index), target, references, f"picture {index}" if index else "", mask)
+        return Sample(
+            self.name(index), target, references, f"picture {index}" if index else "", mask
+        )
 
 
 @cache
 def frozen(base: str = "sd1", name: str = "base", seed: int = 1) -> FeatureEncoder:
-    return FeatureEncoder(PIPELINES[base](), tiny_encoder(seed), variant(name), f"tiny {base}")
+    return FeatureEncoder(PIPELINES[base](), tiny_encoder(seed), find_variant(name), f"tiny {base}")
 
 
 def settings(**changes: Any) -> Data:
     return Data(**{"source": "noise", "size": 32, "workers": 0} | changes)
 
 
-def fill(folder: Path, source: Any = None, encoder: FeatureEncoder | None = None, data: Data | None = None, **more: Any) -> Path:
+def fill(
+    folder: Path,
+    source: Any = None,
+    encoder: FeatureEncoder | None = None,
+    data: Data | None = None,
+    **more: Any,
+) -> Path:
     source, encoder, data = source or Noise(), encoder or frozen(), data or settings()
-    examples = Examples(source, bucket_sizes(data, encoder.size(data)), encoder.unit, encoder.encoder.processor)
-    encode(folder, source, examples, encoder, data, **{"shard": 5} | more)
+    examples = Examples(
+        source, bucket_sizes(data, encoder.size(data)), encoder.unit, encoder.encoder.processor
+    )
+    encode_set(folder, source, examples, encoder, data, **{"shard": 5} | more)
     return folder
 
 
@@ -130,7 +148,7 @@ class Quick:
         return data.size or 32
 
     def identity(self, data: Data) -> dict[str, Any]:
-        return wanted("model", self.name, variant("base"), data, self.size(data))
+        return wanted_identity("model", self.name, find_variant("base"), data, self.size(data))
 
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
         return {"mean": pixels[..., ::2, ::2], "spread": pixels[..., ::2, ::2].abs()}
@@ -139,7 +157,11 @@ class Quick:
         return pixels.mean((2, 3))
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
-        return {"text": torch.tensor([[[float(caption.split()[-1]) if caption else 0.0]] for caption in captions])}
+        return {
+            "text": torch.tensor(
+                [[[float(caption.split()[-1]) if caption else 0.0]] for caption in captions]
+            )
+        }
 
     def nulls(self) -> dict[str, Tensor]:
         return {"image": torch.zeros(1, 3), **self.text([""])}
@@ -173,7 +195,11 @@ def ended(child: int) -> int:
 
 @pytest.mark.parametrize(("base", "name"), [("sd1", "plus"), ("sdxl", "base")])
 def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) -> None:
-    source, encoder, data = Noise(12), frozen(base, name), settings(buckets=True, bucket_step=8, flip=True)
+    source, encoder, data = (
+        Noise(12),
+        frozen(base, name),
+        settings(buckets=True, bucket_step=8, flip=True),
+    )
     fill(tmp_path, source, encoder, data)
     reader, sizes = FeatureReader(tmp_path), bucket_sizes(data, 32)
     assert (len(reader), reader.shards) == (12, [5, 5, 2])
@@ -183,7 +209,9 @@ def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) 
         assert (reader.bucket[index], reader.name(index)) == (bucket, source.name(index))
         for flip, pick in ((False, 0.0), (True, 0.99)):
             read = reader.read(index, flip, pick)
-            example = read_example(source.read(index), sizes[bucket], encoder.unit, encoder.encoder.processor, pick)
+            example = read_example(
+                source.read(index), sizes[bucket], encoder.unit, encoder.encoder.processor, pick
+            )
             direct = {
                 **encoder.latents((example.pixels.flip(-1) if flip else example.pixels)[None]),
                 **encoder.text([example.text]),
@@ -199,7 +227,7 @@ def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) 
             }
     for key, value in encoder.nulls().items():
         torch.testing.assert_close(reader.nulls[key].float(), value, rtol=2e-3, atol=2e-3)
-    assert verify(tmp_path) == []
+    assert verify_folder(tmp_path) == []
 
 
 MASKED = {"columns": Columns(mask="mask"), "buckets": True, "bucket_step": 8}
@@ -210,7 +238,9 @@ def test_masks_are_encoded_with_their_pictures(flip: bool, tmp_path: Path) -> No
     source, encoder, data = Noise(8, masked=True), Quick(), settings(**MASKED, flip=flip)
     fill(tmp_path, source, encoder, data)
     features = FeatureReader(tmp_path)
-    pictures = PictureReader(source, bucket_sizes(data, 32), encoder.encoder.processor, encoder.unit, 3)
+    pictures = PictureReader(
+        source, bucket_sizes(data, 32), encoder.encoder.processor, encoder.unit, 3
+    )
     for index in range(len(source)):
         read, blank = features.read(index, flip, 0), features.blank(index)
         assert read["mask"].any() == (index % 2 == 1)
@@ -218,22 +248,34 @@ def test_masks_are_encoded_with_their_pictures(flip: bool, tmp_path: Path) -> No
         plain = pictures.read(index, False, 0)["mask"]
         assert torch.equal(read["mask"], plain.flip(-1) if flip else plain)
         for reader in (features, pictures):
-            assert reader.blank(index)["mask"].shape == read["mask"].shape == (1, *read["mean"].shape[1:])
-        assert {key: value.dtype for key, value in blank.items()} == {key: value.dtype for key, value in read.items()}
+            assert (
+                reader.blank(index)["mask"].shape
+                == read["mask"].shape
+                == (1, *read["mean"].shape[1:])
+            )
+        assert {key: value.dtype for key, value in blank.items()} == {
+            key: value.dtype for key, value in read.items()
+        }
     without = fill(tmp_path / "without", source, encoder, settings())
-    assert not {"mask"} & {*FeatureReader(without).read(1, False, 0), *FeatureReader(without).blank(1)}
+    assert not {"mask"} & {
+        *FeatureReader(without).read(1, False, 0),
+        *FeatureReader(without).blank(1),
+    }
 
 
 def test_features_with_and_without_masks_are_told_apart(tmp_path: Path) -> None:
     plain, masks = settings(), settings(columns=Columns(mask="mask"))
     source, encoder = Noise(6, masked=True), Quick()
-    without, with_masks = fill(tmp_path / "1", source, encoder, plain), fill(tmp_path / "2", source, encoder, masks)
+    without, with_masks = (
+        fill(tmp_path / "1", source, encoder, plain),
+        fill(tmp_path / "2", source, encoder, masks),
+    )
     for folder, data, words in (
         (without, masks, r'features of mask null \(this recipe: "mask"\)'),
         (with_masks, plain, r'features of mask "mask" \(this recipe: null\)'),
     ):
         with pytest.raises(SettingError, match=words):
-            open_features(folder, encoder.identity(data) | origin(data))
+            open_features(folder, encoder.identity(data) | source_origin(data))
         with pytest.raises(SettingError, match=words):
             fill(folder, source, encoder, data)
 
@@ -246,22 +288,33 @@ def test_features_from_before_there_were_masks_are_read_and_completed(tmp_path: 
         assert table["source"].pop("mask") is None
         assert table["source"]["columns"] == {"image": None, "text": None, "reference": None}
         (tmp_path / name).write_text(json.dumps(table))
-    wanted_now = encoder.identity(data) | origin(data)
-    assert open_features(tmp_path, wanted_now).blank(0).keys() == open_features(tmp_path, wanted_now).read(0, False, 0).keys()
+    wanted_now = encoder.identity(data) | source_origin(data)
+    assert (
+        open_features(tmp_path, wanted_now).blank(0).keys()
+        == open_features(tmp_path, wanted_now).read(0, False, 0).keys()
+    )
     (tmp_path / "shard-000001.json").unlink()
     fill(tmp_path, source, encoder, data)
-    assert digests(tmp_path).items() - whole.items() == {("plan.json", digests(tmp_path)["plan.json"])}
+    assert digests(tmp_path).items() - whole.items() == {
+        ("plan.json", digests(tmp_path)["plan.json"])
+    }
     with pytest.raises(SettingError, match="mask null"):
         open_features(tmp_path, wanted_now | {"mask": "mask"})
 
 
 @pytest.mark.parametrize("bucket", [(32, 32), (48, 24), (24, 40)])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_mask_is_cut_as_its_picture_and_averaged(size: tuple[int, int], bucket: tuple[int, int]) -> None:
-    """One that is its picture's grey becomes the means of the cut picture's squares, half a level apart at most."""
+def test_a_mask_is_cut_as_its_picture_and_averaged(
+    size: tuple[int, int], bucket: tuple[int, int]
+) -> None:
+    """One that is its picture's grey becomes the means of the cut picture's squares, half a level
+    apart at most.
+    """
     mask = grey(1, size)
     target = partial(Image.merge, "RGB", [mask] * 3)
-    example = read_example(Sample("a", target, (target,), "x", lambda: mask), bucket, 8, Quick.encoder.processor)
+    example = read_example(
+        Sample("a", target, (target,), "x", lambda: mask), bucket, 8, Quick.encoder.processor
+    )
     means = torch.nn.functional.avg_pool2d((example.pixels[:1] + 1) * 127.5, 8)
     assert example.mask.dtype == torch.uint8
     assert (example.mask - means).abs().max() <= 0.5 + 1e-3
@@ -277,13 +330,22 @@ def test_shards_are_what_webdataset_reads(filled: Path) -> None:
                 found[int(sample["__key__"])] = sample
     assert sorted(found) == [index for index in range(23) if index not in BAD]
     for index, sample in found.items():
-        about = {"name": f"dïr/{index}.png", "text": f"picture {index}" if index else "", "bucket": reader.bucket[index]}
+        about = {
+            "name": f"dïr/{index}.png",
+            "text": f"picture {index}" if index else "",
+            "bucket": reader.bucket[index],
+        }
         assert json.loads(sample["json"]) == about
-        assert torch.equal(safetensors.torch.load(sample["safetensors"])["mean"], reader.read(index, False, 0)["mean"])
+        assert torch.equal(
+            safetensors.torch.load(sample["safetensors"])["mean"],
+            reader.read(index, False, 0)["mean"],
+        )
 
 
 @pytest.mark.parametrize("order", [(0, 1), (2, 0, 1), (5, 6, 0, 3, 2, 1, 4)])
-def test_many_ranks_make_what_one_makes(order: tuple[int, ...], filled: Path, tmp_path: Path) -> None:
+def test_many_ranks_make_what_one_makes(
+    order: tuple[int, ...], filled: Path, tmp_path: Path
+) -> None:
     for rank in order:
         assert not (tmp_path / "manifest.json").exists()
         fill(tmp_path, Noise(bad=BAD), data=SETTINGS, rank=rank, ranks=len(order))
@@ -296,7 +358,9 @@ def test_reading_processes_change_nothing(filled: Path, tmp_path: Path) -> None:
 
 
 def test_processes_at_the_same_time(filled: Path, tmp_path: Path) -> None:
-    assert [ended(child) for child in [started(tmp_path, rank=rank, ranks=2) for rank in range(2)]] == [0, 0]
+    assert [
+        ended(child) for child in [started(tmp_path, rank=rank, ranks=2) for rank in range(2)]
+    ] == [0, 0]
     assert digests(tmp_path) == digests(filled)
 
 
@@ -342,28 +406,55 @@ def test_nothing_is_encoded_twice(tmp_path: Path) -> None:
         if len(seen) == 13:
             raise KeyboardInterrupt
         seen.append(index)
-        return Examples(source, bucket_sizes(settings(), 32), encoder.unit, encoder.encoder.processor)(index)
+        return Examples(
+            source, bucket_sizes(settings(), 32), encoder.unit, encoder.encoder.processor
+        )(index)
 
     with pytest.raises(KeyboardInterrupt):
-        encode(tmp_path, source, examples, encoder, settings(), shard=5)
+        encode_set(tmp_path, source, examples, encoder, settings(), shard=5)
     kept = seen[:10]
     seen.clear()
     told = []
-    encode(tmp_path, source, examples, encoder, settings(), shard=5, on_done=lambda *counts: told.append(counts))
+    encode_set(
+        tmp_path,
+        source,
+        examples,
+        encoder,
+        settings(),
+        shard=5,
+        on_done=lambda *counts: told.append(counts),
+    )
     assert sorted(kept + seen) == list(range(20))
     assert told == [(done, 20) for done in range(10, 21)]
-    encode(tmp_path, source, examples, encoder, settings(), shard=5)
+    encode_set(tmp_path, source, examples, encoder, settings(), shard=5)
     assert len(seen) == 10
 
 
-@given(st.integers(1, 24), st.integers(1, 9), st.integers(1, 4), st.sets(st.integers(0, 23), max_size=5))
+@given(
+    st.integers(1, 24),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.sets(st.integers(0, 23), max_size=5),
+)
 def test_every_sample_has_one_place(count: int, shard: int, ranks: int, bad: set[int]) -> None:
     source = Noise(count, {index: "is empty" for index in bad if index < count - 1})
     with tempfile.TemporaryDirectory() as name:
         for rank in reversed(range(ranks)):
-            fill(Path(name), source, Quick(), settings(max_bad=1, buckets=True, bucket_step=8), rank=rank, ranks=ranks, shard=shard)
+            fill(
+                Path(name),
+                source,
+                Quick(),
+                settings(max_bad=1, buckets=True, bucket_step=8),
+                rank=rank,
+                ranks=ranks,
+                shard=shard,
+            )
         reader = FeatureReader(Path(name))
-        assert (len(reader), sum(reader.shards), max(reader.shards)) == (count, count, min(shard, count))
+        assert (len(reader), sum(reader.shards), max(reader.shards)) == (
+            count,
+            count,
+            min(shard, count),
+        )
         for index in range(count):
             assert reader.name(index) == source.name(index)
             if index in source.bad:
@@ -377,16 +468,27 @@ def test_every_sample_has_one_place(count: int, shard: int, ranks: int, bad: set
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"encoder": Quick("other")}, r'features of encoder "quick" \(this recipe: "other"\): give another data\.features'),
-        ({"data": settings(size=64)}, r"features of size 32 \(this recipe: 64\), buckets \[\[32, 32\]\]"),
+        (
+            {"encoder": Quick("other")},
+            r'features of encoder "quick" \(this recipe: "other"\): give another data\.features',
+        ),
+        (
+            {"data": settings(size=64)},
+            r"features of size 32 \(this recipe: 64\), buckets \[\[32, 32\]\]",
+        ),
         ({"data": settings(flip=True)}, r"flip false \(this recipe: true\)"),
         ({"data": settings(source="list.json")}, r'source "noise" \(this recipe: "list\.json"\)'),
         ({"source": Noise(24)}, r"samples 23 \(this recipe: 24\)"),
-        ({"source": Noise(bad_shards=(BadSample("7.tar", "is gone"),))}, r'bad shards \[\] \(this recipe: \["7\.tar"\]\)'),
+        (
+            {"source": Noise(bad_shards=(BadSample("7.tar", "is gone"),))},
+            r'bad shards \[\] \(this recipe: \["7\.tar"\]\)',
+        ),
         ({"shard": 7}, r"samples a shard 5 \(this recipe: 7\)"),
     ],
 )
-def test_features_of_another_plan_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_features_of_another_plan_are_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     fill(tmp_path, encoder=Quick())
     held = digests(tmp_path)
     with pytest.raises(SettingError, match=words) as caught:
@@ -396,7 +498,7 @@ def test_features_of_another_plan_are_refused(changes: dict[str, Any], words: st
 
 
 def test_opening_says_what_is_wrong(tmp_path: Path) -> None:
-    ours = Quick().identity(settings()) | origin(settings())
+    ours = Quick().identity(settings()) | source_origin(settings())
     with pytest.raises(SettingError, match="imprompt data encode"):
         open_features(tmp_path, ours)
     fill(tmp_path, encoder=Quick(), rank=0, ranks=2)
@@ -429,15 +531,30 @@ def refused(reader: FeatureReader, index: int) -> str | None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
-    "cut short": ("shard-000002.tar", lambda path: os.truncate(path, 2000), "damaged or cut short", "has 2,000 bytes instead of"),
-    "empty": ("shard-000002.tar", lambda path: os.truncate(path, 0), "damaged or cut short", "has 0 bytes instead of"),
+    "cut short": (
+        "shard-000002.tar",
+        lambda path: os.truncate(path, 2000),
+        "damaged or cut short",
+        "has 2,000 bytes instead of",
+    ),
+    "empty": (
+        "shard-000002.tar",
+        lambda path: os.truncate(path, 0),
+        "damaged or cut short",
+        "has 0 bytes instead of",
+    ),
     "garbage": (
         "shard-000002.tar",
         lambda path: path.write_bytes(b"x" * path.stat().st_size),
         "damaged or cut short",
         "is damaged",
     ),
-    "a bit": ("shard-000002.tar", lambda path: overwrite(path, 3000), "damaged or cut short", "is damaged"),
+    "a bit": (
+        "shard-000002.tar",
+        lambda path: overwrite(path, 3000),
+        "damaged or cut short",
+        "is damaged",
+    ),
     "missing": ("shard-000002.tar", Path.unlink, "No such file", "is missing"),
 }
 
@@ -448,11 +565,15 @@ def test_a_damaged_shard_is_named(kind: str, filled: Path, tmp_path: Path) -> No
     folder = Path(shutil.copytree(filled, tmp_path / "f"))
     damage(folder / name)
     reader = FeatureReader(folder)
-    why = {index: fault for index in range(len(reader)) if index not in BAD and (fault := refused(reader, index))}
+    why = {
+        index: fault
+        for index in range(len(reader))
+        if index not in BAD and (fault := refused(reader, index))
+    }
     assert why
     assert why.keys() <= {10, 13, 14}
     assert all(name in fault and told in fault for fault in why.values())
-    (fault,) = verify(folder)
+    (fault,) = verify_folder(folder)
     assert fault.startswith(f"{folder / name} {found}")
     (folder / name).unlink(missing_ok=True)
     fill(folder, Noise(bad=BAD), data=SETTINGS)
@@ -461,14 +582,16 @@ def test_a_damaged_shard_is_named(kind: str, filled: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["shard-000002.json", "nulls.safetensors"])
 @pytest.mark.parametrize("content", [None, b"", b"garbage"])
-def test_a_damaged_table_is_refused(name: str, content: bytes | None, filled: Path, tmp_path: Path) -> None:
+def test_a_damaged_table_is_refused(
+    name: str, content: bytes | None, filled: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(filled, tmp_path / "f"))
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
     with pytest.raises(SettingError, match="--verify"):
         FeatureReader(folder)
-    (fault,) = verify(folder)
+    (fault,) = verify_folder(folder)
     assert fault.startswith(f"{folder / name} ")
     (folder / name).unlink(missing_ok=True)
     fill(folder, Noise(bad=BAD), data=SETTINGS)
@@ -477,21 +600,36 @@ def test_a_damaged_table_is_refused(name: str, content: bytes | None, filled: Pa
 
 def test_bad_samples_are_named_and_counted(filled: Path, tmp_path: Path) -> None:
     manifest = read_manifest(filled)
-    assert manifest["totals"] == {"samples": 23, "bad": 3, "bytes": sum(path.stat().st_size for path in filled.glob("*.tar"))}
-    assert manifest["bad"] == [{"sample": i, "name": f"dïr/{i}.png", "why": why, "kind": "empty"} for i, why in BAD.items()]
+    assert manifest["totals"] == {
+        "samples": 23,
+        "bad": 3,
+        "bytes": sum(path.stat().st_size for path in filled.glob("*.tar")),
+    }
+    assert manifest["bad"] == [
+        {"sample": i, "name": f"dïr/{i}.png", "why": why, "kind": "empty"} for i, why in BAD.items()
+    ]
     data = SETTINGS.model_copy(update={"max_bad": 0.1})
     for _ in range(2):
         with pytest.raises(ImpromptError) as caught:
             fill(tmp_path, Noise(bad=BAD), data=data)
         words = "3 of 23 samples are bad (3 empty), more than data.max_bad = 0.1 allows"
         assert words in str(caught.value)
-        assert "dïr/3.png: is empty; dïr/11.png: is empty; dïr/12.png: is no picture" in str(caught.value)
+        assert "dïr/3.png: is empty; dïr/11.png: is empty; dïr/12.png: is no picture" in str(
+            caught.value
+        )
     assert digests(tmp_path) == digests(filled)
     with pytest.raises(ImpromptError, match="23 of 23"):
-        fill(tmp_path / "none", Noise(bad=dict.fromkeys(range(23), "is gone")), Quick(), settings(max_bad=1))
+        fill(
+            tmp_path / "none",
+            Noise(bad=dict.fromkeys(range(23), "is gone")),
+            Quick(),
+            settings(max_bad=1),
+        )
 
 
-def test_features_that_are_no_numbers_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_are_no_numbers_are_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def overflowing(_: Quick, pixels: Tensor) -> Tensor:
         return pixels.mean((2, 3)) + 1e5 * (torch.arange(len(pixels)) == 2)[:, None]
 
@@ -528,7 +666,10 @@ def test_an_example_opens_each_picture_once() -> None:
     whole = read_example(sample, (32, 32), 8, processor)
     opened.clear()
     for pick, index in ((0.0, 0), (0.5, 1), (0.999, 2)):
-        assert torch.equal(read_example(sample, (32, 32), 8, processor, pick).references, whole.references[index : index + 1])
+        assert torch.equal(
+            read_example(sample, (32, 32), 8, processor, pick).references,
+            whole.references[index : index + 1],
+        )
     assert opened == [0, 1, 0, 2, 0, 3]
 
 
@@ -543,7 +684,8 @@ def recipe(tmp_path: Path) -> Path:
     lines = [
         'model = "emoji"',
         f'output = "{tmp_path}/run"',
-        f'data = {{source = "{tmp_path}", features = "{tmp_path}/features", max_bad = 0.2, workers = 0}}',
+        f'data = {{source = "{tmp_path}", features = "{tmp_path}/features", '
+        "max_bad = 0.2, workers = 0}",
         "optimization = {steps = 1}",
     ]
     (tmp_path / "recipe.toml").write_text("\n".join(lines))
@@ -551,13 +693,10 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str) -> Any:
-    from typer import Typer
     from typer.testing import CliRunner
 
-    app = Typer(pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    register(app)
-    return CliRunner().invoke(app, ["encode", *arguments])
+    commands()
+    return CliRunner().invoke(app, ["data", "encode", *arguments])
 
 
 def test_the_command(recipe: Path, tmp_path: Path) -> None:
@@ -574,7 +713,9 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     held = digests(folder)
     assert command(str(recipe)).exit_code == 0
     assert digests(folder) == held
-    assert 'feature "pooled" (this recipe: "penultimate")' in str(command(str(recipe), "--set", "variant=plus").exception)
+    assert 'feature "pooled" (this recipe: "penultimate")' in str(
+        command(str(recipe), "--set", "variant=plus").exception
+    )
     overwrite(folder / "shard-000000.tar", 5000)
     assert "shard-000000.tar is damaged" in str(command(str(recipe), "--verify").exception)
 
@@ -583,7 +724,7 @@ SCRIPT = """
 import typer
 from imprompt.cli.encode import encode
 from imprompt.training import encoding
-encoding.encode.__kwdefaults__["shard"] = 2
+encoding.encode_set.__kwdefaults__["shard"] = 2
 typer.run(encode)
 """
 
@@ -592,10 +733,25 @@ typer.run(encode)
 def test_the_command_on_two_processes(recipe: Path, tmp_path: Path) -> None:
     """Started by torchrun: one line of the first process, and the files of a run on one."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    alone, together = [sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone, together = (
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    )
     for name, launcher in (("alone", alone), ("together", together)):
-        call = [*launcher, str(tmp_path / "script.py"), str(recipe), "--set", f"data.features={tmp_path / name}"]
-        done = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        call = [
+            *launcher,
+            str(tmp_path / "script.py"),
+            str(recipe),
+            "--set",
+            f"data.features={tmp_path / name}",
+        ]
+        done = subprocess.run(
+            call,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("7 samples, 1 bad") == 1
     assert len(digests(tmp_path / "together")) == 2 * 4 + 3

@@ -1,4 +1,6 @@
-"""The compiled base model: one graph for every prompt, scale, mask and seed, the same pixels, and a second start that is quick."""
+"""The compiled base model: one graph for every prompt, scale, mask and seed, the same pixels, and a
+second start that is quick.
+"""
 
 import functools
 import subprocess
@@ -13,10 +15,11 @@ import torch
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from imprompt import ImagePromptPipeline, Reference
 from imprompt.errors import SettingError
-from imprompt.sampling import compiled
-from imprompt.sampling.memory import Savers
+from imprompt.generation import compile as compiled
+from imprompt.generation.memory import Savers
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.references import Reference
 from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_adapter
 
 STEPS = 2
@@ -39,7 +42,10 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 
 
 def test_nothing_that_a_user_changes_compiles_again(counter: CompileCounterWithBackend) -> None:
-    fast, plain = (ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile) for compile in (True, False))
+    fast, plain = (
+        ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile)
+        for compile in (True, False)
+    )
     calls: list[dict[str, Any]] = [
         {},
         {"prompt": "a panda", "negative_prompt": "a rocket"},
@@ -57,8 +63,15 @@ def test_nothing_that_a_user_changes_compiles_again(counter: CompileCounterWithB
 
 def test_nothing_that_references_say_compiles_again(counter: CompileCounterWithBackend) -> None:
     """Two regions, of which everything changes but that there are two."""
-    fast, plain = (ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile) for compile in (True, False))
-    masks = [Image.linear_gradient("L"), Image.linear_gradient("L").rotate(90), Image.new("L", (5, 9), 100)]
+    fast, plain = (
+        ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile)
+        for compile in (True, False)
+    )
+    masks = [
+        Image.linear_gradient("L"),
+        Image.linear_gradient("L").rotate(90),
+        Image.new("L", (5, 9), 100),
+    ]
     said: list[dict[str, Any]] = [
         {},
         {"scale": 0.3, "mask": masks[2]},
@@ -69,15 +82,28 @@ def test_nothing_that_references_say_compiles_again(counter: CompileCounterWithB
         {"embeds_scaling": "K+V"},
     ]
     for own in said:
-        items = [Reference(**{"images": RED, "mask": masks[0]} | own), Reference(images=BLUE, mask=masks[1])]
+        items = [
+            Reference(**{"images": RED, "mask": masks[0]} | own),
+            Reference(images=BLUE, mask=masks[1]),
+        ]
         settings: dict[str, Any] = {"steps": STEPS, "seed": 1, "together": True, "num_images": 2}
-        assert np.abs(pixels(fast(items, **settings).images) - pixels(plain(items, **settings).images)).max() <= 1
+        assert (
+            np.abs(
+                pixels(fast(items, **settings).images) - pixels(plain(items, **settings).images)
+            ).max()
+            <= 1
+        )
         assert counter.frame_count == 1, own
 
 
 def test_a_smaller_last_batch_is_filled_up(counter: CompileCounterWithBackend) -> None:
-    fast, plain = (ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile) for compile in (True, False))
-    ours, theirs = (pipe([RED, BLUE, RED], steps=STEPS, seed=1, batch_size=2) for pipe in (fast, plain))
+    fast, plain = (
+        ImagePromptPipeline.from_pretrained("emoji", device="cpu", compile=compile)
+        for compile in (True, False)
+    )
+    ours, theirs = (
+        pipe([RED, BLUE, RED], steps=STEPS, seed=1, batch_size=2) for pipe in (fast, plain)
+    )
     assert ours.seeds == theirs.seeds == [1, 2, 3]
     assert np.abs(pixels(ours.images) - pixels(theirs.images)).max() <= 1
     again = fast([RED, BLUE, RED], steps=STEPS, seed=1, batch_size=2, only=2)
@@ -97,7 +123,11 @@ def test_the_graph_projects_no_text(counter: CompileCounterWithBackend) -> None:
             noise(unet, inputs, prompt._replace(mask=mask))
     (graph,) = counter.graphs
     tokens = inputs["encoder_hidden_states"].shape[1]
-    widths = [node.meta["example_value"].shape for node in graph.graph.nodes if node.target is torch._C._nn.linear]
+    widths = [
+        node.meta["example_value"].shape
+        for node in graph.graph.nodes
+        if node.target is torch._C._nn.linear
+    ]
     assert len(widths) > 10
     assert not [shape for shape in widths if tokens in shape]
 
@@ -108,26 +138,38 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
     unet = smallest_unet()
     compiled.compile_base(unet)
-    with torch.no_grad(), pytest.raises(SettingError, match=r"needs a C\+\+ compiler, and none was found: install g\+\+, or"):
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            SettingError, match=r"needs a C\+\+ compiler, and none was found: install g\+\+, or"
+        ),
+    ):
         unet(**noise_inputs(unet, 1))
     torch._dynamo.reset()
 
 
 @torch.no_grad()
-def test_more_sizes_than_graphs_run_as_they_are(counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_sizes_than_graphs_run_as_they_are(
+    counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiled, "GRAPHS", 1)
     unet, plain = smallest_unet(), smallest_unet()
     with torch._dynamo.config.patch(recompile_limit=1):
         compiled.compile_base(unet)
         for batch in (2, 3, 1):
-            torch.testing.assert_close(noise(unet, noise_inputs(unet, batch)), noise(plain, noise_inputs(plain, batch)))
+            torch.testing.assert_close(
+                noise(unet, noise_inputs(unet, batch)), noise(plain, noise_inputs(plain, batch))
+            )
     assert counter.frame_count == 1
 
 
 def test_offload_is_not_compiled() -> None:
     pipe = ImagePromptPipeline.from_pretrained("emoji", device="cpu")
     savers = Savers("cuda", offload="model")
-    with pytest.raises(SettingError, match="offload = 'model' moves weights, and what is compiled needs them in place: use one"):
+    with pytest.raises(
+        SettingError,
+        match="offload = 'model' moves weights, and what is compiled needs them in place: use one",
+    ):
         ImagePromptPipeline(pipe.pipeline, pipe.first, compile=True, savers=savers)
 
 
@@ -135,7 +177,7 @@ STARTED = """
 import sys, torch
 sys.path.insert(0, ".")
 from torch._dynamo.utils import counters
-from imprompt.sampling.compiled import compile_base
+from imprompt.generation.compile import compile_base
 from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_adapter
 torch.set_num_threads(1)
 unet = smallest_unet()
@@ -150,11 +192,15 @@ print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_
 
 
 @pytest.mark.slow
-def test_a_second_start_reads_what_the_first_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_reads_what_the_first_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(compiled.CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     told = [
-        subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, check=True).stdout.split()[-2:]
+        subprocess.run(
+            [sys.executable, "-c", STARTED], capture_output=True, text=True, check=True
+        ).stdout.split()[-2:]
         for _ in range(2)
     ]
     assert told == [["1", "0"], ["0", "1"]]

@@ -11,9 +11,8 @@ from torch import nn
 from imprompt.errors import SettingError
 from imprompt.training import loop
 from imprompt.training.batches import Batch
-from imprompt.training.compiled import compare
-from imprompt.training.watch import Watcher
-from tests.runs import picture_folder, recipe, tensors
+from imprompt.training.compiled import compare_gradients
+from tests.runs import begun, picture_folder, recipe, tensors
 
 # Looked at by the compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -25,7 +24,9 @@ def right(graph: nn.Module, _: Sequence[Any]) -> Callable[..., Any]:
 
 
 def without_gradient(graph: nn.Module, _: Sequence[Any]) -> Callable[..., Any]:
-    """A compiler as PyTorch 2.13's in bfloat16 on a CPU: a right forward pass, and a gradient of zeros."""
+    """A compiler as PyTorch 2.13's in bfloat16 on a CPU: a right forward pass, and a gradient of
+    zeros.
+    """
 
     def run(*args: Any) -> Any:
         return [one.detach() + 0 * one for one in graph(*args)]
@@ -36,21 +37,34 @@ def without_gradient(graph: nn.Module, _: Sequence[Any]) -> Callable[..., Any]:
 def compile_by(monkeypatch: pytest.MonkeyPatch, backend: Callable[..., Any]) -> None:
     torch._dynamo.reset()
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compile_module(module, backend=backend))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **_: compile_module(module, backend=backend)
+    )
 
 
 def test_a_wrong_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_by(monkeypatch, without_gradient)
-    plan = recipe(picture_folder(tmp_path / "pictures"), tmp_path / "run", 2, optimization={"compile": True})
-    with pytest.raises(SettingError, match=r"compile = true gives 100% of the adapter's weights a wrong gradient.*compile = false"):
+    plan = recipe(
+        picture_folder(tmp_path / "pictures"), tmp_path / "run", 2, optimization={"compile": True}
+    )
+    with pytest.raises(
+        SettingError,
+        match=r"compile = true gives 100% of the adapter's weights a wrong gradient.*"
+        r"compile = false",
+    ):
         loop.train(plan)
     assert not (tmp_path / "run" / "latest").exists()
 
 
-def test_a_right_gradient_trains_as_uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_right_gradient_trains_as_uncompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compile_by(monkeypatch, right)
     pictures = picture_folder(tmp_path / "pictures")
-    runs = {name: recipe(pictures, tmp_path / str(name), 2, optimization={"compile": name}) for name in (True, False)}
+    runs = {
+        name: recipe(pictures, tmp_path / str(name), 2, optimization={"compile": name})
+        for name in (True, False)
+    }
     fast, plain = (tensors(loop.train(plan)) for plan in runs.values())
     for one, other in zip(fast, plain, strict=True):
         torch.testing.assert_close(one, other)
@@ -58,8 +72,10 @@ def test_a_right_gradient_trains_as_uncompiled(tmp_path: Path, monkeypatch: pyte
 
 def test_every_size_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_by(monkeypatch, right)
-    plan = recipe(picture_folder(tmp_path / "pictures"), tmp_path / "run", optimization={"compile": True})
-    run = loop.Run(plan, Watcher())
+    plan = recipe(
+        picture_folder(tmp_path / "pictures"), tmp_path / "run", optimization={"compile": True}
+    )
+    run = begun(plan)
     compared: list[int] = []
     check = run.trainer._check_compiled
 
@@ -78,7 +94,7 @@ def test_every_size_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_comparing() -> None:
     def found(*pairs: tuple[list[float], list[float]]) -> list[int]:
         sides: Any = zip(*pairs, strict=True)
-        return compare(*([torch.tensor(one) for one in side] for side in sides)).tolist()
+        return compare_gradients(*([torch.tensor(one) for one in side] for side in sides)).tolist()
 
     same = ([1.0, 2.0], [1.0, 2.0])
     assert found(same, ([1.1, 0.9], [1.0, 1.0])) == [0, 2]

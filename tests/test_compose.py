@@ -1,4 +1,6 @@
-"""Image prompts as a user composes them: regions, several references and adapters, request files, image guidance."""
+"""Image prompts as a user composes them: regions, several references and adapters, request files,
+image guidance.
+"""
 
 import json
 import threading
@@ -13,20 +15,19 @@ from diffusers import ControlNetModel
 from PIL import Image
 from torch import Tensor
 
-from imprompt import ImagePromptPipeline, Reference
 from imprompt.adapter import IPAdapter
-from imprompt.attention import family_of
-from imprompt.encoders.embeddings import Embedding, save_embedding
+from imprompt.encoders.embedding_files import Embedding, save_embedding
 from imprompt.encoders.face import Face, FaceFeatures
 from imprompt.encoders.noise import Noise
 from imprompt.errors import ImpromptError, MismatchError, SettingError
+from imprompt.families.base import family_of
+from imprompt.generation.features import Reader
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.prepare import Attached
+from imprompt.generation.references import AdapterChoice, Reference
+from imprompt.generation.request import Request, read_request, save_results
 from imprompt.projections.mlp import FaceProjection
-from imprompt.sampling.attached import Attached
-from imprompt.sampling.guidance import image_guidance
-from imprompt.sampling.reading import Reader
-from imprompt.sampling.record import Request, read_request, save_results
-from imprompt.sampling.references import AdapterChoice
-from imprompt.variants import variant
+from imprompt.variants import find_variant
 from tests.tiny import (
     PIPELINES,
     freeze,
@@ -41,7 +42,9 @@ from tests.tiny import (
 )
 from tests.ways import as_pipeline
 
-BLUE, YELLOW, RED = (Image.new("RGB", (64, 64), colour) for colour in ((30, 60, 220), (240, 200, 0), (220, 20, 20)))
+BLUE, YELLOW, RED = (
+    Image.new("RGB", (64, 64), colour) for colour in ((30, 60, 220), (240, 200, 0), (220, 20, 20))
+)
 QUICK: dict[str, Any] = {"steps": 6, "seed": 3}
 
 
@@ -56,7 +59,9 @@ LEFT, RIGHT = side(True), side(False)
 
 @pytest.fixture(scope="module")
 def pipe() -> ImagePromptPipeline:
-    return ImagePromptPipeline.from_pretrained("emoji", adapter=["base", AdapterChoice(adapter="plus", name="fine")], device="cpu")
+    return ImagePromptPipeline.from_pretrained(
+        "emoji", adapter=["base", AdapterChoice(adapter="plus", name="fine")], device="cpu"
+    )
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -75,18 +80,32 @@ def colour(picture: Image.Image, left: bool) -> np.ndarray:
 def test_two_prompts_in_two_regions(pipe: ImagePromptPipeline) -> None:
     item = [Reference(images=BLUE, mask=LEFT), Reference(images=YELLOW, mask=RIGHT)]
     made = pipe(item, together=True, seed=1).images[0]
-    assert np.abs(colour(made, True) - (30, 60, 220)).max() < 60  # the world's own blue and yellow are not quite these
+    assert (
+        np.abs(colour(made, True) - (30, 60, 220)).max() < 60
+    )  # the world's own blue and yellow are not quite these
     assert np.abs(colour(made, False) - (240, 200, 0)).max() < 60
-    assert difference(made, pipe([item], seed=1).images[0]) == 0  # a list in the list is heard together too
+    assert (
+        difference(made, pipe([item], seed=1).images[0]) == 0
+    )  # a list in the list is heard together too
 
 
 def test_every_item_is_as_if_it_were_alone(pipe: ImagePromptPipeline) -> None:
-    """Other images, scales, masks, windows, adapters and combinations beside each other in one forward pass."""
+    """Other images, scales, masks, windows, adapters and combinations beside each other in one
+    forward pass.
+    """
     items = [
-        [Reference(images=BLUE, mask=LEFT), Reference(images=YELLOW, mask=RIGHT, scale=0.7, adapter="fine")],
+        [
+            Reference(images=BLUE, mask=LEFT),
+            Reference(images=YELLOW, mask=RIGHT, scale=0.7, adapter="fine"),
+        ],
         Reference(images=RED, start=0, end=0.5, easing="ease out"),
         Reference(images=[BLUE, RED], weights=[1, 2], negative=YELLOW),
-        [Reference(images=[BLUE, YELLOW], combine="average", blocks={"up_blocks": 1, "mid_block": 0.5}), YELLOW],
+        [
+            Reference(
+                images=[BLUE, YELLOW], combine="average", blocks={"up_blocks": 1, "mid_block": 0.5}
+            ),
+            YELLOW,
+        ],
         BLUE,
     ]
     together = pipe(items, batch_size=len(items), **QUICK).images
@@ -136,7 +155,9 @@ def test_what_a_reference_does_not_say_is_the_plain_prompt(pipe: ImagePromptPipe
     ],
     ids=lambda said: next(iter(said)),
 )
-def test_everything_that_can_be_said_is_heard(pipe: ImagePromptPipeline, said: dict[str, Any]) -> None:
+def test_everything_that_can_be_said_is_heard(
+    pipe: ImagePromptPipeline, said: dict[str, Any]
+) -> None:
     picture = Image.new("RGB", (96, 48), (200, 40, 90))
     picture.paste((20, 160, 60), (0, 0, 40, 48))
     picture.paste((250, 240, 230), (60, 10, 70, 40))
@@ -156,10 +177,19 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
     file = tmp_path / "blue.safetensors"
     by = pipe.first.reader
     save_embedding(
-        file, Embedding(by.encoder.features([BLUE, RED], "pooled"), "pooled", by.encoder.source, by.encoder.fingerprint())
+        file,
+        Embedding(
+            by.encoder.features([BLUE, RED], "pooled"),
+            "pooled",
+            by.encoder.source,
+            by.encoder.fingerprint(),
+        ),
     )
     saved = pipe(Reference(images=file, weights=[2, 1]), **QUICK).images[0]
-    assert difference(saved, pipe(Reference(images=[BLUE, RED], weights=[2, 1]), **QUICK).images[0]) == 0
+    assert (
+        difference(saved, pipe(Reference(images=[BLUE, RED], weights=[2, 1]), **QUICK).images[0])
+        == 0
+    )
     with pytest.raises(MismatchError, match="this adapter reads penultimate"):
         pipe(Reference(images=file, adapter="fine"), **QUICK)
 
@@ -167,24 +197,54 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
 @pytest.mark.parametrize(
     ("item", "settings", "says"),
     [
-        (Reference(images=BLUE, adapter="plus"), {}, "no adapter 'plus' is attached; there are 'base', 'fine'"),
-        (Reference(images=BLUE, blocks="styel transfer"), {}, "unknown blocks 'styel transfer'; near: style transfer"),
-        (Reference(images=BLUE, blocks="composition"), {}, "known for SD 1.x and SDXL only; for this UNet give a map"),
+        (
+            Reference(images=BLUE, adapter="plus"),
+            {},
+            "no adapter 'plus' is attached; there are 'base', 'fine'",
+        ),
+        (
+            Reference(images=BLUE, blocks="styel transfer"),
+            {},
+            "unknown blocks 'styel transfer'; near: style transfer",
+        ),
+        (
+            Reference(images=BLUE, blocks="composition"),
+            {},
+            "known for SD 1.x and SDXL only; for this model give a map",
+        ),
         ([BLUE, []], {}, "no image prompt was given"),
         (Reference(images=BLUE, mask=Image.new("L", (8, 8))), {}, "a mask that is 0 everywhere"),
-        (Reference(images=BLUE, ignore=Image.new("L", (8, 64))), {}, "does not fit a picture of 64×64"),
+        (
+            Reference(images=BLUE, ignore=Image.new("L", (8, 64))),
+            {},
+            "does not fit a picture of 64×64",
+        ),
         ({"images": [], "mask": None}, {}, "images = []: name at least one picture"),
         ({"images": BLUE, "colour": 3}, {}, "unknown setting 'colour'; known: "),
-        (BLUE, {"pipeline_options": {"guidance_scale": 2}}, "pipeline_options['guidance_scale']: say it as guidance"),
-        (BLUE, {"image_guidance": 2, "guidance": 3, "pipeline_options": {"guidance_rescale": 0.5}}, "do not go together"),
+        (
+            BLUE,
+            {"pipeline_options": {"guidance_scale": 2}},
+            "pipeline_options['guidance_scale']: say it as guidance",
+        ),
+        (
+            BLUE,
+            {"image_guidance": 2, "guidance": 3, "pipeline_options": {"guidance_rescale": 0.5}},
+            "do not go together",
+        ),
         (BLUE, {"batch_size": 1.5}, "batch_size = 1.5"),
         (BLUE, {"cls": 1}, "unknown setting 'cls'"),
-        (BLUE, {"image_guidance": 2, "guidance": 1}, "image_guidance goes beside the text's guidance, which is off at 1.0"),
+        (
+            BLUE,
+            {"image_guidance": 2, "guidance": 1},
+            "image_guidance goes beside the text's guidance, which is off at 1.0",
+        ),
         ([], {}, "no image prompt was given"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_wrong_use_is_one_line(pipe: ImagePromptPipeline, item: Any, settings: dict[str, Any], says: str) -> None:
+def test_wrong_use_is_one_line(
+    pipe: ImagePromptPipeline, item: Any, settings: dict[str, Any], says: str
+) -> None:
     with pytest.raises(ImpromptError) as caught:
         pipe(item if isinstance(item, list) else [item], **QUICK | settings)
     assert says in str(caught.value)
@@ -216,14 +276,19 @@ def test_a_wrong_reference_is_one_line(said: dict[str, Any], says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_request_file_is_what_the_picture_tells(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+def test_a_request_file_is_what_the_picture_tells(
+    pipe: ImagePromptPipeline, tmp_path: Path
+) -> None:
     for name, picture in {"blue": BLUE, "red": RED, "left": LEFT}.items():
         picture.save(tmp_path / f"{name}.png")
     (tmp_path / "request.toml").write_text(
         """
         adapter = ["base", {adapter = "plus", name = "fine"}]
         images = [
-            [{images = "blue.png", mask = "left.png"}, {images = ["red.png", "blue.png"], weights = [2, 1], adapter = "fine"}],
+            [
+                {images = "blue.png", mask = "left.png"},
+                {images = ["red.png", "blue.png"], weights = [2, 1], adapter = "fine"},
+            ],
             "red.png",
         ]
         settings = {steps = 4, seed = 5, image_guidance = 2.0, overlap = "normalise"}
@@ -239,7 +304,10 @@ def test_a_request_file_is_what_the_picture_tells(pipe: ImagePromptPipeline, tmp
         (tmp_path / "again.json").write_text(Image.open(path).text["imprompt"])
         assert read_request(tmp_path / "again.json") == told
     told = json.loads(Image.open(paths[1]).text["imprompt"])
-    assert told["images"][1].keys() == {"path", "sha256"}  # a lone picture stays as simple as it was
+    assert told["images"][1].keys() == {
+        "path",
+        "sha256",
+    }  # a lone picture stays as simple as it was
     assert told["images"][0][1]["weights"] == [2.0, 1.0]
     RED.save(tmp_path / "left.png")
     with pytest.raises(ImpromptError, match=r"left\.png is not the picture that it was"):
@@ -251,8 +319,16 @@ def test_a_request_file_is_what_the_picture_tells(pipe: ImagePromptPipeline, tmp
     [
         ("a.toml", "images = [", "is no TOML"),
         ("a.json", "[1]", "holds no request"),
-        ("a.json", '{"images": ["a.png"], "modle": "emoji"}', "unknown setting 'modle'; near: model"),
-        ("a.toml", "images = ['a.png']\n[settings]\nstep = 3", "unknown setting 'step'; near: steps"),
+        (
+            "a.json",
+            '{"images": ["a.png"], "modle": "emoji"}',
+            "unknown setting 'modle'; near: model",
+        ),
+        (
+            "a.toml",
+            "images = ['a.png']\n[settings]\nstep = 3",
+            "unknown setting 'step'; near: steps",
+        ),
         ("a.toml", "images = [{images = 'a.png', blok = 1}]", "near: blocks"),
     ],
 )
@@ -265,7 +341,9 @@ def test_a_wrong_request_file_is_one_line(tmp_path: Path, name: str, text: str, 
 
 
 def test_old_metadata_is_read_as_it_was() -> None:
-    request = Request(images=[{"path": "a.png", "sha256": "1"}, {"path": "b.png"}], settings={"together": True})
+    request = Request(
+        images=[{"path": "a.png", "sha256": "1"}, {"path": "b.png"}], settings={"together": True}
+    )
     assert request.images[0] == (Reference(images=[{"path": "a.png", "sha256": "1"}]),)
     assert json.loads(request.model_dump_json())["images"][1] == {"path": "b.png"}
 
@@ -276,7 +354,10 @@ def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], Any]:
     unet = tiny_unet(request.param)
     adapter = tiny_adapter(unet).attach(unet)
     inputs = noise_inputs(unet, 4)
-    inputs["sample"], inputs["timestep"] = inputs["sample"][:2].repeat(2, 1, 1, 1), torch.tensor(500)
+    inputs["sample"], inputs["timestep"] = (
+        inputs["sample"][:2].repeat(2, 1, 1, 1),
+        torch.tensor(500),
+    )
     if "added_cond_kwargs" in inputs:  # the size goes with the item, the pooled text with the half
         inputs["added_cond_kwargs"]["time_ids"][[1, 3]] += 8
     return unet, inputs, adapter
@@ -287,14 +368,22 @@ def guided(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any], Any]:
 def test_image_guidance_is_the_sum_of_three(guided: Any, scale: float) -> None:
     unet, inputs, adapter = guided
     text, window = 7.0, torch.linspace(0.2, 1.5, 1000).expand(len(adapter.image_kv), 4, 1000)
-    prompts = [random_prompt(adapter, 4)._replace(mask=torch.rand(4, 8, 4)), random_prompt(adapter, 4, window, seed=9)]
+    prompts = [
+        random_prompt(adapter, 4)._replace(mask=torch.rand(4, 8, 4)),
+        random_prompt(adapter, 4, window, seed=9),
+    ]
 
     def part(of_text: int, of_image: int) -> Tensor:
         rows = slice(2 * of_text, 2 * of_text + 2)
         items = slice(2 * of_image, 2 * of_image + 2)
-        own = {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in inputs.items()}
+        own = {
+            name: value[rows] if isinstance(value, Tensor) and value.ndim else value
+            for name, value in inputs.items()
+        }
         if "added_cond_kwargs" in own:
-            own["added_cond_kwargs"] = {name: value[rows] for name, value in own["added_cond_kwargs"].items()}
+            own["added_cond_kwargs"] = {
+                name: value[rows] for name, value in own["added_cond_kwargs"].items()
+            }
         heard = [
             prompt._replace(
                 keys=tuple(key[items] for key in prompt.keys),
@@ -308,17 +397,23 @@ def test_image_guidance_is_the_sum_of_three(guided: Any, scale: float) -> None:
 
     neither, image, both = part(0, 0), part(0, 1), part(1, 1)
     expected = neither + scale * (image - neither) + text * (both - image)
-    with image_guidance(unet, scale):
+    halves = [prompt._replace(branches=2) for prompt in prompts]
+    with adapter.using(*halves, image_guidance=scale):
         for _ in range(2):
-            first, second = noise(unet, inputs, prompts).chunk(2)
+            first, second = noise(unet, inputs).chunk(2)
     torch.testing.assert_close(first + text * (second - first), expected, rtol=0, atol=2e-5)
     plain, other = noise(unet, inputs, prompts).chunk(2)  # and nothing is left of it afterwards
-    torch.testing.assert_close(torch.cat([plain, other]), torch.cat([neither, both]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([plain, other]), torch.cat([neither, both]), rtol=0, atol=1e-5
+    )
 
 
 def test_image_guidance_as_strong_as_the_text_s_changes_nothing(pipe: ImagePromptPipeline) -> None:
     plain = pipe(BLUE, "a rocket", scale=0.7, guidance=4, **QUICK).images[0]
-    same, more = (pipe(BLUE, "a rocket", scale=0.7, guidance=4, image_guidance=s, **QUICK).images[0] for s in (4, 1))
+    same, more = (
+        pipe(BLUE, "a rocket", scale=0.7, guidance=4, image_guidance=s, **QUICK).images[0]
+        for s in (4, 1)
+    )
     assert difference(plain, same) <= 1
     assert difference(plain, more) > 5
 
@@ -337,20 +432,29 @@ def with_controlnet(pipe: Any) -> Any:
 
 
 def test_a_controlnet_in_every_task(tmp_path: Path) -> None:
-    """The packaged one, which reads edges: given a square, even though no image prompt was in its training."""
+    """The packaged one, which reads edges: given a square, even though no image prompt was in its
+    training.
+    """
     pipe = ImagePromptPipeline.from_pretrained("emoji", controlnet="edges", device="cpu")
     control = {"control_image": Image.new("L", (64, 64)), "control_scale": 1.0}
     control["control_image"].paste(255, (20, 20, 44, 44))
     tasks: list[dict[str, Any]] = [{}, {"init_image": RED}, {"init_image": RED, "mask_image": LEFT}]
     for task in tasks:
-        plain, held = (pipe(BLUE, "a rocket", **QUICK, **task, **extra).images[0] for extra in ({}, control))
+        plain, held = (
+            pipe(BLUE, "a rocket", **QUICK, **task, **extra).images[0] for extra in ({}, control)
+        )
         assert difference(plain, held) > 5, task
     with pytest.raises(SettingError, match="a control image and a ControlNet go together"):
         ImagePromptPipeline.from_pretrained("emoji", device="cpu")(BLUE, **QUICK, **control)
-    with pytest.raises(SettingError, match="no ControlNet 'edgse' for emoji: give one of edges, a folder, or a Hub id"):
+    with pytest.raises(
+        SettingError,
+        match="no ControlNet 'edgse' for emoji: give one of edges, a folder, or a Hub id",
+    ):
         ImagePromptPipeline.from_pretrained("emoji", controlnet="edgse", device="cpu")
     tiny_controlnet(tiny_unet("sd1")).save_pretrained(tmp_path / "other")
-    with pytest.raises(MismatchError, match="made for a base model with cross_attention_dim 768; this one has 192"):
+    with pytest.raises(
+        MismatchError, match="made for a base model with cross_attention_dim 768; this one has 192"
+    ):
         ImagePromptPipeline.from_pretrained("emoji", controlnet=tmp_path / "other", device="cpu")
     with pytest.raises(SettingError, match="give both, or neither"):
         Request(images=["a.png"], controlnet="edges")
@@ -363,49 +467,70 @@ def test_on_a_pipeline_of_diffusers(base: str) -> None:
     results = []
     for pipeline in (plain, control):
         live = tiny_adapter(pipeline.unet).attach(pipeline.unet)
-        pipe = ImagePromptPipeline(pipeline, Attached(live, Reader(tiny_encoder(), variant("base"))))
+        pipe = ImagePromptPipeline(
+            pipeline, Attached(live, Reader(tiny_encoder(), find_variant("base")))
+        )
         options = {"image": pictures(1)[0].resize((32, 32))} if pipeline is control else {}
-        settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32, "pipeline_options": options}
-        halves = [Reference(images=pictures(1)[0], mask=LEFT), Reference(images=pictures(2)[1], mask=RIGHT, blocks=0.5)]
+        settings: dict[str, Any] = {
+            "steps": 2,
+            "seed": 1,
+            "width": 32,
+            "height": 32,
+            "pipeline_options": options,
+        }
+        halves = [
+            Reference(images=pictures(1)[0], mask=LEFT),
+            Reference(images=pictures(2)[1], mask=RIGHT, blocks=0.5),
+        ]
         results.append(pipe([halves], **settings).images[0])
         assert difference(results[-1], pipe(BLUE, scale=0, **settings).images[0]) > 0
         pipe.detach()
         assert not pipeline.unet._forward_pre_hooks
     assert difference(*results) > 0
     with pytest.raises(SettingError, match="has its own way to start from pictures"):
-        ImagePromptPipeline(control, Attached(live.attach(control.unet), Reader(tiny_encoder(), variant("base"))))(
-            BLUE, init_image=BLUE, steps=2
-        )
+        ImagePromptPipeline(
+            control,
+            Attached(live.attach(control.unet), Reader(tiny_encoder(), find_variant("base"))),
+        )(BLUE, init_image=BLUE, steps=2)
 
 
 def test_published_presets_on_a_model_of_their_structure() -> None:
     pipeline = PIPELINES["sdxl"]()
     with seeded(1):
         live = tiny_adapter(pipeline.unet).attach(pipeline.unet)
-    pipe = ImagePromptPipeline(pipeline, Attached(live, Reader(tiny_encoder(), variant("base"))))
+    pipe = ImagePromptPipeline(
+        pipeline, Attached(live, Reader(tiny_encoder(), find_variant("base")))
+    )
     settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32}
     picture = pictures(1)[0]
     named = pipe(Reference(images=picture, blocks="style transfer"), **settings).images[0]
-    mapped = pipe(Reference(images=picture, blocks={"up_blocks.0.attentions.1": 1.0}), **settings).images[0]
+    mapped = pipe(
+        Reference(images=picture, blocks={"up_blocks.0.attentions.1": 1.0}), **settings
+    ).images[0]
     precise = pipe(Reference(images=picture, blocks="style transfer precise"), **settings).images[0]
     assert difference(named, mapped) == 0
-    assert family_of(pipeline.unet).sites(pipeline.unet)
+    assert family_of(pipeline.unet).layers(pipeline.unet)
     assert difference(named, precise) > 0
 
 
 def test_several_adapters_say_their_own() -> None:
     with pytest.raises(SettingError, match="encoder and variant are for a single adapter"):
-        ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "plus"], encoder="elsewhere", device="cpu")
+        ImagePromptPipeline.from_pretrained(
+            "emoji", adapter=["base", "plus"], encoder="elsewhere", device="cpu"
+        )
     with pytest.raises(SettingError, match="two adapters are called 'base': name them apart"):
         ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "base"], device="cpu")
 
 
 def test_faces() -> None:
-    """A FaceID adapter beside one for whole pictures; faces come from the user, or from an encoder that the user gives."""
+    """A FaceID adapter beside one for whole pictures.
+
+    Faces come from the user, or from an encoder that the user gives.
+    """
     pipeline = PIPELINES["sd1"]()
     width = pipeline.unet.config.cross_attention_dim
     with seeded(5):
-        face_id = IPAdapter.beside(pipeline.unet, family_of(pipeline.unet), FaceProjection(512, width))
+        face_id = IPAdapter.for_model(pipeline.unet, FaceProjection(512, width))
         embeddings = torch.randn(2, 512)
 
     class Finder:
@@ -413,8 +538,14 @@ def test_faces() -> None:
             assert image.size == (64, 64)
             return Face(embeddings[int(face or 0)])
 
-    whole = Attached(tiny_adapter(pipeline.unet).attach(pipeline.unet), Reader(tiny_encoder(), variant("base"), "whole"))
-    faces = Attached(face_id.attach(pipeline.unet), Reader(FaceFeatures(Finder()), variant("faceid"), "faces"))
+    whole = Attached(
+        tiny_adapter(pipeline.unet).attach(pipeline.unet),
+        Reader(tiny_encoder(), find_variant("base"), "whole"),
+    )
+    faces = Attached(
+        face_id.attach(pipeline.unet),
+        Reader(FaceFeatures(Finder()), find_variant("faceid"), "faces"),
+    )
     pipe = ImagePromptPipeline(pipeline, [whole, faces])
     settings: dict[str, Any] = {"steps": 2, "seed": 1, "width": 32, "height": 32}
     found = pipe(Reference(images=BLUE, adapter="faces", face=1), **settings).images[0]
@@ -422,13 +553,21 @@ def test_faces() -> None:
     first = pipe(Reference(images=BLUE, adapter="faces"), **settings).images[0]
     assert difference(found, given) == 0
     assert difference(found, first) > 0
-    both = pipe([[Reference(images=BLUE, adapter="faces", mask=LEFT), Reference(images=RED)]], **settings).images[0]
+    both = pipe(
+        [[Reference(images=BLUE, adapter="faces", mask=LEFT), Reference(images=RED)]], **settings
+    ).images[0]
     assert difference(both, first) > 0
     for wrong, says in (
-        (Reference(images=BLUE, face=0), "whole reads whole pictures .base.; a face is for a FaceID adapter"),
+        (
+            Reference(images=BLUE, face=0),
+            "whole reads whole pictures .base.; a face is for a FaceID adapter",
+        ),
         (Reference(images=Face(embeddings[0])), "whole reads whole pictures"),
         (Reference(images=BLUE, adapter="faces", crop="pad"), "faces reads faces .faceid."),
-        (Reference(images=BLUE, adapter="faces", negative=Noise(kind="fade")), "noise are for whole pictures"),
+        (
+            Reference(images=BLUE, adapter="faces", negative=Noise(kind="fade")),
+            "noise are for whole pictures",
+        ),
     ):
         with pytest.raises(SettingError, match=says):
             pipe(wrong, **settings)
@@ -439,20 +578,43 @@ def test_tiles_have_their_picture_s_weight(pipe: ImagePromptPipeline) -> None:
     wide.paste((20, 160, 60), (64, 0, 128, 64))
     left, right = wide.crop((0, 0, 64, 64)), wide.crop((64, 0, 128, 64))
     tiled = pipe(Reference(images=[wide, BLUE], weights=[1, 2], crop="tiles"), **QUICK).images[0]
-    assert difference(tiled, pipe(Reference(images=[left, right, BLUE], weights=[1, 1, 2]), **QUICK).images[0]) == 0
-    average = pipe(Reference(images=[wide, BLUE], weights=[2, 1], crop="tiles", combine="average"), **QUICK).images[0]
-    same = pipe(Reference(images=[left, right, BLUE], weights=[1, 1, 1], combine="average"), **QUICK).images[0]
+    assert (
+        difference(
+            tiled, pipe(Reference(images=[left, right, BLUE], weights=[1, 1, 2]), **QUICK).images[0]
+        )
+        == 0
+    )
+    average = pipe(
+        Reference(images=[wide, BLUE], weights=[2, 1], crop="tiles", combine="average"), **QUICK
+    ).images[0]
+    same = pipe(
+        Reference(images=[left, right, BLUE], weights=[1, 1, 1], combine="average"), **QUICK
+    ).images[0]
     assert difference(average, same) <= 1
 
 
 def test_a_list_in_the_list_is_heard_together(pipe: ImagePromptPipeline) -> None:
-    assert difference(pipe([[BLUE, RED]], **QUICK).images[0], pipe([BLUE, RED], together=True, **QUICK).images[0]) == 0
+    assert (
+        difference(
+            pipe([[BLUE, RED]], **QUICK).images[0],
+            pipe([BLUE, RED], together=True, **QUICK).images[0],
+        )
+        == 0
+    )
 
 
 def test_a_silent_reference_takes_no_share(pipe: ImagePromptPipeline) -> None:
     alone = pipe(Reference(images=RED, mask=LEFT), **QUICK).images[0]
     for silent in (Reference(images=BLUE, scale=0), Reference(images=BLUE, blocks={})):
-        assert difference(pipe([[Reference(images=RED, mask=LEFT), silent]], overlap="normalise", **QUICK).images[0], alone) <= 1
+        assert (
+            difference(
+                pipe(
+                    [[Reference(images=RED, mask=LEFT), silent]], overlap="normalise", **QUICK
+                ).images[0],
+                alone,
+            )
+            <= 1
+        )
 
 
 def test_what_is_ignored_is_not_in_noise_either(pipe: ImagePromptPipeline) -> None:
@@ -460,9 +622,20 @@ def test_what_is_ignored_is_not_in_noise_either(pipe: ImagePromptPipeline) -> No
     for hidden in ("black", "white"):
         picture = BLUE.copy()
         picture.paste(hidden, (0, 0, 32, 64))
-        made.append(pipe(Reference(images=picture, ignore=LEFT, negative=Noise(kind="fade", strength=0.3)), **QUICK).images[0])
+        made.append(
+            pipe(
+                Reference(images=picture, ignore=LEFT, negative=Noise(kind="fade", strength=0.3)),
+                **QUICK,
+            ).images[0]
+        )
     assert difference(*made) == 0
-    assert difference(made[0], pipe(Reference(images=picture, ignore=LEFT, negative="fade"), **QUICK).images[0]) > 0
+    assert (
+        difference(
+            made[0],
+            pipe(Reference(images=picture, ignore=LEFT, negative="fade"), **QUICK).images[0],
+        )
+        > 0
+    )
 
 
 @torch.no_grad()
@@ -470,8 +643,8 @@ def test_image_guidance_is_of_its_own_thread_and_works_in_inference_mode(guided:
     unet, inputs, adapter = guided
     prompt = random_prompt(adapter, 4)
     plain, found = noise(unet, inputs, prompt), []
-    with image_guidance(unet, 3.0):
-        mine = noise(unet, inputs, prompt)
+    with adapter.using(prompt._replace(branches=2), image_guidance=3.0):
+        mine = noise(unet, inputs)
 
         def elsewhere() -> None:
             with torch.no_grad():
@@ -481,9 +654,9 @@ def test_image_guidance_is_of_its_own_thread_and_works_in_inference_mode(guided:
         thread.start()
         thread.join()
         with torch.inference_mode():
-            torch.testing.assert_close(noise(unet, inputs, prompt), mine, rtol=0, atol=1e-5)
+            torch.testing.assert_close(noise(unet, inputs), mine, rtol=0, atol=1e-5)
         with pytest.raises(MismatchError, match="this is a batch of 3"):
-            noise(unet, noise_inputs(unet, 3), random_prompt(adapter, 1))
+            noise(unet, noise_inputs(unet, 3))
     assert torch.equal(found[0], plain)
     assert (mine - plain).abs().max() > 1e-3
 
@@ -491,7 +664,11 @@ def test_image_guidance_is_of_its_own_thread_and_works_in_inference_mode(guided:
 @torch.no_grad()
 def test_image_guidance_of_a_video() -> None:
     frames, unet = 2, tiny_unet("sd1")
-    config = {"block_out_channels": (16, 32, 64, 64), "motion_norm_num_groups": 8, "motion_num_attention_heads": 2}
+    config = {
+        "block_out_channels": (16, 32, 64, 64),
+        "motion_norm_num_groups": 8,
+        "motion_num_attention_heads": 2,
+    }
     with seeded(4):
         moving = diffusers.UNetMotionModel.from_unet2d(unet, diffusers.MotionAdapter(**config))
         latents, text = torch.randn(1, 4, frames, 16, 8), torch.randn(2, 11, 768)
@@ -499,17 +676,22 @@ def test_image_guidance_of_a_video() -> None:
 
     def part(of_text: int, of_image: int) -> Tensor:
         prompt = random_prompt(adapter, 2)
-        half = [tuple(x[of_image, None].expand(frames, -1, -1, -1) for x in states) for states in (prompt.keys, prompt.values)]
+        half = [
+            tuple(x[of_image, None].expand(frames, -1, -1, -1) for x in states)
+            for states in (prompt.keys, prompt.values)
+        ]
         words = text[of_text].expand(frames, -1, -1)
         heard = {"ip_hidden_states": prompt._replace(keys=half[0], values=half[1])}
         return moving(latents, 500, words, cross_attention_kwargs=heard).sample
 
     neither, image, both = part(0, 0), part(0, 1), part(1, 1)
     whole = random_prompt(adapter, 2)
-    keys, values = (tuple(x.repeat_interleave(frames, 0) for x in states) for states in (whole.keys, whole.values))
-    with image_guidance(moving, 2.0):
-        heard = {"ip_hidden_states": whole._replace(keys=keys, values=values)}
-        twice = moving(latents.repeat(2, 1, 1, 1, 1), 500, text.repeat_interleave(frames, 0), cross_attention_kwargs=heard).sample
+    keys, values = (
+        tuple(x.repeat_interleave(frames, 0) for x in states)
+        for states in (whole.keys, whole.values)
+    )
+    with adapter.using(whole._replace(keys=keys, values=values, branches=2), image_guidance=2.0):
+        twice = moving(latents.repeat(2, 1, 1, 1, 1), 500, text.repeat_interleave(frames, 0)).sample
     first, second = twice.chunk(2)
     expected = neither + 2 * (image - neither) + 5 * (both - image)
     torch.testing.assert_close(first + 5 * (second - first), expected, rtol=0, atol=2e-5)
@@ -531,7 +713,9 @@ def test_a_failed_attachment_leaves_the_base_model_alone(pipe: ImagePromptPipeli
 
 
 def test_windows_need_training_timesteps(pipe: ImagePromptPipeline) -> None:
-    edm = diffusers.StableDiffusionPipeline(**pipe.pipeline.components, requires_safety_checker=False)
+    edm = diffusers.StableDiffusionPipeline(
+        **pipe.pipeline.components, requires_safety_checker=False
+    )
     edm.scheduler = diffusers.EDMEulerScheduler()
     other = ImagePromptPipeline(edm, pipe.first)
     with pytest.raises(SettingError, match="this EDM scheduler has not"):
@@ -542,7 +726,8 @@ def test_paths_of_weights_are_the_request_s_folder_s(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "mine.safetensors").touch()
     (tmp_path / "sub" / "a.json").write_text(
-        '{"adapter": ["base", {"adapter": "mine.safetensors"}], "images": ["a.png"], "model": "emoji"}'
+        '{"adapter": ["base", {"adapter": "mine.safetensors"}], "images": ["a.png"], '
+        '"model": "emoji"}'
     )
     request = read_request(tmp_path / "sub" / "a.json")
     assert request.model == "emoji"

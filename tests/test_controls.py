@@ -1,4 +1,6 @@
-"""The algebra of image prompts: what is said of weights, times, masks, scalings and batches is true of the attention itself."""
+"""The algebra of image prompts: what is said of weights, times, masks, scalings and batches is true
+of the attention itself.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -14,13 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter import ImagePrompt, IPAdapter, decoupled_attention
-from imprompt.attention import family_of
-from imprompt.attention.step import images_of, masks_at, weights_at
+from imprompt.adapter import IPAdapter, decoupled_attention
+from imprompt.attention.conditioning import images_of, masks_at, weights_at
 from imprompt.errors import MismatchError, SettingError
-from imprompt.layouts import SD, SDXL, site_names
-from imprompt.sampling.batches import batched
-from imprompt.sampling.controls import (
+from imprompt.families.base import family_of, schedule_place
+from imprompt.families.unet_layers import SD, SDXL, layer_names
+from imprompt.generation.combine import (
     COMBINE,
     EASINGS,
     SCALINGS,
@@ -33,11 +34,13 @@ from imprompt.sampling.controls import (
     scale_table,
     scaled,
 )
+from imprompt.prompt import ImagePrompt, stack_items
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
 
 QUICK = settings(max_examples=25, deadline=None)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 HEADS, WIDTH, SITES = 2, 4, 3
+ALONE, GUIDED = (-1,), (0, -1)  # branches of guidance
 ROWS, COLUMNS = 6, 4  # of the latents that a site sees
 
 seeds = st.integers(0, 2**31)
@@ -48,33 +51,66 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def prompt_of(seed: int, batch: int = 1, tokens: int = 3, scale: Any = 1.0, **parts: Any) -> ImagePrompt:
+def prompt_of(
+    seed: int, batch: int = 1, tokens: int = 3, scale: Any = 1.0, **parts: Any
+) -> ImagePrompt:
     """Random keys and values of SITES sites."""
-    keys, values = (tuple(draw(seed + 10 * i + j, batch, HEADS, tokens, WIDTH) for i in range(SITES)) for j in (0, 1))
-    return ImagePrompt(keys, values, torch.ones(SITES, 1), **parts).with_scale(scale)
+    keys, values = (
+        tuple(draw(seed + 10 * i + j, batch, HEADS, tokens, WIDTH) for i in range(SITES))
+        for j in (0, 1)
+    )
+    return ImagePrompt(
+        keys, values, torch.ones(SITES, 1), **{"branches": batch, **parts}
+    ).with_scale(scale)
 
 
 def from_tokens(tokens: Tensor, bias: Tensor | None = None) -> ImagePrompt:
     """Tokens (1, N, D) through fixed W' of SITES sites."""
-    keys, values = ([(tokens @ draw(7 * i + j, tokens.shape[-1], HEADS * WIDTH)) for i in range(SITES)] for j in (0, 1))
-    split = [tuple(x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in states) for states in (keys, values)]
+    keys, values = (
+        [(tokens @ draw(7 * i + j, tokens.shape[-1], HEADS * WIDTH)) for i in range(SITES)]
+        for j in (0, 1)
+    )
+    split = [
+        tuple(x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in states)
+        for states in (keys, values)
+    ]
     return ImagePrompt(*split, torch.ones(SITES, 1), bias=bias)
 
 
-def hear(prompts: Sequence[ImagePrompt], items: Sequence[int] = (0,), timestep: Any = 500) -> Tensor:
-    """The decoupled attention of all sites, (sites, B, H, L, d), as a graft computes it; each item has its queries and its text."""
+def at(timestep: float) -> Tensor:
+    """Progress at a training timestep."""
+    return 1 - torch.as_tensor(timestep) / 999
+
+
+def hear(
+    prompts: Sequence[ImagePrompt], items: Sequence[int] = (0,), timestep: Any = 500
+) -> Tensor:
+    """The decoupled attention of all sites, (sites, B, H, L, d), as a graft computes it.
+
+    Each item has its queries and its text.
+    """
     query, key, value = (
         torch.cat([draw(99 + 1000 * item + i, 1, HEADS, length, WIDTH) for item in items])
         for i, length in enumerate((ROWS * COLUMNS, 5, 5))
     )
     if not prompts:
-        return decoupled_attention(query, key, value, None, [], torch.ones(0)).expand(SITES, -1, -1, -1, -1)
+        return decoupled_attention(query, key, value, None, [], torch.ones(0)).expand(
+            SITES, -1, -1, -1, -1
+        )
     weighed = weights_at(
-        [p.scale for p in prompts], masks_at([p.mask for p in prompts], [(ROWS, COLUMNS)], query.dtype), timestep, query.dtype
+        [p.scale for p in prompts],
+        masks_at([p.mask for p in prompts], [(ROWS, COLUMNS)], query.dtype),
+        lambda points: schedule_place(at(timestep), points),
+        query.dtype,
     )
     by_site = weighed[0 if 0 in weighed else ROWS * COLUMNS]
     images = images_of(prompts)
-    return torch.stack([decoupled_attention(query, key, value, None, images[site], by_site[site]) for site in range(SITES)])
+    return torch.stack(
+        [
+            decoupled_attention(query, key, value, None, images[site], by_site[site])
+            for site in range(SITES)
+        ]
+    )
 
 
 def image_part(prompt: ImagePrompt, timestep: int = 500) -> Tensor:
@@ -84,10 +120,20 @@ def image_part(prompt: ImagePrompt, timestep: int = 500) -> Tensor:
 # Several pictures as one.
 
 
-@given(seeds, st.lists(weights, min_size=1, max_size=5), st.sampled_from([how for how in COMBINE if how != "subtract"]), st.data())
+@given(
+    seeds,
+    st.lists(weights, min_size=1, max_size=5),
+    st.sampled_from([how for how in COMBINE if how != "subtract"]),
+    st.data(),
+)
 @QUICK
-def test_the_order_of_pictures_means_nothing(seed: int, given_weights: list[float], how: str, data: Any) -> None:
-    """But to subtract, which takes from the first; concat's tokens come in another order, and are heard the same."""
+def test_the_order_of_pictures_means_nothing(
+    seed: int, given_weights: list[float], how: str, data: Any
+) -> None:
+    """But to subtract, which takes from the first.
+
+    Concat's tokens come in another order, and are heard the same.
+    """
     features = draw(seed, len(given_weights), 3, 8)
     order = data.draw(st.permutations(range(len(given_weights))))
     there = combine(features, how, given_weights)
@@ -106,7 +152,12 @@ def heard_of(features: Tensor, how: str, given_weights: Sequence[float] | None) 
     return hear([from_tokens(*concat(combined.features, combined.weights))])
 
 
-@given(seeds, st.lists(weights, min_size=2, max_size=4), st.sampled_from(list(COMBINE)), st.integers(0, 3))
+@given(
+    seeds,
+    st.lists(weights, min_size=2, max_size=4),
+    st.sampled_from(list(COMBINE)),
+    st.integers(0, 3),
+)
 @QUICK
 def test_weight_0_is_as_absent(seed: int, given_weights: list[float], how: str, at: int) -> None:
     features = draw(seed, len(given_weights) + 1, 3, 8)
@@ -116,12 +167,18 @@ def test_weight_0_is_as_absent(seed: int, given_weights: list[float], how: str, 
     assert torch.equal(heard_of(features, how, with_zero), heard_of(others, how, given_weights))
 
 
-@given(seeds, st.lists(st.integers(1, 3), min_size=1, max_size=3), st.sampled_from([how for how in COMBINE if how != "subtract"]))
+@given(
+    seeds,
+    st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    st.sampled_from([how for how in COMBINE if how != "subtract"]),
+)
 @QUICK
 def test_a_whole_weight_is_as_so_many_pictures(seed: int, times: list[int], how: str) -> None:
     features = draw(seed, len(times), 3, 8)
     repeated = features.repeat_interleave(torch.tensor(times), 0)
-    torch.testing.assert_close(heard_of(features, how, times), heard_of(repeated, how, None), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        heard_of(features, how, times), heard_of(repeated, how, None), rtol=1e-4, atol=1e-5
+    )
 
 
 @given(seeds, st.sampled_from(list(COMBINE)))
@@ -146,7 +203,9 @@ def test_what_the_ways_to_combine_compute() -> None:
         "min": [0, 4],
     }
     for how, vector in expected.items():
-        torch.testing.assert_close(combine(features, how, [1, 2, 1]).features, torch.tensor([vector], dtype=torch.float32))
+        torch.testing.assert_close(
+            combine(features, how, [1, 2, 1]).features, torch.tensor([vector], dtype=torch.float32)
+        )
     normed = combine(features, "norm-average", [1, 2, 1]).features
     assert normed.norm().item() == pytest.approx((5 + 2 * 10 + 10) / 4)
     direction = torch.tensor([0.6 + 0.8, 0.8 + 2 + 0.6])
@@ -167,7 +226,11 @@ def test_features_in_parts_are_combined_alike() -> None:
 WRONG_WEIGHTS: list[tuple[str, list[Any], str]] = [
     ("average", [1, 2], "2 weights for 3 pictures: give one for each"),
     ("average", [0, 0, 0], "all weights are 0"),
-    ("concat", [1, -1, 1], 'concat takes none below 0; to take a picture away use "subtract", or "add"'),
+    (
+        "concat",
+        [1, -1, 1],
+        'concat takes none below 0; to take a picture away use "subtract", or "add"',
+    ),
     ("subtract", [1, -1, 1], "weight -1.0: subtract takes none below 0"),
     ("average", [1, "2", 1], "weight = '2': give a number"),
     ("mean", [1, 1, 1], "combine = 'mean' is unknown; known: concat, add,"),
@@ -189,33 +252,39 @@ def test_wrong_weights_are_told(how: str, given_weights: list[Any], said: str) -
 
 def test_the_whole_window_is_none() -> None:
     assert torch.equal(over_time(0, 1), torch.ones(1000))
-    sites = site_names(SD)
+    sites = layer_names(SD)
     assert scale_table(sites, 0.5)[1].shape == (16, 1)
     table = scale_table(sites, 0.5, easing=[[0, 1]])[1]
     assert torch.equal(table, torch.full((16, 1, 1000), 0.5))
 
 
-@given(st.lists(st.floats(0.001, 0.999), min_size=1, max_size=4, unique=True), st.sampled_from([10, 50, 1000]))
+@given(
+    st.lists(st.floats(0.001, 0.999), min_size=1, max_size=4, unique=True),
+    st.sampled_from([10, 50, 1000]),
+)
 @QUICK
-def test_windows_side_by_side_share_the_schedule(cuts: list[float], timesteps: int) -> None:
+def test_windows_side_by_side_share_the_schedule(cuts: list[float], points: int) -> None:
     bounds = [0, *sorted(cuts), 1]
-    windows = [over_time(a, b, timesteps=timesteps) for a, b in pairwise(bounds)]
-    assert torch.equal(sum(windows), torch.ones(timesteps))
+    windows = [over_time(a, b, points=points) for a, b in pairwise(bounds)]
+    assert torch.equal(sum(windows), torch.ones(points))
 
 
-def test_a_window_is_read_by_timestep() -> None:
+def test_a_window_is_read_by_progress() -> None:
     half = over_time(0, 0.5)
-    assert half[999] == half[500] == 1  # noisy
-    assert half[499] == half[0] == 0
-    assert over_time(0.5, 1)[0] == 1  # the last one too
+    assert half[0] == half[499] == 1  # noisy
+    assert half[500] == half[999] == 0
+    assert over_time(0.5, 1)[999] == 1  # the last one too
     prompt = prompt_of(1, scale=over_time(0, 0.5).expand(SITES, 1, -1))
     assert torch.equal(hear([prompt], timestep=800), hear([prompt_of(1)], timestep=800))
     assert torch.equal(hear([prompt], timestep=200), hear([]))
 
 
 def test_easings_come_and_go_as_they_say() -> None:
-    at = {name: over_time(0.2, 0.6, name, timesteps=1001) for name in EASINGS}  # progress 0.4 is timestep 600
-    ends = {name: [round(table[t].item(), 4) for t in (800, 700, 600, 500, 401)] for name, table in at.items()}
+    at = {name: over_time(0.2, 0.6, name, points=1001) for name in EASINGS}
+    ends = {
+        name: [round(table[t].item(), 4) for t in (200, 300, 400, 500, 599)]
+        for name, table in at.items()
+    }
     assert ends == {
         "constant": [1, 1, 1, 1, 1],
         "ease in": [0, 0.1464, 0.5, 0.8536, 1],
@@ -224,15 +293,17 @@ def test_easings_come_and_go_as_they_say() -> None:
         "reverse in-out": [1, 0.5, 0, 0.5, 0.9999],
     }
     for table in at.values():
-        assert not table[801:].any()
-        assert not table[:401].any()
+        assert not table[:200].any()
+        assert not table[600:].any()
     assert torch.allclose(at["ease in"] + at["ease out"], at["constant"])
     assert torch.allclose(at["ease in-out"] + at["reverse in-out"], at["constant"])
 
 
 def test_points_are_joined_by_straight_lines() -> None:
-    found = over_time(0.1, 1, [[0.2, 1.0], [0.4, 0.5], [0.4, 0.0], [1.0, 2.0]], timesteps=1001)
-    assert found[[950, 850, 800, 700, 500, 300, 0]].tolist() == pytest.approx([0, 1, 1, 0.75, 1 / 3, 1, 2], abs=1e-6)
+    found = over_time(0.1, 1, [[0.2, 1.0], [0.4, 0.5], [0.4, 0.0], [1.0, 2.0]], points=1001)
+    assert found[[50, 150, 200, 300, 500, 700, 1000]].tolist() == pytest.approx(
+        [0, 1, 1, 0.75, 1 / 3, 1, 2], abs=1e-6
+    )
 
 
 WRONG_TIMES: list[tuple[dict[str, Any], str]] = [
@@ -256,12 +327,12 @@ def test_wrong_times_are_told(times: dict[str, Any], said: str) -> None:
 
 
 def test_a_table_is_scale_by_block_by_time() -> None:
-    sites = site_names(SDXL)
+    sites = layer_names(SDXL)
     block, table = scale_table(sites, 0.5, "style and composition", boost=0.4, end=0.5)
     assert table.shape == (70, 1, 1000)
-    assert torch.equal(table[:, 0, 900], 0.5 * block.factors)
-    assert not table[..., 100].any()
-    assert {round(number, 6) for number in table[:, 0, 900].tolist()} == {0, 0.2, 0.5}
+    assert torch.equal(table[:, 0, 99], 0.5 * block.factors)
+    assert not table[..., 899].any()
+    assert {round(number, 6) for number in table[:, 0, 99].tolist()} == {0, 0.2, 0.5}
     with pytest.raises(SettingError, match="scale = nan: give a number"):
         scale_table(sites, float("nan"))
 
@@ -296,7 +367,10 @@ def test_scalings_are_the_published_formulas(how: str) -> None:
 @given(seeds, st.sampled_from(list(SCALINGS)), st.floats(-2, 2))
 @QUICK
 def test_a_scale_over_time_acts_on_what_is_heard(seed: int, how: str, weight: float) -> None:
-    fading = scaled(prompt_of(seed, scale=(weight * over_time(0, 0.5, [[0, 1], [1, 0]])).expand(SITES, 1, -1)), how)
+    fading = scaled(
+        prompt_of(seed, scale=(weight * over_time(0, 0.5, [[0, 1], [1, 0]])).expand(SITES, 1, -1)),
+        how,
+    )
     steady = scaled(prompt_of(seed, scale=weight), how)
     full, part, silent = (image_part(fading, t) for t in (999, 600, 400))
     torch.testing.assert_close(full, image_part(steady), **CLOSE)
@@ -314,9 +388,15 @@ def test_pushed_away() -> None:
         assert torch.equal(turned.values[site][0], prompt.values[site][1 if away[site] else 0])
         assert torch.equal(turned.keys[site][1], prompt.keys[site][1])
     assert pushed_away(prompt, torch.zeros(SITES, dtype=torch.bool), guided=True) is prompt
-    assert pushed_away(prompt_of(1, scale=0.5), away, guided=False).scale[:, 0].tolist() == [0.5, 0, 0.5]
-    timed = pushed_away(prompt._replace(scale=over_time(0, 0.5).expand(SITES, 1, -1)), away, guided=True)
-    assert timed.scale[:, :, 999].tolist() == [[1, 1], [1, 0], [1, 1]]
+    assert pushed_away(prompt_of(1, scale=0.5), away, guided=False).scale[:, 0].tolist() == [
+        0.5,
+        0,
+        0.5,
+    ]
+    timed = pushed_away(
+        prompt._replace(scale=over_time(0, 0.5).expand(SITES, 1, -1)), away, guided=True
+    )
+    assert timed.scale[:, :, 0].tolist() == [[1, 1], [1, 0], [1, 1]]
     for how in SCALINGS:  # in whichever order the two are asked for
         first, last = scaled(turned, how), pushed_away(scaled(prompt, how), away, guided=True)
         torch.testing.assert_close(hear([first], items=(0, 1)), hear([last], items=(0, 1)))
@@ -351,19 +431,26 @@ def test_soft_masks_are_not_made_hard(seed: int) -> None:
     soft = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
     (mask,) = regions([soft])
     by_pixel = soft.flatten()[:, None]
-    torch.testing.assert_close(image_part(prompt_of(seed, mask=mask)), image_part(prompt_of(seed)) * by_pixel, **CLOSE)
+    torch.testing.assert_close(
+        image_part(prompt_of(seed, mask=mask)), image_part(prompt_of(seed)) * by_pixel, **CLOSE
+    )
 
 
 @given(st.lists(st.tuples(seeds, st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4))
 @QUICK
 def test_normalised_regions_share_where_they_overlap(shapes: list[tuple[int, int, int]]) -> None:
-    given_masks = [torch.rand(h, w, generator=torch.Generator().manual_seed(seed)).clamp(min=1e-3) for seed, h, w in shapes]
+    given_masks = [
+        torch.rand(h, w, generator=torch.Generator().manual_seed(seed)).clamp(min=1e-3)
+        for seed, h, w in shapes
+    ]
     found = [mask for mask in regions(given_masks, "normalise") if mask is not None]
     size = [max(sides) for sides in zip(*(mask.shape[1:] for mask in found), strict=True)]
     total = torch.stack([F.interpolate(mask[None], size, mode="area") for mask in found]).sum(0)
     assert len(found) == len(shapes)
     assert total.max() <= 1 + 1e-6
-    full = torch.stack([F.interpolate(mask[None, None], size, mode="area") for mask in given_masks]).sum(0)
+    full = torch.stack(
+        [F.interpolate(mask[None, None], size, mode="area") for mask in given_masks]
+    ).sum(0)
     torch.testing.assert_close(total, full.clamp(max=1), **CLOSE)
 
 
@@ -376,7 +463,9 @@ def test_regions_keep_what_does_not_overlap() -> None:
     ]
     everywhere = regions([left, None], "normalise")
     expected = torch.tensor([[[[0.5, 1 / 3, 0.0]]], [[[0.5, 2 / 3, 1.0]]]])
-    torch.testing.assert_close(torch.stack([mask for mask in everywhere if mask is not None]), expected)
+    torch.testing.assert_close(
+        torch.stack([mask for mask in everywhere if mask is not None]), expected
+    )
     assert regions([None, None]) == [None, None]
     assert regions([None], "normalise") == [None]
     with pytest.raises(SettingError, match="unknown overlap 'multiply'; known: add, normalise"):
@@ -388,17 +477,30 @@ def test_what_can_be_a_mask() -> None:
     picture.paste(255, (0, 0, 2, 2))
     expected = torch.tensor([[[1.0, 1.0, 0.0, 0.0]] * 2])
     assert torch.equal(as_mask(picture), expected)
-    for mask in (expected, expected[0], expected[0].numpy(), expected[0].bool(), expected[0].tolist(), np.uint8(expected[0])):
+    for mask in (
+        expected,
+        expected[0],
+        expected[0].numpy(),
+        expected[0].bool(),
+        expected[0].tolist(),
+        np.uint8(expected[0]),
+    ):
         assert torch.equal(as_mask(mask), expected)
 
 
 @pytest.mark.parametrize(
     ("mask", "said"),
     [
-        (torch.ones(2, 4, 4), "mask of shape [2, 4, 4]: give rows and columns, (h, w) or (1, h, w)"),
+        (
+            torch.ones(2, 4, 4),
+            "mask of shape [2, 4, 4]: give rows and columns, (h, w) or (1, h, w)",
+        ),
         (torch.ones(4), "mask of shape [4]"),
         (torch.ones(0, 4), "mask of shape [0, 4]"),
-        (np.full((4, 4), 255, np.uint8), "mask with values from 255 to 255: give 0 (not heard) to 1"),
+        (
+            np.full((4, 4), 255, np.uint8),
+            "mask with values from 255 to 255: give 0 (not heard) to 1",
+        ),
         (torch.full((4, 4), float("nan")), "mask with values from nan"),
         (torch.zeros(4, 4), "a mask that is 0 everywhere"),
         (Image.new("L", (4, 4)), "a mask that is 0 everywhere"),
@@ -427,9 +529,18 @@ KINDS: dict[str, dict[str, Any]] = {
 @st.composite
 def items(draw_from: st.DrawFn, guided: bool) -> list[Item]:
     """One to three items of no to three prompts of any kind; a prompt's two halves differ."""
-    lists = draw_from(st.lists(st.lists(st.tuples(seeds, st.sampled_from(list(KINDS))), max_size=3), min_size=1, max_size=3))
+    lists = draw_from(
+        st.lists(
+            st.lists(st.tuples(seeds, st.sampled_from(list(KINDS))), max_size=3),
+            min_size=1,
+            max_size=3,
+        )
+    )
     halved = draw_from(st.booleans())
-    return [[prompt_of(seed, batch=1 + (guided and halved), **KINDS[kind]) for seed, kind in item] for item in lists]
+    return [
+        [prompt_of(seed, batch=1 + (guided and halved), **KINDS[kind]) for seed, kind in item]
+        for item in lists
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -446,7 +557,7 @@ def one_thread() -> Iterator[None]:
 @QUICK
 def test_an_item_of_a_batch_is_the_item_alone(timestep: int, given_items: list[Item]) -> None:
     """To the bit, with any other items beside it."""
-    together = hear(batched(given_items, guided=False), range(len(given_items)), timestep)
+    together = hear(stack_items(given_items, ALONE), range(len(given_items)), timestep)
     for number, item in enumerate(given_items):
         assert torch.equal(together[:, number], hear(item, [number], timestep)[:, 0]), number
 
@@ -456,7 +567,7 @@ def test_an_item_of_a_batch_is_the_item_alone(timestep: int, given_items: list[I
 def test_so_are_its_halves_with_guidance(given_items: list[Item]) -> None:
     """First every unconditional half, then every conditional one."""
     count = len(given_items)
-    together = hear(batched(given_items, guided=True), range(2 * count))
+    together = hear(stack_items(given_items, GUIDED), range(2 * count))
     for number, item in enumerate(given_items):
         both = [number, number + count]
         assert torch.equal(together[:, both], hear(item, both)), number
@@ -464,11 +575,15 @@ def test_so_are_its_halves_with_guidance(given_items: list[Item]) -> None:
 
 def test_a_batch_has_no_more_attentions_than_needed() -> None:
     plain, longer, masked = prompt_of(1), prompt_of(2, tokens=5), prompt_of(3, **KINDS["masked"])
-    assert batched([], guided=False) == batched([[], []], guided=True) == []
-    assert len(batched([[plain], [masked], []], guided=True)) == 1  # a prompt without a mask takes a mask of ones
-    assert len(batched([[plain, longer], [masked, longer], [longer]], guided=False)) == 2
-    assert len(batched([[plain, longer], [longer, plain]], guided=False)) == 3  # an item adds up in its own order
-    (found,) = batched([[plain], [masked], []], guided=True)
+    assert stack_items([], ALONE) == stack_items([[], []], GUIDED) == []
+    assert (
+        len(stack_items([[plain], [masked], []], GUIDED)) == 1
+    )  # a prompt without a mask takes a mask of ones
+    assert len(stack_items([[plain, longer], [masked, longer], [longer]], ALONE)) == 2
+    assert (
+        len(stack_items([[plain, longer], [longer, plain]], ALONE)) == 3
+    )  # an item adds up in its own order
+    (found,) = stack_items([[plain], [masked], []], GUIDED)
     assert found.keys[0].shape[0] == len(found.scale[0]) == 6
     assert found.scale[0].tolist() == [1, 1, 0, 1, 1, 0]
     assert not found.keys[0][[2, 5]].any()
@@ -477,16 +592,24 @@ def test_a_batch_has_no_more_attentions_than_needed() -> None:
 
 def test_what_cannot_be_batched_is_told() -> None:
     low_rank = (object(),)
-    with pytest.raises(MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"):
-        batched([[prompt_of(1, batch=2)]], guided=False)
-    with pytest.raises(MismatchError, match="an image prompt for a batch of 3: give those of one item, 2"):
-        batched([[prompt_of(1, batch=3)]], guided=True)
-    with pytest.raises(MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"):
-        batched([[prompt_of(1, scale=torch.ones(SITES, 2))]], guided=False)
+    with pytest.raises(
+        MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"
+    ):
+        stack_items([[prompt_of(1, batch=2, branches=1)]], ALONE)
+    with pytest.raises(
+        MismatchError, match="an image prompt for a batch of 3: give those of one item, 2"
+    ):
+        stack_items([[prompt_of(1, batch=3, branches=1)]], GUIDED)
+    with pytest.raises(
+        MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"
+    ):
+        stack_items([[prompt_of(1, scale=torch.ones(SITES, 2))]], ALONE)
     with pytest.raises(MismatchError, match="low-rank part acts on a whole batch"):
-        batched([[prompt_of(1, lora=low_rank)], [prompt_of(2)]], guided=False)
-    (found,) = batched([[prompt_of(1, lora=low_rank)], [prompt_of(2, lora=low_rank)]], guided=False)
-    assert found.lora is low_rank
+        stack_items([[prompt_of(1, low_rank=low_rank)], [prompt_of(2)]], ALONE)
+    (found,) = stack_items(
+        [[prompt_of(1, low_rank=low_rank)], [prompt_of(2, low_rank=low_rank)]], ALONE
+    )
+    assert found.low_rank is low_rank
 
 
 # In a whole UNet.
@@ -504,19 +627,26 @@ def part_of(inputs: dict[str, Any], items: list[int]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_other_items_change_nothing_in_a_whole_unet(joined: tuple[UNet2DConditionModel, IPAdapter]) -> None:
+def test_other_items_change_nothing_in_a_whole_unet(
+    joined: tuple[UNet2DConditionModel, IPAdapter],
+) -> None:
     """A UNet of one batch size gives an item the same bits, whatever image prompts the others have.
 
-    With another batch size its matrix products differ in their last bits, with image prompts as without.
+    With another batch size its matrix products differ in their last bits, with image prompts as
+    without.
     """
     unet, adapter = joined
     first, second, third = (random_prompt(adapter, 1, seed=seed) for seed in (5, 6, 7))
     window = over_time(0, 0.5).expand(16, 1, -1)
-    given_items = [[first], [second.with_scale(0.5)._replace(mask=as_mask(torch.rand(9, 9))), third.with_scale(window)], []]
+    given_items = [
+        [first],
+        [second.with_scale(0.5)._replace(mask=as_mask(torch.rand(9, 9))), third.with_scale(window)],
+        [],
+    ]
     inputs = noise_inputs(unet, 3)
-    together = noise(unet, inputs, batched(given_items, guided=False))
+    together = noise(unet, inputs, stack_items(given_items, ALONE))
     for number, item in enumerate(given_items):
-        lonely = batched([item if i == number else [] for i in range(3)], guided=False)
+        lonely = stack_items([item if i == number else [] for i in range(3)], ALONE)
         assert torch.equal(noise(unet, inputs, lonely)[number], together[number])
         alone = noise(unet, part_of(inputs, [number]), item or None)[0]
         torch.testing.assert_close(alone, together[number], rtol=0, atol=1e-5)
@@ -524,13 +654,19 @@ def test_other_items_change_nothing_in_a_whole_unet(joined: tuple[UNet2DConditio
 
 
 @torch.no_grad()
-def test_regions_of_a_picture_larger_than_the_latents(joined: tuple[UNet2DConditionModel, IPAdapter]) -> None:
-    """At the UNet's first cross-attention, away from the edge between two regions, each is heard as if it were alone."""
+def test_regions_of_a_picture_larger_than_the_latents(
+    joined: tuple[UNet2DConditionModel, IPAdapter],
+) -> None:
+    """At the UNet's first cross-attention, away from the edge between two regions, each is heard as
+    if it were alone.
+    """
     unet, adapter = joined
-    first = next(iter(family_of(unet).sites(unet).values()))
+    first = next(iter(family_of(unet).layers(unet).values()))
     seen: list[Tensor] = []
     hook = first.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    picture = Image.new("L", (50, 77))  # 8 × 16 latents: cells of 6.25 × 4.8 pixels, the edge is inside the fourth column
+    picture = Image.new(
+        "L", (50, 77)
+    )  # 8 × 16 latents: cells of 6.25 × 4.8 pixels, the edge is inside the fourth column
     picture.paste(255, (0, 0, 22, 77))
     a, b = random_prompt(adapter, 1, seed=5), random_prompt(adapter, 1, seed=6)
     left, right = regions([picture, 1 - as_mask(picture)])

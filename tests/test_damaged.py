@@ -1,4 +1,6 @@
-"""A thousand samples of which a few cannot be used: training names and counts these, and goes on unless they are too many."""
+"""A thousand samples of which a few cannot be used: training names and counts these, and goes on
+unless they are too many.
+"""
 
 import json
 import re
@@ -11,11 +13,11 @@ import pytest
 from imprompt.errors import ImpromptError
 from imprompt.training import loop
 from imprompt.training.recipe import Data, Recipe
+from imprompt.training.samples import BadSample
 from imprompt.training.shards import TarIndex
-from imprompt.training.sources import BadSample
 from imprompt.training.watch import Metrics, Watcher
 from tests.commands import imprompt, smallest_model, written
-from tests.runs import recipe
+from tests.runs import begun, recipe
 from tests.sets import Item, damaged, items, make_folder, make_list, make_shards
 
 COUNT, BATCH = 1000, 50
@@ -53,7 +55,11 @@ def shards(at: Path, samples: list[Item]) -> tuple[Data, Reasons]:
     absent.unlink()
     why = reasons(lambda n: f"{n:04} in {at}/{n // PER_SHARD:04}.tar")
     last = PER_SHARD * (CUT_SHARD + 1) - 1
-    return made, why | {f"{last:04} in {cut}": "cut off", str(no_tar): "is no tar file", str(absent): "does not exist"}
+    return made, why | {
+        f"{last:04} in {cut}": "cut off",
+        str(no_tar): "is no tar file",
+        str(absent): "does not exist",
+    }
 
 
 def features(at: Path, samples: list[Item]) -> tuple[Data, Reasons]:
@@ -81,7 +87,15 @@ def reasons(name: Callable[[int], str]) -> Reasons:
     return {name(number): SAID[kind] for number, kind in DAMAGE.items()}
 
 
-def plan(made: Data, output: Path, model: Path, steps: int, batch: int = BATCH, save_every: int = EPOCH, **data: Any) -> Recipe:
+def plan(
+    made: Data,
+    output: Path,
+    model: Path,
+    steps: int,
+    batch: int = BATCH,
+    save_every: int = EPOCH,
+    **data: Any,
+) -> Recipe:
     """A run on a set that was made. `data`: keys of the recipe's data."""
     own = {"size": 16, **made.model_dump(include={"root", "features"}), **data}
     changes = {"model": str(model), "save_every": save_every, "optimization": {"batch_size": batch}}
@@ -101,7 +115,9 @@ def known(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_each_bad_sample_is_named_once_and_training_goes_on(source: str, samples: list[Item], model: Path, tmp_path: Path) -> None:
+def test_each_bad_sample_is_named_once_and_training_goes_on(
+    source: str, samples: list[Item], model: Path, tmp_path: Path
+) -> None:
     data, why = SOURCES[source](tmp_path / "set", samples)
     run, told = tmp_path / "run", Told()
     loop.train(plan(data, run, model, EPOCH, workers=source == "list"), told)
@@ -109,8 +125,14 @@ def test_each_bad_sample_is_named_once_and_training_goes_on(source: str, samples
     assert sorted(row["name"] for row in rows) == sorted(told.names) == sorted(why)
     assert all(re.search(why[row["name"]], row["why"]) for row in rows)
     counts = [row["bad"] for row in Metrics(run).read()]
-    assert counts == [sum(row["samples"] for row in rows if row["step"] <= step) for step in range(1, EPOCH + 1)]
-    assert counts[0] < counts[-1] == len(DAMAGE) + (1 + 2 * PER_SHARD if source in ("shards", "features") else 0)
+    assert counts == [
+        sum(row["samples"] for row in rows if row["step"] <= step) for step in range(1, EPOCH + 1)
+    ]
+    assert (
+        counts[0]
+        < counts[-1]
+        == len(DAMAGE) + (1 + 2 * PER_SHARD if source in ("shards", "features") else 0)
+    )
     loop.train(plan(data, run, model, EPOCH + 2), told)
     assert known(run) == rows
     assert [row["bad"] for row in Metrics(run).read()] == counts + 2 * counts[-1:]
@@ -119,11 +141,17 @@ def test_each_bad_sample_is_named_once_and_training_goes_on(source: str, samples
 @pytest.mark.parametrize(
     ("source", "max_bad", "words"),
     [
-        ("folder", 0.002, "3 of 1,000 samples cannot be used, more than data.max_bad = 0.002 allows; all of them are in "),
+        (
+            "folder",
+            0.002,
+            "3 of 1,000 samples cannot be used, more than data.max_bad = 0.002 allows; all of them "
+            "are in ",
+        ),
         (
             "shards",
             0.003,
-            "4 of 1,000 samples cannot be used, more than data.max_bad = 0.003 allows; all of them are in ",
+            "4 of 1,000 samples cannot be used, more than data.max_bad = 0.003 allows; all of them "
+            "are in ",
         ),  # 2 shards
     ],
 )
@@ -155,7 +183,9 @@ def test_a_set_that_was_repaired_trains(model: Path, tmp_path: Path) -> None:
 
 def test_a_bad_sample_among_the_held_out_is_named(model: Path, tmp_path: Path) -> None:
     data = make_folder(tmp_path / "set", items(12, (20, 16)))
-    run = loop.Run(plan(data, tmp_path / "run", model, 4, batch=6, save_every=2, max_bad=0.1, held_out=5), Watcher())
+    run = begun(
+        plan(data, tmp_path / "run", model, 4, batch=6, save_every=2, max_bad=0.1, held_out=5)
+    )
     name = run.supply.reader.name(run.supply.held_out[2])
     Path(name).write_bytes(b"")
     run.go()
@@ -186,14 +216,21 @@ def no_tar_encoded(at: Path) -> Data:
         (
             no_tar_encoded,
             [
-                r"2 of 20 samples are bad \(1 no tar\), .*manifest.json, the first: .*0001.tar: is no tar file",
-                "2 of 20 samples cannot be used, .*bad.jsonl, the first: .*0001.tar: is no tar file",  # the same command again
+                r"2 of 20 samples are bad \(1 no tar\), .*manifest.json, the first: .*0001.tar: is "
+                r"no tar file",
+                # the same command again
+                "2 of 20 samples cannot be used, .*bad.jsonl, the first: .*0001.tar: is no tar "
+                "file",
             ],
         ),
     ],
 )
-def test_the_command_says_so_in_one_line(make: Callable[[Path], Data], words: list[str], model: Path, tmp_path: Path) -> None:
-    asked = written(plan(make(tmp_path / "set"), tmp_path / "run", model, 4, batch=10), tmp_path / "recipe.toml")
+def test_the_command_says_so_in_one_line(
+    make: Callable[[Path], Data], words: list[str], model: Path, tmp_path: Path
+) -> None:
+    asked = written(
+        plan(make(tmp_path / "set"), tmp_path / "run", model, 4, batch=10), tmp_path / "recipe.toml"
+    )
     for line in words:
         ended = imprompt(["train", str(asked)], tmp_path / "notes")
         assert ended.code == 2

@@ -7,15 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
 
 from imprompt import cli
-from imprompt.cli import data as data_cli
-from imprompt.training.check import ASPECT_ROWS, ASPECTS, SHORT_SIDES, SIDE_ROWS, check, histogram
+from imprompt.training.check import (
+    ASPECT_ROWS,
+    ASPECTS,
+    SHORT_SIDES,
+    SIDE_ROWS,
+    check_set,
+    histogram,
+)
 from imprompt.training.recipe import Columns
 from imprompt.training.sources import open_source
-from tests.sets import DAMAGE, MAKERS, damaged, items, make_folder, make_list, make_shards, masked, noise_picture, png
+from tests.sets import (
+    DAMAGE,
+    MAKERS,
+    damaged,
+    items,
+    make_folder,
+    make_list,
+    make_shards,
+    masked,
+    noise_picture,
+    png,
+)
 
 SPOILT = dict(enumerate(DAMAGE, 10))  # sample number -> trouble
 
@@ -29,7 +45,7 @@ def _cache_aside(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 def test_every_trouble_is_counted_and_named(kind: str, tmp_path: Path) -> None:
     source = open_source(MAKERS[kind](tmp_path, damaged(items(40), SPOILT)))
     seen = []
-    report = check(source, on_sample=lambda done, total: seen.append((done, total)))
+    report = check_set(source, on_sample=lambda done, total: seen.append((done, total)))
     assert (report.samples, report.usable, report.fine) == (40, 40 - len(SPOILT), False)
     for number, trouble in SPOILT.items():
         finding = report.unusable[DAMAGE[trouble][1]]
@@ -41,9 +57,15 @@ def test_every_trouble_is_counted_and_named(kind: str, tmp_path: Path) -> None:
 
 def test_headers_alone_find_what_headers_show(tmp_path: Path) -> None:
     source = open_source(make_folder(tmp_path, damaged(items(20), SPOILT)))
-    report = check(source, every_pixel=False)
+    report = check_set(source, every_pixel=False)
     assert report.duplicates is None
-    assert set(report.unusable) == {"empty", "no picture", "too large", "absent", "no caption"}  # not what is cut off
+    assert set(report.unusable) == {
+        "empty",
+        "no picture",
+        "too large",
+        "absent",
+        "no caption",
+    }  # not what is cut off
 
 
 def test_bad_references_and_shards_are_found(tmp_path: Path) -> None:
@@ -51,7 +73,7 @@ def test_bad_references_and_shards_are_found(tmp_path: Path) -> None:
     spoilt = replace(second, references=(second.references[0], b"no picture"))
     data = make_shards(tmp_path, [first, spoilt], per_shard=1)
     (tmp_path / "0002.tar").write_bytes(b"no tar")
-    report = check(open_source(data.model_copy(update={"source": str(tmp_path / "*.tar")})))
+    report = check_set(open_source(data.model_copy(update={"source": str(tmp_path / "*.tar")})))
     assert report.usable == 1
     assert report.bad_shards.count == 1
     assert "0002.tar: is no tar file" in report.bad_shards.examples[0]
@@ -61,23 +83,36 @@ def test_bad_references_and_shards_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", MAKERS)
 def test_bad_masks_are_found(kind: str, tmp_path: Path) -> None:
     made = masked(items(4))
-    made[0], made[1] = replace(made[0], mask=b"no picture"), replace(made[1], mask=png(noise_picture(1, (40, 48))))
+    made[0], made[1] = (
+        replace(made[0], mask=b"no picture"),
+        replace(made[1], mask=png(noise_picture(1, (40, 48)))),
+    )
     data = MAKERS[kind](tmp_path, made)
-    report = check(source := open_source(data.model_copy(update={"columns": Columns(mask="mask")})))
+    report = check_set(
+        source := open_source(data.model_copy(update={"columns": Columns(mask="mask")}))
+    )
     assert (report.usable, report.fine) == (2, False)
-    for number, trouble, words in ((0, "no picture", "is not a picture"), (1, "another shape", "the mask has 40×48 pixels")):
+    for number, trouble, words in (
+        (0, "no picture", "is not a picture"),
+        (1, "another shape", "the mask has 40×48 pixels"),
+    ):
         (example,) = report.unusable[trouble].examples
         assert example.startswith(f"{source.name(number)}: the ")
         assert "mask" in example
         assert words in example
-    assert check(open_source(data)).fine
+    assert check_set(open_source(data)).fine
 
 
 def test_sizes_are_counted(tmp_path: Path) -> None:
     sizes = [(64, 300), (100, 100), (63, 64), (300, 128), (128, 96)]
-    report = check(open_source(make_folder(tmp_path, items(10, sizes))), training_size=100)
+    report = check_set(open_source(make_folder(tmp_path, items(10, sizes))), training_size=100)
     assert report.short_sides == {"below 64": 2, "64 to 127": 6, "128 to 255": 2}
-    assert report.aspects == {"narrower than 1:2": 2, "3:4 to 4:3": 4, "4:3 to 2:1": 2, "2:1 and wider": 2}
+    assert report.aspects == {
+        "narrower than 1:2": 2,
+        "3:4 to 4:3": 4,
+        "4:3 to 2:1": 2,
+        "2:1 and wider": 2,
+    }
     assert report.smallest == f"{tmp_path}/0002.png (63×64)"
     assert report.largest == f"{tmp_path}/0003.png (300×128)"
     assert report.too_small is not None
@@ -102,7 +137,7 @@ def test_duplicates_are_pixels_alike_whatever_the_file(tmp_path: Path) -> None:
     data = make_folder(tmp_path, [*made, made[2]])  # the last is the same file, listed again
     Image.open(tmp_path / "0000.png").save(tmp_path / "0005.png", compress_level=0)
     Image.open(tmp_path / "0000.png").resize((40, 48)).save(tmp_path / "0003.png")
-    report = check(open_source(data))
+    report = check_set(open_source(data))
     assert report.duplicates is not None
     assert report.duplicates.examples == [
         f"{tmp_path}/{later}.png equals {tmp_path}/{first}.png"
@@ -117,20 +152,22 @@ def test_pictures_of_the_same_bytes_but_another_shape_are_no_duplicates(tmp_path
     data = make_folder(tmp_path, 2)
     for name, size in (("0000", (20, 10)), ("0001", (10, 20))):
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    report = check(open_source(data))
+    report = check_set(open_source(data))
     assert report.duplicates is not None
     assert report.duplicates.count == 0
 
 
 def test_examples_are_few(tmp_path: Path) -> None:
-    source = open_source(make_folder(tmp_path, damaged(items(12), dict.fromkeys(range(8), "empty"))))
-    finding = check(source, examples=3).unusable["empty"]
+    source = open_source(
+        make_folder(tmp_path, damaged(items(12), dict.fromkeys(range(8), "empty")))
+    )
+    finding = check_set(source, examples=3).unusable["empty"]
     assert (finding.count, len(finding.examples)) == (8, 3)
 
 
 def test_the_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> None:
     before = list(warnings.filters)
-    check(open_source(make_folder(tmp_path, 64)))
+    check_set(open_source(make_folder(tmp_path, 64)))
     assert list(warnings.filters) == before
 
 
@@ -139,18 +176,15 @@ def test_the_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> N
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The exit code of `imprompt data check …`."""
-    app = typer.Typer()
-    data_cli.register(app)
-    app.callback()(lambda: None)
-    monkeypatch.setattr(cli, "app", app)
-    monkeypatch.setattr(cli, "commands", lambda: None)
     monkeypatch.setattr(sys, "argv", ["imprompt", "data", "check", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     return int(caught.value.code or 0)
 
 
-def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = make_folder(tmp_path, damaged(items(20), {3: "empty", 7: "empty", 9: "absent"}))
     assert run(monkeypatch, data.source, "--size", "64") == 1
     lines = capsys.readouterr().out.splitlines()
@@ -165,16 +199,31 @@ def test_the_command_prints_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert f"{tmp_path}/0003.png: the file is empty" in [line.strip() for line in lines]
 
 
-def test_a_fine_set_is_exit_code_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fine_set_is_exit_code_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = make_list(tmp_path, damaged(items(5), {2: "no caption"}))
-    assert run(monkeypatch, made.source, "--root", str(made.root), "--captions", "optional", "--headers") == 0
+    assert (
+        run(
+            monkeypatch,
+            made.source,
+            "--root",
+            str(made.root),
+            "--captions",
+            "optional",
+            "--headers",
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "not looked for" in out
     assert "without a caption" in out
     assert run(monkeypatch, made.source, "--root", str(made.root)) == 1
 
 
-def test_a_report_for_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_for_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = make_folder(tmp_path, damaged(items(5), {2: "truncated"}))
     assert run(monkeypatch, data.source, "--json", "--size", "32") == 1
     report = json.loads(capsys.readouterr().out)
@@ -183,9 +232,14 @@ def test_a_report_for_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert report["too_small"] == {"count": 0, "examples": []}
 
 
-def test_a_recipes_data_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipes_data_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = make_list(tmp_path, 3)
-    recipe = f'model = "emoji"\noutput = "out"\n[data]\nsource = "{data.source}"\nroot = "{data.root}"\nsize = 64\n'
+    recipe = (
+        'model = "emoji"\noutput = "out"\n[data]\n'
+        f'source = "{data.source}"\nroot = "{data.root}"\nsize = 64\n'
+    )
     (tmp_path / "a.toml").write_text(recipe + "[optimization]\nsteps = 1\n")
     assert run(monkeypatch, str(tmp_path / "a.toml")) == 0
     assert "smaller than 64" in capsys.readouterr().out

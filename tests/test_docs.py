@@ -1,4 +1,6 @@
-"""The README and the guides say what is so: their commands exist, their code runs, their links lead somewhere."""
+"""The README and the guides say what is so: their commands exist, their code runs, their links lead
+somewhere.
+"""
 
 import re
 import shlex
@@ -11,17 +13,28 @@ from PIL import Image
 
 from imprompt.cli import app
 from imprompt.cli import commands as register_commands
-from imprompt.sampling.blocks import presets
+from imprompt.generation.blocks import presets
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "worlds" / "emoji" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "worlds" / "emoji" / "README.md",
+]
 
 
 def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-COMMANDS = sorted({line.strip() for page in PAGES for line in page.read_text().splitlines() if line.startswith("    imprompt ")})
+COMMANDS = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for line in page.read_text().splitlines()
+        if line.startswith("    imprompt ")
+    }
+)
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -31,18 +44,25 @@ def test_commands_of_the_docs_exist(line: str) -> None:
     _, *rest = shlex.split(line, comments=True)
     while hasattr(command, "commands"):
         command, *rest = command.commands[rest[0]], *rest[1:]
+    command = command.make_context(command.name, [], resilient_parsing=True).command
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in rest if word.startswith("-")} <= known
 
 
 def test_recipes_of_the_docs_are_shipped() -> None:
-    named = {name for page in PAGES for name in re.findall(r"recipes/[\w-]+\.toml", page.read_text())}
+    named = {
+        name for page in PAGES for name in re.findall(r"recipes/[\w-]+\.toml", page.read_text())
+    }
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 1), ("docs/diffusers.md", 1), ("docs/compose.md", 7)])
-def test_code_of_the_docs_runs(page: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "count"), [("README.md", 1), ("docs/diffusers.md", 1), ("docs/compose.md", 7)]
+)
+def test_code_of_the_docs_runs(
+    page: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("cat.png", "person.png"):
         Image.new("RGB", (64, 64), "orange").save(name)
@@ -59,5 +79,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_presets_of_the_docs_are_those_that_there_are() -> None:
-    rows = set(re.findall(r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "compose.md").read_text(), re.MULTILINE))
+    rows = set(
+        re.findall(
+            r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "compose.md").read_text(), re.MULTILINE
+        )
+    )
     assert presets().items() <= rows

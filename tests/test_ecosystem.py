@@ -1,6 +1,7 @@
 """Other tools of the ecosystem with image prompts: each row of docs/ecosystem.md, on a tiny model.
 
-Most are a `Way`: with the tool, a prepared image prompt gives the pixels of the plain way, and is heard.
+Most are a `Way`: with the tool, a prepared image prompt gives the pixels of the plain way, and is
+heard.
 """
 
 import inspect
@@ -20,7 +21,16 @@ from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.errors import MismatchError
-from tests.tiny import freeze, noise, noise_inputs, paper_layout, pictures, seeded, smallest_unet, tiny_adapter
+from tests.tiny import (
+    freeze,
+    noise,
+    noise_inputs,
+    paper_layout,
+    pictures,
+    seeded,
+    smallest_unet,
+    tiny_adapter,
+)
 from tests.ways import (
     KEY,
     SIDE,
@@ -64,7 +74,9 @@ def does(name: str, *args: Any, part: str = "", **kwargs: Any) -> Change:
 
 
 def becomes(name: str, **components: Any) -> Change:
-    """diffusers' pipeline whose name has `name` in place of the last word: "StableDiffusionXL" + "PAGPipeline"."""
+    """diffusers' pipeline whose name has `name` in place of the last word: "StableDiffusionXL" +
+    "PAGPipeline".
+    """
     return lambda pipe: as_pipeline(pipe, kind(pipe) + name, **components)
 
 
@@ -76,9 +88,15 @@ def controlnet(pipe: Any, seed: int, union: bool) -> Any:
     takes = inspect.signature(ControlNetUnionModel if union else ControlNetModel).parameters
     shape = {name: value for name, value in pipe.unet.config.items() if name in takes}
     width = shape["block_out_channels"][0]
-    own = {"num_trans_channel": width, "num_proj_channel": width, "num_trans_head": 2} if union else {}
+    own = (
+        {"num_trans_channel": width, "num_proj_channel": width, "num_trans_head": 2}
+        if union
+        else {}
+    )
     with seeded(seed):
-        net = (ControlNetUnionModel if union else ControlNetModel)(**shape | own, conditioning_embedding_out_channels=(8, 8))
+        net = (ControlNetUnionModel if union else ControlNetModel)(
+            **shape | own, conditioning_embedding_out_channels=(8, 8)
+        )
         for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             torch.nn.init.normal_(layer.weight, std=0.05)
     return freeze(net)
@@ -91,27 +109,46 @@ def with_controlnet(pipe: Any, task: str = "", count: int = 1, union: bool = Fal
 
 
 def t2i_adapter(pipe: Any, seed: int) -> T2IAdapter:
-    structure, factor = ("full_adapter_xl", 4) if kind(pipe) == "StableDiffusionXL" else ("full_adapter", 2)
+    structure, factor = (
+        ("full_adapter_xl", 4) if kind(pipe) == "StableDiffusionXL" else ("full_adapter", 2)
+    )
     with seeded(seed):
         return freeze(
-            T2IAdapter(3, [*pipe.unet.config.block_out_channels], num_res_blocks=1, downscale_factor=factor, adapter_type=structure)
+            T2IAdapter(
+                3,
+                [*pipe.unet.config.block_out_channels],
+                num_res_blocks=1,
+                downscale_factor=factor,
+                adapter_type=structure,
+            )
         )
 
 
 def with_t2i_adapters(pipe: Any, count: int = 1) -> Any:
     found = [t2i_adapter(pipe, 21 + number) for number in range(count)]
-    return as_pipeline(pipe, f"{kind(pipe)}AdapterPipeline", adapter=MultiAdapter(found) if count > 1 else found[0])
+    return as_pipeline(
+        pipe, f"{kind(pipe)}AdapterPipeline", adapter=MultiAdapter(found) if count > 1 else found[0]
+    )
 
 
 def moving(pipe: Any, name: str = "AnimateDiff{}Pipeline", **components: Any) -> Any:
     with seeded(31):
         motion = MotionAdapter(
-            (8, 16), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=8, motion_max_seq_length=8
+            (8, 16),
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=8,
+            motion_max_seq_length=8,
         )
         for parameter in motion.parameters():
             parameter.data += torch.randn_like(parameter) * 0.1
     images = pipe.unet
-    pipe = as_pipeline(pipe, name.format("SDXL" * (kind(pipe) == "StableDiffusionXL")), motion_adapter=freeze(motion), **components)
+    pipe = as_pipeline(
+        pipe,
+        name.format("SDXL" * (kind(pipe) == "StableDiffusionXL")),
+        motion_adapter=freeze(motion),
+        **components,
+    )
     if images.config.addition_embed_type == "text_time":  # diffusers leaves it as drawn
         pipe.unet.add_embedding.load_state_dict(images.add_embedding.state_dict())
     freeze(pipe.unet)
@@ -127,8 +164,12 @@ def lora(pipe: Any, name: str = "style", seed: int = 41) -> Any:
         for part in parts:
             for path, module in getattr(pipe, part, torch.nn.Module()).named_modules():
                 if path.endswith(ends) and not path.endswith("base_layer"):
-                    state[f"{part}.{path}.lora_A.weight"] = torch.randn(2, module.in_features) * module.in_features**-0.5
-                    state[f"{part}.{path}.lora_B.weight"] = torch.randn(module.out_features, 2) * 0.5
+                    state[f"{part}.{path}.lora_A.weight"] = (
+                        torch.randn(2, module.in_features) * module.in_features**-0.5
+                    )
+                    state[f"{part}.{path}.lora_B.weight"] = (
+                        torch.randn(module.out_features, 2) * 0.5
+                    )
     pipe.load_lora_weights(state, adapter_name=name)
     return pipe
 
@@ -137,8 +178,12 @@ second_lora = partial(lora, name="detail", seed=42)
 
 
 def consistency_model(pipe: Any) -> Any:
-    """The UNet of a latent consistency model: it is told the guidance, and so runs no unconditional half."""
-    pipe.unet = smallest_unet("sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1", time_cond_proj_dim=8, sample_size=64)
+    """The UNet of a latent consistency model: it is told the guidance, and so runs no unconditional
+    half.
+    """
+    pipe.unet = smallest_unet(
+        "sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1", time_cond_proj_dim=8, sample_size=64
+    )
     return scheduler("LCMScheduler")(pipe)
 
 
@@ -155,7 +200,9 @@ def wider(channels: int, sample_size: int = 64) -> Change:
 
     def change(pipe: Any) -> Any:
         pipe.unet = smallest_unet(
-            "sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1", in_channels=channels, sample_size=sample_size
+            "sdxl" if kind(pipe) == "StableDiffusionXL" else "sd1",
+            in_channels=channels,
+            sample_size=sample_size,
         )
         return pipe
 
@@ -164,11 +211,15 @@ def wider(channels: int, sample_size: int = 64) -> Change:
 
 def converted(name: str) -> Change:
     """By diffusers' `from_pipe`, after the adapter was attached."""
-    return lambda pipe: does("set_progress_bar_config", disable=True)(getattr(diffusers, kind(pipe) + name).from_pipe(pipe))
+    return lambda pipe: does("set_progress_bar_config", disable=True)(
+        getattr(diffusers, kind(pipe) + name).from_pipe(pipe)
+    )
 
 
 def offloaded(pipe: Any, by_layer: bool) -> Any:
-    (cpu_offload if by_layer else cpu_offload_with_hook)(pipe.unet, "cpu")  # by layer: weights wait on the meta device
+    (cpu_offload if by_layer else cpu_offload_with_hook)(
+        pipe.unet, "cpu"
+    )  # by layer: weights wait on the meta device
     return pipe
 
 
@@ -189,7 +240,9 @@ def alter_latents(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) 
     return {"latents": tensors["latents"] * 1.01}
 
 
-def row(name: str, made: Change = lambda pipe: pipe, heard: Sequence[Heard] = TWO, **facts: Any) -> Way:
+def row(
+    name: str, made: Change = lambda pipe: pipe, heard: Sequence[Heard] = TWO, **facts: Any
+) -> Way:
     return Way(name, heard, made=made, **{"options": SIZE, "small": True} | facts)
 
 
@@ -199,7 +252,10 @@ FROM = {"control_image": HINT, "controlnet_conditioning_scale": 0.8} | START
 UNION = {"control_image": [HINT], "control_mode": [0]} | SIZE
 PAG = {"order": ("null", "prompt", "prompt"), "options": SIZE | {"pag_scale": 2.0}}
 VIDEO = {"frames": FRAMES, "batch": 1, "options": SIZE | {"num_frames": FRAMES}}
-EDIT = {"order": ("prompt", "null", "null"), "options": {"image": HINT, "image_guidance_scale": 1.5}}
+EDIT = {
+    "order": ("prompt", "null", "null"),
+    "options": {"image": HINT, "image_guidance_scale": 1.5},
+}
 
 TOOLS = [
     row("image to image", task=1, options=START),
@@ -210,12 +266,22 @@ TOOLS = [
         "ControlNets",
         partial(with_controlnet, count=2),
         THREE,
-        options={"image": [HINT, OTHER], "controlnet_conditioning_scale": [0.8, 0.5], "control_guidance_end": [1.0, 0.5]},
+        options={
+            "image": [HINT, OTHER],
+            "controlnet_conditioning_scale": [0.8, 0.5],
+            "control_guidance_end": [1.0, 0.5],
+        },
     ),
     row("ControlNet guess mode", with_controlnet, THREE, options=CONTROL | {"guess_mode": True}),
     row("ControlNet image to image", partial(with_controlnet, task="Img2Img"), options=FROM),
-    row("ControlNet inpainting", partial(with_controlnet, task="Inpaint"), options=FROM | SIZE | MASK),
-    row("ControlNet union", partial(with_controlnet, union=True), THREE, options=UNION, pipelines=XL),
+    row(
+        "ControlNet inpainting",
+        partial(with_controlnet, task="Inpaint"),
+        options=FROM | SIZE | MASK,
+    ),
+    row(
+        "ControlNet union", partial(with_controlnet, union=True), THREE, options=UNION, pipelines=XL
+    ),
     row("T2I-Adapter", with_t2i_adapters, small=False, options=SIZE | {"image": HINT}),
     row(
         "T2I-Adapters",
@@ -224,7 +290,9 @@ TOOLS = [
         small=False,
         options=SIZE | {"image": [HINT, OTHER], "adapter_conditioning_scale": [0.8, 0.5]},
     ),
-    row("InstructPix2Pix", several(wider(8, SIDE // 2), becomes("InstructPix2PixPipeline")), **EDIT),
+    row(
+        "InstructPix2Pix", several(wider(8, SIDE // 2), becomes("InstructPix2PixPipeline")), **EDIT
+    ),
     row("LoRA before", lora),
     row("LoRA after", after=lora),
     row("LoRA fused", several(lora, does("fuse_lora"))),
@@ -233,25 +301,40 @@ TOOLS = [
     row("LoRA unfused", after=several(lora, does("fuse_lora"), does("unfuse_lora"))),
     row("LoRA disabled", after=several(lora, does("disable_lora"))),
     row("LoRA unloaded", lora, after=does("unload_lora_weights")),
-    row("LoRAs", lora, after=several(second_lora, does("set_adapters", ["style", "detail"], [0.8, -0.4]))),
+    row(
+        "LoRAs",
+        lora,
+        after=several(second_lora, does("set_adapters", ["style", "detail"], [0.8, -0.4])),
+    ),
     row("LoRA scale", lora, options=SIZE | {"cross_attention_kwargs": {"scale": 0.5}}),
     row("LCM", consistency_model, order=("prompt",)),
     row(
         "LCM pipeline",
-        several(consistency_model, lambda pipe: as_pipeline(pipe, "LatentConsistencyModelPipeline")),
+        several(
+            consistency_model, lambda pipe: as_pipeline(pipe, "LatentConsistencyModelPipeline")
+        ),
         order=("prompt",),
         pipelines=SD,
     ),
     row(
         "LCM pipeline image to image",
-        several(consistency_model, lambda pipe: as_pipeline(pipe, "LatentConsistencyModelImg2ImgPipeline")),
+        several(
+            consistency_model,
+            lambda pipe: as_pipeline(pipe, "LatentConsistencyModelImg2ImgPipeline"),
+        ),
         order=("prompt",),
         pipelines=SD,
         options=START,
     ),
     row("LCM LoRA", several(lora, scheduler("LCMScheduler")), guidance=1.0),
     row("PAG", becomes("PAGPipeline"), **PAG),
-    row("PAG without guidance", becomes("PAGPipeline"), guidance=1.0, order=("prompt", "prompt"), options=PAG["options"]),
+    row(
+        "PAG without guidance",
+        becomes("PAGPipeline"),
+        guidance=1.0,
+        order=("prompt", "prompt"),
+        options=PAG["options"],
+    ),
     row(
         "ControlNet PAG",
         lambda pipe: as_pipeline(with_controlnet(pipe), f"{kind(pipe)}ControlNetPAGPipeline"),
@@ -261,16 +344,26 @@ TOOLS = [
     row("AnimateDiff", moving, [Heard(alike=True), TWO[1]], **VIDEO),
     row("AnimateDiff by frame", moving, THREE, **VIDEO),
     row("AnimateDiff LoRA", several(moving, lora), **VIDEO),
-    row("AnimateDiff PAG", partial(moving, name="AnimateDiffPAGPipeline"), pipelines=SD, **VIDEO | {"order": PAG["order"]}),
+    row(
+        "AnimateDiff PAG",
+        partial(moving, name="AnimateDiffPAGPipeline"),
+        pipelines=SD,
+        **VIDEO | {"order": PAG["order"]},
+    ),
     row(
         "AnimateDiff ControlNet",
-        lambda pipe: moving(pipe, "AnimateDiffControlNetPipeline", controlnet=controlnet(pipe, 11, union=False)),
+        lambda pipe: moving(
+            pipe, "AnimateDiffControlNetPipeline", controlnet=controlnet(pipe, 11, union=False)
+        ),
         pipelines=SD,
         **VIDEO | {"options": VIDEO["options"] | {"conditioning_frames": [HINT, OTHER, HINT]}},
     ),
     row("model offload", ready=partial(offloaded, by_layer=False)),
     row("sequential offload", ready=partial(offloaded, by_layer=True)),
-    row("VAE tiling", ready=several(does("enable_tiling", part="vae"), does("enable_slicing", part="vae"))),
+    row(
+        "VAE tiling",
+        ready=several(does("enable_tiling", part="vae"), does("enable_slicing", part="vae")),
+    ),
     row("prompt weighting", pipelines=SD, options=SIZE | embeddings()),
     row("prompt weighting XL", pipelines=XL, options=SIZE | embeddings() | pooled()),
     row("CLIP skip", pipelines=XL, options=SIZE | {"clip_skip": 1}),
@@ -288,7 +381,9 @@ TOOLS = [
 # What diffusers and peft say of themselves, and of numpy.
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated:FutureWarning")
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
 @pytest.mark.parametrize("way", TOOLS, ids=lambda way: way.name)
 @pytest.mark.parametrize("base", ["sd1", "sdxl"])
 def test_tool(base: str, way: Way) -> None:
@@ -312,7 +407,9 @@ LORA_STEPS: list[Change] = [
 
 
 def one_text() -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-    """Two pipelines, an adapter attached to the second, its prompt, and what both UNets are called with: one text."""
+    """Two pipelines, an adapter attached to the second, its prompt, and what both UNets are called
+    with: one text.
+    """
     way = row("one text", heard=[Heard()], batch=1)
     plain, ours = pipeline("sd1", way), pipeline("sd1", way)
     adapter = tiny_adapter(plain.unet, seed=21)
@@ -331,18 +428,22 @@ def test_the_keys_of_one_text_follow_loras() -> None:
         change(plain), change(ours)
         with plainly(plain.unet, [adapter], way):
             expected = noise(plain.unet, inputs)
-        torch.testing.assert_close(noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE
+        )
 
 
 @torch.no_grad()
 def test_weights_changed_without_a_mark_need_forget() -> None:
-    """A LoRA merged between two calls with one text: pipelines make a new tensor in every call, a loop of one's own may not."""
+    """A LoRA merged between two calls with one text: pipelines make a new tensor in every call, a
+    loop of one's own may not.
+    """
     way, plain, ours, adapter, inputs = one_text()
     prompt = Heard().prompt(adapter, 2)
     noise(ours.unet, inputs, prompt)
     for pipe in (plain, ours):
         several(lora, does("fuse_lora"), does("unload_lora_weights"))(pipe)
-    adapter.forget()
+    adapter.injection.clear_cache()
     with plainly(plain.unet, [adapter], way):
         expected = noise(plain.unet, inputs)
     torch.testing.assert_close(noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE)
@@ -380,7 +481,9 @@ def test_replaced_processors_are_said(name: str) -> None:
     adapter.detach()
     if name.endswith("after"):
         adapter.attach(ours.unet)
-        torch.testing.assert_close(noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            noise(ours.unet, inputs, prompt), expected, rtol=0, atol=TOLERANCE
+        )
 
 
 @torch.no_grad()
@@ -403,7 +506,9 @@ class Conditional(Heard):
 @torch.no_grad()
 @pytest.mark.parametrize("base", ["sd1", "sdxl"])
 def test_guidance_switched_off_between_steps(base: str) -> None:
-    """By a callback, which cuts the text to its conditional half, and gives an image prompt for that half."""
+    """By a callback, which cuts the text to its conditional half, and gives an image prompt for
+    that half.
+    """
     way = row("guidance switched off", heard=[Conditional()])
     plain, ours = pipeline(base, way), pipeline(base, way)
     adapter = tiny_adapter(plain.unet, seed=21)
@@ -443,16 +548,26 @@ def test_a_prompt_for_videos_is_for_every_frame(part: str) -> None:
 
 def rows_of_page() -> list[list[str]]:
     page = (Path(__file__).parent.parent / "docs" / "ecosystem.md").read_text(encoding="utf-8")
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
     return [row for row in cells if row[1] in ("yes", "yes, if", "no")]
 
 
 def test_the_page_says_what_is_tested() -> None:
     rows = [(row[1], set(re.findall("`([^`]+)`", row[-1]))) for row in rows_of_page()]
     others = {name for name in globals() if name.startswith("test_")}
-    others -= {"test_tool", "test_replaced_processors_are_said", "test_the_page_says_what_is_tested"}
+    others -= {
+        "test_tool",
+        "test_replaced_processors_are_said",
+        "test_the_page_says_what_is_tested",
+    }
     known = {way.name for way in TOOLS} | set(REPLACED) | others
     assert set.union(*(tests for _, tests in rows)) == known
     for works, tests in rows:
         assert tests
-        assert (works == "no") == (tests <= set(REPLACED) - {name for name in REPLACED if name.endswith("after")})
+        assert (works == "no") == (
+            tests <= set(REPLACED) - {name for name in REPLACED if name.endswith("after")}
+        )

@@ -1,4 +1,6 @@
-"""Image features as files: saved and loaded bit for bit, checked against an adapter, refused in one line; `imprompt embed`."""
+"""Image features as files: saved and loaded bit for bit, checked against an adapter, refused in one
+line; `imprompt embed`.
+"""
 
 import json
 import os
@@ -10,20 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from safetensors import safe_open
 from torch import Tensor
 from typer.testing import CliRunner
 
-from imprompt.checkpoint import read_adapter
-from imprompt.cli.embed import register
-from imprompt.encoders.embeddings import KEY, Embedding, Reads, check_embedding, load_embedding, save_embedding
+from imprompt.checkpoints.adapters import read_adapter
+from imprompt.checkpoints.tensors import write_tensors
+from imprompt.cli import app, commands
+from imprompt.encoders.clip import open_encoder
+from imprompt.encoders.embedding_files import (
+    KEY,
+    Embedding,
+    Reads,
+    check_embedding,
+    load_embedding,
+    save_embedding,
+)
 from imprompt.encoders.preparation import Preparation, prepare
-from imprompt.encoders.vision import open_encoder
 from imprompt.errors import CheckpointError, ImpromptError, MismatchError
 from imprompt.images import open_image
 from imprompt.models import PACKAGED, find_model
-from imprompt.tensorfiles import write_tensors
 from tests.tiny import pictures, seeded, tiny_encoder
 
 Write = Callable[[Path], object]
@@ -50,11 +58,21 @@ def one_line(caught: pytest.ExceptionInfo[ImpromptError], *words: str) -> None:
 # Saved and loaded
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("shape", [(1, 24), (3, 24), (2, 257, 32)])
-def test_what_is_saved_is_loaded(shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_what_is_saved_is_loaded(
+    shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
     path = tmp_path / "a.safetensors"
-    saved = Embedding(random_features(*shape, dtype=dtype), "pooled", "owner/name:folder", "0123456789abcdef", ("aa", "bb"))
+    saved = Embedding(
+        random_features(*shape, dtype=dtype),
+        "pooled",
+        "owner/name:folder",
+        "0123456789abcdef",
+        ("aa", "bb"),
+    )
     save_embedding(path, saved)
     loaded = load_embedding(str(path))
     assert isinstance(loaded.features, Tensor)
@@ -69,12 +87,17 @@ def test_features_of_several_kinds_stay_apart(tmp_path: Path) -> None:
     save_embedding(tmp_path / "a.safetensors", Embedding(pair, "face and picture", "x/y"))
     loaded = load_embedding(tmp_path / "a.safetensors")
     assert isinstance(loaded.features, tuple)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(loaded.features, pair, strict=True))
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(loaded.features, pair, strict=True)
+    )
     check_embedding(loaded, Reads("face and picture", 32))
 
 
 def test_the_header_says_what_it_is(tmp_path: Path) -> None:
-    save_embedding(tmp_path / "a.safetensors", one(1, 24, feature="pooled", encoder="x/y", fingerprint="ab", pictures=("cd",)))
+    save_embedding(
+        tmp_path / "a.safetensors",
+        one(1, 24, feature="pooled", encoder="x/y", fingerprint="ab", pictures=("cd",)),
+    )
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         told = json.loads(file.metadata()[KEY])
     assert told == {
@@ -87,7 +110,9 @@ def test_the_header_says_what_it_is(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("features", "feature"), [((2, 24), "pooled"), ((2, 257, 32), "penultimate")])
+@pytest.mark.parametrize(
+    ("features", "feature"), [((2, 24), "pooled"), ((2, 257, 32), "penultimate")]
+)
 def test_a_community_file(features: tuple[int, ...], feature: str, tmp_path: Path) -> None:
     tensor = random_features(*features, dtype=torch.float16)
     torch.save(tensor, tmp_path / "a.ipadpt")
@@ -104,14 +129,27 @@ def test_a_community_file(features: tuple[int, ...], feature: str, tmp_path: Pat
     ("made", "reads", "words"),
     [
         (one(1, 24, feature="pooled"), Reads("pooled", 24, "x/y", "ab"), None),
-        (one(1, 24, feature="pooled", encoder="a/b", fingerprint="ab"), Reads("pooled", 24, "x/y", "ab"), None),  # by another name
-        (one(1, 24, feature="pooled", encoder="a/b", fingerprint="ab"), Reads("pooled", 24, "x/y"), None),
+        # by another name
+        (
+            one(1, 24, feature="pooled", encoder="a/b", fingerprint="ab"),
+            Reads("pooled", 24, "x/y", "ab"),
+            None,
+        ),
+        (
+            one(1, 24, feature="pooled", encoder="a/b", fingerprint="ab"),
+            Reads("pooled", 24, "x/y"),
+            None,
+        ),
         (
             one(1, 20, feature="pooled", encoder="a/b"),
             POOLED,
             "a.x: pooled features of a/b, 20 wide; this adapter reads pooled ones, 24 wide",
         ),
-        (one(1, 5, 24, feature="penultimate"), POOLED, "penultimate features, 24 wide; this adapter reads pooled ones, 24 wide"),
+        (
+            one(1, 5, 24, feature="penultimate"),
+            POOLED,
+            "penultimate features, 24 wide; this adapter reads pooled ones, 24 wide",
+        ),
         (one(1, 24, feature="pooled"), PENULTIMATE, "this adapter reads penultimate ones, 32 wide"),
         (
             one(1, 24, feature="pooled", encoder="a/b", fingerprint="cd"),
@@ -120,8 +158,10 @@ def test_a_community_file(features: tuple[int, ...], feature: str, tmp_path: Pat
             "this adapter reads pooled ones, 24 wide, of x/y (fingerprint ab)",
         ),
     ],
-)  # fmt: skip
-def test_features_that_an_adapter_cannot_read(made: Embedding, reads: Reads, words: str | None) -> None:
+)
+def test_features_that_an_adapter_cannot_read(
+    made: Embedding, reads: Reads, words: str | None
+) -> None:
     if words is None:
         check_embedding(made, reads, "a.x")
         return
@@ -140,11 +180,18 @@ def test_what_a_file_reads(name: str) -> None:
     file = read_adapter(ADAPTERS / f"{name}.safetensors")
     assert file.header is not None
     reads = Reads.of(file)
-    assert reads == (file.variant.feature, file.feature_dim, file.header.encoder, file.header.encoder_fingerprint)
+    assert reads == (
+        file.variant.feature,
+        file.feature_dim,
+        file.header.encoder,
+        file.header.encoder_fingerprint,
+    )
     encoder = tiny_encoder()
     features = encoder.features(pictures(1), file.variant.feature)
     with pytest.raises(MismatchError):
-        check_embedding(Embedding(features, file.variant.feature, "tiny", encoder.fingerprint()), reads)
+        check_embedding(
+            Embedding(features, file.variant.feature, "tiny", encoder.fingerprint()), reads
+        )
 
 
 # Refused
@@ -153,7 +200,9 @@ def test_what_a_file_reads(name: str) -> None:
 def tensors(*, told: Any = None, **held: Tensor) -> Write:
     """Writes a safetensors file with this header."""
     metadata = {} if told is None else {KEY: told if isinstance(told, str) else json.dumps(told)}
-    return lambda path: write_tensors(path, {name.replace("_", "."): tensor for name, tensor in held.items()}, metadata)
+    return lambda path: write_tensors(
+        path, {name.replace("_", "."): tensor for name, tensor in held.items()}, metadata
+    )
 
 
 def pickled(held: Any) -> Write:
@@ -167,7 +216,14 @@ class Trap:
         return os.system, ("touch /tmp/never",)
 
 
-GOOD = {"format": 1, "holds": "image features", "feature": "pooled", "encoder": "", "fingerprint": "", "pictures": []}
+GOOD = {
+    "format": 1,
+    "holds": "image features",
+    "feature": "pooled",
+    "encoder": "",
+    "fingerprint": "",
+    "pictures": [],
+}
 NAN = torch.tensor([[1.0, float("nan")]])
 ROW = torch.ones(1, 3)
 REFUSED: list[tuple[str, str, Write, str]] = [
@@ -180,24 +236,60 @@ REFUSED: list[tuple[str, str, Write, str]] = [
     ("text", "ipadpt", lambda path: path.write_text("features"), "is damaged, cut short"),
     ("code", "ipadpt", pickled(Trap()), "holds code, not only a tensor; refused"),
     ("a list", "ipadpt", pickled([ROW, ROW]), "holds a list instead of one tensor"),
-    ("whole numbers", "ipadpt", pickled(torch.ones(1, 3, dtype=torch.long)), "no plain tensor of floating-point numbers"),
+    (
+        "whole numbers",
+        "ipadpt",
+        pickled(torch.ones(1, 3, dtype=torch.long)),
+        "no plain tensor of floating-point numbers",
+    ),
     ("no rows", "ipadpt", pickled(torch.ones(0, 3)), "no plain tensor of floating-point numbers"),
     ("NaN", "ipadpt", pickled(NAN), "NaN"),
-    ("a number", "ipadpt", pickled(torch.tensor(1.0)), "a tensor of a single number is neither (K, E) nor"),
+    (
+        "a number",
+        "ipadpt",
+        pickled(torch.tensor(1.0)),
+        "a tensor of a single number is neither (K, E) nor",
+    ),
     ("four axes", "ipadpt", pickled(torch.ones(1, 2, 3, 4)), "1×2×3×4"),
-    ("no header", "safetensors", tensors(features_0=ROW), "holds no image features as imprompt embed writes them"),
+    (
+        "no header",
+        "safetensors",
+        tensors(features_0=ROW),
+        "holds no image features as imprompt embed writes them",
+    ),
     ("other tensors", "safetensors", tensors(told=GOOD, other=ROW), "holds no image features"),
     ("no JSON", "safetensors", tensors(told="{", features_0=ROW), "a header that is no JSON"),
-    ("another format", "safetensors", tensors(told={**GOOD, "format": 2}, features_0=ROW), "is of format 2"),
-    ("a header lacking a part", "safetensors", tensors(told={"holds": "image features", "format": 1}, features_0=ROW), "feature: "),
+    (
+        "another format",
+        "safetensors",
+        tensors(told={**GOOD, "format": 2}, features_0=ROW),
+        "is of format 2",
+    ),
+    (
+        "a header lacking a part",
+        "safetensors",
+        tensors(told={"holds": "image features", "format": 1}, features_0=ROW),
+        "feature: ",
+    ),
     ("NaN", "safetensors", tensors(told=GOOD, features_0=NAN), "NaN"),
-    ("uneven rows", "safetensors", tensors(told=GOOD, features_0=ROW, features_1=torch.ones(2, 3)), "1×3, 2×3"),
+    (
+        "uneven rows",
+        "safetensors",
+        tensors(told=GOOD, features_0=ROW, features_1=torch.ones(2, 3)),
+        "1×3, 2×3",
+    ),
     ("another kind of file", "bin", pickled({"features": {"0": ROW}}), "holds no image features"),
 ]
 
 
-@pytest.mark.parametrize(("ending", "write", "words"), [row[1:] for row in REFUSED], ids=[f"{row[0]} {row[1]}" for row in REFUSED])
-def test_what_holds_no_features_is_refused_in_one_line(ending: str, write: Write, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "write", "words"),
+    [row[1:] for row in REFUSED],
+    ids=[f"{row[0]} {row[1]}" for row in REFUSED],
+)
+def test_what_holds_no_features_is_refused_in_one_line(
+    ending: str, write: Write, words: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"a.{ending}"
     write(path)
     with pytest.raises(CheckpointError) as caught:
@@ -228,7 +320,9 @@ def test_damage_never_escapes_as_another_error(ending: str, tmp_path: Path) -> N
     for _ in range(60):
         damaged = bytearray(whole)
         for _ in range(draw.choice((1, 3, 30))):
-            damaged[draw.randrange(min(len(damaged), draw.choice((64, 10**6))))] = draw.randrange(256)
+            damaged[draw.randrange(min(len(damaged), draw.choice((64, 10**6))))] = draw.randrange(
+                256
+            )
         path.write_bytes(damaged)
         try:
             assert load_embedding(path).features is not None
@@ -245,7 +339,9 @@ def test_damage_never_escapes_as_another_error(ending: str, tmp_path: Path) -> N
         ("nowhere/a.safetensors", one(1, 24), "cannot write"),
     ],
 )
-def test_what_cannot_be_saved_leaves_nothing(name: str, embedding: Embedding, words: str, tmp_path: Path) -> None:
+def test_what_cannot_be_saved_leaves_nothing(
+    name: str, embedding: Embedding, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError) as caught:
         save_embedding(tmp_path / name, embedding)
     one_line(caught, words)
@@ -257,9 +353,9 @@ def test_what_cannot_be_saved_leaves_nothing(name: str, embedding: Embedding, wo
 
 def embed(*arguments: object) -> str:
     """What the command prints; its errors are raised."""
-    app = typer.Typer()
-    register(app)
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    commands()
+    words = ["embed", *map(str, arguments)]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -273,7 +369,9 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(("adapter", "shape"), [("base", (2, 256)), ("plus", (2, 101, 192))])
-def test_pictures_embedded_for_the_packaged_model(adapter: str, shape: tuple[int, ...], photos: list[Path], tmp_path: Path) -> None:
+def test_pictures_embedded_for_the_packaged_model(
+    adapter: str, shape: tuple[int, ...], photos: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "new" / "a.safetensors"
     said = embed(*photos, "--out", out, "--adapter", adapter)
     loaded = load_embedding(out)
@@ -284,7 +382,9 @@ def test_pictures_embedded_for_the_packaged_model(adapter: str, shape: tuple[int
     assert torch.equal(loaded.features, expected)  # pyright: ignore[reportArgumentType]
     assert loaded.fingerprint == encoder.fingerprint()
     assert loaded.pictures == tuple(sha256(path.read_bytes()).hexdigest() for path in photos)
-    assert said.splitlines() == [f"{out}  {file.variant.feature} features of {encoder.source}, {'×'.join(map(str, shape))}"]
+    assert said.splitlines() == [
+        f"{out}  {file.variant.feature} features of {encoder.source}, {'×'.join(map(str, shape))}"
+    ]
 
 
 def test_pictures_are_prepared_as_told(photos: list[Path], tmp_path: Path) -> None:
@@ -310,7 +410,11 @@ def test_pictures_are_prepared_as_told(photos: list[Path], tmp_path: Path) -> No
     ],
 )
 def test_wrong_use_is_told_in_one_line(
-    arguments: list[str], words: str, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    photos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ImpromptError) as caught:

@@ -1,4 +1,6 @@
-"""What a run takes, counted without contents, against the same models with contents and against published sizes."""
+"""What a run takes, counted without contents, against the same models with contents and against
+published sizes.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,18 +15,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imprompt.adapter import IPAdapter
-from imprompt.attention import family_of
-from imprompt.checkpoint import read_adapter
+from imprompt.checkpoints.adapters import read_adapter
 from imprompt.errors import CheckpointError, SettingError
+from imprompt.families.published import (
+    BASES,
+    ENCODERS,
+    base_structure,
+    encoder_structure,
+    published_encoder,
+)
+from imprompt.families.unet import UNET
 from imprompt.models import MODELS, KnownModel, Place
 from imprompt.projections.resampler import Resampler
-from imprompt.structures import BASES, ENCODERS, base_structure, encoder_structure, published_encoder
 from imprompt.training import estimate as module
-from imprompt.training.estimate import Estimate, LiveBytes, Sizes, matrix_rate, one_step, rows
+from imprompt.training.estimate import (
+    Estimate,
+    LiveBytes,
+    Sizes,
+    estimate_rows,
+    matrix_rate,
+    one_step,
+)
 from imprompt.training.model import best_device
 from imprompt.training.recipe import Recipe
 from imprompt.variants import TRAINABLE
-from tests.tiny import FEATURE_DIMS, smallest_unet, tiny_adapter, tiny_encoder, tiny_sd, tiny_sdxl, tiny_unet
+from tests.tiny import (
+    FEATURE_DIMS,
+    smallest_unet,
+    tiny_adapter,
+    tiny_encoder,
+    tiny_sd,
+    tiny_sdxl,
+    tiny_unet,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -37,12 +60,14 @@ def a_known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe(model: str = "emoji", **changes: Any) -> Recipe:
     data = {"source": "pictures", "features": "features"} | changes.pop("data", {})
     plan = {"steps": 100, "batch_size": 4, "precision": "bf16"} | changes.pop("optimization", {})
-    return Recipe.model_validate({"model": model, "output": "run", "data": data, "optimization": plan, **changes})
+    return Recipe.model_validate(
+        {"model": model, "output": "run", "data": data, "optimization": plan, **changes}
+    )
 
 
 @lru_cache
 def estimate(plan: Recipe, device: torch.device, processes: int = 1) -> Estimate:
-    return module.estimate(plan, device, processes)
+    return module.estimate_run(plan, device, processes)
 
 
 def activations(found: Estimate) -> int:
@@ -51,14 +76,15 @@ def activations(found: Estimate) -> int:
 
 def tiny_sizes(base: Any, variant: str) -> Sizes:
     image = {"pooled": (FEATURE_DIMS["pooled"],), "penultimate": (257, FEATURE_DIMS["penultimate"])}
-    pooled = 16 if base.config.addition_embed_type else 0
-    return Sizes((4, 16, 16), (11, base.config.cross_attention_dim), image[TRAINABLE[variant].feature], pooled)
+    return Sizes(
+        (4, 16, 16), image[TRAINABLE[variant].feature], UNET.condition_shapes(base.config, 11)
+    )
 
 
 def with_contents(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    noisy, t, text, image, added = batch
-    filled = [torch.randn(part.shape) for part in (noisy, t, text, image)]
-    return *filled, {key: torch.randn(value.shape) for key, value in added.items()}
+    *tensors, conditions = batch
+    filled = [torch.randn(part.shape) for part in tensors]
+    return *filled, {key: torch.randn(value.shape) for key, value in conditions.items()}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +96,9 @@ def with_contents(batch: tuple[Any, ...]) -> tuple[Any, ...]:
         (partial(tiny_unet, "sdxl"), "plus", False),
     ],
 )
-def test_a_step_without_contents_is_the_step_with_them(make: Callable[[], Any], variant: str, checkpointing: bool) -> None:
+def test_a_step_without_contents_is_the_step_with_them(
+    make: Callable[[], Any], variant: str, checkpointing: bool
+) -> None:
     found = []
     for device in ("meta", "cpu"):
         base = make()
@@ -83,16 +111,24 @@ def test_a_step_without_contents_is_the_step_with_them(make: Callable[[], Any], 
         found.append(one_step(base, adapter.attach(base), batch, fused=False))
     (flops, peak), (real_flops, real_peak) = found
     assert flops == real_flops
-    # Checkpointing keeps more, the random state for one, and lets go of it when it is collected: up to 3.2 % were seen.
+    # Checkpointing keeps more, the random state for one, and lets go of it when it is collected: up
+    # to 3.2 % were seen.
     assert peak == pytest.approx(real_peak, rel=0.06 if checkpointing else 0)
 
 
-def test_the_peak_is_above_what_is_saved_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_is_above_what_is_saved_for_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", module.written_out)
     base = smallest_unet()
     adapter = tiny_adapter(base).attach(base)
-    noisy, t, text, image, _ = batch = with_contents(tiny_sizes(base, "base").batch(2))
-    own = {weight.untyped_storage().data_ptr() for model in (base, adapter) for weight in model.parameters()}
+    noisy, t, image, conditions = batch = with_contents(tiny_sizes(base, "base").batch(2))
+    text = conditions["text"]
+    own = {
+        weight.untyped_storage().data_ptr()
+        for model in (base, adapter)
+        for weight in model.parameters()
+    }
     own |= {given.untyped_storage().data_ptr() for given in (noisy, t, text, image)}
     saved: dict[int, int] = {}
 
@@ -121,7 +157,9 @@ def test_live_bytes_are_those_of_whole_tensors(steps: list[tuple[int, bool]]) ->
             if drop and kept:
                 kept.pop()
                 sizes.pop()
-            kept.append(torch.zeros(size, dtype=torch.uint8)[: size // 2].add_(1))  # views and changes in place count nothing
+            kept.append(
+                torch.zeros(size, dtype=torch.uint8)[: size // 2].add_(1)
+            )  # views and changes in place count nothing
             sizes.append(size)
             given_.view(5, 10).add_(1)
             peak = max(peak, sum(sizes))
@@ -134,7 +172,9 @@ def test_sd15_is_as_published() -> None:
     here, there = (estimate(recipe("sd15"), device) for device in (CPU, GPU))
     assert (here.trained, here.base) == (22_319_616, 859_520_964)
     assert [round(found.flops / 1e12, 3) for found in (here, there)] == [1.663, 1.667]
-    assert activations(there) == pytest.approx(activations(here), rel=0.05)  # long scores are kept nowhere
+    assert activations(there) == pytest.approx(
+        activations(here), rel=0.05
+    )  # long scores are kept nowhere
     assert here.memory["base weights, bfloat16"] == 2 * here.base
     assert here.encoded == 2 * (2 * 4 * 64 * 64 + 77 * 768 + 1024)
 
@@ -142,7 +182,10 @@ def test_sd15_is_as_published() -> None:
 def test_the_packaged_model_is_read_from_its_folder() -> None:
     for variant, sizes in (("base", {}), ("plus", {"depth": 2, "tokens": 64})):
         found = estimate(recipe(variant=variant, **sizes), CPU)
-        assert found.trained == read_adapter(MODELS["emoji"].adapters[variant].file.fetch_file()).parameters
+        assert (
+            found.trained
+            == read_adapter(MODELS["emoji"].adapters[variant].file.fetch_file()).parameters
+        )
     assert base_structure(MODELS["emoji"]).side == 128
     assert found.encoded == 2 * (2 * 4 * 16 * 16 + 24 * 192 + 101 * 192)
     masked = estimate(recipe(variant="plus", depth=2, data={"columns": {"mask": "mask"}}), CPU)
@@ -152,14 +195,19 @@ def test_the_packaged_model_is_read_from_its_folder() -> None:
 def test_arithmetic_and_memory_grow_with_the_batch() -> None:
     base = smallest_unet().to("meta")
     adapter = tiny_adapter(smallest_unet()).to("meta").attach(base)
-    found = [one_step(base, adapter, tiny_sizes(base, "base").batch(size), fused=True) for size in (1, 2, 3)]
+    found = [
+        one_step(base, adapter, tiny_sizes(base, "base").batch(size), fused=True)
+        for size in (1, 2, 3)
+    ]
     assert [flops / found[0][0] for flops, _ in found] == pytest.approx([1, 2, 3], rel=1e-3)
     peaks = [peak for _, peak in found]
     assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.01)
 
 
 def test_checkpointing_computes_more_and_keeps_less() -> None:
-    plain, checkpointed = (estimate(recipe(optimization={"checkpointing": on}), GPU) for on in (False, True))
+    plain, checkpointed = (
+        estimate(recipe(optimization={"checkpointing": on}), GPU) for on in (False, True)
+    )
     assert activations(checkpointed) < activations(plain)
     assert 1.2 < checkpointed.flops / plain.flops < 1.5
 
@@ -179,7 +227,9 @@ def test_seconds_are_work_over_speed(a_step: int, rate: float, flops: float) -> 
 
 def test_what_is_kept_of_each_weight() -> None:
     plain = estimate(recipe(), CPU)
-    small = estimate(recipe(optimization={"optimizer": "adamw8bit", "ema": 0.999, "precision": "fp32"}), CPU)
+    small = estimate(
+        recipe(optimization={"optimizer": "adamw8bit", "ema": 0.999, "precision": "fp32"}), CPU
+    )
     muon = estimate(recipe(optimization={"optimizer": "muon"}), CPU)
     structure = base_structure(module.find_model("emoji"))
     base = module.blank_base(structure, torch.float32)
@@ -188,30 +238,46 @@ def test_what_is_kept_of_each_weight() -> None:
     assert plain.memory["states of adamw"] == 8 * plain.trained
     assert muon.memory["states of muon"] == 4 * plain.trained + 4 * vectors
     assert small.memory["states of adamw8bit"] < plain.memory["states of adamw"] / 3.8
-    assert small.memory["average of the weights"] == small.memory["their gradients"] == 4 * plain.trained
+    assert (
+        small.memory["average of the weights"]
+        == small.memory["their gradients"]
+        == 4 * plain.trained
+    )
     assert small.memory["base weights, float32"] == 2 * plain.memory["base weights, bfloat16"]
     assert "average of the weights" not in plain.memory
 
 
 def test_rows_are_for_people() -> None:
     found = estimate(recipe(), CPU)
-    table = dict(rows(found))
+    table = dict(estimate_rows(found))
     assert table["trained parameters"] == "640,128"
     assert table["features"] == "13.82 kB a sample on disk"
     assert "for 4 samples, if 30% of the 100 TFLOP/s that this CPU" in table["step"]
     assert table["run"].endswith("for 100 steps")
     assert not any("\n" in text for row in table.items() for text in row)
-    assert dict(rows(dataclasses.replace(found, encoded=None)))["features"].startswith("made in every step")
+    assert dict(estimate_rows(dataclasses.replace(found, encoded=None)))["features"].startswith(
+        "made in every step"
+    )
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(59.6, "0:01:00"), (86_400, "1 day, 0:00:00"), (864_000_000, "10,000.0 days")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(59.6, "0:01:00"), (86_400, "1 day, 0:00:00"), (864_000_000, "10,000.0 days")],
+)
 def test_spans_are_for_people(seconds: float, words: str) -> None:
     assert module.span(seconds) == words
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(0, "0 B"), (999, "999 B"), (185_856, "185.9 kB"), (1e9, "1 GB"), (1.6635e12, "1.663 TB"), (9.9999e8, "1000 MB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (185_856, "185.9 kB"),
+        (1e9, "1 GB"),
+        (1.6635e12, "1.663 TB"),
+        (9.9999e8, "1000 MB"),
+    ],
 )
 def test_sizes_are_for_people(value: float, words: str) -> None:
     assert module.si(value, "B") == words
@@ -230,9 +296,11 @@ def test_a_rate_is_measured() -> None:
         (recipe("sd15", optimization={"precision": "fp16"}), SettingError, "fp16"),
     ],
 )
-def test_what_cannot_be_told_is_one_line(given_recipe: Recipe, error: type[Exception], words: str) -> None:
+def test_what_cannot_be_told_is_one_line(
+    given_recipe: Recipe, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words) as caught:
-        module.estimate(given_recipe, CPU)
+        module.estimate_run(given_recipe, CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -240,14 +308,14 @@ def test_what_cannot_be_told_is_one_line(given_recipe: Recipe, error: type[Excep
 def test_a_folder_tells_its_structure(kind: str, make: Any, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     found = base_structure(KnownModel("mine", "", Place(str(tmp_path))))
-    assert (found.unit, found.text_tokens, found.unet["cross_attention_dim"]) == (2, 11, 32)
+    assert (found.unit, found.text_tokens, found.config["cross_attention_dim"]) == (2, 11, 32)
     encoder = tiny_encoder()
     structure = encoder_structure(Place(str(tmp_path), "image_encoder"))
     for feature in ("pooled", "penultimate"):
         features = encoder.features_of(torch.zeros(1, 3, 32, 32), feature)
         assert structure.shape(feature) == features.shape[1:]
     base = tiny_unet(kind, cross_attention_dim=32)
-    made = IPAdapter.beside(base, family_of(base), Resampler(structure.penultimate, 32))
+    made = IPAdapter.for_model(base, Resampler(structure.penultimate, 32))
     found = estimate(recipe(str(tmp_path), variant="plus", data={"size": 32}), CPU)
     assert found.trained == sum(weight.numel() for weight in made.parameters())
 
@@ -278,7 +346,9 @@ def test_attention_stays_what_it_was() -> None:
 
 
 def test_an_accelerator_without_a_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)  # of a build for CUDA, on any machine
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda: GPU
+    )  # of a build for CUDA, on any machine
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert best_device() == CPU
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

@@ -16,16 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from imprompt import ImagePromptPipeline
 from imprompt.errors import CheckpointError, ImageError, SettingError
-from imprompt.evaluation.judges import PHOTO, Judge, open_clip, open_dino, open_inception
-from imprompt.evaluation.making import Maker, reference_of
+from imprompt.evaluation.generator import Maker, reference_of
+from imprompt.evaluation.metric_encoders import PHOTO, Judge, open_clip, open_dino, open_inception
 from imprompt.evaluation.metrics import clip_score, cosine, frechet_distance
 from imprompt.evaluation.plan import Chunk, Plan
 from imprompt.evaluation.protocols import Protocol, settings_of
 from imprompt.evaluation.run import Measure, evaluate
 from imprompt.evaluation.sets import Item
 from imprompt.evaluation.summary import distances, notes_on, of_rows
+from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.models import PACKAGED
 from tests import commands
 from tests.judges import tiny_clip, tiny_dino, tiny_dinov2, tiny_inception
@@ -50,7 +50,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("evaluate")
     (place / "set").mkdir()
     lines = []
-    for number, (background, caption) in enumerate(zip(("blue", "yellow", "white"), CAPTIONS, strict=True)):
+    for number, (background, caption) in enumerate(
+        zip(("blue", "yellow", "white"), CAPTIONS, strict=True)
+    ):
         picture = Image.new("RGB", (64, 64), background)
         picture.paste(("red", "green", "black")[number], (16, 16, 48, 48))
         picture.save(place / "set" / f"{number}.png")
@@ -64,18 +66,42 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(place: Path, out: str) -> list[str]:
-    told = {"out": place / out, "clip": place / "clip", "dino": place / "dino", "steps": STEPS, "seeds": SEEDS, "seed": FIRST}
+    told = {
+        "out": place / out,
+        "clip": place / "clip",
+        "dino": place / "dino",
+        "steps": STEPS,
+        "seeds": SEEDS,
+        "seed": FIRST,
+    }
     told |= {"batch-size": SEEDS, "device": "cpu", "sweep": "scale=0,1"}
-    return ["evaluate", "run", str(place / "set"), *(word for name, value in told.items() for word in (f"--{name}", str(value)))]
+    return [
+        "evaluate",
+        "run",
+        str(place / "set"),
+        *(word for name, value in told.items() for word in (f"--{name}", str(value))),
+    ]
 
 
 def plan(place: Path, out: str = "other", **changes: Any) -> Plan:
-    values = {"steps": STEPS, "seeds": SEEDS, "seed": FIRST, "batch_size": SEEDS, "scale": 0.5, **changes.pop("protocol", {})}
+    values = {
+        "steps": STEPS,
+        "seeds": SEEDS,
+        "seed": FIRST,
+        "batch_size": SEEDS,
+        "scale": 0.5,
+        **changes.pop("protocol", {}),
+    }
     how = Protocol(**values)
     asked: dict[str, Any] = {
-        "path": place / "set", "out": place / out, "protocol": how, "clip": str(place / "clip"), "dino": str(place / "dino"),
-        "device": "cpu", "sweep": {"scale": (0.0, 1.0)},
-    }  # fmt: skip
+        "path": place / "set",
+        "out": place / out,
+        "protocol": how,
+        "clip": str(place / "clip"),
+        "dino": str(place / "dino"),
+        "device": "cpu",
+        "sweep": {"scale": (0.0, 1.0)},
+    }
     return Plan(**asked | changes)
 
 
@@ -86,16 +112,25 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_rows_say_what_was_made_and_measured(place: Path) -> None:
     rows, held = rows_of(place / "whole"), place / "whole"
     assert [(row["setting"], row["item"], row["number"]) for row in rows] == [
-        (f"scale={scale}", str(item), number) for scale in (0, 1) for item in range(3) for number in range(SEEDS)
+        (f"scale={scale}", str(item), number)
+        for scale in (0, 1)
+        for item in range(3)
+        for number in range(SEEDS)
     ]
     assert [row["seed"] for row in rows[:6]] == [FIRST + picture for picture in range(6)]
     clip, dino = open_clip(str(place / "clip"), "cpu"), open_dino(str(place / "dino"), "cpu")
     assert clip.texts is not None
     for row in rows:
         assert Path(row["reference"]) == place / "set" / f"{row['item']}.png"
-        made, wanted = ([Image.open(path).convert("RGB")] for path in (held / row["image"], row["reference"]))
-        assert row["clip_i"] == pytest.approx(cosine(clip.images(made), clip.images(wanted)).item(), abs=2e-6)
-        assert row["dino"] == pytest.approx(cosine(dino.images(made), dino.images(wanted)).item(), abs=2e-6)
+        made, wanted = (
+            [Image.open(path).convert("RGB")] for path in (held / row["image"], row["reference"])
+        )
+        assert row["clip_i"] == pytest.approx(
+            cosine(clip.images(made), clip.images(wanted)).item(), abs=2e-6
+        )
+        assert row["dino"] == pytest.approx(
+            cosine(dino.images(made), dino.images(wanted)).item(), abs=2e-6
+        )
         assert ("clip_t" in row) == bool(row["caption"])
         for name, prefix in (("", ""), ("_photo", PHOTO)) if row["caption"] else ():
             likeness = cosine(clip.images(made), clip.texts([prefix + row["caption"]]))
@@ -107,7 +142,9 @@ def test_the_pictures_are_those_of_the_facade(place: Path) -> None:
     pipe = ImagePromptPipeline.from_pretrained("emoji", device="cpu")
     for row in rows_of(place / "whole")[-3:]:
         scale = float(row["setting"].removeprefix("scale="))
-        again = pipe(row["reference"], row["caption"], scale=scale, steps=STEPS, seed=row["seed"]).images[0]
+        again = pipe(
+            row["reference"], row["caption"], scale=scale, steps=STEPS, seed=row["seed"]
+        ).images[0]
         made = Image.open(place / "whole" / row["image"])
         assert np.abs(np.asarray(again).astype(int) - np.asarray(made)).max() <= 1
 
@@ -116,15 +153,27 @@ def test_the_summary_is_of_the_rows(place: Path) -> None:
     summary = json.loads((place / "whole" / "summary.json").read_text())
     rows = [row for row in rows_of(place / "whole") if row["setting"] == "scale=1"]
     told = summary["settings"][1]
-    assert (told["name"], told["axes"], told["count"], told["items"]) == ("scale=1", {"scale": 1.0}, 6, 3)
+    assert (told["name"], told["axes"], told["count"], told["items"]) == (
+        "scale=1",
+        {"scale": 1.0},
+        6,
+        3,
+    )
     for key in ("clip_i", "dino", "diversity", "clip_t", "clip_score_photo"):
         values = [row[key] for row in rows if key in row]
         assert told["metrics"][key]["value"] == pytest.approx(sum(values) / len(values))
-        assert told["metrics"][key]["low"] <= told["metrics"][key]["value"] <= told["metrics"][key]["high"]
+        assert (
+            told["metrics"][key]["low"]
+            <= told["metrics"][key]["value"]
+            <= told["metrics"][key]["high"]
+        )
     clip = open_clip(str(place / "clip"), "cpu")
     real, made = (
         clip.images([Image.open(path).convert("RGB") for path in paths])
-        for paths in (dict.fromkeys(row["reference"] for row in rows), [place / "whole" / row["image"] for row in rows])
+        for paths in (
+            dict.fromkeys(row["reference"] for row in rows),
+            [place / "whole" / row["image"] for row in rows],
+        )
     )
     assert told["metrics"]["fid"]["value"] == pytest.approx(frechet_distance(real, made), rel=1e-4)
     assert told["metrics"]["kid"]["low"] is None
@@ -132,7 +181,10 @@ def test_the_summary_is_of_the_rows(place: Path) -> None:
     run = json.loads((place / "whole" / "run.json").read_text())
     assert summary["run"] == run
     assert [judge["key"] for judge in run["judges"]] == ["clip", "dino"]
-    assert run["protocol"] | {"steps": STEPS, "guidance": 3.0, "seeds": SEEDS, "seed": FIRST} == run["protocol"]
+    assert (
+        run["protocol"] | {"steps": STEPS, "guidance": 3.0, "seeds": SEEDS, "seed": FIRST}
+        == run["protocol"]
+    )
     assert "whole/summary.json" in (place / "notes" / "out").read_text()
 
 
@@ -141,9 +193,19 @@ def parts(folder: Path) -> list[Path]:
 
 
 def same_files(one: Path, other: Path) -> bool:
-    names = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    there = [path.relative_to(other) for path in sorted(other.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    return names == there and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    names = [
+        path.relative_to(one)
+        for path in sorted(one.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
+    there = [
+        path.relative_to(other)
+        for path in sorted(other.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
+    return names == there and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names
+    )
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(place: Path) -> None:
@@ -151,7 +213,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(place: Path) -> None:
     notes.mkdir()
     for name in ("doing", "saves"):
         (notes / name).touch()
-    process = CONTEXT.Process(target=commands.command, args=(arguments(place, "killed"), notes, None, {}))
+    process = CONTEXT.Process(
+        target=commands.command, args=(arguments(place, "killed"), notes, None, {})
+    )
     process.start()
     deadline = time.monotonic() + PATIENCE
     while len(parts(place / "killed")) < 2 and time.monotonic() < deadline:
@@ -164,7 +228,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(place: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in first}
     ended = commands.imprompt(arguments(place, "killed"), notes)
     assert ended.code == 0, ended.said
-    assert {path: path.stat().st_mtime_ns for path in first} == before  # what was there was not made again
+    assert {
+        path: path.stat().st_mtime_ns for path in first
+    } == before  # what was there was not made again
     assert same_files(place / "killed", place / "whole")
 
 
@@ -178,9 +244,22 @@ def test_two_ranks_make_the_same_bytes(place: Path) -> None:
         notes.mkdir()
         for name in ("doing", "saves"):
             (notes / name).touch()
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environment = {"MASTER_ADDR": "localhost", **{key: str(value) for key, value in where.items()}}
-        processes.append(CONTEXT.Process(target=commands.command, args=(arguments(place, "ranks"), notes, None, environment)))
+        where = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_PORT": port,
+        }
+        environment = {
+            "MASTER_ADDR": "localhost",
+            **{key: str(value) for key, value in where.items()},
+        }
+        processes.append(
+            CONTEXT.Process(
+                target=commands.command, args=(arguments(place, "ranks"), notes, None, environment)
+            )
+        )
     for process in processes:
         process.start()
     for process in processes:
@@ -193,10 +272,17 @@ def test_two_ranks_make_the_same_bytes(place: Path) -> None:
 
 
 def test_a_folder_of_other_settings_is_refused(place: Path) -> None:
-    with pytest.raises(SettingError, match=r"was begun with protocol.scale = 0.5 \(now 0.25\): give another --out, or the old"):
+    with pytest.raises(
+        SettingError,
+        match=r"was begun with protocol.scale = 0.5 \(now 0.25\): give another --out, or the old",
+    ):
         evaluate(plan(place, "whole", protocol={"scale": 0.25}))
     with pytest.raises(
-        SettingError, match=r"begun with judges.dino.key = 'dino' \(now None\), judges.dino.name = .* and 2 more: give"
+        SettingError,
+        match=(
+            r"begun with judges.dino.key = 'dino' \(now None\), judges.dino.name = .* and 2 more: "
+            r"give"
+        ),
     ):
         evaluate(plan(place, "whole", dino=None))
 
@@ -207,7 +293,10 @@ def test_a_finished_run_is_only_read(place: Path) -> None:
     done: list[tuple[int, int]] = []
     summary = evaluate(plan(place, "again", protocol={}), lambda *counts: done.append(counts))
     assert done == [(6, 6)]
-    assert summary["settings"] == json.loads((place / "whole" / "summary.json").read_text())["settings"]
+    assert (
+        summary["settings"]
+        == json.loads((place / "whole" / "summary.json").read_text())["settings"]
+    )
 
 
 def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
@@ -216,7 +305,10 @@ def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
 
     headless = copied("headless")
     (headless / "run.json").unlink()
-    with pytest.raises(SettingError, match=r"holds parts of a run, but no run.json says of which: give another --out"):
+    with pytest.raises(
+        SettingError,
+        match=r"holds parts of a run, but no run.json says of which: give another --out",
+    ):
         evaluate(plan(place, "headless", protocol={}))
     for text in ("{}", "[]", "{"):
         (headless / "run.json").write_text(text)
@@ -225,18 +317,26 @@ def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
     cut = copied("cut")
     first = parts(cut)[0]
     first.write_text(first.read_text().splitlines()[0] + "\n")
-    with pytest.raises(SettingError, match=rf"{first.name} is gone or damaged: delete .*{first.name}, and the same command"):
+    with pytest.raises(
+        SettingError,
+        match=rf"{first.name} is gone or damaged: delete .*{first.name}, and the same command",
+    ):
         evaluate(plan(place, "cut", protocol={}))
     shutil.copy(parts(place / "whole")[0], first)
     embeddings = first.with_suffix(".safetensors")
     embeddings.write_bytes(embeddings.read_bytes()[:50])
-    with pytest.raises(SettingError, match=rf"{embeddings.name} is gone or damaged: delete .*{first.name}, and"):
+    with pytest.raises(
+        SettingError, match=rf"{embeddings.name} is gone or damaged: delete .*{first.name}, and"
+    ):
         evaluate(plan(place, "cut", protocol={}))
 
 
 def test_files_that_a_kill_left_unfinished_go(place: Path) -> None:
     held = Path(shutil.copytree(place / "whole", place / "littered"))
-    left = [held / "parts" / ".x.jsonl.1234.part", next((held / "images").iterdir()) / ".0-1.png.12.part"]
+    left = [
+        held / "parts" / ".x.jsonl.1234.part",
+        next((held / "images").iterdir()) / ".0-1.png.12.part",
+    ]
     for path in left:
         path.touch()
     evaluate(plan(place, "littered", protocol={}))
@@ -247,11 +347,20 @@ def test_another_schedule_is_another_run(place: Path) -> None:
     packaged = PACKAGED / "emoji"
     model = Path(shutil.copytree(packaged, place / "model"))
     adapter = str(model / "adapters" / "base.safetensors")
-    one = plan(place, "scheduled", model=str(model), adapter=adapter, sweep={}, protocol={"limit": 1, "steps": 1})
+    one = plan(
+        place,
+        "scheduled",
+        model=str(model),
+        adapter=adapter,
+        sweep={},
+        protocol={"limit": 1, "steps": 1},
+    )
     evaluate(one)
     config = model / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.011"))
-    with pytest.raises(SettingError, match=r"begun with model.scheduler_config.beta_end = 0.012 \(now 0.011\)"):
+    with pytest.raises(
+        SettingError, match=r"begun with model.scheduler_config.beta_end = 0.012 \(now 0.011\)"
+    ):
         evaluate(one)
 
 
@@ -264,7 +373,9 @@ def test_a_value_is_given_once(place: Path) -> None:
 def test_a_damaged_picture_is_named_before_anything_runs(place: Path) -> None:
     shutil.copytree(place / "set", place / "bad")
     (place / "bad" / "1.png").write_bytes((place / "bad" / "1.png").read_bytes()[:60])
-    with pytest.raises(ImageError, match=rf"^{place}/bad/1.png is damaged.*; --skip-bad evaluates without$"):
+    with pytest.raises(
+        ImageError, match=rf"^{place}/bad/1.png is damaged.*; --skip-bad evaluates without$"
+    ):
         evaluate(plan(place, "none", path=place / "bad"))
     assert not (place / "none").exists()
 
@@ -287,20 +398,31 @@ def test_references_take_turns_and_all_targets_count(tmp_path: Path) -> None:
     assert [row["seed"] for row in rows] == [13, 14, 15]  # 7 + 2 · 3 + k
     half = 2**-0.5
     assert [row["clip_i"] for row in rows] == pytest.approx([0.5, 0.5, half], abs=1e-6)
-    assert [row["diversity"] for row in rows] == pytest.approx([(2 - half) / 2, (2 - half) / 2, 1 - half], abs=1e-6)
+    assert [row["diversity"] for row in rows] == pytest.approx(
+        [(2 - half) / 2, (2 - half) / 2, 1 - half], abs=1e-6
+    )
     assert not any(key in rows[0] for key in ("clip_t", "dino"))
     assert held["clip.targets"].tolist() == [[255, 0, 0], [0, 0, 255]]
     (lone,) = settings_of(Protocol(seeds=1), {})
-    assert "diversity" not in Measure({"clip": judge})(Chunk(lone, [item], 0, tmp_path), made[:1])[0][0]
+    assert (
+        "diversity"
+        not in Measure({"clip": judge})(Chunk(lone, [item], 0, tmp_path), made[:1])[0][0]
+    )
 
 
 def test_a_sweep_over_adapters_changes_them_on_one_base(place: Path) -> None:
-    swept = plan(place, sweep={"adapter": ("base", "plus"), "blocks": ("linear", "0")}, protocol={"scheduler": "ddim"})
+    swept = plan(
+        place,
+        sweep={"adapter": ("base", "plus"), "blocks": ("linear", "0")},
+        protocol={"scheduler": "ddim"},
+    )
     maker = Maker(swept, "cpu")
     base = maker.pipe.pipeline.unet
     settings = settings_of(swept.protocol, swept.sweep)
     assert [setting.name for setting in settings] == [
-        f"adapter={adapter},blocks={blocks}" for adapter in ("base", "plus") for blocks in ("linear", "0")
+        f"adapter={adapter},blocks={blocks}"
+        for adapter in ("base", "plus")
+        for blocks in ("linear", "0")
     ]
     for setting in settings:
         maker.check(setting)
@@ -315,7 +437,9 @@ def test_a_sweep_over_adapters_changes_them_on_one_base(place: Path) -> None:
     plus = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", device="cpu")
     assert config.prediction_type == plus.pipeline.scheduler.config.prediction_type
     plus.pipeline.scheduler = maker.pipe.pipeline.scheduler
-    alone = plus([item.references[0]] * 2, [item.caption] * 2, scale=0.5, steps=STEPS, seed=FIRST).images
+    alone = plus(
+        [item.references[0]] * 2, [item.caption] * 2, scale=0.5, steps=STEPS, seed=FIRST
+    ).images
     assert np.array_equal(alone, made[2])
     with pytest.raises(SettingError, match="unknown blocks 'nowhere'"):
         maker.check(replace(settings[0], axes={"blocks": "nowhere"}))
@@ -362,14 +486,20 @@ def test_inceptions_features_are_taken_for_fid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "source", "said"),
     [
-        ("clip", "nowhere/at all", "--clip nowhere/at all: no CLIP can be loaded .*; give a CLIPModel's folder or Hub id"),
+        (
+            "clip",
+            "nowhere/at all",
+            "--clip nowhere/at all: no CLIP can be loaded .*; give a CLIPModel's folder or Hub id",
+        ),
         ("clip", "{}/dino", "it holds a vit, not a whole CLIP"),
         ("dino", "{}/clip", "--dino .*: no vision transformer can be loaded"),
         ("inception", "{}/clip/config.json", "--inception .*: no TorchScript can be loaded"),
         ("inception", "{}/none.pt", "there is no such file; give Inception's TorchScript file"),
     ],
 )
-def test_what_is_no_judge_is_told_in_one_line(place: Path, key: str, source: str, said: str) -> None:
+def test_what_is_no_judge_is_told_in_one_line(
+    place: Path, key: str, source: str, said: str
+) -> None:
     opened = {"clip": open_clip, "dino": open_dino, "inception": open_inception}[key]
     with pytest.raises(CheckpointError, match=said) as told:
         opened(source.format(place), "cpu")

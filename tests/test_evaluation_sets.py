@@ -32,7 +32,11 @@ def test_a_folder_as_for_training(tmp_path: Path) -> None:
         {"file_name": "2.png", "text": "a dog", "references": ["other.png", "a/1.png"]},
     )
     found = open_set(tmp_path)
-    assert [(item.name, item.caption) for item in found.items] == [("a-1", "a cat"), ("a-1-2", ""), ("2", "a dog")]
+    assert [(item.name, item.caption) for item in found.items] == [
+        ("a-1", "a cat"),
+        ("a-1-2", ""),
+        ("2", "a dog"),
+    ]
     assert found.items[0].references == found.items[0].targets == (tmp_path / "a" / "1.png",)
     assert found.items[2].references == (tmp_path / "other.png", tmp_path / "a" / "1.png")
     assert found.items[2].targets == (tmp_path / "2.png",)
@@ -45,16 +49,27 @@ def coco(root: Path) -> Path:
         picture(root / "val2017" / f"{number:012}.jpg")
     images = [{"id": number, "file_name": f"{number:012}.jpg"} for number in (139, 9, 25)]
     said = [(7, 139, "second"), (3, 139, "first of\n139"), (5, 9, "of 9 "), (6, 9, "later")]
-    annotations = [{"id": number, "image_id": image, "caption": caption} for number, image, caption in said]
+    annotations = [
+        {"id": number, "image_id": image, "caption": caption} for number, image, caption in said
+    ]
     (root / "annotations").mkdir()
-    (root / "annotations" / "captions_val2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    (root / "annotations" / "captions_val2017.json").write_text(
+        json.dumps({"images": images, "annotations": annotations})
+    )
     return root
 
 
 def test_coco_by_image_id_with_the_first_caption(tmp_path: Path) -> None:
     found = open_set(coco(tmp_path), "coco")
-    assert [(item.name, item.caption) for item in found.items] == [("000000000009", "of 9"), ("000000000139", "first of 139")]
-    assert found.items[1].references == found.items[1].targets == (tmp_path / "val2017" / "000000000139.jpg",)
+    assert [(item.name, item.caption) for item in found.items] == [
+        ("000000000009", "of 9"),
+        ("000000000139", "first of 139"),
+    ]
+    assert (
+        found.items[1].references
+        == found.items[1].targets
+        == (tmp_path / "val2017" / "000000000139.jpg",)
+    )
     assert open_set(tmp_path).kind == "coco"
 
 
@@ -63,7 +78,10 @@ def test_coco_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "captions_val2017.json").write_text('{"images": []}')
     with pytest.raises(SettingError, match="holds no COCO captions: lists images"):
         open_set(tmp_path)
-    told = {"images": [{"id": 1, "file_name": 5}], "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}
+    told = {
+        "images": [{"id": 1, "file_name": 5}],
+        "annotations": [{"id": 1, "image_id": 1, "caption": "a"}],
+    }
     (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(told))
     with pytest.raises(SettingError, match="holds no COCO captions: lists images"):
         open_set(tmp_path)
@@ -72,7 +90,10 @@ def test_coco_that_is_none(tmp_path: Path) -> None:
 def test_subjects_as_customconcept101_lists_them(tmp_path: Path) -> None:
     for name in ("toy_bear", "pet_cat"):
         for number in range(2):
-            picture(tmp_path / "benchmark_dataset" / name / f"{number}.jpg", "gray" if name == "pet_cat" else "brown")
+            picture(
+                tmp_path / "benchmark_dataset" / name / f"{number}.jpg",
+                "gray" if name == "pet_cat" else "brown",
+            )
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "toy.txt").write_text("photo of a {}.\n\n{} floating in a pool. \n")
     (tmp_path / "prompts" / "cat.txt").write_text("a house in the style of {}.")
@@ -104,12 +125,18 @@ def test_subjects_as_customconcept101_lists_them(tmp_path: Path) -> None:
 
 
 def test_subjects_of_one_name_stay_apart(tmp_path: Path) -> None:
-    entries = [{"class_prompt": "dog", "instance_data_dir": f"{side}/dog", "prompt_filename": "p.txt"} for side in "ab"]
+    entries = [
+        {"class_prompt": "dog", "instance_data_dir": f"{side}/dog", "prompt_filename": "p.txt"}
+        for side in "ab"
+    ]
     for entry in entries:
         picture(tmp_path / str(entry["instance_data_dir"]) / "0.png")
     (tmp_path / "p.txt").write_text("a {}")
     (tmp_path / "dataset.json").write_text(json.dumps(entries))
-    assert [(item.name, item.group) for item in open_set(tmp_path).items] == [("a-dog-00", "a/dog"), ("b-dog-00", "b/dog")]
+    assert [(item.name, item.group) for item in open_set(tmp_path).items] == [
+        ("a-dog-00", "a/dog"),
+        ("b-dog-00", "b/dog"),
+    ]
     (tmp_path / "dataset.json").write_text(json.dumps([entries[0] | {"class_prompt": 5}]))
     with pytest.raises(SettingError, match="entry 1: entries look like"):
         open_set(tmp_path)
@@ -119,7 +146,9 @@ def test_names_stay_apart_and_short(tmp_path: Path) -> None:
     long = "/".join(["d" * 120] * 3) + "/f.png"
     names = ["a.png", "a.png", "a-2.png", "A.png", long]
     elsewhere = picture(tmp_path / "else" / "x.png")
-    listing(tmp_path / "set", *({"file_name": name} for name in names), {"file_name": str(elsewhere)})
+    listing(
+        tmp_path / "set", *({"file_name": name} for name in names), {"file_name": str(elsewhere)}
+    )
     found = [item.name for item in open_set(tmp_path / "set").items]
     assert found[:4] == ["a", "a-2", "a-2-2", "A-3"]
     assert len({name.casefold() for name in found}) == len(found) == 6
@@ -128,7 +157,11 @@ def test_names_stay_apart_and_short(tmp_path: Path) -> None:
 
 
 def test_half_an_emoji_is_no_caption(tmp_path: Path) -> None:
-    listing(tmp_path, {"file_name": "0.png", "text": "a cat"}, {"file_name": "1.png", "text": "a \ud83d"})
+    listing(
+        tmp_path,
+        {"file_name": "0.png", "text": "a cat"},
+        {"file_name": "1.png", "text": "a \ud83d"},
+    )
     with pytest.raises(ImageError, match=r"^1: its caption is no Unicode text; --skip-bad"):
         open_set(tmp_path)
     assert [item.name for item in open_set(tmp_path, skip_bad=True).items] == ["0"]
@@ -140,9 +173,16 @@ def test_subjects_in_folders_with_their_own_prompts_or_one_list(tmp_path: Path) 
     (tmp_path / "prompts.txt").write_text("a {} on a beach")
     (tmp_path / "dog" / "prompts.txt").write_text("a {} in a hat\na {} asleep")
     told = [(item.name, item.caption) for item in open_set(tmp_path, "subjects").items]
-    assert told == [("dog-00", "a dog in a hat"), ("dog-01", "a dog asleep"), ("red_cartoon2-00", "a red cartoon on a beach")]
+    assert told == [
+        ("dog-00", "a dog in a hat"),
+        ("dog-01", "a dog asleep"),
+        ("red_cartoon2-00", "a red cartoon on a beach"),
+    ]
     (tmp_path / "prompts.txt").unlink()
-    with pytest.raises(SettingError, match=r"prompts.txt: there is no such file; it should hold the subject's prompts"):
+    with pytest.raises(
+        SettingError,
+        match=r"prompts.txt: there is no such file; it should hold the subject's prompts",
+    ):
         open_set(tmp_path)
 
 
@@ -150,11 +190,16 @@ def test_what_cannot_be_read_is_named_or_skipped(tmp_path: Path) -> None:
     listing(tmp_path, *({"file_name": f"{number}.png", "text": "a"} for number in range(4)))
     (tmp_path / "1.png").write_bytes(b"")
     (tmp_path / "3.png").unlink()
-    with pytest.raises(ImageError, match=r"1.png is empty \(and 1 more of 4 items\); --skip-bad evaluates without"):
+    with pytest.raises(
+        ImageError, match=r"1.png is empty \(and 1 more of 4 items\); --skip-bad evaluates without"
+    ):
         open_set(tmp_path)
     found = open_set(tmp_path, skip_bad=True)
     assert [item.name for item in found.items] == ["0", "2"]
-    assert [line.split("/")[-1] for line in found.skipped] == ["1.png is empty", "3.png does not exist"]
+    assert [line.split("/")[-1] for line in found.skipped] == [
+        "1.png is empty",
+        "3.png does not exist",
+    ]
     assert len(open_set(tmp_path, limit=1).items) == 1
     (tmp_path / "0.png").unlink()
     with pytest.raises(ImageError, match=r"0.png does not exist"):
@@ -162,7 +207,10 @@ def test_what_cannot_be_read_is_named_or_skipped(tmp_path: Path) -> None:
 
 
 def test_the_hash_is_of_what_there_is(tmp_path: Path) -> None:
-    one, other = (listing(tmp_path / name, {"file_name": "0.png", "text": "a cat"}) for name in ("one", "other"))
+    one, other = (
+        listing(tmp_path / name, {"file_name": "0.png", "text": "a cat"})
+        for name in ("one", "other")
+    )
     assert open_set(one).sha256 == open_set(other).sha256
     picture(other / "0.png", "green")
     assert open_set(one).sha256 != open_set(other).sha256
@@ -172,9 +220,12 @@ def test_the_hash_is_of_what_there_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("auto", "is no set: it should hold metadata.jsonl, or annotations/"), ("coco", "it should hold annotations/captions_val2017"),
-     ("cooc", "unknown kind of set 'cooc'; near: coco")],
-)  # fmt: skip
+    [
+        ("auto", "is no set: it should hold metadata.jsonl, or annotations/"),
+        ("coco", "it should hold annotations/captions_val2017"),
+        ("cooc", "unknown kind of set 'cooc'; near: coco"),
+    ],
+)
 def test_a_folder_that_is_no_set(tmp_path: Path, kind: str, said: str) -> None:
     with pytest.raises(SettingError, match=said):
         open_set(tmp_path, kind)

@@ -9,7 +9,7 @@ from PIL import Image
 from imprompt import files
 from imprompt.errors import SettingError
 from imprompt.files import part_of, refuse_inputs, written_new
-from imprompt.sampling.record import save_new
+from imprompt.generation.request import save_new
 
 
 def without_links(_part: object, _path: object) -> None:
@@ -42,7 +42,9 @@ def test_many_that_want_one_name_lose_nothing(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         paths = [*pool.map(lambda picture: save_new(picture, tmp_path / "cat-7.png"), pictures)]
     assert len(set(paths)) == 40
-    assert [Image.open(path).getpixel((0, 0)) for path in paths] == [(number, 0, 0) for number in range(40)]
+    assert [Image.open(path).getpixel((0, 0)) for path in paths] == [
+        (number, 0, 0) for number in range(40)
+    ]
     assert len([*tmp_path.iterdir()]) == 40
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from imprompt import ImagePromptPipeline
-from imprompt.encoders.opening import check_encoder
+from imprompt.encoders.matching import check_encoder
 from imprompt.errors import MismatchError, SettingError
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.request import Request, read_request, save_results
 from imprompt.images import open_image
-from imprompt.sampling.record import Request, read_request, save_results
 
 STEPS = 3
 
@@ -67,9 +67,17 @@ def test_one_picture_of_a_call_again_bit_for_bit(pipe: ImagePromptPipeline) -> N
 
 def test_each_picture_of_a_list_has_its_own_text(pipe: ImagePromptPipeline) -> None:
     texts = ["a panda on blue", "a rocket"]
-    options: dict[str, Any] = {"steps": STEPS, "scale": 0.5, "num_images": 2, "negative_prompt": "red"}
+    options: dict[str, Any] = {
+        "steps": STEPS,
+        "scale": 0.5,
+        "num_images": 2,
+        "negative_prompt": "red",
+    }
     both = pipe([BLUE, YELLOW], texts, seed=3, **options)
-    alone = [*pipe(BLUE, texts[0], seed=3, **options).images, *pipe(YELLOW, texts[1], seed=5, **options).images]
+    alone = [
+        *pipe(BLUE, texts[0], seed=3, **options).images,
+        *pipe(YELLOW, texts[1], seed=5, **options).images,
+    ]
     assert both.seeds == [3, 4, 5, 6]
     assert both.settings.prompt == tuple(texts)
     assert all(difference(a, b) <= 1 for a, b in zip(both.images, alone, strict=True))
@@ -79,7 +87,9 @@ def test_each_picture_of_a_list_has_its_own_text(pipe: ImagePromptPipeline) -> N
     assert difference(again.images[0], both.images[2]) == 0
 
 
-def test_own_texts_beside_a_first_picture_and_in_a_request(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+def test_own_texts_beside_a_first_picture_and_in_a_request(
+    pipe: ImagePromptPipeline, tmp_path: Path
+) -> None:
     texts = ["a panda", "a rocket"]
     both = pipe([BLUE, YELLOW], texts, init_image=BLUE, seed=3, steps=STEPS).images
     alone = pipe(YELLOW, texts[1], init_image=BLUE, seed=4, steps=STEPS).images[0]
@@ -87,7 +97,9 @@ def test_own_texts_beside_a_first_picture_and_in_a_request(pipe: ImagePromptPipe
     for name, image in (("blue", BLUE), ("yellow", YELLOW)):
         image.save(tmp_path / f"{name}.png")
     settings = {"prompt": texts, "seed": 3, "steps": STEPS}
-    request = Request.model_validate({"images": [tmp_path / "blue.png", tmp_path / "yellow.png"], "settings": settings})
+    request = Request.model_validate(
+        {"images": [tmp_path / "blue.png", tmp_path / "yellow.png"], "settings": settings}
+    )
     made = save_results(request.run(pipe), request, tmp_path / "out")
     assert read_request(made[1]).settings.prompt == tuple(texts)
     assert difference(open_image(made[1]), read_request(made[1]).run(pipe).images[0]) == 0
@@ -95,7 +107,10 @@ def test_own_texts_beside_a_first_picture_and_in_a_request(pipe: ImagePromptPipe
 
 @pytest.mark.parametrize(
     ("texts", "said"),
-    [(["a"], "1 texts for 2 image prompts: give one for all, or one for each"), (["a", 3], "prompt = .*: input should be a valid")],
+    [
+        (["a"], "1 texts for 2 image prompts: give one for all, or one for each"),
+        (["a", 3], "prompt = .*: input should be a valid"),
+    ],
 )
 def test_texts_that_do_not_fit(pipe: ImagePromptPipeline, texts: list[Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):
@@ -107,7 +122,9 @@ def test_pictures_together_prompt_one_result(pipe: ImagePromptPipeline) -> None:
     assert len(together.images) == 2
     twice = pipe([BLUE, BLUE], together=True, seed=1, steps=STEPS)
     once = pipe(BLUE, seed=1, steps=STEPS)
-    assert difference(twice.images[0], once.images[0]) <= 1  # the same tokens twice weigh the same in a softmax
+    assert (
+        difference(twice.images[0], once.images[0]) <= 1
+    )  # the same tokens twice weigh the same in a softmax
     assert difference(together.images[0], once.images[0]) > 5
 
 
@@ -115,18 +132,27 @@ def test_pictures_together_prompt_one_result(pipe: ImagePromptPipeline) -> None:
 def test_scale_zero_is_the_base_model(pipe: ImagePromptPipeline, guidance: float) -> None:
     ours = pipe(BLUE, "a panda", scale=0, seed=2, steps=STEPS, guidance=guidance).images[0]
     base = pipe.pipeline(
-        "a panda", num_inference_steps=STEPS, guidance_scale=guidance, generator=[torch.Generator().manual_seed(2)]
+        "a panda",
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        generator=[torch.Generator().manual_seed(2)],
     ).images[0]
     assert difference(ours, base) == 0
 
 
 def test_image_to_image_and_inpainting(pipe: ImagePromptPipeline) -> None:
     start = picture("white", "black")
-    weak, strong = (pipe(BLUE, init_image=start, strength=s, seed=1, steps=10).images[0] for s in (0.2, 1.0))
-    assert np.abs(values(weak) - values(start)).mean() < np.abs(values(strong) - values(start)).mean()
+    weak, strong = (
+        pipe(BLUE, init_image=start, strength=s, seed=1, steps=10).images[0] for s in (0.2, 1.0)
+    )
+    assert (
+        np.abs(values(weak) - values(start)).mean() < np.abs(values(strong) - values(start)).mean()
+    )
     mask = Image.new("L", (128, 128))
     mask.paste(255, (64, 0, 128, 128))
-    painted = pipe(BLUE, init_image=start, mask_image=mask, strength=1.0, seed=1, steps=10).images[0]
+    painted = pipe(BLUE, init_image=start, mask_image=mask, strength=1.0, seed=1, steps=10).images[
+        0
+    ]
     assert np.array_equal(values(painted)[:, :64], values(start)[:, :64])
     assert np.abs(values(painted)[:, 80:] - values(start)[:, 80:]).mean() > 10
 
@@ -142,17 +168,21 @@ def test_sizes(pipe: ImagePromptPipeline) -> None:
 def test_any_diffusers_pipeline_in_three_lines(pipe: ImagePromptPipeline) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from imprompt.attention import family_of
-    from imprompt.checkpoint import load_adapter
+    from imprompt.checkpoints.adapters import load_adapter
     from imprompt.models import PACKAGED
 
     ours = pipe(BLUE, "a rocket", scale=0.5, seed=8, steps=STEPS).images[0]
     plain = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
     plain.set_progress_bar_config(disable=True)
-    adapter = load_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors", family_of(plain.unet))[0].attach(plain.unet)
+    file = PACKAGED / "emoji" / "adapters" / "base.safetensors"
+    adapter = load_adapter(file, plain.unet).attach(plain.unet)
     encoder = pipe.first.reader.encoder
     tokens, null = (
-        adapter.tokens(f) for f in (encoder.features([BLUE], "pooled"), encoder.null_features(pipe.first.reader.variant))
+        adapter.tokens(f)
+        for f in (
+            encoder.features([BLUE], "pooled"),
+            encoder.null_features(pipe.first.reader.variant),
+        )
     )
     with torch.no_grad():
         made = plain(
@@ -165,17 +195,27 @@ def test_any_diffusers_pipeline_in_three_lines(pipe: ImagePromptPipeline) -> Non
     assert difference(ours, made) == 0
 
 
-def test_diffusers_own_loader_gives_the_same_picture(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
+def test_diffusers_own_loader_gives_the_same_picture(
+    pipe: ImagePromptPipeline, tmp_path: Path
+) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from imprompt.checkpoint import read_adapter, write_adapter
+    from imprompt.checkpoints.adapters import read_adapter, write_adapter
     from imprompt.models import PACKAGED
 
-    write_adapter(tmp_path / "ip.safetensors", read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors"), "diffusers")
+    write_adapter(
+        tmp_path / "ip.safetensors",
+        read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors"),
+        "diffusers",
+    )
     theirs = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
     theirs.set_progress_bar_config(disable=True)
     theirs.load_ip_adapter(
-        str(tmp_path), subfolder="", weight_name="ip.safetensors", image_encoder_folder=None, low_cpu_mem_usage=False
+        str(tmp_path),
+        subfolder="",
+        weight_name="ip.safetensors",
+        image_encoder_folder=None,
+        low_cpu_mem_usage=False,
     )
     theirs.set_ip_adapter_scale(0.7)
     made = theirs(
@@ -190,7 +230,14 @@ def test_diffusers_own_loader_gives_the_same_picture(pipe: ImagePromptPipeline, 
 
 def test_progress_is_told(pipe: ImagePromptPipeline) -> None:
     told: list[tuple[int, int]] = []
-    pipe(BLUE, num_images=3, batch_size=2, seed=0, steps=STEPS, on_step=lambda done, total: told.append((done, total)))
+    pipe(
+        BLUE,
+        num_images=3,
+        batch_size=2,
+        seed=0,
+        steps=STEPS,
+        on_step=lambda done, total: told.append((done, total)),
+    )
     assert told == [(i, 2 * STEPS) for i in range(1, 2 * STEPS + 1)]
 
 
@@ -198,10 +245,14 @@ def test_a_png_repeats_its_picture(pipe: ImagePromptPipeline, tmp_path: Path) ->
     prompts = [tmp_path / "blue.png", tmp_path / "yellow.png"]
     for image, path in zip((BLUE, YELLOW), prompts, strict=True):
         image.save(path)
-    request = Request(images=prompts, settings={"num_images": 2, "steps": STEPS, "prompt": "a “heart” ♥"})
+    request = Request(
+        images=prompts, settings={"num_images": 2, "steps": STEPS, "prompt": "a “heart” ♥"}
+    )
     result = request.run(pipe)
     paths = save_results(result, request, tmp_path / "out")
-    assert [p.name for p in paths] == [f"blue-{s}.png" for s in result.seeds] + [f"blue-{result.seeds[0]}-grid.png"]
+    assert [p.name for p in paths] == [f"blue-{s}.png" for s in result.seeds] + [
+        f"blue-{result.seeds[0]}-grid.png"
+    ]
     for path in paths[:-1]:
         again = read_request(path).run(pipe)
         assert len(again.images) == 1
@@ -210,7 +261,7 @@ def test_a_png_repeats_its_picture(pipe: ImagePromptPipeline, tmp_path: Path) ->
 
 
 def test_the_encoder_is_checked(pipe: ImagePromptPipeline) -> None:
-    from imprompt.checkpoint import read_adapter
+    from imprompt.checkpoints.adapters import read_adapter
     from imprompt.models import PACKAGED
 
     file = read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors")
@@ -232,7 +283,12 @@ def test_the_shipped_adapters_follow_the_picture(name: str) -> None:
     made = pipe([BLUE, YELLOW], num_images=2, seed=21, steps=12).images
     rim = [values(image)[:4].mean((0, 1)) for image in made]
     blue, yellow = np.array((0, 0, 255)), np.array((255, 255, 0))
-    for colour, own, other in ((rim[0], blue, yellow), (rim[1], blue, yellow), (rim[2], yellow, blue), (rim[3], yellow, blue)):
+    for colour, own, other in (
+        (rim[0], blue, yellow),
+        (rim[1], blue, yellow),
+        (rim[2], yellow, blue),
+        (rim[3], yellow, blue),
+    ):
         assert np.abs(colour - own).mean() < 0.5 * np.abs(colour - other).mean()
 
 
@@ -240,15 +296,23 @@ def test_sdxl_in_every_task(tmp_path: Path) -> None:
     """A tiny model of SDXL's structure from a folder, with a plus adapter from a file."""
     from tiny import tiny_adapter, tiny_encoder, tiny_sdxl
 
-    from imprompt.checkpoint import Origin, save_adapter
-    from imprompt.variants import variant
+    from imprompt.checkpoints.adapters import Origin, save_adapter
+    from imprompt.variants import find_variant
 
     model, encoder = tiny_sdxl(), tiny_encoder()
     model.save_pretrained(tmp_path)
     encoder.model.save_pretrained(tmp_path / "image_encoder")
-    sites = list(tiny_adapter(model.unet, "plus").family.sites(model.unet))
-    save_adapter(tmp_path / "plus.safetensors", tiny_adapter(model.unet, "plus"), variant("plus"), sites, Origin(base="tiny"))
-    pipe = ImagePromptPipeline.from_pretrained(str(tmp_path), adapter=tmp_path / "plus.safetensors", device="cpu")
+    sites = list(tiny_adapter(model.unet, "plus").family.layers(model.unet))
+    save_adapter(
+        tmp_path / "plus.safetensors",
+        tiny_adapter(model.unet, "plus"),
+        find_variant("plus"),
+        sites,
+        Origin(base="tiny"),
+    )
+    pipe = ImagePromptPipeline.from_pretrained(
+        str(tmp_path), adapter=tmp_path / "plus.safetensors", device="cpu"
+    )
     options: dict[str, Any] = {"seed": 1, "steps": 2, "guidance": 5.0, "width": 64, "height": 64}
     alone = pipe(BLUE, "a panda", **options).images[0]
     assert difference(alone, pipe(YELLOW, "a panda", **options).images[0]) > 0
@@ -261,8 +325,12 @@ def test_sdxl_in_every_task(tmp_path: Path) -> None:
 
 def test_half_precision_projects_in_float32() -> None:
     """A resampler's values leave float16's range; keys and values are as the base model's."""
-    half = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", device="cpu", dtype=torch.bfloat16)
-    assert {weight.dtype for weight in half.first.adapter.projection.parameters()} == {torch.float32}
+    half = ImagePromptPipeline.from_pretrained(
+        "emoji", adapter="plus", device="cpu", dtype=torch.bfloat16
+    )
+    assert {weight.dtype for weight in half.first.adapter.projection.parameters()} == {
+        torch.float32
+    }
     assert {weight.dtype for weight in half.first.adapter.image_kv.parameters()} == {torch.bfloat16}
     whole = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", device="cpu")
     ours, theirs = (values(pipe(BLUE, seed=1, steps=STEPS).images[0]) for pipe in (half, whole))

@@ -15,7 +15,9 @@ from imprompt.errors import ImageError
 from imprompt.images import BLACK, MAX_PIXELS, WHITE, grid, open_image, open_mask
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-UPRIGHT = np.arange(18, dtype=np.uint8).reshape(3, 2, 3) * 14  # two wide, three high, every value another
+UPRIGHT = (
+    np.arange(18, dtype=np.uint8).reshape(3, 2, 3) * 14
+)  # two wide, three high, every value another
 Make = Callable[[Path], object]
 
 
@@ -76,7 +78,9 @@ def stored(orientation: int) -> Make:
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return lambda path: Image.fromarray(np.ascontiguousarray(turned[orientation])).save(path, exif=exif)
+    return lambda path: Image.fromarray(np.ascontiguousarray(turned[orientation])).save(
+        path, exif=exif
+    )
 
 
 def grey(*values: int) -> list[tuple[int, ...]]:
@@ -87,7 +91,10 @@ def srgb(*, swapped: bool) -> bytes:
     """The profile of sRGB, or one of screens whose red and green are swapped."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     if swapped:
-        entries = {bytes(profile[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(profile[128:132]), 12)}
+        entries = {
+            bytes(profile[at : at + 4]): at
+            for at in range(132, 132 + 12 * int.from_bytes(profile[128:132]), 12)
+        }
         red, green = (slice(entries[tag] + 4, entries[tag] + 12) for tag in (b"rXYZ", b"gXYZ"))
         profile[red], profile[green] = profile[green], profile[red]
     return bytes(profile)
@@ -102,7 +109,10 @@ IN_PROFILE: list[tuple[str, tuple[object, ...], list[tuple[int, ...]]]] = [
 TURNED = [tuple(pixel) for pixel in UPRIGHT.reshape(-1, 3).tolist()]
 # (what, ending, how it is made, its pixels)
 GOOD: list[tuple[str, str, Make, list[tuple[int, ...]]]] = [
-    *((f"{end} of RGB", end, of("RGB", RED, (9, 8, 7)), [RED, (9, 8, 7)]) for end in ("png", "bmp", "tiff", "tga", "ppm")),
+    *(
+        (f"{end} of RGB", end, of("RGB", RED, (9, 8, 7)), [RED, (9, 8, 7)])
+        for end in ("png", "bmp", "tiff", "tga", "ppm")
+    ),
     ("lossless WebP", "webp", of("RGB", RED, BLUE, lossless=True), [RED, BLUE]),
     ("animated GIF", "gif", animation(), [RED]),
     ("animated WebP", "webp", animation(lossless=True), [RED]),
@@ -111,28 +121,81 @@ GOOD: list[tuple[str, str, Make, list[tuple[int, ...]]]] = [
     ("black and white", "png", of("1", 0, 1), grey(0, 255)),
     ("grey", "png", of("L", 0, 7, 255), grey(0, 7, 255)),
     ("palette", "png", palette(), [RED, GREEN, (100, 100, 100)]),
-    ("palette with a transparent colour", "png", palette(transparency=1), [RED, WHITE, (100, 100, 100)]),
-    ("palette with alpha", "png", palette(transparency=bytes([255, 0, 51])), [RED, WHITE, (224, 224, 224)]),
-    ("GIF with a transparent colour", "gif", palette(transparency=1), [RED, WHITE, (100, 100, 100)]),
+    (
+        "palette with a transparent colour",
+        "png",
+        palette(transparency=1),
+        [RED, WHITE, (100, 100, 100)],
+    ),
+    (
+        "palette with alpha",
+        "png",
+        palette(transparency=bytes([255, 0, 51])),
+        [RED, WHITE, (224, 224, 224)],
+    ),
+    (
+        "GIF with a transparent colour",
+        "gif",
+        palette(transparency=1),
+        [RED, WHITE, (100, 100, 100)],
+    ),
     ("RGB with a transparent colour", "png", of("RGB", RED, BLUE, transparency=BLUE), [RED, WHITE]),
     ("grey with a transparent value", "png", of("L", 5, 9, transparency=9), grey(5, 255)),
-    ("RGBA", "png", of("RGBA", (*RED, 255), (*BLUE, 0), (*BLACK, 51)), [RED, WHITE, (204, 204, 204)]),
+    (
+        "RGBA",
+        "png",
+        of("RGBA", (*RED, 255), (*BLUE, 0), (*BLACK, 51)),
+        [RED, WHITE, (204, 204, 204)],
+    ),
     ("LA", "png", of("LA", (5, 255), (5, 0), (0, 51)), grey(5, 255, 204)),
-    ("CMYK", "tiff", of("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), (0, 0, 0, 255)), [RED, BLUE, BLACK]),
+    (
+        "CMYK",
+        "tiff",
+        of("CMYK", (0, 255, 255, 0), (255, 255, 0, 0), (0, 0, 0, 255)),
+        [RED, BLUE, BLACK],
+    ),
     ("16-bit PNG", "png", of_array("<u2", 0, 100 * 257, 65535), grey(0, 100, 255)),
     ("16-bit TIFF", "tiff", of_array("<u2", 0, 100 * 257, 65535), grey(0, 100, 255)),
-    ("16-bit TIFF, the other byte order", "tiff", of_array(">u2", 0, 100 * 257, 65535), grey(0, 100, 255)),
+    (
+        "16-bit TIFF, the other byte order",
+        "tiff",
+        of_array(">u2", 0, 100 * 257, 65535),
+        grey(0, 100, 255),
+    ),
     ("16-bit PNG, all dark", "png", of_array("<u2", 0, 100, 255), grey(0, 0, 1)),
-    ("32-bit TIFF of 16-bit values", "tiff", of_array("<i4", -5, 100 * 257, 65535), grey(0, 100, 255)),
+    (
+        "32-bit TIFF of 16-bit values",
+        "tiff",
+        of_array("<i4", -5, 100 * 257, 65535),
+        grey(0, 100, 255),
+    ),
     ("32-bit TIFF of 8-bit values", "tiff", of_array("<i4", 0, 100, 255), grey(0, 100, 255)),
-    ("32-bit TIFF of larger values", "tiff", of_array("<i4", 0, 10**6, 2 * 10**6), grey(0, 128, 255)),
-    ("TIFF of real numbers", "tiff", of_array("<f4", -1.0, 100.2, 254.9, np.nan, np.inf), grey(0, 100, 255, 0, 0)),
+    (
+        "32-bit TIFF of larger values",
+        "tiff",
+        of_array("<i4", 0, 10**6, 2 * 10**6),
+        grey(0, 128, 255),
+    ),
+    (
+        "TIFF of real numbers",
+        "tiff",
+        of_array("<f4", -1.0, 100.2, 254.9, np.nan, np.inf),
+        grey(0, 100, 255, 0, 0),
+    ),
     ("TIFF of shares of white", "tiff", of_array("<f4", 0.0, 0.4, 1.0), grey(0, 102, 255)),
     ("16-bit PGM, all dark", "ppm", of_array("<i4", 0, 100, 255), grey(0, 0, 1)),
-    *((f"{mode} in a profile", "png", of(mode, *stored, icc_profile=SWAPPED), shown) for mode, stored, shown in IN_PROFILE),
+    *(
+        (f"{mode} in a profile", "png", of(mode, *stored, icc_profile=SWAPPED), shown)
+        for mode, stored, shown in IN_PROFILE
+    ),
     ("palette in a profile", "png", palette(icc_profile=SWAPPED), [GREEN, RED, (100, 100, 100)]),
     ("RGB in the profile sRGB", "png", of("RGB", (60, 150, 60), icc_profile=SRGB), [(60, 150, 60)]),
-    ("a damaged profile", "png", of("RGB", (60, 150, 60), icc_profile=b"no profile"), [(60, 150, 60)]),
+    (
+        "a damaged profile",
+        "png",
+        of("RGB", (60, 150, 60), icc_profile=b"no profile"),
+        [(60, 150, 60)],
+    ),
     ("a profile of other colours", "png", of("L", 7, icc_profile=SWAPPED), grey(7)),
     *((f"EXIF orientation {n}", "png", stored(n), TURNED) for n in range(1, 9)),
     ("damaged EXIF", "png", of("RGB", RED, exif=b"Exif\0\0no such thing"), [RED]),
@@ -140,15 +203,21 @@ GOOD: list[tuple[str, str, Make, list[tuple[int, ...]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("ending", "make", "expected"), [row[1:] for row in GOOD], ids=[row[0] for row in GOOD])
-def test_a_picture_becomes_upright_rgb(ending: str, make: Make, expected: list[tuple[int, ...]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "make", "expected"), [row[1:] for row in GOOD], ids=[row[0] for row in GOOD]
+)
+def test_a_picture_becomes_upright_rgb(
+    ending: str, make: Make, expected: list[tuple[int, ...]], tmp_path: Path
+) -> None:
     make(tmp_path / f"a.{ending}")
     for image in (open_image(tmp_path / f"a.{ending}"), open_image(str(tmp_path / f"a.{ending}"))):
         assert image.mode == "RGB"
         assert pixels(image) == expected
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("RGB", (200, 30, 30)), ("CMYK", (0, 220, 220, 55)), ("L", 100)])
+@pytest.mark.parametrize(
+    ("mode", "colour"), [("RGB", (200, 30, 30)), ("CMYK", (0, 220, 220, 55)), ("L", 100)]
+)
 def test_jpegs(mode: str, colour: object, tmp_path: Path) -> None:
     Image.new(mode, (16, 16), colour).save(tmp_path / "a.jpg")  # pyright: ignore[reportArgumentType]
     expected = {"RGB": (200, 30, 30), "CMYK": (200, 27, 27), "L": (100, 100, 100)}[mode]
@@ -207,7 +276,12 @@ def chunk(name: bytes, data: bytes) -> bytes:
 def claims(width: int, height: int) -> Make:
     """Saves a PNG of a few bytes that says it is that large."""
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
     return lambda path: path.write_bytes(data)
 
 
@@ -217,7 +291,9 @@ def holding(data: bytes) -> Make:
 
 def noise(path: Path) -> None:
     """Sixty-four wide and high, so that every format has data to lose."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        path
+    )
 
 
 def cut(share: float) -> Make:
@@ -236,17 +312,34 @@ BAD: list[tuple[str, str, Make, str]] = [
     ("empty", "png", Path.touch, "is empty"),
     ("text", "png", holding(b"no picture at all"), "is not a picture of a known format"),
     ("another program's format", "eps", holding(EPS), "EPS files are not read; give a PNG"),
-    *((f"half a {end}", end, cut(0.5), "is damaged, truncated") for end in ("png", "jpg", "gif", "bmp")),
+    *(
+        (f"half a {end}", end, cut(0.5), "is damaged, truncated")
+        for end in ("png", "jpg", "gif", "bmp")
+    ),
     *((f"half a {end}", end, cut(0.5), "damaged") for end in ("webp", "tiff", "ppm", "tga")),
     ("only the header", "png", cut(0.001), "is not a picture of a known format"),
-    ("bomb", "png", claims(100_000, 100_000), f"is far over the limit of {MAX_PIXELS:,} pixels; make it smaller"),
-    ("too large", "png", claims(10_001, 10_000), f"has 10001×10000 pixels, over the limit of {MAX_PIXELS:,} pixels"),
+    (
+        "bomb",
+        "png",
+        claims(100_000, 100_000),
+        f"is far over the limit of {MAX_PIXELS:,} pixels; make it smaller",
+    ),
+    (
+        "too large",
+        "png",
+        claims(10_001, 10_000),
+        f"has 10001×10000 pixels, over the limit of {MAX_PIXELS:,} pixels",
+    ),
     ("pipe", "png", os.mkfifo, "is no file, but a device or a pipe"),
 ]
 
 
-@pytest.mark.parametrize(("ending", "make", "words"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-def test_what_is_no_picture_is_refused_in_one_line(ending: str, make: Make, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "make", "words"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
+)
+def test_what_is_no_picture_is_refused_in_one_line(
+    ending: str, make: Make, words: str, tmp_path: Path
+) -> None:
     path = tmp_path / f"a.{ending}"
     make(path)
     with pytest.raises(ImageError) as caught:
@@ -256,7 +349,9 @@ def test_what_is_no_picture_is_refused_in_one_line(ending: str, make: Make, word
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything"
+)
 def test_a_picture_that_may_not_be_read(tmp_path: Path) -> None:
     noise(tmp_path / "a.png")
     (tmp_path / "a.png").chmod(0)
@@ -272,7 +367,9 @@ def test_damage_never_escapes_as_another_error(ending: str, tmp_path: Path) -> N
     for _ in range(40):
         damaged = bytearray(whole)
         for _ in range(draw.choice((1, 3, 30))):
-            damaged[draw.randrange(min(len(damaged), draw.choice((64, 10**6))))] = draw.randrange(256)
+            damaged[draw.randrange(min(len(damaged), draw.choice((64, 10**6))))] = draw.randrange(
+                256
+            )
         path.write_bytes(damaged)
         try:
             assert open_image(path).mode == "RGB"
@@ -281,7 +378,14 @@ def test_damage_never_escapes_as_another_error(ending: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("count", "columns", "size"), [(1, None, (4, 3)), (2, None, (12, 3)), (4, None, (12, 10)), (5, None, (20, 10)), (3, 1, (4, 17))]
+    ("count", "columns", "size"),
+    [
+        (1, None, (4, 3)),
+        (2, None, (12, 3)),
+        (4, None, (12, 10)),
+        (5, None, (20, 10)),
+        (3, 1, (4, 17)),
+    ],
 )
 def test_grid(count: int, columns: int | None, size: tuple[int, int]) -> None:
     sheet = grid([Image.new("RGB", (4, 3), (n, 0, 0)) for n in range(count)], columns)
@@ -304,7 +408,9 @@ def test_grid(count: int, columns: int | None, size: tuple[int, int]) -> None:
     ],
 )
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_mask_applies_where_it_is_one_or_white(what: str, values: list[int], stored: bool, tmp_path: Path) -> None:
+def test_a_mask_applies_where_it_is_one_or_white(
+    what: str, values: list[int], stored: bool, tmp_path: Path
+) -> None:
     mask: Image.Image = Image.fromarray(np.array([values], what))
     if stored:
         mask.save(tmp_path / "mask.tiff")
@@ -312,7 +418,9 @@ def test_a_mask_applies_where_it_is_one_or_white(what: str, values: list[int], s
 
 
 def test_greys_of_a_mask_stay() -> None:
-    assert np.asarray(open_mask(Image.fromarray(np.array([[0, 1, 2]], "uint8")))).tolist() == [[0, 1, 2]]
+    assert np.asarray(open_mask(Image.fromarray(np.array([[0, 1, 2]], "uint8")))).tolist() == [
+        [0, 1, 2]
+    ]
 
 
 def test_grey_multiplied_by_its_alpha() -> None:

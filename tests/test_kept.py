@@ -1,4 +1,6 @@
-"""Image features kept in memory and in folders: the encoder's own, bit for bit, and nobody else's."""
+"""Image features kept in memory and in folders: the encoder's own, bit for bit, and nobody
+else's.
+"""
 
 import gc
 import shutil
@@ -13,18 +15,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from imprompt.checkpoint import AdapterFile, read_adapter
-from imprompt.cli.generate import run
-from imprompt.encoders.kept import FeatureFolder, FeatureMemory, KeptFeatures, Store, files_of
+from imprompt.checkpoints.adapters import AdapterFile, read_adapter
+from imprompt.cli.generate import carry_out
+from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.feature_cache import (
+    FeatureFolder,
+    FeatureMemory,
+    KeptFeatures,
+    Store,
+    files_of,
+)
+from imprompt.encoders.matching import load_encoder
 from imprompt.encoders.noise import Noise
-from imprompt.encoders.opening import load_encoder
-from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import MismatchError, SettingError
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.references import Reference
+from imprompt.generation.request import Request, read_request
 from imprompt.images import open_image
 from imprompt.models import MODELS, PACKAGED, Place
-from imprompt.sampling.generate import ImagePromptPipeline
-from imprompt.sampling.record import Request, read_request
-from imprompt.sampling.references import Reference
 from imprompt.variants import VARIANTS, Feature
 from tests.tiny import pictures
 
@@ -37,9 +45,13 @@ def unopened() -> NoReturn:
     raise AssertionError("the encoder was opened")
 
 
-def kept_by(store: Store, encoder: VisionEncoder | None, place: Path, dtype: torch.dtype = FLOAT) -> KeptFeatures:
+def kept_by(
+    store: Store, encoder: VisionEncoder | None, place: Path, dtype: torch.dtype = FLOAT
+) -> KeptFeatures:
     """Features of `encoder`, as if it lay at `place`; None: of one that must not be opened."""
-    return KeptFeatures(unopened if encoder is None else lambda: encoder, Place(str(place)), CPU, dtype, store)
+    return KeptFeatures(
+        unopened if encoder is None else lambda: encoder, Place(str(place)), CPU, dtype, store
+    )
 
 
 def emoji_file(name: str = "plus", *, header: bool = True) -> AdapterFile:
@@ -67,7 +79,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return FeatureMemory(10**7) if request.param == "memory" else FeatureFolder(tmp_path / "kept")
 
 
-def test_they_are_the_encoders_own_bit_for_bit(store: Store, encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_they_are_the_encoders_own_bit_for_bit(
+    store: Store, encoder: VisionEncoder, tmp_path: Path
+) -> None:
     for kept in (kept_by(store, encoder, tmp_path), kept_by(store, None, tmp_path)):
         for row in VARIANTS:
             own = torch.cat([encoder.features([picture], row.feature) for picture in (ONE, TWO)])
@@ -77,7 +91,12 @@ def test_they_are_the_encoders_own_bit_for_bit(store: Store, encoder: VisionEnco
 
 
 def test_pictures_are_made_ready_without_the_encoder(tmp_path: Path) -> None:
-    padded = Reference(images=Image.new("RGB", (64, 32), "green"), crop="pad", sharpening=0.5, negative=Noise(kind="fade"))
+    padded = Reference(
+        images=Image.new("RGB", (64, 32), "green"),
+        crop="pad",
+        sharpening=0.5,
+        negative=Noise(kind="fade"),
+    )
     made = []
     for opened in (True, False):
         pipe = ImagePromptPipeline.from_pretrained("emoji", device=CPU, keep_features=tmp_path)
@@ -92,7 +111,9 @@ def test_a_pipeline_makes_the_same_pictures(tmp_path: Path) -> None:
     for opened in (True, False):
         kept = emoji_encoder(emoji_file(), FeatureFolder(tmp_path))
         pipe = ImagePromptPipeline(
-            pipe.pipeline, replace(pipe.first, reader=replace(pipe.first.reader, encoder=kept)), model=pipe.model
+            pipe.pipeline,
+            replace(pipe.first, reader=replace(pipe.first.reader, encoder=kept)),
+            model=pipe.model,
         )
         assert pipe(ONE, seed=1, steps=2).images[0].tobytes() == first.tobytes()
         assert ("encoder" in vars(kept)) is opened
@@ -136,14 +157,21 @@ def swap(path: Path) -> None:
     shutil.copy(other, path)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, swap, lambda path: path.write_text(""), lambda path: path.write_text("{}" * 9)])
-def test_a_damaged_file_is_encoded_anew(damage: Callable[[Path], None], encoder: VisionEncoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [cut, flip, swap, lambda path: path.write_text(""), lambda path: path.write_text("{}" * 9)],
+)
+def test_a_damaged_file_is_encoded_anew(
+    damage: Callable[[Path], None], encoder: VisionEncoder, tmp_path: Path
+) -> None:
     store, place = FeatureFolder(tmp_path / "kept"), tmp_path
     kept_by(store, encoder, place).features([ONE], "pooled")
     (path,) = store.folder.iterdir()
     kept_by(store, encoder, place).features([TWO], "pooled")
     damage(path)
-    assert torch.equal(kept_by(store, encoder, place).features([ONE], "pooled"), encoder.features([ONE], "pooled"))
+    assert torch.equal(
+        kept_by(store, encoder, place).features([ONE], "pooled"), encoder.features([ONE], "pooled")
+    )
     kept_by(store, None, place).features([ONE, TWO], "pooled")  # and kept again
 
 
@@ -161,12 +189,16 @@ def test_other_facts_are_other_features(encoder: VisionEncoder, tmp_path: Path) 
     refused(kept_by(store, None, place, torch.float16))
     refused(kept_by(store, None, place), "penultimate")
     refused(KeptFeatures(unopened, Place(str(place)), CPU, FLOAT, store, width=7))
-    refused(KeptFeatures(unopened, Place(str(place)), CPU, FLOAT, store, fingerprint="0123456789abcdef"))
+    refused(
+        KeptFeatures(unopened, Place(str(place)), CPU, FLOAT, store, fingerprint="0123456789abcdef")
+    )
     (place / "model.safetensors").write_text("other weights")
     refused(kept_by(store, None, place))
 
 
-def test_memory_is_bounded_in_bytes_and_forgets_the_oldest(encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_memory_is_bounded_in_bytes_and_forgets_the_oldest(
+    encoder: VisionEncoder, tmp_path: Path
+) -> None:
     feature = encoder.features([ONE], "pooled")
     store = FeatureMemory(2 * feature.nbytes)
     kept = kept_by(store, encoder, tmp_path)
@@ -204,9 +236,15 @@ def test_an_empty_store_opens_and_checks_the_encoder_at_once(store: Store, tmp_p
 
 
 def test_without_a_header_another_encoders_name_is_another_encoder(tmp_path: Path) -> None:
-    store, own, other = FeatureFolder(tmp_path / "kept"), EMOJI / "image_encoder", other_encoder(tmp_path / "other", 0.5)
-    made: list[Tensor] = [emoji_encoder(emoji_file("base", header=False), store, place).features([ONE], "pooled")
-                          for place in (own, other)]  # fmt: skip
+    store, own, other = (
+        FeatureFolder(tmp_path / "kept"),
+        EMOJI / "image_encoder",
+        other_encoder(tmp_path / "other", 0.5),
+    )
+    made: list[Tensor] = [
+        emoji_encoder(emoji_file("base", header=False), store, place).features([ONE], "pooled")
+        for place in (own, other)
+    ]
     assert not torch.equal(*made)
 
 
@@ -223,7 +261,9 @@ def test_a_folder_that_is_lost_is_told(encoder: VisionEncoder, tmp_path: Path) -
         kept.features([ONE], "pooled")
 
 
-def test_an_encoder_on_the_hub_is_known_by_its_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_encoder_on_the_hub_is_known_by_its_revision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     asked = []
 
     def download(*place: str) -> str:
@@ -231,18 +271,26 @@ def test_an_encoder_on_the_hub_is_known_by_its_revision(monkeypatch: pytest.Monk
         return str(tmp_path / "snapshots" / "a1b2c3" / place[1])
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert files_of(Place("owner/name", "models/image_encoder")).endswith("a1b2c3/models/image_encoder")
-    assert asked == [("owner/name", "models/image_encoder/config.json")]  # its weights are left where they are
+    assert files_of(Place("owner/name", "models/image_encoder")).endswith(
+        "a1b2c3/models/image_encoder"
+    )
+    assert asked == [
+        ("owner/name", "models/image_encoder/config.json")
+    ]  # its weights are left where they are
 
 
-def test_a_repeated_command_opens_no_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_repeated_command_opens_no_encoder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ONE.save(tmp_path / "one.png")
     settings = {"steps": 2, "seed": 3, "num_images": 2}
     request = Request(adapter="plus", images=[tmp_path / "one.png"], settings=settings)
-    plain = run(request, tmp_path / "plain", device=CPU)
-    run(request, tmp_path / "first", device=CPU, keep_features=tmp_path / "kept")
-    monkeypatch.setattr("imprompt.encoders.vision.open_encoder", unopened)
-    again = run(request, tmp_path / "again", device=CPU, keep_features=tmp_path / "kept")
-    assert [open_image(path).tobytes() for path in again] == [open_image(path).tobytes() for path in plain]
+    plain = carry_out(request, tmp_path / "plain", device=CPU)
+    carry_out(request, tmp_path / "first", device=CPU, keep_features=tmp_path / "kept")
+    monkeypatch.setattr("imprompt.encoders.clip.open_encoder", unopened)
+    again = carry_out(request, tmp_path / "again", device=CPU, keep_features=tmp_path / "kept")
+    assert [open_image(path).tobytes() for path in again] == [
+        open_image(path).tobytes() for path in plain
+    ]
     assert "kept" not in read_request(again[0]).model_dump_json()
     gc.unfreeze()

@@ -1,4 +1,6 @@
-"""kill -9 at any moment, then the same command again: every loss and the last weights are those of a run that was left alone."""
+"""kill -9 at any moment, then the same command again: every loss and the last weights are those of
+a run that was left alone.
+"""
 
 import json
 import shutil
@@ -16,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from imprompt.checkpoint import read_adapter
+from imprompt.checkpoints.adapters import read_adapter
 from imprompt.training.recipe import Recipe
 from imprompt.training.state import save_state
 from imprompt.training.watch import Metrics
@@ -26,7 +28,12 @@ from tests.sets import MAKERS, damaged, items
 
 FILES = ["adapter.safetensors", "state.json", "training.pt"]
 STEPS, SAMPLES, BATCH = 12, 14, 3
-TIMES = {"samples_per_second", "step_seconds", "data_wait", "peak_memory_gb"}  # of a row: no two runs share them
+TIMES = {
+    "samples_per_second",
+    "step_seconds",
+    "data_wait",
+    "peak_memory_gb",
+}  # of a row: no two runs share them
 # Source -> what else its run does.
 SOURCES: dict[str, dict[str, Any]] = {
     "folder": {},
@@ -44,8 +51,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plans(source: str, model: Path, at: Path) -> Plan:
-    """The recipes of runs that differ in nothing but their folders. One sample of the set is bad."""
-    made = MAKERS.get(source, MAKERS["folder"])(at / "set", damaged(items(SAMPLES, (24, 20)), {4: "truncated"}))
+    """The recipes of runs that differ in nothing but their folders.
+
+    One sample of the set is bad.
+    """
+    made = MAKERS.get(source, MAKERS["folder"])(
+        at / "set", damaged(items(SAMPLES, (24, 20)), {4: "truncated"})
+    )
     other = SOURCES[source]
     data = {"size": 16, "held_out": 2, "max_bad": 0.1, "root": made.root, **other.get("data", {})}
     optimization = {"batch_size": BATCH, "ema": 0.9, **other.get("optimization", {})}
@@ -53,14 +65,19 @@ def plans(source: str, model: Path, at: Path) -> Plan:
 
     def plan(name: str) -> Recipe:
         features = at / f"{name}-features" if source == "features" else None
-        return recipe(made.source, at / name, STEPS, **{**changes, "data": {**data, "features": features}})
+        return recipe(
+            made.source, at / name, STEPS, **{**changes, "data": {**data, "features": features}}
+        )
 
     return plan
 
 
 def attempt(plan: Recipe, kill: After | Saving | None = None) -> Ended:
     """Start `imprompt train`; what is beside the run's folder is made by this run too."""
-    beside = {kind: plan.output.with_name(f"{plan.output.name}{kind}") for kind in (".toml", "-notes", "-hub")}
+    beside = {
+        kind: plan.output.with_name(f"{plan.output.name}{kind}")
+        for kind in (".toml", "-notes", "-hub")
+    }
     arguments = ["train", str(written(plan, beside[".toml"]))]
     return imprompt(arguments, beside["-notes"], kill, {"HF_DATASETS_CACHE": str(beside["-hub"])})
 
@@ -75,11 +92,15 @@ class Toll:
 
     def __str__(self) -> str:
         doing = ", ".join(f"{number} {what}" for what, number in sorted(self.kills.items()))
-        return f"{self.kills.total()} kills ({doing}), {self.resumes} resumes, {self.runs} whole runs"
+        return (
+            f"{self.kills.total()} kills ({doing}), {self.resumes} resumes, {self.runs} whole runs"
+        )
 
 
 def survive(plan: Plan, whole: Path, moments: Iterator[After | Saving], kills: int) -> Toll:
-    """Kill runs at these moments, start each again until it ends, and compare it with the whole one."""
+    """Kill runs at these moments, start each again until it ends, and compare it with the whole
+    one.
+    """
     toll = Toll()
     while toll.kills.total() < kills:
         run = plan(f"run-{toll.runs}")
@@ -97,7 +118,9 @@ def survive(plan: Plan, whole: Path, moments: Iterator[After | Saving], kills: i
 
 
 def moments(random: Random, seconds: float, saves: list[list[int]]) -> Iterator[After | Saving]:
-    """Anywhere in a run of so many seconds, and in its first two savings: at the disk's events, and at any."""
+    """Anywhere in a run of so many seconds, and in its first two savings: at the disk's events, and
+    at any.
+    """
     disk, every = (2 * sum(numbers) // len(numbers) for numbers in zip(*saves, strict=True))
     while True:
         yield Saving(random.randint(1, disk), disk=True)
@@ -117,7 +140,10 @@ def assert_states_are_whole(run: Path) -> None:
 
 
 def assert_same(whole: Path, run: Path) -> None:
-    """Bit for bit, but for the times. A run that was killed as it dropped old states keeps these."""
+    """Bit for bit, but for the times.
+
+    A run that was killed as it dropped old states keeps these.
+    """
     assert shown(run) >= shown(whole)
     rows = told(run)
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
@@ -133,7 +159,10 @@ def shown(run: Path) -> set[str]:
 
 
 def told(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in Metrics(run).read()]
+    return [
+        {key: value for key, value in row.items() if key not in TIMES}
+        for row in Metrics(run).read()
+    ]
 
 
 def kept(state: Path) -> list[Any]:
@@ -141,7 +170,12 @@ def kept(state: Path) -> list[Any]:
     facts = json.loads((state / "state.json").read_text())
     facts.pop("recipe")
     adapter = read_adapter(state)
-    return [facts, adapter.header, adapter.tensors, torch.load(state / "training.pt", weights_only=True)]
+    return [
+        facts,
+        adapter.header,
+        adapter.tensors,
+        torch.load(state / "training.pt", weights_only=True),
+    ]
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:

@@ -1,4 +1,6 @@
-"""Memory savers: the same pixels under offload, near ones with weights in 8 bits, and one line for what cannot be done."""
+"""Memory savers: the same pixels under offload, near ones with weights in 8 bits, and one line for
+what cannot be done.
+"""
 
 import copy
 import sys
@@ -14,21 +16,32 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from imprompt.attention import family_of
-from imprompt.checkpoint import build_adapter, read_adapter
-from imprompt.encoders.opening import load_encoder
+from imprompt.checkpoints.adapters import build_adapter, read_adapter
+from imprompt.encoders.matching import load_encoder
 from imprompt.errors import SettingError
+from imprompt.families.base import family_of
+from imprompt.families.published import SD1, SD2, SDXL
+from imprompt.generation.features import Reader
+from imprompt.generation.memory import (
+    GROUP,
+    OFFLOADS,
+    QUANTIZERS,
+    Savers,
+    in_attentions,
+    quantize,
+    visit,
+)
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.prepare import Attached
+from imprompt.generation.tasks import as_pipeline
 from imprompt.images import open_image
 from imprompt.models import PACKAGED, find_adapter, find_model, open_pipeline
-from imprompt.sampling.attached import Attached
-from imprompt.sampling.generate import ImagePromptPipeline
-from imprompt.sampling.memory import GROUP, OFFLOADS, QUANTIZERS, Savers, in_attentions, quantize, visit
-from imprompt.sampling.reading import Reader
-from imprompt.sampling.tasks import IMAGE, as_pipeline
-from imprompt.structures import SD1, SD2, SDXL
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
 
-NEAR = {"int8": 0.02, "fp8": 0.06}  # of the largest noise: rounding of the matrices through a whole UNet
+NEAR = {
+    "int8": 0.02,
+    "fp8": 0.06,
+}  # of the largest noise: rounding of the matrices through a whole UNet
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="offload needs a GPU")
 
@@ -44,12 +57,16 @@ def opened(savers: Savers) -> ImagePromptPipeline:
     savers.lighten(pipeline)
     adapter = build_adapter(file, family_of(pipeline.unet)).attach(pipeline.unet)
     savers.place(pipeline, adapter)
-    return ImagePromptPipeline(pipeline, Attached(adapter, Reader(encoder, file.variant)), model=known)
+    return ImagePromptPipeline(
+        pipeline, Attached(adapter, Reader(encoder, file.variant)), model=known
+    )
 
 
 def made(pipe: ImagePromptPipeline, **options: Any) -> np.ndarray:
     settings = {"prompt": "a rocket", "seed": 3, "steps": 2, "num_images": 2}
-    return np.stack([np.asarray(image) for image in pipe(demo(), **settings, **options).images]).astype(int)
+    return np.stack(
+        [np.asarray(image) for image in pipe(demo(), **settings, **options).images]
+    ).astype(int)
 
 
 def demo() -> Image.Image:
@@ -62,7 +79,9 @@ def plain() -> ImagePromptPipeline:
 
 
 def test_pixels_under_model_offload_are_the_same(plain: ImagePromptPipeline) -> None:
-    pipe = opened(Savers("cpu", offload="model"))  # not through `check`: here a CPU stands for the GPU
+    pipe = opened(
+        Savers("cpu", offload="model")
+    )  # not through `check`: here a CPU stands for the GPU
     expected = made(plain)
     assert (made(pipe) == expected).all()
     assert (made(pipe) == expected).all()  # a second call starts from what the first one left
@@ -73,7 +92,9 @@ def test_pixels_under_sequential_offload_are_the_same(plain: ImagePromptPipeline
     pipe = opened(Savers("cpu"))
     for part in pipe.pipeline.components.values():
         if isinstance(part, nn.Module):
-            cpu_offload(part, torch.device("cpu"))  # as diffusers does, which takes no CPU for the GPU
+            cpu_offload(
+                part, torch.device("cpu")
+            )  # as diffusers does, which takes no CPU for the GPU
     expected = made(plain)
     assert (made(pipe) == expected).all()
     assert (made(pipe) == expected).all()
@@ -83,13 +104,15 @@ def test_pixels_under_sequential_offload_are_the_same(plain: ImagePromptPipeline
 def test_tasks_share_one_offload(plain: ImagePromptPipeline) -> None:
     savers = Savers("cpu", offload="model")
     pipe = opened(savers)
-    other = as_pipeline(pipe.pipeline, IMAGE, None, savers)
+    other = as_pipeline(pipe.pipeline, "image", None, savers)
     savers.again(other)
     expected = made(plain, init_image=demo())
     assert (made(pipe, init_image=demo()) == expected).all()
     assert (made(pipe) == made(plain)).all()
     other("", image=demo(), num_inference_steps=2)
-    assert {id(hook.model) for hook in other._all_hooks} == {id(hook.model) for hook in pipe.pipeline._all_hooks}
+    assert {id(hook.model) for hook in other._all_hooks} == {
+        id(hook.model) for hook in pipe.pipeline._all_hooks
+    }
 
 
 def test_a_visitor_leaves_after_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +141,23 @@ def test_tiling_cuts_large_pictures_only(plain: ImagePromptPipeline) -> None:
 
 
 def near(how: str, offload: Callable[[nn.Module], object] | None = None) -> tuple[Tensor, Tensor]:
-    """Two noise predictions (2, B, C, h, w) of a UNet with its matrices as `how`, and the plain UNet's."""
+    """Two noise predictions (2, B, C, h, w) of a UNet with its matrices as `how`, and the plain
+    UNet's.
+    """
     unet = tiny_unet("sdxl")
-    inputs, prompt = noise_inputs(unet, 2), random_prompt(tiny_adapter(unet).attach(unet), 2, scale=0.7)
+    inputs, prompt = (
+        noise_inputs(unet, 2),
+        random_prompt(tiny_adapter(unet).attach(unet), 2, scale=0.7),
+    )
     light = tiny_unet("sdxl")
     quantize(light, how)
     tiny_adapter(unet).attach(light)
     if offload is not None:
         offload(light)
     with torch.no_grad():
-        return torch.stack([noise(light, inputs, prompt) for _ in range(2)]), noise(unet, inputs, prompt)
+        return torch.stack([noise(light, inputs, prompt) for _ in range(2)]), noise(
+            unet, inputs, prompt
+        )
 
 
 @needs_torchao
@@ -156,10 +186,20 @@ def test_pictures_of_8_bits_are_near(how: str, plain: ImagePromptPipeline) -> No
 @needs_torchao
 def test_which_matrices_are_kept_in_8_bits() -> None:
     unet = tiny_unet("sdxl")
-    before = {name: module.weight for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+    before = {
+        name: module.weight
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     quantize(unet, "int8")
-    changed = {name for name, weight in before.items() if unet.get_submodule(name).weight is not weight}
-    assert changed == {name for name, weight in before.items() if "attentions" in name and weight.shape[1] % GROUP == 0}
+    changed = {
+        name for name, weight in before.items() if unet.get_submodule(name).weight is not weight
+    }
+    assert changed == {
+        name
+        for name, weight in before.items()
+        if "attentions" in name and weight.shape[1] % GROUP == 0
+    }
     assert {name.rpartition(".")[2] for name in changed} >= {"to_q", "to_k", "to_v"}
     assert not any("time" in name for name in changed)
     for name in changed:
@@ -173,17 +213,31 @@ def test_published_widths_fit_the_groups() -> None:
     for structure, share in ((SD1, 0.28), (SD2, 0.32), (SDXL, 0.86)):
         with torch.device("meta"):
             unet: Any = UNet2DConditionModel(**structure)
-        matrices = {name: m for name, m in unet.named_modules() if isinstance(m, nn.Linear) and "attentions" in name}
-        light = sum(module.weight.numel() for name, module in matrices.items() if in_attentions(module, name))
+        matrices = {
+            name: m
+            for name, m in unet.named_modules()
+            if isinstance(m, nn.Linear) and "attentions" in name
+        }
+        light = sum(
+            module.weight.numel()
+            for name, module in matrices.items()
+            if in_attentions(module, name)
+        )
         assert light == sum(module.weight.numel() for module in matrices.values())
-        assert light / sum(weight.numel() for weight in unet.parameters()) == pytest.approx(share, abs=0.005)
+        assert light / sum(weight.numel() for weight in unet.parameters()) == pytest.approx(
+            share, abs=0.005
+        )
 
 
 @needs_torchao
 @pytest.mark.parametrize("how", QUANTIZERS)
 def test_float16_does_not_overflow(how: str) -> None:
-    """Products of int8 weights that are not scaled would: up to 1280 × 200 × 127, where 65504 is the largest."""
-    block = nn.ModuleDict({"attentions": nn.Linear(1280, 8, dtype=torch.float16)}).requires_grad_(False)
+    """Products of int8 weights that are not scaled would: up to 1280 × 200 × 127, where 65504 is
+    the largest.
+    """
+    block = nn.ModuleDict({"attentions": nn.Linear(1280, 8, dtype=torch.float16)}).requires_grad_(
+        False
+    )
     layer: Any = block["attentions"]
     pixels = 200 * layer.weight[:1].sign()
     light = copy.deepcopy(block)
@@ -196,7 +250,10 @@ def test_float16_does_not_overflow(how: str) -> None:
     [
         ({"device": "cuda", "offload": "disk"}, "unknown offload 'disk'; known: model, sequential"),
         ({"device": "cpu", "quantize": "int4"}, "unknown quantize 'int4'; known: int8, fp8"),
-        ({"device": "cpu", "offload": "model"}, "spares a GPU's memory; the device here is cpu: leave it out"),
+        (
+            {"device": "cpu", "offload": "model"},
+            "spares a GPU's memory; the device here is cpu: leave it out",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(savers: dict[str, Any], said: str) -> None:
@@ -207,7 +264,9 @@ def test_mistakes_are_told_in_one_line(savers: dict[str, Any], said: str) -> Non
 
 @needs_torchao
 def test_a_device_that_cannot_is_told() -> None:
-    with pytest.raises(SettingError, match=r"quantize = 'fp8' does not work on meta .*: try 'int8'"):
+    with pytest.raises(
+        SettingError, match=r"quantize = 'fp8' does not work on meta .*: try 'int8'"
+    ):
         Savers.check("meta", quantize="fp8")
     assert Savers.check("cpu", quantize="fp8").opens_on == "cpu"
 
@@ -228,7 +287,12 @@ def test_offload_on_a_gpu(offload: str) -> None:
     assert torch.cuda.memory_allocated() - before < 2**20  # nothing waits there
     for _ in range(2):
         assert np.abs(made(pipe) - expected).max() <= 1
-        parts = [pipe.first.adapter, pipe.first.reader.encoder.model, pipe.pipeline.unet, pipe.pipeline.vae]
+        parts = [
+            pipe.first.adapter,
+            pipe.first.reader.encoder.model,
+            pipe.pipeline.unet,
+            pipe.pipeline.vae,
+        ]
         assert not any(weight.is_cuda for part in parts for weight in part.parameters())
 
 

@@ -23,9 +23,15 @@ sides = st.integers(1, 48)
 def random_matrix(rows: int, columns: int, seed: int) -> Tensor:
     """Of singular values from 0.05 to 1 (rows, columns)."""
     random = torch.Generator().manual_seed(seed)
-    left, right = (torch.linalg.qr(torch.randn(side, side, generator=random)).Q for side in (rows, columns))
+    left, right = (
+        torch.linalg.qr(torch.randn(side, side, generator=random)).Q for side in (rows, columns)
+    )
     rank = min(rows, columns)
-    return left[:, :rank] @ torch.rand(rank, generator=random).mul(0.95).add(0.05).diag() @ right[:rank]
+    return (
+        left[:, :rank]
+        @ torch.rand(rank, generator=random).mul(0.95).add(0.05).diag()
+        @ right[:rank]
+    )
 
 
 class Small(nn.Module):
@@ -54,7 +60,9 @@ def small(precision: torch.dtype = torch.float32, **changes: float) -> tuple[Sma
     return model, Muon(matrices, others, **{"lr": 1e-2, **changes}, precision=precision)
 
 
-def learn(model: Small, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> list[float]:
+def learn(
+    model: Small, optimizer: torch.optim.Optimizer, steps: int, start: int = 0
+) -> list[float]:
     """Take steps, whose inputs depend on their number; give their losses."""
     losses = []
     for step in range(start, start + steps):
@@ -69,8 +77,12 @@ def learn(model: Small, optimizer: torch.optim.Optimizer, steps: int, start: int
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @given(sides, sides, st.integers(0, 2**31))
-def test_singular_values_come_near_one(precision: torch.dtype, rows: int, columns: int, seed: int) -> None:
-    values = torch.linalg.svdvals(orthogonal(1e-3 * random_matrix(rows, columns, seed)[None], precision))
+def test_singular_values_come_near_one(
+    precision: torch.dtype, rows: int, columns: int, seed: int
+) -> None:
+    values = torch.linalg.svdvals(
+        orthogonal(1e-3 * random_matrix(rows, columns, seed)[None], precision)
+    )
     assert values.min() > 0.65
     assert values.max() < 1.25
 
@@ -94,12 +106,22 @@ def test_matrices_are_weights_of_linear_layers_and_convolutions() -> None:
 @pytest.mark.parametrize("variant", TRAINABLE)
 def test_of_an_adapter_latents_norms_and_biases_are_adamws(variant: str) -> None:
     adapter = tiny_adapter(tiny_unet(), variant)
-    optimizer = OPTIMIZERS["muon"](adapter, Optimization(steps=1, learning_rate=0.5, weight_decay=0.25))
+    optimizer = OPTIMIZERS["muon"](
+        adapter, Optimization(steps=1, learning_rate=0.5, weight_decay=0.25)
+    )
     muon, rest = optimizer.param_groups
     names = {id(parameter): name for name, parameter in adapter.named_parameters()}
-    assert {id(parameter) for group in (muon, rest) for parameter in group["params"]} == names.keys()
-    assert all(parameter.ndim == 2 and names[id(parameter)].endswith(".weight") for parameter in muon["params"])
-    assert all(parameter.ndim == 1 or names[id(parameter)].endswith("latents") for parameter in rest["params"])
+    assert {
+        id(parameter) for group in (muon, rest) for parameter in group["params"]
+    } == names.keys()
+    assert all(
+        parameter.ndim == 2 and names[id(parameter)].endswith(".weight")
+        for parameter in muon["params"]
+    )
+    assert all(
+        parameter.ndim == 1 or names[id(parameter)].endswith("latents")
+        for parameter in rest["params"]
+    )
     assert {(group["lr"], group["weight_decay"]) for group in (muon, rest)} == {(0.5, 0.25)}
 
 
@@ -117,7 +139,9 @@ def test_a_convolution_is_a_matrix_of_its_output_channels() -> None:
 
 
 def test_matrices_of_one_shape_are_as_each_alone() -> None:
-    together, apart = ([nn.Parameter(random_matrix(5, 8, seed)) for seed in range(4)] for _ in range(2))
+    together, apart = (
+        [nn.Parameter(random_matrix(5, 8, seed)) for seed in range(4)] for _ in range(2)
+    )
     groups = [together, *([one] for one in apart)]
     optimizers = [Muon(group, [], 0.1, precision=torch.float32) for group in groups]
     for step in range(3):
@@ -133,7 +157,11 @@ def test_matrices_of_one_shape_are_as_each_alone() -> None:
 def test_the_rest_is_adamws_bit_for_bit() -> None:
     model, muon = small(weight_decay=0.1)
     twin, _ = small()
-    others = {name for name, p in model.named_parameters() if any(p is other for other in muon.param_groups[1]["params"])}
+    others = {
+        name
+        for name, p in model.named_parameters()
+        if any(p is other for other in muon.param_groups[1]["params"])
+    }
     theirs = [p for name, p in twin.named_parameters() if name in others]
     adamw = torch.optim.AdamW(theirs, ADAMW_SHARE * 1e-2, weight_decay=0.1, fused=True)
     for _ in range(4):
@@ -141,7 +169,10 @@ def test_the_rest_is_adamws_bit_for_bit() -> None:
         for own, other in zip(muon.param_groups[1]["params"], theirs, strict=True):
             other.grad = own.grad
         adamw.step()
-        assert all(torch.equal(own, other) for own, other in zip(muon.param_groups[1]["params"], theirs, strict=True))
+        assert all(
+            torch.equal(own, other)
+            for own, other in zip(muon.param_groups[1]["params"], theirs, strict=True)
+        )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -157,9 +188,17 @@ def test_a_state_is_all_that_is_kept() -> None:
     other.load_state_dict(model.state_dict())
     again.load_state_dict(deepcopy(muon.state_dict()))
     assert learn(model, muon, 4, start=3) == learn(other, again, 4, start=3)
-    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(model.parameters(), other.parameters(), strict=True)
+    )
     for group, numbers in zip(muon.param_groups, (1, 2), strict=True):
-        held = [value for parameter in group["params"] for key, value in muon.state[parameter].items() if key != "step"]
+        held = [
+            value
+            for parameter in group["params"]
+            for key, value in muon.state[parameter].items()
+            if key != "step"
+        ]
         assert sum(map(torch.numel, held)) == numbers * sum(map(torch.numel, group["params"]))
 
 
@@ -172,4 +211,6 @@ def test_what_has_no_gradient_stays() -> None:
 
 
 def test_every_optimizer_of_the_recipe_is_known_and_estimated() -> None:
-    assert [*OPTIMIZERS] == [*STATES] == [*get_args(Optimization.model_fields["optimizer"].annotation)]
+    assert (
+        [*OPTIMIZERS] == [*STATES] == [*get_args(Optimization.model_fields["optimizer"].annotation)]
+    )

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from imprompt.errors import SettingError
 from imprompt.training.objective import BUCKETS, TARGETS, ByTimestep, Objective, emphasis
-from imprompt.training.recipe import Noise
+from imprompt.training.recipe import NoiseSettings
 
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 V: dict[str, Any] = SD | {"prediction_type": "v_prediction"}
@@ -36,8 +36,12 @@ DIFFUSION = {
 FLOW = {
     "sd3": FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flux": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-    "sana": DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
-    "wan": UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0),
+    "sana": DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    ),
+    "wan": UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0
+    ),
 }
 ALL = DIFFUSION | FLOW
 BATCH = 6
@@ -46,7 +50,7 @@ names = st.sampled_from(list(ALL))
 
 
 def objective(name: str, **noise: Any) -> Objective:
-    return Objective(ALL[name], Noise(**noise))
+    return Objective(ALL[name], NoiseSettings(**noise))
 
 
 def drawn(goal: Objective, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,7 +72,10 @@ def test_diffusion_is_that_of_diffusers(name: str, seed: int) -> None:
     assert torch.equal(t, index)
     assert torch.equal(noisy, theirs.add_noise(latents, noise, t))
     assert goal.prediction_type == theirs.config["prediction_type"]
-    assert torch.equal(target, noise if goal.prediction_type == "epsilon" else theirs.get_velocity(latents, noise, t))
+    assert torch.equal(
+        target,
+        noise if goal.prediction_type == "epsilon" else theirs.get_velocity(latents, noise, t),
+    )
 
 
 @given(st.sampled_from(["sd3", "flux"]), seeds)
@@ -81,23 +88,31 @@ def test_flow_is_that_of_diffusers(name: str, seed: int) -> None:
     assert torch.equal(target, noise - latents)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers under numpy 2
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # of diffusers under numpy 2
 @pytest.mark.parametrize("name", ["sana", "wan"])
 def test_solvers_of_flows_have_the_sigmas_they_sample_with(name: str) -> None:
     scheduler = type(FLOW[name]).from_config(FLOW[name].config)
     scheduler.set_timesteps(1000)
     sigma = objective(name).sigma
-    assert torch.allclose(scheduler.sigmas[:-1].flip(0), sigma, atol=1.1e-3 * FLOW[name].config["flow_shift"])
+    assert torch.allclose(
+        scheduler.sigmas[:-1].flip(0), sigma, atol=1.1e-3 * FLOW[name].config["flow_shift"]
+    )
 
 
 @given(names, seeds)
 def test_the_picture_follows_from_the_target(name: str, seed: int) -> None:
-    """x_t and the target are two equations in x0 and ε; the weights of min-SNR rest on the solution."""
+    """x_t and the target are two equations in x0 and ε.
+
+    The weights of min-SNR rest on the solution.
+    """
     goal = objective(name)
     latents, noise, index = drawn(goal, seed)
     noisy, _, target = (part.double() for part in goal.corrupt(latents, noise, index))
     alpha, sigma, low, high = (
-        table.double()[index].view(-1, 1, 1, 1) for table in (goal.alpha, goal.sigma, goal.of_latents, goal.of_noise)
+        table.double()[index].view(-1, 1, 1, 1)
+        for table in (goal.alpha, goal.sigma, goal.of_latents, goal.of_noise)
     )
     solved = (high * noisy - sigma * target) / (high * alpha - low * sigma)
     assert torch.allclose(solved, latents.double(), atol=1e-4)
@@ -115,24 +130,37 @@ def test_min_snr_is_that_of_its_paper(name: str, gamma: float) -> None:
     goal = objective(name, min_snr=gamma)
     snr = (goal.alpha.double() / goal.sigma.double()) ** 2
     capped = snr.clamp_max(gamma)
-    expected = {"epsilon": capped / snr, "v_prediction": capped / (snr + 1), "flow": capped * goal.sigma.double() ** 2}
+    expected = {
+        "epsilon": capped / snr,
+        "v_prediction": capped / (snr + 1),
+        "flow": capped * goal.sigma.double() ** 2,
+    }
     assert torch.allclose(goal.weight.double(), expected[goal.prediction_type], rtol=1e-5)
 
 
 @given(names, seeds, st.sampled_from([None, 5.0]), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_losses_are_of_each_sample(name: str, seed: int, gamma: float | None, dtype: torch.dtype) -> None:
+def test_losses_are_of_each_sample(
+    name: str, seed: int, gamma: float | None, dtype: torch.dtype
+) -> None:
     goal = objective(name, min_snr=gamma)
     _, noise, index = drawn(goal, seed)
     prediction = noise.roll(1, 0).to(dtype)
     weighted, plain = goal.losses(prediction, noise, index)
     assert plain.dtype == weighted.dtype == torch.float32
-    assert torch.allclose(plain, torch.stack([((a.float() - b) ** 2).mean() for a, b in zip(prediction, noise, strict=True)]))
+    assert torch.allclose(
+        plain,
+        torch.stack(
+            [((a.float() - b) ** 2).mean() for a, b in zip(prediction, noise, strict=True)]
+        ),
+    )
     assert torch.equal(weighted, plain * goal.weight[index])
     assert gamma is not None or torch.equal(weighted, plain)
 
 
 @given(names, seeds, st.floats(0.1, 50), st.sampled_from([None, 5.0]))
-def test_a_mask_weighs_errors_by_place(name: str, seed: int, weight: float, gamma: float | None) -> None:
+def test_a_mask_weighs_errors_by_place(
+    name: str, seed: int, weight: float, gamma: float | None
+) -> None:
     goal = objective(name, min_snr=gamma, mask_weight=weight)
     latents, noise, index = drawn(goal, seed)
     mask = torch.rand(BATCH, 1, 6, 5, generator=torch.Generator().manual_seed(seed))
@@ -143,7 +171,11 @@ def test_a_mask_weighs_errors_by_place(name: str, seed: int, weight: float, gamm
     assert torch.allclose(weighted[:2], (goal.weight[index] * plain)[:2])
     for number in range(BATCH):
         own = 1 + weight * mask[number].double()
-        expected = ((latents[number].double() - noise[number]) ** 2 * own).mean() / own.mean() * goal.weight[index[number]]
+        expected = (
+            ((latents[number].double() - noise[number]) ** 2 * own).mean()
+            / own.mean()
+            * goal.weight[index[number]]
+        )
         assert weighted[number].item() == pytest.approx(expected.item(), rel=1e-4)
     for number in range(BATCH):  # whatever else is in the batch
         one = slice(number, number + 1)
@@ -164,8 +196,14 @@ def test_a_weight_of_zero_is_no_mask_bit_for_bit(name: str, seed: int) -> None:
     goal = objective(name, min_snr=5.0)
     latents, noise, index = drawn(goal, seed)
     without = goal.losses(latents, noise, index)
-    for weight, mask in ((0.0, torch.rand(BATCH, 1, 6, 5)), (3.0, torch.zeros(BATCH, 1, 6, 5)), (3.0, None)):
-        losses = objective(name, min_snr=5.0, mask_weight=weight).losses(latents, noise, index, mask)
+    for weight, mask in (
+        (0.0, torch.rand(BATCH, 1, 6, 5)),
+        (3.0, torch.zeros(BATCH, 1, 6, 5)),
+        (3.0, None),
+    ):
+        losses = objective(name, min_snr=5.0, mask_weight=weight).losses(
+            latents, noise, index, mask
+        )
         assert all(torch.equal(one, other) for one, other in zip(losses, without, strict=True))
 
 
@@ -214,15 +252,21 @@ def test_zero_terminal_snr_by_the_recipe_or_by_the_model() -> None:
 @pytest.mark.parametrize(
     ("scheduler", "noise", "words"),
     [
-        (DDPMScheduler(prediction_type="sample"), {}, "predicts 'sample'.* training knows epsilon, v_prediction, flow$"),
+        (
+            DDPMScheduler(prediction_type="sample"),
+            {},
+            "predicts 'sample'.* training knows epsilon, v_prediction, flow$",
+        ),
         (EDMEulerScheduler(), {}, "EDMEulerScheduler has no schedule of betas"),
         (DIFFUSION["sd15"], {"zero_terminal_snr": True}, "needs a model that predicts v"),
         (DDIMScheduler(**SD, rescale_betas_zero_snr=True), {}, "needs a model that predicts v"),
     ],
 )
-def test_what_cannot_be_trained_is_one_line(scheduler: Any, noise: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_trained_is_one_line(
+    scheduler: Any, noise: dict[str, Any], words: str
+) -> None:
     with pytest.raises(SettingError, match=words) as caught:
-        Objective(scheduler, Noise(**noise))
+        Objective(scheduler, NoiseSettings(**noise))
     assert "\n" not in str(caught.value)
 
 
@@ -237,7 +281,13 @@ def test_the_tables_move_and_are_no_state() -> None:
     assert all(table.device.type == "meta" for table in goal.to("meta").buffers())
 
 
-@given(names, st.lists(st.tuples(st.floats(0, 10, width=32), st.floats(0, 1, exclude_max=True), st.booleans()), min_size=1))
+@given(
+    names,
+    st.lists(
+        st.tuples(st.floats(0, 10, width=32), st.floats(0, 1, exclude_max=True), st.booleans()),
+        min_size=1,
+    ),
+)
 def test_losses_by_timestep(name: str, seen: list[tuple[float, float, bool]]) -> None:
     goal = objective(name)
     losses, u, real = (torch.tensor(column) for column in zip(*seen, strict=True))
@@ -255,7 +305,10 @@ def test_losses_by_timestep(name: str, seen: list[tuple[float, float, bool]]) ->
             expected.setdefault(f"loss/{low:03d}-{low + size - 1:03d}", []).append(loss)
     for one in (whole, halves[0]):
         read = {key: value for key, value in one.read().items() if key.startswith("loss")}
-        assert read == {key: pytest.approx(sum(all_) / len(all_), rel=1e-5, abs=1e-5) for key, all_ in expected.items()}
+        assert read == {
+            key: pytest.approx(sum(all_) / len(all_), rel=1e-5, abs=1e-5)
+            for key, all_ in expected.items()
+        }
     whole.reset()
     assert whole.read() == {}
 

@@ -1,4 +1,6 @@
-"""How many operators a step has: the peers' numbers are known, ours has no more than text alone, and what more prompts add."""
+"""How many operators a step has: the peers' numbers are known, ours has no more than text alone,
+and what more prompts add.
+"""
 
 import os
 from functools import cache
@@ -8,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernel is seen, not compiled; read when it is imported
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # the kernel is seen, not compiled; read when it is imported
 
 from benchmarks import operators
 from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, scene
@@ -59,7 +63,10 @@ def test_peers(model: str) -> None:
 
 
 def test_an_image_prompt_is_less_than_nothing(model: str) -> None:
-    """A step projects queries alone: fewer operators, and less arithmetic, than text only. The first step projects the text."""
+    """A step projects queries alone: fewer operators, and less arithmetic, than text only.
+
+    The first step projects the text.
+    """
     text, found = counted(TEXT, model, BASE), counted(OURS, model, BASE)
     assert found["operators"] <= LARGEST[model]
     assert found["first"] - found["operators"] == 2 * SITES[model]
@@ -72,15 +79,18 @@ def test_an_image_prompt_is_less_than_nothing(model: str) -> None:
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_what_a_cross_attention_has_more(case: Case, more: int) -> None:
-    """A low-rank part is two products and a sum for every projection that a step does, six of them in a transformer block; and
-    our self-attention spares diffusers' division by 1."""
+    """A low-rank part is two products and a sum for every projection that a step does, six of them
+    in a transformer block; and our self-attention spares diffusers' division by 1.
+    """
     assert steps(OURS, "sd15", case) == steps(OURS, "sd15", BASE) + more * SITES["sd15"]
 
 
 def test_a_window_is_looked_up_once_a_step() -> None:
     assert steps(OURS, "sd15", WINDOW) - steps(OURS, "sd15", BASE) <= 3
     both = Case("two adapters, masks, time window", adapters=2, masks=True, window=True)
-    assert steps(OURS, "sd15", both) - steps(OURS, "sd15", MASKS) <= 2 * 3 + 3 * 4  # and multiplied by masks that were resized once
+    assert (
+        steps(OURS, "sd15", both) - steps(OURS, "sd15", MASKS) <= 2 * 3 + 3 * 4
+    )  # and multiplied by masks that were resized once
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")

@@ -33,7 +33,9 @@ ANY = {
 
 
 @given(**ANY, window=st.integers(1, 4))
-def test_every_epoch_shows_every_sample_once(sizes: list[int], batch: int, seed: int, kinds: int, window: int) -> None:
+def test_every_epoch_shows_every_sample_once(
+    sizes: list[int], batch: int, seed: int, kinds: int, window: int
+) -> None:
     order, samples = orders(sizes, batch, seed, kinds, window), sum(sizes)
     epochs = 2 + batch * kinds  # by then all that waited of the first two has had its batch
     draws = [draw for step in islice(order.steps(), epochs * samples // batch) for draw in step]
@@ -43,7 +45,9 @@ def test_every_epoch_shows_every_sample_once(sizes: list[int], batch: int, seed:
 
 
 @given(**ANY)
-def test_every_batch_is_full_and_of_one_bucket(sizes: list[int], batch: int, seed: int, kinds: int) -> None:
+def test_every_batch_is_full_and_of_one_bucket(
+    sizes: list[int], batch: int, seed: int, kinds: int
+) -> None:
     order = orders(sizes, batch, seed, kinds)
     for step in islice(order.steps(), 12):
         assert len(step) == batch
@@ -51,7 +55,9 @@ def test_every_batch_is_full_and_of_one_bucket(sizes: list[int], batch: int, see
 
 
 @given(**ANY, start=st.integers(0, 20))
-def test_a_resumed_run_goes_on_with_the_same_steps(sizes: list[int], batch: int, seed: int, kinds: int, start: int) -> None:
+def test_a_resumed_run_goes_on_with_the_same_steps(
+    sizes: list[int], batch: int, seed: int, kinds: int, start: int
+) -> None:
     order = orders(sizes, batch, seed, kinds)
     assert list(islice(order.steps(start), 5)) == list(islice(order.steps(), start + 5))[start:]
 
@@ -83,10 +89,14 @@ def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone() -> None:
     own = numbers(1, 2, 3)
     torch.manual_seed(9)
     assert torch.equal(own, numbers(1, 2, 3))
-    assert not any(torch.equal(own, numbers(*other)) for other in ((0, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2)))
+    assert not any(
+        torch.equal(own, numbers(*other)) for other in ((0, 2, 3), (1, 3, 3), (1, 2, 4), (1, 3, 2))
+    )
 
 
-@given(step=st.sampled_from([32, 64]), size=st.sampled_from([256, 512, 1024]), aspect=st.floats(1, 3))
+@given(
+    step=st.sampled_from([32, 64]), size=st.sampled_from([256, 512, 1024]), aspect=st.floats(1, 3)
+)
 def test_buckets_keep_area_steps_and_aspect(step: int, size: int, aspect: float) -> None:
     data = Data(source="x", buckets=True, bucket_step=step, max_aspect=aspect)
     found = bucket_sizes(data, size)
@@ -99,7 +109,9 @@ def test_buckets_keep_area_steps_and_aspect(step: int, size: int, aspect: float)
 
 def test_a_picture_goes_to_the_bucket_of_its_shape() -> None:
     buckets = bucket_sizes(Data(source="x", buckets=True), 512)
-    for size, bucket in zip(((300, 300), (1000, 500), (500, 1000)), ((512, 512), (640, 384), (384, 640)), strict=True):
+    for size, bucket in zip(
+        ((300, 300), (1000, 500), (500, 1000)), ((512, 512), (640, 384), (384, 640)), strict=True
+    ):
         assert buckets[nearest([size], buckets)[0]] == bucket
 
 

@@ -14,8 +14,13 @@ HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL")
 
 
 def modules_after(code: str) -> set[str]:
-    script = f"import sys\n{code}\nimport json; print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    script = (
+        f"import sys\n{code}\nimport json; "
+        f"print(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     return set(json.loads(out.splitlines()[-1]))
 
 
@@ -24,8 +29,11 @@ def modules_after(code: str) -> set[str]:
     [
         ("import imprompt", HEAVY),
         ("import imprompt.cli", HEAVY),
-        ("import imprompt.adapter, imprompt.variants, imprompt.attention, imprompt.models", ("diffusers", "transformers")),
-        ("import imprompt.checkpoint", ("diffusers", "transformers")),
+        (
+            "import imprompt.adapter, imprompt.variants, imprompt.attention, imprompt.models",
+            ("diffusers", "transformers"),
+        ),
+        ("import imprompt.checkpoints.adapters", ("diffusers", "transformers")),
     ],
 )
 def test_imports_are_light(code: str, absent: tuple[str, ...]) -> None:
@@ -34,7 +42,9 @@ def test_imports_are_light(code: str, absent: tuple[str, ...]) -> None:
 
 def test_public_names_are_there() -> None:
     assert sorted(imprompt.__all__) == imprompt.__all__
-    assert all(getattr(imprompt, name).__module__.startswith("imprompt.") for name in imprompt.__all__)
+    assert all(
+        getattr(imprompt, name).__module__.startswith("imprompt.") for name in imprompt.__all__
+    )
 
 
 def test_an_unknown_name_is_no_attribute() -> None:

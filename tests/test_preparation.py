@@ -1,4 +1,7 @@
-"""Pictures before the encoder: what is cut, filled, tiled, sharpened and covered, pixel by pixel; and noise negatives."""
+"""Pictures before the encoder: what is cut, filled, tiled, sharpened and covered, pixel by pixel.
+
+And noise negatives.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -10,9 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
+from imprompt.encoders.clip import VisionEncoder, preprocess
 from imprompt.encoders.noise import KINDS, Noise, noise_negative
-from imprompt.encoders.preparation import MAX_TILES, Preparation, mean_colour, prepare, seen, sharpened
-from imprompt.encoders.vision import VisionEncoder, preprocess
+from imprompt.encoders.preparation import (
+    MAX_TILES,
+    Preparation,
+    encoder_square,
+    mean_colour,
+    prepare,
+    sharpened,
+)
 from imprompt.errors import ImageError, SettingError
 from tests.tiny import pictures, tiny_encoder
 
@@ -69,14 +79,17 @@ def test_by_default_nothing_changes_and_the_encoder_is_not_asked() -> None:
 @pytest.mark.parametrize(("crop", "colour"), [("pad", MEAN), ("pad black", (0, 0, 0))])
 @pytest.mark.parametrize("size", [(64, 32), (20, 80), (1, 500), (2_000, 3)])
 def test_padding(crop: str, colour: tuple[int, int, int], size: tuple[int, int]) -> None:
-    """The whole picture stands in the middle, exactly; all around it is the one colour, also as the encoder sees it."""
+    """The whole picture stands in the middle, exactly.
+
+    All around it is the one colour, also as the encoder sees it.
+    """
     (made,) = prepare(Image.new("RGB", size, (200, 10, 60)), Preparation(crop=crop), ENCODER)
     width, height = (max(1, round(SIDE * length / max(size))) for length in size)
     expected = np.full((SIDE, SIDE, 3), colour)
     top, left = (SIDE - height) // 2, (SIDE - width) // 2
     expected[top : top + height, left : left + width] = (200, 10, 60)
     assert np.array_equal(made, expected)
-    assert np.array_equal(seen(made, ENCODER.processor), expected)
+    assert np.array_equal(encoder_square(made, ENCODER.processor), expected)
 
 
 def test_padding_says_nothing() -> None:
@@ -124,7 +137,9 @@ def test_a_square_is_its_own_tile() -> None:
 @pytest.mark.parametrize("crop", ["center", "top", "left", "pad", "pad black", "squash", "tiles"])
 @pytest.mark.parametrize("size", [(1, 1), (5_000, 2), (3, 900), (31, 33)])
 def test_pictures_of_any_shape_become_features(crop: str, size: tuple[int, int]) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
     ways = Preparation(crop=crop, sharpening=0.5, ignore=blank_mask(size, 100))
     made = prepare(image, ways, ENCODER)
     again = prepare(image, ways, ENCODER)
@@ -142,7 +157,10 @@ def cas(pixels: np.ndarray, amount: float) -> np.ndarray:
     height, width, channels = pixels.shape
     made = np.zeros_like(pixels)
     for y, x, c in np.ndindex(height, width, channels):
-        rows, columns = ([min(max(at + d, 0), end - 1) for d in (-1, 0, 1)] for at, end in ((y, height), (x, width)))
+        rows, columns = (
+            [min(max(at + d, 0), end - 1) for d in (-1, 0, 1)]
+            for at, end in ((y, height), (x, width))
+        )
         nine = pixels[np.ix_(rows, columns, [c])][..., 0]
         cross = [nine[0, 1], nine[1, 0], nine[1, 1], nine[1, 2], nine[2, 1]]
         low, high = min(cross) + nine.min(), max(cross) + nine.max()
@@ -163,14 +181,21 @@ def test_sharpening_is_the_published_formula(seed: int, amount: float) -> None:
 
 @given(st.tuples(*[st.integers(0, 255)] * 3), st.floats(0, 1))
 def test_a_plain_picture_stays_plain(colour: tuple[int, int, int], amount: float) -> None:
-    assert np.array_equal(sharpened(Image.new("RGB", (4, 3), colour), amount), np.full((3, 4, 3), colour))
+    assert np.array_equal(
+        sharpened(Image.new("RGB", (4, 3), colour), amount), np.full((3, 4, 3), colour)
+    )
 
 
 def test_sharpening_raises_contrast_more_the_more_there_is_of_it() -> None:
-    soft = Image.fromarray(np.tile(np.linspace(60, 190, 32).astype(np.uint8)[None, :, None], (32, 1, 3)))
+    soft = Image.fromarray(
+        np.tile(np.linspace(60, 190, 32).astype(np.uint8)[None, :, None], (32, 1, 3))
+    )
     soft.paste((160, 160, 160), (0, 0, 16, 16))
     soft = soft.filter(ImageFilter.GaussianBlur(1.5))
-    contrast = [np.diff(np.asarray(sharpened(soft, amount), float), axis=1).std() for amount in (0, 0.3, 0.6, 1)]
+    contrast = [
+        np.diff(np.asarray(sharpened(soft, amount), float), axis=1).std()
+        for amount in (0, 0.3, 0.6, 1)
+    ]
     assert contrast == sorted(contrast)
     assert contrast[-1] > 1.1 * contrast[0]
 
@@ -180,11 +205,13 @@ def test_sharpening_works_on_what_the_encoder_sees(size: tuple[int, int]) -> Non
     """Resized first, as the encoder does it, and the encoder then leaves its pixels alone."""
     image = pictures(1)[0].resize(size)
     (made,) = prepare(image, Preparation(sharpening=0.7), ENCODER)
-    expected = sharpened(seen(image, ENCODER.processor), 0.7)
+    expected = sharpened(encoder_square(image, ENCODER.processor), 0.7)
     assert made.size == (SIDE, SIDE)
-    assert np.array_equal(seen(made, ENCODER.processor), expected)
+    assert np.array_equal(encoder_square(made, ENCODER.processor), expected)
     (least,) = prepare(image, Preparation(sharpening=1e-9), ENCODER)
-    assert torch.equal(preprocess(ENCODER.processor, [least]), preprocess(ENCODER.processor, [image]))
+    assert torch.equal(
+        preprocess(ENCODER.processor, [least]), preprocess(ENCODER.processor, [image])
+    )
 
 
 # Ignoring
@@ -198,7 +225,10 @@ def test_what_is_ignored_changes_no_feature(encoder: VisionEncoder, crop: str) -
     changed = first.copy()
     changed.paste(other.crop((10, 5, 50, 30)), (10, 5))
     ways = Preparation(crop=crop, ignore=mask, sharpening=0.4)
-    features = [encoder.features(prepare(image, ways, encoder), "penultimate") for image in (first, changed, other)]
+    features = [
+        encoder.features(prepare(image, ways, encoder), "penultimate")
+        for image in (first, changed, other)
+    ]
     assert torch.equal(features[0], features[1])
     assert not torch.equal(features[0], features[2])
 
@@ -221,7 +251,9 @@ def test_a_mask_file_of_another_size(tmp_path: Path) -> None:
     mask = blank_mask((20, 10))
     mask.paste(255, (0, 0, 10, 10))
     mask.save(tmp_path / "mask.png")
-    (made,) = prepare(Image.new("RGB", (200, 99), "red"), Preparation(ignore=tmp_path / "mask.png"), ENCODER)
+    (made,) = prepare(
+        Image.new("RGB", (200, 99), "red"), Preparation(ignore=tmp_path / "mask.png"), ENCODER
+    )
     pixels = np.asarray(made)
     assert (pixels[:, :90] == MEAN).all()
     assert (pixels[:, 110:] == (255, 0, 0)).all()
@@ -241,7 +273,9 @@ def test_a_mask_file_of_another_size(tmp_path: Path) -> None:
         ((40, 30), (30, 40), False),
     ],
 )
-def test_a_mask_must_have_the_pictures_shape(picture: tuple[int, int], mask: tuple[int, int], fits: bool) -> None:
+def test_a_mask_must_have_the_pictures_shape(
+    picture: tuple[int, int], mask: tuple[int, int], fits: bool
+) -> None:
     image, ways = Image.new("RGB", picture), Preparation(ignore=blank_mask(mask, 255))
     if fits:
         assert prepare(image, ways, ENCODER)[0].getpixel((0, 0)) == MEAN
@@ -256,7 +290,9 @@ def test_a_mask_must_have_the_pictures_shape(picture: tuple[int, int], mask: tup
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("image", [None, pictures(1)[0]], ids=["no picture", "picture"])
-def test_noise_is_of_the_encoders_size_and_repeatable(kind: str, strength: float, image: Image.Image | None) -> None:
+def test_noise_is_of_the_encoders_size_and_repeatable(
+    kind: str, strength: float, image: Image.Image | None
+) -> None:
     noise = Noise(kind=kind, strength=strength, blur=0.5)
     made, again, other = (noise_negative(image, noise, ENCODER, seed) for seed in (3, 3, 4))
     assert (made.mode, made.size) == ("RGB", (SIDE, SIDE))
@@ -268,11 +304,15 @@ def test_noise_is_of_the_encoders_size_and_repeatable(kind: str, strength: float
 @pytest.mark.parametrize("kind", ["fade", "dissolve", "gaussian"])
 def test_noise_of_strength_0_is_the_picture(kind: str) -> None:
     image = pictures(1)[0]
-    square = seen(image, ENCODER.processor)
+    square = encoder_square(image, ENCODER.processor)
     assert np.array_equal(noise_negative(image, Noise(kind=kind, strength=0), ENCODER), square)
     blurred = square.filter(ImageFilter.GaussianBlur(2))
-    assert np.array_equal(noise_negative(image, Noise(kind=kind, strength=0, blur=2), ENCODER), blurred)
-    assert np.array_equal(noise_negative(None, Noise(kind=kind, strength=0), ENCODER), np.full((SIDE, SIDE, 3), MEAN))
+    assert np.array_equal(
+        noise_negative(image, Noise(kind=kind, strength=0, blur=2), ENCODER), blurred
+    )
+    assert np.array_equal(
+        noise_negative(None, Noise(kind=kind, strength=0), ENCODER), np.full((SIDE, SIDE, 3), MEAN)
+    )
 
 
 def test_noise_of_strength_1() -> None:
@@ -286,21 +326,33 @@ def test_noise_of_strength_1() -> None:
 
 
 def test_half_a_noise() -> None:
-    """Half of the values are replaced; half of their distance is faded; a normal step of a tenth is added."""
+    """Half of the values are replaced; half of their distance is faded.
+
+    A normal step of a tenth is added.
+    """
     image = Image.new("RGB", (SIDE, SIDE), (102, 102, 102))
-    pixels = {kind: np.asarray(noise_negative(image, Noise(kind=kind, strength=0.5), ENCODER)) for kind in KINDS}
+    pixels = {
+        kind: np.asarray(noise_negative(image, Noise(kind=kind, strength=0.5), ENCODER))
+        for kind in KINDS
+    }
     assert (pixels["dissolve"] == 102).mean() == pytest.approx(0.5, abs=0.04)
     assert (pixels["fade"].min(), pixels["fade"].max()) == (51, 178)
-    mild = np.asarray(noise_negative(image, Noise(kind="gaussian", strength=0.1), ENCODER)).astype(float)
+    mild = np.asarray(noise_negative(image, Noise(kind="gaussian", strength=0.1), ENCODER)).astype(
+        float
+    )
     assert mild.mean() == pytest.approx(102, abs=2)
     assert mild.std() == pytest.approx(25.5, rel=0.05)
 
 
 def test_shuffling_turns_and_displaces() -> None:
-    """Strength 0: turned by half and gently bent, so the upper part's colour is found below; 1: its places are lost."""
+    """Strength 0: turned by half and gently bent, so the upper part's colour is found below; 1: its
+    places are lost.
+    """
     image = Image.new("RGB", (SIDE, SIDE), (250, 0, 0))
     image.paste((0, 0, 250), (0, SIDE // 2, SIDE, SIDE))
-    mild = np.asarray(noise_negative(image, Noise(kind="shuffle", strength=0), ENCODER)).astype(float)
+    mild = np.asarray(noise_negative(image, Noise(kind="shuffle", strength=0), ENCODER)).astype(
+        float
+    )
     assert (mild[: SIDE // 4, :, 2] > 240).mean() > 0.9
     assert (mild[-SIDE // 4 :, :, 0] > 240).mean() > 0.9
     assert set(np.unique(mild[..., 1])) == {0}
@@ -314,19 +366,33 @@ def test_shuffling_turns_and_displaces() -> None:
     ("kind", "values", "words"),
     [
         (Preparation, {"crop": "centre"}, "crop = 'centre': unknown; near: center"),
-        (Preparation, {"crop": "zoom"}, " known: center, top, bottom, left, right, pad, pad black, squash, tiles"),
+        (
+            Preparation,
+            {"crop": "zoom"},
+            " known: center, top, bottom, left, right, pad, pad black, squash, tiles",
+        ),
         (Preparation, {"crop": ["top"]}, "crop = ['top']: unknown"),
-        (Preparation, {"sharpening": 1.5}, "sharpening = 1.5: input should be less than or equal to 1"),
+        (
+            Preparation,
+            {"sharpening": 1.5},
+            "sharpening = 1.5: input should be less than or equal to 1",
+        ),
         (Preparation, {"sharpening": float("nan")}, "sharpening = nan"),
         (Preparation, {"sharpen": 0.5}, "unknown setting 'sharpen'; near: sharpening"),
         (Preparation, {"ignore": 5}, "ignore"),
         (Noise, {"kind": "disolve"}, "kind = 'disolve': unknown; near: dissolve"),
-        (Noise, {"kind": "fade", "strength": -0.1}, "strength = -0.1: input should be greater than or equal to 0"),
+        (
+            Noise,
+            {"kind": "fade", "strength": -0.1},
+            "strength = -0.1: input should be greater than or equal to 0",
+        ),
         (Noise, {"kind": "fade", "blur": -1}, "blur = -1"),
         (Noise, {}, "kind: field required"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(kind: type[Preparation | Noise], values: dict[str, object], words: str) -> None:
+def test_wrong_settings_are_told_in_one_line(
+    kind: type[Preparation | Noise], values: dict[str, object], words: str
+) -> None:
     with pytest.raises(SettingError) as caught:
         kind(**values)
     assert words in str(caught.value)

@@ -15,7 +15,14 @@ from tests.tiny import FACE_DIM, FEATURE_DIMS, seeded, tiny_projection
 WIDTH, COUNT = st.integers(1, 40), st.integers(1, 6)
 HEADS = st.integers(1, 3).map(lambda heads: heads * HEAD_DIM)
 ROWS = list(BY_NAME.values())
-PLUS = {"feature_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT, "hidden": WIDTH, "depth": COUNT, "inner": HEADS}
+PLUS = {
+    "feature_dim": WIDTH,
+    "token_dim": WIDTH,
+    "tokens": COUNT,
+    "hidden": WIDTH,
+    "depth": COUNT,
+    "inner": HEADS,
+}
 FACE = {"face_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT, "hidden": WIDTH}
 SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "base": st.fixed_dictionaries({"embedding_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT}),
@@ -40,12 +47,17 @@ TINY: dict[str, dict[str, int]] = {
 }
 
 
-def random_features(row: Variant, sizes: dict[str, int], batch: int = 2, patches: int = 7) -> tuple[torch.Tensor, ...]:
+def random_features(
+    row: Variant, sizes: dict[str, int], batch: int = 2, patches: int = 7
+) -> tuple[torch.Tensor, ...]:
     """In the order in which the projection takes them."""
     flat, states = sizes.get("face_dim") or sizes.get("embedding_dim"), sizes.get("feature_dim")
     if row.name == "portrait-unnorm":
         flat, states = states, None
-    return (*([torch.randn(batch, flat)] if flat else []), *([torch.randn(batch, patches, states)] if states else []))
+    return (
+        *([torch.randn(batch, flat)] if flat else []),
+        *([torch.randn(batch, patches, states)] if states else []),
+    )
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -72,7 +84,10 @@ def test_from_shapes_rebuilds_the_same_structure(row: Variant, data: st.DataObje
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_rows_say_where_to_look(row: Variant) -> None:
-    """The signature picks this row and those with the same projection; the feature key's last dimension is the feature's width."""
+    """The signature picks this row and those with the same projection.
+
+    The feature key's last dimension is the feature's width.
+    """
     shapes = shapes_of(tiny_projection(row.name, 16))
     found = bearing(shapes)
     assert row in found
@@ -88,5 +103,7 @@ def test_items_of_a_batch_do_not_mix(row: Variant) -> None:
     with seeded(1):
         projection = tiny_projection(row.name, 16)
         features = random_features(row, TINY[row.feature], batch=3)
-    alone = torch.cat([projection(*(feature[item : item + 1] for feature in features)) for item in range(3)])
+    alone = torch.cat(
+        [projection(*(feature[item : item + 1] for feature in features)) for item in range(3)]
+    )
     torch.testing.assert_close(projection(*features), alone, rtol=0, atol=1e-5)

@@ -3,12 +3,19 @@
 import pytest
 
 from imprompt.errors import SettingError
-from imprompt.evaluation.protocols import Protocol, protocol, read_sweep, settings_of
+from imprompt.evaluation.protocols import Protocol, find_protocol, read_sweep, settings_of
 
 
 def test_protocols_and_sweeps() -> None:
-    paper = protocol("paper-captioned", scale=None, limit=10)
-    assert (paper.captions, paper.scale, paper.seeds, paper.scheduler, paper.steps, paper.guidance) == (
+    paper = find_protocol("paper-captioned", scale=None, limit=10)
+    assert (
+        paper.captions,
+        paper.scale,
+        paper.seeds,
+        paper.scheduler,
+        paper.steps,
+        paper.guidance,
+    ) == (
         True,
         0.5,
         4,
@@ -16,13 +23,22 @@ def test_protocols_and_sweeps() -> None:
         50,
         7.5,
     )
-    assert (protocol("paper").captions, protocol("paper").scale, protocol("paper").limit, paper.limit) == (False, 1, 5000, 10)
+    assert (
+        find_protocol("paper").captions,
+        find_protocol("paper").scale,
+        find_protocol("paper").limit,
+        paper.limit,
+    ) == (False, 1, 5000, 10)
     sweep = read_sweep(["scale=0, 0.5,1", "steps=10,20", "adapter=base,./runs/a b"])
     assert sweep == {"scale": (0, 0.5, 1), "steps": (10, 20), "adapter": ("base", "./runs/a b")}
     settings = settings_of(paper, sweep)
     assert len(settings) == 12
     assert settings[1].name == "scale=0,steps=10,adapter=.-runs-a-b"
-    assert (settings[-1].protocol.scale, settings[-1].protocol.steps, settings[-1].protocol.guidance) == (1, 20, 7.5)
+    assert (
+        settings[-1].protocol.scale,
+        settings[-1].protocol.steps,
+        settings[-1].protocol.guidance,
+    ) == (1, 20, 7.5)
     assert [setting.name for setting in settings_of(paper, {})] == ["all"]
     near = read_sweep(["scale=-1,1,0.1234567,0.1234568", "adapter=a b,a-b", "blocks=-1"])
     names = [setting.name for setting in settings_of(paper, near)]

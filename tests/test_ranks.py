@@ -1,4 +1,6 @@
-"""Runs on several processes: the steps of one process, every sample once an epoch, and ends that can be gone on from."""
+"""Runs on several processes: the steps of one process, every sample once an epoch, and ends that
+can be gone on from.
+"""
 
 import re
 import shutil
@@ -15,7 +17,7 @@ import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from imprompt.errors import SettingError
-from imprompt.training import loop
+from imprompt.training import endings
 from imprompt.training.order import Draw
 from imprompt.training.recipe import Recipe
 from imprompt.training.watch import Metrics
@@ -36,10 +38,23 @@ class Place:
         self.folder = folder
         self.model, self.set = smallest_model(folder / "model"), picture_folder(folder / "set")
 
-    def plan(self, name: str, steps: int = STEPS, save_every: int = 2, **groups: dict[str, Any]) -> Recipe:
-        groups["data"] = {"size": 16, "features": self.folder / "features", **groups.get("data", {})}
+    def plan(
+        self, name: str, steps: int = STEPS, save_every: int = 2, **groups: dict[str, Any]
+    ) -> Recipe:
+        groups["data"] = {
+            "size": 16,
+            "features": self.folder / "features",
+            **groups.get("data", {}),
+        }
         groups["optimization"] = {"batch_size": 4, **groups.get("optimization", {})}
-        return recipe(self.set, self.folder / name, steps, model=str(self.model), save_every=save_every, **groups)
+        return recipe(
+            self.set,
+            self.folder / name,
+            steps,
+            model=str(self.model),
+            save_every=save_every,
+            **groups,
+        )
 
     def train(self, name: str, count: int, *changes: ranks.Change, **groups: Any) -> Path:
         """The folder of a run of so many processes, which ends well."""
@@ -77,7 +92,9 @@ def pair(place: Place) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(encoded: Place) -> tuple[Path, ranks.Ended]:
-    """A run of two processes, one of which is killed in the sixth step, after the state of step 4."""
+    """A run of two processes, one of which is killed in the sixth step, after the state of step
+    4.
+    """
     plan = encoded.plan("killed")
     return plan.output, ranks.train(plan, 2, ranks.Struck(1, 5))
 
@@ -85,7 +102,11 @@ def killed(encoded: Place) -> tuple[Path, ranks.Ended]:
 def measured(run: Path) -> list[float]:
     """What a run logged, but for the times."""
     rows = Metrics(run).read()
-    told = [row.get(key) for key in ("step", "loss", "plain_loss", "grad_norm", "held_out_loss") for row in rows]
+    told = [
+        row.get(key)
+        for key in ("step", "loss", "plain_loss", "grad_norm", "held_out_loss")
+        for row in rows
+    ]
     return [value for value in told if value is not None] + [
         value for row in rows for _, value in sorted(row.get("by_timestep", {}).items())
     ]
@@ -96,7 +117,10 @@ def farthest(one: Path, other: Path) -> float:
     logged = zip(measured(one), measured(other), strict=True)
     weights = zip(tensors(one / "latest"), tensors(other / "latest"), strict=True)
     found = max(abs(a - b) for a, b in logged), max((a - b).abs().max().item() for a, b in weights)
-    print(f"\n{one.name} and {other.name}: {found[0]:.1e} in what was logged, {found[1]:.1e} in weights")
+    print(
+        f"\n{one.name} and {other.name}: {found[0]:.1e} in what was logged, {found[1]:.1e} in "
+        "weights"
+    )
     return max(found)
 
 
@@ -110,7 +134,9 @@ def test_two_processes_take_the_steps_of_one(alone: Path, pair: Path) -> None:
 def test_as_many_processes_as_samples_take_the_steps_of_one(place: Place, alone: Path) -> None:
     four = place.train("four", 4)
     assert farthest(alone, four) < CLOSE
-    assert [len(part[step]) for part in ranks.shown(four) for step in range(STEPS)] == [1] * 4 * STEPS
+    assert [len(part[step]) for part in ranks.shown(four) for step in range(STEPS)] == [
+        1
+    ] * 4 * STEPS
 
 
 def test_every_sample_is_shown_once_an_epoch(alone: Path, pair: Path) -> None:
@@ -118,12 +144,25 @@ def test_every_sample_is_shown_once_an_epoch(alone: Path, pair: Path) -> None:
     assert [[len(part[step]) for part in parts] for step in range(STEPS)] == [[2, 2]] * STEPS
     draws = [draw for step in range(STEPS) for part in parts for draw in part[step]]
     assert draws == [draw for step in range(STEPS) for draw in whole[step]]
-    assert sorted(draws) == [Draw(epoch, sample) for epoch in range(4) for sample in range(len(COLOURS))]
+    assert sorted(draws) == [
+        Draw(epoch, sample) for epoch in range(4) for sample in range(len(COLOURS))
+    ]
 
 
 def test_two_processes_take_the_buckets_of_one(place: Place) -> None:
-    """From pictures, which other processes read ahead; none of the three shapes has samples for a whole batch, one is bad."""
-    changes = {"features": None, "size": 32, "buckets": True, "bucket_step": 8, "flip": True, "workers": 1, "max_bad": 0.2}
+    """From pictures, which other processes read ahead.
+
+    None of the three shapes has samples for a whole batch, one is bad.
+    """
+    changes = {
+        "features": None,
+        "size": 32,
+        "buckets": True,
+        "bucket_step": 8,
+        "flip": True,
+        "workers": 1,
+        "max_bad": 0.2,
+    }
     picture = place.set / "5.png"
     whole_picture = picture.read_bytes()
     picture.write_bytes(whole_picture[:-30])
@@ -134,24 +173,35 @@ def test_two_processes_take_the_buckets_of_one(place: Place) -> None:
     assert bad.count("5.png") == 1
     assert bad == (two / "bad.jsonl").read_text()
     (whole,), parts = ranks.shown(one), ranks.shown(two)
-    assert all([draw for part in parts for draw in part[step]] == whole[step] for step in range(STEPS))
+    assert all(
+        [draw for part in parts for draw in part[step]] == whole[step] for step in range(STEPS)
+    )
     shown = Counter(draw for step in range(STEPS) for draw in whole[step])
     assert set(shown.values()) == {1}
     for shape in range(3):  # pictures 0, 3 and 6 are of one shape, and so on
-        epochs = [draw.epoch for step in range(STEPS) for draw in whole[step] if draw.sample % 3 == shape]
+        epochs = [
+            draw.epoch for step in range(STEPS) for draw in whole[step] if draw.sample % 3 == shape
+        ]
         assert epochs == sorted(epochs)
-        assert all(epochs.count(epoch) == len(range(shape, len(COLOURS), 3)) for epoch in range(max(epochs)))
+        assert all(
+            epochs.count(epoch) == len(range(shape, len(COLOURS), 3))
+            for epoch in range(max(epochs))
+        )
 
 
 def test_a_killed_process_ends_the_run_with_one_line(killed: tuple[Path, ranks.Ended]) -> None:
     _, ended = killed
     assert ended.codes == [2, -signal.SIGKILL]
-    assert re.match(r"imprompt: another process of this run has ended \([^\[].*\)\. " + GOES_ON, ended.said[0])
+    assert re.match(
+        r"imprompt: another process of this run has ended \([^\[].*\)\. " + GOES_ON, ended.said[0]
+    )
     print(f"\nended {ended.between:.2f} s after the killed one")
     assert ended.between < 15
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Place, pair: Path, killed: tuple[Path, ranks.Ended]) -> None:
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    place: Place, pair: Path, killed: tuple[Path, ranks.Ended]
+) -> None:
     """On as many processes bit for bit; on fewer too."""
     run, _ = killed
     place.copy(run, "killed, then alone")
@@ -162,7 +212,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(place: Place, pair: Path, ki
 def test_a_terminated_run_goes_on_with_more_processes(place: Place, alone: Path) -> None:
     ended = ranks.train(place.plan("terminated"), 1, ranks.Struck(0, 5, signal.SIGTERM))
     assert ended.codes == [2]
-    assert re.match(r"imprompt: this process was told to end \(SIGTERM\).*\. " + GOES_ON, ended.said[0])
+    assert re.match(
+        r"imprompt: this process was told to end \(SIGTERM\).*\. " + GOES_ON, ended.said[0]
+    )
     assert farthest(place.train("terminated", 2), alone) < CLOSE
 
 
@@ -170,23 +222,28 @@ def test_a_process_killed_while_features_are_encoded_ends_the_run(place: Place) 
     changes = {"data": {"features": place.folder / "features of one killed"}}
     ended = ranks.train(place.plan("killed encoding", **changes), 2, ranks.killed_encoding)
     assert ended.codes == [2, -signal.SIGKILL]
-    assert re.match(r"imprompt: another process.*\. No state was saved yet; the same command starts again$", ended.said[0])
+    assert re.match(
+        r"imprompt: another process.*\. No state was saved yet; the same command starts again$",
+        ended.said[0],
+    )
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_at_once(place: Place, alone: Path) -> None:
     """While the processes that read ahead for it have not yet noticed."""
     changes = {"data": {"workers": 2}}
-    assert ranks.train(place.plan("at once", **changes), 1, ranks.Struck(0, 5)).codes == [-signal.SIGKILL]
+    assert ranks.train(place.plan("at once", **changes), 1, ranks.Struck(0, 5)).codes == [
+        -signal.SIGKILL
+    ]
     assert farthest(place.train("at once", 1, **changes), alone) == 0
 
 
 def test_a_folder_is_written_by_one_run(tmp_path: Path) -> None:
-    first = loop.claimed(tmp_path)
+    first = endings.claimed(tmp_path)
     with pytest.raises(SettingError, match="another process is training into"):
-        loop.claimed(tmp_path)
+        endings.claimed(tmp_path)
     first.release()
-    loop.claimed(tmp_path).release()
+    endings.claimed(tmp_path).release()
 
 
 @pytest.mark.usefixtures("alone")
@@ -203,7 +260,10 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all(place: Place) -> None
 def test_a_batch_that_cannot_be_shared_is_one_line(place: Place) -> None:
     ended = ranks.train(place.plan("odd", optimization={"batch_size": 6, "accumulate": 2}), 2)
     assert ended.codes == [2, 2]
-    line = "imprompt: optimization.batch_size = 6 cannot be shared by 2 processes in 2 parts each: give a multiple of 4"
+    line = (
+        "imprompt: optimization.batch_size = 6 cannot be shared by 2 processes in 2 parts each: "
+        "give a multiple of 4"
+    )
     assert ended.said == [line, line]
 
 
@@ -220,12 +280,17 @@ def averaged(encoded: Place, averaging: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(encoded: Place, averaging: dict[str, Any]) -> Path:
-    return encoded.train(f"sharded, {averaging['optimization']['optimizer']}", 2, ranks.sharded, **averaging)
+    return encoded.train(
+        f"sharded, {averaging['optimization']['optimizer']}", 2, ranks.sharded, **averaging
+    )
 
 
 def test_two_processes_take_the_steps_of_one_with_muon(encoded: Place) -> None:
     changes = {"optimization": {"optimizer": "muon"}}
-    assert farthest(encoded.train("muon", 1, **changes), encoded.train("muon of two", 2, **changes)) < CLOSE
+    assert (
+        farthest(encoded.train("muon", 1, **changes), encoded.train("muon of two", 2, **changes))
+        < CLOSE
+    )
 
 
 def test_sharded_weights_take_the_steps_of_one_process(averaged: Path, sharded: Path) -> None:
@@ -241,14 +306,21 @@ def test_parts_of_the_batches_of_two_processes_take_the_steps_of_one(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow)]
+    ("before", "after"),
+    [
+        (2, 2),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_sharded_run_goes_on(
     before: int, after: int, place: Place, averaging: dict[str, Any], averaged: Path, sharded: Path
 ) -> None:
     """Also as one process, and one process's run sharded: a state is the same whoever wrote it."""
     name, changes = f"{sharded.name} on {before}, then {after}", {1: (), 2: (ranks.sharded,)}
-    ended = ranks.train(place.plan(name, **averaging), before, *changes[before], ranks.Struck(before - 1, 5))
+    ended = ranks.train(
+        place.plan(name, **averaging), before, *changes[before], ranks.Struck(before - 1, 5)
+    )
     assert ended.codes == [2] * (before - 1) + [-signal.SIGKILL]
     run = place.train(name, after, *changes[after], **averaging)
     assert farthest(run, averaged) < CLOSE
@@ -273,20 +345,32 @@ RANK, READER, SELF = (
         (RuntimeError(GLOO + "Timed out waiting 1800000ms for recv operation to complete"), RANK),
         (DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), RANK),
         (DistStoreError("wait timeout after 300000ms, keys: /x"), RANK),
-        (DistBackendError(NCCL + "remote process exited or there was a network error, NCCL version 2.21.5"), RANK),
+        (
+            DistBackendError(
+                NCCL + "remote process exited or there was a network error, NCCL version 2.21.5"
+            ),
+            RANK,
+        ),
         (DistBackendError("NCCL communicator was aborted on rank 0."), RANK),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), READER),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), READER),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. "), SELF),
         (DistBackendError(NCCL + "invalid usage. Duplicate GPU detected"), None),
-        (DistNetworkError("The server socket has failed to listen on any local network address. EADDRINUSE"), None),
+        (
+            DistNetworkError(
+                "The server socket has failed to listen on any local network address. EADDRINUSE"
+            ),
+            None,
+        ),
         (RuntimeError(GLOO + "op.preamble.length <= op.nbytes. 8 vs 4"), None),
         (RuntimeError("CUDA out of memory. NCCL's buffers take 2 GB"), None),
         (RuntimeError("unable to open shared memory object: Broken pipe"), None),
     ],
 )
-def test_the_end_of_a_process_is_told_from_other_errors(error: RuntimeError, who: str | None) -> None:
-    assert str(loop.end_of_another(error)).startswith(str(who))
+def test_the_end_of_a_process_is_told_from_other_errors(
+    error: RuntimeError, who: str | None
+) -> None:
+    assert str(endings.end_of_another(error)).startswith(str(who))
 
 
 class Launched(NamedTuple):
@@ -298,10 +382,21 @@ class Launched(NamedTuple):
 
 
 def launch(plan: Recipe, kill: int | None = None) -> Launched:
-    """`torchrun --nproc-per-node 2 --no-python imprompt train RECIPE`; rank `kill` is killed when step 15 is logged."""
+    """`torchrun --nproc-per-node 2 --no-python imprompt train RECIPE`.
+
+    Rank `kill` is killed when step 15 is logged.
+    """
     file, programs = written(plan, plan.output.with_suffix(".toml")), Path(sys.executable).parent
     said, told = plan.output.with_suffix(".err"), plan.output.with_suffix(".out")
-    arguments = ["--standalone", "--nproc-per-node", "2", "--no-python", str(programs / "imprompt"), "train", str(file)]
+    arguments = [
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--no-python",
+        str(programs / "imprompt"),
+        "train",
+        str(file),
+    ]
     with said.open("w") as err, told.open("w") as out:
         launcher = psutil.Popen([str(programs / "torchrun"), *arguments], stdout=out, stderr=err)
         began = time.monotonic()
@@ -309,7 +404,9 @@ def launch(plan: Recipe, kill: int | None = None) -> Launched:
             while "step 15 of" not in told.read_text() and launcher.poll() is None:
                 time.sleep(0.01)
             began = time.monotonic()
-            next(child for child in launcher.children() if child.environ()["RANK"] == str(kill)).kill()
+            next(
+                child for child in launcher.children() if child.environ()["RANK"] == str(kill)
+            ).kill()
         try:
             code = launcher.wait(ranks.PATIENCE)
         except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
@@ -336,7 +433,9 @@ def test_a_run_under_torchrun_ends_and_goes_on(rank: int, place: Place, long: Pa
     plan = place.plan(f"long, {rank} killed", **LONG)
     ended = launch(plan, rank)
     assert ended.code != 0
-    assert re.search(r"^imprompt: .*The last good state is \S.*step-0000010; the same command", ended.said, re.M)
+    assert re.search(
+        r"^imprompt: .*The last good state is \S.*step-0000010; the same command", ended.said, re.M
+    )
     assert ended.seconds < 40
     print(f"\nended {ended.seconds:.1f} s after the kill")
     place.copy(plan.output, f"long, {rank} killed, then alone")

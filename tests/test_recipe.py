@@ -1,4 +1,6 @@
-"""Reading recipes: what is wrong in one is a line that names the key, the value and what is allowed."""
+"""Reading recipes: what is wrong in one is a line that names the key, the value and what is
+allowed.
+"""
 
 import re
 from collections.abc import Iterator
@@ -47,10 +49,23 @@ RANGES = [
         for key in ("save_every", "keep", "tokens", "optimization.steps")
         for value in (0, -3)
     ),
-    *((f"optimization.{key}", 0, "greater than or equal to 1") for key in ("batch_size", "accumulate")),
-    *((f"optimization.{key}", value, "greater than 0") for key in ("learning_rate", "clip") for value in (0, -1.0)),
-    *((f"data.{key}", 1.5, "less than or equal to 1") for key in ("drop_text", "drop_image", "drop_both", "max_bad")),
-    *((f"data.{key}", -0.5, "greater than or equal to 0") for key in ("drop_text", "drop_image", "drop_both", "max_bad")),
+    *(
+        (f"optimization.{key}", 0, "greater than or equal to 1")
+        for key in ("batch_size", "accumulate")
+    ),
+    *(
+        (f"optimization.{key}", value, "greater than 0")
+        for key in ("learning_rate", "clip")
+        for value in (0, -1.0)
+    ),
+    *(
+        (f"data.{key}", 1.5, "less than or equal to 1")
+        for key in ("drop_text", "drop_image", "drop_both", "max_bad")
+    ),
+    *(
+        (f"data.{key}", -0.5, "greater than or equal to 0")
+        for key in ("drop_text", "drop_image", "drop_both", "max_bad")
+    ),
     ("optimization.weight_decay", -1, "greater than or equal to 0"),
     ("optimization.warmup", -1, "greater than or equal to 0"),
     ("optimization.ema", 1, "less than 1"),
@@ -73,7 +88,9 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), RANGES)
-def test_a_value_out_of_range_is_refused_with_what_is_allowed(key: str, value: object, allowed: str) -> None:
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(
+    key: str, value: object, allowed: str
+) -> None:
     told = refusal(f"{key}={value}")
     assert re.search(rf"{re.escape(key)} = .*: .*{re.escape(allowed)}", told), told
 

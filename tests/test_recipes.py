@@ -1,4 +1,6 @@
-"""The recipes that ship: each is read, and trains what was published at the size that its comments say."""
+"""The recipes that ship: each is read, and trains what was published at the size that its comments
+say.
+"""
 
 import dataclasses
 import re
@@ -9,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from imprompt.structures import BASES, ENCODERS
+from imprompt.families.published import BASES, ENCODERS
 from imprompt.training import estimate as module
-from imprompt.training.estimate import Estimate, estimate, rows
+from imprompt.training.estimate import Estimate, estimate_rows, estimate_run
 from imprompt.training.recipe import Recipe, read_recipe
 from imprompt.variants import TRAINABLE
 
@@ -54,7 +56,7 @@ def a_known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @lru_cache
 def on_gpus(recipe: Recipe, processes: int = 1) -> Estimate:
-    return estimate(recipe, torch.device("cuda"), processes)
+    return estimate_run(recipe, torch.device("cuda"), processes)
 
 
 def gigabytes(recipe: Recipe, processes: int = 1) -> float:
@@ -86,7 +88,12 @@ def test_a_recipe_trains_what_it_says(name: str) -> None:
     assert recipe.data.features is not None
     found = on_gpus(recipe)
     assert found.trained == TRAINED[name]
-    assert dict(rows(dataclasses.replace(found, device=torch.device("cpu"))))["trained parameters"] == f"{TRAINED[name]:,}"
+    assert (
+        dict(estimate_rows(dataclasses.replace(found, device=torch.device("cpu"))))[
+            "trained parameters"
+        ]
+        == f"{TRAINED[name]:,}"
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -94,23 +101,33 @@ def test_comments_are_true(name: str) -> None:
     found = on_gpus(read(name))
     assert told(name, r"([\d,]+) trained parameters") == [found.trained]
     assert told(name, r"# (\d+) kB a sample") == [round((found.encoded or 0) / 1000)]
-    one, _, _ = told(name, r"One GPU needs (\d+) GB, each of 8 needs (\d+); one of 24 GB: --set optimization.accumulate=(\d+)")
+    one, _, _ = told(
+        name,
+        r"One GPU needs (\d+) GB, each of 8 needs (\d+); one of 24 GB: --set "
+        r"optimization.accumulate=(\d+)",
+    )
     assert one - 1 < gigabytes(read(name)) <= one
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_comments_on_other_gpus_are_true(name: str) -> None:
-    _, of_eight, parts = told(name, r"One GPU needs (\d+) GB, each of 8 needs (\d+); .*accumulate=(\d+)")
+    _, of_eight, parts = told(
+        name, r"One GPU needs (\d+) GB, each of 8 needs (\d+); .*accumulate=(\d+)"
+    )
     assert of_eight - 1 < gigabytes(read(name), 8) <= of_eight
-    assert gigabytes(read(name, f"optimization.accumulate={parts}")) < 20  # of 24, the rest is for CUDA and its libraries
+    assert (
+        gigabytes(read(name, f"optimization.accumulate={parts}")) < 20
+    )  # of 24, the rest is for CUDA and its libraries
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_those_of_the_published_file(name: str) -> None:
     recipe = read(name)
-    token_dim = BASES[recipe.model].unet["cross_attention_dim"]
-    shapes = projection_shapes(recipe.variant, token_dim) + [(2 * width, token_dim) for width in KEYS[recipe.model]]
+    token_dim = BASES[recipe.model].config["cross_attention_dim"]
+    shapes = projection_shapes(recipe.variant, token_dim) + [
+        (2 * width, token_dim) for width in KEYS[recipe.model]
+    ]
     assert sum(map(prod, shapes)) == TRAINED[name]
 
 
@@ -118,7 +135,11 @@ def test_parameters_are_those_of_the_published_file(name: str) -> None:
 def test_the_second_stage_goes_on_from_the_first(variant: str) -> None:
     first, second = read(f"sdxl-{variant}-512"), read(f"sdxl-{variant}-1024")
     assert second.start == str(first.output / "latest")
-    assert (first.variant, first.tokens, first.depth) == (second.variant, second.tokens, second.depth)
+    assert (first.variant, first.tokens, first.depth) == (
+        second.variant,
+        second.tokens,
+        second.depth,
+    )
     assert second.data.features != first.data.features
 
 

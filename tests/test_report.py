@@ -1,4 +1,6 @@
-"""The pages of an evaluation: whole, escaped, honest about what is missing, and seen by a browser as they are meant."""
+"""The pages of an evaluation: whole, escaped, honest about what is missing, and seen by a browser
+as they are meant.
+"""
 
 import json
 import re
@@ -15,21 +17,32 @@ from PIL import Image
 
 from imprompt.errors import SettingError
 from imprompt.evaluation import contact
-from imprompt.evaluation.comparison import differs
+from imprompt.evaluation.comparison import differs, write_comparison
 from imprompt.evaluation.contact import Thumbnails, contact_sheet, ranked, spread
 from imprompt.evaluation.page import lines_of
 from imprompt.evaluation.plots import curve, dots
-from imprompt.evaluation.report import best, table, write_comparison, write_report
+from imprompt.evaluation.report import best, report_table, write_report
 from imprompt.evaluation.results import axes_of, label_of, numeric_axes, read_results, word
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-seen = pytest.mark.skipif(BROWSER is None, reason="no chromium is installed: apt-get install chromium")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+seen = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium is installed: apt-get install chromium"
+)
 SCALES = [{"scale": 0.0}, {"scale": 0.5}, {"scale": 1.0}]
-NASTY = "<script>document.title = 'run'</script> \"quoted\" & 'single' 🐙 $x$ \u2028 | " + "very long " * 60
+NASTY = (
+    "<script>document.title = 'run'</script> \"quoted\" & 'single' 🐙 $x$ \u2028 | "
+    + "very long " * 60
+)
 
 
 def band(value: float, reach: float | None = 0.01) -> dict[str, float | None]:
-    return {"value": value, "low": None if reach is None else value - reach, "high": None if reach is None else value + reach}
+    return {
+        "value": value,
+        "low": None if reach is None else value - reach,
+        "high": None if reach is None else value + reach,
+    }
 
 
 def run_folder(
@@ -42,7 +55,9 @@ def run_folder(
     metrics: Sequence[str] = ("clip_i", "clip_t"),
     **run: Any,
 ) -> Path:
-    """A finished run of made-up numbers: CLIP-I is 0.5 + scale / 4 + item / 100 + seed / 1000, CLIP-T falls by as much."""
+    """A finished run of made-up numbers: CLIP-I is 0.5 + scale / 4 + item / 100 + seed / 1000,
+    CLIP-T falls by as much.
+    """
     rows, settings = [], []
     for place in range(len(items)):
         picture = Image.new("RGB", (48, 32), (40 * place % 256, 90, 160))
@@ -55,24 +70,69 @@ def run_folder(
         for place, item in enumerate(items):
             for seed in range(seeds):
                 path = f"images/{number}/{place}-{seed}.png"
-                Image.new("RGB", (32, 32), (250 - 60 * number % 250, 40 * place % 256, 30 + seed)).save(folder / path)
-                told = {"setting": name, "item": item, "group": "", "number": seed, "seed": seed, "caption": caption, "image": path}
-                measured = {"clip_i": 0.5 + gain + place / 100 + seed / 1000 + more * (1 + place), "clip_t": 0.3 - gain / 2}
+                Image.new(
+                    "RGB", (32, 32), (250 - 60 * number % 250, 40 * place % 256, 30 + seed)
+                ).save(folder / path)
+                told = {
+                    "setting": name,
+                    "item": item,
+                    "group": "",
+                    "number": seed,
+                    "seed": seed,
+                    "caption": caption,
+                    "image": path,
+                }
+                measured = {
+                    "clip_i": 0.5 + gain + place / 100 + seed / 1000 + more * (1 + place),
+                    "clip_t": 0.3 - gain / 2,
+                }
                 reference = str((folder / "references" / f"{place}.png").absolute())
-                rows.append({**told, "reference": reference, **{key: measured[key] for key in metrics}})
-        values = {"clip_i": band(0.5 + gain), "clip_t": band(0.3 - gain / 2), "fid": band(20.0 - gain, None)}
+                rows.append(
+                    {**told, "reference": reference, **{key: measured[key] for key in metrics}}
+                )
+        values = {
+            "clip_i": band(0.5 + gain),
+            "clip_t": band(0.3 - gain / 2),
+            "fid": band(20.0 - gain, None),
+        }
         chosen = {key: values[key] for key in (*metrics, "fid")}
-        settings.append({"name": name, "axes": one, "count": len(items) * seeds, "items": len(items), "metrics": chosen})
-    judges = [{"key": "clip", "name": "clip", "source": "some/clip", "sha256": "12" * 32, "preprocessing": "224"}]
-    told = {"imprompt": "0.1.0", "set": {"kind": "folder", "path": "/a/scenes", "sha256": "ab" * 32}, "judges": judges, **run}
+        settings.append(
+            {
+                "name": name,
+                "axes": one,
+                "count": len(items) * seeds,
+                "items": len(items),
+                "metrics": chosen,
+            }
+        )
+    judges = [
+        {
+            "key": "clip",
+            "name": "clip",
+            "source": "some/clip",
+            "sha256": "12" * 32,
+            "preprocessing": "224",
+        }
+    ]
+    told = {
+        "imprompt": "0.1.0",
+        "set": {"kind": "folder", "path": "/a/scenes", "sha256": "ab" * 32},
+        "judges": judges,
+        **run,
+    }
     (folder / "run.json").write_text(json.dumps(told))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
     (folder / "summary.json").write_text(json.dumps({"run": told, "settings": settings}))
     return folder
 
 
 class Page(HTMLParser):
-    """What a page holds: its tags with their attributes, and its text. Fails on tags that do not close in order."""
+    """What a page holds: its tags with their attributes, and its text.
+
+    Fails on tags that do not close in order.
+    """
 
     VOID = ("meta", "img", "br", "link")
 
@@ -113,10 +173,25 @@ def test_a_report_is_whole(tmp_path: Path) -> None:
     assert found.count("img") == 4 * (1 + 3 * 2) + 3 * 4 * (
         1 + 2
     )  # the sheet with two seeds; two items at each end of each setting
-    for text in ("CLIP-T against CLIP-I", "scale 0.5", "0.6250", "0.6150 – 0.6350", "1212121212121212…", "0.1.0", "some/clip"):
+    for text in (
+        "CLIP-T against CLIP-I",
+        "scale 0.5",
+        "0.6250",
+        "0.6150 – 0.6350",
+        "1212121212121212…",
+        "0.1.0",
+        "some/clip",
+    ):
         assert text in found.text
-    named = [value for _, attributes in found.tags for key, value in attributes.items() if key in ("src", "href", "xlink:href")]
-    assert all(value and value.startswith(("data:image/webp;base64,", "#")) for value in named)  # nothing is fetched
+    named = [
+        value
+        for _, attributes in found.tags
+        for key, value in attributes.items()
+        if key in ("src", "href", "xlink:href")
+    ]
+    assert all(
+        value and value.startswith(("data:image/webp;base64,", "#")) for value in named
+    )  # nothing is fetched
 
 
 def test_a_report_is_the_same_twice(tmp_path: Path) -> None:
@@ -127,11 +202,19 @@ def test_a_report_is_the_same_twice(tmp_path: Path) -> None:
 
 def test_what_users_say_is_escaped(tmp_path: Path) -> None:
     axes = [{"adapter": NASTY}, {"adapter": "<b>plain</b> $\\frac$ --> 🐙"}]
-    folder = run_folder(tmp_path / "<i>run</i>", axes, items=("<u>one</u>", "two"), caption=NASTY, model={"name": "<s>x</s>"})
+    folder = run_folder(
+        tmp_path / "<i>run</i>",
+        axes,
+        items=("<u>one</u>", "two"),
+        caption=NASTY,
+        model={"name": "<s>x</s>"},
+    )
     other = run_folder(tmp_path / "other", axes, items=("<u>one</u>", "two"), more=0.01)
     for path in (write_report(folder), write_comparison(folder, other, tmp_path / "page.html")):
         found = page(path)
-        assert {"script", "b", "i", "u", "s"} & {tag for tag, attributes in found.tags if not attributes} <= {"b", "i"}  # ours
+        assert {"script", "b", "i", "u", "s"} & {
+            tag for tag, attributes in found.tags if not attributes
+        } <= {"b", "i"}  # ours
         assert found.count("script") == 0
         assert NASTY.strip() in found.text
         assert "<b>plain</b>" in found.text
@@ -158,11 +241,26 @@ def test_missing_pictures_are_named(tmp_path: Path) -> None:
         ([{"adapter": "base"}, {"adapter": "plus"}], {}, 3),
         ([{"scale": s, "guidance": g} for s in (0.0, 1.0) for g in (3, 7.5)], {}, 4 + 3),
         ([{"scale": s, "adapter": a} for s in (0.0, 1.0) for a in ("base", "plus")], {}, 4),
-        ([{"scale": s, "steps": n, "adapter": a} for s in (0.0, 1.0) for n in (5, 9) for a in "ab"], {}, 2 * 4 + 2 * 3),
-        ([{"scale": 0.5, "blocks": b} for b in ("all", "style")], {}, 3),  # a swept axis of one value is none
+        (
+            [
+                {"scale": s, "steps": n, "adapter": a}
+                for s in (0.0, 1.0)
+                for n in (5, 9)
+                for a in "ab"
+            ],
+            {},
+            2 * 4 + 2 * 3,
+        ),
+        (
+            [{"scale": 0.5, "blocks": b} for b in ("all", "style")],
+            {},
+            3,
+        ),  # a swept axis of one value is none
     ],
 )
-def test_all_shapes_of_sweeps(tmp_path: Path, axes: list[dict[str, Any]], more: dict[str, Any], plots: int) -> None:
+def test_all_shapes_of_sweeps(
+    tmp_path: Path, axes: list[dict[str, Any]], more: dict[str, Any], plots: int
+) -> None:
     folder = run_folder(tmp_path / "run", axes, **more)
     found = page(write_report(folder))
     assert found.count("svg") == plots
@@ -179,26 +277,40 @@ def test_what_is_no_number_is_a_dash(tmp_path: Path) -> None:
     (folder / "rows.jsonl").write_text(text)
     found = page(write_report(folder))
     assert "nan" not in found.text.lower()
-    lines = table(summary).splitlines()
+    lines = report_table(summary).splitlines()
     assert lines[3].split("|")[3].strip() == "–"  # CLIP-I of scale 0.5
     assert lines[2].split("|")[3].strip() == "0.5000 (0.4900 to 0.5100)"
     assert len({len(line) for line in lines}) == 1
 
 
 def test_a_lone_value_is_a_point_and_none_is_no_plot() -> None:
-    settings = [{"name": str(x), "axes": {"scale": x}, "metrics": {"clip_i": band(0.5)} if x else {}} for x in (0.0, 1.0)]
+    settings = [
+        {"name": str(x), "axes": {"scale": x}, "metrics": {"clip_i": band(0.5)} if x else {}}
+        for x in (0.0, 1.0)
+    ]
     assert "CLIP-I over scale" in curve(settings, "clip_i", "scale")
     assert "scale 1" not in dots(settings, "clip_i")
     assert best(settings) == {}
 
 
 def test_plots_take_the_colours_of_the_page() -> None:
-    settings = [{"name": str(x), "axes": {"scale": x}, "metrics": {"clip_i": band(x)}} for x in (0.0, 0.5, 1.0)]
+    settings = [
+        {"name": str(x), "axes": {"scale": x}, "metrics": {"clip_i": band(x)}}
+        for x in (0.0, 0.5, 1.0)
+    ]
     svg = curve(settings, "clip_i", "scale")
-    assert not re.findall(r"#[0-9a-f]{6}\b(?![^<]*url)", svg.replace("url(#", ""))  # every colour is a variable
-    assert {"var(--ink)", "var(--line)", "var(--plot-0)", "var(--font)"} <= set(re.findall(r"var\([\w-]+\)", svg))
+    assert not re.findall(
+        r"#[0-9a-f]{6}\b(?![^<]*url)", svg.replace("url(#", "")
+    )  # every colour is a variable
+    assert {"var(--ink)", "var(--line)", "var(--plot-0)", "var(--font)"} <= set(
+        re.findall(r"var\([\w-]+\)", svg)
+    )
     assert "DejaVu" not in svg
-    assert re.findall(r">(0|0\.5|1)</text>", svg)[:3] == ["0", "0.5", "1"]  # a tick at each scale that was run
+    assert re.findall(r">(0|0\.5|1)</text>", svg)[:3] == [
+        "0",
+        "0.5",
+        "1",
+    ]  # a tick at each scale that was run
 
 
 def test_without_matplotlib_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +320,11 @@ def test_without_matplotlib_it_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_axes() -> None:
-    settings = [{"name": "", "axes": {"steps": n, "scale": s, "adapter": "base"}} for n in (10, 50) for s in (0.0, 1.0)]
+    settings = [
+        {"name": "", "axes": {"steps": n, "scale": s, "adapter": "base"}}
+        for n in (10, 50)
+        for s in (0.0, 1.0)
+    ]
     assert axes_of(settings) == ["steps", "scale"]
     assert numeric_axes(settings) == ["scale", "steps"]
     assert label_of(settings[0]) == "steps 10 · scale 0 · adapter base"
@@ -230,7 +346,10 @@ def test_choices_follow_their_rules(tmp_path: Path) -> None:
 
 
 def test_facts_are_lines() -> None:
-    assert lines_of([{"key": "clip", "sha256": "ab", "none": None}, "x"]) == [{"key": "clip", "sha256": "ab"}, {"": "x"}]
+    assert lines_of([{"key": "clip", "sha256": "ab", "none": None}, "x"]) == [
+        {"key": "clip", "sha256": "ab"},
+        {"": "x"},
+    ]
 
 
 def test_a_folder_that_holds_no_finished_run(tmp_path: Path) -> None:
@@ -246,7 +365,10 @@ def test_a_folder_that_holds_no_finished_run(tmp_path: Path) -> None:
     (folder / "rows.jsonl").write_text("")
     with pytest.raises(SettingError, match="no pictures of scale=0"):
         write_report(folder)
-    for text, said in (("[]", "its summary.json lacks 'run'"), ('{"run": {}, "settings": [{"name": "a"}]}', "lacks 'axes'")):
+    for text, said in (
+        ("[]", "its summary.json lacks 'run'"),
+        ('{"run": {}, "settings": [{"name": "a"}]}', "lacks 'axes'"),
+    ):
         (folder / "summary.json").write_text(text)
         with pytest.raises(SettingError, match=said):
             write_report(folder)
@@ -270,7 +392,13 @@ def test_a_comparison_pairs_items(tmp_path: Path) -> None:
 def test_a_comparison_of_what_is_not_the_same(tmp_path: Path) -> None:
     first = run_folder(tmp_path / "x" / "run", [{"scale": 0.5}], items=("cat", "dog"))
     other = [{"key": "clip", "sha256": "34" * 32}]
-    second = run_folder(tmp_path / "y" / "run", [{"scale": 1.0}], items=("dog", "fox"), judges=other, set={"sha256": "cd"})
+    second = run_folder(
+        tmp_path / "y" / "run",
+        [{"scale": 1.0}],
+        items=("dog", "fox"),
+        judges=other,
+        set={"sha256": "cd"},
+    )
     found = page(write_comparison(first, second, tmp_path / "page.html"))
     assert "The judges are not the same (clip)" in found.text
     assert "The sets are not the same" in found.text
@@ -281,20 +409,29 @@ def test_a_comparison_of_what_is_not_the_same(tmp_path: Path) -> None:
 
 
 def test_comparisons_that_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"--out .*rows.jsonl: a page is written, so give a name that ends in .html"):
+    with pytest.raises(
+        SettingError,
+        match=r"--out .*rows.jsonl: a page is written, so give a name that ends in .html",
+    ):
         write_comparison(tmp_path, tmp_path, tmp_path / "rows.jsonl")
     first = run_folder(tmp_path / "a")
     with pytest.raises(SettingError, match="share no item"):
-        write_comparison(first, run_folder(tmp_path / "b", items=("x", "y")), tmp_path / "page.html")
+        write_comparison(
+            first, run_folder(tmp_path / "b", items=("x", "y")), tmp_path / "page.html"
+        )
     with pytest.raises(SettingError, match="share no setting"):
-        write_comparison(first, run_folder(tmp_path / "c", [{"scale": 2.0}]), tmp_path / "page.html")
+        write_comparison(
+            first, run_folder(tmp_path / "c", [{"scale": 2.0}]), tmp_path / "page.html"
+        )
     without = run_folder(tmp_path / "d", metrics=("clip_t",))
     summary = json.loads((without / "summary.json").read_text())
     for setting in summary["settings"]:
         setting["metrics"].pop("fid")
     (without / "summary.json").write_text(json.dumps(summary))
     with pytest.raises(SettingError, match="share no metric"):
-        write_comparison(without, run_folder(tmp_path / "e", metrics=("clip_i",)), tmp_path / "page.html")
+        write_comparison(
+            without, run_folder(tmp_path / "e", metrics=("clip_i",)), tmp_path / "page.html"
+        )
     assert not (tmp_path / "page.html").exists()
 
 
@@ -309,7 +446,9 @@ def browse(path: Path, *options: str, folder: Path) -> str:
         "--hide-scrollbars",
         f"--user-data-dir={folder / 'profile'}",
     ]
-    done = subprocess.run([*command, *options, path.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [*command, *options, path.as_uri()], capture_output=True, text=True, timeout=60, check=True
+    )
     return done.stdout
 
 
@@ -320,7 +459,11 @@ def shot(path: Path, *options: str, folder: Path) -> Image.Image:
 
 
 def shades(picture: Image.Image) -> set[tuple[int, ...]]:
-    return {color for _, color in picture.getcolors(picture.width * picture.height) or [] if isinstance(color, tuple)}
+    return {
+        color
+        for _, color in picture.getcolors(picture.width * picture.height) or []
+        if isinstance(color, tuple)
+    }
 
 
 LIGHT = [(11, 98, 168), (255, 255, 255)]  # the first line of a plot, the paper
@@ -337,11 +480,19 @@ DARK = [(108, 182, 255), (20, 23, 27)]
     ],
 )
 def test_a_browser_shows_the_pages(
-    tmp_path: Path, compared: bool, options: tuple[str, ...], size: tuple[int, int], colors: list[tuple[int, ...]]
+    tmp_path: Path,
+    compared: bool,
+    options: tuple[str, ...],
+    size: tuple[int, int],
+    colors: list[tuple[int, ...]],
 ) -> None:
     folder = run_folder(tmp_path / "run", caption=NASTY)
     other = run_folder(tmp_path / "other", more=0.01)
-    path = write_comparison(folder, other, tmp_path / "page.html") if compared else write_report(folder)
+    path = (
+        write_comparison(folder, other, tmp_path / "page.html")
+        if compared
+        else write_report(folder)
+    )
     picture = shot(path, *options, f"--window-size={size[0]},{size[1]}", folder=tmp_path)
     assert picture.size == size
     assert set(colors) <= shades(picture)  # a line of a plot, and the paper
@@ -352,10 +503,15 @@ def test_a_browser_shows_the_pages(
 
 @seen
 def test_a_browser_reads_the_pages(tmp_path: Path) -> None:
-    folder, other = run_folder(tmp_path / "run", caption=NASTY), run_folder(tmp_path / "other", more=0.01)
+    folder, other = (
+        run_folder(tmp_path / "run", caption=NASTY),
+        run_folder(tmp_path / "other", more=0.01),
+    )
     for path in (write_report(folder), write_comparison(folder, other, tmp_path / "page.html")):
         html = browse(path, "--dump-dom", folder=tmp_path)
         assert html.count("<svg ") == 4
         assert "<title>run</title>" not in html  # the caption's script did not run
         assert "&lt;script&gt;" in html
-        assert re.search(r'<path d="M [^"]+" clip-path="url\(#\w+\)" style="[^"]*stroke: var\(--plot-0\)', html)
+        assert re.search(
+            r'<path d="M [^"]+" clip-path="url\(#\w+\)" style="[^"]*stroke: var\(--plot-0\)', html
+        )

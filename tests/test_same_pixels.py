@@ -1,6 +1,8 @@
-"""Every way to generate gives the pixels of the plain way, which projects text and image tokens at every site in every step.
+"""Every way to generate gives the pixels of the plain way, which projects text and image tokens at
+every site in every step.
 
-A new feature adds a row to `WAYS`: what is heard, and how the pipeline is run. Ways of other tools: `tests.test_ecosystem`.
+A new feature adds a row to `WAYS`: what is heard, and how the pipeline is run. Ways of other tools:
+`tests.test_ecosystem`.
 """
 
 from typing import Any
@@ -13,7 +15,9 @@ from tests.ways import SIZE, TWO, Heard, Way, check_same_pixels, half
 
 
 def alter_text(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
-    """A pipeline's callback that changes the text between steps: once in place, once as another tensor."""
+    """A pipeline's callback that changes the text between steps: once in place, once as another
+    tensor.
+    """
     if step == 0:
         tensors["prompt_embeds"][:, 2] += 0.5
     if step == 1:
@@ -46,10 +50,28 @@ WAYS = [
     Way("window and masks", [*TWO, Heard(window=(500, 1000), seed=5)], options=SIZE),
     Way(
         "text altered between steps",
-        options=SIZE | {"callback_on_step_end": alter_text, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+        options=SIZE
+        | {
+            "callback_on_step_end": alter_text,
+            "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        },
     ),
-    Way("compiled", [*TWO, Heard(window=(500, 1000), seed=5)], options=SIZE, ready=compiled, pipelines=["sd1"], small=True),
-    Way("compiled from outside", TWO, options=SIZE, ready=compiled_by_user, pipelines=["sd1"], small=True),
+    Way(
+        "compiled",
+        [*TWO, Heard(window=(500, 1000), seed=5)],
+        options=SIZE,
+        ready=compiled,
+        pipelines=["sd1"],
+        small=True,
+    ),
+    Way(
+        "compiled from outside",
+        TWO,
+        options=SIZE,
+        ready=compiled_by_user,
+        pipelines=["sd1"],
+        small=True,
+    ),
 ]
 
 

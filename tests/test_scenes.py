@@ -8,7 +8,17 @@ import torch
 
 from worlds.emoji.clip import cells, loosened, shares
 from worlds.emoji.glyphs import Glyphs, lists
-from worlds.emoji.scenes import PALETTE, PATTERNS, UNSEEN_COLOURS, Scenes, background, captions, figures, render, sample_scenes
+from worlds.emoji.scenes import (
+    PALETTE,
+    PATTERNS,
+    UNSEEN_COLOURS,
+    Scenes,
+    background,
+    captions,
+    figures,
+    render,
+    sample_scenes,
+)
 from worlds.emoji.stage import World, learning_rate
 from worlds.emoji.unet import relaxed
 
@@ -50,7 +60,10 @@ def test_glyphs_stand_inside_where_they_say(glyphs: Glyphs) -> None:
     ink = (bare - 0.5).abs().amax(1) > 0.3
     line = (torch.arange(64) + 0.5) / 32 - 1
     weight = ink.float()
-    found = torch.stack([(weight * line).sum((1, 2)), (weight * line[:, None]).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+    found = (
+        torch.stack([(weight * line).sum((1, 2)), (weight * line[:, None]).sum((1, 2))], 1)
+        / weight.sum((1, 2))[:, None]
+    )
     assert (found - drawn.centre[:, 0]).abs().max() < 0.05
 
 
@@ -84,7 +97,10 @@ def test_captions_name_the_glyphs_and_only_part_of_the_rest(glyphs: Glyphs) -> N
 
 def test_the_seed_of_a_step_depends_on_step_and_rank(tmp_path: Path) -> None:
     world = World("cpu", tmp_path)
-    draws = {tuple(torch.rand(2, generator=world.generator(*salt)).tolist()) for salt in ((1,), (2,), (1, 1), (1, 2), (1,))}
+    draws = {
+        tuple(torch.rand(2, generator=world.generator(*salt)).tolist())
+        for salt in ((1,), (2,), (1, 1), (1, 2), (1,))
+    }
     assert len(draws) == 4
 
 
@@ -92,7 +108,9 @@ def test_the_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] < 0.1
     assert max(rates) > 0.98
-    assert rates[600] == 1.0  # level until the last third, so that a longer run is the same until then
+    assert (
+        rates[600] == 1.0
+    )  # level until the last third, so that a longer run is the same until then
     assert rates[-1] < 5e-3
 
 
@@ -124,7 +142,10 @@ def test_figures_are_where_glyphs_cover_the_background(glyphs: Glyphs) -> None:
 def test_loosened_scenes_keep_all_but_sizes_and_places(glyphs: Glyphs) -> None:
     drawn = scenes(glyphs)
     loose = loosened(drawn, torch.Generator().manual_seed(0))
-    assert all(torch.equal(getattr(drawn, name), getattr(loose, name)) for name in ("glyph", "hue", "pattern", "shade", "wave"))
+    assert all(
+        torch.equal(getattr(drawn, name), getattr(loose, name))
+        for name in ("glyph", "hue", "pattern", "shade", "wave")
+    )
     same = (loose.size == drawn.size).all(1)
     assert 0.3 < same.float().mean() < 0.7
     assert torch.equal(loose.centre[same], drawn.centre[same])
@@ -143,7 +164,11 @@ def test_cells_are_the_patches_pixels_in_order() -> None:
 
 def test_a_rehearsal_has_few_steps_and_scenes(tmp_path: Path) -> None:
     whole, few = (World("cpu", tmp_path, most=most) for most in (None, 20))
-    assert {value["steps"] for value in few.plan.values() if isinstance(value, dict) and "steps" in value} == {20}
+    assert {
+        value["steps"]
+        for value in few.plan.values()
+        if isinstance(value, dict) and "steps" in value
+    } == {20}
     assert few["pool"] == 320 < whole["pool"]
     assert few["unet"]["channels"] == whole["unet"]["channels"]
 

@@ -1,4 +1,6 @@
-"""Training sets: every kind of source gives the same samples, says what is wrong with bad ones, and survives damage."""
+"""Training sets: every kind of source gives the same samples, says what is wrong with bad ones, and
+survives damage.
+"""
 
 import hashlib
 import io
@@ -28,8 +30,9 @@ from imprompt.errors import SettingError
 from imprompt.images import image_size, open_image, open_mask
 from imprompt.training.order import Order
 from imprompt.training.recipe import Columns, Data
+from imprompt.training.samples import BadSample, Opener, Sample, Source
 from imprompt.training.shards import HEADER, TarIndex, cache_folder, fetch
-from imprompt.training.sources import SOURCES, BadSample, Opener, Sample, Source, open_source
+from imprompt.training.sources import SOURCES, open_source
 from tests.sets import (
     DAMAGE,
     MAKERS,
@@ -51,7 +54,9 @@ SIZES = ((48, 40), (24, 64), (33, 32))
 
 
 @pytest.fixture(autouse=True)
-def _caches_aside(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _caches_aside(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path_factory.mktemp("caches")
     monkeypatch.setenv("IMPROMPT_CACHE", str(folder))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "hub"))
@@ -70,7 +75,10 @@ def holds(source: Source, made: list[Item]) -> None:
         assert item.key in sample.name == source.name(index)
         assert sample.text == item.text
         assert same(sample.picture, item.data)
-        assert all(same(opener, data) for opener, data in zip(sample.references, item.references or (item.data,), strict=True))
+        assert all(
+            same(opener, data)
+            for opener, data in zip(sample.references, item.references or (item.data,), strict=True)
+        )
         assert source.size(index) == sample.picture().size
 
 
@@ -80,11 +88,16 @@ def rows_are_named(source: Source) -> bool:
 
 @pytest.mark.parametrize("references", [0, 1, 2])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_every_kind_of_source_gives_what_the_files_hold(kind: str, references: int, tmp_path: Path) -> None:
+def test_every_kind_of_source_gives_what_the_files_hold(
+    kind: str, references: int, tmp_path: Path
+) -> None:
     made = items(7, SIZES, references)
     source = open_source(MAKERS[kind](tmp_path / kind, made))
     if rows_are_named(source):
-        made = [Item(f"row {n} of", item.data, item.text, item.references) for n, item in enumerate(made)]
+        made = [
+            Item(f"row {n} of", item.data, item.text, item.references)
+            for n, item in enumerate(made)
+        ]
     holds(source, made)
     assert not source.bad_shards
     holds(pickle.loads(pickle.dumps(source)), made)
@@ -100,8 +113,12 @@ def test_shards_count_their_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trouble", DAMAGE)
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_bad_sample_is_named_and_the_others_are_read(kind: str, trouble: str, tmp_path: Path) -> None:
-    source = pickle.loads(pickle.dumps(open_source(MAKERS[kind](tmp_path, damaged(items(3), {1: trouble})))))
+def test_a_bad_sample_is_named_and_the_others_are_read(
+    kind: str, trouble: str, tmp_path: Path
+) -> None:
+    source = pickle.loads(
+        pickle.dumps(open_source(MAKERS[kind](tmp_path, damaged(items(3), {1: trouble}))))
+    )
     for index in (0, 2):
         assert source.read(index).picture().size == (48, 40)
     with pytest.raises(BadSample) as caught:
@@ -109,7 +126,9 @@ def test_a_bad_sample_is_named_and_the_others_are_read(kind: str, trouble: str, 
     assert caught.value.name == source.name(1)
     assert caught.value.kind == DAMAGE[trouble][1]
     assert "\n" not in str(caught.value)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == f"{caught.value.name}: {caught.value.why}"
+    assert (
+        str(pickle.loads(pickle.dumps(caught.value))) == f"{caught.value.name}: {caught.value.why}"
+    )
     if trouble in ("empty", "not an image", "too large", "absent"):
         with pytest.raises(BadSample, match=source.name(1)):
             source.size(1)
@@ -149,7 +168,9 @@ def test_every_kind_of_source_gives_masks(kind: str, tmp_path: Path) -> None:
         sample = source.read(index)
         mask = sample.checked_mask(sample.picture())
         assert (mask is None) == (item.mask is None)
-        assert mask is None or np.array_equal(np.asarray(mask), np.asarray(open_mask(item.mask or b"")))
+        assert mask is None or np.array_equal(
+            np.asarray(mask), np.asarray(open_mask(item.mask or b""))
+        )
         assert same(sample.picture, item.data)
         assert same(sample.references[0], item.references[0])
     assert open_source(data).read(0).mask is None  # they are not asked for
@@ -160,11 +181,17 @@ def test_every_kind_of_source_gives_masks(kind: str, tmp_path: Path) -> None:
     [
         (b"", "empty", "mask.* is empty"),
         (b"<html>404 Not Found</html>", "no picture", "mask.* is not a picture"),
-        (png(noise_picture(1, (40, 48))), "another shape", "the mask has 40×48 pixels, the picture 48×40: another aspect ratio"),
+        (
+            png(noise_picture(1, (40, 48))),
+            "another shape",
+            "the mask has 40×48 pixels, the picture 48×40: another aspect ratio",
+        ),
     ],
 )
 @pytest.mark.parametrize("source_kind", MAKERS)
-def test_a_bad_mask_is_the_samples_trouble(source_kind: str, mask: bytes, kind: str, words: str, tmp_path: Path) -> None:
+def test_a_bad_mask_is_the_samples_trouble(
+    source_kind: str, mask: bytes, kind: str, words: str, tmp_path: Path
+) -> None:
     made = [replace(item, mask=mask) for item in items(1)]
     source = open_source(MAKERS[source_kind](tmp_path, made).model_copy(update=MASKS))
     sample = source.read(0)
@@ -182,8 +209,15 @@ def test_an_absent_mask_file_is_the_samples_trouble(tmp_path: Path) -> None:
         sample.checked_mask(sample.picture())
 
 
-@given(st.integers(8, 3000), st.integers(8, 3000), st.floats(0.1, 1), st.sampled_from([round, math.floor, math.ceil]))
-def test_a_smaller_mask_fits_its_picture(width: int, height: int, scale: float, rounded: Callable[[float], int]) -> None:
+@given(
+    st.integers(8, 3000),
+    st.integers(8, 3000),
+    st.floats(0.1, 1),
+    st.sampled_from([round, math.floor, math.ceil]),
+)
+def test_a_smaller_mask_fits_its_picture(
+    width: int, height: int, scale: float, rounded: Callable[[float], int]
+) -> None:
     def blank(mode: str, *sides: int) -> Callable[[], Image.Image]:
         return lambda: Image.new(mode, sides)
 
@@ -191,7 +225,9 @@ def test_a_smaller_mask_fits_its_picture(width: int, height: int, scale: float, 
     mask = blank("L", max(1, rounded(scale * width)), max(1, rounded(scale * height)))
     sample = Sample("a", picture, (picture,), "a", mask)
     assert sample.checked_mask(picture()) is not None
-    other = Sample("a", picture, (picture,), "a", blank("L", width, height + max(2, width // 8 + height // 8)))
+    other = Sample(
+        "a", picture, (picture,), "a", blank("L", width, height + max(2, width // 8 + height // 8))
+    )
     with pytest.raises(BadSample, match="another aspect ratio"):
         other.checked_mask(picture())
 
@@ -205,7 +241,9 @@ def test_a_set_without_any_mask_is_refused(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_mask_that_is_no_file_name_is_refused_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "metadata.jsonl").write_bytes(GOOD_LINE + b'{"file_name": "0000.png", "text": "a", "mask": ["a.png"]}')
+    (tmp_path / "metadata.jsonl").write_bytes(
+        GOOD_LINE + b'{"file_name": "0000.png", "text": "a", "mask": ["a.png"]}'
+    )
     with pytest.raises(SettingError, match="line 2: mask is no file name"):
         open_source(Data(source=str(tmp_path), **MASKS))
 
@@ -215,7 +253,9 @@ def test_a_mask_that_is_no_file_name_is_refused_with_its_line(tmp_path: Path) ->
 
 def test_columns_may_be_called_otherwise(tmp_path: Path) -> None:
     data = make_folder(tmp_path, 1, references=1)
-    (tmp_path / "metadata.jsonl").write_text('{"target": "0000.png", "prompt": "one", "seen": "0000-reference-0.png"}\n')
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"target": "0000.png", "prompt": "one", "seen": "0000-reference-0.png"}\n'
+    )
     names = Columns(image="target", text="caption, prompt", reference="seen")
     sample = open_source(data.model_copy(update={"columns": names})).read(0)
     assert sample.text == "one"
@@ -227,7 +267,9 @@ def test_listings_may_name_files_elsewhere(tmp_path: Path) -> None:
     png_file.write_bytes(png(noise_picture(0)))
     (tmp_path / "set").mkdir()
     paths = [str(png_file), "../a.png"]
-    (tmp_path / "set" / "list.json").write_text(json.dumps([{"image_file": path, "text": "a"} for path in paths]))
+    (tmp_path / "set" / "list.json").write_text(
+        json.dumps([{"image_file": path, "text": "a"} for path in paths])
+    )
     source = open_source(Data(source=str(tmp_path / "set" / "list.json")))
     assert all(same(source.read(index).picture, png_file.read_bytes()) for index in (0, 1))
 
@@ -235,16 +277,27 @@ def test_listings_may_name_files_elsewhere(tmp_path: Path) -> None:
 def test_sizes_in_the_listing_are_believed(tmp_path: Path) -> None:
     data = make_folder(tmp_path, 1)
     line = {"file_name": "0000.png", "text": "a"}
-    sides = [{"width": 7, "height": 5}, {"width": 0, "height": 5}, {"width": "7", "height": 5}, {"width": 7}]
+    sides = [
+        {"width": 7, "height": 5},
+        {"width": 0, "height": 5},
+        {"width": "7", "height": 5},
+        {"width": 7},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line | side) for side in sides))
     source = open_source(data)
     assert [source.size(index) for index in range(4)] == [(7, 5), *[(48, 40)] * 3]
 
 
 def test_a_listing_of_another_editor_is_read(tmp_path: Path) -> None:
-    """A byte-order mark, Windows line ends, blank lines, and a separator that is a line end to Python only."""
+    """A byte-order mark, Windows line ends, blank lines, and a separator that is a line end to
+    Python only.
+    """
     data = make_folder(tmp_path, 2)
-    lines = ['{"file_name": "0000.png", "text": "one\u2028two"}', "", '{"file_name": "0001.png", "text": "three"}']
+    lines = [
+        '{"file_name": "0000.png", "text": "one\u2028two"}',
+        "",
+        '{"file_name": "0001.png", "text": "three"}',
+    ]
     (tmp_path / "metadata.jsonl").write_text("\r\n".join(lines), encoding="utf-8-sig", newline="")
     source = open_source(data)
     assert [source.read(index).text for index in range(2)] == ["one\u2028two", "three"]
@@ -269,13 +322,18 @@ BAD_LINES = [
     (b'{"file_name": 7}', "line 2: no text under file_name"),
     (b'{"file_name": "a.png", "text": ["a"]}', "line 2: text is no text"),
     (b'{"file_name": "a.png", "reference": {"a": 1}}', "is neither a file name nor a list of them"),
-    (b'{"file_name": "a.png", "references": ["a", null]}', "is neither a file name nor a list of them"),
+    (
+        b'{"file_name": "a.png", "references": ["a", null]}',
+        "is neither a file name nor a list of them",
+    ),
     (b"[" * 100_000, "line 2: nested too deep"),
 ]
 
 
 @pytest.mark.parametrize(("line", "words"), BAD_LINES)
-def test_a_malformed_listing_is_refused_with_its_line(line: bytes, words: str, tmp_path: Path) -> None:
+def test_a_malformed_listing_is_refused_with_its_line(
+    line: bytes, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "metadata.jsonl").write_bytes(GOOD_LINE + line)
     with pytest.raises(SettingError) as caught:
         open_source(Data(source=str(tmp_path)))
@@ -296,7 +354,9 @@ def test_a_malformed_listing_is_refused_with_its_line(line: bytes, words: str, t
         (b"[\n\xff]", "line 2: no UTF-8 text"),
     ],
 )
-def test_a_malformed_list_is_refused_with_its_place(text: bytes, words: str, tmp_path: Path) -> None:
+def test_a_malformed_list_is_refused_with_its_place(
+    text: bytes, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "list.json").write_bytes(text)
     with pytest.raises(SettingError) as caught:
         open_source(Data(source=str(tmp_path / "list.json")))
@@ -349,7 +409,9 @@ def test_a_hub_imagefolder_names_references_in_its_own_way(tmp_path: Path) -> No
 
 def test_hub_columns_are_looked_for_at_once(tmp_path: Path) -> None:
     data = make_hub(tmp_path, 2)
-    with pytest.raises(SettingError, match=r"no column picture: it has image, text; data.columns.image says"):
+    with pytest.raises(
+        SettingError, match=r"no column picture: it has image, text; data.columns.image says"
+    ):
         open_source(data.model_copy(update={"columns": Columns(image="picture")}))
     with pytest.raises(SettingError, match="no column caption"):
         open_source(data.model_copy(update={"columns": Columns(text="caption")}))
@@ -362,7 +424,11 @@ def test_hub_columns_are_looked_for_at_once(tmp_path: Path) -> None:
 def test_hub_sizes_and_splits(tmp_path: Path) -> None:
     import datasets
 
-    columns = {"image": [{"bytes": png(noise_picture(n)), "path": None} for n in range(2)], "width": [7, None], "height": [5, 6]}
+    columns = {
+        "image": [{"bytes": png(noise_picture(n)), "path": None} for n in range(2)],
+        "width": [7, None],
+        "height": [5, 6],
+    }
     rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     rows.to_parquet(tmp_path / "validation.parquet")
     source = open_source(Data(source=f"hub:{tmp_path}:validation", captions="optional"))
@@ -374,7 +440,9 @@ def test_hub_sizes_and_splits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff", "avif"])
-def test_the_size_is_that_of_the_upright_picture(ending: str, orientation: int, tmp_path: Path) -> None:
+def test_the_size_is_that_of_the_upright_picture(
+    ending: str, orientation: int, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"a.{ending}"
@@ -383,12 +451,16 @@ def test_the_size_is_that_of_the_upright_picture(ending: str, orientation: int, 
 
 
 def test_the_size_is_read_from_the_header_alone(tmp_path: Path) -> None:
-    """Of a picture whose pixels are cut off, from folders and from shards, also where the header is longer than is first read."""
+    """Of a picture whose pixels are cut off, from folders and from shards, also where the header is
+    longer than is first read.
+    """
     random = np.random.default_rng(0)
     data = png(Image.fromarray(random.integers(0, 256, (200, 300, 3), np.uint8)))
     assert len(data) > HEADER
     buffer = io.BytesIO()
-    Image.fromarray(random.integers(0, 256, (200, 300, 3), np.uint8)).save(buffer, "JPEG", icc_profile=random.bytes(2 * HEADER))
+    Image.fromarray(random.integers(0, 256, (200, 300, 3), np.uint8)).save(
+        buffer, "JPEG", icc_profile=random.bytes(2 * HEADER)
+    )
     for whole in (data, buffer.getvalue()):
         cut = Item("a", whole[:-1000], "a")
         for kind in ("folder", "shards"):
@@ -401,19 +473,34 @@ def test_the_size_is_read_from_the_header_alone(tmp_path: Path) -> None:
 # Tar shards
 
 pieces = st.sampled_from(["a", "b", "a", ".", "/", ".png", ".ref.png", ".TXT", "__a__", "x.y/"])
-names = st.lists(pieces, min_size=1, max_size=5).map(lambda parts: "".join(parts).strip("/")).filter(bool)
+names = (
+    st.lists(pieces, min_size=1, max_size=5)
+    .map(lambda parts: "".join(parts).strip("/"))
+    .filter(bool)
+)
 
 
-@given(st.lists(st.tuples(names, st.binary(max_size=700)), unique_by=lambda member: member[0].lower()), st.sampled_from([0, 1, 2]))
+@given(
+    st.lists(st.tuples(names, st.binary(max_size=700)), unique_by=lambda member: member[0].lower()),
+    st.sampled_from([0, 1, 2]),
+)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_members_group_as_webdataset_groups_them(tmp_path: Path, layout: list[tuple[str, bytes]], kind: int) -> None:
+def test_members_group_as_webdataset_groups_them(
+    tmp_path: Path, layout: list[tuple[str, bytes]], kind: int
+) -> None:
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     path = tmp_path / "a.tar"
-    write_tar(path, [(name * (12 if kind and n == 3 else 1), data) for n, (name, data) in enumerate(layout)], kind)
+    write_tar(
+        path,
+        [(name * (12 if kind and n == 3 else 1), data) for n, (name, data) in enumerate(layout)],
+        kind,
+    )
     with path.open("rb") as file:
         samples = list(group_by_keys(tar_file_expander([{"url": "", "stream": file}])))
-    theirs = [{key: value for key, value in sample.items() if key != "__url__"} for sample in samples]
+    theirs = [
+        {key: value for key, value in sample.items() if key != "__url__"} for sample in samples
+    ]
     try:
         tar = pickle.loads(pickle.dumps(TarIndex(path)))
     except BadSample as error:
@@ -428,7 +515,10 @@ def test_members_group_as_webdataset_groups_them(tmp_path: Path, layout: list[tu
 
 
 def test_shards_by_pattern_and_other_members(tmp_path: Path) -> None:
-    """Names with dots in folders, folders, links and notes among the members; one picture format or another."""
+    """Names with dots in folders, folders, links and notes among the members.
+
+    One picture format or another.
+    """
     made = items(4)
     make_shards(tmp_path / "a.b", made[:2])
     with tarfile.open(tmp_path / "a.b" / "0001.tar", "w") as tar:
@@ -477,34 +567,56 @@ def test_a_shard_that_is_none_is_named_and_left_out(tmp_path: Path) -> None:
 
 
 def test_a_shard_of_something_else(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("0000.npy", b"1"), ("0000.txt", b"a"), ("0001.npy", b"1"), ("0001.txt", b"a")])
+    write_tar(
+        tmp_path / "a.tar",
+        [("0000.npy", b"1"), ("0000.txt", b"a"), ("0001.npy", b"1"), ("0001.txt", b"a")],
+    )
     source = open_source(Data(source=str(tmp_path / "a.tar")))
     for index in (0, 1):
-        with pytest.raises(BadSample, match=r"holds no picture, only npy, txt; data\.columns\.image names the ending"):
+        with pytest.raises(
+            BadSample,
+            match=r"holds no picture, only npy, txt; data\.columns\.image names the ending",
+        ):
             source.read(index)
 
 
 def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("0000.png", png(noise_picture(0))), ("0000.txt", "é".encode("latin-1"))])
+    write_tar(
+        tmp_path / "a.tar",
+        [("0000.png", png(noise_picture(0))), ("0000.txt", "é".encode("latin-1"))],
+    )
     with pytest.raises(BadSample, match="the txt is no UTF-8 text"):
         open_source(Data(source=str(tmp_path / "a.tar"))).read(0)
 
 
 def test_endings_may_be_called_otherwise(tmp_path: Path) -> None:
     data = [png(noise_picture(n)) for n in range(3)]
-    write_tar(tmp_path / "a.tar", [("a.in.png", data[0]), ("a.in.2.png", data[1]), ("a.out.png", data[2]), ("a.prompt", b"x")])
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("a.in.png", data[0]),
+            ("a.in.2.png", data[1]),
+            ("a.out.png", data[2]),
+            ("a.prompt", b"x"),
+        ],
+    )
     columns = Columns(image="out", text="prompt", reference="in")
     sample = open_source(Data(source=str(tmp_path / "a.tar"), columns=columns)).read(0)
     assert sample.text == "x"
     assert same(sample.picture, data[2])
-    assert [same(opener, d) for opener, d in zip(sample.references, data[:2], strict=True)] == [True, True]
+    assert [same(opener, d) for opener, d in zip(sample.references, data[:2], strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path: Path) -> None:
     made = items(4, (9, 8))
     write_tar(tmp_path / "whole.tar", [file for item in made for file in members(item)])
     whole, index = (tmp_path / "whole.tar").read_bytes(), TarIndex(tmp_path / "whole.tar")
-    ends = [max(start + size for start, size in index.members(number).values()) for number in range(4)]
+    ends = [
+        max(start + size for start, size in index.members(number).values()) for number in range(4)
+    ]
     for cut in range(100, ends[-1] + 600, 67):
         (tmp_path / "a.tar").write_bytes(whole[:cut])
         try:
@@ -513,11 +625,17 @@ def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path: Path) -> None:
             assert cut < 512
             continue
         last = len(source) - 1
-        holds_all = all(same(source.read(number).picture, made[number].data) for number in range(last))
+        holds_all = all(
+            same(source.read(number).picture, made[number].data) for number in range(last)
+        )
         assert holds_all
-        assert last + 1 >= sum(end <= cut for end in ends)  # every sample that is all there is known
+        assert last + 1 >= sum(
+            end <= cut for end in ends
+        )  # every sample that is all there is known
         if cut < ends[-1]:
-            with pytest.raises(BadSample, match=f"{made[last].key} in .*a.tar: the tar is cut off") as caught:
+            with pytest.raises(
+                BadSample, match=f"{made[last].key} in .*a.tar: the tar is cut off"
+            ) as caught:
                 source.read(last)
             assert caught.value.kind == "damaged"
 
@@ -548,7 +666,10 @@ def test_a_member_of_impossible_size_ends_the_shard(size: int, tmp_path: Path) -
     """A negative one would lead the standard library round in a circle."""
     made = items(2)
     write_tar(tmp_path / "a.tar", [file for item in made for file in members(item)])
-    data, start = bytearray((tmp_path / "a.tar").read_bytes()), TarIndex(tmp_path / "a.tar").members(1)["png"][0]
+    data, start = (
+        bytearray((tmp_path / "a.tar").read_bytes()),
+        TarIndex(tmp_path / "a.tar").members(1)["png"][0],
+    )
     header = data[start - 512 : start]
     header[124:136] = size.to_bytes(12, "big", signed=True)
     header[124] |= 0x80  # the mark of a size that is not in octal digits
@@ -574,7 +695,9 @@ def test_shards_are_read_from_many_threads(tmp_path: Path) -> None:
     made = items(24)
     source = open_source(make_shards(tmp_path, made))
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(lambda n: same(source.read(n % 24).picture, made[n % 24].data), range(200)))
+        assert all(
+            pool.map(lambda n: same(source.read(n % 24).picture, made[n % 24].data), range(200))
+        )
 
 
 # Remote shards
@@ -588,7 +711,9 @@ def test_a_remote_shard_is_fetched_once_and_whole(tmp_path: Path) -> None:
     cache_folder().mkdir(parents=True)
     (cache_folder() / f".{name}.0.part").write_bytes(b"of a process that was killed")
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(fetch, [url] * 4, [cache_folder() / name] * 4)) == {cache_folder() / name}
+        assert set(pool.map(fetch, [url] * 4, [cache_folder() / name] * 4)) == {
+            cache_folder() / name
+        }
     assert (tmp_path / "log").read_text() == "x\n"
     assert {path.name for path in cache_folder().glob("*")} <= {name, name.replace(".tar", ".lock")}
     source = open_source(Data(source=url))
@@ -627,7 +752,11 @@ class Far:
     """A folder behind a URL that ends with a slash; `asked` are the files that were asked for."""
 
     def __init__(self, folder: Path, server: ThreadingHTTPServer) -> None:
-        self.folder, self.server, self.url = folder, server, f"http://127.0.0.1:{server.server_port}/far/"
+        self.folder, self.server, self.url = (
+            folder,
+            server,
+            f"http://127.0.0.1:{server.server_port}/far/",
+        )
         self.asked: list[str] = []
         server.asked = self.asked  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -674,13 +803,19 @@ def streamed(far: Far, made: list[Item], **counts: int) -> Source:
     """Shards of four samples behind a URL, as many by their index or as is given otherwise."""
     make_shards(far.folder, made)
     shards = [f"{number:04}" for number in range(len(made) // 4)]
-    far.counts({f"{shard}.tar": 4 for shard in shards} | {f"{shard}.tar": count for shard, count in counts.items()})
+    far.counts(
+        {f"{shard}.tar": 4 for shard in shards}
+        | {f"{shard}.tar": count for shard, count in counts.items()}
+    )
     return open_source(Data(source=far.url + f"{{{shards[0]}..{shards[-1]}}}.tar"))
 
 
 INDEXES = {
     "sizes.json": {"0000.tar": 4, "0001.tar": "4", "0007.tar": 4},
-    "index.json": {"wids_version": 1, "shardlist": [{"url": f"s3://elsewhere/000{n}.tar", "nsamples": 4} for n in range(2)]},
+    "index.json": {
+        "wids_version": 1,
+        "shardlist": [{"url": f"s3://elsewhere/000{n}.tar", "nsamples": 4} for n in range(2)],
+    },
 }
 
 
@@ -701,7 +836,10 @@ def test_shards_that_an_index_counts_are_fetched_when_they_are_read(name: str, f
         assert source.size(index) == (48, 40)
     assert far.shards() == {"0001.tar": 1}
     far.stop()
-    assert open_source(Data(source=far.url + "{0000..0001}.tar?download=true")).shards == (4, 4)  # the index is kept
+    assert open_source(Data(source=far.url + "{0000..0001}.tar?download=true")).shards == (
+        4,
+        4,
+    )  # the index is kept
 
 
 @pytest.mark.parametrize(
@@ -734,14 +872,18 @@ def test_a_shard_that_the_index_does_not_name_is_fetched_to_be_counted(far: Far)
 
 
 def test_an_index_that_is_wrong(far: Far) -> None:
-    """Shards with fewer samples than it says, with more, that are no shards, and that are not there."""
+    """Shards with fewer samples than it says, with more, that are no shards, and that are not
+    there.
+    """
     made = items(16)
     source = streamed(far, made, **{"0000": 6, "0001": 3})
     (far.folder / "0002.tar").write_bytes(b"<html>404 Not Found</html>" * 100)
     (far.folder / "0003.tar").unlink()
     assert source.shards == (6, 3, 4, 4)
     good = {0: 0, 3: 3, 6: 4, 8: 6}  # by the sample's number there and here
-    assert {index: source.read(index).text for index in good} == {index: made[n].text for index, n in good.items()}
+    assert {index: source.read(index).text for index in good} == {
+        index: made[n].text for index, n in good.items()
+    }
     words = {
         4: "holds 4 samples, its index tells of 6",
         5: "holds 4 samples",
@@ -774,7 +916,9 @@ def kept() -> list[Path]:
     return list(cache_folder().glob("*/*.tar"))
 
 
-def test_training_holds_few_streamed_shards_and_fetches_each_once_an_epoch(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_holds_few_streamed_shards_and_fetches_each_once_an_epoch(
+    far: Far, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("imprompt.training.shards.KEEP", 4)
     made = items(48, (9, 8))
     source = streamed(far, made)
@@ -785,11 +929,15 @@ def test_training_holds_few_streamed_shards_and_fetches_each_once_an_epoch(far: 
             assert source.read(index).text == made[index].text
             assert len(kept()) <= 4
         assert set(far.shards().values()) == {1}
-        assert len(far.shards()) == 12 if epoch == 0 else len(far.shards()) >= 8  # some are still there of the epoch before
+        assert (
+            len(far.shards()) == 12 if epoch == 0 else len(far.shards()) >= 8
+        )  # some are still there of the epoch before
     assert len(kept()) == 4
 
 
-def test_shards_are_read_while_others_remove_them(far: Far, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_read_while_others_remove_them(
+    far: Far, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More threads than shards that may stay, each in an order of its own."""
     monkeypatch.setattr("imprompt.training.shards.KEEP", 2)
     made = items(16, (9, 8))

@@ -1,4 +1,7 @@
-"""What a start costs: what is imported, read and initialised, and what is not. No seconds, which vary."""
+"""What a start costs: what is imported, read and initialised, and what is not.
+
+No seconds, which vary.
+"""
 
 import gc
 import json
@@ -10,17 +13,49 @@ from pathlib import Path
 import pytest
 import torch
 
-from imprompt.cli import loading, quiet
+from imprompt.cli.console import loading, quiet
 from imprompt.models import MODELS, PACKAGED, collector_waits, open_pipeline
 
 EMOJI = PACKAGED / "emoji"
 ADAPTER = EMOJI / "adapters" / "base.safetensors"
-HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "accelerate", "huggingface_hub", "safetensors"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "PIL",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "huggingface_hub",
+    "safetensors",
+}
 SHELL_ONLY = {"typer", "click", "rich", "pydantic"}
 LIBRARIES = {"diffusers", "transformers", "accelerate", "datasets", "webdataset"}
-# Installed or not, none of these makes a picture. The first are what training, encoding and tests need.
-NEVER = {"datasets", "webdataset", "tensorboard", "pyarrow", "wandb", "bitsandbytes", "pytest", "scipy", "sklearn", "pandas"}
-NEVER |= {"matplotlib", "cv2", "onnxruntime", "tensorflow", "jax", "flax", "librosa", "gradio", "hypothesis", "emoji"}
+# Installed or not, none of these makes a picture. The first are what training, encoding and tests
+# need.
+NEVER = {
+    "datasets",
+    "webdataset",
+    "tensorboard",
+    "pyarrow",
+    "wandb",
+    "bitsandbytes",
+    "pytest",
+    "scipy",
+    "sklearn",
+    "pandas",
+}
+NEVER |= {
+    "matplotlib",
+    "cv2",
+    "onnxruntime",
+    "tensorflow",
+    "jax",
+    "flax",
+    "librosa",
+    "gradio",
+    "hypothesis",
+    "emoji",
+}
 COMMAND = """
 import sys; sys.argv = ["imprompt", {}]
 from imprompt.cli import main
@@ -54,13 +89,20 @@ def command(*arguments: object) -> str:
     [
         ("import imprompt", HEAVY | SHELL_ONLY),
         ("from imprompt import ImpromptError", HEAVY | SHELL_ONLY),
-        (command("--help"), HEAVY),
+        (command("--help"), HEAVY | {"pydantic"}),
         (command("generate", "--help"), HEAVY),
         (command("evaluate", "run", "--help"), HEAVY),
         (command("models"), HEAVY),
         (command("inspect", ADAPTER), LIBRARIES),
-        ("from imprompt import ImagePromptPipeline, load_adapter, write_adapter, FeatureMemory", LIBRARIES),
-        ("from imprompt import ImagePromptPipeline as P; P.from_pretrained('emoji', device='cpu')", NEVER),
+        (
+            "from imprompt import ImagePromptPipeline, load_adapter, write_adapter, FeatureMemory",
+            LIBRARIES,
+        ),
+        (
+            "from imprompt import ImagePromptPipeline as P; P.from_pretrained('emoji', "
+            "device='cpu')",
+            NEVER,
+        ),
     ],
 )
 def test_only_what_is_needed_is_imported(code: str, without: set[str]) -> None:
@@ -68,7 +110,9 @@ def test_only_what_is_needed_is_imported(code: str, without: set[str]) -> None:
 
 
 def test_loading_initialises_nothing_at_random_and_copies_no_weights() -> None:
-    """Weights in the precision of their file stay where the system mapped them, for all processes at once."""
+    """Weights in the precision of their file stay where the system mapped them, for all processes
+    at once.
+    """
     code = """
 import torch
 from imprompt import ImagePromptPipeline
@@ -78,9 +122,11 @@ assert torch.equal(torch.get_rng_state(), state), "random numbers were drawn"
 assert pipe.pipeline.image_encoder is None, "the image encoder was read twice"
 try: lines = [line.split() for line in open("/proc/self/maps")]
 except OSError: lines = []
-maps = [(*(int(bound, 16) for bound in line[0].split("-")), line[-1]) for line in lines if line[-1].endswith(".safetensors")]
+held = [line for line in lines if line[-1].endswith(".safetensors")]
+maps = [(*(int(bound, 16) for bound in line[0].split("-")), line[-1]) for line in held]
 base = pipe.pipeline
-parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoder, "image": pipe.first.reader.encoder.model}
+parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoder}
+parts["image"] = pipe.first.reader.encoder.model
 def mapped(weight): return any(low <= weight.data_ptr() < high for low, high, _ in maps)
 copied = [name for name, part in parts.items() if lines and not all(map(mapped, part.parameters()))]
 """
@@ -132,10 +178,19 @@ imprompt.cli.shell()
 
 @pytest.mark.parametrize(
     ("end", "code"),
-    [("return", 0), ("sys.exit()", 0), ("sys.exit(3)", 3), ("sys.exit('why')", 1), ("raise KeyError('why')", 1)],
+    [
+        ("return", 0),
+        ("sys.exit()", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit('why')", 1),
+        ("raise KeyError('why')", 1),
+    ],
 )
 def test_a_shells_process_ends_at_once_with_all_said(end: str, code: int) -> None:
-    """Its code, what it printed and what was registered for the end are as ever; objects are not taken apart."""
+    """Its code, what it printed and what was registered for the end are as ever.
+
+    Objects are not taken apart.
+    """
     ended = python(SHELL.format(end))
     assert (ended.returncode, ended.stdout.split("\n")) == (code, ["worked", "tidied", ""])
     assert ("why" in ended.stderr) == ("why" in end)
@@ -144,7 +199,9 @@ def test_a_shells_process_ends_at_once_with_all_said(end: str, code: int) -> Non
 def test_a_shell_that_stops_reading_is_no_error(tmp_path: Path) -> None:
     code = "import sys; sys.argv = ['imprompt', 'models']\nfrom imprompt.cli import shell\nshell()"
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=said)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=said
+        )
         assert process.stdout is not None
         process.stdout.close()
         process.wait()

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from imprompt.checkpoint import read_adapter, write_adapter
+from imprompt.checkpoints.adapters import load_adapter, read_adapter, write_adapter
 from imprompt.errors import CheckpointError, ImpromptError, MismatchError, SettingError
-from imprompt.training import loop, state, step
+from imprompt.training import loop, setup, state, step
 from imprompt.training.model import AdaptedModel
-from imprompt.training.watch import Metrics, Row, Watcher
+from imprompt.training.watch import LogRow, Metrics, Watcher
 from imprompt.variants import TRAINABLE
-from tests.runs import losses, names, picture_folder, recipe, saved_pipeline, tensors
+from tests.runs import begun, losses, names, picture_folder, recipe, saved_pipeline, tensors
 from tests.sets import MAKERS, items, make_folder, masked
 
 SITES = {"sd1": 16, "sdxl": 17}  # text cross-attentions of the tiny structures
@@ -35,32 +35,43 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("name", list(TRAINABLE))
-def test_every_variant_trains_on_sd1_and_sdxl(name: str, model: Path, folder: Path, tmp_path: Path) -> None:
+def test_every_variant_trains_on_sd1_and_sdxl(
+    name: str, model: Path, folder: Path, tmp_path: Path
+) -> None:
     sizes = {"depth": 1} if name == "plus" else {}
-    plan = recipe(folder, tmp_path / "run", 2, model=str(model), variant=name, data={"size": 32}, **sizes)
+    plan = recipe(
+        folder, tmp_path / "run", 2, model=str(model), variant=name, data={"size": 32}, **sizes
+    )
     latest = loop.train(plan)
     assert names(tmp_path / "run") == ["latest", "metrics.jsonl", "step-0000002"]
     assert names(latest) == FILES
     file = read_adapter(latest)
     assert (file.variant.name, len(file.kv)) == (name, SITES[model.name])
     assert file.header is not None
-    assert (file.header.base, file.header.training_steps, file.header.prediction_type) == (str(model), 2, "epsilon")
-    run = loop.Run(plan.model_copy(update={"output": tmp_path / "other"}), Watcher())
+    assert (file.header.base, file.header.training_steps, file.header.prediction_type) == (
+        str(model),
+        2,
+        "epsilon",
+    )
+    run = begun(plan.model_copy(update={"output": tmp_path / "other"}))
     fresh = dict(run.trainer.model.named_parameters())
     assert {key.split(".")[0] for key in fresh} == {"adapter"}
     assert file.parameters == sum(weight.numel() for weight in fresh.values())
     stored = torch.load(latest / "training.pt", weights_only=True)
     assert set(stored) == {"optimizer", "scaler"}
     assert set(stored["optimizer"]["state"]) == set(fresh)
-    assert sum(path.stat().st_size for path in latest.iterdir()) < 3.2 * 4 * file.parameters + 200_000  # no base model in it
-    began = run.twin.state_dict()
-    assert not any(torch.equal(before, after) for before, after in zip(began.values(), after_of(latest, run), strict=True))
+    assert (
+        sum(path.stat().st_size for path in latest.iterdir()) < 3.2 * 4 * file.parameters + 200_000
+    )  # no base model in it
+    began = run.setup.twin.state_dict()
+    assert not any(
+        torch.equal(before, after)
+        for before, after in zip(began.values(), after_of(latest, run), strict=True)
+    )
 
 
 def after_of(latest: Path, run: Any) -> list[torch.Tensor]:
-    from imprompt.checkpoint import load_adapter
-
-    return list(load_adapter(latest, run.twin.family)[0].state_dict().values())
+    return list(load_adapter(latest, run.setup.base).state_dict().values())
 
 
 @pytest.mark.parametrize(
@@ -72,11 +83,16 @@ def after_of(latest: Path, run: Any) -> list[torch.Tensor]:
         {"data": {"features": "FEATURES", "flip": True, "held_out": 1}},
         {"data": {"buckets": True, "bucket_step": 16, "workers": 2}},
         {"validation": {"every": 3, "steps": 2, "texts": ["a cat"]}, "data": {"held_out": 2}},
-        {"noise": {"min_snr": 5.0, "offset": 0.05}, "optimization": {"checkpointing": True, "schedule": "cosine", "warmup": 2}},
+        {
+            "noise": {"min_snr": 5.0, "offset": 0.05},
+            "optimization": {"checkpointing": True, "schedule": "cosine", "warmup": 2},
+        },
     ],
     ids=["plain", "average", "muon", "features", "buckets", "validation", "noise"],
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    changes: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
     if "features" in changes.get("data", {}):
         changes = {"data": changes["data"] | {"features": tmp_path / "features"}}
     whole = loop.train(recipe(folder, tmp_path / "whole", **changes))
@@ -98,18 +114,20 @@ class StopAfter(Watcher):
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def stepped(self, row: Row) -> None:
+    def stepped(self, row: LogRow) -> None:
         if row.step == self.steps:
             raise Stop
 
 
-def test_an_averaged_run_saves_the_average_and_goes_on_from_the_weights(folder: Path, tmp_path: Path) -> None:
-    run = loop.Run(recipe(folder, tmp_path, 4, optimization={"ema": 0.5}), Watcher())
+def test_an_averaged_run_saves_the_average_and_goes_on_from_the_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    run = begun(recipe(folder, tmp_path, 4, optimization={"ema": 0.5}))
     run.go()
     assert run.trainer.average is not None
     keys = [name.removeprefix("adapter.") for name, _ in run.trainer.model.named_parameters()]
     saved = dict(zip(keys, run.trainer.average.means, strict=True))
-    adapter, _ = loop.load_adapter(tmp_path / "latest", run.twin.family)
+    adapter = load_adapter(tmp_path / "latest", run.setup.base)
     assert all(torch.equal(saved[key], value) for key, value in adapter.state_dict().items())
     stored = torch.load(tmp_path / "latest" / "training.pt", weights_only=True)
     assert stored["average_steps"] == 4
@@ -144,31 +162,52 @@ def test_accumulated_parts_are_one_batch(optimizer: str, folder: Path, tmp_path:
 def test_features_encoded_once_train_as_pictures_do(folder: Path, tmp_path: Path) -> None:
     loop.train(recipe(folder, tmp_path / "pictures"))
     loop.train(recipe(folder, tmp_path / "features", data={"features": tmp_path / "kept"}))
-    assert losses(tmp_path / "pictures") == pytest.approx(losses(tmp_path / "features"), rel=5e-3)  # kept as float16
+    assert losses(tmp_path / "pictures") == pytest.approx(
+        losses(tmp_path / "features"), rel=5e-3
+    )  # kept as float16
 
 
-MASKS: dict[str, Any] = {"columns": {"mask": "mask"}, "size": 32, "buckets": True, "bucket_step": 8, "flip": True}
+MASKS: dict[str, Any] = {
+    "columns": {"mask": "mask"},
+    "size": 32,
+    "buckets": True,
+    "bucket_step": 8,
+    "flip": True,
+}
 
 
 def plain_losses(run: Path) -> list[float]:
     return [row["plain_loss"] for row in Metrics(run).read() if "loss" in row]
 
 
-def test_masks_weigh_alike_from_every_source_and_from_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_weigh_alike_from_every_source_and_from_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hub-cache"))
     made, runs = masked(items(7, ((48, 40), (40, 64)))), {}
     for kind, make in MAKERS.items():
         more = {"per_shard": 7} if kind == "shards" else {}
         source = make(tmp_path / kind, made, **more)
         data = MASKS | {"root": source.root}
-        for name, changes in ((kind, {}), (f"{kind} encoded", {"features": tmp_path / f"{kind}-features"})):
-            plan = recipe(source.source, tmp_path / f"{name} run", 4, data=data | changes, noise={"mask_weight": 3.0})
+        for name, changes in (
+            (kind, {}),
+            (f"{kind} encoded", {"features": tmp_path / f"{kind}-features"}),
+        ):
+            plan = recipe(
+                source.source,
+                tmp_path / f"{name} run",
+                4,
+                data=data | changes,
+                noise={"mask_weight": 3.0},
+            )
             loop.train(plan)
             runs[name] = plan.output
     for kind in MAKERS:
         assert losses(runs[kind]) == losses(runs["folder"])
         assert losses(runs[f"{kind} encoded"]) == losses(runs["folder encoded"])
-    assert losses(runs["folder encoded"]) == pytest.approx(losses(runs["folder"]), rel=5e-3)  # kept as float16
+    assert losses(runs["folder encoded"]) == pytest.approx(
+        losses(runs["folder"]), rel=5e-3
+    )  # kept as float16
     assert losses(runs["folder"]) != plain_losses(runs["folder"])
 
 
@@ -177,7 +216,11 @@ def test_a_mask_weight_of_zero_trains_as_without_masks(tmp_path: Path) -> None:
     plain = MASKS | {"columns": {}}
     weighted, zero, without = (
         recipe(source, tmp_path / name, 3, data=data, noise={"mask_weight": weight})
-        for name, data, weight in (("weighted", MASKS, 3.0), ("zero", MASKS, 0.0), ("without", plain, 0.0))
+        for name, data, weight in (
+            ("weighted", MASKS, 3.0),
+            ("zero", MASKS, 0.0),
+            ("without", plain, 0.0),
+        )
     )
     states = [tensors(loop.train(plan)) for plan in (weighted, zero, without)]
     assert losses(zero.output) == losses(without.output) != losses(weighted.output)
@@ -189,7 +232,11 @@ def test_a_bad_mask_weighs_nothing_and_is_named(tmp_path: Path) -> None:
     made = masked(items(7))
     made[3] = replace(made[3], mask=b"")
     source = make_folder(tmp_path / "set", made).source
-    loop.train(recipe(source, tmp_path / "run", 4, data=MASKS | {"max_bad": 0.2}, noise={"mask_weight": 3.0}))
+    loop.train(
+        recipe(
+            source, tmp_path / "run", 4, data=MASKS | {"max_bad": 0.2}, noise={"mask_weight": 3.0}
+        )
+    )
     (row,) = map(json.loads, (tmp_path / "run" / "bad.jsonl").read_text().splitlines())
     assert row["name"].endswith("0003.png")
     assert row["why"].endswith("0003-mask.png is empty")
@@ -198,8 +245,8 @@ def test_a_bad_mask_weighs_nothing_and_is_named(tmp_path: Path) -> None:
 def test_training_on_features_holds_no_encoders(folder: Path, tmp_path: Path) -> None:
     plan = recipe(folder, tmp_path / "run", 1, data={"features": tmp_path / "kept"})
     loop.train(plan)
-    run = loop.Run(recipe(folder, tmp_path / "again", 1, data={"features": tmp_path / "kept"}), Watcher())
-    assert run.frozen is None
+    run = begun(recipe(folder, tmp_path / "again", 1, data={"features": tmp_path / "kept"}))
+    assert run.setup.frozen is None
 
 
 def test_features_of_another_encoder_or_size_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -215,24 +262,30 @@ def test_features_of_another_encoder_or_size_are_refused(folder: Path, tmp_path:
 
 
 def test_only_the_adapter_is_trained(folder: Path, tmp_path: Path) -> None:
-    run = loop.Run(recipe(folder, tmp_path, 2), Watcher())
-    before = {name: weight.clone() for name, weight in run.base.state_dict().items()}
+    run = begun(recipe(folder, tmp_path, 2))
+    before = {name: weight.clone() for name, weight in run.setup.base.state_dict().items()}
     model = run.trainer.model
     assert isinstance(model, AdaptedModel)
-    out = model(torch.randn(2, 4, 16, 16), torch.tensor([1, 500]), torch.randn(2, 24, 192), torch.randn(2, 256), {})
+    text = {"text": torch.randn(2, 24, 192)}
+    out = model(torch.randn(2, 4, 16, 16), torch.tensor([1, 500]), torch.randn(2, 256), text)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     run.go()
-    assert all(weight.grad is None for weight in run.base.parameters())
-    assert all(torch.equal(before[name], weight) for name, weight in run.base.state_dict().items())
+    assert all(weight.grad is None for weight in run.setup.base.parameters())
+    assert all(
+        torch.equal(before[name], weight) for name, weight in run.setup.base.state_dict().items()
+    )
 
 
 def test_a_run_starts_from_a_given_adapter(folder: Path, tmp_path: Path) -> None:
     first = loop.train(recipe(folder, tmp_path / "first", 2))
-    run = loop.Run(recipe(folder, tmp_path / "second", 2, start=str(first)), Watcher())
-    given = loop.load_adapter(first, run.twin.family)[0].state_dict()
+    run = begun(recipe(folder, tmp_path / "second", 2, start=str(first)))
+    given = load_adapter(first, run.setup.base).state_dict()
     assert all(torch.equal(given[key], value) for key, value in run.trainer.weights().items())
-    with pytest.raises(MismatchError, match="is a base adapter of 256-wide features; this recipe trains a plus one of 192-wide"):
+    with pytest.raises(
+        MismatchError,
+        match="is a base adapter of 256-wide features; this recipe trains a plus one of 192-wide",
+    ):
         loop.train(recipe(folder, tmp_path / "third", 2, start=str(first), variant="plus"))
 
 
@@ -243,14 +296,20 @@ def test_the_best_state_is_kept(folder: Path, tmp_path: Path) -> None:
         def held_out_loss(self) -> float:
             return next(measured)
 
-    Told(recipe(folder, tmp_path, 8, keep=1, data={"held_out": 2}), Watcher()).go()
+    plan = recipe(folder, tmp_path, 8, keep=1, data={"held_out": 2})
+    Told(setup.set_up(plan, Watcher().encoded), Watcher()).go()
     assert names(tmp_path) == ["best", "latest", "metrics.jsonl", "step-0000004", "step-0000008"]
     assert (tmp_path / "best").resolve().name == "step-0000004"
-    assert [row["held_out_loss"] for row in Metrics(tmp_path).read() if "held_out_loss" in row] == [3.0, 1.0, 2.0, 4.0]
+    assert [row["held_out_loss"] for row in Metrics(tmp_path).read() if "held_out_loss" in row] == [
+        3.0,
+        1.0,
+        2.0,
+        4.0,
+    ]
 
 
 def test_held_out_samples_are_never_trained_on(folder: Path, tmp_path: Path) -> None:
-    run = loop.Run(recipe(folder, tmp_path, 10, data={"held_out": 3}), Watcher())
+    run = begun(recipe(folder, tmp_path, 10, data={"held_out": 3}))
     items = run.supply.items(0)
     shown = {name for _ in range(10) for name in next(items)["name"]}
     kept = {run.supply.reader.name(int(index)) for index in run.supply.held_out}
@@ -258,7 +317,9 @@ def test_held_out_samples_are_never_trained_on(folder: Path, tmp_path: Path) -> 
     assert run.held_out_loss() == run.held_out_loss()
 
 
-def test_a_diverged_run_stops_with_step_samples_and_state(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_stops_with_step_samples_and_state(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     update = step.Trainer.update
 
     def broken(trainer: step.Trainer, number: int, parts: Any) -> step.Stepped:
@@ -266,7 +327,11 @@ def test_a_diverged_run_stops_with_step_samples_and_state(folder: Path, tmp_path
         return told._replace(norm=told.norm * float("nan")) if number == 4 else told
 
     monkeypatch.setattr(step.Trainer, "update", broken)
-    with pytest.raises(ImpromptError, match=r"the loss of step 5 is nan; its samples: .*\.png.*last good state is .*step-0000004;"):
+    with pytest.raises(
+        ImpromptError,
+        match=r"the loss of step 5 is nan; its samples: .*\.png.*last good state is .*"
+        r"step-0000004;",
+    ):
         loop.train(recipe(folder, tmp_path))
     assert (tmp_path / "latest" / "state.json").exists()
     assert len(losses(tmp_path)) == 4
@@ -280,7 +345,9 @@ def test_a_diverged_run_stops_with_step_samples_and_state(folder: Path, tmp_path
         ({"variant": "plus"}, "variant = 'base' .now 'plus'."),
     ],
 )
-def test_another_recipe_does_not_go_on(changes: dict[str, Any], words: str, folder: Path, tmp_path: Path) -> None:
+def test_another_recipe_does_not_go_on(
+    changes: dict[str, Any], words: str, folder: Path, tmp_path: Path
+) -> None:
     loop.train(recipe(folder, tmp_path, 2))
     with pytest.raises(SettingError, match=words):
         loop.train(recipe(folder, tmp_path, 4, **changes))
@@ -301,25 +368,37 @@ def test_another_set_does_not_go_on(folder: Path, tmp_path: Path) -> None:
 def test_a_trained_adapter_loads_in_diffusers(folder: Path, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from imprompt import ImagePromptPipeline
+    from imprompt.generation.pipeline import ImagePromptPipeline
     from imprompt.models import PACKAGED
 
     latest = loop.train(recipe(folder, tmp_path / "run", variant="full"))
     write_adapter(tmp_path / "ip.safetensors", read_adapter(latest), "diffusers")
     prompt = Image.open(folder / "3.png")
-    ours = ImagePromptPipeline.from_pretrained("emoji", adapter=latest, device="cpu")(prompt, seed=1, steps=3).images[0]
+    ours = ImagePromptPipeline.from_pretrained("emoji", adapter=latest, device="cpu")(
+        prompt, seed=1, steps=3
+    ).images[0]
     theirs = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
     theirs.set_progress_bar_config(disable=True)
     theirs.load_ip_adapter(
-        str(tmp_path), subfolder="", weight_name="ip.safetensors", image_encoder_folder=None, low_cpu_mem_usage=False
+        str(tmp_path),
+        subfolder="",
+        weight_name="ip.safetensors",
+        image_encoder_folder=None,
+        low_cpu_mem_usage=False,
     )
     made = theirs(
-        "", ip_adapter_image=prompt, num_inference_steps=3, guidance_scale=3.0, generator=[torch.Generator().manual_seed(1)]
+        "",
+        ip_adapter_image=prompt,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=[torch.Generator().manual_seed(1)],
     ).images[0]
     assert int(np.abs(np.asarray(ours).astype(int) - np.asarray(made)).max()) <= 1
 
 
-def test_a_torn_save_leaves_the_last_state(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_save_leaves_the_last_state(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     loop.train(recipe(folder, run, steps=2))
     kept = tensors(run / "latest")

@@ -20,10 +20,19 @@ from rich.console import Console
 
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.training.recipe import Recipe
-from imprompt.training.sources import BadSample
-from imprompt.training.watch import SHOWN_BAD, Clock, Metrics, Pace, ProgressWatcher, Row, open_trackers, peak_memory_gb
+from imprompt.training.samples import BadSample
+from imprompt.training.watch import (
+    SHOWN_BAD,
+    Clock,
+    LogRow,
+    Metrics,
+    Pace,
+    ProgressWatcher,
+    open_trackers,
+    peak_memory_gb,
+)
 
-ROW = Row(
+ROW = LogRow(
     step=25,
     epoch=0.5,
     loss=0.1234,
@@ -78,7 +87,13 @@ def test_metrics_hold_plain_numbers(tmp_path: Path) -> None:
     metrics.cut(0)
     assert metrics.read() == []
     metrics.add(
-        {"step": 1, "a": torch.tensor(0.1, dtype=torch.float64), "b": np.float32(0.5), "c": float("nan"), "d": {"0-9": 1 / 3}}
+        {
+            "step": 1,
+            "a": torch.tensor(0.1, dtype=torch.float64),
+            "b": np.float32(0.5),
+            "c": float("nan"),
+            "d": {"0-9": 1 / 3},
+        }
     )
     assert metrics.read() == [{"step": 1, "a": 0.1, "b": 0.5, "c": None, "d": {"0-9": 1 / 3}}]
     (tmp_path / "file").touch()
@@ -113,7 +128,10 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, last, loss in ((0, 6, 1.0), (4, 8, 2.0)):  # stopped after step 6; the latest state was that of step 4
+    for start, last, loss in (
+        (0, 6, 1.0),
+        (4, 8, 2.0),
+    ):  # stopped after step 6; the latest state was that of step 4
         (board,) = open_trackers(recipe(tmp_path, "tensorboard"), start, pytest.fail)
         for step in range(start + 1, last + 1):
             board.log(replace(ROW, step=step, loss=loss).scalars(), step)
@@ -123,7 +141,9 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (step, 1.0 if step <= 4 else 2.0) for step in range(1, 9)
     ]
-    assert {"train/learning_rate", "train/data_wait", "loss/000-249", "snr_db/000-249"} <= set(events.Tags()["scalars"])
+    assert {"train/learning_rate", "train/data_wait", "loss/000-249", "snr_db/000-249"} <= set(
+        events.Tags()["scalars"]
+    )
     assert events.Images("validation/grid")[-1].width == 8
 
 
@@ -134,9 +154,14 @@ def test_wandb_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def init(**options: Any) -> SimpleNamespace:
         ids.append(options["id"])
         assert options["resume"] == "allow"
-        return SimpleNamespace(log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append(("finish",)))
+        return SimpleNamespace(
+            log=lambda values, step: calls.append((values, step)),
+            finish=lambda: calls.append(("finish",)),
+        )
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda picture: picture.size))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=init, Image=lambda picture: picture.size)
+    )
     for start in (0, 4, 0):
         (page,) = open_trackers(recipe(tmp_path / "run", "wandb"), start, pytest.fail)
     page.log({"train/loss": 1.0}, 5)
@@ -146,7 +171,9 @@ def test_wandb_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert ids[0] == ids[1] != ids[2]  # a run begun anew in the same folder is another one
 
 
-@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard.writer"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("tensorboard", "torch.utils.tensorboard.writer"), ("wandb", "wandb")]
+)
 def test_a_tracker_that_is_not_installed_is_one_warning(
     name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +186,9 @@ def test_a_tracker_that_is_not_installed_is_one_warning(
     assert "\n" not in line
 
 
-def test_a_tracker_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_cannot_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def init(**_: object) -> None:
         raise RuntimeError("no API key configured\nuse wandb login")
 
@@ -171,7 +200,9 @@ def test_a_tracker_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: py
 @contextmanager
 def watched(terminal: bool) -> Iterator[tuple[ProgressWatcher, io.StringIO]]:
     out = io.StringIO()
-    with ProgressWatcher(100, Console(file=out, force_terminal=terminal, force_interactive=terminal, width=100)) as watcher:
+    with ProgressWatcher(
+        100, Console(file=out, force_terminal=terminal, force_interactive=terminal, width=100)
+    ) as watcher:
         yield watcher, out
 
 
@@ -182,12 +213,16 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
         watcher.stepped(ROW)
         watcher.stepped(replace(ROW, step=100, samples_per_second=1.234, step_seconds=6.5, bad=3))
         watcher.saved(Path("run/step-0000025"))
-        watcher.validated(Path("run/validation/step-0000025.png"), {"clip_i": 0.71234, "held_out_loss": 0.1})
+        watcher.validated(
+            Path("run/validation/step-0000025.png"), {"clip_i": 0.71234, "held_out_loss": 0.1}
+        )
         watcher.warned("careful")
     assert out.getvalue().splitlines() == [
         *(f"encoded {done} of 40" for done in range(4, 41, 4)),
-        "step 25 of 100  loss 0.1234  12 samples/s  650 ms/step  data wait 3%  1.2 GB  0:00:49 left",
-        "step 100 of 100  loss 0.1234  1.23 samples/s  6.50 s/step  data wait 3%  1.2 GB  0:00:00 left  3 bad",
+        "step 25 of 100  loss 0.1234  12 samples/s  650 ms/step  data wait 3%  1.2 GB  0:00:49 "
+        "left",
+        "step 100 of 100  loss 0.1234  1.23 samples/s  6.50 s/step  data wait 3%  1.2 GB  0:00:00 "
+        "left  3 bad",
         "saved run/step-0000025",
         "validated run/validation/step-0000025.png  clip_i 0.7123  held_out_loss 0.1000",
         "warning: careful",
@@ -212,4 +247,7 @@ def test_in_a_terminal_there_is_a_bar_and_its_numbers() -> None:
         watcher.saved(Path("run/[red]step"))
     text = out.getvalue()
     assert "saved run/[red]step" in text
-    assert all(part in text for part in ("encoding", "3/40", "training", "25/100", "loss 0.1234", "0:00:49 left"))
+    assert all(
+        part in text
+        for part in ("encoding", "3/40", "training", "25/100", "loss 0.1234", "0:00:49 left")
+    )

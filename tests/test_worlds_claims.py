@@ -1,4 +1,7 @@
-"""The emoji world's rivals of the adapter, and how its claims are judged and told. No font is needed."""
+"""The emoji world's rivals of the adapter, and how its claims are judged and told.
+
+No font is needed.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +13,23 @@ from torch import Tensor
 pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
 from imprompt.evaluation.metrics import Interval
+from imprompt.families.published import base_structure
 from imprompt.models import MODELS
-from imprompt.structures import base_structure
 from worlds.emoji.bench import Bench, Claim, Table, digest, in_parts
 from worlds.emoji.measures import Namer, embed, judge, read
 from worlds.emoji.page import anchor
-from worlds.emoji.rivals import RIVALS, Base, Conditioned, Seen, budget, file_of, load, operations, sample, warped
+from worlds.emoji.rivals import (
+    RIVALS,
+    Base,
+    Conditioned,
+    Seen,
+    budget,
+    file_of,
+    load,
+    operations,
+    sample,
+    warped,
+)
 from worlds.emoji.stage import World
 
 SIDE = base_structure(MODELS["emoji"]).side
@@ -37,9 +51,13 @@ def method(base: Base, request: pytest.FixtureRequest) -> Iterator[Conditioned]:
 
 def inputs(base: Base) -> tuple[Tensor, Tensor, Tensor, Seen]:
     generator = torch.Generator().manual_seed(1)
-    patches = torch.rand(2, 3, 4, 4, generator=generator) * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1)
+    patches = torch.rand(2, 3, 4, 4, generator=generator) * torch.tensor([0.2, 1.0]).view(
+        2, 1, 1, 1
+    )
     pictures = torch.nn.functional.interpolate(patches, (SIDE, SIDE))
-    x = torch.randn(2, 4, base.unet.config.sample_size, base.unet.config.sample_size, generator=generator)
+    x = torch.randn(
+        2, 4, base.unet.config.sample_size, base.unet.config.sample_size, generator=generator
+    )
     return x, torch.tensor([300, 800]), base.read(["a cow", ""]), base.see(pictures)
 
 
@@ -63,11 +81,19 @@ def test_the_picture_is_heard(base: Base, method: Conditioned) -> None:
     assert (one - other).abs().amax((1, 2, 3)).min() > 1e-4
 
 
-SILENT = {"decoupled": True, "decoupled, plus": True, "simple": False, "T2I style": False, "ControlNet shuffle": True}
+SILENT = {
+    "decoupled": True,
+    "decoupled, plus": True,
+    "simple": False,
+    "T2I style": False,
+    "ControlNet shuffle": True,
+}
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_scale_0_is_the_base_only_where_image_tokens_do_not_stand_in_the_texts_softmax(base: Base, name: str) -> None:
+def test_scale_0_is_the_base_only_where_image_tokens_do_not_stand_in_the_texts_softmax(
+    base: Base, name: str
+) -> None:
     method, (x, t, text, seen) = RIVALS[name].build(base), inputs(base)
     with torch.no_grad():
         plain = base.unet(x, t, text, return_dict=False)[0]
@@ -96,17 +122,30 @@ def test_a_saved_rival_draws_what_it_drew(base: Base) -> None:
     method = RIVALS["simple"].build(base)
     place: Path = file_of(base.world, "simple")
     place.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.half().float() for key, value in method.state_dict().items()}, place, {"steps": "5"})
-    assert budget(base.world, "simple") == (sum(value.numel() for value in method.state_dict().values()), 160)
-    method.load_state_dict({key: value.half().float() for key, value in method.state_dict().items()})
+    save_file(
+        {key: value.half().float() for key, value in method.state_dict().items()},
+        place,
+        {"steps": "5"},
+    )
+    assert budget(base.world, "simple") == (
+        sum(value.numel() for value in method.state_dict().values()),
+        160,
+    )
+    method.load_state_dict(
+        {key: value.half().float() for key, value in method.state_dict().items()}
+    )
     text, seen = base.read(["", ""]), inputs(base)[3]
-    one, other = (sample(base, m, text, seen, steps=2) for m in (method, load(base.world, base, "simple")))
+    one, other = (
+        sample(base, m, text, seen, steps=2) for m in (method, load(base.world, base, "simple"))
+    )
     assert torch.equal(one, other)
     assert one.shape == (2, 3, SIDE, SIDE)
     assert 0 <= one.min() <= one.max() <= 1
 
 
-def test_what_was_drawn_is_kept_until_what_it_comes_from_changes(base: Base, tmp_path: Path) -> None:
+def test_what_was_drawn_is_kept_until_what_it_comes_from_changes(
+    base: Base, tmp_path: Path
+) -> None:
     drawn, weights = [], tmp_path / "weights" / "unet.json"
     weights.parent.mkdir()
     weights.write_text("one")
@@ -120,7 +159,10 @@ def test_what_was_drawn_is_kept_until_what_it_comes_from_changes(base: Base, tmp
     prompts = torch.rand(2, 3, 8, 8)
     kept = bench.kept(draw, weights.parent, "plus")
     assert torch.allclose(kept(prompts, ["", ""], 0.5), prompts / 2, atol=1 / 255)
-    assert torch.equal(kept(prompts, ["", ""], 0.5), bench.kept(draw, weights.parent, "plus")(prompts, ("", ""), 0.5))
+    assert torch.equal(
+        kept(prompts, ["", ""], 0.5),
+        bench.kept(draw, weights.parent, "plus")(prompts, ("", ""), 0.5),
+    )
     assert drawn == [0.5]
     kept(prompts, ["", "a cow"], 0.5)
     kept(prompts[[1, 0]], ["", ""], 0.5)
@@ -150,7 +192,9 @@ def test_the_judge_puts_pictures_and_captions_in_one_space() -> None:
 
 
 def test_a_verdict_needs_the_whole_interval() -> None:
-    above, below, about, lone = (Interval(0.2, *ends) for ends in ((0.01, 0.4), (-0.4, -0.01), (-0.01, 0.4), (None, None)))
+    above, below, about, lone = (
+        Interval(0.2, *ends) for ends in ((0.01, 0.4), (-0.4, -0.01), (-0.01, 0.4), (None, None))
+    )
 
     def verdict(*gaps: Interval, margin: float = 0.0) -> str:
         return Claim("", "", [], decides=dict(enumerate(gaps)), above=margin).verdict
@@ -164,14 +208,20 @@ def test_a_verdict_needs_the_whole_interval() -> None:
 
 
 def test_a_table_and_its_heading() -> None:
-    table = Table(["CLIP-I", "kind"], {"plus": [Interval(0.5, 0.25, 0.75), "shipped"], "far": [Interval(12.25, None, None), ""]})
+    table = Table(
+        ["CLIP-I", "kind"],
+        {"plus": [Interval(0.5, 0.25, 0.75), "shipped"], "far": [Interval(12.25, None, None), ""]},
+    )
     assert table.markdown().splitlines() == [
         "| | CLIP-I | kind |",
         "|---|---|---|",
         "| plus | 0.500 (0.250 to 0.750) | shipped |",
         "| far | 12.2 |  |",
     ]
-    assert anchor(4, Claim("Decoupled beats the simple adapter", "", [], said="no")) == "4-decoupled-beats-the-simple-adapter-no"
+    assert (
+        anchor(4, Claim("Decoupled beats the simple adapter", "", [], said="no"))
+        == "4-decoupled-beats-the-simple-adapter-no"
+    )
 
 
 def test_parts_are_joined_in_order() -> None:

@@ -1,4 +1,5 @@
-"""The emoji world's edge ControlNet and its other drawing styles, as they ship: what they were made for holds, a little at least.
+"""The emoji world's edge ControlNet and its other drawing styles, as they ship: what they were made
+for holds, a little at least.
 
 Their inputs are drawn here: no font is needed.
 """
@@ -13,8 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
+from imprompt.families.published import base_structure
 from imprompt.models import MODELS, PACKAGED
-from imprompt.structures import base_structure
 from worlds.emoji.control import EDGES
 from worlds.emoji.edges import edges
 from worlds.emoji.glyphs import CUSTOM
@@ -34,13 +35,21 @@ def drawn(grounds: tuple[str, ...], inks: tuple[str, ...], turn: int = 0) -> Ten
     for number, (ground, colour) in enumerate(zip(grounds, inks, strict=True)):
         picture = Image.new("RGB", (SIDE, SIDE), ground)
         pen = ImageDraw.Draw(picture)
-        (pen.ellipse, pen.rectangle)[number % 2]([UNIT * place for place in BOXES[(number + turn) % 4]], fill=colour)
+        (pen.ellipse, pen.rectangle)[number % 2](
+            [UNIT * place for place in BOXES[(number + turn) % 4]], fill=colour
+        )
         pictures.append(picture)
     return to_tensor(pictures)
 
 
-SHAPES = drawn(("#f0e0c0", "#3366cc", "#40a050", "#f5f5f5"), ("#c03030", "#f0d040", "#f8f8f8", "#7040a0"))
-PALETTES = drawn(("#f8e050", "#98d0f8", "#f09030", "#a0e8c0"), ("#d02020", "#f09020", "#3060d0", "#8040a0"), turn=2)
+SHAPES = drawn(
+    ("#f0e0c0", "#3366cc", "#40a050", "#f5f5f5"), ("#c03030", "#f0d040", "#f8f8f8", "#7040a0")
+)
+PALETTES = drawn(
+    ("#f8e050", "#98d0f8", "#f09030", "#a0e8c0"),
+    ("#d02020", "#f09020", "#3060d0", "#8040a0"),
+    turn=2,
+)
 
 
 @cache

@@ -1,4 +1,7 @@
-"""Tiny, seeded stand-ins for the models that the tests need. Their structure is that of the real ones; only widths shrink."""
+"""Tiny, seeded stand-ins for the models that the tests need.
+
+Their structure is that of the real ones; only widths shrink.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -17,22 +31,31 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
-from imprompt.adapter import ImageProjection, ImagePrompt, IPAdapter
-from imprompt.attention import family_of
-from imprompt.attention.lora import PARTS, AttentionLoRA, LoRA
-from imprompt.encoders.vision import VisionEncoder
+from imprompt.adapter import ImageProjection, IPAdapter
+from imprompt.attention.low_rank import PARTS, AttentionLowRank, ModelLowRank
+from imprompt.encoders.clip import VisionEncoder
+from imprompt.families.base import family_of
+from imprompt.families.published import SD1, SD2, SDXL
 from imprompt.projections.mlp import FaceProjection, FullProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
-from imprompt.structures import SD1, SD2, SDXL
-from imprompt.variants import variant
+from imprompt.prompt import ImagePrompt
+from imprompt.variants import find_variant
 
 # The UNets as published, but narrow.
 POOLED_DIM = 16
 UNETS: dict[str, dict[str, Any]] = {
     "sd1": SD1 | {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8},
-    "sd2": SD2 | {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "attention_head_dim": (2, 4, 8, 8)},
+    "sd2": SD2
+    | {
+        "block_out_channels": (16, 32, 64, 64),
+        "norm_num_groups": 8,
+        "attention_head_dim": (2, 4, 8, 8),
+    },
     "sdxl": SDXL
     | {
         "block_out_channels": (16, 32, 64),
@@ -84,12 +107,19 @@ SMALLEST: dict[str, Any] = {
 
 def smallest_unet(base: str = "sd1", **overrides: Any) -> UNet2DConditionModel:
     """Four text cross-attentions, of the SDXL structure eight: for what is slow per layer."""
-    more = {"transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4)} if base == "sdxl" else {}
+    more = (
+        {"transformer_layers_per_block": (1, 2), "attention_head_dim": (2, 4)}
+        if base == "sdxl"
+        else {}
+    )
     return tiny_unet(base, **SMALLEST | more | overrides)
 
 
 def tiny_encoder(seed: int = 1) -> VisionEncoder:
-    """A CLIP vision tower of 257 tokens, as ViT-H's; the pooled and the penultimate feature have different widths."""
+    """A CLIP vision tower of 257 tokens, as ViT-H's.
+
+    The pooled and the penultimate feature have different widths.
+    """
     hidden, pooled = FEATURE_DIMS["penultimate"], FEATURE_DIMS["pooled"]
     config = CLIPVisionConfig(
         hidden_size=hidden,
@@ -102,7 +132,10 @@ def tiny_encoder(seed: int = 1) -> VisionEncoder:
     )
     with seeded(seed):
         model = CLIPVisionModelWithProjection(config)
-    return VisionEncoder(model, CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}))
+    return VisionEncoder(
+        model,
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )
 
 
 def pictures(count: int, seed: int = 2) -> list[Image.Image]:
@@ -112,76 +145,115 @@ def pictures(count: int, seed: int = 2) -> list[Image.Image]:
 
 
 def tiny_projection(name: str, token_dim: int) -> nn.Module:
-    """Of the shapes that other implementations can read too: 4 tokens for base, 4 layers and 64-wide heads for plus."""
-    feature_dim = FEATURE_DIMS[variant(name).feature]
+    """Of the shapes that other implementations can read too: 4 tokens for base, 4 layers and
+    64-wide heads for plus.
+    """
+    feature_dim = FEATURE_DIMS[find_variant(name).feature]
     if name in ("plus", "portrait-unnorm"):
         return Resampler(feature_dim, token_dim, tokens=5, width=128)
     if name.startswith("faceid-plus"):
         kind = FacePlusProjection if name == "faceid-plus" else FacePlusV2Projection
-        return kind(feature_dim, token_dim, face_dim=FACE_DIM, tokens=6 if name.endswith("kolors") else 4)
+        return kind(
+            feature_dim, token_dim, face_dim=FACE_DIM, tokens=6 if name.endswith("kolors") else 4
+        )
     if name == "portrait":
         return FaceProjection(feature_dim, token_dim, tokens=7)
-    return {"base": ImageProjection, "full": FullProjection, "faceid": FaceProjection}[name](feature_dim, token_dim)
+    return {"base": ImageProjection, "full": FullProjection, "faceid": FaceProjection}[name](
+        feature_dim, token_dim
+    )
 
 
-def tiny_lora(model: UNet2DConditionModel, rank: int = 3) -> LoRA:
+def tiny_lora(model: UNet2DConditionModel, rank: int = 3) -> ModelLowRank:
     """For every attention, as FaceID adapters have it."""
 
     def sizes(attention: Any) -> dict[str, tuple[int, int, int]]:
-        layers = {part: getattr(attention, part) for part in PARTS[:3]} | {"to_out": attention.to_out[0]}
-        return {part: (layer.in_features, layer.out_features, rank) for part, layer in layers.items()}
+        layers = {part: getattr(attention, part) for part in PARTS[:3]} | {
+            "to_out": attention.to_out[0]
+        }
+        return {
+            part: (layer.in_features, layer.out_features, rank) for part, layer in layers.items()
+        }
 
-    return LoRA(AttentionLoRA(sizes(attention)) for attention in family_of(model).attentions(model).values())
+    return ModelLowRank(
+        AttentionLowRank(sizes(attention))
+        for attention in family_of(model).attentions(model).values()
+    )
 
 
 def tiny_adapter(model: UNet2DConditionModel, name: str = "base", seed: int = 3) -> IPAdapter:
-    """An adapter of variant `name` beside `model`, as if trained: every parameter is away from where it starts."""
+    """An adapter of variant `name` beside `model`, as if trained: every parameter is away from
+    where it starts.
+    """
     with seeded(seed):
-        row = variant(name)
+        row = find_variant(name)
         width = model.config.encoder_hid_dim if row.widened else model.config.cross_attention_dim
-        adapter = IPAdapter.beside(model, family_of(model), tiny_projection(name, width))
+        adapter = IPAdapter.for_model(model, tiny_projection(name, width))
         if row.lora:
-            adapter.lora = tiny_lora(model)
+            adapter.low_rank = tiny_lora(model)
         with torch.no_grad():
             for parameter in adapter.parameters():
-                parameter += torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
-            for name, parameter in adapter.named_parameters():  # what a low-rank part adds is small beside what is there
+                parameter += torch.randn_like(parameter) * (
+                    0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+                )
+            for (
+                name,
+                parameter,
+            ) in (
+                adapter.named_parameters()
+            ):  # what a low-rank part adds is small beside what is there
                 parameter *= 0.3 if name.endswith(".up.weight") else 1
     return adapter
 
 
 def noise_inputs(model: UNet2DConditionModel, batch: int, seed: int = 4) -> dict[str, Any]:
-    """Arguments of one noise prediction; latents are higher than wide, and each item has its own timestep."""
+    """Arguments of one noise prediction.
+
+    Latents are higher than wide, and each item has its own timestep.
+    """
     with seeded(seed):
         inputs = {
             "sample": torch.randn(batch, 4, 16, 8),
             "timestep": torch.randint(1000, (batch,)),
-            "encoder_hidden_states": torch.randn(batch, TEXT_TOKENS, model.config.cross_attention_dim),
+            "encoder_hidden_states": torch.randn(
+                batch, TEXT_TOKENS, model.config.cross_attention_dim
+            ),
         }
         if model.config.addition_embed_type == "text_time":
-            inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(batch, POOLED_DIM), "time_ids": torch.full((batch, 6), 32.0)}
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": torch.randn(batch, POOLED_DIM),
+                "time_ids": torch.full((batch, 6), 32.0),
+            }
     return inputs
 
 
 def noise(model: nn.Module, inputs: dict[str, Any], prompt: Any = None) -> Tensor:
     """The noise that `model` predicts, with or without an image prompt."""
-    return model(**inputs, cross_attention_kwargs={"ip_hidden_states": prompt} if prompt is not None else None).sample
+    return model(
+        **inputs,
+        cross_attention_kwargs={"ip_hidden_states": prompt} if prompt is not None else None,
+    ).sample
 
 
-def random_prompt(adapter: IPAdapter, batch: int, scale: float | Tensor = 1.0, seed: int = 5) -> ImagePrompt:
+def random_prompt(
+    adapter: IPAdapter, batch: int, scale: float | Tensor = 1.0, seed: int = 5
+) -> ImagePrompt:
     """A prompt from random image tokens; the adapter must be attached."""
     with seeded(seed):
-        tokens = torch.randn(batch, 3, adapter.image_kv[0].to_k.in_features, dtype=next(adapter.parameters()).dtype)
+        tokens = torch.randn(
+            batch, 3, adapter.image_kv[0].to_k.in_features, dtype=next(adapter.parameters()).dtype
+        )
     return adapter.prompt(tokens, scale=scale)
 
 
 def paper_layout(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:
-    """The adapter's weights as the paper's checkpoints hold them: cross-attention i is attention processor 2i + 1."""
+    """The adapter's weights as the paper's checkpoints hold them: cross-attention i is attention
+    processor 2i + 1.
+    """
     ip_adapter = {}
     for number, kv in enumerate(adapter.image_kv):
         ip_adapter[f"{2 * number + 1}.to_k_ip.weight"] = kv.to_k.weight.detach()
         ip_adapter[f"{2 * number + 1}.to_v_ip.weight"] = kv.to_v.weight.detach()
-    for number, parts in enumerate(adapter.lora or ()):
+    for number, parts in enumerate(adapter.low_rank or ()):
         for name, weight in parts.state_dict().items():
             ip_adapter[f"{number}.{name.replace('.', '_lora.', 1)}"] = weight.detach()
     return {"image_proj": dict(adapter.projection.state_dict()), "ip_adapter": ip_adapter}
@@ -190,11 +262,18 @@ def paper_layout(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:
 def tiny_tokenizer() -> CLIPTokenizer:
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=TEXT_TOKENS)
+    return CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[],
+        model_max_length=TEXT_TOKENS,
+    )
 
 
 def tiny_text_encoder(
-    kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection], tokenizer: CLIPTokenizer, width: int, seed: int
+    kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection],
+    tokenizer: CLIPTokenizer,
+    width: int,
+    seed: int,
 ) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -213,20 +292,14 @@ def tiny_text_encoder(
 
 def pipeline_parts(base: str) -> dict[str, Any]:
     """What the pipelines of both kinds need; the text is 32 wide."""
-    with seeded(6):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            latent_channels=4,
-        )
     encoder = tiny_encoder()
     return {
-        "vae": freeze(vae),
+        "vae": tiny_vae(),
         "unet": tiny_unet(base, cross_attention_dim=32),
         "tokenizer": tiny_tokenizer(),
-        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        "scheduler": DDIMScheduler(
+            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
         "image_encoder": encoder.model,
         "feature_extractor": encoder.processor,
     }
@@ -235,7 +308,11 @@ def pipeline_parts(base: str) -> dict[str, Any]:
 def tiny_sd() -> StableDiffusionPipeline:
     parts = pipeline_parts("sd1")
     text_encoder = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 32, seed=7)
-    return quiet(StableDiffusionPipeline(**parts, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False))
+    return quiet(
+        StableDiffusionPipeline(
+            **parts, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False
+        )
+    )
 
 
 def tiny_sdxl() -> StableDiffusionXLPipeline:
@@ -244,7 +321,111 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     second = tiny_text_encoder(CLIPTextModelWithProjection, parts["tokenizer"], 16, seed=9)
     return quiet(
         StableDiffusionXLPipeline(
-            **parts, tokenizer_2=parts["tokenizer"], text_encoder=first, text_encoder_2=second, add_watermarker=False
+            **parts,
+            tokenizer_2=parts["tokenizer"],
+            text_encoder=first,
+            text_encoder_2=second,
+            add_watermarker=False,
+        )
+    )
+
+
+def tiny_t5() -> dict[str, Any]:
+    """A T5 encoder, 32 wide, and a tokenizer of letters."""
+    letters = [(chr(code), -2.0) for code in range(ord("a"), ord("z") + 1)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_TOKENS)
+    config = T5Config(
+        vocab_size=len(vocab),
+        d_model=32,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    with seeded(10):
+        return {"tokenizer": tokenizer, "text_encoder": freeze(T5EncoderModel(config))}
+
+
+def tiny_vae(shift: float | None = None) -> AutoencoderKL:
+    """Two pixels a latent."""
+    with seeded(6):
+        return freeze(
+            AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                latent_channels=4,
+                shift_factor=shift,
+            )
+        )
+
+
+def tiny_pixart_model(**changes: Any) -> PixArtTransformer2DModel:
+    """Two cross-attentions and a learned variance."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "cross_attention_dim": 16,
+        "sample_size": 16,
+        "patch_size": 2,
+        "caption_channels": 32,
+        "use_additional_conditions": False,
+    }
+    with seeded(0):
+        return awake(PixArtTransformer2DModel(**config | changes))
+
+
+def tiny_flux_model(**changes: Any) -> FluxTransformer2DModel:
+    """Two double and two single blocks."""
+    config = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": POOLED_DIM,
+        "axes_dims_rope": (4, 4, 8),
+    }
+    with seeded(0):
+        return awake(FluxTransformer2DModel(**config | changes))
+
+
+def awake(model: Any) -> Any:
+    """The frozen model, with noise where weights start at zero, which would hide what happens."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.05)
+    return freeze(model)
+
+
+def tiny_pixart() -> PixArtSigmaPipeline:
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    return quiet(
+        PixArtSigmaPipeline(
+            **tiny_t5(), vae=tiny_vae(), transformer=tiny_pixart_model(), scheduler=scheduler
+        )
+    )
+
+
+def tiny_flux() -> FluxPipeline:
+    t5, tokenizer = tiny_t5(), tiny_tokenizer()
+    return quiet(
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift=0.1),
+            text_encoder=tiny_text_encoder(CLIPTextModel, tokenizer, POOLED_DIM, seed=8),
+            tokenizer=tokenizer,
+            text_encoder_2=t5["text_encoder"],
+            tokenizer_2=t5["tokenizer"],
+            transformer=tiny_flux_model(),
         )
     )
 
@@ -255,3 +436,4 @@ def quiet(pipe: Any) -> Any:
 
 
 PIPELINES = {"sd1": tiny_sd, "sdxl": tiny_sdxl}
+OTHERS = {"pixart": tiny_pixart, "flux": tiny_flux}  # of other families

@@ -1,4 +1,5 @@
-"""Ways to make pictures, run twice: as imprompt does it, and the plain way, with every site written out anew.
+"""Ways to make pictures, run twice: as imprompt does it, and the plain way, with every site written
+out anew.
 
 `tests.test_same_pixels` has imprompt's own ways, `tests.test_ecosystem` those of other tools.
 """
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter import ImagePrompt, IPAdapter, split_heads
-from imprompt.attention import family_of
-from imprompt.attention.unet import FAMILY
-from imprompt.sampling.tasks import FLAGS, TASKS
+from imprompt.adapter import IPAdapter, split_heads
+from imprompt.families.base import family_of
+from imprompt.families.unet import UNET
+from imprompt.generation.tasks import FLAGS
+from imprompt.prompt import ImagePrompt
 from tests.tiny import PIPELINES, pictures, quiet, seeded, smallest_unet, tiny_adapter
 
 SIDE = 32  # pixels; 16 latents
@@ -46,7 +48,9 @@ class Heard:
     def tokens_of(self, adapter: IPAdapter, batch: int) -> Tensor:
         """(B or 1, N, D)"""
         with seeded(self.seed):
-            return torch.randn(1 if self.alike else batch, self.tokens, adapter.image_kv[0].to_k.in_features)
+            return torch.randn(
+                1 if self.alike else batch, self.tokens, adapter.image_kv[0].to_k.in_features
+            )
 
     def factors(self, sites: int) -> Tensor:
         return self.scale * torch.tensor([*(self.sites or (1.0,))] * sites)[:sites]
@@ -54,7 +58,7 @@ class Heard:
     def prompt(self, adapter: IPAdapter, batch: int) -> ImagePrompt:
         table = self.factors(len(adapter.image_kv))
         if self.window != (0, 1000):
-            times = torch.arange(1000)
+            times = 999 - torch.arange(1000)  # the noisiest first
             table = table[:, None, None] * ((times >= self.window[0]) & (times < self.window[1]))
         return adapter.prompt(self.tokens_of(adapter, batch), scale=table)._replace(mask=self.mask)
 
@@ -69,15 +73,19 @@ class Way:
 
     name: str
     heard: Sequence[Heard] = (Heard(),)
-    task: int = 0  # of TASKS: text, image to image, inpainting
+    task: int = 0  # of `Tasks`: text, image to image, inpainting
     guidance: float = 5.0
     batch: int = 2
-    order: tuple[str, ...] = ()  # what the parts of the base model's batch are; without: as guidance has it
+    order: tuple[
+        str, ...
+    ] = ()  # what the parts of the base model's batch are; without: as guidance has it
     frames: int = 1  # of a video; they are items of the batch
     options: dict[str, Any] = field(default_factory=dict)  # of the pipeline's call
     made: Callable[[Any], Any] = same  # done to the pipeline, before an adapter is attached
     after: Callable[[Any], Any] = same  # the same, after
-    ready: Callable[[Any], Any] = same  # done to the pipeline that uses the prepared prompt, and not to the plain one
+    ready: Callable[[Any], Any] = (
+        same  # done to the pipeline that uses the prepared prompt, and not to the plain one
+    )
     pipelines: Sequence[str] = ("sd1", "sdxl")
     small: bool = False  # the fewest sites that a UNet can have
 
@@ -102,22 +110,42 @@ START = {"image": pictures(1)[0].resize((SIDE, SIDE)), "strength": 0.9}
 
 
 class Plain:
-    """A site's attention, written out anew: nothing is prepared. Latents are higher than wide as the mask's aspect says."""
+    """A site's attention, written out anew: nothing is prepared.
+
+    Latents are higher than wide as the mask's aspect says.
+    """
 
     def __init__(self, site: int, adapters: Sequence[IPAdapter], way: Way, aspect: float) -> None:
         self.site, self.adapters, self.way, self.aspect = site, adapters, way, aspect
         self.timestep = 0.0
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
+    ) -> Tensor:
         query = split_heads(attn.to_q(hidden_states), attn.heads)
-        out = softmax_attention(query, *(split_heads(layer(encoder_hidden_states), attn.heads) for layer in (attn.to_k, attn.to_v)))
+        out = softmax_attention(
+            query,
+            *(
+                split_heads(layer(encoder_hidden_states), attn.heads)
+                for layer in (attn.to_k, attn.to_v)
+            ),
+        )
         for adapter, heard in zip(self.adapters, self.way.heard, strict=True):
-            kv, tokens = adapter.image_kv[self.site], heard.tokens_of(adapter, len(query)).expand(len(query), -1, -1)
-            image = softmax_attention(query, *(split_heads(layer(tokens), attn.heads) for layer in (kv.to_k, kv.to_v)))
-            scale = heard.factors(len(adapter.image_kv))[self.site] * (heard.window[0] <= self.timestep < heard.window[1])
+            kv, tokens = (
+                adapter.image_kv[self.site],
+                heard.tokens_of(adapter, len(query)).expand(len(query), -1, -1),
+            )
+            image = softmax_attention(
+                query, *(split_heads(layer(tokens), attn.heads) for layer in (kv.to_k, kv.to_v))
+            )
+            scale = heard.factors(len(adapter.image_kv))[self.site] * (
+                heard.window[0] <= self.timestep < heard.window[1]
+            )
             if heard.mask is not None:
                 columns = round((query.shape[2] / self.aspect) ** 0.5)
-                seen = F.interpolate(heard.mask[None], (query.shape[2] // columns, columns), mode="area")
+                seen = F.interpolate(
+                    heard.mask[None], (query.shape[2] // columns, columns), mode="area"
+                )
                 image = image * seen.flatten(2)[..., None]
             out = out + scale * image
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
@@ -129,14 +157,17 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @contextmanager
 def plainly(unet: Any, adapters: Sequence[IPAdapter], way: Way) -> Iterator[None]:
-    """The UNet's sites hear the adapters; the parts of its batch are checked to be what `way` says."""
+    """The UNet's sites hear the adapters.
+
+    The parts of its batch are checked to be what `way` says.
+    """
     aspect = way.options.get("height", SIDE) / way.options.get("width", SIDE)
     sites = [Plain(number, adapters, way, aspect) for number in range(len(adapters[0].image_kv))]
-    for site, processor in zip(family_of(unet).sites(unet).values(), sites, strict=True):
+    for site, processor in zip(family_of(unet).layers(unet).values(), sites, strict=True):
         site.set_processor(processor)
 
     def tell(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(FAMILY.arguments, args, strict=False)) | kwargs
+        given = dict(zip(UNET.arguments, args, strict=False)) | kwargs
         if len(given["encoder_hidden_states"]) == way.items:
             check_parts(given["encoder_hidden_states"], way.parts)
         for site in sites:
@@ -148,7 +179,9 @@ def plainly(unet: Any, adapters: Sequence[IPAdapter], way: Way) -> Iterator[None
 
 
 def check_parts(text: Tensor, parts: Sequence[str]) -> None:
-    """Raise AssertionError unless the parts of the batch that are of the first part's kind have its text, and no other part."""
+    """Raise AssertionError unless the parts of the batch that are of the first part's kind have its
+    text, and no other part.
+    """
     texts = text.chunk(len(parts))
     assert [torch.equal(part, texts[0]) for part in texts] == [kind == parts[0] for kind in parts]
 
@@ -161,7 +194,10 @@ def run(pipe: Any, way: Way, **options: Any) -> Tensor:
         guidance_scale=way.guidance,
         generator=[torch.Generator().manual_seed(seed) for seed in range(way.batch)],
         output_type="pt",
-        **{name: [value] * way.batch if isinstance(value, Image.Image) else value for name, value in told.items()},
+        **{
+            name: [value] * way.batch if isinstance(value, Image.Image) else value
+            for name, value in told.items()
+        },
     )[0]
     return torch.as_tensor(pixels)
 
@@ -171,7 +207,9 @@ def flags(pipe: Any) -> dict[str, Any]:
 
 
 def as_pipeline(pipe: Any, name: str, **components: Any) -> Any:
-    """diffusers' pipeline of that name, over those of the same components that it takes, and others."""
+    """diffusers' pipeline of that name, over those of the same components that it takes, and
+    others.
+    """
     pipeline_class = getattr(diffusers, name)
     takes = inspect.signature(pipeline_class.__init__).parameters
     given = pipe.components | flags(pipe) | components
@@ -190,25 +228,37 @@ def model(base: str, small: bool) -> Any:
 def pipeline(base: str, way: Way) -> Any:
     """A new pipeline each time, with the same weights."""
     pipe = deepcopy(model(base, way.small))
-    name = TASKS[type(pipe).__name__][0][way.task]
+    name = str((UNET.pipelines[type(pipe).__name__].plain or ())[way.task])
     return way.made(pipe if name == type(pipe).__name__ else as_pipeline(pipe, name))
 
 
 @torch.no_grad()
 def check_same_pixels(base: str, way: Way) -> None:
-    """Raise AssertionError unless the prepared prompt gives the plain way's pixels, and is heard."""
+    """Raise AssertionError unless the prepared prompt gives the plain way's pixels, and is
+    heard.
+    """
     plain, ours = pipeline(base, way), pipeline(base, way)
-    adapters = [tiny_adapter(plain.unet, heard.variant, seed=heard.seed + 20) for heard in way.heard]
+    adapters = [
+        tiny_adapter(plain.unet, heard.variant, seed=heard.seed + 20) for heard in way.heard
+    ]
     plain = way.after(plain)
     with plainly(plain.unet, adapters, way):
         expected = run(plain, way)
     for adapter in adapters:
         adapter.attach(ours.unet)
-    prompts = [heard.prompt(adapter, way.items) for heard, adapter in zip(way.heard, adapters, strict=True)]
+    prompts = [
+        heard.prompt(adapter, way.items) for heard, adapter in zip(way.heard, adapters, strict=True)
+    ]
     ours = way.ready(way.after(ours))
     own = way.options.get("cross_attention_kwargs", {})
     for _ in range(2):  # a second call finds what the first left
-        pixels = run(ours, way, cross_attention_kwargs=own | {KEY: prompts if len(prompts) > 1 else prompts[0]})
+        pixels = run(
+            ours,
+            way,
+            cross_attention_kwargs=own | {KEY: prompts if len(prompts) > 1 else prompts[0]},
+        )
         torch.testing.assert_close(pixels, expected, rtol=0, atol=TOLERANCE)
     silent = [prompt.with_scale(0) for prompt in prompts]
-    assert (run(ours, way, cross_attention_kwargs=own | {KEY: silent}) - expected).abs().max() > 100 * TOLERANCE
+    assert (
+        run(ours, way, cross_attention_kwargs=own | {KEY: silent}) - expected
+    ).abs().max() > 100 * TOLERANCE

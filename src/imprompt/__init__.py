@@ -1,6 +1,7 @@
 """imprompt: image prompts for text-to-image diffusion models (IP-Adapter, arXiv 2308.06721).
 
-Importing this package loads neither torch nor diffusers; the names below load what they need when they are used.
+Importing this package loads neither torch nor diffusers; the names below load what they need when
+they are used.
 """
 
 from importlib import import_module
@@ -9,29 +10,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from imprompt.adapter import ImagePrompt, IPAdapter
-    from imprompt.checkpoint import load_adapter, read_adapter, write_adapter
+    from imprompt.adapter import IPAdapter
+    from imprompt.checkpoints.adapters import load_adapter, read_adapter, write_adapter
+    from imprompt.encoders.choices import Noise
     from imprompt.encoders.face import Face
-    from imprompt.encoders.kept import FeatureMemory
-    from imprompt.encoders.noise import Noise
+    from imprompt.encoders.feature_cache import FeatureMemory
     from imprompt.errors import ImpromptError
-    from imprompt.sampling.generate import ImagePromptPipeline, Result
-    from imprompt.sampling.references import AdapterChoice, Reference
+    from imprompt.generation.pipeline import ImagePromptPipeline, Result
+    from imprompt.generation.references import AdapterChoice, Reference
+    from imprompt.prompt import ImagePrompt
 
 _HOMES = {
-    "AdapterChoice": "sampling.references",
+    "AdapterChoice": "generation.references",
     "Face": "encoders.face",
-    "FeatureMemory": "encoders.kept",
+    "FeatureMemory": "encoders.feature_cache",
     "IPAdapter": "adapter",
-    "ImagePrompt": "adapter",
-    "ImagePromptPipeline": "sampling.generate",
-    "Noise": "encoders.noise",
-    "Reference": "sampling.references",
-    "Result": "sampling.generate",
+    "ImagePrompt": "prompt",
+    "ImagePromptPipeline": "generation.pipeline",
+    "Noise": "encoders.choices",
+    "Reference": "generation.references",
+    "Result": "generation.pipeline",
     "ImpromptError": "errors",
-    "load_adapter": "checkpoint",
-    "read_adapter": "checkpoint",
-    "write_adapter": "checkpoint",
+    "load_adapter": "checkpoints.adapters",
+    "read_adapter": "checkpoints.adapters",
+    "write_adapter": "checkpoints.adapters",
 }
 
 __all__ = [

@@ -1,4 +1,7 @@
-"""The errors that imprompt raises. Each is one line that says what is wrong and what would be right."""
+"""The errors that imprompt raises.
+
+Each is one line that says what is wrong and what would be right.
+"""
 
 
 class ImpromptError(Exception):
@@ -22,7 +25,13 @@ class SettingError(ImpromptError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's or the system's error says, in one line without its number and file names."""
-    said = (isinstance(error, OSError) and error.strerror) or str(error).strip() or type(error).__name__
+    """What another library's or the system's error says, in one line without its number and file
+    names.
+    """
+    said = (
+        (isinstance(error, OSError) and error.strerror)
+        or str(error).strip()
+        or type(error).__name__
+    )
     line = said.splitlines()[0]
     return line if len(line) <= 200 else f"{line[:199]}…"

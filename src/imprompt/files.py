@@ -1,4 +1,6 @@
-"""Files written whole or not at all, and whether results can be written, asked before anything is computed."""
+"""Files written whole or not at all, and whether results can be written, asked before anything is
+computed.
+"""
 
 import os
 import secrets
@@ -13,9 +15,12 @@ from imprompt.errors import SettingError, first_line
 
 @contextmanager
 def part_of(path: Path, mark: str = "") -> Iterator[Path]:
-    """A path beside `path` that nobody else writes to. What is still there under it at the end is removed.
+    """A path beside `path` that nobody else writes to.
 
-    mark  in its name, so that a killed process's part can be told from others'; a random one if not given
+    What is still there under it at the end is removed.
+
+    mark  in its name, so that a killed process's part can be told from others'; a random one if not
+          given
     """
     part = path.with_name(f".{path.name}.{mark or secrets.token_hex(4)}.part")
     try:
@@ -26,7 +31,8 @@ def part_of(path: Path, mark: str = "") -> Iterator[Path]:
 
 @contextmanager
 def written_whole(path: Path, mark: str = "") -> Iterator[Path]:
-    """Write to the path that is given: flushed to disk it takes the name `path`, so that nobody meets a part of it.
+    """Write to the path that is given: flushed to disk it takes the name `path`, so that nobody
+    meets a part of it.
 
     mark  as in `part_of`
     """
@@ -37,7 +43,8 @@ def written_whole(path: Path, mark: str = "") -> Iterator[Path]:
 
 
 def written_new(part: Path, wanted: Path) -> Path:
-    """Give a whole file (see `part_of`) the name `wanted`, or the first free one of wanted-2, wanted-3 and so on; the name it got.
+    """Give a whole file (see `part_of`) the name `wanted`, or the first free one of wanted-2,
+    wanted-3 and so on; the name it got.
 
     No other file is replaced, whichever processes write there.
     """
@@ -59,7 +66,9 @@ def written_new(part: Path, wanted: Path) -> Path:
 
 
 def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise SettingError if the file `out`, which is to be written, is one of those that are read."""
+    """Raise SettingError if the file `out`, which is to be written, is one of those that are
+    read.
+    """
     if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
         raise SettingError(f"{out} is read for this: give another name for what is written")
 
@@ -74,11 +83,16 @@ def flush(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise SettingError unless files can be made in `folder`, or where it is to be made. Leaves nothing there."""
+    """Raise SettingError unless files can be made in `folder`, or where it is to be made.
+
+    Leaves nothing there.
+    """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise SettingError(f"{place} is a file; a folder is needed")
     try:
         tempfile.TemporaryFile(dir=place).close()
     except OSError as error:
-        raise SettingError(f"{place} may not be written to ({first_line(error)}); give another place") from error
+        raise SettingError(
+            f"{place} may not be written to ({first_line(error)}); give another place"
+        ) from error

@@ -18,11 +18,27 @@ Trouble = Literal["absent", "empty", "damaged", "no picture", "too large", "not 
 ROUNDING = 1  # of a colour on its way through a profile that changes nothing
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 # Of Pillow's formats those that decode here and now: EPS and the like would start other programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "PPM", "TGA", "ICO", "JPEG2000")
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "AVIF",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "PPM",
+    "TGA",
+    "ICO",
+    "JPEG2000",
+)
 
 
 class UnusableImage(ImageError):
-    """A picture file that cannot be used: its name, what is wrong with it, and of what kind the trouble is."""
+    """A picture file that cannot be used: its name, what is wrong with it, and of what kind the
+    trouble is.
+    """
 
     def __init__(self, name: str, why: str, kind: Trouble) -> None:
         super().__init__(name, why, kind)
@@ -39,14 +55,19 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     paper: tuple[int, int, int] = WHITE,
 ) -> Image.Image:
-    """A picture as upright 8-bit RGB, from a file or a file's bytes; ImageError with one line, about `name`, if that cannot be.
+    """A picture as upright 8-bit RGB, from a file or a file's bytes.
 
-    Animations give their first frame, transparency is laid on `paper`, 16-bit values are scaled to 8.
+    ImageError with one line, about `name`, if that cannot be.
+
+    Animations give their first frame, transparency is laid on `paper`, 16-bit values are scaled to
+    8.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, paper)
     if not isinstance(source, str | Path | bytes):
-        raise ImageError(f"a {type(source).__name__} is no picture: give a path, or a picture of Pillow's")
+        raise ImageError(
+            f"a {type(source).__name__} is no picture: give a path, or a picture of Pillow's"
+        )
     with _opened(source, name, max_pixels) as picture:
         picture.seek(0)
         return to_rgb(picture, paper)
@@ -64,14 +85,22 @@ def _lies(picture: Image.Image) -> bool:
     if picture.format == "TIFF":  # Pillow gives its size as it is upright
         return False
     try:
-        return Image.Image.getexif(picture).get(ORIENTATION) in (5, 6, 7, 8)  # PNG's own getexif would decode all pixels
+        return Image.Image.getexif(picture).get(ORIENTATION) in (
+            5,
+            6,
+            7,
+            8,
+        )  # PNG's own getexif would decode all pixels
     except Exception:  # damaged EXIF is as none
         return False
 
 
 @contextmanager
 def _opened(source: str | Path | bytes, name: str | None, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture with its header read. Whatever goes wrong then or inside is raised as UnusableImage."""
+    """The picture with its header read.
+
+    Whatever goes wrong then or inside is raised as UnusableImage.
+    """
     held = source if isinstance(source, bytes) else Path(source)
     name = name or (str(held) if isinstance(held, Path) else "the picture")
     too_large = f"over the limit of {max_pixels:,} pixels; make it smaller first"
@@ -79,13 +108,23 @@ def _opened(source: str | Path | bytes, name: str | None, max_pixels: int) -> It
         _check_file(held, name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit below decides
+            warnings.simplefilter(
+                "ignore"
+            )  # Pillow warns of large pictures; the limit below decides
             with Image.open(held if isinstance(held, Path) else io.BytesIO(held)) as picture:
                 if picture.format not in FORMATS:
                     instead = "give a PNG, JPEG, WebP, GIF, TIFF or the like"
-                    raise UnusableImage(name, f"cannot be used: {picture.format} files are not read; {instead}", "no picture")
+                    raise UnusableImage(
+                        name,
+                        f"cannot be used: {picture.format} files are not read; {instead}",
+                        "no picture",
+                    )
                 if picture.width * picture.height > max_pixels:
-                    raise UnusableImage(name, f"has {picture.width}×{picture.height} pixels, {too_large}", "too large")
+                    raise UnusableImage(
+                        name,
+                        f"has {picture.width}×{picture.height} pixels, {too_large}",
+                        "too large",
+                    )
                 yield picture
     except UnusableImage:
         raise
@@ -132,16 +171,30 @@ def to_rgb(picture: Image.Image, paper: tuple[int, int, int] = WHITE) -> Image.I
 
 
 def in_srgb(picture: Image.Image) -> Image.Image:
-    """The picture in the colours that its embedded profile shows; as it is without one, or where that is damaged."""
+    """The picture in the colours that its embedded profile shows.
+
+    As it is without one, or where that is damaged.
+    """
     held = picture.info.get("icc_profile")
     if not held:
         return picture
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(held))
-        whole = picture.convert("RGBA" if "transparency" in picture.info else "RGB") if picture.mode == "P" else picture
+        whole = (
+            picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+            if picture.mode == "P"
+            else picture
+        )
         colours = whole.convert(whole.mode.removesuffix("A"))
-        shown = ImageCms.profileToProfile(colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):  # damaged, or of another kind of colours than the picture's
+        shown = ImageCms.profileToProfile(
+            colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (
+        ImageCms.PyCMSError,
+        OSError,
+        ValueError,
+        TypeError,
+    ):  # damaged, or of another kind of colours than the picture's
         return picture
     assert shown is not None
     if np.asarray(ImageChops.difference(shown, colours.convert("RGB"))).max(initial=0) <= ROUNDING:
@@ -164,7 +217,8 @@ def upright(picture: Image.Image) -> Image.Image:
 def to_eight_bits(values: np.ndarray, full: float | None = None) -> np.ndarray:
     """Grey values (H, W) of 0 to `full` -> 8-bit.
 
-    Without `full` they are taken for those of 8 bits, 16 bits or what they fill; real numbers up to 1 for shares of white.
+    Without `full` they are taken for those of 8 bits, 16 bits or what they fill; real numbers up to
+    1 for shares of white.
     """
     finite = np.where(np.isfinite(values), values, 0).clip(0, None).astype(np.float32)
     high = float(finite.max())
@@ -174,7 +228,9 @@ def to_eight_bits(values: np.ndarray, full: float | None = None) -> np.ndarray:
 
 
 def open_mask(source: str | Path | bytes | Image.Image, *, name: str | None = None) -> Image.Image:
-    """A mask as 8-bit grey: white where it applies, black or transparent where not; ImageError as of `open_image`.
+    """A mask as 8-bit grey: white where it applies, black or transparent where not.
+
+    ImageError as of `open_image`.
 
     A mask of no other values than 0 and 1 applies where it is 1.
     """
@@ -189,5 +245,7 @@ def grid(pictures: list[Image.Image], columns: int | None = None, gap: int = 4) 
     width, height = pictures[0].size
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), WHITE)
     for number, picture in enumerate(pictures):
-        sheet.paste(picture, ((number % columns) * (width + gap), (number // columns) * (height + gap)))
+        sheet.paste(
+            picture, ((number % columns) * (width + gap), (number // columns) * (height + gap))
+        )
     return sheet

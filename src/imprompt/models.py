@@ -1,4 +1,6 @@
-"""The names that a user may say: base models, the adapters made for them, and the image encoders these need."""
+"""The names that a user may say: base models, the adapters made for them, and the image encoders
+these need.
+"""
 
 import gc
 from collections.abc import Collection, Iterator, Mapping
@@ -20,7 +22,11 @@ class Place:
     path: str = ""
 
     def __str__(self) -> str:
-        return (f"{self.repo}:{self.path}" if self.path else self.repo) if self.repo else f"packaged:{self.path}"
+        return (
+            (f"{self.repo}:{self.path}" if self.path else self.repo)
+            if self.repo
+            else f"packaged:{self.path}"
+        )
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -41,9 +47,15 @@ class Place:
 
         try:
             return Path(hf_hub_download(self.repo, self.path))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no such name can be
+        except (
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: no such name can be
             raise CheckpointError(
-                f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or folder"
+                f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or "
+                "folder"
             ) from error
 
     def fetch_folder(self) -> tuple[str, str | None]:
@@ -96,10 +108,15 @@ NON_COMMERCIAL = "non-commercial research only, as the weights of insightface's 
 
 
 def _faces(base: str, **variants: tuple[str, Place | None]) -> dict[str, KnownAdapter]:
-    """By variant: the file's name between "ip-adapter-" and ".bin", and the encoder of the face's picture."""
+    """By variant: the file's name between "ip-adapter-" and ".bin", and the encoder of the face's
+    picture.
+    """
     return {
         name.replace("_", "-"): KnownAdapter(
-            Place(FACE_IP, f"ip-adapter-{file.format(base)}.bin"), encoder, name.replace("_", "-"), NON_COMMERCIAL
+            Place(FACE_IP, f"ip-adapter-{file.format(base)}.bin"),
+            encoder,
+            name.replace("_", "-"),
+            NON_COMMERCIAL,
         )
         for name, (file, encoder) in variants.items()
     }
@@ -112,7 +129,10 @@ MODELS = {
             "emoji",
             "small world of emoji, 128 px, packaged: works offline on a laptop",
             Place("", "emoji"),
-            {name: KnownAdapter(Place("", f"emoji/adapters/{name}.safetensors"), EMOJI_ENCODER) for name in ("base", "plus")},
+            {
+                name: KnownAdapter(Place("", f"emoji/adapters/{name}.safetensors"), EMOJI_ENCODER)
+                for name in ("base", "plus")
+            },
             controlnets={"edges": Place("", "emoji/controlnets/edges")},
             steps=25,
             guidance=3.0,
@@ -172,17 +192,22 @@ def find_model(name: str) -> KnownModel:
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "model_index.json").exists():
-            raise SettingError(f"{name} is no model: it holds no model_index.json (a folder that diffusers saved)")
+            raise SettingError(
+                f"{name} is no model: it holds no model_index.json (a folder that diffusers saved)"
+            )
         return KnownModel(name, "folder", Place(name))
     if may_be_on_hub(name):
         return KnownModel(name, "Hub", Place(name))
     raise SettingError(
-        f"unknown model {name!r}; known: {', '.join(MODELS)}, a folder with model_index.json, or a Hub id owner/name"
+        f"unknown model {name!r}; known: {', '.join(MODELS)}, a folder with model_index.json, or a "
+        "Hub id owner/name"
     )
 
 
 class FoundAdapter(NamedTuple):
-    """An adapter's file, and what its name tells: its image encoder, and the variant where its tensors cannot ("": nothing)."""
+    """An adapter's file, and what its name tells: its image encoder, and the variant where its
+    tensors cannot ("": nothing).
+    """
 
     path: Path
     encoder: Place | None = None
@@ -192,14 +217,15 @@ class FoundAdapter(NamedTuple):
 def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
     """An adapter's file, and its image encoder and variant where the name tells them.
 
-    `name`: one of the model's adapters (None: its first), a file, a folder with a training state, or a file on the Hub
-    as owner/repository/path.safetensors.
+    `name`: one of the model's adapters (None: its first), a file, a folder with a training state,
+    or a file on the Hub as owner/repository/path.safetensors.
     """
     if name is None and model.adapters:
         name = next(iter(model.adapters))
     if name is None:
         raise SettingError(
-            f"no adapter is known for {model.name}: give a file, a folder, or owner/repository/file.safetensors on the Hub"
+            f"no adapter is known for {model.name}: give a file, a folder, or "
+            "owner/repository/file.safetensors on the Hub"
         )
     if name in model.adapters:
         known = model.adapters[name]
@@ -210,17 +236,30 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
     repository, _, path = rest.partition("/")
     if path and not name.startswith((".", "/")) and not Path(owner, repository).is_dir():
         place = Place(f"{owner}/{repository}", path)
-        known = next((one for each in MODELS.values() for one in each.adapters.values() if one.file == place), None)
-        return FoundAdapter(place.fetch_file(), known.encoder if known else None, known.variant if known else "")
+        known = next(
+            (
+                one
+                for each in MODELS.values()
+                for one in each.adapters.values()
+                if one.file == place
+            ),
+            None,
+        )
+        return FoundAdapter(
+            place.fetch_file(), known.encoder if known else None, known.variant if known else ""
+        )
     named = f"one of {', '.join(model.adapters)}, " if model.adapters else ""
     raise SettingError(
-        f"no adapter {name!r} for {model.name}: give {named}a file, a folder, or owner/repository/file.safetensors on the Hub"
+        f"no adapter {name!r} for {model.name}: give {named}a file, a folder, or "
+        "owner/repository/file.safetensors on the Hub"
     )
 
 
 @contextmanager
 def collector_waits() -> Iterator[None]:
-    """Python's cyclic collector waits, if it runs: what importing and building make stays, and searching it takes a second."""
+    """Python's cyclic collector waits, if it runs: what importing and building make stays, and
+    searching it takes a second.
+    """
     runs = gc.isenabled()
     gc.disable()
     try:
@@ -231,8 +270,11 @@ def collector_waits() -> Iterator[None]:
 
 
 @collector_waits()
-def open_pipeline(model: KnownModel, device: Any, *, without: Collection[str] = (), **options: Any) -> Any:
-    """The base model as a pipeline of diffusers, without its image encoder and the components `without`.
+def open_pipeline(
+    model: KnownModel, device: Any, *, without: Collection[str] = (), **options: Any
+) -> Any:
+    """The base model as a pipeline of diffusers, without its image encoder and the components
+    `without`.
 
     CheckpointError if it cannot be had or is damaged.
     """
@@ -242,18 +284,38 @@ def open_pipeline(model: KnownModel, device: Any, *, without: Collection[str] = 
     source, _ = model.base.fetch_folder()
     try:
         saved: Any = DiffusionPipeline.load_config(source)
-        # Told of the class itself, diffusers leaves out what is None; told of the class of all, it loads an image encoder anyway.
+        # Told of the class itself, diffusers leaves out what is None; told of the class of all, it
+        # loads an image encoder anyway.
         kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)
         absent = dict.fromkeys({"image_encoder", *without} & set(saved))
         pipeline = kind.from_pretrained(source, **absent, **options, trust_remote_code=False)
     except Exception as error:  # a folder can be wrong in any way
-        raise CheckpointError(f"the model {model.name} cannot be loaded ({first_line(error)})") from error
+        raise CheckpointError(
+            f"the model {model.name} cannot be loaded ({first_line(error)})"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device, silence_dtype_warnings=True)  # one in float16 may wait on the CPU
 
 
+def index_of(model: KnownModel) -> dict[str, Any]:
+    """Return what a model's folder says of its parts; CheckpointError if it cannot be had."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    source, _ = model.base.fetch_folder()
+    try:
+        saved: Any = DiffusionPipeline.load_config(source)
+        return dict(saved)
+    except Exception as error:  # a folder can be wrong in any way
+        raise CheckpointError(
+            f"the model {model.name} cannot be loaded ({first_line(error)})"
+        ) from error
+
+
 def part_config(model: KnownModel, part: str) -> dict[str, Any]:
-    """The configuration of a model's "unet", "vae" and so on, without its weights; CheckpointError if it cannot be had."""
+    """The configuration of a model's part, such as "vae", without its weights.
+
+    CheckpointError if it cannot be had.
+    """
     from diffusers.models.auto_model import AutoModel
 
     source, _ = model.base.fetch_folder()
@@ -261,4 +323,6 @@ def part_config(model: KnownModel, part: str) -> dict[str, Any]:
         config: Any = AutoModel.load_config(source, subfolder=part)
         return dict(config)
     except Exception as error:  # a folder can be wrong in any way
-        raise CheckpointError(f"{model.name} holds no {part} that can be read ({first_line(error)})") from error
+        raise CheckpointError(
+            f"{model.name} holds no {part} that can be read ({first_line(error)})"
+        ) from error

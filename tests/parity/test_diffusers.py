@@ -1,4 +1,6 @@
-"""imprompt against diffusers' own IP-Adapter: the same weights and inputs give the same noise and the same pixels."""
+"""imprompt against diffusers' own IP-Adapter: the same weights and inputs give the same noise and
+the same pixels.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +13,21 @@ from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter import ImagePrompt, IPAdapter
-from imprompt.encoders.vision import VisionEncoder
-from imprompt.variants import VARIANTS, Variant, variant
-from tests.tiny import PIPELINES, TEXT_TOKENS, UNETS, noise, noise_inputs, paper_layout, pictures, tiny_adapter, tiny_unet
+from imprompt.adapter import IPAdapter
+from imprompt.encoders.clip import VisionEncoder
+from imprompt.prompt import ImagePrompt
+from imprompt.variants import VARIANTS, Variant, find_variant
+from tests.tiny import (
+    PIPELINES,
+    TEXT_TOKENS,
+    UNETS,
+    noise,
+    noise_inputs,
+    paper_layout,
+    pictures,
+    tiny_adapter,
+    tiny_unet,
+)
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 HEARD = 1e-2  # an image prompt moves the noise by more than this: the comparisons mean something
@@ -30,7 +43,11 @@ class Pair:
     theirs: UNet2DConditionModel
 
 
-@pytest.fixture(scope="module", params=[(base, row) for base in UNETS for row in VARIANTS], ids=lambda p: f"{p[0]}-{p[1].name}")
+@pytest.fixture(
+    scope="module",
+    params=[(base, row) for base in UNETS for row in VARIANTS],
+    ids=lambda p: f"{p[0]}-{p[1].name}",
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     base, row = request.param
     ours, theirs = tiny_unet(base), tiny_unet(base)
@@ -47,7 +64,10 @@ def set_their_scale(model: UNet2DConditionModel, scale: float) -> None:
 
 def with_image(inputs: dict[str, Any], features: Tensor) -> dict[str, Any]:
     """diffusers takes the features (batch, 1 image, ...) beside the model's other conditions."""
-    return inputs | {"added_cond_kwargs": inputs.get("added_cond_kwargs", {}) | {"image_embeds": [features[:, None]]}}
+    return inputs | {
+        "added_cond_kwargs": inputs.get("added_cond_kwargs", {})
+        | {"image_embeds": [features[:, None]]}
+    }
 
 
 @torch.no_grad()
@@ -56,7 +76,9 @@ def with_image(inputs: dict[str, Any], features: Tensor) -> dict[str, Any]:
 def test_same_noise(pair: Pair, encoder: VisionEncoder, batch: int, guidance: bool) -> None:
     features = encoder.features(pictures(batch), pair.row.feature)
     null = encoder.null_features(pair.row) if guidance else None
-    prompt = pair.adapter.prompt(pair.adapter.tokens(features), None if null is None else pair.adapter.tokens(null))
+    prompt = pair.adapter.prompt(
+        pair.adapter.tokens(features), None if null is None else pair.adapter.tokens(null)
+    )
     if null is not None:
         features = torch.cat([null.expand_as(features), features])
     inputs = noise_inputs(pair.ours, len(features))
@@ -64,13 +86,17 @@ def test_same_noise(pair: Pair, encoder: VisionEncoder, batch: int, guidance: bo
     for scale in (0.0, 0.3, 1.0):
         set_their_scale(pair.theirs, scale)
         results[scale] = noise(pair.ours, inputs, prompt.with_scale(scale))
-        torch.testing.assert_close(results[scale], noise(pair.theirs, with_image(inputs, features)), **TOLERANCE)
+        torch.testing.assert_close(
+            results[scale], noise(pair.theirs, with_image(inputs, features)), **TOLERANCE
+        )
     assert (results[1.0] - results[0.0]).abs().max() > HEARD
 
 
 @torch.no_grad()
 def test_text_mask_leaves_the_image_alone(pair: Pair, encoder: VisionEncoder) -> None:
-    """A mask over text tokens (some pipelines pass one) masks no image token, here as in diffusers."""
+    """A mask over text tokens (some pipelines pass one) masks no image token, here as in
+    diffusers.
+    """
     features = encoder.features(pictures(2), pair.row.feature)
     mask = torch.arange(TEXT_TOKENS) < torch.tensor([[4], [TEXT_TOKENS]])
     inputs = noise_inputs(pair.ours, 2) | {"encoder_attention_mask": mask}
@@ -79,15 +105,28 @@ def test_text_mask_leaves_the_image_alone(pair: Pair, encoder: VisionEncoder) ->
     torch.testing.assert_close(ours, noise(pair.theirs, with_image(inputs, features)), **TOLERANCE)
 
 
-def pipeline_prompt(adapter: IPAdapter, pipe: Any, images: Sequence[Image.Image], row: Variant, scale: float = 1.0) -> ImagePrompt:
+def pipeline_prompt(
+    adapter: IPAdapter, pipe: Any, images: Sequence[Image.Image], row: Variant, scale: float = 1.0
+) -> ImagePrompt:
     encoder = VisionEncoder(pipe.image_encoder, pipe.feature_extractor)
-    return adapter.prompt(adapter.tokens(encoder.features(images, row.feature)), adapter.tokens(encoder.null_features(row)), scale)
+    return adapter.prompt(
+        adapter.tokens(encoder.features(images, row.feature)),
+        adapter.tokens(encoder.null_features(row)),
+        scale,
+    )
 
 
 def run(pipe: Any, texts: Sequence[str], latents: Tensor, **arguments: Any) -> Tensor:
     """Four guided steps from these latents -> pixels in [0, 1]."""
     images = pipe(
-        list(texts), height=32, width=16, latents=latents, num_inference_steps=4, guidance_scale=7.5, output_type="pt", **arguments
+        list(texts),
+        height=32,
+        width=16,
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=7.5,
+        output_type="pt",
+        **arguments,
     ).images
     assert images.isfinite().all()
     return images
@@ -111,7 +150,9 @@ def test_same_pixels(base: str, row: Variant) -> None:
     with adapter.attached(pipe.unet):
         prompt = pipeline_prompt(adapter, pipe, [picture], row, scale=0.6)
         ours = run(pipe, ["a cat"], start(1), cross_attention_kwargs={"ip_hidden_states": prompt})
-    torch.testing.assert_close(ours, run(theirs, ["a cat"], start(1), ip_adapter_image=picture), **TOLERANCE)
+    torch.testing.assert_close(
+        ours, run(theirs, ["a cat"], start(1), ip_adapter_image=picture), **TOLERANCE
+    )
     assert (ours - text_only).abs().max() > HEARD
     assert torch.equal(run(pipe, ["a cat"], start(1)), text_only)
 
@@ -119,14 +160,27 @@ def test_same_pixels(base: str, row: Variant) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("base", PIPELINES)
 def test_each_item_hears_its_own_image(base: str) -> None:
-    """diffusers' pipelines let every item of a batch hear all images of the batch; here item i hears image i."""
+    """diffusers' pipelines let every item of a batch hear all images of the batch.
+
+    Here item i hears image i.
+    """
     pipe = PIPELINES[base]()
-    row, texts, images, latents = variant("base"), ["a cat", "dog", "a red hat"], pictures(3), start(3)
+    row, texts, images, latents = (
+        find_variant("base"),
+        ["a cat", "dog", "a red hat"],
+        pictures(3),
+        start(3),
+    )
     with tiny_adapter(pipe.unet).attached(pipe.unet) as adapter:
 
         def ours(items: slice) -> Tensor:
             prompt = pipeline_prompt(adapter, pipe, images[items], row)
-            return run(pipe, texts[items], latents[items], cross_attention_kwargs={"ip_hidden_states": prompt})
+            return run(
+                pipe,
+                texts[items],
+                latents[items],
+                cross_attention_kwargs={"ip_hidden_states": prompt},
+            )
 
         together = ours(slice(0, 3))
         alone = torch.cat([ours(slice(item, item + 1)) for item in range(3)])

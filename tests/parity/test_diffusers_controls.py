@@ -1,4 +1,6 @@
-"""imprompt's controls against diffusers' own: several adapters and images, binary masks, scales by block."""
+"""imprompt's controls against diffusers' own: several adapters and images, binary masks, scales by
+block.
+"""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -11,10 +13,19 @@ from diffusers.loaders.ip_adapter import IPAdapterMixin
 from PIL import Image
 from torch import Tensor
 
-from imprompt.adapter import ImagePrompt, IPAdapter
-from imprompt.attention import family_of
-from imprompt.sampling.controls import combine, concat, regions, scale_table
-from tests.tiny import FEATURE_DIMS, noise, noise_inputs, paper_layout, seeded, tiny_adapter, tiny_unet
+from imprompt.adapter import IPAdapter
+from imprompt.families.base import family_of
+from imprompt.generation.combine import combine, concat, regions, scale_table
+from imprompt.prompt import ImagePrompt
+from tests.tiny import (
+    FEATURE_DIMS,
+    noise,
+    noise_inputs,
+    paper_layout,
+    seeded,
+    tiny_adapter,
+    tiny_unet,
+)
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 HEARD = 1e-2  # an image prompt moves the noise by more than this: the comparisons mean something
@@ -28,21 +39,30 @@ class Pair:
     def __init__(self, base: str, variants: Sequence[str]) -> None:
         self.ours, self.theirs = tiny_unet(base), tiny_unet(base)
         self.adapters: list[IPAdapter] = [
-            tiny_adapter(self.ours, name, seed=3 + i).attach(self.ours) for i, name in enumerate(variants)
+            tiny_adapter(self.ours, name, seed=3 + i).attach(self.ours)
+            for i, name in enumerate(variants)
         ]
-        self.theirs._load_ip_adapter_weights([paper_layout(adapter) for adapter in self.adapters], low_cpu_mem_usage=False)
+        self.theirs._load_ip_adapter_weights(
+            [paper_layout(adapter) for adapter in self.adapters], low_cpu_mem_usage=False
+        )
         self.theirs.requires_grad_(False)
-        self.sites = list(family_of(self.ours).sites(self.ours))
+        self.sites = list(family_of(self.ours).layers(self.ours))
 
     def set_their_scale(self, scale: Any) -> None:
         """A number or a nested dictionary for each adapter."""
-        IPAdapterMixin.set_ip_adapter_scale(SimpleNamespace(unet=self.theirs, unet_name="unet"), scale)
+        IPAdapterMixin.set_ip_adapter_scale(
+            SimpleNamespace(unet=self.theirs, unet_name="unet"), scale
+        )
 
-    def their_noise(self, inputs: dict[str, Any], features: Sequence[Tensor], masks: list[Tensor] | None = None) -> Tensor:
+    def their_noise(
+        self, inputs: dict[str, Any], features: Sequence[Tensor], masks: list[Tensor] | None = None
+    ) -> Tensor:
         """features (B, images, ...) of each adapter, masks (1, images, h, w) of each"""
         told = {"image_embeds": list(features)}
         with_image = inputs | {"added_cond_kwargs": inputs.get("added_cond_kwargs", {}) | told}
-        return self.theirs(**with_image, cross_attention_kwargs={"ip_adapter_masks": masks} if masks else None).sample
+        return self.theirs(
+            **with_image, cross_attention_kwargs={"ip_adapter_masks": masks} if masks else None
+        ).sample
 
     def by_site(self) -> list[list[float]]:
         """Their scales, by site and adapter."""
@@ -83,9 +103,14 @@ def test_several_adapters(double: Pair, scales: tuple[float, float]) -> None:
     inputs = noise_inputs(double.ours, 2)
     given = [features(name, 2, seed=seed) for name, seed in (("base", 21), ("plus", 22))]
     double.set_their_scale(list(scales))
-    prompts = [heard(adapter, f).with_scale(scale) for adapter, f, scale in zip(double.adapters, given, scales, strict=True)]
+    prompts = [
+        heard(adapter, f).with_scale(scale)
+        for adapter, f, scale in zip(double.adapters, given, scales, strict=True)
+    ]
     ours = noise(double.ours, inputs, prompts)
-    torch.testing.assert_close(ours, double.their_noise(inputs, [f[:, None] for f in given]), **TOLERANCE)
+    torch.testing.assert_close(
+        ours, double.their_noise(inputs, [f[:, None] for f in given]), **TOLERANCE
+    )
     assert (ours - noise(double.ours, inputs)).abs().max() > HEARD
 
 
@@ -99,13 +124,21 @@ def test_several_images_of_an_adapter(double: Pair, batch: int) -> None:
     combined = combine(several, "concat")
     tokens, bias = concat(double.adapters[0].tokens(combined.features), combined.weights)
     assert bias is None
-    prompts = [double.adapters[0].prompt(tokens, scale=0.7), heard(double.adapters[1], one).with_scale(0.4)]
-    theirs = double.their_noise(inputs, [f[None].expand(batch, *[-1] * (f.ndim)) for f in (several, one)])
+    prompts = [
+        double.adapters[0].prompt(tokens, scale=0.7),
+        heard(double.adapters[1], one).with_scale(0.4),
+    ]
+    theirs = double.their_noise(
+        inputs, [f[None].expand(batch, *[-1] * (f.ndim)) for f in (several, one)]
+    )
     torch.testing.assert_close(noise(double.ours, inputs, prompts), theirs, **TOLERANCE)
 
 
 def halved(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-    """The upper half and the lower one of a picture of 8 pixels for each latent; the edge is one of cells at every site."""
+    """The upper half and the lower one of a picture of 8 pixels for each latent.
+
+    The edge is one of cells at every site.
+    """
     rows, columns = (8 * side for side in size)
     upper = Image.new("L", (columns, rows))
     upper.paste(255, (0, 0, columns, rows // 2))
@@ -122,8 +155,14 @@ def latents_of(inputs: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
 def test_a_mask_for_each_image(single: Pair, shape: str) -> None:
     """Each masked image has an attention of its own, there as here, and may have its own scale."""
     size = LATENTS[shape]
-    inputs, given, pictures = latents_of(noise_inputs(single.ours, 2), size), features("base", 2), halved(size)
-    masks = IPAdapterMaskProcessor().preprocess(list(pictures), height=8 * size[0], width=8 * size[1])
+    inputs, given, pictures = (
+        latents_of(noise_inputs(single.ours, 2), size),
+        features("base", 2),
+        halved(size),
+    )
+    masks = IPAdapterMaskProcessor().preprocess(
+        list(pictures), height=8 * size[0], width=8 * size[1]
+    )
     single.set_their_scale([0.8])
     for site in single.sites:
         single.theirs.attn_processors[f"{site}.processor"].scale = [[0.8, 0.5]]
@@ -140,19 +179,29 @@ def test_a_mask_for_each_image(single: Pair, shape: str) -> None:
 
 @torch.no_grad()
 def test_an_adapter_with_a_mask_beside_one_without(double: Pair) -> None:
-    inputs, given = latents_of(noise_inputs(double.ours, 1), LATENTS["wide"]), [features("base", 1), features("plus", 1)]
+    inputs, given = (
+        latents_of(noise_inputs(double.ours, 1), LATENTS["wide"]),
+        [features("base", 1), features("plus", 1)],
+    )
     upper, _ = halved(LATENTS["wide"])
     mask = IPAdapterMaskProcessor().preprocess(upper, height=128, width=192)
     double.set_their_scale([1.0, 0.5])
     theirs = double.their_noise(inputs, [f[:, None] for f in given], [mask, torch.ones_like(mask)])
-    prompts = [heard(double.adapters[0], given[0], mask=regions([upper])[0]), heard(double.adapters[1], given[1]).with_scale(0.5)]
+    prompts = [
+        heard(double.adapters[0], given[0], mask=regions([upper])[0]),
+        heard(double.adapters[1], given[1]).with_scale(0.5),
+    ]
     torch.testing.assert_close(noise(double.ours, inputs, prompts), theirs, **TOLERANCE)
 
 
 BLOCKS: dict[str, list[Any]] = {
     "sd1": [
         {"up": {"block_1": [0.0, 1.0, 0.0]}},
-        {"down": {"block_2": [0.0, 0.5]}, "mid": 0.3, "up": {"block_3": 0.7, "block_1": [0.1, 0.2, 0.3]}},
+        {
+            "down": {"block_2": [0.0, 0.5]},
+            "mid": 0.3,
+            "up": {"block_3": 0.7, "block_1": [0.1, 0.2, 0.3]},
+        },
         {"down": 0.25, "mid": [1.0], "up": {"block_2": [0.4]}},
         {"down": [0.5, 1.0], "up": 0.6},
         {"mid": 1.0},
@@ -169,7 +218,9 @@ BLOCKS: dict[str, list[Any]] = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("base", "blocks"), [(base, blocks) for base in BASES for blocks in BLOCKS[base]])
+@pytest.mark.parametrize(
+    ("base", "blocks"), [(base, blocks) for base in BASES for blocks in BLOCKS[base]]
+)
 def test_scales_by_block(base: str, blocks: Any, pairs: dict[str, Pair]) -> None:
     pair = pairs[base]
     pair.set_their_scale([blocks])
@@ -178,4 +229,6 @@ def test_scales_by_block(base: str, blocks: Any, pairs: dict[str, Pair]) -> None
     inputs, given = noise_inputs(pair.ours, 1), features("base", 1)
     ours = noise(pair.ours, inputs, heard(pair.adapters[0], given).with_scale(table))
     torch.testing.assert_close(ours, pair.their_noise(inputs, [given[:, None]]), **TOLERANCE)
-    assert (ours - noise(pair.ours, inputs)).abs().max() > HEARD / 10  # one block of many may move it less
+    assert (
+        ours - noise(pair.ours, inputs)
+    ).abs().max() > HEARD / 10  # one block of many may move it less

@@ -1,4 +1,6 @@
-"""imprompt against the paper's own package (`ip-adapter` 0.1.0): the same weights give the same noise, and its files are ours."""
+"""imprompt against the paper's own package (`ip-adapter` 0.1.0): the same weights give the same
+noise, and its files are ours.
+"""
 
 import importlib
 from collections.abc import Iterator
@@ -15,21 +17,36 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.attention import family_of
-from imprompt.checkpoint import load_adapter
-from imprompt.encoders.vision import VisionEncoder
+from imprompt.checkpoints.adapters import load_adapter
+from imprompt.encoders.clip import VisionEncoder
 from imprompt.projections.resampler import HEAD_DIM, Resampler
-from imprompt.variants import VARIANTS, Variant, variant
-from tests.tiny import FEATURE_DIMS, noise, noise_inputs, paper_layout, pictures, seeded, smallest_unet, tiny_adapter
+from imprompt.variants import VARIANTS, Variant, find_variant
+from tests.tiny import (
+    FEATURE_DIMS,
+    noise,
+    noise_inputs,
+    paper_layout,
+    pictures,
+    seeded,
+    smallest_unet,
+    tiny_adapter,
+)
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
 def paper() -> Iterator[ModuleType]:
-    """The paper's package. It reads a name that current diffusers no longer has; that name is there during the tests only."""
+    """The paper's package. It reads a name that current diffusers no longer has.
+
+    That name is there during the tests only.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffusers.pipelines.controlnet.MultiControlNetModel", MultiControlNetModel, raising=False)
+        patch.setattr(
+            "diffusers.pipelines.controlnet.MultiControlNetModel",
+            MultiControlNetModel,
+            raising=False,
+        )
         yield importlib.import_module("ip_adapter.ip_adapter")
 
 
@@ -50,26 +67,45 @@ def their_projection(paper: ModuleType, name: str, weights: dict[str, Tensor]) -
 
 
 def graft_theirs(paper: ModuleType, model: UNet2DConditionModel, tokens: int) -> nn.ModuleList:
-    """The paper's graft by its own code, which knows half precision only -> its processors in single precision."""
+    """The paper's graft by its own code, which knows half precision only -> its processors in
+    single precision.
+    """
     stand_in = SimpleNamespace(pipe=SimpleNamespace(unet=model), device="cpu", num_tokens=tokens)
     paper.IPAdapter.set_ip_adapter(stand_in)
     return nn.ModuleList(model.attn_processors.values()).float()
 
 
-def load_theirs(paper: ModuleType, model: UNet2DConditionModel, projection: nn.Module, file: Path) -> None:
+def load_theirs(
+    paper: ModuleType, model: UNet2DConditionModel, projection: nn.Module, file: Path
+) -> None:
     """The paper's own reader of its own files; it loads strictly."""
-    paper.IPAdapter.load_ip_adapter(SimpleNamespace(pipe=SimpleNamespace(unet=model), ip_ckpt=file, image_proj_model=projection))
+    paper.IPAdapter.load_ip_adapter(
+        SimpleNamespace(pipe=SimpleNamespace(unet=model), ip_ckpt=file, image_proj_model=projection)
+    )
 
 
 def save_paper(adapter: IPAdapter, file: Path) -> dict[str, dict[str, Tensor]]:
     groups = paper_layout(adapter)
-    save_file({f"{group}.{key}": value for group, weights in groups.items() for key, value in weights.items()}, file)
+    save_file(
+        {
+            f"{group}.{key}": value
+            for group, weights in groups.items()
+            for key, value in weights.items()
+        },
+        file,
+    )
     return groups
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("row", VARIANTS, ids=lambda row: row.name)
-def test_same_noise(paper: ModuleType, unet: UNet2DConditionModel, encoder: VisionEncoder, row: Variant, tmp_path: Path) -> None:
+def test_same_noise(
+    paper: ModuleType,
+    unet: UNet2DConditionModel,
+    encoder: VisionEncoder,
+    row: Variant,
+    tmp_path: Path,
+) -> None:
     adapter = tiny_adapter(unet, row.name)
     weights = save_paper(adapter, tmp_path / "adapter.safetensors")
     features = torch.cat([encoder.null_features(row), encoder.features(pictures(2), row.feature)])
@@ -83,7 +119,9 @@ def test_same_noise(paper: ModuleType, unet: UNet2DConditionModel, encoder: Visi
     load_theirs(paper, unet, projection, tmp_path / "adapter.safetensors")
     tokens = projection(features)
     torch.testing.assert_close(adapter.tokens(features), tokens, **TOLERANCE)
-    joined = inputs | {"encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"], tokens], 1)}
+    joined = inputs | {
+        "encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"], tokens], 1)
+    }
     for scale, expected in ours.items():
         for processor in processors:
             processor.scale = scale
@@ -98,17 +136,33 @@ def test_same_keys_and_shapes(paper: ModuleType, unet: UNet2DConditionModel, row
         "ip_adapter": graft_theirs(paper, unet, 4).state_dict(),
     }
     for group, weights in theirs.items():
-        assert {key: weight.shape for key, weight in weights.items()} == {key: weight.shape for key, weight in ours[group].items()}
+        assert {key: weight.shape for key, weight in weights.items()} == {
+            key: weight.shape for key, weight in ours[group].items()
+        }
 
 
 @torch.no_grad()
 @given(
-    depth=st.integers(1, 6), tokens=st.integers(1, 9), heads=st.integers(1, 3), patches=st.integers(1, 12), extra=st.integers(0, 40)
+    depth=st.integers(1, 6),
+    tokens=st.integers(1, 9),
+    heads=st.integers(1, 3),
+    patches=st.integers(1, 12),
+    extra=st.integers(0, 40),
 )
-def test_same_resampler(paper: ModuleType, depth: int, tokens: int, heads: int, patches: int, extra: int) -> None:
+def test_same_resampler(
+    paper: ModuleType, depth: int, tokens: int, heads: int, patches: int, extra: int
+) -> None:
     """Whatever the depth and sizes, its inner width different from the heads' included."""
     with seeded(depth):
-        ours = Resampler(24, 40, tokens=tokens, width=32 + extra, inner=heads * HEAD_DIM, hidden=3 * (32 + extra), depth=depth)
+        ours = Resampler(
+            24,
+            40,
+            tokens=tokens,
+            width=32 + extra,
+            inner=heads * HEAD_DIM,
+            hidden=3 * (32 + extra),
+            depth=depth,
+        )
         features = torch.randn(2, patches, 24)
     weights = ours.state_dict()
     theirs = their_projection(paper, "plus", weights)
@@ -118,15 +172,23 @@ def test_same_resampler(paper: ModuleType, depth: int, tokens: int, heads: int, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["base", "plus"])
-def test_sizes_that_other_loaders_get_wrong(paper: ModuleType, encoder: VisionEncoder, name: str, tmp_path: Path) -> None:
-    """From the file: a base adapter of 8 tokens, a resampler of 6 layers, none of which may be dropped in silence."""
-    unet, row = smallest_unet(), variant(name)
+def test_sizes_that_other_loaders_get_wrong(
+    paper: ModuleType, encoder: VisionEncoder, name: str, tmp_path: Path
+) -> None:
+    """From the file: a base adapter of 8 tokens, a resampler of 6 layers, none of which may be
+    dropped in silence.
+    """
+    unet, row = smallest_unet(), find_variant(name)
     with seeded(8):
         wide = FEATURE_DIMS[row.feature]
-        projection = ImageProjection(wide, 32, 8) if name == "base" else Resampler(wide, 32, tokens=5, width=64, depth=6)
-        adapter = IPAdapter.beside(unet, family_of(unet), projection)
+        projection = (
+            ImageProjection(wide, 32, 8)
+            if name == "base"
+            else Resampler(wide, 32, tokens=5, width=64, depth=6)
+        )
+        adapter = IPAdapter.for_model(unet, projection)
     weights = save_paper(adapter, tmp_path / "adapter.safetensors")
-    loaded, _ = load_adapter(tmp_path / "adapter.safetensors", family_of(unet))
+    loaded = load_adapter(tmp_path / "adapter.safetensors", unet)
     features, inputs = encoder.features(pictures(2), row.feature), noise_inputs(unet, 2)
     with loaded.attached(unet):
         ours = noise(unet, inputs, loaded.prompt(loaded.tokens(features)))
@@ -134,5 +196,7 @@ def test_sizes_that_other_loaders_get_wrong(paper: ModuleType, encoder: VisionEn
     theirs = their_projection(paper, name, weights["image_proj"])
     graft_theirs(paper, unet, 8 if name == "base" else 5)
     load_theirs(paper, unet, theirs, tmp_path / "adapter.safetensors")
-    joined = inputs | {"encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"], theirs(features)], 1)}
+    joined = inputs | {
+        "encoder_hidden_states": torch.cat([inputs["encoder_hidden_states"], theirs(features)], 1)
+    }
     torch.testing.assert_close(ours, noise(unet, joined), **TOLERANCE)

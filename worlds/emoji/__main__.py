@@ -1,4 +1,6 @@
-"""`python -m worlds.emoji STAGE --budget cpu|gpu`: from nothing to the shipped weights, a stage at a time."""
+"""`python -m worlds.emoji STAGE --budget cpu|gpu`: from nothing to the shipped weights, a stage at
+a time.
+"""
 
 import argparse
 import os
@@ -37,7 +39,13 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "claims": ("page", "measure_all", 0),
 }
 
-APART = ("optimizers", "blind", "compose", "rivals", "claims")  # studies, which make nothing that ships
+APART = (
+    "optimizers",
+    "blind",
+    "compose",
+    "rivals",
+    "claims",
+)  # studies, which make nothing that ships
 ALL = [name for name in STAGES if name not in APART]
 
 
@@ -45,14 +53,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m worlds.emoji", description=__doc__)
     parser.add_argument("stage", choices=(*STAGES, "all"))
     parser.add_argument("--budget", default="cpu", choices=("cpu", "gpu"))
-    parser.add_argument("--folder", type=Path, default=None, help="where states and models go (runs/emoji-BUDGET)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where states and models go (runs/emoji-BUDGET)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--steps", type=int, default=None, help="of any stage at most, for a rehearsal: make rehearse")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=None,
+        help="of any stage at most, for a rehearsal: make rehearse",
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group("gloo")
-    world = World(args.budget, args.folder or Path("runs") / f"emoji-{args.budget}", most=args.steps)
+    world = World(
+        args.budget, args.folder or Path("runs") / f"emoji-{args.budget}", most=args.steps
+    )
     world.folder.mkdir(parents=True, exist_ok=True)
     for name in ALL if args.stage == "all" else (args.stage,):
         module, function, apart = STAGES[name]

@@ -1,4 +1,6 @@
-"""Stages between the trainings: put the model together as it ships, render the adapters' pictures, take the adapters in."""
+"""Stages between the trainings: put the model together as it ships, render the adapters' pictures,
+take the adapters in.
+"""
 
 import json
 import shutil
@@ -12,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
 
-from imprompt.checkpoint import read_adapter, write_adapter
+from imprompt.checkpoints.adapters import read_adapter, write_adapter
 from imprompt.models import PACKAGED
 from imprompt.training.loop import train
 from imprompt.training.recipe import read_recipe
@@ -22,22 +24,44 @@ from .scenes import captions, figures, portrait, render, sample_scenes, to_image
 from .stage import HERE, World
 
 SHIPPED = PACKAGED / "emoji"
-JUDGE, NAMER, HANDS, HELD_OUT = (HERE / name for name in ("judge", "namer", "hands", "held-out"))  # for measuring: not packaged
+JUDGE, NAMER, HANDS, HELD_OUT = (
+    HERE / name for name in ("judge", "namer", "hands", "held-out")
+)  # for measuring: not packaged
 ADAPTERS = ("base", "plus")
 RECIPES = HERE.parents[1] / "recipes"
-DEMO = {"demo.png": ("fox", "mint"), "demo-other.png": ("rocket", "yellow"), "demo-edges.png": ("butterfly", "white")}
-CORE = 0.3  # share of the scenes whose glyphs are of the core: what adapters learn of shapes they learn from all
+DEMO = {
+    "demo.png": ("fox", "mint"),
+    "demo-other.png": ("rocket", "yellow"),
+    "demo-edges.png": ("butterfly", "white"),
+}
+# share of the scenes whose glyphs are of the core: what adapters learn of shapes they learn from
+# all
+CORE = 0.3
 LIMIT = 55e6  # bytes: the wheel has room for 60 MB
 
 
 def assemble(world: World) -> None:
-    """The base model and the image encoder as float16, in diffusers' folder layout: what the adapters are trained on."""
+    """The base model and the image encoder as float16, in diffusers' folder layout: what the
+    adapters are trained on.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "base", dtype=torch.float16)
-    encoder = CLIPVisionModelWithProjection.from_pretrained(world.folder / "clip" / "image_encoder", dtype=torch.float16)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(
+        world.folder / "clip" / "image_encoder", dtype=torch.float16
+    )
     processor = CLIPImageProcessorPil.from_pretrained(world.folder / "clip" / "feature_extractor")
-    vae = AutoencoderKL.from_pretrained(world.folder / "vae", dtype=torch.float16)  # its decoder may have been trained on since
+    vae = AutoencoderKL.from_pretrained(
+        world.folder / "vae", dtype=torch.float16
+    )  # its decoder may have been trained on since
     pipeline.register_modules(vae=vae, image_encoder=encoder, feature_extractor=processor)
-    for part in ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "image_encoder", "feature_extractor"):
+    for part in (
+        "vae",
+        "unet",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+        "image_encoder",
+        "feature_extractor",
+    ):
         shutil.rmtree(SHIPPED / part, ignore_errors=True)
     pipeline.save_pretrained(SHIPPED)
     for path in SHIPPED.rglob("*.json"):
@@ -47,7 +71,9 @@ def assemble(world: World) -> None:
 
 
 def draw_demo(world: World) -> None:
-    """The pictures that go into `imprompt demo`: two image prompts, and the edges of a third scene."""
+    """The pictures that go into `imprompt demo`: two image prompts, and the edges of a third
+    scene.
+    """
     glyphs = world.glyphs()
     for name, (glyph, colour) in DEMO.items():
         picture = render(portrait(glyphs, glyph, colour), glyphs, world.side)
@@ -56,7 +82,10 @@ def draw_demo(world: World) -> None:
 
 
 def tidy(path: Path) -> None:
-    """No paths of the machine that made it; and float32 as what plain `from_pretrained` gives, though stored as float16."""
+    """No paths of the machine that made it.
+
+    And float32 as what plain `from_pretrained` gives, though stored as float16.
+    """
     facts = json.loads(path.read_text())
     facts.pop("_name_or_path", None)
     if "dtype" in facts:
@@ -100,10 +129,17 @@ def write_scenes(world: World, folder: Path, count: int, salt: int) -> None:
     for start in range(0, count, 1000):
         generator = world.generator(salt, start)
         chunk = sample_scenes(glyphs, min(1000, count - start), generator, core=CORE)
-        drawn = (torch.cat([draw(part, glyphs, world.side) for part in chunk.split(50)]) for draw in (render, figures))
-        pictures, masks = ((part * 255).round().byte().permute(0, 2, 3, 1).numpy() for part in drawn)
+        drawn = (
+            torch.cat([draw(part, glyphs, world.side) for part in chunk.split(50)])
+            for draw in (render, figures)
+        )
+        pictures, masks = (
+            (part * 255).round().byte().permute(0, 2, 3, 1).numpy() for part in drawn
+        )
         texts = captions(chunk, glyphs, generator)
-        for number, (picture, mask, text) in enumerate(zip(pictures, masks, texts, strict=True), start):
+        for number, (picture, mask, text) in enumerate(
+            zip(pictures, masks, texts, strict=True), start
+        ):
             name, mask_name = f"{number:06d}.png", f"{number:06d}-figure.png"
             Image.fromarray(picture).save(folder / name, compress_level=1)
             Image.fromarray(mask[..., 0]).save(folder / mask_name, compress_level=1)
@@ -130,14 +166,18 @@ def places(world: World, name: str) -> list[str]:
 
 
 def ship(world: World) -> None:
-    """Take the trained adapters into the package, and the judge beside the code that asks it, as float16."""
+    """Take the trained adapters into the package, and the judge beside the code that asks it, as
+    float16.
+    """
     for name in ADAPTERS:
         file = read_adapter(world.folder / f"adapter-{name}" / "latest")
         projection = {key: value.half() for key, value in file.projection.items()}
         half = replace(file, projection=projection, kv=[(k.half(), v.half()) for k, v in file.kv])
         (SHIPPED / "adapters").mkdir(exist_ok=True)
         write_adapter(SHIPPED / "adapters" / f"{name}.safetensors", half)
-    CLIPModel.from_pretrained(world.folder / "judge" / "whole", dtype=torch.float16).save_pretrained(JUDGE)
+    CLIPModel.from_pretrained(
+        world.folder / "judge" / "whole", dtype=torch.float16
+    ).save_pretrained(JUDGE)
     for part in ("tokenizer", "feature_extractor"):
         shutil.copytree(world.folder / "judge" / part, JUDGE, dirs_exist_ok=True)
     report(SHIPPED)

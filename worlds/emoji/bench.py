@@ -1,6 +1,8 @@
-"""What the claims are measured with: scenes as image prompts, everything that draws, the measures, and tables of intervals.
+"""What the claims are measured with: scenes as image prompts, everything that draws, the measures,
+and tables of intervals.
 
-What was drawn is kept in the world's folder: a run that was stopped goes on, and no claim draws what another has drawn.
+What was drawn is kept in the world's folder: a run that was stopped goes on, and no claim draws
+what another has drawn.
 
 Shape letters: N pictures, I scenes, K seeds of each, S pixels a side.
 """
@@ -17,14 +19,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imprompt.evaluation.metrics import Interval, difference, interval
+from imprompt.evaluation.metrics import Interval, bootstrap_interval, difference
 from imprompt.files import written_whole
 
 from . import rivals
 from .assemble import SHIPPED
 from .glyphs import Glyphs
 from .marks import lines
-from .measures import RIGHT, Namer, background_error, colour_error, embed, figure, middle, outlines, read
+from .measures import (
+    RIGHT,
+    Namer,
+    background_error,
+    colour_error,
+    embed,
+    figure,
+    middle,
+    outlines,
+    read,
+)
 from .rivals import RIVALS, Base, Seen
 from .scenes import Scenes, article, captions, render, sample_scenes, shuffled
 from .sheets import draw_sheet
@@ -38,8 +50,16 @@ STEPS = 25
 DIVERSE = 6  # seeds of a scene where diversity is asked
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = 6  # rows of a sheet
-PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")  # of the package, that a rival is made of
-Draw = Callable[[Tensor, Sequence[str], float], Tensor]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
+PARTS = (
+    "unet",
+    "vae",
+    "text_encoder",
+    "image_encoder",
+    "scheduler",
+)  # of the package, that a rival is made of
+Draw = Callable[
+    [Tensor, Sequence[str], float], Tensor
+]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
 Measured = dict[str, Tensor]  # name -> a value a picture (N,), or a vector (N, …)
 
 
@@ -51,7 +71,10 @@ class Table:
     rows: dict[str, list[Interval | float | str]] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        return lines(self.columns, {name: [shown(cell) for cell in cells] for name, cells in self.rows.items()})
+        return lines(
+            self.columns,
+            {name: [shown(cell) for cell in cells] for name, cells in self.rows.items()},
+        )
 
 
 def shown(cell: Interval | float | str) -> str:
@@ -61,7 +84,9 @@ def shown(cell: Interval | float | str) -> str:
         return f"{cell:.3g}"
     digits = 1 if abs(cell.value) >= 2 else 3
     low, high = cell.low, cell.high
-    return f"{cell.value:.{digits}f}" + ("" if low is None or high is None else f" ({low:.{digits}f} to {high:.{digits}f})")
+    return f"{cell.value:.{digits}f}" + (
+        "" if low is None or high is None else f" ({low:.{digits}f} to {high:.{digits}f})"
+    )
 
 
 @dataclass
@@ -75,7 +100,9 @@ class Claim:
     decides: Mapping[str, Interval] = field(default_factory=dict)  # differences
     above: float = 0.0  # what their whole intervals are above if the claim holds
     said: str = ""  # the verdict where no interval decides
-    drawn: Mapping[str, float] = field(default_factory=dict)  # names of what was drawn for it -> seconds that it took
+    drawn: Mapping[str, float] = field(
+        default_factory=dict
+    )  # names of what was drawn for it -> seconds that it took
 
     @property
     def verdict(self) -> str:
@@ -83,7 +110,11 @@ class Claim:
             return self.said or "not measured"
         if all(gap.low is not None and gap.low > self.above for gap in self.decides.values()):
             return "yes"
-        return "no" if any(gap.high is not None and gap.high <= self.above for gap in self.decides.values()) else "undecided"
+        return (
+            "no"
+            if any(gap.high is not None and gap.high <= self.above for gap in self.decides.values())
+            else "undecided"
+        )
 
 
 class Bench:
@@ -95,11 +126,15 @@ class Bench:
         self.glyphs: Glyphs = self.world.glyphs()
         self.namer = Namer.load()
         generator = self.world.generator(101)
-        self.scenes = repeated(sample_scenes(self.glyphs, SCENES, generator, pairs=0, core=1.0), SEEDS)
+        self.scenes = repeated(
+            sample_scenes(self.glyphs, SCENES, generator, pairs=0, core=1.0), SEEDS
+        )
         self.items = torch.arange(len(self.scenes)) // SEEDS
         self.pictures = render(self.scenes, self.glyphs, self.world.side)
         self.captions = captions(self.scenes, self.glyphs, generator)
-        other = torch.randint(1, self.glyphs.core, (SCENES,), generator=generator).repeat_interleave(SEEDS)
+        other = torch.randint(
+            1, self.glyphs.core, (SCENES,), generator=generator
+        ).repeat_interleave(SEEDS)
         self.named = (self.scenes.glyph[:, 0] + other) % self.glyphs.core
         self.texts = [article(self.glyphs.names[g]) for g in self.named.tolist()]
         self.names = read([article(name) for name in self.glyphs.names[: self.glyphs.core]])
@@ -151,14 +186,27 @@ class Bench:
                 if not RIVALS[name].reads_text and not any(said):
                     text = text[:, :0]
                 seen: Seen = self.base.see(prompts[part.start : part.stop])
-                return rivals.sample(self.base, opened(), text, seen, scale=scale, guidance=GUIDANCE, steps=STEPS, seed=part.start)
+                return rivals.sample(
+                    self.base,
+                    opened(),
+                    text,
+                    seen,
+                    scale=scale,
+                    guidance=GUIDANCE,
+                    steps=STEPS,
+                    seed=part.start,
+                )
 
             return in_parts(part_of, len(prompts))
 
-        return self.kept(draw, *(SHIPPED / part for part in PARTS), rivals.file_of(self.world, name))
+        return self.kept(
+            draw, *(SHIPPED / part for part in PARTS), rivals.file_of(self.world, name)
+        )
 
     def kept(self, draw: Draw, *of: object) -> Draw:
-        """`draw`, its results as bytes in files that are named by the weights `of` which they come and all else that decides."""
+        """`draw`, its results as bytes in files that are named by the weights `of` which they come
+        and all else that decides.
+        """
 
         def drawn(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             name = digest(*of, prompts, list(texts), float(scale), STEPS, GUIDANCE)
@@ -168,7 +216,11 @@ class Bench:
                 started = time.monotonic()
                 pictures = (draw(prompts, texts, scale) * 255).round().byte()
                 with written_whole(place) as aside:
-                    save_file({"pictures": pictures.contiguous()}, aside, {"seconds": f"{time.monotonic() - started:.1f}"})
+                    save_file(
+                        {"pictures": pictures.contiguous()},
+                        aside,
+                        {"seconds": f"{time.monotonic() - started:.1f}"},
+                    )
             with safe_open(place, "pt") as file:
                 self.drawn[name] = float(file.metadata()["seconds"])
                 return file.get_tensor("pictures").float() / 255
@@ -205,7 +257,7 @@ class Bench:
 
     def interval(self, values: Tensor) -> Interval:
         there = ~values.isnan()
-        return interval(values[there], self.items[there])
+        return bootstrap_interval(values[there], self.items[there])
 
     def apart(self, one: Tensor, other: Tensor) -> Interval:
         there = ~(one.isnan() | other.isnan())
@@ -214,9 +266,14 @@ class Bench:
     def row(self, measured: Measured, names: Sequence[str]) -> list[Interval | float | str]:
         return [self.interval(measured[name]) for name in names]
 
-    def sheet(self, name: str, columns: Mapping[str, Tensor], labels: Sequence[str] = ()) -> tuple[str, ...]:
+    def sheet(
+        self, name: str, columns: Mapping[str, Tensor], labels: Sequence[str] = ()
+    ) -> tuple[str, ...]:
         rows = [
-            (labels[i] if labels else "", [self.pictures[i], *(made[i] for made in columns.values())])
+            (
+                labels[i] if labels else "",
+                [self.pictures[i], *(made[i] for made in columns.values())],
+            )
             for i in range(0, SHOWN * SEEDS, SEEDS)
         ]
         draw_sheet(SHEETS / f"{name}.jpg", ["image prompt", *columns], rows)
@@ -241,7 +298,11 @@ def digest(*parts: object) -> str:
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            files = sorted(path for path in (part, *part.rglob("*")) if path.suffix in (".json", ".safetensors"))
+            files = sorted(
+                path
+                for path in (part, *part.rglob("*"))
+                if path.suffix in (".json", ".safetensors")
+            )
             data = b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)
         else:
             data = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
@@ -254,4 +315,6 @@ def repeated(scenes: Scenes, times: int) -> Scenes:
 
 
 def in_parts(draw: Callable[[range], Tensor], count: int, size: int = 32) -> Tensor:
-    return torch.cat([draw(range(start, min(start + size, count))) for start in range(0, count, size)])
+    return torch.cat(
+        [draw(range(start, min(start + size, count))) for start in range(0, count, size)]
+    )

@@ -1,7 +1,9 @@
-"""Sheets for a person who does not know the prompts: what is in these pictures, and in which style are those drawn?
+"""Sheets for a person who does not know the prompts: what is in these pictures, and in which style
+are those drawn?
 
-`python -m worlds.emoji blind` writes two numbered sheets and, apart, their keys. What the person says, one answer a line, goes into
-glyphs.txt and styles.txt beside them; the stage run again compares.
+`python -m worlds.emoji blind` writes two numbered sheets and, apart, their keys. What the person
+says, one answer a line, goes into glyphs.txt and styles.txt beside them; the stage run again
+compares.
 """
 
 import json
@@ -46,7 +48,11 @@ def in_styles(world: World, glyphs: Glyphs) -> tuple[Tensor, list[str]]:
     made, names = [], []
     for number, style in enumerate(CUSTOM):
         chosen = torch.randperm(glyphs.core, generator=world.generator(55, number))[:DRAWN].tolist()
-        made.append(Studio(PLACE / style).draw(DRAWN, texts=[article(glyphs.names[g]) for g in chosen], seed=100 * number))
+        made.append(
+            Studio(PLACE / style).draw(
+                DRAWN, texts=[article(glyphs.names[g]) for g in chosen], seed=100 * number
+            )
+        )
         names += [style] * DRAWN
     order = torch.randperm(len(names), generator=world.generator(56))
     return torch.cat(made)[order], [names[i] for i in order.tolist()]
@@ -64,7 +70,10 @@ def blind(world: World) -> None:
             key.write_text(json.dumps(truth))
         said = folder / f"{name}.txt"
         if not said.exists():
-            print(f"look at {folder / f'{name}.png'}, write what you see into {said}, a line a picture, and run this again")
+            print(
+                f"look at {folder / f'{name}.png'}, write what you see into {said}, a line a "
+                "picture, and run this again"
+            )
             continue
         truth, answers = json.loads(key.read_text()), said.read_text().splitlines()
         for number, (true, answer) in enumerate(zip(truth, answers, strict=True), 1):

@@ -1,7 +1,8 @@
 """The paper's nine claims, each a function that measures it on this world.
 
-A claim's verdict follows from intervals by the rule that stands beside it: "yes" if each is wholly on the right side, "no" if one
-is wholly on the wrong, else "undecided". Shape letters: N pictures, S pixels a side.
+A claim's verdict follows from intervals by the rule that stands beside it: "yes" if each is wholly
+on the right side, "no" if one is wholly on the wrong, else "undecided". Shape letters: N pictures,
+S pixels a side.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +12,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from imprompt.evaluation.metrics import Interval, difference, diversity, interval
+from imprompt.evaluation.metrics import Interval, bootstrap_interval, difference, diversity
+from imprompt.families.published import base_structure
 from imprompt.models import find_model
-from imprompt.structures import base_structure
 from imprompt.training.estimate import blank_adapter, blank_base, sizes_of
 from imprompt.training.recipe import read_recipe
 
@@ -59,7 +60,9 @@ def parameters(bench: Bench) -> Claim:
         table.rows[f"recipes/{name}.toml"] = shares(parameters_of(adapter), parameters_of(unet))
     for variant in ADAPTERS:
         studio = Studio(adapter=variant)
-        table.rows[f"this world's {variant}"] = shares(parameters_of(studio.adapter), parameters_of(studio.pipe.unet))
+        table.rows[f"this world's {variant}"] = shares(
+            parameters_of(studio.adapter), parameters_of(studio.pipe.unet)
+        )
     small = table.rows["recipes/sd15-base.toml"][0] == "22,319,616"  # the paper's
     few = slice(SHOWN * SEEDS)
     made = {"without": bench.shipped("base")(bench.pictures[few], bench.silent[few], 0.0)}
@@ -73,9 +76,20 @@ def parameters(bench: Bench) -> Claim:
     )
 
 
-def against(bench: Bench, title: str, rule: str, names: Sequence[str], sheet: str, *, above: float = 0.0,
-            ours: Sequence[str] = ("decoupled",)) -> Claim:  # fmt: skip
-    """The adapter and others, image prompt alone; the paper's two scores and the scenes' own factors. The first of ours decides."""
+def against(
+    bench: Bench,
+    title: str,
+    rule: str,
+    names: Sequence[str],
+    sheet: str,
+    *,
+    above: float = 0.0,
+    ours: Sequence[str] = ("decoupled",),
+) -> Claim:
+    """The adapter and others, image prompt alone.
+
+    The paper's two scores and the scenes' own factors. The first of ours decides.
+    """
     table, gaps = Table(list(FIDELITY)), Table(["CLIP-I", "CLIP-T", "colour error", "own glyph"])
     costs = Table(["weights trained", "samples seen"])
     absent = [name for name in (*ours, *names) if name not in bench.trained]
@@ -88,18 +102,30 @@ def against(bench: Bench, title: str, rule: str, names: Sequence[str], sheet: st
         table.rows[name] = bench.row(values, FIDELITY)
         costs.rows[name] = [f"{number:,}" for number in budget(bench.world, name)]
     for one, name in product(ours, names):
-        gaps.rows[f"{one} − {name}"] = [bench.apart(measured[one][key], measured[name][key]) for key in gaps.columns]
-    decides = {f"{ours[0]} − {name}": bench.apart(measured[ours[0]]["CLIP-I"], measured[name]["CLIP-I"]) for name in names}
+        gaps.rows[f"{one} − {name}"] = [
+            bench.apart(measured[one][key], measured[name][key]) for key in gaps.columns
+        ]
+    decides = {
+        f"{ours[0]} − {name}": bench.apart(measured[ours[0]]["CLIP-I"], measured[name]["CLIP-I"])
+        for name in names
+    }
     missing = [f"Not trained here: {', '.join(absent)}."] if absent else []
-    return Claim(title, rule, [table, gaps, costs, *missing], bench.sheet(sheet, made), decides, above)
+    return Claim(
+        title, rule, [table, gaps, costs, *missing], bench.sheet(sheet, made), decides, above
+    )
 
 
-MARGIN = 0.03  # of CLIP-I: what "comparable" may mean; in the paper's table 1 the adapter is above both fine-tuned models
+# of CLIP-I: what "comparable" may mean; in the paper's table 1 the adapter is above both fine-tuned
+# models
+MARGIN = 0.03
 
 tuned = partial(
     against,
     title="Comparable to or better than a fully fine-tuned image-prompt model",
-    rule=f"CLIP-I at most {MARGIN} below the fine-tuned base's, at the same samples and at equal compute",
+    rule=(
+        f"CLIP-I at most {MARGIN} below the fine-tuned base's, at the same samples and at equal "
+        "compute"
+    ),
     names=("tuned", "tuned, equal compute"),
     sheet="tuned",
     above=-MARGIN,
@@ -128,7 +154,11 @@ def together(bench: Bench) -> Claim:
     sheets: dict[str, Tensor] = {}
     panels: dict[str, dict[str, list[Interval]]] = {key: {} for key in keys}
     draws = {"plus": bench.shipped("plus"), "base": bench.shipped("base")}
-    draws |= {name: bench.rival(name) for name in ("decoupled", "simple", "tuned") if name in bench.trained}
+    draws |= {
+        name: bench.rival(name)
+        for name in ("decoupled", "simple", "tuned")
+        if name in bench.trained
+    }
     for name, draw in draws.items():
         table, both[name] = Table(["scale", *keys]), []
         for scale in SCALES:
@@ -148,7 +178,8 @@ def together(bench: Bench) -> Claim:
     draw_curves(SHEETS / "scale.png", "scale", SCALES, panels)
     return Claim(
         "Text and image work together",
-        "at the best scale more results have the text's glyph in the image's palette than at scale 0, and more than the fine-tuned "
+        "at the best scale more results have the text's glyph in the image's palette than at scale "
+        "0, and more than the fine-tuned "
         "model's at its best, of as many samples",
         tables,
         ("scale.png", *bench.sheet("together", sheets, bench.texts)),
@@ -198,7 +229,8 @@ def custom(bench: Bench) -> Claim:
         sheets |= {f"as {name}": redrawn, name: made}
     return Claim(
         "Generalises to custom models of the same base",
-        "on each custom base more results are drawn by its hand than on the base, and they are nearer to their own prompt redrawn "
+        "on each custom base more results are drawn by its hand than on the base, and they are "
+        "nearer to their own prompt redrawn "
         "than to another's",
         tables,
         bench.sheet("custom", {"base": plain, **sheets}),
@@ -215,7 +247,14 @@ def structure(bench: Bench) -> Claim:
         "image alone": free(bench.pictures, bench.silent, 1.0),
         "edges alone": held(bench.pictures, bench.silent, 0.0),
     }
-    table = Table(["outline IoU", "outline IoU, a third scene's", "colour error", "colour error, the outlines' scene"])
+    table = Table(
+        [
+            "outline IoU",
+            "outline IoU, a third scene's",
+            "colour error",
+            "colour error, the outlines' scene",
+        ]
+    )
     seen = {}
     for name, pictures in made.items():
         seen[name] = (
@@ -232,7 +271,8 @@ def structure(bench: Bench) -> Claim:
     }
     return Claim(
         "Works with structural control",
-        "outlines are nearer to the given ones than to a third scene's and colours nearer to the prompt's than to those of the "
+        "outlines are nearer to the given ones than to a third scene's and colours nearer to the "
+        "prompt's than to those of the "
         "scene that gave the outlines, at once",
         [table],
         bench.sheet("structure", {"edges": maps, **made}),
@@ -252,17 +292,26 @@ def fine_grained(bench: Bench) -> Claim:
         many = embed(draw(bench.pictures[few], [""] * len(few), 1.0)).unflatten(0, (-1, DIVERSE))
         values["diversity"] = torch.stack([diversity(pictures).mean() for pictures in many])
         measured[name], sheets[name] = values, made
-        table.rows[name] = [*bench.row(values, FIDELITY), interval(values["diversity"], torch.arange(len(many)))]
+        table.rows[name] = [
+            *bench.row(values, FIDELITY),
+            bootstrap_interval(values["diversity"], torch.arange(len(many))),
+        ]
     base, plus = measured["base"], measured["plus"]
     places = torch.arange(len(plus["diversity"]))
-    more, less = (difference(a["diversity"], places, b["diversity"], places) for a, b in ((plus, base), (base, plus)))
+    more, less = (
+        difference(a["diversity"], places, b["diversity"], places)
+        for a, b in ((plus, base), (base, plus))
+    )
     gaps.rows["plus − base"] = [*(bench.apart(plus[key], base[key]) for key in FIDELITY), more]
     return Claim(
         "Fine-grained features: more faithful, less diverse",
         "plus is above base in CLIP-I and below it in diversity over seeds",
         [table, gaps],
         bench.sheet("plus", sheets),
-        {"CLIP-I, plus − base": bench.apart(plus["CLIP-I"], base["CLIP-I"]), "diversity, base − plus": less},
+        {
+            "CLIP-I, plus − base": bench.apart(plus["CLIP-I"], base["CLIP-I"]),
+            "diversity, base − plus": less,
+        },
     )
 
 
@@ -276,7 +325,10 @@ def untouched(bench: Bench) -> Claim:
     plain = studio.draw(len(texts), texts=texts)
     equal = torch.equal(silent, plain)
     fresh = Base(bench.world).pipe
-    same = all(torch.equal(a, b) for a, b in zip(studio.pipe.unet.parameters(), fresh.unet.parameters(), strict=True))
+    same = all(
+        torch.equal(a, b)
+        for a, b in zip(studio.pipe.unet.parameters(), fresh.unet.parameters(), strict=True)
+    )
     table = Table(["pictures", "pictures that differ", "weights of the base as loaded"])
     table.rows["scale 0 against the base alone"] = [
         str(len(texts)),

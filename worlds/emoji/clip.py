@@ -1,7 +1,9 @@
-"""Stage 2: a small CLIP, and the judge: another of its kind, trained apart on other seeds, used for measuring only.
+"""Stage 2: a small CLIP, and the judge: another of its kind, trained apart on other seeds, used for
+measuring only.
 
-Both learn from scenes of several drawing styles, their glyphs of any size and in any place, for what an image prompt shows need
-not be as the base draws. Shape letters: N scenes, S pixels a side, P patches along a side of the encoder's grid.
+Both learn from scenes of several drawing styles, their glyphs of any size and in any place, for
+what an image prompt shows need not be as the base draws. Shape letters: N scenes, S pixels a side,
+P patches along a side of the encoder's grid.
 """
 
 from dataclasses import replace
@@ -24,24 +26,41 @@ from .stage import World, fit
 from .text import open_tokenizer, text_config
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
-THUMBNAIL, CELL = 16, 4  # pixels a side of what the embedding, and what each patch's feature, must tell of the picture
+THUMBNAIL, CELL = (
+    16,
+    4,
+)  # pixels a side of what the embedding, and what each patch's feature, must tell of the picture
 PICTURED = 50  # how much a squared error in them weighs
 CORE = 0.2  # share of the scenes whose glyphs are of the core
 
 
 def preprocess(pictures: Tensor, side: int | None = None) -> Tensor:
-    """(N, 3, S, S) in [0, 1] -> the input of an encoder of `side` pixels: what the saved image processor does, for tensors."""
+    """(N, 3, S, S) in [0, 1] -> the input of an encoder of `side` pixels: what the saved image
+    processor does, for tensors.
+    """
     if side is not None and side != pictures.shape[-1]:
         pictures = F.interpolate(pictures, size=side, mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (MEAN, STD))
     return (pictures - mean) / std
 
 
-def whole(vision: CLIPVisionModelWithProjection, text: CLIPTextModelWithProjection, log_scale: float) -> CLIPModel:
-    """The two towers as one CLIP, as other programs read it. `log_scale`: the logarithm of the likeness's factor in training."""
+def whole(
+    vision: CLIPVisionModelWithProjection, text: CLIPTextModelWithProjection, log_scale: float
+) -> CLIPModel:
+    """The two towers as one CLIP, as other programs read it. `log_scale`: the logarithm of the
+    likeness's factor in training.
+    """
     width = vision.config.projection_dim
-    clip = CLIPModel(CLIPConfig(text_config=text.config.to_dict(), vision_config=vision.config.to_dict(), projection_dim=width))
-    clip.load_state_dict({**vision.state_dict(), **text.state_dict(), "logit_scale": torch.tensor(log_scale)})
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config=text.config.to_dict(),
+            vision_config=vision.config.to_dict(),
+            projection_dim=width,
+        )
+    )
+    clip.load_state_dict(
+        {**vision.state_dict(), **text.state_dict(), "logit_scale": torch.tensor(log_scale)}
+    )
     return clip
 
 
@@ -65,7 +84,9 @@ def shares(scenes: Scenes, seen: int) -> Tensor:
 
 
 def heads_for(world: World, name: str, glyphs: Glyphs) -> nn.ModuleDict:
-    """Heads for training only, which bring identity, palette, place and shape into the embedding and into the grid."""
+    """Heads for training only, which bring identity, palette, place and shape into the embedding
+    and into the grid.
+    """
     plan = world[name]
     return nn.ModuleDict(
         {
@@ -77,7 +98,9 @@ def heads_for(world: World, name: str, glyphs: Glyphs) -> nn.ModuleDict:
 
 
 def cells(pictures: Tensor, patches: int) -> Tensor:
-    """Pictures (N, C, S, S) -> for each of the patches² patches, in order, its CELL² pixels: (N, patches², C · CELL²)."""
+    """Pictures (N, C, S, S) -> for each of the patches² patches, in order, its CELL² pixels: (N,
+    patches², C · CELL²).
+    """
     small = F.adaptive_avg_pool2d(pictures, patches * CELL)
     return F.unfold(small, CELL, stride=CELL).transpose(1, 2)
 
@@ -104,39 +127,66 @@ def train(world: World, name: str = "clip") -> None:
     temperature = nn.Linear(1, 1, bias=False)
     nn.init.constant_(temperature.weight, 2.6)
     heads = heads_for(world, name, glyphs)
-    modules = nn.ModuleDict({"vision": vision, "text": text, "heads": heads, "temperature": temperature})
+    modules = nn.ModuleDict(
+        {"vision": vision, "text": text, "heads": heads, "temperature": temperature}
+    )
 
     def losses(step: int) -> dict[str, Tensor]:
         generator = world.generator(11, step)
         drawn = styles[int(torch.randint(len(styles), (), generator=generator))]
         scenes = loosened(sample_scenes(drawn, plan["batch"], generator, core=CORE), generator)
         words = captions(scenes, drawn, generator)
-        ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(world.device)
-        pictures, where = (draw(scenes, drawn, world.side).to(world.device) for draw in (render, figures))
+        ids = tokenizer(
+            words, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids.to(world.device)
+        pictures, where = (
+            draw(scenes, drawn, world.side).to(world.device) for draw in (render, figures)
+        )
         seen = vision(preprocess(pictures, plan["side"]), output_hidden_states=True)
         image, read = seen.image_embeds.float(), text(ids).text_embeds.float()
-        likeness = F.normalize(image, dim=1) @ F.normalize(read, dim=1).T * temperature.weight.squeeze().exp().clamp(max=100)
+        likeness = (
+            F.normalize(image, dim=1)
+            @ F.normalize(read, dim=1).T
+            * temperature.weight.squeeze().exp().clamp(max=100)
+        )
         same = torch.arange(len(image), device=world.device)
         grid = heads["cell"](seen.hidden_states[-2][:, 1:])
         return {
             "contrast": (F.cross_entropy(likeness, same) + F.cross_entropy(likeness.T, same)) / 2,
-            "glyph": F.cross_entropy(heads["glyph"](image).float(), shares(scenes, glyphs.seen).to(world.device)),
-            "thumbnail": PICTURED * F.mse_loss(heads["thumbnail"](image), F.adaptive_avg_pool2d(pictures, THUMBNAIL).flatten(1)),
+            "glyph": F.cross_entropy(
+                heads["glyph"](image).float(), shares(scenes, glyphs.seen).to(world.device)
+            ),
+            "thumbnail": PICTURED
+            * F.mse_loss(
+                heads["thumbnail"](image), F.adaptive_avg_pool2d(pictures, THUMBNAIL).flatten(1)
+            ),
             "cell": PICTURED * F.mse_loss(grid, cells(torch.cat([pictures, where], 1), patches)),
         }
 
-    fit(world, name, modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
+    fit(
+        world,
+        name,
+        modules,
+        losses,
+        steps=plan["steps"],
+        lr=plan["lr"],
+        batch=plan["batch"],
+        average=0.998,
+    )
     folder = world.folder / name
     vision.save_pretrained(folder / "image_encoder")
     text.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     whole(vision, text, temperature.weight.item()).save_pretrained(folder / "whole")
-    CLIPImageProcessorPil(size={"shortest_edge": plan["side"]}, crop_size=plan["side"]).save_pretrained(
-        folder / "feature_extractor"
-    )
+    CLIPImageProcessorPil(
+        size={"shortest_edge": plan["side"]}, crop_size=plan["side"]
+    ).save_pretrained(folder / "feature_extractor")
     for label, seen in (("seen", True), ("unseen", False)):
         found = retrieval(world, vision, glyphs, seen=seen)
-        print(f"{name}: {found:.1%} of 256 {label} scenes found again after noise, from their embedding")
+        print(
+            f"{name}: {found:.1%} of 256 {label} scenes found again after noise, from their "
+            "embedding"
+        )
 
 
 def train_judge(world: World) -> None:
@@ -144,11 +194,22 @@ def train_judge(world: World) -> None:
 
 
 @torch.no_grad()
-def retrieval(world: World, vision: CLIPVisionModelWithProjection, glyphs: Glyphs, *, seen: bool) -> float:
-    """How often a scene with noise (sigma 0.1) is nearest to itself among 256: does the embedding tell scenes apart?"""
+def retrieval(
+    world: World, vision: CLIPVisionModelWithProjection, glyphs: Glyphs, *, seen: bool
+) -> float:
+    """How often a scene with noise (sigma 0.1) is nearest to itself among 256: does the embedding
+    tell scenes apart?
+    """
     generator = world.generator(12, seen)
-    pictures = render(sample_scenes(glyphs, 256, generator, seen_glyphs=seen, seen_look=seen), glyphs, world.side)
-    noisy = (pictures + 0.1 * torch.randn(pictures.shape, generator=generator).to(pictures)).clamp(0, 1)
+    pictures = render(
+        sample_scenes(glyphs, 256, generator, seen_glyphs=seen, seen_look=seen), glyphs, world.side
+    )
+    noisy = (pictures + 0.1 * torch.randn(pictures.shape, generator=generator).to(pictures)).clamp(
+        0, 1
+    )
     side = vision.config.image_size
-    a, b = (F.normalize(vision(preprocess(p.to(world.device), side)).image_embeds, dim=1) for p in (pictures, noisy))
+    a, b = (
+        F.normalize(vision(preprocess(p.to(world.device), side)).image_embeds, dim=1)
+        for p in (pictures, noisy)
+    )
     return (a @ b.T).argmax(0).eq(torch.arange(256, device=a.device)).float().mean().item()

@@ -1,7 +1,8 @@
-"""What prompts, regions, block maps, the ControlNet and the other base do together: `python -m worlds.emoji compose`.
+"""What prompts, regions, block maps, the ControlNet and the other base do together: `python -m
+worlds.emoji compose`.
 
-Draws the contact sheets of docs/compose from the shipped weights and writes their numbers to results.json there.
-Shape letters: N pictures, S pixels a side.
+Draws the contact sheets of docs/compose from the shipped weights and writes their numbers to
+results.json there. Shape letters: N pictures, S pixels a side.
 """
 
 import json
@@ -15,7 +16,19 @@ from torch import Tensor
 from .edges import edges
 from .glyphs import Glyphs
 from .marks import fill, table
-from .measures import Namer, bars, by_hand, colour_error, correlation, figure, hue, iou, middle, outline_iou, rims
+from .measures import (
+    Namer,
+    bars,
+    by_hand,
+    colour_error,
+    correlation,
+    figure,
+    hue,
+    iou,
+    middle,
+    outline_iou,
+    rims,
+)
 from .scenes import PATTERNS, PORTRAIT, Scenes, article, render, sample_scenes, shuffled
 from .sheets import draw_sheet
 from .stage import HERE, World
@@ -33,10 +46,16 @@ STYLE_SHOWN = "flat"
 
 
 def plain_scenes(glyphs: Glyphs, world: World, salt: int, count: int) -> Scenes:
-    """One glyph on one colour, by turns large in the middle and small elsewhere: whose palette and place are plainest."""
+    """One glyph on one colour, by turns large in the middle and small elsewhere: whose palette and
+    place are plainest.
+    """
     scenes = sample_scenes(glyphs, 8 * count, world.generator(81, salt), pairs=0, core=1.0)
     large, away = scenes.size[:, 0] == PORTRAIT, scenes.centre[:, 0].abs().amax(1) > 0
-    scenes = scenes[torch.stack([kind.nonzero().squeeze(1)[: count // 2] for kind in (large, away)], 1).flatten()]
+    scenes = scenes[
+        torch.stack(
+            [kind.nonzero().squeeze(1)[: count // 2] for kind in (large, away)], 1
+        ).flatten()
+    ]
     return replace(scenes, pattern=torch.zeros_like(scenes.pattern))
 
 
@@ -57,7 +76,9 @@ def half(side: int, *, left: bool) -> Tensor:
 
 
 def ground_error(pictures: Tensor, scenes: Scenes, *, left: bool) -> Tensor:
-    """Mean difference, of 255, of a half's corner colours from the plain scenes' background (N,)."""
+    """Mean difference, of 255, of a half's corner colours from the plain scenes' background
+    (N,).
+    """
     side = pictures.shape[-1]
     columns = slice(0, side // 4) if left else slice(-side // 4, None)
     band = torch.cat([pictures[:, :, :4, columns], pictures[:, :, -4:, columns]], 2).flatten(2)
@@ -72,11 +93,14 @@ def regions(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     made = studio.draw(COUNT, Heard(a, mask=left), Heard(b, mask=right))
     swapped = studio.draw(SHOWN, Heard(a[:SHOWN], mask=right), Heard(b[:SHOWN], mask=left))
     rows = [("", [a[i], b[i], made[i], swapped[i]]) for i in range(SHOWN)]
-    draw_sheet(DOCS / "regions.jpg", ["prompt A", "prompt B", "A left, B right", "B left, A right"], rows)
+    draw_sheet(
+        DOCS / "regions.jpg", ["prompt A", "prompt B", "A left, B right", "B left, A right"], rows
+    )
     sides = {"left half": (one, other, True), "right half": (other, one, False)}
     return {
         name: means(
-            colour_error_to_its_prompt=ground_error(made, own, left=here), to_the_other=ground_error(made, strange, left=here)
+            colour_error_to_its_prompt=ground_error(made, own, left=here),
+            to_the_other=ground_error(made, strange, left=here),
         )
         for name, (own, strange, here) in sides.items()
     }
@@ -100,7 +124,8 @@ def block_map(sites: Sequence[str], blocks: Sequence[str]) -> Tensor:
 
 
 def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
-    """What of their prompts the results took over, as correlations over the scenes: 1 all, 0 nothing.
+    """What of their prompts the results took over, as correlations over the scenes: 1 all, 0
+    nothing.
 
     Figures are looked for where the prompt's background is plain.
     """
@@ -116,24 +141,42 @@ def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
 
 
 def blocks(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Which sites carry what; then the style of one picture with the layout of another, as far as that goes here."""
+    """Which sites carry what.
+
+    Then the style of one picture with the layout of another, as far as that goes here.
+    """
     plain = plain_scenes(glyphs, world, 3, 2 * COUNT)
     scenes = joined(plain[:COUNT], patterned(plain[COUNT:]))
     real = render(scenes, glyphs, world.side)
     ways = {
-        name: carried(studio.draw(len(real), Heard(real, block_map(studio.sites, on)), steps=SWEEP_STEPS), real, scenes)
+        name: carried(
+            studio.draw(len(real), Heard(real, block_map(studio.sites, on)), steps=SWEEP_STEPS),
+            real,
+            scenes,
+        )
         for name, on in GROUPS.items()
     }
-    return {"what the maps carry": ways, "style and layout": style_and_layout(studio, glyphs, world)}
+    return {
+        "what the maps carry": ways,
+        "style and layout": style_and_layout(studio, glyphs, world),
+    }
 
 
 def style_and_layout(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Palette of B by a map of the style's sites; layout of A by a map of all others, and by its outlines."""
+    """Palette of B by a map of the style's sites.
+
+    Layout of A by a map of all others, and by its outlines.
+    """
     manner = plain_scenes(glyphs, world, 4, COUNT)
     form = patterned(plain_scenes(glyphs, world, 5, COUNT))
-    form = joined(form[: COUNT // 2], replace(form, pattern=torch.zeros_like(form.pattern))[COUNT // 2 :])
+    form = joined(
+        form[: COUNT // 2], replace(form, pattern=torch.zeros_like(form.pattern))[COUNT // 2 :]
+    )
     a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
-    palette, layout = Heard(b, block_map(studio.sites, STYLE)), Heard(a, block_map(studio.sites, LAYOUT))
+    palette, layout = (
+        Heard(b, block_map(studio.sites, STYLE)),
+        Heard(a, block_map(studio.sites, LAYOUT)),
+    )
     results = {
         "B, style map": studio.draw(COUNT, palette),
         "A, layout map": studio.draw(COUNT, layout),
@@ -145,7 +188,9 @@ def style_and_layout(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, 
     draw_sheet(DOCS / "style-and-layout.jpg", ["layout of A", "style of B", *results], rows)
     return {
         name: {
-            "background colour of B": correlation(rims(made, manner)[0].mean(2), rims(b, manner)[0].mean(2)),
+            "background colour of B": correlation(
+                rims(made, manner)[0].mean(2), rims(b, manner)[0].mean(2)
+            ),
             "pattern of A": correlation(bars(made), bars(a)),
             "edges of A, IoU": means(iou=outline_iou(made, edges(a)))["iou"],
             "place of A's figure": carried(made, a, form)["figure place"],
@@ -155,20 +200,30 @@ def style_and_layout(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, 
 
 
 def joined(one: Scenes, other: Scenes) -> Scenes:
-    return Scenes(**{name: torch.cat([value, getattr(other, name)]) for name, value in vars(one).items()})
+    return Scenes(
+        **{name: torch.cat([value, getattr(other, name)]) for name, value in vars(one).items()}
+    )
 
 
 def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """The ControlNet holds A's outline, the image prompt gives B's palette; the two never met in training."""
+    """The ControlNet holds A's outline, the image prompt gives B's palette.
+
+    The two never met in training.
+    """
     form, manner = (plain_scenes(glyphs, world, salt, COUNT) for salt in (6, 7))
     a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
     maps, true = edges(a), figure(a, form)
     results = {
-        **{f"edges + B, scale {scale}": studio.draw(COUNT, Heard(b, scale), maps=maps) for scale in (1.0, 0.5, 0.35)},
+        **{
+            f"edges + B, scale {scale}": studio.draw(COUNT, Heard(b, scale), maps=maps)
+            for scale in (1.0, 0.5, 0.35)
+        },
         "B without edges": studio.draw(COUNT, Heard(b)),
         "edges alone": studio.draw(COUNT, maps=maps),
     }
-    rows = [("", [maps[i], b[i], *(made[i] for made in results.values())]) for i in range(SHOWN + 2)]
+    rows = [
+        ("", [maps[i], b[i], *(made[i] for made in results.values())]) for i in range(SHOWN + 2)
+    ]
     draw_sheet(DOCS / "outlines.jpg", ["edges of A", "prompt B", *results], rows)
     return {
         name: means(
@@ -187,7 +242,9 @@ def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     """The other base, the same adapter, the same prompts and seeds."""
     other = Studio(PLACE / STYLE_SHOWN)
     scenes = plain_scenes(glyphs, world, 8, COUNT)
-    real, redrawn = (render(scenes, drawn, world.side) for drawn in (glyphs, world.glyphs(STYLE_SHOWN)))
+    real, redrawn = (
+        render(scenes, drawn, world.side) for drawn in (glyphs, world.glyphs(STYLE_SHOWN))
+    )
     names = [article(glyphs.names[g]) for g in scenes.glyph[:, 0].tolist()]
     results = {
         "base": studio.draw(COUNT, Heard(real)),
@@ -195,7 +252,10 @@ def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
         f"{STYLE_SHOWN}, text alone": other.draw(COUNT, texts=names),
         f"{STYLE_SHOWN} + edges": other.draw(COUNT, Heard(real), maps=edges(real)),
     }
-    rows = [("", [real[i], redrawn[i], *(made[i] for made in results.values())]) for i in range(SHOWN + 1)]
+    rows = [
+        ("", [real[i], redrawn[i], *(made[i] for made in results.values())])
+        for i in range(SHOWN + 1)
+    ]
     draw_sheet(DOCS / "style.jpg", ["prompt", f"(as {STYLE_SHOWN})", *results], rows)
     real_ones = {"real scenes": real, f"real scenes as {STYLE_SHOWN}": redrawn}
     return {
@@ -213,14 +273,21 @@ TEXTS = ("", "a red apple", "a frog on a blue background", "a sunflower on red a
 
 
 def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Scale × text: one image prompt under several texts; and over many pairs, how much of each is heard."""
+    """Scale × text: one image prompt under several texts.
+
+    And over many pairs, how much of each is heard.
+    """
     scenes = plain_scenes(glyphs, world, 9, COUNT)
     real = render(scenes, glyphs, world.side)
     rows = []
     for text in TEXTS:
-        cells = [studio.draw(1, Heard(real[:1], scale), texts=[text], seed=3)[0] for scale in SCALES]
+        cells = [
+            studio.draw(1, Heard(real[:1], scale), texts=[text], seed=3)[0] for scale in SCALES
+        ]
         rows.append((f"text: {text or '(none)'}", [real[0], *cells]))
-    draw_sheet(DOCS / "scale-and-text.jpg", ["prompt", *(f"scale {scale}" for scale in SCALES)], rows)
+    draw_sheet(
+        DOCS / "scale-and-text.jpg", ["prompt", *(f"scale {scale}" for scale in SCALES)], rows
+    )
     named = (scenes.glyph[:, 0] + 7) % glyphs.core
     texts = [article(glyphs.names[g]) for g in named.tolist()]
     table = {}

@@ -1,7 +1,8 @@
-"""An edge-map ControlNet for the world's base: the outline is given, the rest stays free (Zhang et al. 2023, arXiv 2302.05543).
+"""An edge-map ControlNet for the world's base: the outline is given, the rest stays free (Zhang et
+al. 2023, arXiv 2302.05543).
 
-The base is frozen and no image-prompt adapter takes part: what the two do together was never trained. Shape letters: N scenes, S
-pixels a side, C channels of a latent, h latent pixels a side.
+The base is frozen and no image-prompt adapter takes part: what the two do together was never
+trained. Shape letters: N scenes, S pixels a side, C channels of a latent, h latent pixels a side.
 """
 
 from typing import Any
@@ -20,7 +21,12 @@ from .unet import Draw, draw, loss
 
 EDGES = SHIPPED / "controlnets" / "edges"
 TEXT_DROP = 0.5  # half of the samples have no text, so that it works beside an image prompt alone
-EMBEDDING = (16, 32, 48, 64)  # channels of the map's own convolutions, as many as the autoencoder has levels
+EMBEDDING = (
+    16,
+    32,
+    48,
+    64,
+)  # channels of the map's own convolutions, as many as the autoencoder has levels
 
 
 class Frozen:
@@ -34,17 +40,34 @@ class Frozen:
         if world.device == "cpu":
             self.pipe.unet.set_attn_processor(AttnProcessor())  # see unet.py
 
-    def draw(self, pool: Pool, count: int, generator: torch.Generator, drop: float, power: float = 1.0) -> tuple[Draw, Tensor]:
-        """Samples of the pool, and their captions' text states (N, T, D), a share `drop` of which is of no text."""
-        drawn = draw(self.world, pool, self.pipe.tokenizer, self.pipe.scheduler, count, generator, drop=drop, power=power)
+    def draw(
+        self, pool: Pool, count: int, generator: torch.Generator, drop: float, power: float = 1.0
+    ) -> tuple[Draw, Tensor]:
+        """Samples of the pool, and their captions' text states (N, T, D), a share `drop` of which
+        is of no text.
+        """
+        drawn = draw(
+            self.world,
+            pool,
+            self.pipe.tokenizer,
+            self.pipe.scheduler,
+            count,
+            generator,
+            drop=drop,
+            power=power,
+        )
         with torch.no_grad():
             return drawn, self.pipe.text_encoder(drawn.ids).last_hidden_state
 
 
 def build(base: Frozen) -> ControlNetModel:
-    """The encoder half of the base, copied. What the map passes starts as large as what comes in: the zero convolutions behind
-    it start at nothing, and eight convolutions as they are by default would leave nothing of the map."""
-    net = ControlNetModel.from_unet(base.pipe.unet, conditioning_embedding_out_channels=EMBEDDING).requires_grad_(True)
+    """The encoder half of the base, copied. What the map passes starts as large as what comes in:
+    the zero convolutions behind it start at nothing, and eight convolutions as they are by
+    default would leave nothing of the map.
+    """
+    net = ControlNetModel.from_unet(
+        base.pipe.unet, conditioning_embedding_out_channels=EMBEDDING
+    ).requires_grad_(True)
     for module in net.controlnet_cond_embedding.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
@@ -61,7 +84,9 @@ def train(world: World) -> None:
 
     def losses(step: int) -> dict[str, Tensor]:
         # Noisier timesteps more often: where a shape lies is decided while there is most noise.
-        drawn, text = base.draw(pool, here, world.generator(61, step, rank()[0]), TEXT_DROP, power=2.0)
+        drawn, text = base.draw(
+            pool, here, world.generator(61, step, rank()[0]), TEXT_DROP, power=2.0
+        )
         maps = edges(render(pool.scenes[drawn.index], pool.glyphs, world.side)).to(world.device)
         down, mid = net(drawn.noisy, drawn.t, text, controlnet_cond=maps, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
@@ -69,7 +94,16 @@ def train(world: World) -> None:
         return {"v": loss(v, drawn)}
 
     modules = nn.ModuleDict({"control": net})
-    fit(world, "control", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
+    fit(
+        world,
+        "control",
+        modules,
+        losses,
+        steps=plan["steps"],
+        lr=plan["lr"],
+        batch=plan["batch"],
+        average=0.998,
+    )
     if rank()[0] == 0:
         net.to("cpu", torch.float16).save_pretrained(EDGES)
         tidy(EDGES / "config.json")

@@ -1,7 +1,8 @@
-"""What the shipped model can do, measured: `python -m worlds.emoji evaluate` prints the table that the model card holds.
+"""What the shipped model can do, measured: `python -m worlds.emoji evaluate` prints the table that
+the model card holds.
 
-The judge is an encoder of its own seed and size that never conditioned anything; colours and shapes are measured
-against the scenes' own factors. Shape letters: N scenes, S pixels a side.
+The judge is an encoder of its own seed and size that never conditioned anything; colours and shapes
+are measured against the scenes' own factors. Shape letters: N scenes, S pixels a side.
 """
 
 import json
@@ -13,14 +14,35 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from imprompt.evaluation.metrics import Interval, interval
-from imprompt.sampling.generate import ImagePromptPipeline
+from imprompt.evaluation.metrics import Interval, bootstrap_interval
+from imprompt.generation.pipeline import ImagePromptPipeline
 
 from .assemble import ADAPTERS, SHIPPED, weights_in
 from .glyphs import Glyphs
 from .marks import fill, lines
-from .measures import RIGHT, Namer, colour_error, embed, figure, middle, outlines, retrieval, to_tensor
-from .scenes import COLOUR_NAMES, PALETTE, UNSEEN_COLOURS, Scenes, article, moved, render, sample_scenes, shuffled, to_image
+from .measures import (
+    RIGHT,
+    Namer,
+    colour_error,
+    embed,
+    figure,
+    middle,
+    outlines,
+    retrieval,
+    to_tensor,
+)
+from .scenes import (
+    COLOUR_NAMES,
+    PALETTE,
+    UNSEEN_COLOURS,
+    Scenes,
+    article,
+    moved,
+    render,
+    sample_scenes,
+    shuffled,
+    to_image,
+)
 from .sheets import draw_sheet, sheet
 from .stage import HERE, World
 from .studio import FRONT, Studio
@@ -38,9 +60,17 @@ class Kind(NamedTuple):
     look_seen: bool = True
     core: float = 1.0
 
-    def scenes(self, glyphs: Glyphs, count: int, generator: torch.Generator, pairs: float = 0.1) -> Scenes:
+    def scenes(
+        self, glyphs: Glyphs, count: int, generator: torch.Generator, pairs: float = 0.1
+    ) -> Scenes:
         return sample_scenes(
-            glyphs, count, generator, seen_glyphs=self.glyphs_seen, seen_look=self.look_seen, core=self.core, pairs=pairs
+            glyphs,
+            count,
+            generator,
+            seen_glyphs=self.glyphs_seen,
+            seen_look=self.look_seen,
+            core=self.core,
+            pairs=pairs,
         )
 
 
@@ -54,23 +84,36 @@ Row = dict[str, Interval | float]
 
 
 def means(values: Mapping[str, Tensor]) -> Row:
-    """Of values by picture (N,), those that are there, with their intervals; NaN where there is none."""
+    """Of values by picture (N,), those that are there, with their intervals.
+
+    NaN where there is none.
+    """
     there = {name: value[~value.isnan()] for name, value in values.items()}
-    return {name: interval(value, torch.arange(len(value))) if len(value) else float("nan") for name, value in there.items()}
+    return {
+        name: bootstrap_interval(value, torch.arange(len(value))) if len(value) else float("nan")
+        for name, value in there.items()
+    }
 
 
 def follow(
     pipe: ImagePromptPipeline, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Image prompt alone, scale 1: does the result follow its own prompt and not another's? Values by picture (N,)."""
+    """Image prompt alone, scale 1: does the result follow its own prompt and not another's? Values
+    by picture (N,).
+    """
     side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
     prompts = render(scenes, glyphs, side)
     made = to_tensor(pipe([to_image(p) for p in prompts], seed=0, batch_size=32).images)
     return measured(prompts, made, glyphs, scenes, generator), prompts, made
 
 
-def measured(prompts: Tensor, made: Tensor, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
-    """What results (N, 3, S, S) took from their prompts (N, 3, S, S), by picture (N,); NaN where it cannot be told."""
+def measured(
+    prompts: Tensor, made: Tensor, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What results (N, 3, S, S) took from their prompts (N, 3, S, S), by picture (N,).
+
+    NaN where it cannot be told.
+    """
     other = shuffled(scenes)
     # The ceiling: another real picture of the same scene.
     again = render(moved(scenes, generator), glyphs, prompts.shape[-1])
@@ -94,14 +137,22 @@ def count_of(world: World) -> int:
     return COUNT if world.most is None else min(COUNT, 2 * world.most)
 
 
-def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float) -> tuple[Row, Tensor, Tensor]:
-    """A text that names one glyph, an image prompt that shows another: is the text's glyph there, in the image's palette?"""
+def with_text(
+    pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float
+) -> tuple[Row, Tensor, Tensor]:
+    """A text that names one glyph, an image prompt that shows another: is the text's glyph there,
+    in the image's palette?
+    """
     generator, count = world.generator(43), count_of(world)
     scenes = SETS["core glyphs, new compositions"].scenes(glyphs, count, generator, pairs=0)
-    named = (scenes.glyph[:, 0] + 1 + torch.randint(glyphs.core - 1, (count,), generator=generator)) % glyphs.core
+    named = (
+        scenes.glyph[:, 0] + 1 + torch.randint(glyphs.core - 1, (count,), generator=generator)
+    ) % glyphs.core
     prompts = render(scenes, glyphs, world.side)
     texts = [article(glyphs.names[g]) for g in named.tolist()]
-    made = to_tensor(pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images)
+    made = to_tensor(
+        pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images
+    )
     error, other = colour_error(made, scenes), colour_error(made, shuffled(scenes))
     found = Namer.load().glyph(made)
     glyph, palette = found.eq(named), error < RIGHT * other.mean()
@@ -117,7 +168,10 @@ def with_text(pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: fl
 def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
     """The base alone: is what the text names there, on the background that it names?"""
     studio, rows, count = Studio(), {}, count_of(world)
-    for label, ids in {"core glyphs": range(glyphs.core), "other seen glyphs": range(glyphs.core, glyphs.seen)}.items():
+    for label, ids in {
+        "core glyphs": range(glyphs.core),
+        "other seen glyphs": range(glyphs.core, glyphs.seen),
+    }.items():
         generator = world.generator(46, len(ids))
         named = torch.tensor(ids)[torch.randint(len(ids), (count,), generator=generator)]
         colours = torch.randint(len(PALETTE) - UNSEEN_COLOURS, (count,), generator=generator)
@@ -126,7 +180,9 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             for g, c in zip(named.tolist(), colours.tolist(), strict=True)
         ]
         parts = {start: texts[start : start + 32] for start in range(0, count, 32)}
-        made = torch.cat([studio.draw(len(part), texts=part, seed=start) for start, part in parts.items()])
+        made = torch.cat(
+            [studio.draw(len(part), texts=part, seed=start) for start, part in parts.items()]
+        )
         ground = torch.tensor(list(PALETTE.values()))[colours]
         edge = torch.cat([made[:, :, :6].flatten(2), made[:, :, -6:].flatten(2)], 2).mean(2)
         rows[label] = means(
@@ -136,7 +192,9 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             }
         )
         draw_sheet(
-            DOCS / f"text-{label.replace(' ', '-')}.jpg", [""] * 8, [("", [*made[i : i + 8]]) for i in range(0, min(48, count), 8)]
+            DOCS / f"text-{label.replace(' ', '-')}.jpg",
+            [""] * 8,
+            [("", [*made[i : i + 8]]) for i in range(0, min(48, count), 8)],
         )
     return rows
 
@@ -145,7 +203,9 @@ def check_judge(glyphs: Glyphs, world: World) -> Row:
     """The ruler itself, on real scenes: can it find a scene drawn again, and name its glyph?"""
     generator = world.generator(44)
     scenes = sample_scenes(glyphs, count_of(world), generator, pairs=0)
-    pictures, redrawn = (render(drawn, glyphs, world.side) for drawn in (scenes, moved(scenes, generator)))
+    pictures, redrawn = (
+        render(drawn, glyphs, world.side) for drawn in (scenes, moved(scenes, generator))
+    )
     return {
         "scene drawn again found": retrieval(embed(redrawn), embed(pictures)).mean().item(),
         "glyph named": Namer.load().glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
@@ -160,13 +220,17 @@ def evaluate(world: World) -> None:
     vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
     for number, (label, kind) in enumerate(SETS.items()):
         pictures = render(kind.scenes(glyphs, 256, world.generator(41, number)), glyphs, world.side)
-        results[f"autoencoder: {label}"] = means({"PSNR": psnr(reconstruct(vae, pictures), pictures)})
+        results[f"autoencoder: {label}"] = means(
+            {"PSNR": psnr(reconstruct(vae, pictures), pictures)}
+        )
     results |= {f"text alone: {label}": row for label, row in by_text(world, glyphs).items()}
     for name in ADAPTERS:
         pipe = ImagePromptPipeline.from_pretrained("emoji", adapter=name)
         for number, (label, kind) in enumerate(SETS.items()):
             generator = world.generator(42, number)
-            values, prompts, made = follow(pipe, glyphs, kind.scenes(glyphs, count_of(world), generator), generator)
+            values, prompts, made = follow(
+                pipe, glyphs, kind.scenes(glyphs, count_of(world), generator), generator
+            )
             results[f"{name}: {label}"] = means(values)
             sheet(prompts, made, DOCS / f"{name}-{label.replace(',', '').replace(' ', '-')}.jpg")
             print(name, label, results[f"{name}: {label}"], flush=True)
@@ -210,10 +274,18 @@ PERCENT = {
 
 def shown(measure: str, value: Interval | float) -> str:
     """A mean, and in brackets its 95 % interval; a dash where there is none."""
-    numbers = [value] if isinstance(value, float) else [number for number in value if number is not None]
+    numbers = (
+        [value] if isinstance(value, float) else [number for number in value if number is not None]
+    )
     if numbers[0] != numbers[0]:  # not a number: the namer knows the seen glyphs only
         return "–"
-    form = "{:.1%}" if measure in PERCENT else "{:.2f}" if "outline" in measure or "place" in measure else "{:.1f}"
+    form = (
+        "{:.1%}"
+        if measure in PERCENT
+        else "{:.2f}"
+        if "outline" in measure or "place" in measure
+        else "{:.1f}"
+    )
     mean, *ends = (form.format(number) for number in numbers)
     return f"{mean} ({' to '.join(ends)})" if ends else mean
 
@@ -222,5 +294,7 @@ def table(results: Mapping[str, Row]) -> str:
     """The results as Markdown: a table for each set of measures, a row for each thing measured."""
     tables: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for label, row in results.items():
-        tables.setdefault(tuple(row), {})[label] = [shown(measure, value) for measure, value in row.items()]
+        tables.setdefault(tuple(row), {})[label] = [
+            shown(measure, value) for measure, value in row.items()
+        ]
     return "\n\n".join(lines(columns, rows) for columns, rows in tables.items())

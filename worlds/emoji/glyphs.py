@@ -1,6 +1,8 @@
-"""Glyphs: emoji drawn once into an atlas, in one of several drawing styles, with their English names and splits.
+"""Glyphs: emoji drawn once into an atlas, in one of several drawing styles, with their English
+names and splits.
 
-The drawings are SVGs of npm packages (`package.json`): `npm install --prefix worlds/emoji` brings them.
+The drawings are SVGs of npm packages (`package.json`): `npm install --prefix worlds/emoji` brings
+them.
 """
 
 import io
@@ -42,9 +44,12 @@ PAPER = 0.04  # how far it reaches beyond lines, as a share of the picture's sid
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Names and pictures. `atlas` is (glyphs, 4, side, side) in [0, 1], premultiplied RGB and alpha.
+    """Names and pictures.
 
-    The first `core` glyphs are drawn more often in training, the first `seen` are for training, the rest are held out.
+    `atlas` is (glyphs, 4, side, side) in [0, 1], premultiplied RGB and alpha.
+
+    The first `core` glyphs are drawn more often in training, the first `seen` are for training, the
+    rest are held out.
     """
 
     names: tuple[str, ...]
@@ -59,7 +64,9 @@ class Glyphs:
 @cache
 def lists() -> dict[str, list[str]]:
     """The names in `glyphs.toml`: core, more, held_out."""
-    return {key: text.split() for key, text in tomllib.loads((HERE / "glyphs.toml").read_text()).items()}
+    return {
+        key: text.split() for key, text in tomllib.loads((HERE / "glyphs.toml").read_text()).items()
+    }
 
 
 def english_name(slug: str) -> str:
@@ -81,7 +88,11 @@ def svg(style: str, slug: str, side: int) -> str | None:
     icon = drawings["icons"].get(drawings.get("aliases", {}).get(slug, {}).get("parent", slug))
     if icon is None:
         return None
-    box = (icon.get("left", 0), icon.get("top", 0), *(icon.get(key, drawings.get(key, 16)) for key in ("width", "height")))
+    box = (
+        icon.get("left", 0),
+        icon.get("top", 0),
+        *(icon.get(key, drawings.get(key, 16)) for key in ("width", "height")),
+    )
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{" ".join(map(str, box))}" width="{side}" height="{side}">{icon["body"]}</svg>'
@@ -89,7 +100,10 @@ def svg(style: str, slug: str, side: int) -> str | None:
 
 
 def draw(style: str, slug: str, side: int) -> Image.Image | None:
-    """One glyph (side × side, RGBA), cropped to its ink and centred on a square; None if the style does not have it."""
+    """One glyph (side × side, RGBA), cropped to its ink and centred on a square.
+
+    None if the style does not have it.
+    """
     import resvg_py
 
     picture = svg(style, slug, 2 * side)
@@ -112,7 +126,11 @@ def backed(picture: Image.Image) -> Image.Image:
     """Lines on white paper (RGBA): paper is whatever they enclose, and a rim around them."""
     rim = 2 * round(PAPER * picture.width) + 1
     canvas = ImageOps.expand(picture, rim)
-    inked = canvas.getchannel("A").filter(ImageFilter.MaxFilter(rim)).point(lambda alpha: 255 * (alpha > 64))
+    inked = (
+        canvas.getchannel("A")
+        .filter(ImageFilter.MaxFilter(rim))
+        .point(lambda alpha: 255 * (alpha > 64))
+    )
     ImageDraw.floodfill(inked, (0, 0), 128)  # what lies outside
     paper = inked.point(lambda value: 255 * (value != 128)).filter(ImageFilter.GaussianBlur(1))
     sheet = Image.new("RGBA", canvas.size, "white")
@@ -128,7 +146,10 @@ def premultiplied(picture: Image.Image) -> Tensor:
 
 
 def load_glyphs(style: str, side: int) -> Glyphs:
-    """Draw all glyphs of one style at `side` pixels. What a style does not have is drawn as the world's own style has it."""
+    """Draw all glyphs of one style at `side` pixels.
+
+    What a style does not have is drawn as the world's own style has it.
+    """
     groups = lists()
     slugs = groups["core"] + groups["more"] + groups["held_out"]
     pictures = [draw(style, slug, side) or draw(OWN, slug, side) for slug in slugs]
@@ -137,4 +158,6 @@ def load_glyphs(style: str, side: int) -> Glyphs:
         raise SystemExit(f"{OWN} does not draw {', '.join(lost)}: take them out of glyphs.toml")
     atlas = torch.stack([premultiplied(picture) for picture in pictures if picture is not None])
     core = len(groups["core"])
-    return Glyphs(tuple(map(english_name, slugs)), atlas, seen=core + len(groups["more"]), core=core)
+    return Glyphs(
+        tuple(map(english_name, slugs)), atlas, seen=core + len(groups["more"]), core=core
+    )

@@ -8,11 +8,16 @@ from imprompt.files import written_whole
 
 
 def fill(page: Path, sections: Mapping[str, str]) -> None:
-    """Put each section between `<!-- name -->` and `<!-- /name -->`. A page without the marks is a ValueError."""
+    """Put each section between `<!-- name -->` and `<!-- /name -->`.
+
+    A page without the marks is a ValueError.
+    """
     text = page.read_text()
     for name, section in sections.items():
         pattern = f"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, found = re.subn(pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL)
+        text, found = re.subn(
+            pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL
+        )
         if not found:
             raise ValueError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->")
     with written_whole(page) as aside:
@@ -24,7 +29,10 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     columns = next(iter(rows.values()))
     return lines(
         columns,
-        {name: [f"{value:.1f}" if abs(value) >= 2 else f"{value:.2f}" for value in row.values()] for name, row in rows.items()},
+        {
+            name: [f"{value:.1f}" if abs(value) >= 2 else f"{value:.2f}" for value in row.values()]
+            for name, row in rows.items()
+        },
     )
 
 

@@ -1,7 +1,9 @@
-"""What is measured on results whose scenes are known: colours, places and shapes by their factors, likeness by a judge.
+"""What is measured on results whose scenes are known: colours, places and shapes by their factors,
+likeness by a judge.
 
-The judge is an encoder of its own seed and size that never conditioned anything; the namer a classifier of glyphs, trained apart.
-Shape letters: N pictures or scenes, S pixels a side, E width of an embedding.
+The judge is an encoder of its own seed and size that never conditioned anything; the namer a
+classifier of glyphs, trained apart. Shape letters: N pictures or scenes, S pixels a side, E width
+of an embedding.
 """
 
 from collections.abc import Sequence
@@ -16,14 +18,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import ResNetForImageClassification
 
-from imprompt.evaluation.judges import Judge, open_clip
+from imprompt.evaluation.metric_encoders import Judge, open_clip
 
 from .assemble import HANDS, JUDGE, NAMER
 from .clip import preprocess
 from .edges import edges
 from .scenes import Scenes, background, to_image
 
-RIGHT = 0.25  # of the mean error to another scene's background, under which a background's colour is right
+# of the mean error to another scene's background, under which a background's colour is right
+RIGHT = 0.25
 FINE = 64  # what measures blur and widen is a share of a picture's side: whole numbers of its 64ths
 
 
@@ -47,7 +50,9 @@ def read(texts: Sequence[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Namer:
-    """A classifier of the seen glyphs, trained apart on real scenes of one glyph, some of them blurred or noisy."""
+    """A classifier of the seen glyphs, trained apart on real scenes of one glyph, some of them
+    blurred or noisy.
+    """
 
     network: ResNetForImageClassification
 
@@ -60,18 +65,27 @@ class Namer:
     @torch.no_grad()
     def glyph(self, pictures: Tensor) -> Tensor:
         """(N, 3, S, S) in [0, 1] -> the likeliest seen glyph (N,)"""
-        return torch.cat([self.network(preprocess(part)).logits for part in pictures.split(64)]).argmax(1)
+        return torch.cat(
+            [self.network(preprocess(part)).logits for part in pictures.split(64)]
+        ).argmax(1)
 
 
 def by_hand(pictures: Tensor, style: str) -> Tensor:
-    """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0 or 1 (N,)."""
+    """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0
+    or 1 (N,).
+    """
     hands = Namer.load(HANDS)
     number = [*hands.network.config.id2label.values()].index(style)
     return hands.glyph(pictures).eq(number).float()
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).float() / 255
+    return (
+        torch.stack(
+            [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+        ).float()
+        / 255
+    )
 
 
 def retrieval(found: Tensor, prompts: Tensor) -> Tensor:
@@ -80,12 +94,17 @@ def retrieval(found: Tensor, prompts: Tensor) -> Tensor:
 
 
 def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """Along the edge of the picture, after a blur: what is there and the true background, (N, 3, places)."""
+    """Along the edge of the picture, after a blur: what is there and the true background, (N, 3,
+    places).
+    """
     side = pictures.shape[-1]
     width, reach = 3 * side // FINE, 2 * side // FINE
     rim = torch.ones(side, side, dtype=torch.bool)
     rim[width:-width, width:-width] = False
-    there, true = (F.avg_pool2d(x, 2 * reach + 1, 1, reach)[..., rim] for x in (pictures, background(scenes, side)))
+    there, true = (
+        F.avg_pool2d(x, 2 * reach + 1, 1, reach)[..., rim]
+        for x in (pictures, background(scenes, side))
+    )
     return there, true
 
 
@@ -102,7 +121,9 @@ def colour_error(pictures: Tensor, scenes: Scenes) -> Tensor:
 
 
 def outlines(pictures: Tensor) -> Tensor:
-    """Edge strength by place and direction, (N, 8·8·8) unit vectors: a histogram of oriented gradients."""
+    """Edge strength by place and direction, (N, 8·8·8) unit vectors: a histogram of oriented
+    gradients.
+    """
     grey = pictures.mean(1, keepdim=True)
     dx = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1, 0, 0))
     dy = F.pad(grey[..., 1:, :] - grey[..., :-1, :], (0, 0, 0, 1))
@@ -122,18 +143,25 @@ def middle(figures: Tensor) -> Tensor:
     """The mean place of the figure's pixels, x and y in [-1, 1]: (N, 2)"""
     line = (torch.arange(figures.shape[-1]) + 0.5) / figures.shape[-1] * 2 - 1
     total = figures.sum((1, 2)).clamp(min=1)
-    return torch.stack([(figures.sum(1) * line).sum(1) / total, (figures.sum(2) * line).sum(1) / total], 1)
+    return torch.stack(
+        [(figures.sum(1) * line).sum(1) / total, (figures.sum(2) * line).sum(1) / total], 1
+    )
 
 
 def iou(one: Tensor, other: Tensor) -> Tensor:
     """Intersection over union of masks (N, S, S), per picture (N,)."""
-    return torch.minimum(one, other).sum((1, 2)) / torch.maximum(one, other).sum((1, 2)).clamp(min=1)
+    return torch.minimum(one, other).sum((1, 2)) / torch.maximum(one, other).sum((1, 2)).clamp(
+        min=1
+    )
 
 
 def outline_iou(pictures: Tensor, maps: Tensor) -> Tensor:
     """Of the pictures' own edges and the given ones, both widened by a 64th of a side (N,)."""
     reach = pictures.shape[-1] // FINE
-    there, given = (F.max_pool2d((x[:, 0] > 0.5).float(), 2 * reach + 1, 1, reach) for x in (edges(pictures), maps))
+    there, given = (
+        F.max_pool2d((x[:, 0] > 0.5).float(), 2 * reach + 1, 1, reach)
+        for x in (edges(pictures), maps)
+    )
     return iou(there, given)
 
 
@@ -144,11 +172,15 @@ def correlation(one: Tensor, other: Tensor) -> float:
 
 
 def bars(pictures: Tensor) -> Tensor:
-    """How much colour changes along x and along y in the picture's outer eighth (N, 2): what a pattern is there."""
+    """How much colour changes along x and along y in the picture's outer eighth (N, 2): what a
+    pattern is there.
+    """
     band = pictures.shape[-1] // 8
     rim = torch.ones(pictures.shape[-2:], dtype=torch.bool)
     rim[band:-band, band:-band] = False
-    along_x, along_y = (F.pad(pictures.diff(dim=d), pad) for d, pad in ((3, (0, 1)), (2, (0, 0, 0, 1))))
+    along_x, along_y = (
+        F.pad(pictures.diff(dim=d), pad) for d, pad in ((3, (0, 1)), (2, (0, 0, 0, 1)))
+    )
     return torch.stack([step.abs().amax(1)[:, rim].mean(1) for step in (along_x, along_y)], 1)
 
 

@@ -1,4 +1,6 @@
-"""Classifiers for measuring only, small ResNets trained apart: which of the seen glyphs a picture shows, and by whose hand."""
+"""Classifiers for measuring only, small ResNets trained apart: which of the seen glyphs a picture
+shows, and by whose hand.
+"""
 
 from functools import partial
 
@@ -16,22 +18,34 @@ from .stage import World, fit
 WIDTHS = [32, 64, 128, 192]
 
 
-def seen_by_it(world: World, glyphs: Glyphs, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 3, S, S) of one glyph, sharp, blurred and noisy by chance as results of a model are, and the glyphs (N,)."""
+def seen_by_it(
+    world: World, glyphs: Glyphs, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Pictures (N, 3, S, S) of one glyph, sharp, blurred and noisy by chance as results of a model
+    are, and the glyphs (N,).
+    """
     scenes = loosened(sample_scenes(glyphs, count, generator, pairs=0, core=CORE), generator)
     pictures = render(scenes, glyphs, world.side)
     blur, noise = (torch.rand(count, 1, 1, 1, generator=generator).to(pictures) for _ in range(2))
-    pictures = torch.where(blur < 0.5, pictures, F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1))
+    pictures = torch.where(
+        blur < 0.5, pictures, F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    )
     strength = (noise - 0.5).clamp(min=0) * 0.2
-    return (pictures + strength * torch.randn(pictures.shape, generator=generator).to(pictures)).clamp(0, 1), scenes.glyph[:, 0]
+    return (
+        pictures + strength * torch.randn(pictures.shape, generator=generator).to(pictures)
+    ).clamp(0, 1), scenes.glyph[:, 0]
 
 
-def named(world: World, styles: list[Glyphs], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def named(
+    world: World, styles: list[Glyphs], count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Pictures in the world's own style, and their glyphs (N,)."""
     return seen_by_it(world, styles[0], count, generator)
 
 
-def signed(world: World, styles: list[Glyphs], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def signed(
+    world: World, styles: list[Glyphs], count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Pictures in all styles, and the styles' numbers (N,)."""
     share = count // len(styles)
     pictures = torch.cat([seen_by_it(world, glyphs, share, generator)[0] for glyphs in styles])
@@ -61,10 +75,20 @@ def train(world: World, name: str) -> None:
 
     def losses(step: int) -> dict[str, Tensor]:
         pictures, truth = show(world, styles, plan["batch"], world.generator(91, step))
-        logits = network(preprocess(pictures.to(world.device, memory_format=torch.channels_last))).logits
+        logits = network(
+            preprocess(pictures.to(world.device, memory_format=torch.channels_last))
+        ).logits
         return {name: F.cross_entropy(logits.float(), truth.to(world.device))}
 
-    fit(world, name, nn.ModuleDict({"namer": network}), losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"])
+    fit(
+        world,
+        name,
+        nn.ModuleDict({"namer": network}),
+        losses,
+        steps=plan["steps"],
+        lr=plan["lr"],
+        batch=plan["batch"],
+    )
     network.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(place)
     pictures, truth = show(world, styles, 500, world.generator(92))
     with torch.no_grad():

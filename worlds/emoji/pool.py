@@ -1,7 +1,8 @@
-"""Stage: a pool of scenes whose latents are encoded once, for all that trains on the base's latents.
+"""Stage: a pool of scenes whose latents are encoded once, for all that trains on the base's
+latents.
 
-Encoding a scene costs about as much as a training step on it. Shape letters: N scenes, C channels of a latent, h latent pixels
-a side, S pixels a side.
+Encoding a scene costs about as much as a training step on it. Shape letters: N scenes, C channels
+of a latent, h latent pixels a side, S pixels a side.
 """
 
 from dataclasses import dataclass
@@ -20,12 +21,16 @@ from .scenes import Scenes, captions, figures, render, sample_scenes
 from .stage import World, rank
 
 CHUNK = 4000  # scenes a file
-AT_ONCE = 10  # pictures that are encoded together: 50 take three times as long each on a CPU, whose cache they leave
+# pictures that are encoded together: 50 take three times as long each on a CPU, whose cache they
+# leave
+AT_ONCE = 10
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Scenes, their latents (N, C, h, h) scaled for the base, and how much of each latent pixel is figure (N, 1, h, h)."""
+    """Scenes, their latents (N, C, h, h) scaled for the base, and how much of each latent pixel is
+    figure (N, 1, h, h).
+    """
 
     glyphs: Glyphs
     scenes: Scenes
@@ -55,11 +60,16 @@ def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 
 
 def fill_pool(world: World, style: str = OWN) -> None:
-    """Draw and encode what the pool of that style lacks yet, this process's part of it; a stopped run goes on."""
+    """Draw and encode what the pool of that style lacks yet, this process's part of it.
+
+    A stopped run goes on.
+    """
     glyphs = world.glyphs(style)
     vae = AutoencoderKL.from_pretrained(world.folder / "vae").to(world.device)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-    count = world["pool"] if style == OWN else world["pool"] // 2  # fewer steps learn from another style's
+    count = (
+        world["pool"] if style == OWN else world["pool"] // 2
+    )  # fewer steps learn from another style's
     chunk = min(CHUNK, count)
     for number in range(rank()[0] * chunk, count, rank()[1] * chunk):
         path = world.folder / f"pool-{style}-{number:06d}.pt"
@@ -70,10 +80,23 @@ def fill_pool(world: World, style: str = OWN) -> None:
         for part in torch.arange(chunk).split(50):
             scenes = sample_scenes(glyphs, len(part), generator)
             latents = latents_of(vae, render(scenes, glyphs, world.side))
-            parts.append((scenes, latents.cpu().half(), F.avg_pool2d(figures(scenes, glyphs, world.side), shrink).cpu().half()))
+            parts.append(
+                (
+                    scenes,
+                    latents.cpu().half(),
+                    F.avg_pool2d(figures(scenes, glyphs, world.side), shrink).cpu().half(),
+                )
+            )
         scenes, latents, where = zip(*parts, strict=True)
         with written_whole(path) as aside:
-            torch.save({"scenes": vars(Scenes.cat(scenes)), "latents": torch.cat(latents), "figures": torch.cat(where)}, aside)
+            torch.save(
+                {
+                    "scenes": vars(Scenes.cat(scenes)),
+                    "latents": torch.cat(latents),
+                    "figures": torch.cat(where),
+                },
+                aside,
+            )
         print(f"pool: {number + chunk} scenes in the style {style}", flush=True)
 
 
@@ -82,7 +105,10 @@ def open_pool(world: World, style: str = OWN) -> Pool:
     fill_pool(world, style)
     if rank()[1] > 1:
         dist.barrier()
-    kept = [torch.load(path, weights_only=True) for path in sorted(world.folder.glob(f"pool-{style}-*.pt"))]
+    kept = [
+        torch.load(path, weights_only=True)
+        for path in sorted(world.folder.glob(f"pool-{style}-*.pt"))
+    ]
     return Pool(
         world.glyphs(style),
         Scenes.cat([Scenes(**part["scenes"]) for part in kept]),

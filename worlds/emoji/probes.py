@@ -1,8 +1,9 @@
-"""What the image encoder's features tell of a picture: linear probes of its embedding and of its patch grid.
+"""What the image encoder's features tell of a picture: linear probes of its embedding and of its
+patch grid.
 
-A probe is a ridge regression on features of new scenes, so that it tells what an adapter's linear layers can find. Glyphs that no
-training has seen are asked for too: from some of their scenes a probe learns to name them in others.
-Shape letters: N scenes, D width of a feature.
+A probe is a ridge regression on features of new scenes, so that it tells what an adapter's linear
+layers can find. Glyphs that no training has seen are asked for too: from some of their scenes a
+probe learns to name them in others. Shape letters: N scenes, D width of a feature.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.encoders.vision import VisionEncoder, open_encoder
+from imprompt.encoders.clip import VisionEncoder, open_encoder
 from imprompt.models import Place
 
 from .assemble import SHIPPED
@@ -30,7 +31,9 @@ SHAPE = 8  # places a side of a figure's shape
 
 
 def ridge(features: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
-    """Targets (N, K) of features (N, D), as a linear function of them tells those of `asked` (M, D): (M, K)."""
+    """Targets (N, K) of features (N, D), as a linear function of them tells those of `asked` (M,
+    D): (M, K).
+    """
     mean, level = features.mean(0), targets.mean(0)
     x, y, z = features - mean, targets - level, asked - mean
     gram = x @ x.T
@@ -55,7 +58,12 @@ def one_hot(labels: Tensor) -> Tensor:
 
 def shapes(scenes: Scenes, glyphs: Glyphs, side: int) -> Tensor:
     """How much of each of SHAPE² places the figure covers (N, SHAPE²)."""
-    return torch.cat([F.adaptive_avg_pool2d(figures(part, glyphs, side), SHAPE).flatten(1) for part in scenes.split(100)])
+    return torch.cat(
+        [
+            F.adaptive_avg_pool2d(figures(part, glyphs, side), SHAPE).flatten(1)
+            for part in scenes.split(100)
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,18 @@ class Reader:
 
     def read(self, scenes: Scenes, glyphs: Glyphs) -> dict[str, Tensor]:
         """Scenes as drawn -> each feature of them (N, D)."""
-        images = [to_image(picture) for part in scenes.split(50) for picture in render(part, glyphs, self.side)]
+        images = [
+            to_image(picture)
+            for part in scenes.split(50)
+            for picture in render(part, glyphs, self.side)
+        ]
         return {
-            name: torch.cat([self.encoder.features(images[i : i + 50], feature) for i in range(0, len(images), 50)]).flatten(1)
+            name: torch.cat(
+                [
+                    self.encoder.features(images[i : i + 50], feature)
+                    for i in range(0, len(images), 50)
+                ]
+            ).flatten(1)
             for name, feature in FEATURES.items()
         }
 
@@ -84,7 +101,9 @@ def answer(features: Tensor, targets: Tensor, score: Callable[[Tensor, Tensor], 
 
 
 # What is asked of scenes of one glyph: its targets (N, K), and how well they were found.
-ASKED: dict[str, tuple[Callable[[Scenes, Glyphs, int], Tensor], Callable[[Tensor, Tensor], float]]] = {
+ASKED: dict[
+    str, tuple[Callable[[Scenes, Glyphs, int], Tensor], Callable[[Tensor, Tensor], float]]
+] = {
     "colour": (lambda scenes, _glyphs, _side: scenes.shade[:, 0], explained),
     "place": (lambda scenes, _glyphs, _side: scenes.centre[:, 0], explained),
     "size": (lambda scenes, _glyphs, _side: scenes.size[:, :1], explained),
@@ -94,23 +113,38 @@ ASKED: dict[str, tuple[Callable[[Scenes, Glyphs, int], Tensor], Callable[[Tensor
 
 
 def of_glyphs(world: World, reader: Reader, seen: bool) -> dict[str, list[str]]:
-    """For each feature, an answer for each of `ASKED`, of scenes of one glyph on one colour or two without a pattern."""
+    """For each feature, an answer for each of `ASKED`, of scenes of one glyph on one colour or two
+    without a pattern.
+    """
     glyphs = world.glyphs()
-    scenes = sample_scenes(glyphs, TRAIN + TEST, world.generator(48, seen), seen_glyphs=seen, pairs=0, core=1.0)
-    scenes = loosened(replace(scenes, pattern=torch.zeros_like(scenes.pattern)), world.generator(49, seen))
+    scenes = sample_scenes(
+        glyphs, TRAIN + TEST, world.generator(48, seen), seen_glyphs=seen, pairs=0, core=1.0
+    )
+    scenes = loosened(
+        replace(scenes, pattern=torch.zeros_like(scenes.pattern)), world.generator(49, seen)
+    )
     targets = [(of(scenes, glyphs, world.side), score) for of, score in ASKED.values()]
-    return {name: [answer(x, y, score) for y, score in targets] for name, x in reader.read(scenes, glyphs).items()}
+    return {
+        name: [answer(x, y, score) for y, score in targets]
+        for name, x in reader.read(scenes, glyphs).items()
+    }
 
 
 def of_styles(world: World, reader: Reader) -> dict[str, str]:
     """For each feature, how often it tells which hand drew a scene."""
     styles = [world.glyphs(style) for style in ENCODED]
     share = (TRAIN + TEST) // len(styles)
-    drawn = [sample_scenes(one, share, world.generator(50, number), pairs=0) for number, one in enumerate(styles)]
+    drawn = [
+        sample_scenes(one, share, world.generator(50, number), pairs=0)
+        for number, one in enumerate(styles)
+    ]
     parts = [reader.read(scenes, one) for one, scenes in zip(styles, drawn, strict=True)]
     hands = one_hot(torch.arange(len(styles)).repeat_interleave(share))
     mixed = torch.randperm(len(hands), generator=world.generator(53))
-    return {name: answer(torch.cat([part[name] for part in parts])[mixed], hands[mixed], named) for name in FEATURES}
+    return {
+        name: answer(torch.cat([part[name] for part in parts])[mixed], hands[mixed], named)
+        for name in FEATURES
+    }
 
 
 def probe(world: World) -> None:

@@ -1,7 +1,9 @@
-"""Other ways to give the world's base an image prompt, trained as the adapter is: same pictures, same number of samples.
+"""Other ways to give the world's base an image prompt, trained as the adapter is: same pictures,
+same number of samples.
 
-Each is a module that predicts a velocity from what it hears, so that one training and one sampling serve them all. Shape letters:
-N samples, T text tokens, D their width, E width of the image embedding, P patches, S pixels a side, h latent pixels a side.
+Each is a module that predicts a velocity from what it hears, so that one training and one sampling
+serve them all. Shape letters: N samples, T text tokens, D their width, E width of the image
+embedding, P patches, S pixels a side, h latent pixels a side.
 """
 
 import json
@@ -20,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.attention import family_of
-from imprompt.encoders.vision import VisionEncoder
+from imprompt.encoders.clip import VisionEncoder
 from imprompt.files import written_whole
 from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler
@@ -59,24 +60,38 @@ class Base(Frozen):
     def __init__(self, world: World) -> None:
         super().__init__(world)
         self.unet, self.scheduler = self.pipe.unet, self.pipe.scheduler
-        self.encoder = VisionEncoder(self.pipe.image_encoder.to(world.device), self.pipe.feature_extractor, "")
+        self.encoder = VisionEncoder(
+            self.pipe.image_encoder.to(world.device), self.pipe.feature_extractor, ""
+        )
 
     @torch.no_grad()
     def see(self, pictures: Tensor) -> Seen:
         images = [to_image(picture) for picture in pictures.cpu()]
-        return Seen(*(self.encoder.features(images, feature).float() for feature in ("pooled", "penultimate")), pictures)
+        return Seen(
+            *(
+                self.encoder.features(images, feature).float()
+                for feature in ("pooled", "penultimate")
+            ),
+            pictures,
+        )
 
     @torch.no_grad()
     def read(self, texts: list[str]) -> Tensor:
         """(N, T, D)"""
-        ids = self.pipe.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = self.pipe.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         return self.pipe.text_encoder(ids.to(self.world.device)).last_hidden_state
 
 
 class Method(Protocol):
-    """A module's `forward`: noisy latents (N, C, h, w), timesteps (N,), text (N, T, D), pictures, how strongly -> velocity."""
+    """A module's `forward`: noisy latents (N, C, h, w), timesteps (N,), text (N, T, D), pictures,
+    how strongly -> velocity.
+    """
 
-    def __call__(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0
+    ) -> Tensor: ...
 
 
 class Conditioned(nn.Module):
@@ -93,22 +108,33 @@ class Conditioned(nn.Module):
 
 
 class Decoupled(Conditioned):
-    """The paper's adapter (section 3.2.2), as `imprompt` has it; `plus` reads the patches, as recipes/emoji-plus.toml has it."""
+    """The paper's adapter (section 3.2.2), as `imprompt` has it.
+
+    `plus` reads the patches, as recipes/emoji-plus.toml has it.
+    """
 
     def __init__(self, base: Base, *, plus: bool = False) -> None:
         super().__init__(base)
         self.plus = plus
         size = base.encoder.feature_dim("penultimate" if plus else "pooled")
-        projection = Resampler(size, width(base), depth=2) if plus else ImageProjection(size, width(base), TOKENS)
-        self.adapter = IPAdapter.beside(base.unet, family_of(base.unet), projection).attach(base.unet)
+        projection = (
+            Resampler(size, width(base), depth=2)
+            if plus
+            else ImageProjection(size, width(base), TOKENS)
+        )
+        self.adapter = IPAdapter.for_model(base.unet, projection).attach(base.unet)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
-        prompt = self.adapter.prompt(self.adapter.tokens(seen.patches if self.plus else seen.embedding), scale=scale)
+        prompt = self.adapter.prompt(
+            self.adapter.tokens(seen.patches if self.plus else seen.embedding), scale=scale
+        )
         return self.velocity(x, t, text, cross_attention_kwargs={"ip_hidden_states": prompt})
 
 
 class Simple(Conditioned):
-    """The paper's "simple adapter" (section 4.4.1): image tokens appended to the text's, in the frozen cross-attention."""
+    """The paper's "simple adapter" (section 4.4.1): image tokens appended to the text's, in the
+    frozen cross-attention.
+    """
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
@@ -119,7 +145,9 @@ class Simple(Conditioned):
 
 
 class Tuned(Conditioned):
-    """The whole base fine-tuned to read an image embedding instead of text, as SD Image Variations and unCLIP are."""
+    """The whole base fine-tuned to read an image embedding instead of text, as SD Image Variations
+    and unCLIP are.
+    """
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
@@ -127,31 +155,44 @@ class Tuned(Conditioned):
         self.unet = deepcopy(base.unet).requires_grad_(True)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
-        """It knows no text; where a text is given (not by training) it stands before the image tokens."""
+        """It knows no text.
+
+        Where a text is given (not by training) it stands before the image tokens.
+        """
         tokens = scale * self.projection(seen.embedding)
-        return self.unet(x, t, torch.cat([text, tokens], 1) if text.shape[1] else tokens, return_dict=False)[0]
+        return self.unet(
+            x, t, torch.cat([text, tokens], 1) if text.shape[1] else tokens, return_dict=False
+        )[0]
 
 
 class Style(Conditioned):
-    """T2I-Adapter's style adapter (Mou et al. 2023, arXiv 2302.08453): a transformer makes tokens of patches."""
+    """T2I-Adapter's style adapter (Mou et al. 2023, arXiv 2302.08453): a transformer makes tokens
+    of patches.
+    """
 
     def __init__(self, base: Base, layers: int = 2, tokens: int = 8) -> None:
         super().__init__(base)
         wide = base.encoder.feature_dim("penultimate")
         self.norm_in, self.norm_out = nn.LayerNorm(wide), nn.LayerNorm(wide)
         self.queries = nn.Parameter(wide**-0.5 * torch.randn(1, tokens, wide))
-        layer = nn.TransformerEncoderLayer(wide, wide // 32, 4 * wide, 0.0, F.gelu, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            wide, wide // 32, 4 * wide, 0.0, F.gelu, batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.project = nn.Parameter(wide**-0.5 * torch.randn(wide, width(base)))
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
         queries = self.queries.expand(len(x), -1, -1)
-        read = self.layers(self.norm_in(torch.cat([seen.patches, queries], 1)))[:, -queries.shape[1] :]
+        read = self.layers(self.norm_in(torch.cat([seen.patches, queries], 1)))[
+            :, -queries.shape[1] :
+        ]
         return self.velocity(x, t, torch.cat([text, scale * self.norm_out(read) @ self.project], 1))
 
 
 class Shuffle(Conditioned):
-    """ControlNet Shuffle (Zhang et al. 2023, arXiv 2302.05543, and its 1.1 models): a warped picture, features pooled."""
+    """ControlNet Shuffle (Zhang et al. 2023, arXiv 2302.05543, and its 1.1 models): a warped
+    picture, features pooled.
+    """
 
     def __init__(self, base: Base) -> None:
         super().__init__(base)
@@ -159,8 +200,17 @@ class Shuffle(Conditioned):
         self.net.register_to_config(global_pool_conditions=True)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
-        down, mid = self.net(x, t, text, controlnet_cond=warped(seen.pixels), conditioning_scale=scale, return_dict=False)
-        there = (seen.pixels.flatten(1).amax(1) > 0).to(x)[:, None, None, None]  # without a picture there is no control
+        down, mid = self.net(
+            x,
+            t,
+            text,
+            controlnet_cond=warped(seen.pixels),
+            conditioning_scale=scale,
+            return_dict=False,
+        )
+        there = (seen.pixels.flatten(1).amax(1) > 0).to(x)[
+            :, None, None, None
+        ]  # without a picture there is no control
         return self.velocity(
             x,
             t,
@@ -175,7 +225,8 @@ def width(base: Base) -> int:
 
 
 def warped(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) with their content moved about: each result pixel reads where a smooth random field says.
+    """Pictures (N, 3, S, S) with their content moved about: each result pixel reads where a smooth
+    random field says.
 
     As many fields as a batch of training has: what samples with more rows meets no other.
     """
@@ -221,24 +272,54 @@ class Training(NamedTuple):
 
 
 def training_set(world: World, base: Base) -> Training:
-    """The folder of the stage `scenes`, which the adapters' recipes read; kept in the world's folder."""
-    rows = [json.loads(line) for line in (world.folder / "scenes" / "metadata.jsonl").read_text().splitlines()]
+    """The folder of the stage `scenes`, which the adapters' recipes read.
+
+    Kept in the world's folder.
+    """
+    rows = [
+        json.loads(line)
+        for line in (world.folder / "scenes" / "metadata.jsonl").read_text().splitlines()
+    ]
     kept = world.folder / "rivals" / "pictures.safetensors"
     if not kept.exists():
-        parts: dict[str, list[Tensor]] = {"latents": [], "embedding": [], "patches": [], "pixels": []}
+        parts: dict[str, list[Tensor]] = {
+            "latents": [],
+            "embedding": [],
+            "patches": [],
+            "pixels": [],
+        }
         for start in range(0, len(rows), CHUNK):
-            images = [open_image(world.folder / "scenes" / row["file_name"]) for row in rows[start : start + CHUNK]]
-            bytes_ = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(*i.size, 3) for i in images])
+            images = [
+                open_image(world.folder / "scenes" / row["file_name"])
+                for row in rows[start : start + CHUNK]
+            ]
+            bytes_ = torch.stack(
+                [
+                    torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(*i.size, 3)
+                    for i in images
+                ]
+            )
             pixels = bytes_.permute(0, 3, 1, 2).float() / 255
             seen = base.see(pixels)
-            values = (latents_of(base.pipe.vae, pixels.to(world.device)), seen.embedding, seen.patches, bytes_.permute(0, 3, 1, 2))
+            values = (
+                latents_of(base.pipe.vae, pixels.to(world.device)),
+                seen.embedding,
+                seen.patches,
+                bytes_.permute(0, 3, 1, 2),
+            )
             for part, value in zip(parts.values(), values, strict=True):
                 part.append(value.half() if value.is_floating_point() else value)
         kept.parent.mkdir(exist_ok=True)
         with written_whole(kept) as aside:
-            save_file({name: torch.cat(values).contiguous() for name, values in parts.items()}, aside)
+            save_file(
+                {name: torch.cat(values).contiguous() for name, values in parts.items()}, aside
+            )
     held = load_file(kept)
-    return Training(held["latents"], Seen(held["embedding"], held["patches"], held["pixels"]), [row["text"] for row in rows])
+    return Training(
+        held["latents"],
+        Seen(held["embedding"], held["patches"], held["pixels"]),
+        [row["text"] for row in rows],
+    )
 
 
 def train(world: World, name: str) -> None:
@@ -256,17 +337,35 @@ def train(world: World, name: str) -> None:
         coin = torch.rand(BATCH, generator=generator)
         no_text = coin < DROP_TEXT + DROP_BOTH
         no_image = (coin >= DROP_TEXT) & (coin < DROP_TEXT + DROP_BOTH + DROP_IMAGE)
-        seen = Seen(data.seen.embedding[rows].float(), data.seen.patches[rows].float(), data.seen.pixels[rows].float() / 255)
+        seen = Seen(
+            data.seen.embedding[rows].float(),
+            data.seen.patches[rows].float(),
+            data.seen.pixels[rows].float() / 255,
+        )
         seen = Seen(*(part.to(world.device) for part in seen.where(~no_image)))
-        text = base.read(["" if drop else data.texts[i] for i, drop in zip(rows.tolist(), no_text.tolist(), strict=True)])
+        text = base.read(
+            [
+                "" if drop else data.texts[i]
+                for i, drop in zip(rows.tolist(), no_text.tolist(), strict=True)
+            ]
+        )
         x = data.latents[rows].float().to(world.device)
         noise = torch.randn(x.shape, generator=generator).to(x)
-        t = torch.randint(base.scheduler.config.num_train_timesteps, (BATCH,), generator=generator).to(x.device)
-        noisy, target = base.scheduler.add_noise(x, noise, t), base.scheduler.get_velocity(x, noise, t)
+        t = torch.randint(
+            base.scheduler.config.num_train_timesteps, (BATCH,), generator=generator
+        ).to(x.device)
+        noisy, target = (
+            base.scheduler.add_noise(x, noise, t),
+            base.scheduler.get_velocity(x, noise, t),
+        )
         v = method(noisy, t, text if rival.reads_text else none[:, :0].expand(BATCH, -1, -1), seen)
         return {"v": F.mse_loss(v.float(), target)}
 
-    steps = STEPS if not rival.equal else round(STEPS * operations(base, RIVALS[rival.equal]) / operations(base, rival))
+    steps = (
+        STEPS
+        if not rival.equal
+        else round(STEPS * operations(base, RIVALS[rival.equal]) / operations(base, rival))
+    )
     fit(
         world,
         f"rival-{file_of(world, name).stem}",
@@ -277,23 +376,35 @@ def train(world: World, name: str) -> None:
         batch=BATCH,
     )
     with written_whole(file_of(world, name)) as aside:
-        save_file({key: value.half().contiguous() for key, value in method.state_dict().items()}, aside, {"steps": str(steps)})
+        save_file(
+            {key: value.half().contiguous() for key, value in method.state_dict().items()},
+            aside,
+            {"steps": str(steps)},
+        )
 
 
 def operations(base: Base, rival: Rival) -> int:
-    """Floating-point operations of one training sample: forward, and backward to what is trained."""
+    """Floating-point operations of one training sample: forward, and backward to what is
+    trained.
+    """
     method = rival.build(base)
     none = base.read([""])
     seen = base.see(torch.rand(1, 3, base.world.side, base.world.side))
-    x = torch.randn(1, base.unet.config.in_channels, base.unet.config.sample_size, base.unet.config.sample_size)
+    x = torch.randn(
+        1, base.unet.config.in_channels, base.unet.config.sample_size, base.unet.config.sample_size
+    )
     with FlopCounterMode(display=False) as counter:
-        method(x, torch.tensor([500]), none if rival.reads_text else none[:, :0], seen).sum().backward()
+        method(
+            x, torch.tensor([500]), none if rival.reads_text else none[:, :0], seen
+        ).sum().backward()
     return counter.get_total_flops()
 
 
 def load(world: World, base: Base, name: str) -> Conditioned:
     method = RIVALS[name].build(base)
-    method.load_state_dict({key: value.float() for key, value in load_file(file_of(world, name)).items()})
+    method.load_state_dict(
+        {key: value.float() for key, value in load_file(file_of(world, name)).items()}
+    )
     return method.eval()
 
 
@@ -304,21 +415,42 @@ def budget(world: World, name: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def sample(base: Base, method: Method, text: Tensor, seen: Seen, *, scale: float = 1.0, guidance: float = 3.0, steps: int = 25,
-           seed: int = 0) -> Tensor:  # fmt: skip
-    """Pictures (N, 3, S, S) in [0, 1] by DDIM with classifier-free guidance; picture i has seed + i."""
+def sample(
+    base: Base,
+    method: Method,
+    text: Tensor,
+    seen: Seen,
+    *,
+    scale: float = 1.0,
+    guidance: float = 3.0,
+    steps: int = 25,
+    seed: int = 0,
+) -> Tensor:
+    """Pictures (N, 3, S, S) in [0, 1] by DDIM with classifier-free guidance.
+
+    Picture i has seed + i.
+    """
     count, side = len(seen.embedding), base.unet.config.sample_size
     shape = base.unet.config.in_channels, side, side
-    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+    x = torch.stack(
+        [
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed + i))
+            for i in range(count)
+        ]
+    )
     none = base.read([""])[:, : text.shape[1]].expand(count, -1, -1)
     nothing = seen.where(torch.zeros(count, dtype=torch.bool))
     both = Seen(*(torch.cat(pair) for pair in zip(nothing, seen, strict=True)))
     context = torch.cat([none, text])
     base.scheduler.set_timesteps(steps)
     for t in base.scheduler.timesteps:
-        without, with_ = method(torch.cat([x, x]), t.expand(2 * count), context, both, scale).chunk(2)
+        without, with_ = method(torch.cat([x, x]), t.expand(2 * count), context, both, scale).chunk(
+            2
+        )
         x = base.scheduler.step(without + guidance * (with_ - without), t, x).prev_sample
-    return (base.pipe.vae.decode(x / base.pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    return (base.pipe.vae.decode(x / base.pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(
+        0, 1
+    )
 
 
 def train_all(world: World) -> None:

@@ -1,4 +1,5 @@
-"""Scenes: one or two glyphs on a background, drawn in torch from their factors, with captions that say only part.
+"""Scenes: one or two glyphs on a background, drawn in torch from their factors, with captions that
+say only part.
 
 Shape letters: N scenes, G glyph slots (2), S pixels a side.
 """
@@ -14,20 +15,38 @@ from torch import Tensor
 from .glyphs import Glyphs
 
 PALETTE = {
-    "red": (0.85, 0.15, 0.15), "orange": (0.95, 0.55, 0.15), "yellow": (0.97, 0.87, 0.30), "green": (0.25, 0.65, 0.30),
-    "mint": (0.65, 0.92, 0.75), "blue": (0.20, 0.40, 0.85), "sky blue": (0.60, 0.82, 0.97), "navy": (0.10, 0.15, 0.40),
-    "purple": (0.50, 0.25, 0.65), "brown": (0.48, 0.32, 0.20), "beige": (0.93, 0.87, 0.75), "white": (0.97, 0.97, 0.97),
-    "gray": (0.55, 0.55, 0.57), "black": (0.08, 0.08, 0.09),
-    "pink": (0.97, 0.62, 0.75), "teal": (0.08, 0.55, 0.55),  # held out
-}  # fmt: skip
+    "red": (0.85, 0.15, 0.15),
+    "orange": (0.95, 0.55, 0.15),
+    "yellow": (0.97, 0.87, 0.30),
+    "green": (0.25, 0.65, 0.30),
+    "mint": (0.65, 0.92, 0.75),
+    "blue": (0.20, 0.40, 0.85),
+    "sky blue": (0.60, 0.82, 0.97),
+    "navy": (0.10, 0.15, 0.40),
+    "purple": (0.50, 0.25, 0.65),
+    "brown": (0.48, 0.32, 0.20),
+    "beige": (0.93, 0.87, 0.75),
+    "white": (0.97, 0.97, 0.97),
+    "gray": (0.55, 0.55, 0.57),
+    "black": (0.08, 0.08, 0.09),
+    "pink": (0.97, 0.62, 0.75),
+    "teal": (0.08, 0.55, 0.55),  # held out
+}
 UNSEEN_COLOURS = 2
 PATTERNS = ("solid", "gradient", "stripes", "checks", "dots", "rings")
 UNSEEN_PATTERNS = 1
 PATTERN_ODDS = (0.52, 0.26, 0.08, 0.07, 0.07)
 CORE = 0.5  # share of the glyphs that come from the core, where there is one
-PORTRAITS, PORTRAIT = 0.8, 0.8125  # share of the scenes of one glyph in which it is large and in the middle; its size
+PORTRAITS, PORTRAIT = (
+    0.8,
+    0.8125,
+)  # share of the scenes of one glyph in which it is large and in the middle; its size
 SMALL = 0.5  # size of a glyph elsewhere, and of each of two
-PLACES = (-0.5, 0.0, 0.5)  # where a middle may lie, along x and along y: whole latent pixels apart, so that shapes repeat exactly
+PLACES = (
+    -0.5,
+    0.0,
+    0.5,
+)  # where a middle may lie, along x and y: whole latent pixels apart, so that shapes repeat
 COLOUR_NAMES = tuple(PALETTE)
 
 
@@ -55,15 +74,27 @@ class Scenes:
 
     @classmethod
     def cat(cls, parts: Sequence["Scenes"]) -> "Scenes":
-        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+        return cls(
+            **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
+        )
 
     def to(self, device: torch.device) -> "Scenes":
         return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, seen_glyphs: bool = True,
-                  seen_look: bool = True, pairs: float = 0.1, core: float = CORE) -> Scenes:  # fmt: skip
-    """Draw `count` scenes; `seen_look` says whether palette and pattern are the training ones or the held-out ones.
+def sample_scenes(
+    glyphs: Glyphs,
+    count: int,
+    generator: torch.Generator,
+    *,
+    seen_glyphs: bool = True,
+    seen_look: bool = True,
+    pairs: float = 0.1,
+    core: float = CORE,
+) -> Scenes:
+    """Draw `count` scenes.
+
+    `seen_look` says whether palette and pattern are the training ones or the held-out ones.
 
     core  share of the seen glyphs that come from the core, the first of them; 1 for these alone
     """
@@ -77,7 +108,11 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
     ids = glyphs.ids(seen=seen_glyphs)
     glyph = index(ids.start, ids.stop, count, 2)
     if seen_glyphs and glyphs.core:
-        glyph = torch.where(uniform(count, 2) < core, index(0, glyphs.core, count, 2), index(glyphs.core, glyphs.seen, count, 2))
+        glyph = torch.where(
+            uniform(count, 2) < core,
+            index(0, glyphs.core, count, 2),
+            index(glyphs.core, glyphs.seen, count, 2),
+        )
     pair = uniform(count) < pairs
     portrait = ~pair & (uniform(count) < PORTRAITS)
     size = torch.where(portrait, PORTRAIT, SMALL)[:, None].expand(-1, 2)
@@ -96,7 +131,11 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
     seen_colours = len(PALETTE) - UNSEEN_COLOURS
     colours = (0, seen_colours) if seen_look else (seen_colours, len(PALETTE))
     first = index(*colours, count)
-    second = (first + index(1, seen_colours, count)) % seen_colours if seen_look else index(0, seen_colours, count)
+    second = (
+        (first + index(1, seen_colours, count)) % seen_colours
+        if seen_look
+        else index(0, seen_colours, count)
+    )
     colour = torch.stack([first, second], 1)
     centres = torch.tensor(list(PALETTE.values()))
     shade = (centres[colour] + torch.randn(count, 2, 3, generator=generator) * 0.03).clamp(0, 1)
@@ -104,7 +143,9 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
     pattern = torch.multinomial(odds, count, replacement=True, generator=generator)
     if not seen_look:
         pattern = torch.full((count,), len(PATTERNS) - UNSEEN_PATTERNS)
-    wave = torch.stack([uniform(count, high=torch.pi), index(2, 4, count).float(), index(0, 4, count) / 4], 1)
+    wave = torch.stack(
+        [uniform(count, high=torch.pi), index(2, 4, count).float(), index(0, 4, count) / 4], 1
+    )
     # Stripes lie or stand; gradients run anywhere.
     upright = torch.where(uniform(count) < 0.5, 0.0, torch.pi / 2)
     wave[:, 0] = torch.where(pattern == PATTERNS.index("gradient"), wave[:, 0], upright)
@@ -112,7 +153,9 @@ def sample_scenes(glyphs: Glyphs, count: int, generator: torch.Generator, *, see
         glyph=glyph,
         centre=centre,
         size=size,
-        hue=torch.where(uniform(count, 2) < 0.1, uniform(count, 2, low=0.8, high=5.4), torch.zeros(count, 2)),
+        hue=torch.where(
+            uniform(count, 2) < 0.1, uniform(count, 2, low=0.8, high=5.4), torch.zeros(count, 2)
+        ),
         pattern=pattern,
         colour=colour,
         shade=shade,
@@ -163,15 +206,21 @@ def background(scenes: Scenes, side: int) -> Tensor:
 
 
 def turn_hue(rgb: Tensor, hue: Tensor, alpha: Tensor) -> Tensor:
-    """Rotate colours about the grey axis. rgb (N, 3, S, S) premultiplied, hue (N,), alpha (N, 1, S, S)."""
+    """Rotate colours about the grey axis. rgb (N, 3, S, S) premultiplied, hue (N,), alpha (N, 1, S,
+    S).
+    """
     cos, sin = hue.cos(), hue.sin()
     a, b = (1 - cos) / 3, sin / 3**0.5
-    matrix = torch.stack([cos + a, a - b, a + b, a + b, cos + a, a - b, a - b, a + b, cos + a], 1).view(-1, 3, 3)
+    matrix = torch.stack(
+        [cos + a, a - b, a + b, a + b, cos + a, a - b, a - b, a + b, cos + a], 1
+    ).view(-1, 3, 3)
     return torch.minimum(torch.einsum("nij,njhw->nihw", matrix, rgb).clamp(min=0), alpha)
 
 
 def layers(scenes: Scenes, glyphs: Glyphs, side: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each slot: the scenes that fill it (n,), their glyphs in place, premultiplied (n, 3, S, S), and alpha (n, 1, S, S)."""
+    """For each slot: the scenes that fill it (n,), their glyphs in place, premultiplied (n, 3, S,
+    S), and alpha (n, 1, S, S).
+    """
     for slot in range(scenes.glyph.shape[1]):
         use = (scenes.glyph[:, slot] >= 0).nonzero().squeeze(1)
         if not len(use):
@@ -180,16 +229,25 @@ def layers(scenes: Scenes, glyphs: Glyphs, side: int) -> Iterator[tuple[Tensor, 
         # Output place -> atlas place: undo the shift, then scale back.
         linear = torch.eye(2, device=glyphs.atlas.device) / part.size[:, slot, None, None]
         shift = -(linear @ part.centre[:, slot, :, None])
-        grid = F.affine_grid(torch.cat([linear, shift], 2), [len(use), 4, side, side], align_corners=False)
+        grid = F.affine_grid(
+            torch.cat([linear, shift], 2), [len(use), 4, side, side], align_corners=False
+        )
         layer = F.grid_sample(glyphs.atlas[part.glyph[:, slot]], grid, align_corners=False)
         rgb, alpha = layer.split([3, 1], 1)
         yield use, turn_hue(rgb, part.hue[:, slot], alpha), alpha
 
 
 def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool = True) -> Tensor:
-    """(N, 3, S, S) in [0, 1], drawn where the atlas is. Without a background the glyphs stand on grey (for measures of shape)."""
+    """(N, 3, S, S) in [0, 1], drawn where the atlas is.
+
+    Without a background the glyphs stand on grey (for measures of shape).
+    """
     scenes = scenes.to(glyphs.atlas.device)
-    picture = background(scenes, side) if with_background else scenes.shade.new_full((len(scenes), 3, side, side), 0.5)
+    picture = (
+        background(scenes, side)
+        if with_background
+        else scenes.shade.new_full((len(scenes), 3, side, side), 0.5)
+    )
     for use, rgb, alpha in layers(scenes, glyphs, side):
         picture[use] = picture[use] * (1 - alpha) + rgb
     return picture.clamp(0, 1)
@@ -210,8 +268,12 @@ def to_image(picture: Tensor) -> Image.Image:
 
 
 def moved(scenes: Scenes, generator: torch.Generator) -> Scenes:
-    """The same scenes, their glyphs a little elsewhere: what a measure gives for pictures of the same."""
-    return replace(scenes, centre=scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator))
+    """The same scenes, their glyphs a little elsewhere: what a measure gives for pictures of the
+    same.
+    """
+    return replace(
+        scenes, centre=scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)
+    )
 
 
 def shuffled(scenes: Scenes, by: int = 1) -> Scenes:
@@ -230,7 +292,10 @@ def place_words(x: float, y: float) -> str:
 
 
 def captions(scenes: Scenes, glyphs: Glyphs, generator: torch.Generator) -> list[str]:
-    """English captions: always the glyphs' names, each other factor only sometimes; hue and exact shade never."""
+    """English captions: always the glyphs' names, each other factor only sometimes.
+
+    Hue and exact shade never.
+    """
     coins = torch.rand(len(scenes), 3, generator=generator).tolist()
     texts = []
     for n, (say_place, say_background, say_pattern) in enumerate(coins):

@@ -16,10 +16,16 @@ CELL = 112  # pixels of a cell of a sheet
 LABEL = 20  # pixels of a line of labels
 
 
-def draw_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]]) -> None:
-    """Cells in rows under their columns' labels, each row with a label of its own beneath it if there is one."""
+def draw_sheet(
+    path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]]
+) -> None:
+    """Cells in rows under their columns' labels, each row with a label of its own beneath it if
+    there is one.
+    """
     font, pitch = ImageFont.load_default(12), CELL + 6
-    head = font.font_variant(size=min(12.0, 12 * (CELL - 4) / max(1.0, *map(font.getlength, columns))))
+    head = font.font_variant(
+        size=min(12.0, 12 * (CELL - 4) / max(1.0, *map(font.getlength, columns)))
+    )
     height = CELL + 6 + (LABEL if any(label for label, _ in rows) else 0)
     page = Image.new("RGB", (len(columns) * pitch - 6, LABEL + len(rows) * height - 6), "white")
     pen = ImageDraw.Draw(page)
@@ -37,19 +43,30 @@ def draw_sheet(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Seq
 
 def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: int = 6) -> None:
     """Prompt and result side by side."""
-    cells = [to_image(torch.cat(pair, 2)) for pair in zip(prompts[:pairs], made[:pairs], strict=True)]
+    cells = [
+        to_image(torch.cat(pair, 2)) for pair in zip(prompts[:pairs], made[:pairs], strict=True)
+    ]
     grid(cells, columns=columns, gap=6).save(path, quality=88)
 
 
-def draw_curves(path: Path, along: str, xs: Sequence[float], panels: Mapping[str, Mapping[str, Sequence[Interval]]]) -> None:
+def draw_curves(
+    path: Path,
+    along: str,
+    xs: Sequence[float],
+    panels: Mapping[str, Mapping[str, Sequence[Interval]]],
+) -> None:
     """A panel for each measure, in it a line with its band of intervals for each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * len(panels), 3.2), layout="constrained")
-    for axes, (measure, lines) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+    for axes, (measure, lines) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
         for (name, points), marker in zip(lines.items(), "osD^vP", strict=False):
             axes.plot(xs, [point.value for point in points], marker=marker, label=name)
-            lows, highs = zip(*((point.low or 0.0, point.high or 0.0) for point in points), strict=True)
+            lows, highs = zip(
+                *((point.low or 0.0, point.high or 0.0) for point in points), strict=True
+            )
             axes.fill_between(xs, lows, highs, alpha=0.18, linewidth=0)
         axes.set_title(measure)
         axes.set_xlabel(along)

@@ -20,17 +20,28 @@ from .glyphs import OWN, Glyphs, load_glyphs
 
 HERE = Path(__file__).parent
 SAVE_EVERY = 90.0  # seconds
-ENDS = ("conv_in", "conv_out", "quant_conv", "patch_embedding", "heads", "temperature")  # names of layers between a model and data
+ENDS = (
+    "conv_in",
+    "conv_out",
+    "quant_conv",
+    "patch_embedding",
+    "heads",
+    "temperature",
+)  # names of layers between a model and data
 
 
 @dataclass(frozen=True)
 class World:
-    """A budget of `budgets.toml`, the folder that the stages work in and the machine they run on."""
+    """A budget of `budgets.toml`, the folder that the stages work in and the machine they run
+    on.
+    """
 
     budget: str
     folder: Path
     seed: int = 0
-    most: int | None = None  # steps of any stage, for a rehearsal: pools and pictures are then few as well
+    most: int | None = (
+        None  # steps of any stage, for a rehearsal: pools and pictures are then few as well
+    )
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     @cached_property
@@ -46,7 +57,10 @@ class World:
         return self["side"]
 
     def glyphs(self, style: str = OWN) -> Glyphs:
-        """The atlas in one drawing style, on this machine's device: scenes are drawn there. Drawn once, then kept."""
+        """The atlas in one drawing style, on this machine's device: scenes are drawn there.
+
+        Drawn once, then kept.
+        """
         side = round(self.side * 0.875)
         kept = self.folder / f"glyphs-{style}-{side}.pt"
         if not kept.exists():
@@ -58,7 +72,9 @@ class World:
         return replace(glyphs, atlas=glyphs.atlas.to(self.device).float() / 255)
 
     def generator(self, *salt: int) -> torch.Generator:
-        """A generator that depends on the seed and the salt alone, so that a resumed run draws what it would have."""
+        """A generator that depends on the seed and the salt alone, so that a resumed run draws what
+        it would have.
+        """
         state = self.seed
         for number in salt:
             state = (state * 1_000_003 + number + 1) % 2**61
@@ -90,23 +106,46 @@ def share_gradients(modules: nn.Module) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, level, then down to zero in the last third. While it is level `steps` may still be raised."""
+    """Linear warm-up over 100 steps, level, then down to zero in the last third.
+
+    While it is level `steps` may still be raised.
+    """
     return peak * min((step + 1) / 100, 1.0, max(0.0, (1 - step / steps) * 3))
 
 
 def optimizer_of(modules: nn.Module, lr: float, weight_decay: float) -> Muon:
-    """Muon for the inner matrices and convolutions, AdamW for the rest: the first and last layers, norms, biases, embeddings."""
+    """Muon for the inner matrices and convolutions, AdamW for the rest: the first and last layers,
+    norms, biases, embeddings.
+    """
     ends = {id(p) for name, p in modules.named_parameters() if any(end in name for end in ENDS)}
     matrices = [p for p in weight_matrices(modules) if id(p) not in ends]
     inner = {id(p) for p in matrices}
-    return Muon(matrices, [p for p in modules.parameters() if id(p) not in inner], lr, weight_decay=weight_decay)
+    return Muon(
+        matrices,
+        [p for p in modules.parameters() if id(p) not in inner],
+        lr,
+        weight_decay=weight_decay,
+    )
 
 
-def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int], dict[str, Tensor]], *,
-        steps: int, lr: float, batch: int, average: float | None = None, weight_decay: float = 0.01) -> nn.ModuleDict:  # fmt: skip
-    """Minimise the sum of the losses that `loss_of(step)` returns; resumes from the last state in the world's folder.
+def fit(
+    world: World,
+    name: str,
+    modules: nn.ModuleDict,
+    loss_of: Callable[[int], dict[str, Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    average: float | None = None,
+    weight_decay: float = 0.01,
+) -> nn.ModuleDict:
+    """Minimise the sum of the losses that `loss_of(step)` returns.
 
-    With `average` an exponential moving average of the weights is kept and returned in place of the last ones.
+    Resumes from the last state in the world's folder.
+
+    With `average` an exponential moving average of the weights is kept and returned in place of the
+    last ones.
     """
     state_file = world.folder / f"{name}.state"
     modules.to(world.device).train()
@@ -123,7 +162,12 @@ def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int]
     def save(step: int) -> None:
         if rank()[0]:
             return
-        state = {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean, "step": step}
+        state = {
+            "modules": modules.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "mean": mean,
+            "step": step,
+        }
         with written_whole(state_file) as aside:
             torch.save(state, aside)
 
@@ -147,9 +191,13 @@ def fit(world: World, name: str, modules: nn.ModuleDict, loss_of: Callable[[int]
             keep = min(average, (step + 1) / (step + 10))
             with torch.no_grad():
                 for key, value in modules.state_dict().items():
-                    mean[key].lerp_(value, 1 - keep) if value.is_floating_point() else mean[key].copy_(value)
+                    mean[key].lerp_(value, 1 - keep) if value.is_floating_point() else mean[
+                        key
+                    ].copy_(value)
         if not total.isfinite():
-            raise RuntimeError(f"{name}: the loss is {total.item()} at step {step}; the last state is {state_file}")
+            raise RuntimeError(
+                f"{name}: the loss is {total.item()} at step {step}; the last state is {state_file}"
+            )
         for key, value in losses.items():
             seen[key] = seen.get(key, value.item()) * 0.98 + value.item() * 0.02
         if (step + 1) % 50 == 0 and rank()[0] == 0:

@@ -1,4 +1,5 @@
-"""The shipped parts at work together: `Studio` draws many prompts at once in diffusers' own pipelines.
+"""The shipped parts at work together: `Studio` draws many prompts at once in diffusers' own
+pipelines.
 
 Shape letters: N pictures, S pixels a side.
 """
@@ -12,11 +13,11 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from torch import Tensor
 
-from imprompt import load_adapter
-from imprompt.adapter import ImagePrompt
-from imprompt.attention import family_of
-from imprompt.encoders.vision import open_encoder
+from imprompt.checkpoints.adapters import load_adapter, read_adapter
+from imprompt.encoders.clip import open_encoder
+from imprompt.families.base import family_of
 from imprompt.models import Place
+from imprompt.prompt import ImagePrompt
 
 from .assemble import SHIPPED
 from .control import EDGES
@@ -36,7 +37,10 @@ class Heard(NamedTuple):
 
 
 class Studio:
-    """A base in diffusers' own pipelines with the shipped adapter attached; of another drawing style if `style` is given."""
+    """A base in diffusers' own pipelines with the shipped adapter attached.
+
+    Of another drawing style if `style` is given.
+    """
 
     def __init__(self, style: Path | None = None, adapter: str = FRONT) -> None:
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(SHIPPED)
@@ -44,29 +48,43 @@ class Studio:
         if style is not None:
             self.pipe.load_lora_weights(style)
         self.encoder = open_encoder(Place(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
-        family = family_of(self.pipe.unet)
-        self.sites = list(family.sites(self.pipe.unet))
-        self.adapter, self.file = load_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors", family)
+        self.sites = list(family_of(self.pipe.unet).layers(self.pipe.unet))
+        self.file = read_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors")
+        self.adapter = load_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors", self.pipe.unet)
         self.adapter.attach(self.pipe.unet)
 
     @cached_property
     def controlled(self) -> Any:
         """diffusers' own ControlNet pipeline over the same components."""
         net = ControlNetModel.from_pretrained(EDGES)
-        pipe = StableDiffusionControlNetPipeline(**self.pipe.components, controlnet=net, requires_safety_checker=False)
+        pipe = StableDiffusionControlNetPipeline(
+            **self.pipe.components, controlnet=net, requires_safety_checker=False
+        )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def prompt(self, heard: Heard) -> ImagePrompt:
-        images, feature = [to_image(picture) for picture in heard.pictures], self.file.variant.feature
+        images, feature = (
+            [to_image(picture) for picture in heard.pictures],
+            self.file.variant.feature,
+        )
         tokens = self.adapter.tokens(self.encoder.features(images, feature))
         null = self.adapter.tokens(self.encoder.null_features(self.file.variant))
         return self.adapter.prompt(tokens, null, heard.scale)._replace(mask=heard.mask)
 
     @torch.no_grad()
-    def draw(self, count: int, *heard: Heard, texts: Sequence[str] = (), maps: Tensor | None = None, seed: int = 0,
-             steps: int = STEPS) -> Tensor:  # fmt: skip
-        """`count` results (N, 3, S, S); result i has seed + i. maps (N, 3, S, S): outlines to hold."""
+    def draw(
+        self,
+        count: int,
+        *heard: Heard,
+        texts: Sequence[str] = (),
+        maps: Tensor | None = None,
+        seed: int = 0,
+        steps: int = STEPS,
+    ) -> Tensor:
+        """`count` results (N, 3, S, S); result i has seed + i. maps (N, 3, S, S): outlines to
+        hold.
+        """
         pipe = self.pipe if maps is None else self.controlled
         prompts = {"ip_hidden_states": [self.prompt(one) for one in heard]} if heard else None
         images = pipe(

@@ -1,8 +1,9 @@
-"""The base fine-tuned to other drawing styles: "flat" and "lines", the same emoji by other hands (see `glyphs.py`).
+"""The base fine-tuned to other drawing styles: "flat" and "lines", the same emoji by other hands
+(see `glyphs.py`).
 
-Each is a LoRA of the UNet, in diffusers' own format: `pipeline.load_lora_weights(PLACE / "flat")`. Captions and scenes are as they
-were, the drawings are not. No image-prompt adapter takes part, and none has seen these drawings: that an adapter drives these bases
-too was never trained.
+Each is a LoRA of the UNet, in diffusers' own format: `pipeline.load_lora_weights(PLACE / "flat")`.
+Captions and scenes are as they were, the drawings are not. No image-prompt adapter takes part, and
+none has seen these drawings: that an adapter drives these bases too was never trained.
 """
 
 from functools import partial
@@ -20,14 +21,26 @@ from .stage import World, fit, rank
 from .unet import TEXT_DROP, loss
 
 PLACE = SHIPPED / "styles"
-LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
+LAYERS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "conv_in",
+    "conv_out",
+]
 
 
 def train(world: World, name: str) -> None:
     torch.manual_seed(world.seed + 7)
     plan, base, pool = world["style"], Frozen(world), open_pool(world, name)
     unet = base.pipe.unet
-    unet.add_adapter(LoraConfig(r=plan["rank"], lora_alpha=plan["rank"], target_modules=LAYERS), name)
+    unet.add_adapter(
+        LoraConfig(r=plan["rank"], lora_alpha=plan["rank"], target_modules=LAYERS), name
+    )
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
@@ -35,10 +48,24 @@ def train(world: World, name: str) -> None:
         v = unet(drawn.noisy, drawn.t, text).sample
         return {"v": loss(v, drawn)}
 
-    lora = nn.ModuleDict({"lora": nn.ParameterList([p for p in unet.parameters() if p.requires_grad])})
-    fit(world, f"style-{name}", lora, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
+    lora = nn.ModuleDict(
+        {"lora": nn.ParameterList([p for p in unet.parameters() if p.requires_grad])}
+    )
+    fit(
+        world,
+        f"style-{name}",
+        lora,
+        losses,
+        steps=plan["steps"],
+        lr=plan["lr"],
+        batch=plan["batch"],
+        average=0.998,
+    )
     if rank()[0] == 0:
-        layers = {key: value.half() for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()}
+        layers = {
+            key: value.half()
+            for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()
+        }
         StableDiffusionPipeline.save_lora_weights(PLACE / name, unet_lora_layers=layers)
         report(SHIPPED)
 

@@ -12,9 +12,11 @@ GLUE = "a photo of an and on the at in with background middle top bottom left ri
 
 
 def build_tokenizer(tokens: int) -> CLIPTokenizer:
-    """Byte-pair codes learnt from the names of all glyphs and the words of the captions, in CLIP's own format.
+    """Byte-pair codes learnt from the names of all glyphs and the words of the captions, in CLIP's
+    own format.
 
-    Pairs that are equally frequent are numbered as it happens: what was trained with one tokenizer needs that one.
+    Pairs that are equally frequent are numbered as it happens: what was trained with one tokenizer
+    needs that one.
     """
     names = [english_name(slug) for group in lists().values() for slug in group]
     corpus = names + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
@@ -28,15 +30,29 @@ def build_tokenizer(tokens: int) -> CLIPTokenizer:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=2400, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=2400,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator(corpus, trainer)
     import json
 
     model = json.loads(learner.to_str())["model"]
-    vocab = dict.fromkeys([*alphabet, *(c + "</w>" for c in alphabet), *sorted(model["vocab"], key=model["vocab"].get), START, END])
+    vocab = dict.fromkeys(
+        [
+            *alphabet,
+            *(c + "</w>" for c in alphabet),
+            *sorted(model["vocab"], key=model["vocab"].get),
+            START,
+            END,
+        ]
+    )
     merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer({token: i for i, token in enumerate(vocab)}, merges, model_max_length=tokens)
+    return CLIPTokenizer(
+        {token: i for i, token in enumerate(vocab)}, merges, model_max_length=tokens
+    )
 
 
 def open_tokenizer(world: World) -> CLIPTokenizer:

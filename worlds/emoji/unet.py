@@ -1,6 +1,8 @@
-"""Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together (v-prediction, zero-SNR).
+"""Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together
+(v-prediction, zero-SNR).
 
-Shape letters: N scenes, C channels of a latent, h latent pixels a side, T tokens of a text, D width of a text state.
+Shape letters: N scenes, C channels of a latent, h latent pixels a side, T tokens of a text, D width
+of a text state.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +20,9 @@ from .stage import World, fit, rank
 from .text import open_tokenizer
 
 TEXT_DROP = 0.12  # for classifier-free guidance
-FIGURE = 3.0  # how much more the loss of what is added to the base weighs where the figure is than on the background
+# how much more the loss of what is added to the base weighs where the figure is than on the
+# background
+FIGURE = 3.0
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -35,7 +39,9 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_unet(world: World) -> UNet2DConditionModel:
-    """Untrained; attention at the levels that the plan names: at the finest it costs as much as all the rest."""
+    """Untrained; attention at the levels that the plan names: at the finest it costs as much as all
+    the rest.
+    """
     plan = world["unet"]
     return UNet2DConditionModel(
         sample_size=world.side // 8,
@@ -44,7 +50,9 @@ def build_unet(world: World) -> UNet2DConditionModel:
         block_out_channels=plan["channels"],
         layers_per_block=plan["layers"],
         down_block_types=[("DownBlock2D", "CrossAttnDownBlock2D")[on] for on in plan["attention"]],
-        up_block_types=[("UpBlock2D", "CrossAttnUpBlock2D")[on] for on in reversed(plan["attention"])],
+        up_block_types=[
+            ("UpBlock2D", "CrossAttnUpBlock2D")[on] for on in reversed(plan["attention"])
+        ],
         cross_attention_dim=world["text"]["width"],
         attention_head_dim=plan["heads"],
         norm_num_groups=plan["groups"],
@@ -52,7 +60,9 @@ def build_unet(world: World) -> UNet2DConditionModel:
 
 
 def relaxed(step: int, steps: int, first: float, last: float) -> float:
-    """How much more the figure weighs: `first`, and in the last third of the steps ever nearer to `last`."""
+    """How much more the figure weighs: `first`, and in the last third of the steps ever nearer to
+    `last`.
+    """
     return first + (last - first) * min(1.0, max(0.0, 3 * step / steps - 2))
 
 
@@ -68,21 +78,45 @@ class Draw(NamedTuple):
 
 
 def loss(v: Tensor, drawn: Draw, figure: float = FIGURE) -> Tensor:
-    """The mean square error of a predicted velocity (N, C, h, h), where the figure is 1 + `figure` times as heavy."""
+    """The mean square error of a predicted velocity (N, C, h, h), where the figure is 1 + `figure`
+    times as heavy.
+    """
     return ((v.float() - drawn.velocity).square() * emphasis(drawn.figures, figure)).mean()
 
 
-def draw(world: World, pool: Pool, tokenizer: Any, scheduler: Any, count: int, generator: torch.Generator, *,
-         drop: float = TEXT_DROP, power: float = 1.0) -> Draw:  # fmt: skip
-    """Scenes of the pool with noise of evenly drawn timesteps; with `power` above 1 noisier ones are drawn more often."""
+def draw(
+    world: World,
+    pool: Pool,
+    tokenizer: Any,
+    scheduler: Any,
+    count: int,
+    generator: torch.Generator,
+    *,
+    drop: float = TEXT_DROP,
+    power: float = 1.0,
+) -> Draw:
+    """Scenes of the pool with noise of evenly drawn timesteps.
+
+    With `power` above 1 noisier ones are drawn more often.
+    """
     index = pool.draw(count, generator)
     words = pool.captions(index, drop, generator)
     ids = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt").input_ids
     x = pool.latents[index].float()
     noise = torch.randn(x.shape, generator=generator)
     share = 1 - torch.rand(count, generator=generator) ** power
-    t = (share * scheduler.config.num_train_timesteps).long().clamp_max(scheduler.config.num_train_timesteps - 1)
-    parts = (scheduler.add_noise(x, noise, t), t, scheduler.get_velocity(x, noise, t), pool.figures[index].float(), ids)
+    t = (
+        (share * scheduler.config.num_train_timesteps)
+        .long()
+        .clamp_max(scheduler.config.num_train_timesteps - 1)
+    )
+    parts = (
+        scheduler.add_noise(x, noise, t),
+        t,
+        scheduler.get_velocity(x, noise, t),
+        pool.figures[index].float(),
+        ids,
+    )
     return Draw(*(part.to(world.device) for part in parts), index)
 
 
@@ -90,10 +124,14 @@ def train(world: World) -> None:
     torch.manual_seed(world.seed + 3)
     plan, scheduler, pool = world["unet"], build_scheduler(), open_pool(world)
     tokenizer = open_tokenizer(world)
-    text = CLIPTextModel.from_pretrained(world.folder / "clip" / "text_encoder").float()  # it goes on learning
+    text = CLIPTextModel.from_pretrained(
+        world.folder / "clip" / "text_encoder"
+    ).float()  # it goes on learning
     unet = build_unet(world)
     if world.device == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # for attentions this small, a third faster there than the fused kernel
+        unet.set_attn_processor(
+            AttnProcessor()
+        )  # for attentions this small, a third faster there than the fused kernel
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
@@ -102,9 +140,20 @@ def train(world: World) -> None:
         return {"v": loss(v, drawn, relaxed(step, plan["steps"], *plan["figure"]))}
 
     modules = nn.ModuleDict({"unet": unet, "text": text})
-    fit(world, "unet", modules, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.999)
+    fit(
+        world,
+        "unet",
+        modules,
+        losses,
+        steps=plan["steps"],
+        lr=plan["lr"],
+        batch=plan["batch"],
+        average=0.999,
+    )
     if rank()[0] == 0:
         vae = AutoencoderKL.from_pretrained(world.folder / "vae")
-        pipeline = StableDiffusionPipeline(vae, text.float(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+        pipeline = StableDiffusionPipeline(
+            vae, text.float(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
         pipeline.save_pretrained(world.folder / "base")
         print("unet: the base model is saved")

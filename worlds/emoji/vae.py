@@ -1,6 +1,7 @@
 """Stage 1: the autoencoder, pictures (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/8, S/8).
 
-It learns from crops of scenes of every drawing style: what it must know is local. Crops cost a quarter of whole pictures.
+It learns from crops of scenes of every drawing style: what it must know is local. Crops cost a
+quarter of whole pictures.
 """
 
 import torch
@@ -16,11 +17,17 @@ KL_WEIGHT = 1e-6
 CROP = 64  # pixels
 CORE = 0.1  # share of the scenes whose glyphs are of the core: for pictures all glyphs count alike
 WHOLE = {"l1": 1.0, "mse": 1.0, "slopes": 2.0}  # what errors weigh
-LAST = {"l1": 1.0, "mse": 10.0, "slopes": 1.0}  # while only the decoder learns: then large errors more
+LAST = {
+    "l1": 1.0,
+    "mse": 10.0,
+    "slopes": 1.0,
+}  # while only the decoder learns: then large errors more
 
 
 def build(world: World) -> AutoencoderKL:
-    """An untrained autoencoder whose residual blocks begin as the identity and whose latents begin nearly without noise."""
+    """An untrained autoencoder whose residual blocks begin as the identity and whose latents begin
+    nearly without noise.
+    """
     plan = world["vae"]
     levels = len(plan["channels"])
     vae = AutoencoderKL(
@@ -53,18 +60,32 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Pictures (N, 3, S, S) in [0, 1] -> what is left of them after encoding and decoding."""
-    parts = [vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample for part in pictures.split(32)]
+    parts = [
+        vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample
+        for part in pictures.split(32)
+    ]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 
-def crops(world: World, styles: list[Glyphs], count: int, generator: torch.Generator, core: float = CORE) -> Tensor:
-    """`count` crops (N, 3, CROP, CROP) in [-1, 1] of scenes in one drawing style; half of the times it is the world's own."""
+def crops(
+    world: World, styles: list[Glyphs], count: int, generator: torch.Generator, core: float = CORE
+) -> Tensor:
+    """`count` crops (N, 3, CROP, CROP) in [-1, 1] of scenes in one drawing style.
+
+    Half of the times it is the world's own.
+    """
     number = int(torch.randint(2 * (len(styles) - 1), (), generator=generator))
     glyphs = styles[number + 1] if number + 1 < len(styles) else styles[0]
     scenes = sample_scenes(glyphs, count, generator, core=core)
     pictures = render(scenes, glyphs, world.side)
     places = torch.randint(world.side - CROP + 1, (count, 2), generator=generator).tolist()
-    return torch.stack([p[:, y : y + CROP, x : x + CROP] for p, (y, x) in zip(pictures, places, strict=True)]) * 2 - 1
+    return (
+        torch.stack(
+            [p[:, y : y + CROP, x : x + CROP] for p, (y, x) in zip(pictures, places, strict=True)]
+        )
+        * 2
+        - 1
+    )
 
 
 def slopes(pictures: Tensor) -> Tensor:
@@ -72,10 +93,18 @@ def slopes(pictures: Tensor) -> Tensor:
     return torch.cat([pictures.diff(dim=3).flatten(), pictures.diff(dim=2).flatten()])
 
 
-def errors(vae: AutoencoderKL, latents: Tensor, x: Tensor, weights: dict[str, float]) -> dict[str, Tensor]:
-    """What decoding latents (N, C, h, h) lacks of the pictures x (N, 3, S, S), each kind of error times its weight."""
+def errors(
+    vae: AutoencoderKL, latents: Tensor, x: Tensor, weights: dict[str, float]
+) -> dict[str, Tensor]:
+    """What decoding latents (N, C, h, h) lacks of the pictures x (N, 3, S, S), each kind of error
+    times its weight.
+    """
     y = vae.decode(latents).sample.float()
-    found = {"l1": F.l1_loss(y, x), "mse": F.mse_loss(y, x), "slopes": F.l1_loss(slopes(y), slopes(x))}
+    found = {
+        "l1": F.l1_loss(y, x),
+        "mse": F.mse_loss(y, x),
+        "slopes": F.l1_loss(slopes(y), slopes(x)),
+    }
     return {name: weights[name] * error for name, error in found.items()}
 
 
@@ -88,14 +117,33 @@ def train(world: World) -> None:
     def losses(step: int) -> dict[str, Tensor]:
         x = crops(world, styles, plan["batch"], world.generator(1, step)).to(world.device)
         latents = vae.encode(x).latent_dist
-        return errors(vae, latents.sample(), x, WHOLE) | {"kl": KL_WEIGHT * latents.kl().float().mean()}
+        return errors(vae, latents.sample(), x, WHOLE) | {
+            "kl": KL_WEIGHT * latents.kl().float().mean()
+        }
 
-    fit(world, "vae", nn.ModuleDict({"vae": vae}), losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
+    fit(
+        world,
+        "vae",
+        nn.ModuleDict({"vae": vae}),
+        losses,
+        steps=plan["steps"],
+        lr=plan["lr"],
+        batch=plan["batch"],
+        average=0.998,
+    )
 
-    pictures = render(sample_scenes(styles[0], 256, world.generator(2), core=CORE), styles[0], world.side).to(world.device)
+    pictures = render(
+        sample_scenes(styles[0], 256, world.generator(2), core=CORE), styles[0], world.side
+    ).to(world.device)
     # The scale that gives latents unit variance, so that the noise schedule fits them.
     with torch.no_grad():
-        std = torch.cat([vae.encode(part * 2 - 1).latent_dist.sample() for part in pictures.split(32)]).std().item()
+        std = (
+            torch.cat(
+                [vae.encode(part * 2 - 1).latent_dist.sample() for part in pictures.split(32)]
+            )
+            .std()
+            .item()
+        )
     vae.register_to_config(scaling_factor=round(1 / std, 4))
     vae.save_pretrained(world.folder / "vae")
     tell(world, vae, styles[0])
@@ -107,7 +155,9 @@ def train_decoder(world: World) -> None:
     plan = world["decoder"]
     styles = [world.glyphs(style) for style in STYLES]
     vae = AutoencoderKL.from_pretrained(world.folder / "vae").requires_grad_(False)
-    parts = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).requires_grad_(True)
+    parts = nn.ModuleDict(
+        {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    ).requires_grad_(True)
 
     def losses(step: int) -> dict[str, Tensor]:
         x = crops(world, styles, plan["batch"], world.generator(4, step), core=0.5).to(world.device)
@@ -115,7 +165,16 @@ def train_decoder(world: World) -> None:
             latents = vae.encode(x).latent_dist.sample()
         return errors(vae, latents, x, LAST)
 
-    fit(world, "decoder", parts, losses, steps=plan["steps"], lr=plan["lr"], batch=plan["batch"], average=0.998)
+    fit(
+        world,
+        "decoder",
+        parts,
+        losses,
+        steps=plan["steps"],
+        lr=plan["lr"],
+        batch=plan["batch"],
+        average=0.998,
+    )
     vae.save_pretrained(world.folder / "vae")
     tell(world, vae, styles[0])
 
@@ -123,6 +182,12 @@ def train_decoder(world: World) -> None:
 def tell(world: World, vae: AutoencoderKL, glyphs: Glyphs) -> None:
     """Print what is left of new scenes."""
     for name, seen in (("seen", True), ("unseen", False)):
-        scenes = sample_scenes(glyphs, 256, world.generator(3, seen), seen_glyphs=seen, seen_look=seen)
+        scenes = sample_scenes(
+            glyphs, 256, world.generator(3, seen), seen_glyphs=seen, seen_look=seen
+        )
         pictures = render(scenes, glyphs, world.side).to(world.device)
-        print(f"vae: {psnr(reconstruct(vae, pictures), pictures).mean():.2f} dB on new scenes, {name} glyphs and looks", flush=True)
+        print(
+            f"vae: {psnr(reconstruct(vae, pictures), pictures).mean():.2f} dB on new scenes, "
+            f"{name} glyphs and looks",
+            flush=True,
+        )

@@ -1,8 +1,9 @@
 """Long self-attention in low precision on a CPU, for training there.
 
-There PyTorch's fused kernel takes 1.75 times as long in bfloat16, and whole score matrices (256 MB each for SD 1.5 at 512 pixels)
-cost more to get from the system than to fill. So the scores are computed for some queries at a time, and again in the
-backward pass: Dao et al. 2022 (arXiv 2205.14135, section 3.1), with the rows of a block whole.
+There PyTorch's fused kernel takes 1.75 times as long in bfloat16, and whole score matrices (256 MB
+each for SD 1.5 at 512 pixels) cost more to get from the system than to fill. So the scores are
+computed for some queries at a time, and again in the backward pass: Dao et al. 2022 (arXiv
+2205.14135, section 3.1), with the rows of a block whole.
 
 Shape letters as in `imprompt.adapter`.
 """
@@ -19,12 +20,17 @@ BLOCK = 512  # queries at a time
 
 
 class Blockwise(torch.autograd.Function):
-    """Attention(Q, K, V) by blocks of queries; query, key and value (B, H, L, d) -> (B, H, L, d)."""
+    """Attention(Q, K, V) by blocks of queries.
+
+    Query, key and value (B, H, L, d) -> (B, H, L, d).
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shape = query.shape
-        scaled, key, value = (x.flatten(0, 1).contiguous() for x in (query * shape[-1] ** -0.5, key, value))
+        scaled, key, value = (
+            x.flatten(0, 1).contiguous() for x in (query * shape[-1] ** -0.5, key, value)
+        )
         out = torch.empty_like(scaled)
         for q, k, v, o in zip(scaled, key, value, out, strict=True):  # a head of an item
             for here in range(0, shape[2], BLOCK):
@@ -35,37 +41,55 @@ class Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch's own pattern
-        """With S = QKᵀ/√d, P = softmax(S), O = PV: dV = PᵀdO, dP = dO Vᵀ, dS by the softmax, dQ = dS K/√d, dK = dSᵀQ/√d."""
+        """With S = QKᵀ/√d, P = softmax(S), O = PV: dV = PᵀdO, dP = dO Vᵀ, dS by the softmax, dQ =
+        dS K/√d, dK = dSᵀQ/√d.
+        """
         query, key, value = ctx.saved_tensors
         shape = gradients[0].shape
         gradient = gradients[0].flatten(0, 1).contiguous()
-        by_query, (by_key, by_value) = torch.empty_like(query), torch.zeros(2, *key.shape)  # sums over blocks in float32
-        for q, k, v, g, dq, dk, dv in zip(query, key, value, gradient, by_query, by_key, by_value, strict=True):
+        by_query, (by_key, by_value) = (
+            torch.empty_like(query),
+            torch.zeros(2, *key.shape),
+        )  # sums over blocks in float32
+        for q, k, v, g, dq, dk, dv in zip(
+            query, key, value, gradient, by_query, by_key, by_value, strict=True
+        ):
             for here in range(0, shape[2], BLOCK):
                 q_here, g_here = q[here : here + BLOCK], g[here : here + BLOCK]
                 weights = (q_here @ k.T).softmax(-1)
-                scores = torch.ops.aten._softmax_backward_data(g_here @ v.T, weights, -1, weights.dtype)
+                scores = torch.ops.aten._softmax_backward_data(
+                    g_here @ v.T, weights, -1, weights.dtype
+                )
                 torch.mm(scores, k, out=dq[here : here + BLOCK])
                 dk += scores.T @ q_here
                 dv += weights.T @ g_here
         by_query *= shape[-1] ** -0.5
-        return by_query.view(shape), by_key.to(key.dtype).view(shape), by_value.to(value.dtype).view(shape)
+        return (
+            by_query.view(shape),
+            by_key.to(key.dtype).view(shape),
+            by_value.to(value.dtype).view(shape),
+        )
 
 
 @torch.compiler.disable  # its loops would be unrolled: torch.compile would take many minutes
-def blockwise(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def blockwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention(Q, K, V); all (B, H, L, d)."""
     return Blockwise.apply(query, key, value)
 
 
 class SelfAttention:
-    """diffusers' attention-processor call for the UNet's `attn1` where a CPU trains. It holds no weights."""
+    """diffusers' attention-processor call for a self-attention where a CPU trains.
+
+    It holds no weights.
+    """
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """hidden_states (B, L, C) -> (B, L, C)"""
         projections = (attn.to_q, attn.to_k, attn.to_v)
-        query, key, value = (split_heads(projection(hidden_states), attn.heads) for projection in projections)
+        query, key, value = (
+            split_heads(projection(hidden_states), attn.heads) for projection in projections
+        )
         pays = key.dtype != torch.float32 and key.shape[2] >= LONG
-        attend: Any = blockwise if pays else attention
+        attend: Any = blockwise_attention if pays else attention
         out = attend(query, key, value)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))

@@ -1,11 +1,14 @@
-"""Decoupled cross-attention on a GPU in one pass over the queries, with its gradient, as PyTorch operators.
+"""Decoupled cross-attention on a GPU in one pass over the queries, with its gradient, as PyTorch
+operators.
 
-Z = Attention(Q, K, V) + Σₚ wₚ ∘ Attention(Q, K'ₚ, V'ₚ) (equations 5 and 8), each with its own softmax. Attention to a few keys
-waits for memory, not for arithmetic: done source by source, Q is read and Z written again for each, here once.
+Z = Attention(Q, K, V) + Σₚ wₚ ∘ Attention(Q, K'ₚ, V'ₚ) (equations 5 and 8), each with its own
+softmax. Attention to a few keys waits for memory, not for arithmetic: done source by source, Q is
+read and Z written again for each, here once.
 
 Triton must be installed to import this file.
 
-Shape letters as in `imprompt.adapter`; P prompts, N tokens of all prompts together, S = P + 1 sources, the text first.
+Shape letters as in `imprompt.adapter`; P prompts, N tokens of all prompts together, S = P + 1
+sources, the text first.
 """
 
 from collections.abc import Sequence
@@ -17,27 +20,38 @@ import torch
 import triton
 from torch import Tensor
 
-from imprompt.adapter import Image, for_batch
-from imprompt.attention.choice import trains_the_base
-from imprompt.attention.kernels import INTERPRETED, LOG2_E, SHORT_BLOCK, forward_kernel, image_kernel, query_kernel
+from imprompt.adapter import ImageStates, for_batch
+from imprompt.attention.conditioning import base_is_trained
+from imprompt.attention.kernels import (
+    INTERPRETED,
+    LOG2_E,
+    SHORT_BLOCK,
+    forward_kernel,
+    image_kernel,
+    query_kernel,
+)
 from imprompt.errors import MismatchError
 
 DTYPES = (torch.float16, torch.bfloat16)
 WIDEST = 160  # a head; the accumulators of wider ones leave the registers
 SPLIT = 256  # queries at least that a program of `image_kernel` goes through,
-PROGRAMS = 1024  # where so many programs are there already; both fixed, so that no GPU adds up in another order
+# where so many programs are there already; both fixed, so that no GPU adds up in another order
+PROGRAMS = 1024
 
 
 class Packed(NamedTuple):
-    """Keys and values of several image prompts for the kernels: one after the other along the tokens."""
+    """Keys and values of several image prompts for the kernels: one after the other along the
+    tokens.
+    """
 
     key: Tensor  # (B or 1, H, N, d)
     value: Tensor  # (B or 1, H, N, d)
-    offsets: Tensor  # (P + 1,) int32, on the keys' device: where each prompt's tokens begin, and their end
+    # (P + 1,) int32, on the keys' device: where each prompt's tokens begin, and their end
+    offsets: Tensor
     tokens: tuple[int, ...]  # of each prompt, known without asking the GPU
 
 
-def packed(images: Sequence[Image]) -> Packed:
+def pack_images(images: Sequence[ImageStates]) -> Packed:
     """The (key, value) of image prompts, each (B or 1, H, N, d); one prompt is not copied.
 
     Several are: call it once per set of prompts, not once per step.
@@ -64,9 +78,12 @@ class Launch(NamedTuple):
     stages: int
 
 
-# 16 queries for each warp, as tensor cores take them: more warps would share rows and hold the same sums twice. Compiled for sm_80
-# and sm_90, heads up to 160 wide then stay in the registers (in QUERIES up to 80), and of 64 wide ones four programs run
-# at once on an sm_90. Two stages of loads take 80 KB of shared memory at most; the smallest GPUs have 99.
+# 16 queries for each warp, as tensor cores take them: more warps would share rows and hold the same
+# sums twice. Compiled for sm_80
+# and sm_90, heads up to 160 wide then stay in the registers (in QUERIES up to 80), and of 64 wide
+# ones four programs run
+# at once on an sm_90. Two stages of loads take 80 KB of shared memory at most; the smallest GPUs
+# have 99.
 FORWARD, QUERIES, IMAGES = Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 4, 2)
 
 
@@ -77,8 +94,10 @@ def options(launch: Launch) -> dict[str, Any]:
 
 
 @cache
-def halves(width: int) -> tuple[int, int]:
-    """A head's width in one or two powers of two with little padding: 40 as 64, 80 as 64 + 16, 160 as 128 + 32."""
+def head_parts(width: int) -> tuple[int, int]:
+    """A head's width in one or two powers of two with little padding: 40 as 64, 80 as 64 + 16, 160
+    as 128 + 32.
+    """
 
     def power_of_two(least: int) -> int:
         return max(16, 1 << (least - 1).bit_length())
@@ -89,11 +108,17 @@ def halves(width: int) -> tuple[int, int]:
 
 
 def strides(weights: Tensor, *tensors: Tensor) -> tuple[list[int], int]:
-    """Strides of the items, heads and rows of tensors, and of the prompts, items and rows of weights; 0 where all are alike.
+    """Strides of the items, heads and rows of tensors, and of the prompts, items and rows of
+    weights; 0 where all are alike.
 
-    The tensors' strides count `unit` elements: the compiler then knows that they are multiples of it, and moves 16 bytes at once.
+    The tensors' strides count `unit` elements: the compiler then knows that they are multiples of
+    it, and moves 16 bytes at once.
     """
-    steps = [0 if size == 1 else step for x in tensors for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    steps = [
+        0 if size == 1 else step
+        for x in tensors
+        for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)
+    ]
     unit = 8 if all(step % 8 == 0 for step in steps) else 1
     weight_steps = [0 if weights.shape[axis] == 1 else weights.stride(axis) for axis in (0, 1, 3)]
     return [step // unit for step in steps] + weight_steps, unit
@@ -105,7 +130,9 @@ def readable(*tensors: Tensor) -> list[Tensor]:
 
 
 def empty_like_query(query: Tensor) -> Tensor:
-    """(B, H, L, d), laid out as (B, L, H, d): the heads side by side, as the next layer reads them."""
+    """(B, H, L, d), laid out as (B, L, H, d): the heads side by side, as the next layer reads
+    them.
+    """
     items, heads, queries, width = query.shape
     return query.new_empty(items, queries, heads, width).transpose(1, 2)
 
@@ -116,32 +143,76 @@ def empty_sums(query: Tensor, sources: int) -> Tensor:
 
 
 @torch.library.custom_op("imprompt::decoupled_attention", mutates_args=())
-def forward(query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor, offsets: Tensor, weights: Tensor,
-            keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     """Z (B, H, L, d); the sources' log-sum-exps in base 2, (S, B, H, L), empty unless to `keep`."""
-    query, key, value, image_key, image_value = tensors = readable(query, key, value, image_key, image_value)
+    query, key, value, image_key, image_value = tensors = readable(
+        query, key, value, image_key, image_value
+    )
     items, heads, queries, width = query.shape
     out, sums = empty_like_query(query), empty_sums(query, len(offsets) if keep else 0)
     steps, unit = strides(weights, *tensors)
     with torch.cuda.device_of(query):
         forward_kernel[(triton.cdiv(queries, FORWARD.block), heads, items)](
-            *tensors, weights, offsets, out, sums, *steps, heads, queries, key.shape[2], len(offsets) - 1, width**-0.5 * LOG2_E,
-            keep, FORWARD.block, (unit, width, *halves(width)), **options(FORWARD),
-        )  # fmt: skip
+            *tensors,
+            weights,
+            offsets,
+            out,
+            sums,
+            *steps,
+            heads,
+            queries,
+            key.shape[2],
+            len(offsets) - 1,
+            width**-0.5 * LOG2_E,
+            keep,
+            FORWARD.block,
+            (unit, width, *head_parts(width)),
+            **options(FORWARD),
+        )
     return out, sums
 
 
 @forward.register_fake
-def _(query: Tensor, _key: Tensor, _value: Tensor, _image_key: Tensor, _image_value: Tensor, offsets: Tensor, _weights: Tensor,
-      keep: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(
+    query: Tensor,
+    _key: Tensor,
+    _value: Tensor,
+    _image_key: Tensor,
+    _image_value: Tensor,
+    offsets: Tensor,
+    _weights: Tensor,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     return empty_like_query(query), empty_sums(query, len(offsets) if keep else 0)
 
 
 @torch.library.custom_op("imprompt::decoupled_attention_backward", mutates_args=())
-def backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, image_key: Tensor, image_value: Tensor,
-             offsets: Tensor, weights: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ (B, H, L, d), dK' and dV' (B, H, N, d), the same at every run: nothing is added in the order in which programs end."""
-    gradient, query, key, value, image_key, image_value = readable(gradient, query, key, value, image_key, image_value)
+def backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    image_key: Tensor,
+    image_value: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ (B, H, L, d), dK' and dV' (B, H, N, d), the same at every run: nothing is added in the
+    order in which programs end.
+    """
+    gradient, query, key, value, image_key, image_value = readable(
+        gradient, query, key, value, image_key, image_value
+    )
     items, heads, queries, width = query.shape
     prompts, total = len(offsets) - 1, image_key.shape[2]
     scale = width**-0.5 * LOG2_E
@@ -150,20 +221,59 @@ def backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, image_
     steps, unit = strides(weights, *tensors)
     with torch.cuda.device_of(query):
         query_kernel[(triton.cdiv(queries, QUERIES.block), heads, items)](
-            *tensors[:5], weights, offsets, gradient, sums, delta, by_query, *steps, heads, queries, key.shape[2], prompts, scale,
-            width**-0.5, QUERIES.block, (unit, width, *halves(width)), **options(QUERIES),
-        )  # fmt: skip
-    blocks = int(triton.cdiv(total, SHORT_BLOCK.value))  # enough for every prompt; those without tokens end at once
-    splits = max(1, min(int(triton.cdiv(queries, SPLIT)), PROGRAMS // (blocks * prompts * heads * items)))
+            *tensors[:5],
+            weights,
+            offsets,
+            gradient,
+            sums,
+            delta,
+            by_query,
+            *steps,
+            heads,
+            queries,
+            key.shape[2],
+            prompts,
+            scale,
+            width**-0.5,
+            QUERIES.block,
+            (unit, width, *head_parts(width)),
+            **options(QUERIES),
+        )
+    blocks = int(
+        triton.cdiv(total, SHORT_BLOCK.value)
+    )  # enough for every prompt; those without tokens end at once
+    splits = max(
+        1, min(int(triton.cdiv(queries, SPLIT)), PROGRAMS // (blocks * prompts * heads * items))
+    )
     share = triton.cdiv(queries, splits)
-    by_key, by_value = (query.new_empty(splits, items, heads, total, width, dtype=torch.float32) for _ in range(2))
+    by_key, by_value = (
+        query.new_empty(splits, items, heads, total, width, dtype=torch.float32) for _ in range(2)
+    )
     tensors = (query, image_key, image_value, gradient)
     steps, unit = strides(weights, *tensors)
     with torch.cuda.device_of(query):
         image_kernel[(prompts * blocks * splits, heads, items)](
-            *tensors[:3], weights, offsets, gradient, sums, delta, by_key, by_value, *steps, heads, queries, total, splits, share,
-            blocks, scale, width**-0.5, IMAGES.block, (unit, width, *halves(width)), **options(IMAGES),
-        )  # fmt: skip
+            *tensors[:3],
+            weights,
+            offsets,
+            gradient,
+            sums,
+            delta,
+            by_key,
+            by_value,
+            *steps,
+            heads,
+            queries,
+            total,
+            splits,
+            share,
+            blocks,
+            scale,
+            width**-0.5,
+            IMAGES.block,
+            (unit, width, *head_parts(width)),
+            **options(IMAGES),
+        )
     return by_query, by_key.sum(0).to(query.dtype), by_value.sum(0).to(query.dtype)
 
 
@@ -188,31 +298,47 @@ forward.register_autograd(differentiate, setup_context=save)
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: Tensor) -> bool:
-    """Whether the kernels take these tensors: where they are, their precision, the head's width, and what is to be trained."""
+    """Whether the kernels take these tensors: where they are, their precision, the head's width,
+    and what is to be trained.
+    """
     return (
         (query.is_cuda or INTERPRETED)
         and query.dtype in DTYPES
-        and all(x.dtype == query.dtype and x.device == query.device for x in (key, value, images.key, images.value))
+        and all(
+            x.dtype == query.dtype and x.device == query.device
+            for x in (key, value, images.key, images.value)
+        )
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= WIDEST
-        and not trains_the_base(key, value, weights)
+        and not base_is_trained(key, value, weights)
     )
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: Tensor) -> Tensor:
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: Tensor
+) -> Tensor:
     """Attention to the text plus the weighted attention to every image prompt, as one operator.
 
-    query (B, H, L, d), text key and value (B, H, T, d), in float16 or bfloat16, any strides; weights (P, B or 1, 1, L or 1, 1)
-    of any floating type -> (B, H, L, d). Gradients are of the query and of the images' keys and values. Raises MismatchError for
-    other shapes, or if the text or the weights are to be trained; see `usable` for the rest.
+    query (B, H, L, d), text key and value (B, H, T, d), in float16 or bfloat16, any strides;
+    weights (P, B or 1, 1, L or 1, 1) of any floating type -> (B, H, L, d). Gradients are of the
+    query and of the images' keys and values. Raises MismatchError for other shapes, or if the text
+    or the weights are to be trained; see `usable` for the rest.
     """
     items, _, queries, _ = query.shape
-    if trains_the_base(key, value, weights):
-        raise MismatchError("fused attention has no gradient of the text's keys and values or of weights: freeze them")
-    image_key, image_value = for_batch((images.key, images.value), items)
-    if weights.shape not in {(len(images.tokens), b, 1, n, 1) for b in (1, items) for n in (1, queries)}:
+    if base_is_trained(key, value, weights):
         raise MismatchError(
-            f"weights of shape {list(weights.shape)}: give ({len(images.tokens)}, {items} or 1, 1, {queries} or 1, 1)"
+            "fused attention has no gradient of the text's keys and values or of weights: freeze "
+            "them"
         )
-    keep = torch.is_grad_enabled() and (query.requires_grad or images.key.requires_grad or images.value.requires_grad)
+    image_key, image_value = for_batch((images.key, images.value), items)
+    if weights.shape not in {
+        (len(images.tokens), b, 1, n, 1) for b in (1, items) for n in (1, queries)
+    }:
+        raise MismatchError(
+            f"weights of shape {list(weights.shape)}: give ({len(images.tokens)}, {items} or 1, 1, "
+            f"{queries} or 1, 1)"
+        )
+    keep = torch.is_grad_enabled() and (
+        query.requires_grad or images.key.requires_grad or images.value.requires_grad
+    )
     return forward(query, key, value, image_key, image_value, images.offsets, weights, keep)[0]

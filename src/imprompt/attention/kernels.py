@@ -1,15 +1,18 @@
-"""The Triton kernels of decoupled cross-attention: forward, the gradient of the queries, that of the images' keys and values.
+"""The Triton kernels of decoupled cross-attention: forward, the gradient of the queries, that of
+the images' keys and values.
 
-Softmaxes are online, in base 2 and float32 (Dao et al. 2022, arXiv 2205.14135); the gradient computes the probabilities again from
-the kept log-sum-exp. Nothing is compiled again for other numbers of tokens, prompts, items, queries or for other scales and
-masks: none of them is a constant of the kernels.
+Softmaxes are online, in base 2 and float32 (Dao et al. 2022, arXiv 2205.14135); the gradient
+computes the probabilities again from the kept log-sum-exp. Nothing is compiled again for other
+numbers of tokens, prompts, items, queries or for other scales and masks: none of them is a constant
+of the kernels.
 
-Names of pointers: ik, iv images' keys and values, w weights, g gradient of the output, lse log-sum-exps; their strides end in _b
-(items), _h (heads), _n (rows), _p (prompts).
+Names of pointers: ik, iv images' keys and values, w weights, g gradient of the output, lse
+log-sum-exps; their strides end in _b (items), _h (heads), _n (rows), _p (prompts).
 """
 
 # pyright: reportGeneralTypeIssues=false
-# (Triton's own types say that tl.arange and tl.range give nothing back: they are never called as Python.)
+# (Triton's own types say that tl.arange and tl.range give nothing back: they are never called as
+# Python.)
 
 from typing import Any
 
@@ -17,15 +20,24 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-INTERPRETED: bool = knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, slowly, for tests
+INTERPRETED: bool = (
+    knobs.runtime.interpret
+)  # TRITON_INTERPRET=1: the kernels run on the CPU, slowly, for tests
 IN_FLOAT32 = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 matrices by their bits
 LOG2_E = 1.4426950408889634
 LONG_BLOCK = tl.constexpr(32)  # keys at a time, then the rest by
-SHORT_BLOCK = tl.constexpr(16)  # 77 text tokens as 32 + 32 + 16, 4 image tokens as 16: the smallest that tensor cores take
-# The kernels' `shape` is (elements that strides count, width of a head, of its first part, of its second part or 0).
+SHORT_BLOCK = tl.constexpr(
+    16
+)  # 77 text tokens as 32 + 32 + 16, 4 image tokens as 16: the smallest that tensor cores take
+# The kernels' `shape` is (elements that strides count, width of a head, of its first part, of its
+# second part or 0).
 NOT_CONSTANT = ["heads", "queries", "texts", "prompts", "total", "splits", "share", "blocks"]
-NOT_CONSTANT += [f"{name}_{axis}" for name in ("q", "k", "v", "ik", "iv", "w", "g") for axis in "bhnp"]
-kernel: Any = triton.jit(do_not_specialize=NOT_CONSTANT, do_not_specialize_on_alignment=["w", "offsets", "lse", "delta"])
+NOT_CONSTANT += [
+    f"{name}_{axis}" for name in ("q", "k", "v", "ik", "iv", "w", "g") for axis in "bhnp"
+]
+kernel: Any = triton.jit(
+    do_not_specialize=NOT_CONSTANT, do_not_specialize_on_alignment=["w", "offsets", "lse", "delta"]
+)
 
 
 @triton.jit
@@ -43,8 +55,11 @@ def inside(rows, stop, width: tl.constexpr, start, columns: tl.constexpr):
 
 
 @triton.jit
-def read(tensor, rows, stop, shape: tl.constexpr):
-    """Rows before `stop` in two parts, zeros outside of the tensor; where there is no second part, the first twice."""
+def load_rows(tensor, rows, stop, shape: tl.constexpr):
+    """Rows before `stop` in two parts, zeros outside of the tensor.
+
+    Where there is no second part, the first twice.
+    """
     column, there = inside(rows, stop, shape[1], 0, shape[2])
     low = tl.load(tensor[0] + rows[:, None] * tensor[1] + column, mask=there, other=0.0)
     high = low
@@ -57,15 +72,25 @@ def read(tensor, rows, stop, shape: tl.constexpr):
 @triton.jit
 def write(tensor, x, scale, rows, stop, stride, shape: tl.constexpr):
     column, there = inside(rows, stop, shape[1], 0, shape[2])
-    tl.store(tensor + rows[:, None] * stride + column, (x[0] * scale).to(tensor.dtype.element_ty), mask=there)
+    tl.store(
+        tensor + rows[:, None] * stride + column,
+        (x[0] * scale).to(tensor.dtype.element_ty),
+        mask=there,
+    )
     if shape[3] > 0:
         column, there = inside(rows, stop, shape[1], shape[2], shape[3])
-        tl.store(tensor + rows[:, None] * stride + column, (x[1] * scale).to(tensor.dtype.element_ty), mask=there)
+        tl.store(
+            tensor + rows[:, None] * stride + column,
+            (x[1] * scale).to(tensor.dtype.element_ty),
+            mask=there,
+        )
 
 
 @triton.jit
 def zeros(rows: tl.constexpr, shape: tl.constexpr):
-    return tl.full((rows, shape[2]), 0.0, tl.float32), tl.full((rows, shape[3] if shape[3] > 0 else 16), 0.0, tl.float32)
+    return tl.full((rows, shape[2]), 0.0, tl.float32), tl.full(
+        (rows, shape[3] if shape[3] > 0 else 16), 0.0, tl.float32
+    )
 
 
 @triton.jit
@@ -78,7 +103,7 @@ def product(a, b):
 @triton.jit
 def scores(a, tensor, rows, stop, shape: tl.constexpr):
     """A Bᵀ in float32, where B is `rows` of the tensor."""
-    b = read(tensor, rows, stop, shape)
+    b = load_rows(tensor, rows, stop, shape)
     result = product(a[0], tl.trans(b[0]))
     if shape[3] > 0:
         result += product(a[1], tl.trans(b[1]))
@@ -88,7 +113,7 @@ def scores(a, tensor, rows, stop, shape: tl.constexpr):
 @triton.jit
 def add_mix(p, z, tensor, rows, stop, shape: tl.constexpr):
     """z + P B, where B is `rows` of the tensor."""
-    b = read(tensor, rows, stop, shape)
+    b = load_rows(tensor, rows, stop, shape)
     p = p.to(b[0].dtype)
     low, high = z
     low += product(p, b[0])
@@ -98,8 +123,10 @@ def add_mix(p, z, tensor, rows, stop, shape: tl.constexpr):
 
 
 @triton.jit
-def measure(q, k, start, stop, scale, top, mass, block: tl.constexpr, shape: tl.constexpr):
-    """The highest score over the keys start … stop and those before, and the softmax's mass relative to it."""
+def softmax_mass(q, k, start, stop, scale, top, mass, block: tl.constexpr, shape: tl.constexpr):
+    """The highest score over the keys start … stop and those before, and the softmax's mass
+    relative to it.
+    """
     for first in range(start, stop, block):
         keys = first + tl.arange(0, block)
         s = tl.where((keys < stop)[None, :], scores(q, k, keys, stop, shape) * scale, float("-inf"))
@@ -116,7 +143,9 @@ def probabilities(q, logs, k, keys, stop, scale, shape: tl.constexpr):
 
 
 @triton.jit
-def add_values(q, weight, logs, k, v, start, stop, scale, z, block: tl.constexpr, shape: tl.constexpr):
+def add_values(
+    q, weight, logs, k, v, start, stop, scale, z, block: tl.constexpr, shape: tl.constexpr
+):
     """z + w ∘ P V over the keys start … stop."""
     for first in range(start, stop, block):
         keys = first + tl.arange(0, block)
@@ -129,12 +158,13 @@ def add_values(q, weight, logs, k, v, start, stop, scale, z, block: tl.constexpr
 def add_attention(q, weight, k, v, start, stop, scale, z, block: tl.constexpr, shape: tl.constexpr):
     """z + the weighted attention to one source, and its log-sum-exp (+inf without keys).
 
-    Twice over the keys, which are few: so one sum, and not one more per source, fills the registers.
+    Twice over the keys, which are few: so one sum, and not one more per source, fills the
+    registers.
     """
     top, mass = tl.full((block,), float("-inf"), tl.float32), tl.full((block,), 0.0, tl.float32)
     rest = start + (stop - start) // LONG_BLOCK * LONG_BLOCK
-    top, mass = measure(q, k, start, rest, scale, top, mass, LONG_BLOCK, shape)
-    top, mass = measure(q, k, rest, stop, scale, top, mass, SHORT_BLOCK, shape)
+    top, mass = softmax_mass(q, k, start, rest, scale, top, mass, LONG_BLOCK, shape)
+    top, mass = softmax_mass(q, k, rest, stop, scale, top, mass, SHORT_BLOCK, shape)
     logs = tl.where(mass > 0, top + tl.log2(mass), float("inf"))
     z = add_values(q, weight, logs, k, v, start, rest, scale, z, LONG_BLOCK, shape)
     z = add_values(q, weight, logs, k, v, rest, stop, scale, z, SHORT_BLOCK, shape)
@@ -143,7 +173,10 @@ def add_attention(q, weight, k, v, start, stop, scale, z, block: tl.constexpr, s
 
 @triton.jit
 def heard(w, w_p, w_b, w_n, offsets, prompt, rows, queries):
-    """The weight of a prompt for these queries and its tokens start … stop; no tokens where no query hears it."""
+    """The weight of a prompt for these queries and its tokens start … stop.
+
+    No tokens where no query hears it.
+    """
     at = w + prompt * w_p + tl.program_id(2) * w_b + rows * w_n
     weight = tl.load(at, mask=rows < queries, other=0.0).to(tl.float32)
     start = tl.load(offsets + prompt)
@@ -153,23 +186,37 @@ def heard(w, w_p, w_b, w_n, offsets, prompt, rows, queries):
 
 @triton.jit
 def places(heads, queries):
-    """How many queries all items and heads have, and how many are before this program's item and head."""
+    """How many queries all items and heads have, and how many are before this program's item and
+    head.
+    """
     here = tl.program_id(2).to(tl.int64) * heads + tl.program_id(1)
     return tl.num_programs(2).to(tl.int64) * heads * queries, here * queries
 
 
 @kernel
-def forward_kernel(q, k, v, ik, iv, w, offsets, out, lse, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, ik_b, ik_h, ik_n,
-                   iv_b, iv_h, iv_n, w_p, w_b, w_n, heads, queries, texts, prompts, scale,
-                   keep: tl.constexpr, block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
+def forward_kernel(q, k, v, ik, iv, w, offsets, out, lse, q_b, q_h, q_n, k_b, k_h,
+                   k_n, v_b, v_h, v_n, ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, w_p, w_b,
+                   w_n, heads, queries, texts, prompts, scale, keep: tl.constexpr,
+                   block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
     """One block of queries of a head of an item: the text, then every prompt."""
     rows = tl.program_id(0) * block + tl.arange(0, block)
     every, before = places(heads, queries)
     k, v = here(k, k_b, k_h, k_n, shape), here(v, v_b, v_h, v_n, shape)
     ik, iv = here(ik, ik_b, ik_h, ik_n, shape), here(iv, iv_b, iv_h, iv_n, shape)
-    q = read(here(q, q_b, q_h, q_n, shape), rows, queries, shape)
+    q = load_rows(here(q, q_b, q_h, q_n, shape), rows, queries, shape)
     lse += before + rows
-    z, logs = add_attention(q, tl.full((block,), 1.0, tl.float32), k, v, 0, texts, scale, zeros(block, shape), block, shape)
+    z, logs = add_attention(
+        q,
+        tl.full((block,), 1.0, tl.float32),
+        k,
+        v,
+        0,
+        texts,
+        scale,
+        zeros(block, shape),
+        block,
+        shape,
+    )
     if keep:
         tl.store(lse, logs, mask=rows < queries)
     for prompt in range(prompts):
@@ -184,11 +231,15 @@ def forward_kernel(q, k, v, ik, iv, w, offsets, out, lse, q_b, q_h, q_n, k_b, k_
 @triton.jit
 def shares(q, g, weight, logs, k, v, keys, stop, scale, shape: tl.constexpr):
     """Probabilities P of these keys, and dP = w ∘ (dZ Vᵀ)."""
-    return probabilities(q, logs, k, keys, stop, scale, shape), scores(g, v, keys, stop, shape) * weight[:, None]
+    return probabilities(q, logs, k, keys, stop, scale, shape), scores(
+        g, v, keys, stop, shape
+    ) * weight[:, None]
 
 
 @triton.jit
-def add_row_sums(q, g, weight, logs, k, v, start, stop, scale, sums, block: tl.constexpr, shape: tl.constexpr):
+def add_row_sums(
+    q, g, weight, logs, k, v, start, stop, scale, sums, block: tl.constexpr, shape: tl.constexpr
+):
     """sums + the row sums of P ∘ dP over the keys start … stop."""
     for first in range(start, stop, block):
         p, dp = shares(q, g, weight, logs, k, v, first + tl.arange(0, block), stop, scale, shape)
@@ -197,7 +248,9 @@ def add_row_sums(q, g, weight, logs, k, v, start, stop, scale, sums, block: tl.c
 
 
 @triton.jit
-def add_query_gradient(q, g, weight, logs, k, v, start, stop, scale, sums, dq, block: tl.constexpr, shape: tl.constexpr):
+def add_query_gradient(
+    q, g, weight, logs, k, v, start, stop, scale, sums, dq, block: tl.constexpr, shape: tl.constexpr
+):
     """dq + dS K over the keys start … stop, with dS = P ∘ (dP − row sums)."""
     for first in range(start, stop, block):
         keys = first + tl.arange(0, block)
@@ -207,47 +260,67 @@ def add_query_gradient(q, g, weight, logs, k, v, start, stop, scale, sums, dq, b
 
 
 @triton.jit
-def add_source_gradient(q, g, weight, logs, k, v, start, stop, scale, dq, block: tl.constexpr, shape: tl.constexpr):
-    """dq + what one source adds to it, and the row sums of P ∘ dP: they first, so that dP − sums is taken before it is rounded."""
+def add_source_gradient(
+    q, g, weight, logs, k, v, start, stop, scale, dq, block: tl.constexpr, shape: tl.constexpr
+):
+    """dq + what one source adds to it, and the row sums of P ∘ dP: they first, so that dP − sums is
+    taken before it is rounded.
+    """
     rest = start + (stop - start) // LONG_BLOCK * LONG_BLOCK
     sums = tl.full((block,), 0.0, tl.float32)
     sums = add_row_sums(q, g, weight, logs, k, v, start, rest, scale, sums, LONG_BLOCK, shape)
     sums = add_row_sums(q, g, weight, logs, k, v, rest, stop, scale, sums, SHORT_BLOCK, shape)
-    dq = add_query_gradient(q, g, weight, logs, k, v, start, rest, scale, sums, dq, LONG_BLOCK, shape)
-    dq = add_query_gradient(q, g, weight, logs, k, v, rest, stop, scale, sums, dq, SHORT_BLOCK, shape)
+    dq = add_query_gradient(
+        q, g, weight, logs, k, v, start, rest, scale, sums, dq, LONG_BLOCK, shape
+    )
+    dq = add_query_gradient(
+        q, g, weight, logs, k, v, rest, stop, scale, sums, dq, SHORT_BLOCK, shape
+    )
     return dq, sums
 
 
 @kernel
-def query_kernel(q, k, v, ik, iv, w, offsets, g, lse, delta, dq, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, ik_b, ik_h, ik_n,
-                 iv_b, iv_h, iv_n, g_b, g_h, g_n, w_p, w_b, w_n, heads, queries, texts, prompts, scale, to_gradient,
-                 block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
-    """dQ of one block of queries; the row sums of P ∘ dP of every prompt, which the other kernel needs."""
+def query_kernel(q, k, v, ik, iv, w, offsets, g, lse, delta, dq, q_b, q_h, q_n, k_b,
+                 k_h, k_n, v_b, v_h, v_n, ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, g_b,
+                 g_h, g_n, w_p, w_b, w_n, heads, queries, texts, prompts, scale,
+                 to_gradient, block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
+    """dQ of one block of queries.
+
+    The row sums of P ∘ dP of every prompt, which the other kernel needs.
+    """
     rows = tl.program_id(0) * block + tl.arange(0, block)
     every, before = places(heads, queries)
     k, v = here(k, k_b, k_h, k_n, shape), here(v, v_b, v_h, v_n, shape)
     ik, iv = here(ik, ik_b, ik_h, ik_n, shape), here(iv, iv_b, iv_h, iv_n, shape)
-    q = read(here(q, q_b, q_h, q_n, shape), rows, queries, shape)
-    g = read(here(g, g_b, g_h, g_n, shape), rows, queries, shape)
+    q = load_rows(here(q, q_b, q_h, q_n, shape), rows, queries, shape)
+    g = load_rows(here(g, g_b, g_h, g_n, shape), rows, queries, shape)
     lse += before + rows
     delta += before + rows
     logs = tl.load(lse, mask=rows < queries, other=float("inf"))
     one = tl.full((block,), 1.0, tl.float32)
-    x, sums = add_source_gradient(q, g, one, logs, k, v, 0, texts, scale, zeros(block, shape), block, shape)
+    x, sums = add_source_gradient(
+        q, g, one, logs, k, v, 0, texts, scale, zeros(block, shape), block, shape
+    )
     for prompt in range(prompts):
         weight, start, stop = heard(w, w_p, w_b, w_n, offsets, prompt, rows, queries)
         logs = tl.load(lse + (prompt + 1) * every, mask=rows < queries, other=float("inf"))
-        x, sums = add_source_gradient(q, g, weight, logs, ik, iv, start, stop, scale, x, block, shape)
+        x, sums = add_source_gradient(
+            q, g, weight, logs, ik, iv, start, stop, scale, x, block, shape
+        )
         tl.store(delta + prompt * every, sums, mask=rows < queries)
     dq += (tl.program_id(2).to(tl.int64) * queries * heads + tl.program_id(1)) * shape[1]
     write(dq, x, to_gradient, rows, queries, heads * shape[1], shape)
 
 
 @kernel
-def image_kernel(q, ik, iv, w, offsets, g, lse, delta, dk, dv, q_b, q_h, q_n, ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, g_b, g_h, g_n,
-                 w_p, w_b, w_n, heads, queries, total, splits, share, blocks, scale, to_gradient,
+def image_kernel(q, ik, iv, w, offsets, g, lse, delta, dk, dv, q_b, q_h, q_n, ik_b,
+                 ik_h, ik_n, iv_b, iv_h, iv_n, g_b, g_h, g_n, w_p, w_b, w_n, heads,
+                 queries, total, splits, share, blocks, scale, to_gradient,
                  block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
-    """dK' and dV' of one block of a prompt's tokens from one split of the queries; the caller adds up the splits."""
+    """dK' and dV' of one block of a prompt's tokens from one split of the queries.
+
+    The caller adds up the splits.
+    """
     split, number = tl.program_id(0) % splits, tl.program_id(0) // splits
     prompt = number // blocks
     first = tl.load(offsets + prompt) + number % blocks * SHORT_BLOCK
@@ -255,13 +328,15 @@ def image_kernel(q, ik, iv, w, offsets, g, lse, delta, dk, dv, q_b, q_h, q_n, ik
     keys = first + tl.arange(0, SHORT_BLOCK)
     every, before = places(heads, queries)
     q, g = here(q, q_b, q_h, q_n, shape), here(g, g_b, g_h, g_n, shape)
-    k = read(here(ik, ik_b, ik_h, ik_n, shape), keys, stop, shape)
-    v = read(here(iv, iv_b, iv_h, iv_n, shape), keys, stop, shape)
+    k = load_rows(here(ik, ik_b, ik_h, ik_n, shape), keys, stop, shape)
+    v = load_rows(here(iv, iv_b, iv_h, iv_n, shape), keys, stop, shape)
     w += prompt * w_p + tl.program_id(2) * w_b
     delta += prompt * every + before
     lse += (prompt + 1) * every + before
     x, y = zeros(SHORT_BLOCK, shape), zeros(SHORT_BLOCK, shape)
-    end = tl.where(first < stop, tl.minimum((split + 1) * share, queries), 0)  # nothing to do past the prompt's last token
+    end = tl.where(
+        first < stop, tl.minimum((split + 1) * share, queries), 0
+    )  # nothing to do past the prompt's last token
     for begin in range(split * share, end, block):
         rows = begin + tl.arange(0, block)
         weight = tl.load(w + rows * w_n, mask=rows < end, other=0.0).to(tl.float32)

@@ -1,16 +1,18 @@
-"""The command line. Commands import what they need when they run, so that `imprompt --help` is quick."""
+"""The command line.
+
+Commands import what they need when they run, so that `imprompt --help` is quick.
+"""
 
 import atexit
-import gc
 import io
-import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from importlib import import_module
+from typing import NamedTuple
 
 import typer
 
+from imprompt.cli.console import LateCommand, fail
 from imprompt.errors import ImpromptError
 
 app = typer.Typer(
@@ -23,13 +25,66 @@ app = typer.Typer(
 )
 
 
+class Command(NamedTuple):
+    """One command: its name, and the function of a module of this package that it is.
+
+    help  of a command whose function is made when it is used: see
+          `imprompt.cli.console.LateCommand`
+    """
+
+    name: str
+    module: str
+    function: str
+    help: str = ""
+
+
+COMMANDS = {  # group -> its commands; "" is the program itself
+    "": (
+        Command(
+            "generate", "generate", "generate_command", "Make pictures that follow an image prompt."
+        ),
+        Command("demo", "demo", "demo"),
+        Command("models", "generate", "models"),
+        Command("blocks", "generate", "blocks"),
+        Command("embed", "embed", "embed"),
+        Command("train", "train", "train_command"),
+    ),
+    "data": (Command("check", "data", "check"), Command("encode", "encode", "encode")),
+    "evaluate": (
+        Command(
+            "run",
+            "evaluate",
+            "evaluate_command",
+            "Make pictures for every item of a set and measure them. The same command again goes "
+            "on; torchrun shares the work.",
+        ),
+        Command("report", "evaluate", "report"),
+        Command("compare", "evaluate", "compare"),
+    ),
+    "adapters": (
+        Command("inspect", "adapters", "inspect"),
+        Command("convert", "adapters", "convert"),
+    ),
+}
+GROUPS = {  # that commands are said in; commands of others are the program's own
+    "data": "Training sets: check them, encode their features.",
+    "evaluate": "Measure a model and adapter over a set of pictures.",
+}
+
+
 def commands() -> None:
     """Register every command, once."""
-    from imprompt.cli import adapters, data, demo, embed, evaluate, generate, train
-
-    if not app.registered_commands:
-        for module in (generate, demo, embed, train, data, evaluate, adapters):
-            module.register(app)
+    if app.registered_commands:
+        return
+    for name, members in COMMANDS.items():
+        group = app
+        if name in GROUPS:
+            group = typer.Typer(help=GROUPS[name], no_args_is_help=True, rich_markup_mode=None)
+            app.add_typer(group, name=name)
+        for command in members:
+            function = getattr(import_module(f"imprompt.cli.{command.module}"), command.function)
+            late = {"cls": LateCommand, "help": command.help} if command.help else {}
+            group.command(command.name, **late)(function)
 
 
 def main() -> None:
@@ -37,7 +92,9 @@ def main() -> None:
     commands()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a name that the terminal cannot show is no reason to fail
     try:
         app()
     except ImpromptError as error:
@@ -53,8 +110,9 @@ def main() -> None:
 def shell() -> None:
     """What a shell starts: `main`, and at its end the process is gone.
 
-    Python would take its modules apart first, one by one: after torch and diffusers that is a second of nothing. What
-    libraries registered with atexit runs before, for the first registered runs last.
+    Python would take its modules apart first, one by one: after torch and diffusers that is a
+    second of nothing. What libraries registered with atexit runs before, for the first registered
+    runs last.
     """
     code = 1  # of an exception that nobody caught
 
@@ -72,39 +130,3 @@ def shell() -> None:
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Around imports and weights. The cyclic collector waits, and later leaves out what there is by then: it stays to the end."""
-    from imprompt.models import collector_waits
-
-    with collector_waits():
-        yield
-        gc.freeze()
-        atexit.register(gc.unfreeze)  # extension modules complain of what is left then
-
-
-def quiet() -> None:
-    """Keep the libraries' loading bars and notices out of the terminal; the commands show their own progress."""
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers.utils.logging as diffusers_log
-    import transformers.utils.logging as transformers_log
-
-    for log in (diffusers_log, transformers_log):
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, which not every run does
-
-
-def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Labels and values in two columns."""
-    wide = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        print(f"{label:{wide}}  {value}")
-
-
-def fail(message: str) -> None:
-    print("imprompt: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)

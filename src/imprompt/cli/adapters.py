@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,24 +13,29 @@ class LayoutName(StrEnum):
     diffusers = "diffusers"
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(inspect)
-    app.command()(convert)
-
-
-Answer = Annotated[str | None, typer.Option(help="What the file's tensors cannot tell, such as faceid-plus-v2.")]
+Answer = Annotated[
+    str | None, typer.Option(help="What the file's tensors cannot tell, such as faceid-plus-v2.")
+]
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An adapter file, a folder that holds one, or a PNG that was generated.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="An adapter file, a folder that holds one, or a PNG that was generated."
+        ),
+    ],
     variant: Answer = None,
 ) -> None:
-    """Say what an adapter file is: for which model and image encoder, how many parameters. Of a PNG print its request, as JSON."""
-    from imprompt.checkpoint import describe, read_adapter
-    from imprompt.cli import print_rows
+    """Say what an adapter file is: for which model and image encoder, how many parameters.
+
+    Of a PNG print its request, as JSON.
+    """
+    from imprompt.checkpoints.adapters import describe, read_adapter
+    from imprompt.cli.console import print_rows
 
     if file.suffix.lower() == ".png":
-        from imprompt.sampling.record import read_request
+        from imprompt.generation.request import read_request
 
         print(read_request(file).model_dump_json(indent=1, exclude_defaults=True))
         return
@@ -39,34 +44,49 @@ def inspect(
 
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter file in any known layout.")],
-    target: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .bin for the paper's layout.")],
-    to: Annotated[LayoutName, typer.Option("--to", help="The layout to write.")] = LayoutName.imprompt,
-    model: Annotated[str | None, typer.Option(help="The base model, where the file only numbers an unknown one's layers.")] = None,
+    target: Annotated[
+        Path,
+        typer.Argument(help="The file to write: .safetensors, or .bin for the paper's layout."),
+    ],
+    to: Annotated[
+        LayoutName, typer.Option("--to", help="The layout to write.")
+    ] = LayoutName.imprompt,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The base model, where the file only numbers an unknown one's layers."),
+    ] = None,
     variant: Answer = None,
 ) -> None:
-    """Write an adapter in another layout, its weights bit for bit. A .bin has no place for the header; .safetensors keeps it."""
-    from imprompt.checkpoint import read_adapter, write_adapter
+    """Write an adapter in another layout, its weights bit for bit.
+
+    A .bin has no place for the header; .safetensors keeps it.
+    """
+    from imprompt.checkpoints.adapters import read_adapter, write_adapter
     from imprompt.files import refuse_inputs
 
     refuse_inputs(target, [source])
-    write_adapter(target, read_adapter(source, variant), to.value, sites_of(model) if model else None)
+    write_adapter(
+        target, read_adapter(source, variant), to.value, sites_of(model) if model else None
+    )
     print(f"{target}  {to.value} layout")
 
 
 def sites_of(model: str) -> list[str]:
-    """The names of a base model's cross-attentions, from its configuration alone."""
+    """Return the names of a base model's cross-attentions, from its configuration alone."""
     import torch
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    from imprompt.attention import family_of
     from imprompt.errors import CheckpointError, first_line
-    from imprompt.models import find_model
+    from imprompt.families.published import model_parts
+    from imprompt.models import find_model, part_config
 
-    source, _ = find_model(model).base.fetch_folder()
+    known = find_model(model)
+    family = model_parts(known)[1]
+    config = part_config(known, family.component)
     try:
-        config: Any = UNet2DConditionModel.load_config(source, subfolder="unet")
         with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(config)
+            base = family.build(config)
     except Exception as error:  # a folder can be wrong in any way
-        raise CheckpointError(f"{model} holds no UNet that can be read ({first_line(error)})") from error
-    return list(family_of(unet).sites(unet))
+        raise CheckpointError(
+            f"{model}: no base model can be read ({first_line(error)})"
+        ) from error
+    return list(family.layers(base))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from imprompt.training.check import Finding, Report
+    from imprompt.training.check import Finding, SetReport
     from imprompt.training.recipe import Data
 
 Row = tuple[str, str, list[str]]  # what, how many, examples
@@ -20,25 +20,32 @@ class Captions(StrEnum):
     optional = "optional"
 
 
-def register(app: typer.Typer) -> None:
-    from imprompt.cli import encode
-
-    group = typer.Typer(help="Training sets: check them, encode their features.", no_args_is_help=True, rich_markup_mode=None)
-    group.command()(check)
-    encode.register(group)
-    app.add_typer(group, name="data")
-
-
 def check(
-    source: Annotated[str, typer.Argument(help="What data.source of a recipe names (a folder, list.json, …), or a recipe.toml.")],
-    root: Annotated[Path | None, typer.Option(help="Where the pictures of a JSON list are; beside it if not given.")] = None,
-    captions: Annotated[Captions | None, typer.Option(help="Whether a sample without a caption is unusable.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Training size in pixels, to count smaller pictures.")] = None,
-    headers: Annotated[bool, typer.Option("--headers", help="Read the pictures' headers only: quicker, finds less.")] = False,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="What data.source of a recipe names (a folder, list.json, …), or a recipe.toml."
+        ),
+    ],
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Where the pictures of a JSON list are; beside it if not given."),
+    ] = None,
+    captions: Annotated[
+        Captions | None, typer.Option(help="Whether a sample without a caption is unusable.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Training size in pixels, to count smaller pictures.")
+    ] = None,
+    headers: Annotated[
+        bool,
+        typer.Option("--headers", help="Read the pictures' headers only: quicker, finds less."),
+    ] = False,
     examples: Annotated[int, typer.Option(min=0, help="Names to show for each finding.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Read a training set and say what cannot be used, which sizes there are, and what is there twice.
+    """Read a training set and say what cannot be used, which sizes there are, and what is there
+    twice.
 
     Exit code 0 if all of it can be used, 1 if not.
     """
@@ -49,18 +56,24 @@ def check(
     from imprompt.training.sources import open_source
 
     given = {"root": root, "captions": captions and captions.value, "size": size}
-    data = asked(source).model_copy(update={key: value for key, value in given.items() if value is not None})
+    data = asked(source).model_copy(
+        update={key: value for key, value in given.items() if value is not None}
+    )
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("reading", total=None)
-        report = checking.check(
+        report = checking.check_set(
             open_source(data),
             not headers,
             lambda done, total: progress.update(bar, completed=done, total=total),
             training_size=data.size,
             examples=examples,
         )
-    print(json.dumps(asdict(report), ensure_ascii=False, indent=2) if as_json else table(rows(report, data.size)))
+    print(
+        json.dumps(asdict(report), ensure_ascii=False, indent=2)
+        if as_json
+        else table(finding_rows(report, data.size))
+    )
     if not report.fine:
         raise typer.Exit(1)
 
@@ -72,11 +85,15 @@ def asked(source: str) -> "Data":
     return read_recipe(Path(source)).data if source.endswith(".toml") else Data(source=source)
 
 
-def rows(report: "Report", size: int | None) -> list[Row]:
+def finding_rows(report: "SetReport", size: int | None) -> list[Row]:
     """The report line by line."""
 
     def row(what: str, finding: "Finding | None") -> Row:
-        return (what, f"{finding.count:,}", finding.examples) if finding else (what, "not looked for", [])
+        return (
+            (what, f"{finding.count:,}", finding.examples)
+            if finding
+            else (what, "not looked for", [])
+        )
 
     def plain(what: str, count: int) -> Row:
         return what, f"{count:,}", []
@@ -90,7 +107,11 @@ def rows(report: "Report", size: int | None) -> list[Row]:
         *(row(what, finding) for what, finding in few if finding and finding.count),
         row("duplicate pictures", report.duplicates),
         row("repeated captions", report.repeated_captions),
-        *([("smallest", report.smallest or "", []), ("largest", report.largest or "", [])] if report.usable else []),
+        *(
+            [("smallest", report.smallest or "", []), ("largest", report.largest or "", [])]
+            if report.usable
+            else []
+        ),
         *(plain(f"short side {side}", count) for side, count in report.short_sides.items()),
         *(plain(f"aspect {aspect}", count) for aspect, count in report.aspects.items()),
     ]
@@ -99,6 +120,8 @@ def rows(report: "Report", size: int | None) -> list[Row]:
 def table(lines: list[Row]) -> str:
     wide = max(len(what) for what, _, _ in lines)
     return "\n".join(
-        "\n".join([f"{what:{wide}}  {value}", *(f"{'':{wide}}    {example}" for example in examples)])
+        "\n".join(
+            [f"{what:{wide}}  {value}", *(f"{'':{wide}}    {example}" for example in examples)]
+        )
         for what, value, examples in lines
     )

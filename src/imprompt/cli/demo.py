@@ -21,30 +21,36 @@ LABELS = {  # what a row shows -> the pictures that go in
 }
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(demo)
-
-
 def demo(out: Annotated[Path, typer.Option(help="Folder for the sheet.")] = Path("out")) -> None:
-    """Make a sheet with the packaged model: an image prompt alone, with a text, in a region, with outlines."""
-    from imprompt.cli import loading, quiet
+    """Make a sheet with the packaged model: an image prompt alone, with a text, in a region, with
+    outlines.
+    """
+    from imprompt.cli.console import loading, quiet
     from imprompt.files import check_folder
+    from imprompt.generation.pipeline import ImagePromptPipeline
+    from imprompt.generation.request import save_new
     from imprompt.images import open_image
     from imprompt.models import PACKAGED
-    from imprompt.sampling.generate import ImagePromptPipeline
-    from imprompt.sampling.record import save_new
 
     start = time.monotonic()
     check_folder(out)
     with loading():
         quiet()
         pipeline = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", controlnet="edges")
-    pictures = {name: open_image(PACKAGED / "emoji" / name) for names in LABELS.values() for name in names}
+    pictures = {
+        name: open_image(PACKAGED / "emoji" / name) for names in LABELS.values() for name in names
+    }
     results = [pipeline(**call, num_images=RESULTS, seed=SEED).images for call in calls(pictures)]
-    rows = [([pictures[name] for name in names], made) for names, made in zip(LABELS.values(), results, strict=True)]
+    rows = [
+        ([pictures[name] for name in names], made)
+        for names, made in zip(LABELS.values(), results, strict=True)
+    ]
     out.mkdir(parents=True, exist_ok=True)
-    path = save_new(sheet(rows), out / "demo.png")
-    print(f"{path}: {RESULTS * len(rows)} pictures in {time.monotonic() - start:.1f} s, model load included.")
+    path = save_new(demo_sheet(rows), out / "demo.png")
+    print(
+        f"{path}: {RESULTS * len(rows)} pictures in {time.monotonic() - start:.1f} s, model load "
+        "included."
+    )
     print("More: imprompt generate --help")
 
 
@@ -52,9 +58,11 @@ def calls(pictures: "dict[str, Image.Image]") -> list[dict[str, Any]]:
     """What the pipeline is asked for, row by row."""
     from PIL import Image
 
-    from imprompt.sampling.references import Reference
+    from imprompt.generation.references import Reference
 
-    prompt, other, edges = (pictures[name] for name in ("demo.png", "demo-other.png", "demo-edges.png"))
+    prompt, other, edges = (
+        pictures[name] for name in ("demo.png", "demo-other.png", "demo-edges.png")
+    )
     left, right = Image.new("L", prompt.size), Image.new("L", prompt.size, 255)
     box = (0, 0, prompt.width // 2, prompt.height)
     left.paste(255, box)
@@ -68,7 +76,7 @@ def calls(pictures: "dict[str, Image.Image]") -> list[dict[str, Any]]:
     ]
 
 
-def sheet(rows: "list[tuple[list[Image.Image], list[Image.Image]]]") -> "Image.Image":
+def demo_sheet(rows: "list[tuple[list[Image.Image], list[Image.Image]]]") -> "Image.Image":
     """Rows of what goes in and what came out, enlarged, under a line that says what they show."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -76,7 +84,9 @@ def sheet(rows: "list[tuple[list[Image.Image], list[Image.Image]]]") -> "Image.I
     side, gap, line = rows[0][1][0].width * ENLARGED, 8, 32
     columns = max(len(given) for given, _ in rows)
     pitch = side + gap
-    page = Image.new("RGB", ((columns + RESULTS) * pitch + gap, len(rows) * (pitch + line)), "white")
+    page = Image.new(
+        "RGB", ((columns + RESULTS) * pitch + gap, len(rows) * (pitch + line)), "white"
+    )
     pen = ImageDraw.Draw(page)
     for row, (label, (given, made)) in enumerate(zip(LABELS, rows, strict=True)):
         top = row * (pitch + line)

@@ -8,41 +8,71 @@ import typer
 from imprompt.errors import SettingError
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(embed)
-
-
 def embed(
-    images: Annotated[list[Path], typer.Argument(help="Pictures; the file holds the features of all.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Pictures; the file holds the features of all.")
+    ],
     out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
-    model: Annotated[str, typer.Option(help="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")] = "emoji",
+    model: Annotated[
+        str, typer.Option(help="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")
+    ] = "emoji",
     adapter: Annotated[
-        str | None, typer.Option(help="The adapter that is to read them: base, plus, a file, or a Hub file.")
+        str | None,
+        typer.Option(help="The adapter that is to read them: base, plus, a file, or a Hub file."),
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="What the adapter's tensors cannot tell, such as faceid-plus-v2.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say.")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say."),
+    ] = None,
     crop: Annotated[
-        str, typer.Option(help="What of a picture is seen: center, top, bottom, left, right, pad, 'pad black', squash, tiles.")
+        str,
+        typer.Option(
+            help=(
+                "What of a picture is seen: center, top, bottom, left, right, pad, 'pad black', "
+                "squash, tiles."
+            )
+        ),
     ] = "center",
     sharpening: Annotated[float, typer.Option(help="Sharpen at the encoder's size, 0 to 1.")] = 0.0,
-    ignore: Annotated[Path | None, typer.Option(help="A mask: what is white there is not seen.")] = None,
-    face: Annotated[str | None, typer.Option(help="Of several faces (FaceID): largest, or a number from the left.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")] = None,
+    ignore: Annotated[
+        Path | None, typer.Option(help="A mask: what is white there is not seen.")
+    ] = None,
+    face: Annotated[
+        str | None,
+        typer.Option(help="Of several faces (FaceID): largest, or a number from the left."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")
+    ] = None,
 ) -> None:
-    """Encode pictures once, into a file that is taken wherever a picture is taken as an image prompt."""
+    """Encode pictures once, into a file that is taken wherever a picture is taken as an image
+    prompt.
+    """
     from rich.console import Console
 
-    from imprompt.cli import loading, quiet
-    from imprompt.encoders.embeddings import SUFFIX, Embedding, save_embedding
+    from imprompt.cli.console import loading, quiet
+    from imprompt.encoders.embedding_files import SUFFIX, Embedding, save_embedding
     from imprompt.files import check_folder, refuse_inputs
-    from imprompt.sampling.references import Reference, hash_of
+    from imprompt.generation.references import Reference, hash_of
 
     if out.suffix != SUFFIX:
         raise SettingError(f"{out}: features are written to {SUFFIX} files; give such a name")
     check_folder(out.parent)
     refuse_inputs(out, [*images, *(Path(name) for name in (ignore, adapter) if name is not None)])
-    said = {"images": images, "crop": crop, "sharpening": sharpening, "ignore": ignore, "face": face}
+    said = {
+        "images": images,
+        "crop": crop,
+        "sharpening": sharpening,
+        "ignore": ignore,
+        "face": face,
+    }
     reference = Reference.model_validate(said)
     for picture in reference.images:
         picture.check()
@@ -55,20 +85,30 @@ def embed(
     embedding = Embedding(features, feature, encoder_of.source, encoder_of.fingerprint(), hashes)
     save_embedding(out, embedding)
     sizes = " and ".join("×".join(map(str, part.shape)) for part in embedding.parts)
-    print(f"{out}  {feature} features" + (f" of {encoder_of.source}" if encoder_of.source else "") + f", {sizes}")
+    print(
+        f"{out}  {feature} features"
+        + (f" of {encoder_of.source}" if encoder_of.source else "")
+        + f", {sizes}"
+    )
 
 
-def open_reader(model: str, adapter: str | None, variant: str | None, encoder: str | None, device: str | None,
-                dtype: str | None) -> Any:  # fmt: skip
+def open_reader(
+    model: str,
+    adapter: str | None,
+    variant: str | None,
+    encoder: str | None,
+    device: str | None,
+    dtype: str | None,
+) -> Any:
     """What reads pictures for an adapter."""
     import torch
 
-    from imprompt.checkpoint import read_adapter
-    from imprompt.encoders.opening import load_encoder
+    from imprompt.checkpoints.adapters import read_adapter
+    from imprompt.encoders.matching import load_encoder
+    from imprompt.generation.features import Reader
+    from imprompt.generation.pipeline import check_device, default_device
+    from imprompt.generation.settings import Precision
     from imprompt.models import find_adapter, find_model
-    from imprompt.sampling.generate import check_device, default_device
-    from imprompt.sampling.reading import Reader
-    from imprompt.sampling.settings import Precision
 
     place = check_device(device) if device else default_device()
     kind = dtype or ("float16" if place.startswith("cuda") else "float32")
@@ -77,4 +117,6 @@ def open_reader(model: str, adapter: str | None, variant: str | None, encoder: s
     known = find_model(model)
     path, told, named = find_adapter(known, adapter)
     file = read_adapter(path, variant or named or None)
-    return Reader(load_encoder(file, told, known, encoder, place, getattr(torch, kind)), file.variant)
+    return Reader(
+        load_encoder(file, told, known, encoder, place, getattr(torch, kind)), file.variant
+    )

@@ -15,25 +15,34 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(days=7)  # of a process for those that have more to encode
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(encode)
-
-
 def encode(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file: see recipes/. Its data.features is the folder to fill.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a key, such as data.features=FOLDER.")] = None,
-    check: Annotated[bool, typer.Option("--verify", help="Encode nothing; read a filled folder and name damaged files.")] = False,
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A TOML file: see recipes/. Its data.features is the folder to fill."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key, such as data.features=FOLDER.")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Encode nothing; read a filled folder and name damaged files."
+        ),
+    ] = False,
 ) -> None:
-    """Run the VAE, the image encoder and the text encoders over the pictures once, for training to read what they give.
+    """Run the VAE, the image encoder and the text encoders over the pictures once, for training to
+    read what they give.
 
-    The same command again goes on where it stopped. On several GPUs: torchrun --nproc-per-node 8 --no-python imprompt data
-    encode RECIPE.
+    The same command again goes on where it stopped. On several GPUs: torchrun --nproc-per-node 8
+    --no-python imprompt data encode RECIPE.
     """
     from imprompt.training.recipe import read_recipe
 
     plan = read_recipe(recipe, overrides or [])
     if plan.data.features is None:
-        raise SettingError(f"{recipe} does not say where the features go: give --set data.features=FOLDER")
+        raise SettingError(
+            f"{recipe} does not say where the features go: give --set data.features=FOLDER"
+        )
     if check:
         verify(plan.data.features)
     else:
@@ -43,10 +52,12 @@ def encode(
 def verify(folder: Path) -> None:
     """Read every file; ImpromptError if one is not what was written."""
     from imprompt.training.cache import read_manifest
-    from imprompt.training.cache import verify as faults_of
+    from imprompt.training.cache import verify_folder as faults_of
 
     if faults := faults_of(folder):
-        raise ImpromptError(f"{'; '.join(faults)}. Remove what is damaged and run imprompt data encode again")
+        raise ImpromptError(
+            f"{'; '.join(faults)}. Remove what is damaged and run imprompt data encode again"
+        )
     print(f"{folder}  {len(read_manifest(folder)['shards']):,} shards, none damaged")
 
 
@@ -57,7 +68,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from imprompt.cli import quiet
+    from imprompt.cli.console import quiet
     from imprompt.files import check_folder
     from imprompt.training.batches import Share
     from imprompt.training.cache import read_manifest
@@ -74,16 +85,22 @@ def fill(plan: "Recipe", folder: Path) -> None:
     frozen = open_frozen(plan, open_base(plan, device, whole=True))
     console = Console(stderr=True)
     hidden = not (console.is_terminal and processes.is_main_process)
-    with Progress(*Progress.get_default_columns(), console=console, transient=True, disable=hidden) as progress:
+    with Progress(
+        *Progress.get_default_columns(), console=console, transient=True, disable=hidden
+    ) as progress:
         bar = progress.add_task("encoding", total=None)
 
         def shown(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        encode_features(plan, source, frozen, Share(processes.process_index, processes.num_processes), shown)
+        encode_features(
+            plan, source, frozen, Share(processes.process_index, processes.num_processes), shown
+        )
     processes.wait_for_everyone()
     if processes.is_main_process:
         totals = read_manifest(folder)["totals"]
-        told = f"{totals['samples']:,} samples, {totals['bad']:,} bad, {totals['bytes'] / 1e6:,.1f} MB"
+        told = (
+            f"{totals['samples']:,} samples, {totals['bad']:,} bad, {totals['bytes'] / 1e6:,.1f} MB"
+        )
         print(f"{folder}  {told}, {time.monotonic() - start:.0f} s")
     processes.destroy_process_group()

@@ -1,7 +1,7 @@
 """`imprompt generate`, `imprompt models` and `imprompt blocks`."""
 
-import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,198 +10,188 @@ import typer
 from imprompt.errors import SettingError
 
 if TYPE_CHECKING:
-    from imprompt.sampling.record import Request
+    from imprompt.cli.flags import FieldFlag, Told
+    from imprompt.generation.references import Reference
+    from imprompt.generation.request import Request
 
 
-def register(app: typer.Typer) -> None:
-    app.command()(generate)
-    app.command()(models)
-    app.command()(blocks)
+WITHOUT_FLAG = {  # fields that cannot be given on the command line, and why
+    "Settings": {},
+    "Reference": {
+        "images": "they are the command's arguments",
+        "adapter": "a command line names one adapter, for all image prompts: Request.adapter",
+        "scale": "--scale is for all image prompts: Settings.scale",
+        "embeds_scaling": "seldom used: in a request file",
+        "face_scale": "seldom used: in a request file",
+    },
+    "Request": {
+        "images": "they are the command's arguments",
+        "settings": "its own fields are flags",
+        "only": "it comes from a PNG: the picture of the call that the PNG holds",
+    },
+}
+
+
+def field_flags() -> list["FieldFlag"]:
+    """Return the flags that are fields of a request."""
+    from imprompt.cli.flags import flags_of
+    from imprompt.generation.references import Reference
+    from imprompt.generation.request import Request
+    from imprompt.generation.settings import Settings
+
+    schemas = Settings, Reference, Request
+    return [flag for schema in schemas for flag in flags_of(schema, WITHOUT_FLAG[schema.__name__])]
+
+
+def generate_command() -> Callable[..., None]:
+    """Return `generate` with its flags."""
+    from imprompt.cli.flags import with_flags
+
+    return with_flags(generate, field_flags())
 
 
 def generate(
-    context: typer.Context,
+    told: "Told",
     images: Annotated[
-        list[Path] | None, typer.Argument(help="Image prompts: each gives its own results.", show_default=False)
+        list[Path] | None,
+        typer.Argument(help="Image prompts: each gives its own results.", show_default=False),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Text that goes with the image prompt.")] = "",
-    negative: Annotated[str, typer.Option(help="Text to keep away from.")] = "",
-    scale: Annotated[float, typer.Option(help="How strongly the image prompt is heard; about 0.5 with a text.")] = 1.0,
-    model: Annotated[str, typer.Option(help="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")] = "emoji",
-    adapter: Annotated[list[str] | None, typer.Option(help="base, plus, a file, a training run's state, or a Hub file.")] = None,
-    variant: Annotated[str | None, typer.Option(help="What the adapter's tensors cannot tell, such as faceid-plus-v2.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say.")] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Results per image prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Result i has seed + i; random if not given.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; the model's own if not given.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the model's own if not given.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    together: Annotated[bool, typer.Option("--together", help="All image prompts prompt the same results.")] = False,
-    combine: Annotated[
-        str | None, typer.Option(help="What several become as one prompt: concat, add, subtract, average, norm-average, max, min.")
-    ] = None,
-    weight: Annotated[list[float] | None, typer.Option(help="Of each image prompt in turn, when they are combined.")] = None,
-    region: Annotated[
-        list[Path] | None, typer.Option(help="Mask: where the result hears the image prompt, or each of several in turn.")
-    ] = None,
-    overlap: Annotated[str, typer.Option(help="Where regions overlap: add, or normalise.")] = "add",
-    blocks: Annotated[
-        str,
-        typer.Option(help="Which cross-attentions hear it: 'style transfer' or the like, or a map as JSON; see `imprompt blocks`"),
-    ] = "linear",
-    boost: Annotated[float, typer.Option(help="Of the second group of such blocks.")] = 1.0,
-    start: Annotated[float, typer.Option(help="From which fraction of the noise schedule the image prompt is heard.")] = 0.0,
-    end: Annotated[float, typer.Option(help="Up to which.")] = 1.0,
-    easing: Annotated[str, typer.Option(help="How it comes and goes in between, such as 'ease out'.")] = "constant",
-    negative_image: Annotated[list[Path] | None, typer.Option(help="Picture to keep away from, in place of no image.")] = None,
-    noise: Annotated[str | None, typer.Option(help="Keep away from noise of it: fade, dissolve, gaussian or shuffle.")] = None,
-    image_guidance: Annotated[
-        float | None, typer.Option(help="A guidance scale for the image; --guidance is then for the text alone.")
-    ] = None,
-    crop: Annotated[
-        str, typer.Option(help="What of it is seen: center, top, bottom, left, right, pad, 'pad black', squash or tiles.")
-    ] = "center",
-    sharpening: Annotated[float, typer.Option(help="Of the image prompt, 0 to 1.")] = 0.0,
-    ignore: Annotated[Path | None, typer.Option(help="Mask: what of the image prompt is white there is not seen.")] = None,
-    face: Annotated[str | None, typer.Option(help="Of several faces (FaceID): largest, or a number from the left.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Start from this picture (image to image).")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Redraw only the white part of --init (inpainting).")] = None,
-    strength: Annotated[float, typer.Option(help="How much of --init is redrawn, 0 to 1.")] = 0.8,
-    control: Annotated[Path | None, typer.Option(help="Keep to this picture of edges, depth or the like (ControlNet).")] = None,
-    controlnet: Annotated[
-        str | None, typer.Option(help="The ControlNet that reads --control: emoji's edges (white on black), a folder or a Hub id.")
-    ] = None,
-    control_scale: Annotated[float, typer.Option(help="How strongly it is kept to.")] = 1.0,
-    out: Annotated[Path, typer.Option(help="Folder for the results, or a file name ending in .png.")] = Path("out"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results, or a file name ending in .png.")
+    ] = Path("out"),
     like: Annotated[
         Path | None,
-        typer.Option("--like", "--request", help="Repeat the picture in this PNG, or run the request in a TOML or JSON file."),
+        typer.Option(
+            "--like",
+            "--request",
+            help="Repeat the picture in this PNG, or run the request in a TOML or JSON file; what "
+            "else is given changes it.",
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures made at once.")] = 4,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, mps or cpu; the best there is if not given.")
+    ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(help="model or sequential: weights leave the GPU while they wait."),
+    ] = None,
     keep_features: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the image prompts' features: a repeated picture needs no image encoder.")
+        Path | None,
+        typer.Option(
+            help="Folder that keeps the image prompts' features: a repeated picture needs no image "
+            "encoder."
+        ),
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Compile the model: slow at first, then faster on a GPU.")] = False,
-    offload: Annotated[str | None, typer.Option(help="model or sequential: weights leave the GPU while they wait.")] = None,
-    tiling: Annotated[bool, typer.Option("--tiling", help="Decode pictures one by one and in tiles: less memory.")] = False,
-    quantize: Annotated[str | None, typer.Option(help="int8 or fp8: the UNet's matrices in 8 bits.")] = None,
 ) -> None:
-    """Make pictures that follow an image prompt."""
-    from imprompt.sampling.record import Request, read_request
+    """Make the pictures of a request that a command line says."""
+    from imprompt.generation.request import read_request
 
-    machine = {"device": device, "offload": offload, "keep_features": keep_features}
-    if like is not None:
-        if images:
-            raise SettingError("--like and --request take their image prompts from that file: give either IMAGES or a file")
-        if said_beside := [name for name in context.params if asked_for(context, name) and name not in BESIDE]:
-            flag = said_beside[0].replace("_", "-")
-            raise SettingError(
-                f"--{flag} is not read beside --like or --request: change it in the file (`imprompt inspect` prints a PNG's)"
-            )
-        run(read_request(like), out, **machine)
-        return
-    if len(adapter or []) > 1:
-        raise SettingError("several adapters: say which of them hears which picture in a request file (--request, docs/compose.md)")
-    if noise and negative_image:
-        raise SettingError("--noise and --negative-image both say what to keep away from: give one")
-    said = {
-        "blocks": block_map(blocks),
-        "boost": boost,
-        "start": start,
-        "end": end,
-        "easing": easing,
-        "negative": {"kind": noise} if noise else negative_image,
-        "crop": crop,
-        "sharpening": sharpening,
-        "ignore": ignore,
-        "face": face,
-    }
-    asked = {
-        "model": model,
-        "adapter": adapter[0] if adapter else None,
-        "encoder": encoder,
-        "variant": variant,
-        "images": references(images or [], combine, weight, region or [], said),
-        "init_image": init,
-        "mask_image": mask,
-        "controlnet": controlnet,
-        "control_image": control,
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "fast": fast,
-        "tiling": tiling,
-        "quantize": quantize,
-        "settings": {
-            "prompt": prompt,
-            "negative_prompt": negative,
-            "scale": scale,
-            "num_images": num_images,
-            "seed": seed,
-            "steps": steps,
-            "guidance": guidance,
-            "width": width,
-            "height": height,
-            "together": together,
-            "image_guidance": image_guidance,
-            "overlap": overlap,
-            "control_scale": control_scale,
-            "strength": strength,
-        },
-    }
-    run(Request.model_validate(asked), out, **machine)
+    named = images or []
+    request = (
+        new_request(named, told)
+        if like is None
+        else changed_request(read_request(like), named, told)
+    )
+    carry_out(request, out, device=device, offload=offload, keep_features=keep_features)
 
 
-BESIDE = ("like", "out", "device", "offload", "keep_features")  # what goes with a request, as it changes no pixels
+def new_request(images: Sequence[Path], told: "Told") -> "Request":
+    """Return a request for these pictures with what flags say; SettingError."""
+    from imprompt.generation.references import Reference
+    from imprompt.generation.request import Request
+    from imprompt.generation.settings import Settings
+
+    fields = told[Reference]
+    if "weights" in fields and "combine" not in fields:
+        raise SettingError(
+            "--weight weighs image prompts that are combined: say how with --combine"
+        )
+    items = with_fields(with_pictures([[{}]], images, "combine" in fields), fields)
+    return Request.model_validate(told[Request] | {"settings": told[Settings], "images": items})
 
 
-def asked_for(context: typer.Context, name: str) -> bool:
-    """Whether the user gave that option, and it is not its default."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def changed_request(asked: "Request", images: Sequence[Path], told: "Told") -> "Request":
+    """Return a request with other pictures, if any are given, and what flags say; SettingError."""
+    from imprompt.generation.references import Reference
+    from imprompt.generation.request import Request
+    from imprompt.generation.settings import Settings
+
+    fields, settings = told[Reference], told[Settings]
+    if images or settings.keys() & {"seed", "num_images"}:
+        asked = asked.alone()
+    items = [[dict(one) for one in item] for item in asked.images]
+    if "adapter" in told[Request] and any(one["adapter"] for item in items for one in item):
+        raise SettingError(
+            "--adapter names one for all image prompts, and those of the file name theirs: "
+            "change it in the file (`imprompt inspect` prints a PNG's)"
+        )
+    if images:
+        items = with_pictures(items, images, "combine" in fields)
+    own = {"settings": dict(asked.settings) | settings, "images": with_fields(items, fields)}
+    return asked.changed(told[Request] | own)
 
 
-def block_map(told: str) -> Any:
-    """A preset's name, a number, or a map as JSON."""
-    try:
-        return json.loads(told)
-    except ValueError:
-        return told
+Items = list[list[dict[str, Any]]]  # fields of the references that each result follows
 
 
-def references(images: list[Path], combine: str | None, weights: list[float] | None, regions: list[Path],
-               said: dict[str, Any]) -> list[Any]:  # fmt: skip
-    """The flags as a request's image prompts. `said` goes for each of them."""
-    from imprompt.sampling.references import Reference
+def with_pictures(items: Items, images: Sequence[Path], combined: bool) -> Items:
+    """Return image prompts with other pictures, as many as there are, which take places in turn.
 
-    if len(regions) not in (0, 1, len(images)):
-        raise SettingError(f"{len(regions)} regions for {len(images)} image prompts: give one for all, or one for each")
-    if weights is not None and combine is None:
-        raise SettingError("--weight weighs image prompts that are combined: say how with --combine")
-    if combine is not None:
-        if len(regions) > 1:
-            raise SettingError("image prompts that are combined share one region: give one, or leave --combine out")
-        groups = [images] if images else []
-    else:
-        groups = [[image] for image in images]
-    masks = regions * len(groups) if len(regions) == 1 else regions or [None] * len(groups)
-    weighed = {} if combine is None else {"combine": combine, "weights": weights}
+    What is said of a single picture is said of any number; `combined` they are one image prompt.
+    """
+    places = [place for item in items for one in item for place in one.get("images", [None])]
+    if len(places) == 1:
+        one = items[0][0]
+        groups = [list(images)] if combined else [[image] for image in images]
+        return [[one | {"images": group}] for group in groups if group]
+    if len(places) != len(images):
+        raise SettingError(
+            f"{len(images)} pictures for the {len(places)} of the request: give as many, which "
+            "take their places in turn"
+        )
+    left = iter(images)
     return [
-        Reference.model_validate(said | weighed | {"images": group, "mask": mask})
-        for group, mask in zip(groups, masks, strict=True)
+        [one | {"images": [next(left) for _ in one["images"]]} for one in item] for item in items
     ]
 
 
-def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
-    """Check, load, make, write; say what was made. `machine`: see `Request.load`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+def with_fields(items: Items, fields: dict[str, Any]) -> "list[list[Reference]]":
+    """Return the references of image prompts, with what flags say of each; regions go by turns."""
+    from imprompt.generation.references import Reference
 
-    from imprompt.cli import loading, quiet
+    count = sum(map(len, items))
+    regions = fields.get("mask", [])
+    if len(regions) > 1 and "combine" in fields:
+        raise SettingError(
+            "image prompts that are combined share one region: give one, or leave --combine out"
+        )
+    if len(regions) not in (0, 1, count):
+        raise SettingError(
+            f"{len(regions)} regions for {count} image prompts: give one for all, or one for each"
+        )
+    masks = iter([{"mask": region} for region in regions * (count if len(regions) == 1 else 1)])
+    return [
+        [Reference.model_validate(one | fields | next(masks, {})) for one in item] for item in items
+    ]
+
+
+def carry_out(request: "Request", out: Path, **machine: Any) -> list[Path]:
+    """Check, load, make, write each picture as it is done; say what was made.
+
+    `machine`: see `Request.load`.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from imprompt.cli.console import loading, quiet
     from imprompt.files import check_folder, refuse_inputs
-    from imprompt.sampling.record import results_at, save_results
+    from imprompt.generation.request import results_at, write_results
 
     check_folder(results_at(out)[0])
     for picture in request.pictures():
@@ -212,15 +202,21 @@ def run(request: "Request", out: Path, **machine: Any) -> list[Path]:
         quiet()
         pipeline = request.load(**machine)
     columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("sampling", total=None)
-        result = request.run(pipeline, lambda done, total: progress.update(bar, completed=done, total=total))
-    paths = save_results(result, request, out)
-    for path, seed in zip(paths, result.seeds, strict=False):
-        print(f"{path}  seed {seed}")
-    for path in paths[len(result.seeds) :]:
-        print(f"{path}  all of them")
-    return paths
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    sampling = bar.add_task("sampling", total=None)
+    written: list[tuple[Path, int | None]] = []
+    try:
+        with bar:
+            job = request.prepare(pipeline)
+            made = request.make(
+                pipeline, job, lambda done, total: bar.update(sampling, completed=done, total=total)
+            )
+            for result in write_results(made, request, job.settings, out):
+                written.append(result)
+    finally:
+        for path, seed in written:
+            print(f"{path}  all of them" if seed is None else f"{path}  seed {seed}")
+    return [path for path, _ in written]
 
 
 def models() -> None:
@@ -234,22 +230,35 @@ def models() -> None:
     for model in MODELS.values():
         table.add_row(model.name, "", str(model.base), model.about)
         for name, known in model.adapters.items():
-            table.add_row("", name, str(known.file), str(known.encoder or "none: a face encoder"), known.licence)
+            table.add_row(
+                "",
+                name,
+                str(known.file),
+                str(known.encoder or "none: a face encoder"),
+                known.licence,
+            )
     width: dict[str, Any] = {} if os.isatty(1) else {"width": 200}
     Console(**width).print(table)
 
 
 def blocks(
-    model: Annotated[str | None, typer.Option(help="List that model's own blocks instead, for a map.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="List that model's own blocks instead, for a map.")
+    ] = None,
 ) -> None:
-    """List the presets for --blocks: which cross-attentions hear an image prompt, and how strongly."""
-    from imprompt.cli import print_rows, quiet
+    """List the presets for --blocks: which cross-attentions are conditioned, and how strongly."""
     from imprompt.cli.adapters import sites_of
-    from imprompt.sampling.blocks import presets, transformers
+    from imprompt.cli.console import print_rows, quiet
+    from imprompt.generation.blocks import presets, transformers
 
     if model is None:
         print_rows(list(presets().items()))
         return
     quiet()
     sites = sites_of(model)
-    print_rows([(name, f"{sum(site.startswith(name + '.') for site in sites)} cross-attentions") for name in transformers(sites)])
+    print_rows(
+        [
+            (name, f"{sum(site.startswith(name + '.') for site in sites)} cross-attentions")
+            for name in transformers(sites)
+        ]
+    )

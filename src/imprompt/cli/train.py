@@ -7,30 +7,35 @@ from typing import Annotated
 import typer
 
 
-def register(app: typer.Typer) -> None:
-    app.command("train")(train_command)
-
-
 def train_command(
     recipe: Annotated[Path, typer.Argument(help="A TOML file: see recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a key, such as optimization.steps=100.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a key, such as optimization.steps=100."),
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, sizes, memory and time; touch nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved recipe, sizes, memory and time; touch nothing."
+        ),
     ] = False,
 ) -> None:
-    """Train an adapter. The same command again resumes; RUN/latest is a loadable adapter at any time."""
+    """Train an adapter. The same command again resumes.
+
+    RUN/latest is a loadable adapter at any time.
+    """
     from imprompt.training.recipe import read_recipe
 
     plan = read_recipe(recipe, overrides or [])
     if dry_run:
-        from imprompt.cli import print_rows
-        from imprompt.training.estimate import estimate, rows
+        from imprompt.cli.console import print_rows
+        from imprompt.training.estimate import estimate_rows, estimate_run
         from imprompt.training.model import best_device
 
         print(plan.model_dump_json(indent=2))
-        print_rows(rows(estimate(plan, best_device())))
+        print_rows(estimate_rows(estimate_run(plan, best_device())))
         return
-    from imprompt.cli import quiet
+    from imprompt.cli.console import quiet
     from imprompt.training.loop import train
     from imprompt.training.watch import ProgressWatcher, Watcher
 

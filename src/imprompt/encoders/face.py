@@ -1,6 +1,9 @@
-"""Faces: a picture -> the ArcFace embedding of a face in it, its aligned crop and its box; and what FaceID adapters read of them.
+"""Faces: a picture -> the ArcFace embedding of a face in it, its aligned crop and its box.
 
-A face comes from insightface (`pip install 'imprompt[face]'`), from another `FaceEncoder`, or from the user: `Face(embedding)`.
+And what FaceID adapters read of them.
+
+A face comes from insightface (`pip install 'imprompt[face]'`), from another `FaceEncoder`, or from
+the user: `Face(embedding)`.
 """
 
 import logging
@@ -17,17 +20,37 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from imprompt.encoders.kept import KeptFeatures
-from imprompt.encoders.vision import VisionEncoder
+from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.feature_cache import KeptFeatures
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError, first_line
 from imprompt.variants import BY_NAME, OF_CLIP, Feature, Variant
 
 SIDE = 224  # pixels of an aligned face
-DETECTION_SIDES = (640, 576, 512, 448, 384, 320, 256)  # a face that fills the picture is found in a smaller one
-LICENCE = "non-commercial research only: insightface's packages of weights, whatever the licence of its code"
+DETECTION_SIDES = (
+    640,
+    576,
+    512,
+    448,
+    384,
+    320,
+    256,
+)  # a face that fills the picture is found in a smaller one
+LICENCE = (
+    "non-commercial research only: insightface's packages of weights, whatever the licence of its "
+    "code"
+)
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-# Where ArcFace wants eyes, nose and corners of the mouth in a square of 112 pixels (Deng et al. 2019, arXiv 1801.07698).
-TEMPLATE = np.array([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]])
+# Where ArcFace wants eyes, nose and corners of the mouth in a square of 112 pixels (Deng et al.
+# 2019, arXiv 1801.07698).
+TEMPLATE = np.array(
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
+)
 TEMPLATE_SIDE = 112
 
 
@@ -35,7 +58,8 @@ TEMPLATE_SIDE = 112
 class Face:
     """One face.
 
-    embedding  (512,), of NumPy too, as the face encoder gives it, or of unit length if only such variants are to read it
+    embedding  (512,), of NumPy too, as the face encoder gives it, or of unit length if only such
+               variants are to read it
     crop       the aligned face: faceid-plus reads it
     square     the square round its box: Kolors' FaceID reads it
     box        where it is in its picture
@@ -55,20 +79,31 @@ class FaceEncoder(Protocol):
     """What finds a face in a picture and embeds it."""
 
     def encode_face(self, image: Image.Image, face: Which = None) -> Face:
-        """The picture's only face; of several the one asked for, counted from left to right or "largest". ImageError if none."""
+        """The picture's only face.
+
+        Of several the one asked for, counted from left to right or "largest". ImageError if none.
+        """
         ...
 
 
 class FaceFeatures:
-    """What FaceID adapters read, of pictures with a face or of faces that the user has. Used as `VisionEncoder` is.
+    """What FaceID adapters read, of pictures with a face or of faces that the user has.
+
+    Used as `VisionEncoder` is.
 
     faces   finds them; not needed where all are given as `Face`
     vision  the CLIP image encoder that the plus variants need
     width   of the embeddings that the adapter reads
     """
 
-    def __init__(self, faces: FaceEncoder | None, vision: VisionEncoder | KeptFeatures | None = None, *, width: int | None = 512,
-                 device: str | torch.device = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        faces: FaceEncoder | None,
+        vision: VisionEncoder | KeptFeatures | None = None,
+        *,
+        width: int | None = 512,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.faces, self.vision = faces, vision
         self.width = width or 512
         self.device = torch.device(device)
@@ -91,11 +126,17 @@ class FaceFeatures:
     def find(self, image: Image.Image, face: Which = None) -> Face:
         """The face in an RGB picture; see `FaceEncoder.encode_face`."""
         if self.faces is None:
-            raise SettingError("no face encoder is here to find faces in pictures: give faces as imprompt.encoders.face.Face")
+            raise SettingError(
+                "no face encoder is here to find faces in pictures: give faces as "
+                "imprompt.encoders.face.Face"
+            )
         return self.faces.encode_face(image, face)
 
-    def features(self, images: Sequence[Image.Image | Face], feature: Feature, face: Which = None) -> Features:
-        """One face per RGB picture -> (B, 512), or (B, 512) and (B, patches, E): `Variant.feature` says what.
+    def features(
+        self, images: Sequence[Image.Image | Face], feature: Feature, face: Which = None
+    ) -> Features:
+        """One face per RGB picture -> (B, 512), or (B, 512) and (B, patches, E): `Variant.feature`
+        says what.
 
         `face` chooses where a picture has several: see `FaceEncoder.encode_face`.
         """
@@ -103,10 +144,14 @@ class FaceFeatures:
         embeddings = torch.stack([self._embedding(face, feature) for face in faces])
         if feature in ("face", "raw face"):
             return embeddings
-        return embeddings, self._vision().features([picture_of(face, feature) for face in faces], "penultimate").to(self.device)
+        return embeddings, self._vision().features(
+            [picture_of(face, feature) for face in faces], "penultimate"
+        ).to(self.device)
 
     def null_features(self, variant: Variant) -> Features:
-        """What stands for "no image": a zero embedding, beside it the hidden states of a zero picture, or zeros (Kolors)."""
+        """What stands for "no image": a zero embedding, beside it the hidden states of a zero
+        picture, or zeros (Kolors).
+        """
         nothing = torch.zeros(1, self.width, device=self.device)
         if variant.clip_feature is None:
             return nothing
@@ -115,10 +160,13 @@ class FaceFeatures:
 
     def _embedding(self, face: Face, feature: Feature) -> Tensor:
         """(512,) as that feature wants it."""
-        embedding = torch.as_tensor(face.embedding, dtype=torch.float32, device=self.device).detach()
+        embedding = torch.as_tensor(
+            face.embedding, dtype=torch.float32, device=self.device
+        ).detach()
         if embedding.shape != (self.width,):
             raise MismatchError(
-                f"this adapter reads face embeddings of {self.width} numbers; one has the shape {list(embedding.shape)}"
+                f"this adapter reads face embeddings of {self.width} numbers; one has the shape "
+                f"{list(embedding.shape)}"
             )
         if not embedding.isfinite().all():
             raise MismatchError("a face embedding holds NaN or infinite numbers")
@@ -126,7 +174,8 @@ class FaceFeatures:
             return F.normalize(embedding, dim=0)
         if torch.isclose(embedding.norm(), embedding.new_ones(()), atol=1e-3):
             raise MismatchError(
-                "this adapter reads face embeddings as the face encoder gives them; one is of unit length: "
+                "this adapter reads face embeddings as the face encoder gives them; one is of unit "
+                "length: "
                 "give insightface's embedding, not its normed_embedding"
             )
         return embedding
@@ -134,16 +183,22 @@ class FaceFeatures:
     def _vision(self) -> VisionEncoder | KeptFeatures:
         if self.vision is None:
             raise MismatchError(
-                "this adapter reads the picture of the face too: give the CLIP image encoder that it was trained with"
+                "this adapter reads the picture of the face too: give the CLIP image encoder that "
+                "it was trained with"
             )
         return self.vision
 
 
 def picture_of(face: Face, feature: Feature) -> Image.Image:
     """What the plus variants see of a face; MismatchError if it is not there."""
-    found, name = (face.square, "square") if feature == "raw face and square" else (face.crop, "crop")
+    found, name = (
+        (face.square, "square") if feature == "raw face and square" else (face.crop, "crop")
+    )
     if found is None:
-        raise MismatchError(f"this adapter reads the picture of the face beside its embedding: give Face(embedding, {name}=…)")
+        raise MismatchError(
+            "this adapter reads the picture of the face beside its embedding: give "
+            f"Face(embedding, {name}=…)"
+        )
     return found
 
 
@@ -155,14 +210,23 @@ class Found(NamedTuple):
 
 
 class InsightFace:
-    """insightface's detection and ArcFace embeddings, loaded from its package of weights when the first picture is given.
+    """insightface's detection and ArcFace embeddings, loaded from its package of weights when the
+    first picture is given.
 
-    Its code is free; the weights are not: see `LICENCE`, which is logged as a warning, once, when a package is loaded by name.
+    Its code is free; the weights are not: see `LICENCE`, which is logged as a warning, once, when a
+    package is loaded by name.
     """
 
     licence = LICENCE
 
-    def __init__(self, pack: str = "buffalo_l", device: str = "cpu", root: str | None = None, *, analysis: Any = None) -> None:
+    def __init__(
+        self,
+        pack: str = "buffalo_l",
+        device: str = "cpu",
+        root: str | None = None,
+        *,
+        analysis: Any = None,
+    ) -> None:
         """pack      "buffalo_l" (FaceID) or "antelopev2" (Kolors, InstantID)
         root      the folder whose models/ holds it, else insightface's own, ~/.insightface
         analysis  an `insightface.app.FaceAnalysis` that is prepared already
@@ -191,7 +255,10 @@ class InsightFace:
             boxes, points = self.analysis.det_model.detect(pixels, input_size=(side, side))
             if len(boxes):
                 found = zip(boxes, points, strict=True)
-                return sorted((Found(box_of(box), np.asarray(at, float)) for box, at in found), key=lambda face: face.box)
+                return sorted(
+                    (Found(box_of(box), np.asarray(at, float)) for box, at in found),
+                    key=lambda face: face.box,
+                )
         return []
 
 
@@ -206,26 +273,37 @@ def box_of(row: Any) -> Box:
 
 
 def load(pack: str, device: str, root: str | None) -> Any:
-    """A prepared `insightface.app.FaceAnalysis`; SettingError without the package, CheckpointError without its weights."""
+    """A prepared `insightface.app.FaceAnalysis`.
+
+    SettingError without the package, CheckpointError without its weights.
+    """
     try:
         from insightface.app import FaceAnalysis  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SettingError(
-            f"faces are found by insightface: pip install 'imprompt[face]', or give face embeddings ({first_line(error)})"
+            "faces are found by insightface: pip install 'imprompt[face]', or give face "
+            f"embeddings ({first_line(error)})"
         ) from error
     say_licence(pack)
     providers, options, context = providers_for(device)
     folder = {"root": root} if root else {}
     parts = ["detection", "recognition"]
     try:
-        analysis = FaceAnalysis(name=pack, allowed_modules=parts, providers=providers, provider_options=options, **folder)
+        analysis = FaceAnalysis(
+            name=pack,
+            allowed_modules=parts,
+            providers=providers,
+            provider_options=options,
+            **folder,
+        )
         analysis.prepare(ctx_id=context, det_size=(DETECTION_SIDES[0],) * 2)
         if missing := [part for part in parts if part not in analysis.models]:
             raise ValueError(f"it has no {missing[0]} model")
     except Exception as error:  # a folder or a download can be wrong in any way
         where = f"{root or '~/.insightface'}/models/{pack}"
         raise CheckpointError(
-            f"insightface's weights {pack} cannot be loaded: their .onnx files must be in {where} ({first_line(error)})"
+            f"insightface's weights {pack} cannot be loaded: their .onnx files must be in {where} "
+            f"({first_line(error)})"
         ) from error
     return analysis
 
@@ -236,7 +314,9 @@ def say_licence(pack: str) -> None:
 
 
 def providers_for(device: str) -> tuple[list[str], list[Mapping[str, Any]], int]:
-    """onnxruntime's providers and their options for a device of PyTorch, and insightface's number of it: -1 is the CPU."""
+    """onnxruntime's providers and their options for a device of PyTorch, and insightface's number
+    of it: -1 is the CPU.
+    """
     kind, _, number = device.partition(":")
     own: dict[str, tuple[str, dict[str, Any]]] = {
         "cuda": ("CUDAExecutionProvider", {"device_id": int(number or 0)}),
@@ -249,20 +329,37 @@ def providers_for(device: str) -> tuple[list[str], list[Mapping[str, Any]], int]
 
 
 def chosen(faces: Sequence[Found], face: Which) -> Found:
-    """One of the faces found in a picture; ImageError, one line, if there is none or none is chosen of several."""
+    """One of the faces found in a picture.
+
+    ImageError, one line, if there is none or none is chosen of several.
+    """
     if not (face in (None, "largest") or (isinstance(face, int) and face >= 0)):
-        raise SettingError(f"face = {face!r}: give a number, counted from 0 at the left, or 'largest'")
+        raise SettingError(
+            f"face = {face!r}: give a number, counted from 0 at the left, or 'largest'"
+        )
     if not faces:
-        raise ImageError("no face was found in the picture: give one with an upright face, seen from the front, with room round it")
+        raise ImageError(
+            "no face was found in the picture: give one with an upright face, seen from the front, "
+            "with room round it"
+        )
     if face == "largest":
         return max(faces, key=area)
     if face is None and len(faces) == 1:
         return faces[0]
     if isinstance(face, int) and face < len(faces):
         return faces[face]
-    boxes = "; ".join(f"{number}: {', '.join(f'{edge:.0f}' for edge in found.box)}" for number, found in enumerate(faces))
-    there = f"{counted(len(faces), 'face')} found in the picture (left, top, right, bottom of {boxes})"
-    raise ImageError(f"face = {face}: {there}" if face is not None else f"{there}: choose with face=, a number or 'largest'")
+    boxes = "; ".join(
+        f"{number}: {', '.join(f'{edge:.0f}' for edge in found.box)}"
+        for number, found in enumerate(faces)
+    )
+    there = (
+        f"{counted(len(faces), 'face')} found in the picture (left, top, right, bottom of {boxes})"
+    )
+    raise ImageError(
+        f"face = {face}: {there}"
+        if face is not None
+        else f"{there}: choose with face=, a number or 'largest'"
+    )
 
 
 def counted(number: int, what: str) -> str:
@@ -275,18 +372,26 @@ def area(found: Found) -> float:
 
 
 def align(image: Image.Image, points: Any, side: int = SIDE) -> Image.Image:
-    """The face turned and scaled so that its eyes, nose and corners of the mouth (5, 2) lie as ArcFace's template says."""
+    """The face turned and scaled so that its eyes, nose and corners of the mouth (5, 2) lie as
+    ArcFace's template says.
+    """
     if points.shape != TEMPLATE.shape:
         raise ImageError(f"a face is aligned by 5 points (x, y); {list(points.shape)} were given")
     turn, shift = similarity(points.astype(float), TEMPLATE * (side / TEMPLATE_SIDE))
     middle = 0.5 + 0.5j  # of a pixel: landmarks count from it, Pillow from the pixel's corner
-    back, start = 1 / turn, middle - (middle + shift) / turn  # Pillow asks where in the picture a pixel of the crop is
+    back, start = (
+        1 / turn,
+        middle - (middle + shift) / turn,
+    )  # Pillow asks where in the picture a pixel of the crop is
     coefficients = (back.real, -back.imag, start.real, back.imag, back.real, start.imag)
-    return image.convert("RGB").transform((side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+    return image.convert("RGB").transform(
+        (side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
+    )
 
 
 def similarity(points: Any, targets: Any) -> tuple[complex, complex]:
-    """The rotation and scale a and shift b, as complex numbers, with the least Σ |a·point + b − target|²; both (n, 2).
+    """The rotation and scale a and shift b, as complex numbers, with the least Σ |a·point + b −
+    target|²; both (n, 2).
 
     It is Umeyama's (1991) for the plane. ImageError if all points are one.
     """

@@ -1,40 +1,34 @@
-"""Noise made from a picture: what a negative image prompt can be, where there is no picture to keep away from."""
+"""Noise made from a picture: what a negative image prompt can be, where there is no picture to keep
+away from.
+"""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
-from pydantic import Field
 
-from imprompt.checked import Checked, one_of
-from imprompt.encoders.preparation import mean_colour, seen, side_of
+from imprompt.encoders.choices import Noise, NoiseKind
+from imprompt.encoders.preparation import encoder_square, mean_colour, side_of
 
-Kind = Literal["fade", "dissolve", "gaussian", "shuffle"]
 Pixels = np.ndarray  # (S, S, 3) float64, of 0 to 1
 
 
-class Noise(Checked, frozen=True):
-    """Which noise.
-
-    kind      by the names of ComfyUI_IPAdapter_plus: see KINDS
-    strength  0 (the picture; turned, for "shuffle") to 1
-    blur      radius of a Gaussian blur afterwards, in pixels of the encoder's input
-    """
-
-    kind: Annotated[Kind, one_of(Kind)]
-    strength: Annotated[float, Field(ge=0, le=1)] = 1.0
-    blur: Annotated[float, Field(ge=0, le=100)] = 0.0
-
-
-def noise_negative(image: Image.Image | None, noise: Noise, encoder: Any, seed: int = 0) -> Image.Image:
-    """The square that the encoder sees of an RGB picture, or its mean colour where there is none, made noise.
+def noise_negative(
+    image: Image.Image | None, noise: Noise, encoder: Any, seed: int = 0
+) -> Image.Image:
+    """The square that the encoder sees of an RGB picture, or its mean colour where there is none,
+    made noise.
 
     `encoder` has the CLIP image processor as `.processor`. The same seed gives the same noise.
     """
     processor = encoder.processor
     side = side_of(processor)
-    square = Image.new("RGB", (side, side), mean_colour(processor)) if image is None else seen(image, processor)
+    square = (
+        Image.new("RGB", (side, side), mean_colour(processor))
+        if image is None
+        else encoder_square(image, processor)
+    )
     made = KINDS[noise.kind](np.asarray(square) / 255, noise.strength, np.random.default_rng(seed))
     picture = Image.fromarray((made.clip(0, 1) * 255).round().astype(np.uint8))
     return picture.filter(ImageFilter.GaussianBlur(noise.blur)) if noise.blur else picture
@@ -56,13 +50,18 @@ def _gaussian(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pix
 
 
 def _shuffled(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pixels:
-    """Displaced elastically, turned by half, and blended with normal noise, x·(1 − n) + n for n = 0.75·strength·normal.
+    """Displaced elastically, turned by half, and blended with normal noise, x·(1 − n) + n for n =
+    0.75·strength·normal.
 
-    So the colours stay, the places do not. The displacement (Simard et al. 2003) is uniform noise of a sixth of the side,
-    smoothed by a Gaussian that the strength narrows from a 64th of the side to nothing.
+    So the colours stay, the places do not. The displacement (Simard et al. 2003) is uniform noise
+    of a sixth of the side, smoothed by a Gaussian that the strength narrows from a 64th of the side
+    to nothing.
     """
     side = len(pixels)
-    away = [_smooth(draw.uniform(-1, 1, (side, side)), (1 - strength) * side / 64) * side / 6 for _ in range(2)]
+    away = [
+        _smooth(draw.uniform(-1, 1, (side, side)), (1 - strength) * side / 64) * side / 6
+        for _ in range(2)
+    ]
     rows, columns = np.indices((side, side))
     turned = _sampled(pixels, rows + away[0], columns + away[1])[::-1, ::-1]
     mixed = 0.75 * strength * draw.standard_normal(pixels.shape)
@@ -75,13 +74,18 @@ def _smooth(field: np.ndarray, sigma: float) -> np.ndarray:
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-6)) ** 2)
     kernel /= kernel.sum()
     for axis in range(2):
-        around = np.pad(field, [(reach, reach) if axis == other else (0, 0) for other in range(2)], "edge")
+        around = np.pad(
+            field, [(reach, reach) if axis == other else (0, 0) for other in range(2)], "edge"
+        )
         field = np.lib.stride_tricks.sliding_window_view(around, len(kernel), axis) @ kernel
     return field
 
 
 def _sampled(pixels: Pixels, rows: np.ndarray, columns: np.ndarray) -> Pixels:
-    """The pixels at these places (S, S), between four of them linearly; beyond the edge it is the edge."""
+    """The pixels at these places (S, S), between four of them linearly.
+
+    Beyond the edge it is the edge.
+    """
     side = len(pixels)
     rows, columns = rows.clip(0, side - 1), columns.clip(0, side - 1)
     top, left = (np.floor(place).astype(int) for place in (rows, columns))
@@ -92,7 +96,7 @@ def _sampled(pixels: Pixels, rows: np.ndarray, columns: np.ndarray) -> Pixels:
     return upper * (1 - down) + lower * down
 
 
-KINDS: dict[Kind, Callable[[Pixels, float, np.random.Generator], Pixels]] = {
+KINDS: dict[NoiseKind, Callable[[Pixels, float, np.random.Generator], Pixels]] = {
     "fade": _faded,
     "dissolve": _dissolved,
     "gaussian": _gaussian,

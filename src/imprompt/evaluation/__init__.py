@@ -1,1 +1,3 @@
-"""Measuring what an adapter does: sets, protocols, judges, metrics, and runs that can be stopped and gone on with."""
+"""Measuring what an adapter does: sets, protocols, judges, metrics, and runs that can be stopped
+and gone on with.
+"""

@@ -1,4 +1,6 @@
-"""Two finished runs side by side: over the items that both have, with the interval of their difference."""
+"""Two finished runs side by side: over the items that both have, with the interval of their
+difference.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,10 +12,26 @@ from torch import Tensor
 
 from imprompt.errors import SettingError
 from imprompt.evaluation import contact
-from imprompt.evaluation.contact import Card, Thumbnails, card, reference, result, spread
-from imprompt.evaluation.metrics import METRICS, Interval, difference, interval
-from imprompt.evaluation.page import change, figures, flat, write_page
-from imprompt.evaluation.results import Results, Row, Setting, cluster, known, label_of, mean_of, read_results
+from imprompt.evaluation.contact import (
+    Card,
+    Thumbnails,
+    make_card,
+    prompt_picture,
+    result_picture,
+    spread,
+)
+from imprompt.evaluation.metrics import METRICS, Interval, bootstrap_interval, difference
+from imprompt.evaluation.page import change, dotted, figures, write_page
+from imprompt.evaluation.results import (
+    Results,
+    Row,
+    Setting,
+    cluster,
+    known,
+    label_of,
+    mean_of,
+    read_results,
+)
 
 SHOWN = 2  # pictures of an item by each run
 NOTHING = Interval(float("nan"), None, None)
@@ -30,17 +48,28 @@ class Compared:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" for B where the interval leaves out 0 and one side is better; "differs" where neither is."""
+        """ "better" or "worse" for B where the interval leaves out 0 and one side is better.
+
+        "differs" where neither is.
+        """
         _, low, high = self.more
         if low is None or high is None or low <= 0 <= high:
             return ""
         wanted = METRICS[self.key].higher_is_better
-        return "differs" if wanted is None else "better" if (self.more.value > 0) == wanted else "worse"
+        return (
+            "differs"
+            if wanted is None
+            else "better"
+            if (self.more.value > 0) == wanted
+            else "worse"
+        )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A setting that both runs have: the metrics, the items that differ most, and how many items both have."""
+    """A setting that both runs have: the metrics, the items that differ most, and how many items
+    both have.
+    """
 
     label: str
     a: Setting
@@ -50,7 +79,10 @@ class Pair:
 
 
 def write_comparison(a: Path, b: Path, out: Path) -> Path:
-    """Write a page on the finished runs in folders `a` and `b`; SettingError where they share no setting, item or metric."""
+    """Write a page on the finished runs in folders `a` and `b`.
+
+    SettingError where they share no setting, item or metric.
+    """
     if out.suffix.lower() not in (".html", ".htm"):
         raise SettingError(f"--out {out}: a page is written, so give a name that ends in .html")
     first, second = read_results(a), read_results(b)
@@ -73,19 +105,29 @@ def write_comparison(a: Path, b: Path, out: Path) -> Path:
         pairs=pairs,
         figures=figures(_merged(pairs, names)),
         differs=differs(first.run, second.run),
-        most=[(pair.label, *_most(first, second, pair, thumbnails)) for pair in spread(pairs, contact.DETAILED)],
+        most=[
+            (pair.label, *_most(first, second, pair, thumbnails))
+            for pair in spread(pairs, contact.DETAILED)
+        ],
     )
 
 
 def _settings(a: Results, b: Results) -> list[tuple[Setting, Setting]]:
-    """Those of the same name; the only ones of two runs that have one each, whatever their names."""
+    """Those of the same name.
+
+    The only ones of two runs that have one each, whatever their names.
+    """
     others = {setting["name"]: setting for setting in b.settings}
-    found = [(setting, others[setting["name"]]) for setting in a.settings if setting["name"] in others]
+    found = [
+        (setting, others[setting["name"]]) for setting in a.settings if setting["name"] in others
+    ]
     if not found and len(a.settings) == len(b.settings) == 1:
         found = [(a.settings[0], b.settings[0])]
     if not found:
         told = " and ".join(f"{label_of(one.settings[0])!r} ({one.folder})" for one in (a, b))
-        raise SettingError(f"the runs share no setting, such as {told}: run both with the same --sweep")
+        raise SettingError(
+            f"the runs share no setting, such as {told}: run both with the same --sweep"
+        )
     return found
 
 
@@ -95,54 +137,99 @@ def _pair(first: Results, second: Results, a: Setting, b: Setting) -> Pair:
     label = label_of(a) if a["name"] == b["name"] else f"{label_of(a)} and {label_of(b)}"
     if not shared:
         return Pair(label, a, b, [], [])
-    compared = [_compared(key, ours, theirs, shared) for key, metric in METRICS.items() if metric.per_picture]
-    whole = len(shared) == len(ours) == len(theirs)  # those of the whole set cannot be had for a part of it
-    compared += [_of_sets(key, a, b) for key, metric in METRICS.items() if not metric.per_picture and whole]
-    return Pair(label, a, b, shared, [one for one in compared if known(one.a.value) and known(one.b.value)])
+    compared = [
+        _compared(key, ours, theirs, shared)
+        for key, metric in METRICS.items()
+        if metric.per_picture
+    ]
+    whole = (
+        len(shared) == len(ours) == len(theirs)
+    )  # those of the whole set cannot be had for a part of it
+    compared += [
+        _of_sets(key, a, b) for key, metric in METRICS.items() if not metric.per_picture and whole
+    ]
+    return Pair(
+        label, a, b, shared, [one for one in compared if known(one.a.value) and known(one.b.value)]
+    )
 
 
-def _compared(key: str, a: Mapping[str, list[Row]], b: Mapping[str, list[Row]], shared: list[str]) -> Compared:
-    (values, items, clusters), (others, other_items, other_clusters) = (_values(key, rows, shared) for rows in (a, b))
-    both = torch.as_tensor(sorted({*items.tolist()} & {*other_items.tolist()}))  # items that have the metric in both
+def _compared(
+    key: str, a: Mapping[str, list[Row]], b: Mapping[str, list[Row]], shared: list[str]
+) -> Compared:
+    (values, items, clusters), (others, other_items, other_clusters) = (
+        _values(key, rows, shared) for rows in (a, b)
+    )
+    both = torch.as_tensor(
+        sorted({*items.tolist()} & {*other_items.tolist()})
+    )  # items that have the metric in both
     if not len(both):
         return Compared(key, NOTHING, NOTHING, NOTHING)
     mine, other = torch.isin(items, both), torch.isin(other_items, both)
     return Compared(
         key,
-        interval(values[mine], clusters[mine]),
-        interval(others[other], other_clusters[other]),
+        bootstrap_interval(values[mine], clusters[mine]),
+        bootstrap_interval(others[other], other_clusters[other]),
         difference(others[other], other_clusters[other], values[mine], clusters[mine]),
     )
 
 
-def _values(key: str, rows: Mapping[str, list[Row]], shared: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """A metric of every picture of the shared items, (N,), and the numbers of its item and of its cluster, each (N,)."""
-    number = {name: n for n, name in enumerate(dict.fromkeys(cluster(row) for item in shared for row in rows[item]))}
+def _values(
+    key: str, rows: Mapping[str, list[Row]], shared: list[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A metric of every picture of the shared items, (N,), and the numbers of its item and of its
+    cluster, each (N,).
+    """
+    number = {
+        name: n
+        for n, name in enumerate(
+            dict.fromkeys(cluster(row) for item in shared for row in rows[item])
+        )
+    }
     found = [
-        (row[key], place, number[cluster(row)]) for place, item in enumerate(shared) for row in rows[item] if known(row.get(key))
+        (row[key], place, number[cluster(row)])
+        for place, item in enumerate(shared)
+        for row in rows[item]
+        if known(row.get(key))
     ]
     values, items, clusters = zip(*found, strict=True) if found else ((), (), ())
-    return torch.tensor(values, dtype=torch.float64), torch.tensor(items, dtype=torch.long), torch.tensor(clusters).long()
+    return (
+        torch.tensor(values, dtype=torch.float64),
+        torch.tensor(items, dtype=torch.long),
+        torch.tensor(clusters).long(),
+    )
 
 
 def _of_sets(key: str, a: Setting, b: Setting) -> Compared:
-    """A distance between sets of pictures: it belongs to no single one, so that items cannot be paired."""
-    ours, theirs = (Interval(**one["metrics"][key]) if key in one["metrics"] else NOTHING for one in (a, b))
+    """A distance between sets of pictures: it belongs to no single one, so that items cannot be
+    paired.
+    """
+    ours, theirs = (
+        Interval(**one["metrics"][key]) if key in one["metrics"] else NOTHING for one in (a, b)
+    )
     if not known(ours.value) or not known(theirs.value):
         return Compared(key, NOTHING, NOTHING, NOTHING)
     return Compared(key, ours, theirs, Interval(theirs.value - ours.value, None, None))
 
 
 def _warnings(a: Results, b: Results, pairs: list[Pair]) -> Iterator[str]:
-    judges = [{judge.get("key"): judge.get("sha256") for judge in one.run.get("judges") or []} for one in (a, b)]
-    changed = [str(key) for key in judges[0] if key in judges[1] and judges[0][key] != judges[1][key]]
+    judges = [
+        {judge.get("key"): judge.get("sha256") for judge in one.run.get("judges") or []}
+        for one in (a, b)
+    ]
+    changed = [
+        str(key) for key in judges[0] if key in judges[1] and judges[0][key] != judges[1][key]
+    ]
     if changed:
-        yield f"The judges are not the same ({', '.join(changed)}): what they measured cannot be compared."
+        which = ", ".join(changed)
+        yield f"The judges are not the same ({which}): what they measured cannot be compared."
     if (a.run.get("set") or {}).get("sha256") != (b.run.get("set") or {}).get("sha256"):
         yield "The sets are not the same: items are matched by their names."
     if any(len(pair.items) < max(pair.a["items"], pair.b["items"]) for pair in pairs):
         counts = ", ".join(sorted({f"{len(pair.items):,}" for pair in pairs}))
-        yield f"Only the {counts} items that both have are compared; distances between whole sets are left out."
+        yield (
+            f"Only the {counts} items that both have are compared; distances between whole sets "
+            "are left out."
+        )
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
@@ -167,7 +254,7 @@ def _merged(pairs: list[Pair], names: tuple[str, str]) -> list[Setting]:
 
 def differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(dotted name, A's value, B's value) of what is not equal in two run.json."""
-    ours, theirs = flat(a), flat(b)
+    ours, theirs = dotted(a), dotted(b)
     return [
         (key, ours.get(key, "–"), theirs.get(key, "–"))
         for key in dict.fromkeys((*ours, *theirs))
@@ -175,21 +262,31 @@ def differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, 
     ]
 
 
-def _most(first: Results, second: Results, pair: Pair, thumbnail: Thumbnails) -> tuple[str, list[Card], list[Card]]:
+def _most(
+    first: Results, second: Results, pair: Pair, thumbnail: Thumbnails
+) -> tuple[str, list[Card], list[Card]]:
     """(metric, items where B is most above A, items where it is most below), the farthest first."""
     ours, theirs = first.rows[pair.a["name"]], second.rows[pair.b["name"]]
     key = next((one.key for one in pair.metrics if METRICS[one.key].per_picture), "clip_i")
     both = ((item, mean_of(ours[item], key), mean_of(theirs[item], key)) for item in pair.items)
-    apart = sorted((other - mine, item) for item, mine, other in both if mine is not None and other is not None)
+    apart = sorted(
+        (other - mine, item) for item, mine, other in both if mine is not None and other is not None
+    )
 
     def cards(chosen: list[tuple[float, str]]) -> list[Card]:
         return [
-            card(
+            make_card(
                 ours[item][0],
                 [
-                    reference(ours[item][0], thumbnail),
-                    *(result(first, row, f"A, seed {row['seed']}", thumbnail) for row in ours[item][:SHOWN]),
-                    *(result(second, row, f"B, seed {row['seed']}", thumbnail) for row in theirs[item][:SHOWN]),
+                    prompt_picture(ours[item][0], thumbnail),
+                    *(
+                        result_picture(first, row, f"A, seed {row['seed']}", thumbnail)
+                        for row in ours[item][:SHOWN]
+                    ),
+                    *(
+                        result_picture(second, row, f"B, seed {row['seed']}", thumbnail)
+                        for row in theirs[item][:SHOWN]
+                    ),
                 ],
                 f"{METRICS[key].title} {change(gap, key)}",
             )

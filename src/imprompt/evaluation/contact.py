@@ -1,4 +1,7 @@
-"""The pictures of a page: which are shown, small, and inside it. The choice follows fixed rules, which the page tells."""
+"""The pictures of a page: which are shown, small, and inside it.
+
+The choice follows fixed rules, which the page tells.
+"""
 
 import base64
 import io
@@ -15,14 +18,20 @@ SIDE = 160  # pixels of a picture's longer side, at most
 ITEMS = 24  # of a contact sheet, at most
 PICTURES = 600  # of a contact sheet, at most
 COLUMNS = 48  # settings of a contact sheet, at most
-EXTREMES, DETAILED, SEEDS = 4, 6, 4  # best and worst items of a setting, settings, pictures of an item
+EXTREMES, DETAILED, SEEDS = (
+    4,
+    6,
+    4,
+)  # best and worst items of a setting, settings, pictures of an item
 MISSING = 50  # that a page names
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A small picture as a data URI (None where it cannot be read), its label, a number below, and what it shows in words."""
+class CardPicture:
+    """A small picture as a data URI (None where it cannot be read), its label, a number below, and
+    what it shows in words.
+    """
 
     uri: str | None
     label: str
@@ -38,7 +47,7 @@ class Card:
     name: str
     group: str
     caption: str
-    pictures: list[Picture]
+    pictures: list[CardPicture]
     note: str = ""
 
 
@@ -72,17 +81,27 @@ def spread(things: Sequence[T], count: int) -> list[T]:
     return [things[index * len(things) // count] for index in range(count)]
 
 
-def reference(row: Row, thumbnail: Thumbnails) -> Picture:
+def prompt_picture(row: Row, thumbnail: Thumbnails) -> CardPicture:
     """The first picture that an item was prompted with."""
-    return Picture(thumbnail(Path(row["reference"])), "image prompt", f"image prompt of {row['item']}", reference=True)
+    return CardPicture(
+        thumbnail(Path(row["reference"])),
+        "image prompt",
+        f"image prompt of {row['item']}",
+        reference=True,
+    )
 
 
-def result(results: Results, row: Row, label: str, thumbnail: Thumbnails) -> Picture:
+def result_picture(results: Results, row: Row, label: str, thumbnail: Thumbnails) -> CardPicture:
     note = f"CLIP-I {row['clip_i']:.3f}" if mean_of([row], "clip_i") is not None else ""
-    return Picture(thumbnail(results.folder / row["image"]), label, f"{row['item']}, {label}, seed {row['seed']}", note)
+    return CardPicture(
+        thumbnail(results.folder / row["image"]),
+        label,
+        f"{row['item']}, {label}, seed {row['seed']}",
+        note,
+    )
 
 
-def card(row: Row, pictures: Iterable[Picture], note: str = "") -> Card:
+def make_card(row: Row, pictures: Iterable[CardPicture], note: str = "") -> Card:
     """`row`: any of the item's."""
     return Card(row["item"], row.get("group") or "", row.get("caption") or "", list(pictures), note)
 
@@ -100,8 +119,13 @@ def sheet_seeds(settings: int) -> int:
 def contact_sheet(results: Results, thumbnail: Thumbnails) -> list[Card]:
     """Items spread evenly over the set, by every setting with the first seeds."""
     settings = spread(results.settings, COLUMNS)
-    items = list(dict.fromkeys(item for setting in settings for item in results.rows[setting["name"]]))
-    return [_card(results, settings, item, thumbnail) for item in spread(items, sheet_items(len(settings)))]
+    items = list(
+        dict.fromkeys(item for setting in settings for item in results.rows[setting["name"]])
+    )
+    return [
+        _card(results, settings, item, thumbnail)
+        for item in spread(items, sheet_items(len(settings)))
+    ]
 
 
 def _card(results: Results, settings: list[Setting], item: str, thumbnail: Thumbnails) -> Card:
@@ -112,28 +136,45 @@ def _card(results: Results, settings: list[Setting], item: str, thumbnail: Thumb
         for row in results.rows[setting["name"]].get(item, [])[:seeds]
     ]
     first = shown[0][0]
-    return card(first, [reference(first, thumbnail), *(result(results, *one, thumbnail) for one in shown)])
+    return make_card(
+        first,
+        [
+            prompt_picture(first, thumbnail),
+            *(result_picture(results, *one, thumbnail) for one in shown),
+        ],
+    )
 
 
 def ranked(rows: Mapping[str, list[Row]], key: str = "clip_i") -> list[tuple[float, str]]:
     """(mean of the metric, item), the best first."""
     means = [(mean_of(of_item, key), item) for item, of_item in rows.items()]
-    return sorted(((mean, item) for mean, item in means if mean is not None), key=lambda one: (-one[0], one[1]))
+    return sorted(
+        ((mean, item) for mean, item in means if mean is not None),
+        key=lambda one: (-one[0], one[1]),
+    )
 
 
-def extremes(results: Results, setting: Setting, thumbnail: Thumbnails) -> tuple[list[Card], list[Card]]:
-    """The items with the highest and with the lowest mean CLIP-I, the extreme first. None is in both."""
+def extremes(
+    results: Results, setting: Setting, thumbnail: Thumbnails
+) -> tuple[list[Card], list[Card]]:
+    """The items with the highest and with the lowest mean CLIP-I, the extreme first.
+
+    None is in both.
+    """
     rows = results.rows[setting["name"]]
     order = ranked(rows)
     count = min(EXTREMES, len(order) // 2)
 
     def cards(chosen: list[tuple[float, str]]) -> list[Card]:
         return [
-            card(
+            make_card(
                 rows[item][0],
                 [
-                    reference(rows[item][0], thumbnail),
-                    *(result(results, row, f"seed {row['seed']}", thumbnail) for row in rows[item][:SEEDS]),
+                    prompt_picture(rows[item][0], thumbnail),
+                    *(
+                        result_picture(results, row, f"seed {row['seed']}", thumbnail)
+                        for row in rows[item][:SEEDS]
+                    ),
                 ],
                 f"mean CLIP-I {mean:.3f}",
             )

@@ -1,6 +1,7 @@
 """What is measured, and how: pure functions on tensors; the models that see are in `judges`.
 
-Shape letters: N pictures, R real ones, I items of a set, K pictures of one item, E and D widths of an embedding.
+Shape letters: N pictures, R real ones, I items of a set, K pictures of one item, E and D widths of
+an embedding.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as its users take th
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is called, what it is in one sentence, which way is better (None: neither) and its digits."""
+    """How a number is called, what it is in one sentence, which way is better (None: neither) and
+    its digits.
+    """
 
     title: str
     about: str
@@ -31,15 +34,37 @@ METRICS = {
     "clip_i": Metric("CLIP-I", f"Cosine likeness, in CLIP's image space, to {TARGET}.", True, 4),
     "dino": Metric("DINO", f"Cosine likeness, in DINO's space, to {TARGET}.", True, 4),
     "clip_t": Metric("CLIP-T", "Cosine likeness to the caption, in CLIP's common space.", True, 4),
-    "clip_t_photo": Metric("CLIP-T, A photo depicts", "CLIP-T with “A photo depicts ” before the caption.", True, 4),
+    "clip_t_photo": Metric(
+        "CLIP-T, A photo depicts", "CLIP-T with “A photo depicts ” before the caption.", True, 4
+    ),
     "clip_score": Metric("CLIPScore", "2.5 × max(CLIP-T, 0).", True, 4),
     "clip_score_photo": Metric(
-        "CLIPScore, A photo depicts", "2.5 × max(CLIP-T, 0) with “A photo depicts ” before the caption.", True, 4
+        "CLIPScore, A photo depicts",
+        "2.5 × max(CLIP-T, 0) with “A photo depicts ” before the caption.",
+        True,
+        4,
     ),
-    "diversity": Metric("Diversity", "1 − cosine likeness, in CLIP's image space, to the item's other pictures.", None, 4),
-    "fid": Metric("FID", "Fréchet distance of the pictures' features to those of the set.", False, 2, per_picture=False),
-    "kid": Metric("KID × 1000", "Kernel distance (MMD², cubic kernel) of the same features, × 1000.", False, 3, per_picture=False),
-}  # fmt: skip
+    "diversity": Metric(
+        "Diversity",
+        "1 − cosine likeness, in CLIP's image space, to the item's other pictures.",
+        None,
+        4,
+    ),
+    "fid": Metric(
+        "FID",
+        "Fréchet distance of the pictures' features to those of the set.",
+        False,
+        2,
+        per_picture=False,
+    ),
+    "kid": Metric(
+        "KID × 1000",
+        "Kernel distance (MMD², cubic kernel) of the same features, × 1000.",
+        False,
+        3,
+        per_picture=False,
+    ),
+}
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -53,7 +78,9 @@ def clip_score(likeness: Tensor) -> Tensor:
 
 
 def diversity(embeddings: Tensor) -> Tensor:
-    """How unlike each picture of an item is to the others: (K, E) -> (K,), the mean of 1 − cos. NaN for a lone picture.
+    """How unlike each picture of an item is to the others: (K, E) -> (K,), the mean of 1 − cos.
+
+    NaN for a lone picture.
 
     Its mean is that of all pairs.
     """
@@ -61,34 +88,52 @@ def diversity(embeddings: Tensor) -> Tensor:
     return apart.fill_diagonal_(0).sum(1) / (len(embeddings) - 1)
 
 
-# Fréchet and kernel distance are written out, as torchmetrics' would bring a package for twenty lines, want a module that takes
-# pictures, draw subsets from torch's global seed and keep their values to themselves. Tests hold these against torchmetrics'.
+# Fréchet and kernel distance are written out, as torchmetrics' would bring a package for twenty
+# lines, want a module that takes
+# pictures, draw subsets from torch's global seed and keep their values to themselves. Tests hold
+# these against torchmetrics'.
 
 
 def frechet_distance(real: Tensor, made: Tensor) -> float:
-    """|μ − μ'|² + tr(Σ + Σ' − 2 (Σ Σ')^½) of features (R, D) and (N, D) (Heusel et al., arXiv 1706.08500, equation 6).
+    """|μ − μ'|² + tr(Σ + Σ' − 2 (Σ Σ')^½) of features (R, D) and (N, D).
+
+    Heusel et al., arXiv 1706.08500, equation 6.
 
     With fewer pictures than D it comes out far too high. ValueError for fewer than two.
     """
     if min(len(real), len(made)) < 2:
         raise ValueError("a covariance takes two pictures at least")
-    (mean, root), (other_mean, other_root) = (_moments(features.double()) for features in (real, made))
-    # Σ = A Aᵀ and Σ' = B Bᵀ: the eigenvalues of Σ Σ' are the squared singular values of Aᵀ B, without a root's rounding.
+    (mean, root), (other_mean, other_root) = (
+        _moments(features.double()) for features in (real, made)
+    )
+    # Σ = A Aᵀ and Σ' = B Bᵀ: the eigenvalues of Σ Σ' are the squared singular values of Aᵀ B,
+    # without a root's rounding.
     overlap = torch.linalg.svdvals(root.T @ other_root).sum()
-    return ((mean - other_mean).square().sum() + root.square().sum() + other_root.square().sum() - 2 * overlap).item()
+    return (
+        (mean - other_mean).square().sum()
+        + root.square().sum()
+        + other_root.square().sum()
+        - 2 * overlap
+    ).item()
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """(N, D) -> the mean (D,) and A (D, min(N, D)) with A Aᵀ the unbiased covariance."""
     mean = features.mean(0)
     centred = (features - mean) / (len(features) - 1) ** 0.5
-    return mean, (torch.linalg.qr(centred, mode="r").R if len(features) > features.shape[1] else centred).T
+    return mean, (
+        torch.linalg.qr(centred, mode="r").R if len(features) > features.shape[1] else centred
+    ).T
 
 
-def kernel_distances(real: Tensor, made: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0) -> Tensor:
-    """MMD² of features (R, D) and (N, D), unbiased, of random subsets of both: (subsets,) (Bińkowski et al., arXiv 1801.01401).
+def kernel_distances(
+    real: Tensor, made: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
+) -> Tensor:
+    """MMD² of features (R, D) and (N, D), unbiased, of random subsets of both: (subsets,)
+    (Bińkowski et al., arXiv 1801.01401).
 
-    The kernel is (x·y / D + 1)³. Their mean is KID. `size` is cut to what there is; ValueError for fewer than two.
+    The kernel is (x·y / D + 1)³. Their mean is KID. `size` is cut to what there is; ValueError for
+    fewer than two.
     """
     size = min(size, len(real), len(made))
     if size < 2:
@@ -96,7 +141,9 @@ def kernel_distances(real: Tensor, made: Tensor, *, subsets: int = SUBSETS, size
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(features: Tensor) -> Tensor:
-        return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)].double()
+        return features[
+            torch.randperm(len(features), generator=generator)[:size].to(features.device)
+        ].double()
 
     return torch.stack([_mmd(drawn(real), drawn(made)) for _ in range(subsets)])
 
@@ -120,22 +167,29 @@ class Interval(NamedTuple):
     high: float | None
 
 
-def interval(values: Tensor, items: Tensor, *, seed: int = 0) -> Interval:
-    """The mean of `values` (N,), and a bootstrap interval over items: the pictures of one item are resampled together.
+def bootstrap_interval(values: Tensor, items: Tensor, *, seed: int = 0) -> Interval:
+    """The mean of `values` (N,), and a bootstrap interval over items: the pictures of one item are
+    resampled together.
 
     items  (N,) of integers: which item each value is of
     """
     sums, counts = _by_item(values, items)
     if len(sums) < 2:
         return Interval(values.double().mean().item(), None, None)
-    means = torch.cat([sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in _resamples(len(sums), seed)])
+    means = torch.cat(
+        [sums[drawn].sum(1) / counts[drawn].sum(1) for drawn in _resamples(len(sums), seed)]
+    )
     return Interval(values.double().mean().item(), *_central(means))
 
 
-def difference(a: Tensor, a_items: Tensor, b: Tensor, b_items: Tensor, *, seed: int = 0) -> Interval:
-    """mean(a) − mean(b) over the items that both have, and its bootstrap interval: the same items are drawn for both.
+def difference(
+    a: Tensor, a_items: Tensor, b: Tensor, b_items: Tensor, *, seed: int = 0
+) -> Interval:
+    """mean(a) − mean(b) over the items that both have, and its bootstrap interval: the same items
+    are drawn for both.
 
-    a, a_items and b, b_items as in `interval`; equal integers are equal items. ValueError if there is none.
+    a, a_items and b, b_items as in `bootstrap_interval`; equal integers are equal items. ValueError
+    if there is none.
     """
     shared = torch.as_tensor(sorted({*a_items.tolist()} & {*b_items.tolist()}), dtype=torch.long)
     if not len(shared):
@@ -149,7 +203,8 @@ def difference(a: Tensor, a_items: Tensor, b: Tensor, b_items: Tensor, *, seed: 
     if len(shared) < 2:
         return Interval(value, None, None)
     drawn_means = [
-        sums[drawn].sum(1) / counts[drawn].sum(1) - other_sums[drawn].sum(1) / other_counts[drawn].sum(1)
+        sums[drawn].sum(1) / counts[drawn].sum(1)
+        - other_sums[drawn].sum(1) / other_counts[drawn].sum(1)
         for drawn in _resamples(len(shared), seed)
     ]
     return Interval(value, *_central(torch.cat(drawn_means)))
@@ -159,11 +214,15 @@ def _by_item(values: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and count of the values of every item that is there, (I,) each."""
     _, place = items.unique(return_inverse=True)
     empty = values.new_zeros(int(place.max()) + 1, dtype=torch.float64)
-    return empty.index_add(0, place, values.double()), empty.index_add(0, place, torch.ones_like(values, dtype=torch.float64))
+    return empty.index_add(0, place, values.double()), empty.index_add(
+        0, place, torch.ones_like(values, dtype=torch.float64)
+    )
 
 
 def _resamples(count: int, seed: int) -> Iterator[Tensor]:
-    """Indices of items drawn with replacement, (200, I) at a time: all at once could take gigabytes."""
+    """Indices of items drawn with replacement, (200, I) at a time: all at once could take
+    gigabytes.
+    """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(RESAMPLES // 200):
         yield torch.randint(count, (200, count), generator=generator)

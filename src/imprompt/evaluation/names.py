@@ -5,11 +5,14 @@ import re
 from collections.abc import Iterable
 from itertools import count
 
-LONGEST = 150  # bytes: a file's name has at most 255 nearly everywhere, and a seed and a suffix come behind
+# bytes: a file's name has at most 255 nearly everywhere, and a seed and a suffix come behind
+LONGEST = 150
 
 
 def told_apart(names: Iterable[str]) -> list[str]:
-    """Names as parts of files' names, each another, also where capitals do not count: one that is taken gets a number."""
+    """Names as parts of files' names, each another, also where capitals do not count: one that is
+    taken gets a number.
+    """
     taken: set[str] = set()
     apart = []
     for name in map(filed, names):
@@ -23,7 +26,10 @@ def told_apart(names: Iterable[str]) -> list[str]:
 
 
 def filed(name: str) -> str:
-    """With nothing but letters, digits and _ . + = , - in it; cut to LONGEST, with a hash of the whole."""
+    """With nothing but letters, digits and _ . + = , - in it.
+
+    Cut to LONGEST, with a hash of the whole.
+    """
     plain = re.sub(r"[^\w.+=,-]+", "-", name)
     data = plain.encode()
     if len(data) <= LONGEST:

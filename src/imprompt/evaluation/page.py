@@ -30,7 +30,10 @@ class Figure(NamedTuple):
 
 
 def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any) -> Path:
-    """Fill a template of `pages/`; everything that is not SVG of ours is escaped. SettingError where it cannot be written."""
+    """Fill a template of `pages/`; everything that is not SVG of ours is escaped.
+
+    SettingError where it cannot be written.
+    """
     environment = Environment(
         loader=PackageLoader("imprompt.evaluation", "pages"),
         autoescape=True,
@@ -38,19 +41,25 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "change": change}
+    environment.filters |= {"number": metric_text, "change": change}
     named = list(thumbnails.missing.values())
-    text = environment.get_template(template).render(METRICS=METRICS, NONE=NONE, missing=named, MISSING=MISSING, **values)
+    text = environment.get_template(template).render(
+        METRICS=METRICS, NONE=NONE, missing=named, MISSING=MISSING, **values
+    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as aside:
-            aside.write_text(text, "utf-8", errors="backslashreplace")  # file names need not be Unicode
+            aside.write_text(
+                text, "utf-8", errors="backslashreplace"
+            )  # file names need not be Unicode
     except OSError as error:
-        raise SettingError(f"{path} cannot be written ({first_line(error)}); give another place") from error
+        raise SettingError(
+            f"{path} cannot be written ({first_line(error)}); give another place"
+        ) from error
     return path
 
 
-def number(value: object, key: str) -> str:
+def metric_text(value: object, key: str) -> str:
     """A metric's value with its digits; a dash where there is none, or no number."""
     return f"{value:.{METRICS[key].digits}f}" if known(value) else NONE
 
@@ -66,13 +75,20 @@ def measured(settings: list[Setting]) -> list[str]:
 
 
 def figures(settings: list[Setting]) -> list[Figure]:
-    """Along every numeric axis the curves, and CLIP-T against CLIP-I; by setting where nothing is numeric; none of one setting."""
+    """Along every numeric axis the curves, and CLIP-T against CLIP-I.
+
+    By setting where nothing is numeric; none of one setting.
+    """
     shown = [key for key in DRAWN if drawable(settings, key)]
     if len(settings) < 2:
         return []
     axes = numeric_axes(settings)
     if not axes:
-        return [Figure("By setting, with 95 % intervals", [Markup(dots(settings, key)) for key in shown])]
+        return [
+            Figure(
+                "By setting, with 95 % intervals", [Markup(dots(settings, key)) for key in shown]
+            )
+        ]
     return [
         Figure(
             ", ".join((f"Over {axis}", *also)) + ", with 95 % intervals",
@@ -84,11 +100,18 @@ def figures(settings: list[Setting]) -> list[Figure]:
 
 
 def _parts(settings: list[Setting], axis: str) -> Iterator[tuple[list[str], list[Setting]]]:
-    """Settings of which one axis is left for the lines of a plot, the last; with the values of all further ones."""
+    """Settings of which one axis is left for the lines of a plot, the last.
+
+    With the values of all further ones.
+    """
     further = [name for name in axes_of(settings) if name != axis][:-1]
     for values in product(*(axis_values(settings, name) for name in further)):
         wanted = dict(zip(further, values, strict=True))
-        part = [one for one in settings if all(one["axes"].get(name) == value for name, value in wanted.items())]
+        part = [
+            one
+            for one in settings
+            if all(one["axes"].get(name) == value for name, value in wanted.items())
+        ]
         if len(axis_values(part, axis)) > 1:
             yield [f"{name} {word(value)}" for name, value in wanted.items()], part
 
@@ -100,9 +123,13 @@ def _along(settings: list[Setting], shown: list[str], axis: str, first: bool) ->
     yield from (curve(settings, key, axis) for key in shown if key not in HEADLINE)
 
 
-def facts(run: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+def run_facts(run: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
     """What was run: a title -> lines of names and values."""
-    rows = {name: lines_of(value) for name, value in run.items() if name not in VERSIONS and value not in ({}, [], None)}
+    rows = {
+        name: lines_of(value)
+        for name, value in run.items()
+        if name not in VERSIONS and value not in ({}, [], None)
+    }
     versions = {name: str(run[name]) for name in VERSIONS if name in run}
     return rows | ({"made with": [versions]} if versions else {})
 
@@ -111,24 +138,38 @@ def lines_of(value: Any) -> list[dict[str, str]]:
     if isinstance(value, list):
         return [line for one in value for line in lines_of(one)]
     if isinstance(value, Mapping):
-        return [{str(name): plain(one) for name, one in value.items() if one not in (None, "")}]
-    return [{"": plain(value)}]
+        return [{str(name): as_text(one) for name, one in value.items() if one not in (None, "")}]
+    return [{"": as_text(value)}]
 
 
-def plain(value: Any) -> str:
+def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def flat(value: Any, name: str = "") -> dict[str, str]:
+def dotted(value: Any, name: str = "") -> dict[str, str]:
     """Nested settings -> a value by its dotted name."""
-    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    found = {key: text for part, one in parts for key, text in flat(one, f"{name}.{part}" if name else str(part)).items()}
-    return found or {name: plain(value)}
+    parts = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    found = {
+        key: text
+        for part, one in parts
+        for key, text in dotted(one, f"{name}.{part}" if name else str(part)).items()
+    }
+    return found or {name: as_text(value)}
 
 
-def name_of(value: Any) -> str:
+def display_name(value: Any) -> str:
     """What a model, an adapter or a set is called."""
     if isinstance(value, list):
-        return ", ".join(map(name_of, value))
-    told = (value.get("name") or value.get("path") or "") if isinstance(value, Mapping) else value or ""
+        return ", ".join(map(display_name, value))
+    told = (
+        (value.get("name") or value.get("path") or "")
+        if isinstance(value, Mapping)
+        else value or ""
+    )
     return Path(str(told)).name

@@ -3,54 +3,101 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from imprompt.checked import Checked
-from imprompt.evaluation.judges import CLIP, DINO
 from imprompt.evaluation.protocols import Protocol, Setting
-from imprompt.evaluation.sets import Item
-from imprompt.sampling.settings import Precision
+from imprompt.generation.settings import Precision
+from imprompt.validation import Checked, Flag
+
+if TYPE_CHECKING:
+    from imprompt.evaluation.sets import Item
+
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vits16"  # that measure, if not told
+
+
+def unless_none(source: str) -> str | None:
+    """Return a judge's source as a flag gives it; None for the word "none"."""
+    return None if source == "none" else source
 
 
 class Plan(Checked, frozen=True):
-    """An evaluation as a user asks for it.
-
-    protocol_name   what `protocol` was before values were changed
-    clip, dino      folders or Hub ids of the judges; None: none
-    inception       a TorchScript file, whose features FID and KID then take in place of CLIP's
-    judge_device    where they compute; where the pictures are made if not given
-    skip_bad        leave out the items whose pictures cannot be used
-    threads         of each process on a CPU; as many as torch takes if not given. Another number changes results by rounding
+    """An evaluation as a user asks for it. `protocol_name`: what `protocol` was before it was
+    changed.
     """
 
     path: Path
     out: Path
-    kind: str = "auto"
+    kind: Annotated[
+        str, Field(description="What kind of set it is: auto, folder, coco or subjects.")
+    ] = "auto"
     protocol_name: str = "default"
     protocol: Protocol = Protocol()
     sweep: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    model: str = "emoji"
-    adapter: str | None = None
-    encoder: str | None = None
-    variant: str | None = None
-    clip: str | None = CLIP
-    dino: str | None = DINO
-    inception: str | None = None
-    device: str | None = None
-    judge_device: str | None = None
-    dtype: Precision | None = None
-    skip_bad: bool = False
-    threads: Annotated[int, Field(ge=1)] | None = None
+    model: Annotated[
+        str,
+        Field(description="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`."),
+    ] = "emoji"
+    adapter: Annotated[
+        str | None, Field(description="base, plus, a file, a training run's state, or a Hub file.")
+    ] = None
+    encoder: Annotated[
+        str | None,
+        Field(description="Folder or Hub id of the image encoder, if the adapter does not say."),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Field(description="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
+    ] = None
+    clip: Annotated[
+        str | None,
+        Flag(read=unless_none),
+        Field(description="The CLIP that measures: a folder or Hub id, or none."),
+    ] = CLIP
+    dino: Annotated[
+        str | None,
+        Flag(read=unless_none),
+        Field(description="The DINO or DINOv2 that measures: a folder or Hub id, or none."),
+    ] = DINO
+    inception: Annotated[
+        str | None,
+        Field(
+            description="TorchScript file of Inception, for FID and KID; else of CLIP's features."
+        ),
+    ] = None
+    device: Annotated[
+        str | None, Field(description="cuda, mps or cpu; the best there is if not given.")
+    ] = None
+    judge_device: Annotated[
+        str | None,
+        Field(description="Where the judges compute; where pictures are made if not given."),
+    ] = None
+    dtype: Annotated[
+        Precision | None,
+        Field(description="float32, float16 or bfloat16; by the device if not given."),
+    ] = None
+    skip_bad: Annotated[bool, Field(description="Leave out what cannot be read, and count it.")] = (
+        False
+    )
+    threads: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Of each process on a CPU; another number changes results by rounding.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Items of one setting that are made and measured together; `first` is the number of the first in the set."""
+    """Items of one setting that are made and measured together.
+
+    `first` is the number of the first in the set.
+    """
 
     setting: Setting
-    items: Sequence[Item]
+    items: "Sequence[Item]"
     first: int
     stem: Path  # of the files with its rows and its embeddings
 
@@ -67,11 +114,16 @@ class Chunk:
         return self.stem.with_suffix(".safetensors")
 
 
-def chunks_of(plan: Plan, settings: Sequence[Setting], items: Sequence[Item]) -> list[Chunk]:
+def chunks_of(plan: Plan, settings: Sequence[Setting], items: "Sequence[Item]") -> list[Chunk]:
     """All chunks, setting by setting."""
     size = max(1, plan.protocol.batch_size // plan.protocol.seeds)
     return [
-        Chunk(setting, items[first : first + size], first, plan.out / "parts" / setting.name / f"{first // size:06}")
+        Chunk(
+            setting,
+            items[first : first + size],
+            first,
+            plan.out / "parts" / setting.name / f"{first // size:06}",
+        )
         for setting in settings
         for first in range(0, len(items), size)
     ]

@@ -1,6 +1,8 @@
-"""Plots as SVG for a page: one panel each, so that the page can set them side by side or below each other.
+"""Plots as SVG for a page: one panel each, so that the page can set them side by side or below each
+other.
 
-Colours and font are the page's (CSS variables), so that a plot follows its light and dark look; text stays text.
+Colours and font are the page's (CSS variables), so that a plot follows its light and dark look;
+text stays text.
 """
 
 import io
@@ -21,8 +23,13 @@ WIDTH, HEIGHT = 4.4, 3.3  # inches of 72 units; the page scales it to its column
 # What matplotlib draws with -> what the page makes of it.
 INK, FAINT = "#010101", "#020202"
 LINES = [f"#0{number}0{number}0{number}" for number in range(3, 9)]
-COLORS = {INK: "var(--ink)", FAINT: "var(--line)"} | {line: f"var(--plot-{number})" for number, line in enumerate(LINES)}
-CORNERS = [{"xytext": (5, 4), "ha": "left"}, {"xytext": (-5, -11), "ha": "right"}]  # of labels: lines often lie close
+COLORS = {INK: "var(--ink)", FAINT: "var(--line)"} | {
+    line: f"var(--plot-{number})" for number, line in enumerate(LINES)
+}
+CORNERS = [
+    {"xytext": (5, 4), "ha": "left"},
+    {"xytext": (-5, -11), "ha": "right"},
+]  # of labels: lines often lie close
 DASHES, MARKERS = ("-", "--", ":", "-."), "osD^vP"
 STYLE: Any = {
     "font.family": ["DejaVu Sans"],  # matplotlib's own: what it measures with
@@ -52,14 +59,28 @@ Line = tuple[str, list[Setting]]  # its name, its settings along the axis
 
 
 def curve(settings: list[Setting], key: str, axis: str) -> str:
-    """A metric over a numeric axis, with the band of its intervals; a line for each value of the other axes. SVG."""
+    """A metric over a numeric axis, with the band of its intervals.
+
+    A line for each value of the other axes. SVG.
+    """
 
     def draw(axes: "Axes") -> None:
         for number, (name, line) in enumerate(_lines(settings, axis)):
-            points = [(setting["axes"][axis], setting["metrics"][key]) for setting in line if _has(setting, key)]
+            points = [
+                (setting["axes"][axis], setting["metrics"][key])
+                for setting in line
+                if _has(setting, key)
+            ]
             color = LINES[number % len(LINES)]
-            axes.plot([x for x, _ in points], [y["value"] for _, y in points], **_stroke(number), label=name)
-            banded = [(x, y["low"], y["high"]) for x, y in points if known(y["low"]) and known(y["high"])]
+            axes.plot(
+                [x for x, _ in points],
+                [y["value"] for _, y in points],
+                **_stroke(number),
+                label=name,
+            )
+            banded = [
+                (x, y["low"], y["high"]) for x, y in points if known(y["low"]) and known(y["high"])
+            ]
             if banded:
                 xs, lows, highs = zip(*banded, strict=True)
                 axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
@@ -70,12 +91,17 @@ def curve(settings: list[Setting], key: str, axis: str) -> str:
 
 
 def trade(settings: list[Setting], across: str, up: str, axis: str) -> str:
-    """One metric against another, with both intervals; the points joined and labelled along a numeric axis. SVG."""
+    """One metric against another, with both intervals.
+
+    The points joined and labelled along a numeric axis. SVG.
+    """
 
     def draw(axes: "Axes") -> None:
         for number, (name, line) in enumerate(_lines(settings, axis)):
             line = [setting for setting in line if _has(setting, across) and _has(setting, up)]
-            xs, ys = ([setting["metrics"][key]["value"] for setting in line] for key in (across, up))
+            xs, ys = (
+                [setting["metrics"][key]["value"] for setting in line] for key in (across, up)
+            )
             axes.plot(xs, ys, **_stroke(number), label=name)
             axes.errorbar(
                 xs,
@@ -88,8 +114,16 @@ def trade(settings: list[Setting], across: str, up: str, axis: str) -> str:
                 alpha=0.5,
             )
             corner: dict[str, Any] = CORNERS[number % 2]
-            for x, y, setting in zip(xs, ys, line, strict=True) if number < 2 else ():  # more would hide each other
-                axes.annotate(word(setting["axes"][axis]), (x, y), textcoords="offset points", fontsize=9, **corner)
+            for x, y, setting in (
+                zip(xs, ys, line, strict=True) if number < 2 else ()
+            ):  # more would hide each other
+                axes.annotate(
+                    word(setting["axes"][axis]),
+                    (x, y),
+                    textcoords="offset points",
+                    fontsize=9,
+                    **corner,
+                )
         axes.set_xlabel(METRICS[across].title)
         axes.set_ylabel(METRICS[up].title)
         axes.margins(0.12)
@@ -120,9 +154,16 @@ def dots(settings: list[Setting], key: str) -> str:
 
     def _short(setting: Setting) -> str:
         varied = axes_of(settings)
-        return " · ".join(word(setting["axes"].get(name), 28) for name in varied) or label_of(setting)
+        return " · ".join(word(setting["axes"].get(name), 28) for name in varied) or label_of(
+            setting
+        )
 
-    return _panel(METRICS[key].title, f"{METRICS[key].title} by setting", draw, height=max(1.6, 1 + 0.3 * len(shown)))
+    return _panel(
+        METRICS[key].title,
+        f"{METRICS[key].title} by setting",
+        draw,
+        height=max(1.6, 1 + 0.3 * len(shown)),
+    )
 
 
 def drawable(settings: list[Setting], key: str) -> bool:
@@ -139,7 +180,11 @@ def _lines(settings: list[Setting], axis: str) -> Iterator[Line]:
     others = [name for name in axes_of(settings) if name != axis]
     for values in product(*(axis_values(settings, name) for name in others)):
         wanted = dict(zip(others, values, strict=True))
-        line = [one for one in settings if all(one["axes"].get(name) == value for name, value in wanted.items())]
+        line = [
+            one
+            for one in settings
+            if all(one["axes"].get(name) == value for name, value in wanted.items())
+        ]
         if line:
             name = " · ".join(f"{name} {word(value, 24)}" for name, value in wanted.items())
             yield name, sorted(line, key=lambda setting: setting["axes"][axis])
@@ -155,7 +200,10 @@ def _stroke(number: int) -> dict[str, Any]:
 
 
 def _reaches(settings: list[Setting], key: str) -> list[list[float]]:
-    """(2, settings): how far the interval reaches below and above the value; 0 where there is none."""
+    """(2, settings): how far the interval reaches below and above the value.
+
+    0 where there is none.
+    """
     found = [setting["metrics"][key] for setting in settings]
     bounds = [(one["value"], one["low"], one["high"]) for one in found]
     return [
@@ -179,19 +227,27 @@ def _panel(title: str, says: str, draw: "Callable[[Axes], None]", height: float 
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SettingError("plots are drawn by matplotlib: pip install 'imprompt[evaluate]'") from error
+        raise SettingError(
+            "plots are drawn by matplotlib: pip install 'imprompt[evaluate]'"
+        ) from error
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": says}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # an emoji in a name: the browser has a font for it
+        warnings.filterwarnings(
+            "ignore", "Glyph"
+        )  # an emoji in a name: the browser has a font for it
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot(title=title)
         draw(axes)
         if any(axes.get_legend_handles_labels()[1]):
             figure.legend(loc="outside lower left", ncols=2)
-            figure.set_figheight(height + 0.19 * max(0, (len(axes.get_legend_handles_labels()[1]) - 3) // 2))
+            figure.set_figheight(
+                height + 0.19 * max(0, (len(axes.get_legend_handles_labels()[1]) - 3) // 2)
+            )
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     return _for_page(file.getvalue(), says)
 
 
@@ -200,8 +256,14 @@ def _for_page(svg: str, says: str) -> str:
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg [^>]*?) height="[\d.]+pt"', r"\1", re.sub(r'(<svg [^>]*?) width="[\d.]+pt"', r"\1", svg))
-    svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)  # a style would act on the whole page
+    svg = re.sub(
+        r'(<svg [^>]*?) height="[\d.]+pt"',
+        r"\1",
+        re.sub(r'(<svg [^>]*?) width="[\d.]+pt"', r"\1", svg),
+    )
+    svg = re.sub(
+        r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL
+    )  # a style would act on the whole page
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # the same in every plot: figure_1, axes_1, …
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
     svg = re.sub("|".join(COLORS), lambda found: COLORS[found[0]], svg)

@@ -1,4 +1,6 @@
-"""How pictures are made for an evaluation: named protocols, each a row of values that can be changed, and sweeps over some."""
+"""How pictures are made for an evaluation: named protocols, each a row of values that can be
+changed, and sweeps over some.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -8,41 +10,55 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from imprompt.checked import Checked, near, one_of
 from imprompt.errors import SettingError
 from imprompt.evaluation.names import told_apart
-from imprompt.sampling.settings import Text
+from imprompt.generation.settings import Text
+from imprompt.validation import Checked, Flag, near, one_of
 
 SchedulerName = Literal["default", "ddim"]
-Count = Annotated[int, Field(ge=1)]
 
 
 class Protocol(Checked, frozen=True):
     """What is the same for every item. `steps` and `guidance` of None are the model's own.
 
-    captions    whether the caption is given as the text; it is measured against in either case
-    scale       of the image prompt
-    seeds       pictures of an item; picture k of item i has `seed` + i · seeds + k
-    scheduler   "ddim", or the model's own
-    limit       items, the first of the set
-    batch_size  pictures made at once: another changes results by rounding
+    The caption is measured against whether it is given as the text or not. Picture k of item i has
+    seed + i · seeds + k.
     """
 
-    captions: bool = True
-    scale: Annotated[float, Field(ge=-10, le=10)] = 1.0
-    seeds: Count = 4
-    scheduler: Annotated[SchedulerName, one_of(SchedulerName)] = "default"
-    steps: Count | None = None
-    guidance: Annotated[float, Field(ge=0, le=1000)] | None = None
-    negative_prompt: Text = ""
-    limit: Count | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**62)] = 0
-    batch_size: Count = 4
+    captions: Annotated[
+        bool,
+        Flag("--captions/--no-captions"),
+        Field(description="Whether captions are given as text."),
+    ] = True
+    scale: Annotated[float, Field(ge=-10, le=10, description="Strength of the image prompt.")] = 1.0
+    seeds: Annotated[int, Field(ge=1, description="Pictures per item.")] = 4
+    scheduler: Annotated[
+        SchedulerName,
+        one_of(SchedulerName),
+        Field(description="ddim, or default: the model's own."),
+    ] = "default"
+    steps: Annotated[int | None, Field(ge=1, description="Sampling steps.")] = None
+    guidance: Annotated[float | None, Field(ge=0, le=1000, description="Guidance scale.")] = None
+    negative_prompt: Annotated[
+        Text, Flag("--negative"), Field(description="Text that guidance goes away from.")
+    ] = ""
+    limit: Annotated[int | None, Field(ge=1, description="Items, the first of the set.")] = None
+    seed: Annotated[
+        int,
+        Field(ge=0, lt=2**62, description="Of the first picture; item i has seed + i × seeds."),
+    ] = 0
+    batch_size: Annotated[
+        int,
+        Field(ge=1, description="Pictures made at once: another changes results by rounding."),
+    ] = 4
 
 
-# Section 4.1 of the paper (arXiv 2308.06721): COCO 2017 val, four pictures for each of 5,000, DDIM with 50 steps, guidance 7.5; the
+# Section 4.1 of the paper (arXiv 2308.06721): COCO 2017 val, four pictures for each of 5,000, DDIM
+# with 50 steps, guidance 7.5; the
 # image prompt alone at scale 1. With a text it advises about 0.5.
-PAPER = Protocol(captions=False, scale=1.0, seeds=4, scheduler="ddim", steps=50, guidance=7.5, limit=5000)
+PAPER = Protocol(
+    captions=False, scale=1.0, seeds=4, scheduler="ddim", steps=50, guidance=7.5, limit=5000
+)
 CAPTIONED = PAPER.model_copy(update={"captions": True, "scale": 0.5})
 PROTOCOLS = {
     "default": Protocol(scale=0.5),  # the model's own steps and guidance
@@ -52,11 +68,16 @@ PROTOCOLS = {
 }
 
 
-def protocol(name: str, **changes: Any) -> Protocol:
-    """The protocol of that name, with the values that are not None in place of its own; SettingError."""
+def find_protocol(name: str, **changes: Any) -> Protocol:
+    """The protocol of that name, with the values that are not None in place of its own.
+
+    SettingError.
+    """
     if name not in PROTOCOLS:
         raise SettingError(f"unknown protocol {name!r}{near(name, PROTOCOLS)}")
-    return changed(PROTOCOLS[name], {key: value for key, value in changes.items() if value is not None})
+    return changed(
+        PROTOCOLS[name], {key: value for key, value in changes.items() if value is not None}
+    )
 
 
 def changed(plan: Protocol, values: Mapping[str, Any]) -> Protocol:
@@ -66,7 +87,13 @@ def changed(plan: Protocol, values: Mapping[str, Any]) -> Protocol:
 
 
 # What can be swept, and what a value is read as. The first three are the protocol's.
-AXES: dict[str, Callable[[str], Any]] = {"scale": float, "guidance": float, "steps": int, "adapter": str, "blocks": str}
+AXES: dict[str, Callable[[str], Any]] = {
+    "scale": float,
+    "guidance": float,
+    "steps": int,
+    "adapter": str,
+    "blocks": str,
+}
 Sweep = Mapping[str, tuple[Any, ...]]
 
 
@@ -78,11 +105,17 @@ def read_sweep(told: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         if name not in AXES:
             raise SettingError(f"--sweep {line}: unknown axis {name!r}{near(name, AXES)}")
         if name in sweep:
-            raise SettingError(f"--sweep {name} is given twice: give all its values at once, as {name}=A,B")
+            raise SettingError(
+                f"--sweep {name} is given twice: give all its values at once, as {name}=A,B"
+            )
         try:
-            sweep[name] = tuple(AXES[name](value.strip()) for value in values.split(",") if value.strip())
+            sweep[name] = tuple(
+                AXES[name](value.strip()) for value in values.split(",") if value.strip()
+            )
         except ValueError as error:
-            raise SettingError(f"--sweep {line}: give numbers with commas between, such as {name}=1,2") from error
+            raise SettingError(
+                f"--sweep {line}: give numbers with commas between, such as {name}=1,2"
+            ) from error
         if not sweep[name]:
             raise SettingError(f"--sweep {line}: give its values, such as {name}=1,2")
     return sweep
@@ -102,13 +135,21 @@ class Setting:
 
 
 def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
-    """All points of a sweep, the last axis fastest; a single one, called "all", without a sweep. SettingError."""
+    """All points of a sweep, the last axis fastest; a single one, called "all", without a sweep.
+
+    SettingError.
+    """
     for axis, values in sweep.items():
         value, often = Counter(values).most_common(1)[0]
         if often > 1:
-            raise SettingError(f"--sweep: {axis}={said(value)} is there {often} times; give each value once")
+            raise SettingError(
+                f"--sweep: {axis}={value_name(value)} is there {often} times; give each value once"
+            )
     points = [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
-    names = told_apart(",".join(f"{axis}={said(value)}" for axis, value in axes.items()) or "all" for axes in points)
+    names = told_apart(
+        ",".join(f"{axis}={value_name(value)}" for axis, value in axes.items()) or "all"
+        for axes in points
+    )
     settings = []
     for name, axes in zip(names, points, strict=True):
         own = {axis: value for axis, value in axes.items() if axis in Protocol.model_fields}
@@ -116,8 +157,10 @@ def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
     return settings
 
 
-def said(value: Any) -> str:
-    """A value in a setting's name: a number as short as it can be told, a path without its first slash."""
+def value_name(value: Any) -> str:
+    """A value in a setting's name: a number as short as it can be told, a path without its first
+    slash.
+    """
     if isinstance(value, float):
         return short if float(short := f"{value:g}") == value else repr(value)
     return str(value).lstrip("/")

@@ -9,14 +9,25 @@ from imprompt.evaluation import contact
 from imprompt.evaluation.comparison import write_comparison
 from imprompt.evaluation.contact import Card, Thumbnails, contact_sheet, extremes, spread
 from imprompt.evaluation.metrics import METRICS
-from imprompt.evaluation.page import NONE, facts, figures, measured, name_of, number, write_page
+from imprompt.evaluation.page import (
+    NONE,
+    display_name,
+    figures,
+    measured,
+    metric_text,
+    run_facts,
+    write_page,
+)
 from imprompt.evaluation.results import Results, Setting, known, label_of, read_results
 
-__all__ = ["table", "write_comparison", "write_report"]
+__all__ = ["report_table", "write_comparison", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
-    """Write `folder`/report.html, which needs no other file; SettingError if `folder` holds no finished run."""
+    """Write `folder`/report.html, which needs no other file.
+
+    SettingError if `folder` holds no finished run.
+    """
     results = read_results(folder)
     thumbnails = Thumbnails()
     return write_page(
@@ -25,7 +36,7 @@ def write_report(folder: Path) -> Path:
         thumbnails,
         title=title_of(results),
         notes=results.notes,
-        facts=facts(results.run),
+        facts=run_facts(results.run),
         run=json.dumps(results.run, indent=2, ensure_ascii=False),
         settings=[(label_of(setting), setting) for setting in results.settings],
         metrics=measured(results.settings),
@@ -41,8 +52,16 @@ def write_report(folder: Path) -> Path:
 def title_of(results: Results) -> str:
     """ "emoji + base on scenes"; the folder's name where the run does not say."""
     run = results.run
-    what = " + ".join(filter(None, (name_of(run.get("model")), name_of(run.get("adapters") or run.get("adapter")))))
-    where = name_of(run.get("set"))
+    what = " + ".join(
+        filter(
+            None,
+            (
+                display_name(run.get("model")),
+                display_name(run.get("adapters") or run.get("adapter")),
+            ),
+        )
+    )
+    where = display_name(run.get("set"))
     return " on ".join(filter(None, (what, where))) or results.folder.resolve().name
 
 
@@ -50,7 +69,11 @@ def best(settings: list[Setting]) -> dict[str, float]:
     """The best value of each metric that has a better side, where settings can be compared."""
     found: dict[str, float] = {}
     for key, metric in METRICS.items():
-        values = [one["metrics"][key]["value"] for one in settings if known(one["metrics"].get(key, {}).get("value"))]
+        values = [
+            one["metrics"][key]["value"]
+            for one in settings
+            if known(one["metrics"].get(key, {}).get("value"))
+        ]
         if metric.higher_is_better is not None and len(values) > 1:
             found[key] = (max if metric.higher_is_better else min)(values)
     return found
@@ -61,27 +84,46 @@ def sheet_rule(results: Results) -> str:
     settings = len(results.settings)
     items = len({item for rows in results.rows.values() for item in rows})
     shown = min(items, contact.sheet_items(settings))
-    what = "All items" if shown == items else f"{shown} of {items:,} items, evenly spread over the set"
+    what = (
+        "All items" if shown == items else f"{shown} of {items:,} items, evenly spread over the set"
+    )
     seeds = contact.sheet_seeds(settings)
     by = "the first seed" if seeds == 1 else f"the first {seeds} seeds at most"
-    columns = f"{contact.COLUMNS} of {settings} settings, evenly spread" if settings > contact.COLUMNS else "every setting"
+    columns = (
+        f"{contact.COLUMNS} of {settings} settings, evenly spread"
+        if settings > contact.COLUMNS
+        else "every setting"
+    )
     return f"{what}; {by} of {columns}. Not chosen by how they look."
 
 
-def all_extremes(results: Results, thumbnails: Thumbnails) -> list[tuple[str, list[Card], list[Card]]]:
+def all_extremes(
+    results: Results, thumbnails: Thumbnails
+) -> list[tuple[str, list[Card], list[Card]]]:
     """(label, best, worst) of settings spread evenly over those that have CLIP-I and two items."""
-    with_both = [one for one in results.settings if len(contact.ranked(results.rows[one["name"]])) > 1]
-    return [(label_of(one), *extremes(results, one, thumbnails)) for one in spread(with_both, contact.DETAILED)]
+    with_both = [
+        one for one in results.settings if len(contact.ranked(results.rows[one["name"]])) > 1
+    ]
+    return [
+        (label_of(one), *extremes(results, one, thumbnails))
+        for one in spread(with_both, contact.DETAILED)
+    ]
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """Settings and metrics in Markdown, each value with its 95 % interval, in columns that a terminal shows straight."""
+def report_table(summary: Mapping[str, Any]) -> str:
+    """Settings and metrics in Markdown, each value with its 95 % interval, in columns that a
+    terminal shows straight.
+    """
     settings = summary["settings"]
     keys = measured(settings)
     lines = [["setting", "pictures", *(METRICS[key].title for key in keys)]]
     for one in settings:
         lines.append(
-            [label_of(one).replace("|", "\\|"), f"{one['count']:,}", *(_cell(one["metrics"].get(key), key) for key in keys)]
+            [
+                label_of(one).replace("|", "\\|"),
+                f"{one['count']:,}",
+                *(_cell(one["metrics"].get(key), key) for key in keys),
+            ]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -90,11 +132,18 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def _straight(cells: list[str], widths: list[int]) -> list[str]:
     """The first to the left of its column, numbers to the right."""
-    return [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+    return [
+        cells[0].ljust(widths[0]),
+        *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
+    ]
 
 
 def _cell(found: Mapping[str, Any] | None, key: str) -> str:
     if not found or not known(found["value"]):
         return NONE
-    within = f" ({number(found['low'], key)} to {number(found['high'], key)})" if known(found["low"]) else ""
-    return number(found["value"], key) + within
+    within = (
+        f" ({metric_text(found['low'], key)} to {metric_text(found['high'], key)})"
+        if known(found["low"])
+        else ""
+    )
+    return metric_text(found["value"], key) + within

@@ -16,7 +16,9 @@ Setting = dict[str, Any]  # name, axes, count, items, metrics, as it stands in s
 
 @dataclass(frozen=True)
 class Results:
-    """What a run's folder says: `run` is run.json, `rows` are by setting and by item, in the order of the files."""
+    """What a run's folder says: `run` is run.json, `rows` are by setting and by item, in the order
+    of the files.
+    """
 
     folder: Path
     run: dict[str, Any]
@@ -28,28 +30,47 @@ class Results:
 def read_results(folder: Path) -> Results:
     """SettingError unless it is the folder of a finished run."""
     summary = _read(folder, "summary.json", json.loads)
-    lines = _read(folder, "rows.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line])
+    lines = _read(
+        folder, "rows.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line]
+    )
     rows: dict[str, dict[str, list[Row]]] = {}
     _check("summary.json", summary, {"run": dict, "settings": list}, folder)
     for setting in summary["settings"]:
-        _check("summary.json", setting, {"name": str, "axes": dict, "metrics": dict, "count": int, "items": int}, folder)
+        _check(
+            "summary.json",
+            setting,
+            {"name": str, "axes": dict, "metrics": dict, "count": int, "items": int},
+            folder,
+        )
     for row in lines:
-        _check("rows.jsonl", row, {"setting": str, "item": str, "seed": int, "image": str, "reference": str}, folder)
+        _check(
+            "rows.jsonl",
+            row,
+            {"setting": str, "item": str, "seed": int, "image": str, "reference": str},
+            folder,
+        )
         rows.setdefault(row["setting"], {}).setdefault(row["item"], []).append(row)
     unmade = [setting["name"] for setting in summary["settings"] if setting["name"] not in rows]
     results = Results(folder, summary["run"], summary["settings"], summary.get("notes", []), rows)
     if unmade or not results.settings:
         raise SettingError(
-            f"{folder} is no finished run: no pictures of {unmade[0] if unmade else 'any setting'} are in rows.jsonl"
+            f"{folder} is no finished run: no pictures of {unmade[0] if unmade else 'any setting'} "
+            "are in rows.jsonl"
         )
     return results
 
 
 def _check(name: str, told: Any, kinds: Mapping[str, type], folder: Path) -> None:
     """SettingError unless `told`, of the file `name`, holds values of these kinds."""
-    wrong = [key for key, kind in kinds.items() if not (isinstance(told, dict) and isinstance(told.get(key), kind))]
+    wrong = [
+        key
+        for key, kind in kinds.items()
+        if not (isinstance(told, dict) and isinstance(told.get(key), kind))
+    ]
     if wrong:
-        raise SettingError(f"{folder} is no finished run: its {name} lacks {wrong[0]!r}; run the evaluation again")
+        raise SettingError(
+            f"{folder} is no finished run: its {name} lacks {wrong[0]!r}; run the evaluation again"
+        )
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
@@ -57,10 +78,13 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
         return parse((folder / name).read_text("utf-8"))
     except FileNotFoundError as error:
         raise SettingError(
-            f"{folder} is no finished run: it has no {name}; `imprompt evaluate run` writes it at its end"
+            f"{folder} is no finished run: it has no {name}; `imprompt evaluate run` writes it at "
+            "its end"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise SettingError(f"{folder / name} cannot be read ({first_line(error)}); run the evaluation again") from error
+        raise SettingError(
+            f"{folder / name} cannot be read ({first_line(error)}); run the evaluation again"
+        ) from error
 
 
 def known(value: object) -> bool:
@@ -69,7 +93,9 @@ def known(value: object) -> bool:
 
 
 def cluster(row: Row) -> str:
-    """What is resampled together: the pictures of a subject, where the set has subjects, else those of an item."""
+    """What is resampled together: the pictures of a subject, where the set has subjects, else those
+    of an item.
+    """
     return row.get("group") or row["item"]
 
 
@@ -81,7 +107,11 @@ def mean_of(rows: list[Row], key: str) -> float | None:
 
 def axis_values(settings: list[Setting], axis: str) -> list[Any]:
     """The values of an axis in the order in which they come, each once."""
-    return list({word(setting["axes"].get(axis)): setting["axes"].get(axis) for setting in settings}.values())
+    return list(
+        {
+            word(setting["axes"].get(axis)): setting["axes"].get(axis) for setting in settings
+        }.values()
+    )
 
 
 def axes_of(settings: list[Setting]) -> list[str]:
@@ -106,4 +136,6 @@ def word(value: Any, longest: int = 40) -> str:
 
 def label_of(setting: Mapping[str, Any]) -> str:
     """ "scale 0.5 · guidance 3", or the setting's name where nothing was swept."""
-    return " · ".join(f"{name} {word(value)}" for name, value in setting["axes"].items()) or word(setting["name"])
+    return " · ".join(f"{name} {word(value)}" for name, value in setting["axes"].items()) or word(
+        setting["name"]
+    )

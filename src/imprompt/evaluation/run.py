@@ -1,13 +1,16 @@
-"""An evaluation: pictures made and measured chunk by chunk, on one process or many, from wherever an earlier one ended.
+"""An evaluation: pictures made and measured chunk by chunk, on one process or many, from wherever
+an earlier one ended.
 
 OUT/run.json       what is run: everything that the numbers depend on
-    parts/         of every setting's chunks the rows, and the embeddings of its pictures and of their targets
+    parts/         of every setting's chunks the rows, and the embeddings of its pictures and of
+                   their targets
     images/        the pictures
     rows.jsonl     all rows
     summary.json   means and intervals
 
-A chunk holds the same items and is made in the same batches whoever makes it, so that neither a kill nor the number of processes
-changes a number. Its rows are written last: a chunk with rows is whole.
+A chunk holds the same items and is made in the same batches whoever makes it, so that neither a
+kill nor the number of processes changes a number. Its rows are written last: a chunk with rows is
+whole.
 """
 
 import json
@@ -22,21 +25,21 @@ from filelock import FileLock, Timeout
 from PIL.Image import Image
 from torch import Tensor
 
+from imprompt.checkpoints.tensors import flat, some, write_tensors
 from imprompt.errors import ImpromptError, SettingError, first_line
-from imprompt.evaluation.judges import PHOTO, Judge, open_judges
-from imprompt.evaluation.making import Maker, reference_of
+from imprompt.evaluation.generator import Maker, reference_of
+from imprompt.evaluation.metric_encoders import PHOTO, Judge, open_judges
 from imprompt.evaluation.metrics import clip_score, cosine, diversity
 from imprompt.evaluation.plan import Chunk, Plan, chunks_of
 from imprompt.evaluation.protocols import settings_of
-from imprompt.evaluation.sets import EvaluationSet, Item, facts, open_set
+from imprompt.evaluation.sets import EvaluationSet, Item, open_set, set_facts
 from imprompt.evaluation.summary import gather, write_text
 from imprompt.files import check_folder
+from imprompt.generation.pipeline import check_device, default_device
+from imprompt.generation.request import save_png
+from imprompt.generation.settings import Settings
 from imprompt.images import open_image
-from imprompt.sampling.generate import check_device, default_device
-from imprompt.sampling.record import save_png
-from imprompt.sampling.settings import Settings
-from imprompt.tensorfiles import flat, some, write_tensors
-from imprompt.training.loop import end_of_another
+from imprompt.training.endings import end_of_another
 
 PATIENCE = timedelta(hours=2)  # that processes wait for the slowest
 DIGITS = 6  # digits of a row's numbers
@@ -44,10 +47,12 @@ OnDone = Callable[[int, int], None]  # (chunks of this process that are there, a
 
 
 def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
-    """Make and measure what is not there yet; give the summary, which the first process writes at the end (others give {}).
+    """Make and measure what is not there yet.
 
-    What is wrong is told before anything is made: SettingError, also if `plan.out` holds a run of other settings, ImageError,
-    CheckpointError or MismatchError.
+    Give the summary, which the first process writes at the end (others give {}).
+
+    What is wrong is told before anything is made: SettingError, also if `plan.out` holds a run of
+    other settings, ImageError, CheckpointError or MismatchError.
     """
     from accelerate import PartialState
 
@@ -57,8 +62,10 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     asked = check_device(plan.device) if plan.device else default_device()
     ranks = PartialState(cpu=asked == "cpu", timeout=PATIENCE)
     device = str(ranks.device) if asked == "cuda" and ranks.num_processes > 1 else asked
-    if threads := plan.threads or (recorded(plan.out) or {}).get("threads"):
-        torch.set_num_threads(threads)  # as the run was begun: sums in another number of parts are rounded otherwise
+    if threads := plan.threads or (read_record(plan.out) or {}).get("threads"):
+        torch.set_num_threads(
+            threads
+        )  # as the run was begun: sums in another number of parts are rounded otherwise
     sources = {"clip": plan.clip, "dino": plan.dino, "inception": plan.inception}
     judges = open_judges(sources, check_device(plan.judge_device) if plan.judge_device else device)
     if not judges:
@@ -68,10 +75,11 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
         maker.check(setting)
     run = record(plan, whole, maker, judges, device)
     check_same(plan.out, run)
-    with ends_told(plan.out):
+    with interruption_told(plan.out):
         ranks.wait_for_everyone()  # so that all have looked before the first writes
         lock = begun(plan.out, run) if ranks.is_main_process else None
-        ranks.wait_for_everyone()  # nobody's unfinished file is taken for one that an earlier run left
+        # nobody's unfinished file is taken for one that an earlier run left
+        ranks.wait_for_everyone()
         try:
             chunks = chunks_of(plan, settings, whole.items)
             mine = chunks[ranks.process_index :: ranks.num_processes]
@@ -85,9 +93,14 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     return summary
 
 
-def work(mine: Sequence[Chunk], plan: Plan, maker: Maker, measure: "Measure", on_done: OnDone | None) -> None:
+def work(
+    mine: Sequence[Chunk], plan: Plan, maker: Maker, measure: "Measure", on_done: OnDone | None
+) -> None:
     """Make, measure and write what is not there; chunks of one adapter after another."""
-    missing = sorted((chunk for chunk in mine if not chunk.rows.exists()), key=lambda chunk: chunk.setting.adapter or "")
+    missing = sorted(
+        (chunk for chunk in mine if not chunk.rows.exists()),
+        key=lambda chunk: chunk.setting.adapter or "",
+    )
     for done, chunk in enumerate(missing, len(mine) - len(missing)):
         if on_done:
             on_done(done, len(mine))
@@ -104,13 +117,18 @@ def work(mine: Sequence[Chunk], plan: Plan, maker: Maker, measure: "Measure", on
 
 
 class Measure:
-    """Rows and embeddings of a chunk. A target is embedded once, by itself, so that no number depends on what came before."""
+    """Rows and embeddings of a chunk.
+
+    A target is embedded once, by itself, so that no number depends on what came before.
+    """
 
     def __init__(self, judges: Mapping[str, Judge]) -> None:
         self.judges = judges
         self._targets: dict[tuple[str, Path], Tensor] = {}
 
-    def __call__(self, chunk: Chunk, pictures: Sequence[Image]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    def __call__(
+        self, chunk: Chunk, pictures: Sequence[Image]
+    ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         each = len(pictures) // len(chunk.items)
         made = {key: judge.images(pictures) for key, judge in self.judges.items()}
         targets = {key: [self.targets(key, item) for item in chunk.items] for key in self.judges}
@@ -120,12 +138,19 @@ class Measure:
             columns = self.columns(item, own, {key: of[number] for key, of in targets.items()})
             for k in range(each):
                 seed = chunk.setting.protocol.seed + (chunk.first + number) * each + k
-                rows.append({
-                    "setting": chunk.setting.name, "item": item.name, "group": item.group, "number": k, "seed": seed,
-                    "caption": item.caption, "image": f"images/{chunk.setting.name}/{item.name}-{seed}.png",
-                    "reference": str(reference_of(item, k)),
-                    **{key: round(values[k].item(), DIGITS) for key, values in columns.items()},
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "setting": chunk.setting.name,
+                        "item": item.name,
+                        "group": item.group,
+                        "number": k,
+                        "seed": seed,
+                        "caption": item.caption,
+                        "image": f"images/{chunk.setting.name}/{item.name}-{seed}.png",
+                        "reference": str(reference_of(item, k)),
+                        **{key: round(values[k].item(), DIGITS) for key, values in columns.items()},
+                    }
+                )
         return rows, made | {f"{key}.targets": torch.cat(of) for key, of in targets.items()}
 
     def targets(self, key: str, item: Item) -> Tensor:
@@ -135,8 +160,12 @@ class Measure:
                 self._targets[key, path] = self.judges[key].images([open_image(path)])
         return torch.cat([self._targets[key, path] for path in item.targets])
 
-    def columns(self, item: Item, made: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The numbers of an item's K pictures, (K,) each, as far as there are judges and a caption for them."""
+    def columns(
+        self, item: Item, made: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The numbers of an item's K pictures, (K,) each, as far as there are judges and a caption
+        for them.
+        """
         told = {}
         for name, key in (("clip_i", "clip"), ("dino", "dino")):
             if key in made:
@@ -151,7 +180,9 @@ class Measure:
         return told
 
 
-def record(plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, Judge], device: str) -> dict[str, Any]:
+def record(
+    plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, Judge], device: str
+) -> dict[str, Any]:
     """run.json: all that the numbers depend on."""
     import diffusers
     import transformers
@@ -159,7 +190,9 @@ def record(plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, 
     from imprompt import __version__
 
     made = maker.facts()
-    resolved = maker.pipe.resolve(Settings(steps=plan.protocol.steps, guidance=plan.protocol.guidance))
+    resolved = maker.pipe.resolve(
+        Settings(steps=plan.protocol.steps, guidance=plan.protocol.guidance)
+    )
     protocol = plan.protocol.model_dump() | {"steps": resolved.steps, "guidance": resolved.guidance}
     on_gpu = device.startswith("cuda")
     return {
@@ -169,7 +202,7 @@ def record(plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, 
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name(device) if on_gpu else device,
         **({} if on_gpu else {"threads": torch.get_num_threads()}),
-        "set": facts(whole, plan.protocol.limit),
+        "set": set_facts(whole, plan.protocol.limit),
         "protocol": {"name": plan.protocol_name, **protocol, "size": list(resolved.size)},
         "sweep": {axis: list(values) for axis, values in plan.sweep.items()},
         **made,
@@ -178,7 +211,7 @@ def record(plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, 
     }
 
 
-def recorded(out: Path) -> dict[str, Any] | None:
+def read_record(out: Path) -> dict[str, Any] | None:
     """run.json, if there is one."""
     path = out / "run.json"
     if not path.exists():
@@ -187,25 +220,37 @@ def recorded(out: Path) -> dict[str, Any] | None:
         run = json.loads(path.read_text("utf-8"))
         by_name(run)
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingError(f"{path} is damaged ({first_line(error)}); give another --out") from error
+        raise SettingError(
+            f"{path} is damaged ({first_line(error)}); give another --out"
+        ) from error
     return run
 
 
 def check_same(out: Path, run: Mapping[str, Any]) -> None:
     """Raise SettingError, naming what differs, if `out` was begun with other settings."""
-    begun_with = recorded(out)
+    begun_with = read_record(out)
     if begun_with is None:
         if (out / "parts").exists():
-            raise SettingError(f"{out} holds parts of a run, but no run.json says of which: give another --out")
+            raise SettingError(
+                f"{out} holds parts of a run, but no run.json says of which: give another --out"
+            )
         return
     was, now = dict(flat(by_name(begun_with))), dict(flat(by_name(json.loads(json.dumps(run)))))
-    changed = [f"{key} = {was.get(key)!r} (now {now.get(key)!r})" for key in {**was, **now} if was.get(key) != now.get(key)]
+    changed = [
+        f"{key} = {was.get(key)!r} (now {now.get(key)!r})"
+        for key in {**was, **now}
+        if was.get(key) != now.get(key)
+    ]
     if changed:
-        raise SettingError(f"{out} was begun with {some(changed, 3)}: give another --out, or the old values")
+        raise SettingError(
+            f"{out} was begun with {some(changed, 3)}: give another --out, or the old values"
+        )
 
 
 def by_name(run: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json with its lists of judges and adapters as mappings, for a difference to have a short name."""
+    """run.json with its lists of judges and adapters as mappings, for a difference to have a short
+    name.
+    """
     lists = {"judges": "key", "adapters": "name"}
     return {**run, **{part: {one[name]: one for one in run[part]} for part, name in lists.items()}}
 
@@ -216,16 +261,18 @@ def begun(out: Path, run: Mapping[str, Any]) -> Any:
     try:
         lock = FileLock(out / ".lock", blocking=False).acquire().lock
     except Timeout as error:
-        raise SettingError(f"another process is evaluating into {out}: wait for it, or give another --out") from error
+        raise SettingError(
+            f"another process is evaluating into {out}: wait for it, or give another --out"
+        ) from error
     for left in out.rglob(".*.part"):  # of a killed process
         left.unlink()
-    if recorded(out) is None:
+    if read_record(out) is None:
         write_text(out / "run.json", json.dumps(run, indent=1))
     return lock
 
 
 @contextmanager
-def ends_told(out: Path) -> Iterator[None]:
+def interruption_told(out: Path) -> Iterator[None]:
     """The end of another process of the run as one line."""
     try:
         yield

@@ -12,12 +12,20 @@ from os.path import commonpath, normpath
 from pathlib import Path
 from typing import Any
 
-from imprompt.checked import near
 from imprompt.errors import ImageError, SettingError
 from imprompt.evaluation.names import told_apart
 from imprompt.images import open_image
+from imprompt.training.listings import (
+    FOLDER_FORM,
+    json_lines,
+    json_list,
+    parse_json,
+    read_listing,
+    read_text,
+)
 from imprompt.training.recipe import Columns
-from imprompt.training.sources import FOLDER_FORM, Names, json_lines, json_list, parse_json, read_listing, read_text
+from imprompt.training.samples import Names
+from imprompt.validation import near
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 
@@ -26,7 +34,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", "
 class Item:
     """One thing to make pictures of.
 
-    references  files that prompt it; its picture k hears the k-th of them, and from the last on the first again
+    references  files that prompt it; its picture k hears the k-th of them, and from the last on the
+                first again
     targets     files that a result should be like
     group       what it belongs to, such as a subject
     """
@@ -58,11 +67,18 @@ class EvaluationSet:
 
 def folder_items(root: Path) -> Iterator[Item]:
     """As for training: a line {"file_name": …, "text": …, "reference": …} per picture."""
-    names = Names.of(Columns(), "file_name", "text", "reference,references,reference_file_name,reference_file_names")
+    names = Names.of(
+        Columns(),
+        "file_name",
+        "text",
+        "reference,references,reference_file_name,reference_file_names",
+    )
     for row in read_listing(root / "metadata.jsonl", json_lines, FOLDER_FORM, names, root):
         picture = Path(row.picture)
         references = tuple(map(Path, row.references)) or (picture,)
-        yield Item(name_in(root, picture.with_suffix("")), references, (picture,), (row.text or "").strip())
+        yield Item(
+            name_in(root, picture.with_suffix("")), references, (picture,), (row.text or "").strip()
+        )
 
 
 # COCO
@@ -79,7 +95,9 @@ def pictures_of(captions: Path) -> Path:
 
 
 def coco_items(root: Path) -> Iterator[Item]:
-    """val2017/ and annotations/captions_val2017.json: by image id, each with its first caption by annotation id."""
+    """val2017/ and annotations/captions_val2017.json: by image id, each with its first caption by
+    annotation id.
+    """
     path = captions_file(root)
     assert path is not None
     told = parse_json(read_text(path), path)
@@ -87,9 +105,15 @@ def coco_items(root: Path) -> Iterator[Item]:
         first = {}
         for annotation in sorted(told["annotations"], key=lambda one: one["id"]):
             first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
-        files = sorted((image["id"], pictures_of(path) / image["file_name"]) for image in told["images"] if image["id"] in first)
+        files = sorted(
+            (image["id"], pictures_of(path) / image["file_name"])
+            for image in told["images"]
+            if image["id"] in first
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise SettingError(f"{path} holds no COCO captions: lists images (id, file_name) and annotations are due") from error
+        raise SettingError(
+            f"{path} holds no COCO captions: lists images (id, file_name) and annotations are due"
+        ) from error
     for number, file in files:
         yield Item(file.stem, (file,), (file,), first[number])
 
@@ -102,17 +126,24 @@ def subject_items(root: Path) -> Iterator[Item]:
 
 
 def listed_subjects(root: Path) -> Iterator[Item]:
-    """CustomConcept101's dataset.json: a list of {"class_prompt", "instance_data_dir", "prompt_filename"}."""
+    """CustomConcept101's dataset.json: a list of {"class_prompt", "instance_data_dir",
+    "prompt_filename"}.
+    """
     subjects = []
     for place, entry in json_list(root / "dataset.json"):
         told = (
-            [entry.get(key) for key in ("instance_data_dir", "prompt_filename", "class_prompt")] if isinstance(entry, dict) else []
+            [entry.get(key) for key in ("instance_data_dir", "prompt_filename", "class_prompt")]
+            if isinstance(entry, dict)
+            else []
         )
         match told:
             case [str(folder), str(prompts), str(kind)]:
                 subjects.append((Path(normpath(root / folder)), root / prompts, kind))
             case _:
-                form = '{"class_prompt": "toy", "instance_data_dir": "toy_bear", "prompt_filename": "prompts/toy.txt"}'
+                form = (
+                    '{"class_prompt": "toy", "instance_data_dir": "toy_bear", '
+                    '"prompt_filename": "prompts/toy.txt"}'
+                )
                 raise SettingError(f"{root / 'dataset.json'}, {place}: entries look like {form}")
     top = Path(commonpath([folder.parent for folder, *_ in subjects])) if subjects else root
     for found in subjects:
@@ -120,23 +151,35 @@ def listed_subjects(root: Path) -> Iterator[Item]:
 
 
 def subject_folders(root: Path) -> Iterator[Item]:
-    """A folder of pictures per subject, with a prompts.txt in it or one for all beside; the folder's name is its class."""
+    """A folder of pictures per subject, with a prompts.txt in it or one for all beside.
+
+    The folder's name is its class.
+    """
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and pictures_in(path)):
         own = folder / "prompts.txt"
         yield from subject(
-            root, folder, own if own.is_file() else root / "prompts.txt", re.sub(r"[\W_\d]+", " ", folder.name).strip()
+            root,
+            folder,
+            own if own.is_file() else root / "prompts.txt",
+            re.sub(r"[\W_\d]+", " ", folder.name).strip(),
         )
 
 
 def subject(top: Path, folder: Path, prompts: Path, kind: str) -> Iterator[Item]:
-    """An item per prompt; {} in it is the class. All pictures of the subject prompt in turn, and are compared with.
+    """An item per prompt; {} in it is the class.
+
+    All pictures of the subject prompt in turn, and are compared with.
 
     top  a folder above, from which the subject is named
     """
     if not folder.is_dir():
-        raise SettingError(f"{folder}: there is no such folder; it should hold the subject's pictures")
+        raise SettingError(
+            f"{folder}: there is no such folder; it should hold the subject's pictures"
+        )
     if not prompts.is_file():
-        raise SettingError(f"{prompts}: there is no such file; it should hold the subject's prompts, one a line")
+        raise SettingError(
+            f"{prompts}: there is no such file; it should hold the subject's prompts, one a line"
+        )
     pictures = tuple(pictures_in(folder))
     if not pictures:
         raise SettingError(f"{folder} holds no picture of its subject")
@@ -156,7 +199,9 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def has_subjects(root: Path) -> bool:
-    return any(next(root.glob(name), None) for name in ("dataset.json", "prompts.txt", "*/prompts.txt"))
+    return any(
+        next(root.glob(name), None) for name in ("dataset.json", "prompts.txt", "*/prompts.txt")
+    )
 
 
 # All of them
@@ -172,17 +217,29 @@ class Kind:
 
 
 SETS = {
-    "folder": Kind("metadata.jsonl", lambda root: (root / "metadata.jsonl").is_file(), folder_items),
-    "coco": Kind("annotations/captions_val2017.json and val2017/", lambda root: captions_file(root) is not None, coco_items),
-    "subjects": Kind("CustomConcept101's dataset.json, or a folder per subject and prompts.txt", has_subjects, subject_items),
+    "folder": Kind(
+        "metadata.jsonl", lambda root: (root / "metadata.jsonl").is_file(), folder_items
+    ),
+    "coco": Kind(
+        "annotations/captions_val2017.json and val2017/",
+        lambda root: captions_file(root) is not None,
+        coco_items,
+    ),
+    "subjects": Kind(
+        "CustomConcept101's dataset.json, or a folder per subject and prompts.txt",
+        has_subjects,
+        subject_items,
+    ),
 }
 
 
-def open_set(path: Path, kind: str = "auto", limit: int | None = None, *, skip_bad: bool = False) -> EvaluationSet:
+def open_set(
+    path: Path, kind: str = "auto", limit: int | None = None, *, skip_bad: bool = False
+) -> EvaluationSet:
     """The first `limit` items of the set in a folder, every file of them read.
 
-    SettingError if it is of no known kind or malformed; ImageError, naming the first file, if pictures cannot be used. `skip_bad`
-    leaves their items out.
+    SettingError if it is of no known kind or malformed; ImageError, naming the first file, if
+    pictures cannot be used. `skip_bad` leaves their items out.
     """
     if not path.is_dir():
         raise SettingError(f"{path}: there is no such folder; a set is a folder with {forms()}")
@@ -205,7 +262,10 @@ def forms(known: dict[str, Kind] = SETS) -> str:
 def named_apart(items: Iterator[Item]) -> list[Item]:
     """With names that go into a file's name, each another."""
     all_of = list(items)
-    return [replace(item, name=name) for item, name in zip(all_of, told_apart(item.name for item in all_of), strict=True)]
+    return [
+        replace(item, name=name)
+        for item, name in zip(all_of, told_apart(item.name for item in all_of), strict=True)
+    ]
 
 
 def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
@@ -216,8 +276,17 @@ def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
         for path in (*item.references, *item.targets):
             if path not in held:
                 held[path] = looked_at(path)
-        wrong = next((held[path].strip() for path in (*item.references, *item.targets) if held[path].startswith(" ")), "")
-        if wrong := wrong or ("" if is_unicode(item.caption) else f"{item.name}: its caption is no Unicode text"):
+        wrong = next(
+            (
+                held[path].strip()
+                for path in (*item.references, *item.targets)
+                if held[path].startswith(" ")
+            ),
+            "",
+        )
+        if wrong := wrong or (
+            "" if is_unicode(item.caption) else f"{item.name}: its caption is no Unicode text"
+        ):
             bad.append(wrong)
             continue
         good.append(item)
@@ -246,7 +315,13 @@ def looked_at(path: Path) -> str:
         return f" {error}"
 
 
-def facts(whole: EvaluationSet, limit: int | None) -> dict[str, Any]:
+def set_facts(whole: EvaluationSet, limit: int | None) -> dict[str, Any]:
     """What a run's record says of the set."""
-    told = {"kind": whole.kind, "path": str(whole.path), "sha256": whole.sha256, "items": len(whole.items), "limit": limit}
+    told = {
+        "kind": whole.kind,
+        "path": str(whole.path),
+        "sha256": whole.sha256,
+        "items": len(whole.items),
+        "limit": limit,
+    }
     return told | ({"skipped": list(whole.skipped)} if whole.skipped else {})

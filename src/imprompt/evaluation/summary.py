@@ -12,14 +12,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.errors import SettingError
-from imprompt.evaluation.metrics import METRICS, SUBSET_SIZE, Interval, frechet_distance, interval, kernel_distances
+from imprompt.evaluation.metrics import (
+    METRICS,
+    SUBSET_SIZE,
+    Interval,
+    bootstrap_interval,
+    frechet_distance,
+    kernel_distances,
+)
 from imprompt.evaluation.plan import Chunk
 from imprompt.evaluation.results import Row, cluster
 from imprompt.files import written_whole
 
 
 def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str, Any]:
-    """Write rows.jsonl and summary.json of a run whose chunks are all there, in the order of its settings; give the summary."""
+    """Write rows.jsonl and summary.json of a run whose chunks are all there, in the order of its
+    settings; give the summary.
+    """
     rows, settings, notes = [], [], {}
     for setting, group in groupby(chunks, key=lambda chunk: chunk.setting):
         own = list(group)
@@ -32,7 +41,15 @@ def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str,
                 notes |= dict.fromkeys(notes_on(real, made, run["features"]))
         rows += mine
         items = len({row["item"] for row in mine})
-        settings.append({"name": setting.name, "axes": dict(setting.axes), "count": len(mine), "items": items, "metrics": metrics})
+        settings.append(
+            {
+                "name": setting.name,
+                "axes": dict(setting.axes),
+                "count": len(mine),
+                "items": items,
+                "metrics": metrics,
+            }
+        )
     summary = {"run": run, "settings": settings, "notes": [*notes]}
     write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(out / "summary.json", json.dumps(summary, indent=1))
@@ -50,7 +67,9 @@ def read_rows(chunk: Chunk) -> list[Row]:
 
 
 def damaged(path: Path, chunk: Chunk) -> SettingError:
-    return SettingError(f"{path} is gone or damaged: delete {chunk.rows}, and the same command makes both again")
+    return SettingError(
+        f"{path} is gone or damaged: delete {chunk.rows}, and the same command makes both again"
+    )
 
 
 def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
@@ -60,7 +79,10 @@ def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
         told = [(row[name], number[cluster(row)]) for row in rows if name in row]
         if metric.per_picture and told:
             values, items = zip(*told, strict=True)
-            yield name, interval(torch.tensor(values, dtype=torch.float64), torch.tensor(items))
+            yield (
+                name,
+                bootstrap_interval(torch.tensor(values, dtype=torch.float64), torch.tensor(items)),
+            )
 
 
 def features_of(chunks: Sequence[Chunk], key: str) -> tuple[Tensor, Tensor]:
@@ -79,7 +101,9 @@ def features_of(chunks: Sequence[Chunk], key: str) -> tuple[Tensor, Tensor]:
 
 
 def distances(real: Tensor, made: Tensor) -> Iterable[tuple[str, Interval]]:
-    """FID, which resampling would raise so that it has no interval, and KID × 1000 with where 95 % of its subsets' values lie."""
+    """FID, which resampling would raise so that it has no interval, and KID × 1000 with where 95 %
+    of its subsets' values lie.
+    """
     if min(len(real), len(made)) < 2:
         return
     yield "fid", Interval(frechet_distance(real, made), None, None)
@@ -92,10 +116,16 @@ def distances(real: Tensor, made: Tensor) -> Iterable[tuple[str, Interval]]:
 def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
     """What a reader of FID and KID has to know."""
     if key != "inception":
-        yield f"FID and KID are of {key.upper()}'s features: not to be compared with published numbers, which are of Inception's"
+        yield (
+            f"FID and KID are of {key.upper()}'s features: not to be compared with published "
+            "numbers, which are of Inception's"
+        )
     count, width = min(len(real), len(made)), made.shape[1]
     if count <= width:
-        yield f"FID of {count:,} pictures is far too high, as a feature has {width:,} dimensions; KID only scatters"
+        yield (
+            f"FID of {count:,} pictures is far too high, as a feature has {width:,} dimensions; "
+            "KID only scatters"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

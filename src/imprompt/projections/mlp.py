@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 class FullProjection(nn.Module):
-    """The full variant: every patch of the penultimate layer becomes one image token, (B, P, E) -> (B, P, D).
+    """The full variant: every patch of the penultimate layer becomes one image token, (B, P, E) ->
+    (B, P, D).
 
     Parameters are named as in the published full-face checkpoint.
     """
@@ -15,7 +16,10 @@ class FullProjection(nn.Module):
     def __init__(self, feature_dim: int, token_dim: int) -> None:
         super().__init__()
         self.proj = nn.Sequential(
-            nn.Linear(feature_dim, feature_dim), nn.GELU(), nn.Linear(feature_dim, token_dim), nn.LayerNorm(token_dim)
+            nn.Linear(feature_dim, feature_dim),
+            nn.GELU(),
+            nn.Linear(feature_dim, token_dim),
+            nn.LayerNorm(token_dim),
         )
 
     @classmethod
@@ -28,13 +32,20 @@ class FullProjection(nn.Module):
 
 
 class FaceTokens(nn.Module):
-    """A face embedding becomes N image tokens. Parameters are named as in the published FaceID checkpoints."""
+    """A face embedding becomes N image tokens.
 
-    def __init__(self, face_dim: int, token_dim: int, tokens: int = 4, hidden: int | None = None) -> None:
+    Parameters are named as in the published FaceID checkpoints.
+    """
+
+    def __init__(
+        self, face_dim: int, token_dim: int, tokens: int = 4, hidden: int | None = None
+    ) -> None:
         super().__init__()
         hidden = hidden or 2 * face_dim
         self.tokens = tokens
-        self.proj = nn.Sequential(nn.Linear(face_dim, hidden), nn.GELU(), nn.Linear(hidden, tokens * token_dim))
+        self.proj = nn.Sequential(
+            nn.Linear(face_dim, hidden), nn.GELU(), nn.Linear(hidden, tokens * token_dim)
+        )
         self.norm = nn.LayerNorm(token_dim)
 
     def of_face(self, face: Tensor) -> Tensor:

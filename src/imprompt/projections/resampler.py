@@ -1,6 +1,8 @@
-"""Queries read the patch grid (after Flamingo's perceiver resampler): learned ones in plus, a face's own in faceid-plus.
+"""Queries read the patch grid (after Flamingo's perceiver resampler): learned ones in plus, a
+face's own in faceid-plus.
 
-Shape letters as in `imprompt.adapter`; P patches, W width inside. Parameters are named as in the published checkpoints.
+Shape letters as in `imprompt.adapter`; P patches, W width inside. Parameters are named as in the
+published checkpoints.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,19 +36,28 @@ class PerceiverAttention(nn.Module):
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([patches, latents], 1)).chunk(2, -1)
         query, key, value = (split_heads(x, self.heads) for x in (query, key, value))
-        return self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return self.to_out(
+            F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
 
 
 class Perceiver(nn.Module):
-    """N queries (B, N, W) read the penultimate hidden states of the image encoder (B, P, E) -> N image tokens (B, N, D)."""
+    """N queries (B, N, W) read the penultimate hidden states of the image encoder (B, P, E) -> N
+    image tokens (B, N, D).
+    """
 
-    def __init__(self, feature_dim: int, token_dim: int, *, width: int, inner: int, hidden: int, depth: int) -> None:
+    def __init__(
+        self, feature_dim: int, token_dim: int, *, width: int, inner: int, hidden: int, depth: int
+    ) -> None:
         super().__init__()
         if inner % HEAD_DIM:
-            raise ValueError(f"the resampler's attention is {inner} wide, no multiple of its heads' {HEAD_DIM}")
+            raise ValueError(
+                f"the resampler's attention is {inner} wide, no multiple of its heads' {HEAD_DIM}"
+            )
         self.proj_in = nn.Linear(feature_dim, width)
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(width, inner), feed_forward(width, hidden)]) for _ in range(depth)
+            nn.ModuleList([PerceiverAttention(width, inner), feed_forward(width, hidden)])
+            for _ in range(depth)
         )
         self.proj_out = nn.Linear(width, token_dim)
         self.norm_out = nn.LayerNorm(token_dim)
@@ -59,7 +70,7 @@ class Perceiver(nn.Module):
         return self.norm_out(self.proj_out(queries))
 
 
-def sizes(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[str, Any]:
+def perceiver_sizes(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[str, Any]:
     """What `Perceiver` takes, of a checkpoint's shapes: its names begin with `prefix`."""
     layers = [key.removeprefix(prefix) for key in shapes if key.startswith(f"{prefix}layers.")]
     width, feature_dim = shapes[f"{prefix}proj_in.weight"]
@@ -74,20 +85,34 @@ def sizes(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[str, An
 
 
 class Resampler(Perceiver):
-    """The plus variant: learned queries. (B, P, E) -> (B, N, D); portrait-unnorm gives it a face embedding, (B, E)."""
+    """The plus variant: learned queries. (B, P, E) -> (B, N, D).
 
-    def __init__(self, feature_dim: int, token_dim: int, *, tokens: int = 16, width: int | None = None, inner: int | None = None,
-                 hidden: int | None = None, depth: int = 4) -> None:  # fmt: skip
+    Portrait-unnorm gives it a face embedding, (B, E).
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        token_dim: int,
+        *,
+        tokens: int = 16,
+        width: int | None = None,
+        inner: int | None = None,
+        hidden: int | None = None,
+        depth: int = 4,
+    ) -> None:
         width = width or min(token_dim, WIDEST)
         inner, hidden = inner or max(width // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * width
         latents = torch.empty(1, tokens, width).normal_(std=width**-0.5)
-        super().__init__(feature_dim, token_dim, width=width, inner=inner, hidden=hidden, depth=depth)
+        super().__init__(
+            feature_dim, token_dim, width=width, inner=inner, hidden=hidden, depth=depth
+        )
         self.latents = nn.Parameter(latents)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
         _, tokens, width = shapes["latents"]
-        return cls(**sizes(shapes) | {"tokens": tokens, "width": width})
+        return cls(**perceiver_sizes(shapes) | {"tokens": tokens, "width": width})
 
     def forward(self, features: Tensor) -> Tensor:
         if features.ndim == 2:  # one face embedding is read as one patch
@@ -96,23 +121,36 @@ class Resampler(Perceiver):
 
 
 class FacePlusProjection(FaceTokens):
-    """The faceid-plus variant: the tokens of a face embedding read the hidden states of that face's picture.
+    """The faceid-plus variant: the tokens of a face embedding read the hidden states of that face's
+    picture.
 
     Parameters are named as in the published FaceID-Plus checkpoints.
     """
 
-    def __init__(self, feature_dim: int, token_dim: int, *, face_dim: int = 512, tokens: int = 4, face_hidden: int | None = None,
-                 inner: int | None = None, hidden: int | None = None, depth: int = 4) -> None:  # fmt: skip
+    def __init__(
+        self,
+        feature_dim: int,
+        token_dim: int,
+        *,
+        face_dim: int = 512,
+        tokens: int = 4,
+        face_hidden: int | None = None,
+        inner: int | None = None,
+        hidden: int | None = None,
+        depth: int = 4,
+    ) -> None:
         super().__init__(face_dim, token_dim, tokens, face_hidden)
         inner, hidden = inner or max(token_dim // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * token_dim
-        self.perceiver_resampler = Perceiver(feature_dim, token_dim, width=token_dim, inner=inner, hidden=hidden, depth=depth)
+        self.perceiver_resampler = Perceiver(
+            feature_dim, token_dim, width=token_dim, inner=inner, hidden=hidden, depth=depth
+        )
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
         face_hidden, face_dim = shapes["proj.0.weight"]
         (token_dim,) = shapes["norm.weight"]
         tokens = shapes["proj.2.weight"][0] // token_dim
-        own = sizes(shapes, "perceiver_resampler.") | {"token_dim": token_dim}
+        own = perceiver_sizes(shapes, "perceiver_resampler.") | {"token_dim": token_dim}
         del own["width"]  # as wide as the tokens
         return cls(**own, face_dim=face_dim, tokens=tokens, face_hidden=face_hidden)
 
@@ -125,7 +163,11 @@ class FacePlusV2Projection(FacePlusProjection):
     """The faceid-plus-v2 variant, and Kolors': what was read is added to the face's own tokens."""
 
     def forward(self, face: Tensor, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """As above; `strength`, one number or one per item, says how much the face's picture counts beside its embedding."""
+        """As above.
+
+        `strength`, one number or one per item, says how much the face's picture counts beside its
+        embedding.
+        """
         tokens = self.of_face(face)
         if isinstance(strength, Tensor):
             strength = strength.view(-1, 1, 1)
@@ -133,4 +175,9 @@ class FacePlusV2Projection(FacePlusProjection):
 
 
 def feed_forward(width: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False))
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, hidden, bias=False),
+        nn.GELU(),
+        nn.Linear(hidden, width, bias=False),
+    )

@@ -1,4 +1,6 @@
-"""Samples -> the batches that a step takes; all that is random about a showing is drawn here, from its own seed.
+"""Samples -> the batches that a step takes.
+
+All that is random about a showing is drawn here, from its own seed.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -21,12 +23,12 @@ from imprompt.training.examples import bucket_of, read_example
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.order import Draw
 from imprompt.training.recipe import Data
-from imprompt.training.sources import BadSample, Source
+from imprompt.training.samples import BadSample, Source
 
 Item = dict[str, Any]
 
 
-class Reader(Protocol):
+class SampleReader(Protocol):
     """Samples by number, from pictures or from encoded features."""
 
     bucket: np.ndarray  # of every sample
@@ -42,7 +44,10 @@ class Reader(Protocol):
     def name(self, index: int) -> str: ...
 
     def read(self, index: int, flip: bool, pick: float) -> Item:
-        """The sample, mirrored or not, with the reference that `pick` in [0, 1) chooses; BadSample."""
+        """The sample, mirrored or not, with the reference that `pick` in [0, 1) chooses.
+
+        BadSample.
+        """
         ...
 
     def blank(self, index: int) -> Item:
@@ -53,7 +58,9 @@ class Reader(Protocol):
 class PictureReader:
     """Pictures as they are, to be encoded in the step that trains on them."""
 
-    def __init__(self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int) -> None:
+    def __init__(
+        self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int
+    ) -> None:
         self.source, self.sizes, self.processor = source, sizes, processor
         self.unit, self.channels = unit, channels  # pixels per latent, and C
         self.shards, self.bad_shards = source.shards, source.bad_shards
@@ -66,8 +73,12 @@ class PictureReader:
         return self.source.name(index)
 
     def read(self, index: int, flip: bool, pick: float) -> Item:
-        """ "pixels" (3, H, W) in [-1, 1], "mask" (1, h, w) of 8 bits, "reference" (3, S, S), "caption" and "time_ids" (6,)."""
-        example = read_example(self.source.read(index), self.sizes[self.bucket[index]], self.unit, self.processor, pick)
+        """ "pixels" (3, H, W) in [-1, 1], "mask" (1, h, w) of 8 bits, "reference" (3, S, S),
+        "caption" and "time_ids" (6,).
+        """
+        example = read_example(
+            self.source.read(index), self.sizes[self.bucket[index]], self.unit, self.processor, pick
+        )
         pixels, mask = (part.flip(-1) if flip else part for part in (example.pixels, example.mask))
         return self._item(pixels, mask, example.references[0], example.text, example.time_ids)
 
@@ -77,8 +88,16 @@ class PictureReader:
         mask = torch.zeros(1, high // self.unit, wide // self.unit, dtype=torch.uint8)
         return self._item(torch.zeros(3, high, wide), mask, reference, "", torch.zeros(6))
 
-    def _item(self, pixels: Tensor, mask: Tensor, reference: Tensor, caption: str, time_ids: Tensor) -> Item:
-        item = {"pixels": pixels, "mask": mask, "reference": reference, "caption": caption, "time_ids": time_ids}
+    def _item(
+        self, pixels: Tensor, mask: Tensor, reference: Tensor, caption: str, time_ids: Tensor
+    ) -> Item:
+        item = {
+            "pixels": pixels,
+            "mask": mask,
+            "reference": reference,
+            "caption": caption,
+            "time_ids": time_ids,
+        }
         return item | {"latent": (self.channels, *mask.shape[1:])}
 
 
@@ -91,7 +110,7 @@ def dice(seed: int, draw: Draw) -> torch.Generator:
 class Shown(Dataset[Item]):
     """One showing of a sample: what is read of it, and what is drawn for it."""
 
-    def __init__(self, reader: Reader, data: Data, seed: int) -> None:
+    def __init__(self, reader: SampleReader, data: Data, seed: int) -> None:
         self.reader, self.data, self.seed = reader, data, seed
 
     def __getitem__(self, draw: Draw) -> Item:
@@ -103,7 +122,9 @@ class Shown(Dataset[Item]):
         except BadSample as error:
             item, bad = self.reader.blank(draw.sample), error
         shape = item.pop("latent", None) or item["mean"].shape
-        image, both, text = accumulate([self.data.drop_image, self.data.drop_both, self.data.drop_text])
+        image, both, text = accumulate(
+            [self.data.drop_image, self.data.drop_both, self.data.drop_text]
+        )
         return item | {
             "name": self.reader.name(draw.sample),
             "weight": float(bad is None),
@@ -142,7 +163,9 @@ class Share(NamedTuple):
 
 
 def loader(shown: Shown, steps: Iterator[list[Draw]], share: Share, workers: int) -> Iterator[Item]:
-    """This process's parts of the batches, `share.parts` to a step, read ahead by `workers` processes."""
+    """This process's parts of the batches, `share.parts` to a step, read ahead by `workers`
+    processes.
+    """
     parts = (part for draws in steps for part in share.of(draws))
     reading: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     return iter(
@@ -178,9 +201,12 @@ class Batch:
     offset: Tensor  # (B, C, 1, 1)
     u: Tensor  # (B,) in [0, 1): which timestep
     image: Tensor  # image features
-    text: Tensor  # (B, T, D)
-    added: dict[str, Tensor]  # SDXL: "text_embeds" (B, P), "time_ids" (B, 6)
-    mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]: where an error counts more; None of features without masks
+    conditions: dict[
+        str, Tensor
+    ]  # what else the base model reads: `imprompt.families.base.Conditions`
+    mask: Tensor | None = (
+        None  # (B, 1, h, w) in [0, 1]: where an error counts more; None of features without masks
+    )
 
     def samples(self) -> Iterator["Batch"]:
         """Every sample as a batch of its own."""
@@ -194,7 +220,9 @@ Encode = Callable[[Item], Item]
 
 
 class Composer:
-    """Items -> batches on the device: pictures encoded, latents drawn from their posterior, dropped parts replaced."""
+    """Items -> batches on the device: pictures encoded, latents drawn from their posterior, dropped
+    parts replaced.
+    """
 
     def __init__(self, nulls: dict[str, Tensor], device: torch.device, scaling: float, shift: float,
                  encoder: FeatureEncoder | None) -> None:  # fmt: skip
@@ -203,13 +231,18 @@ class Composer:
 
     def __call__(self, item: Item) -> Batch:
         item = {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in item.items()
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in item.items()
         }
         if self.encoder is not None:
-            features = {**self.encoder.latents(item["pixels"]), **self.encoder.text(item["caption"])}
+            features = {
+                **self.encoder.latents(item["pixels"]),
+                **self.encoder.text(item["caption"]),
+            }
             item |= features | {"image": self.encoder.image(item["reference"])}
         no_image, no_text = item["no_image"], item["no_text"]
-        pooled = {"text_embeds": self._dropped(item, "pooled", no_text)} if "pooled" in item else {}
+        texts = [key for key in self.nulls if key != "image"]
+        sizes = {key: item[key] for key in ("time_ids",) if key in item}
         latents = item["mean"].float() + item["spread"].float() * item["posterior"]
         return Batch(
             names=item["name"],
@@ -219,8 +252,7 @@ class Composer:
             offset=item["offset"],
             u=item["u"].float(),
             image=self._dropped(item, "image", no_image),
-            text=self._dropped(item, "text", no_text),
-            added=pooled and {**pooled, "time_ids": item["time_ids"]},
+            conditions={key: self._dropped(item, key, no_text) for key in texts} | sizes,
             mask=item["mask"].float() / 255 if "mask" in item else None,
         )
 

@@ -1,12 +1,17 @@
-"""Features encoded once: a folder of tar shards, each there whole or not at all, and the reading of them.
+"""Features encoded once: a folder of tar shards, each there whole or not at all, and the reading of
+them.
 
-    plan.json           what the features depend on and how they are cut into shards: a folder holds those of one plan
+    plan.json           what the features depend on and how they are cut into shards: a folder holds
+                        those of one plan
     nulls.safetensors   what stands in for dropped images and captions
-    shard-000012.tar    of each sample NUMBER.safetensors and NUMBER.json, as the webdataset library reads them
-    shard-000012.json   where in it each sample lies, and which are bad: a shard is there when both its files are
+    shard-000012.tar    of each sample NUMBER.safetensors and NUMBER.json, as the webdataset library
+                        reads them
+    shard-000012.json   where in it each sample lies, and which are bad: a shard is there when both
+                        its files are
     manifest.json       the plan, all shards and all bad samples: there when every shard is
 
-`imprompt.training.encoding` writes it. Shape letters as in `imprompt.training.features`; R the references of a sample.
+`imprompt.training.encoding` writes it. Shape letters as in `imprompt.training.features`; R the
+references of a sample.
 """
 
 import hashlib
@@ -24,7 +29,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from imprompt.errors import SettingError, first_line
-from imprompt.training.sources import BadSample
+from imprompt.training.samples import BadSample
 
 OPEN_SHARDS = 64  # files that a reading process keeps open
 
@@ -46,17 +51,27 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def facts(plan: Mapping[str, Any]) -> Table:
+def plan_facts(plan: Mapping[str, Any]) -> Table:
     """What must be the same for features to be of use, by name."""
-    cut = {"samples": plan["samples"], "samples a shard": plan["shard"], "bad shards": [row["name"] for row in plan["bad_shards"]]}
+    cut = {
+        "samples": plan["samples"],
+        "samples a shard": plan["shard"],
+        "bad shards": [row["name"] for row in plan["bad_shards"]],
+    }
     return {**plan["identity"], **plan["source"], **cut}
 
 
 def refuse_others(folder: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raise SettingError, naming each difference, unless `theirs` has what `ours` has."""
-    other = [f"{key} {_short(theirs.get(key))} (this recipe: {_short(own)})" for key, own in ours.items() if theirs.get(key) != own]
+    other = [
+        f"{key} {_short(theirs.get(key))} (this recipe: {_short(own)})"
+        for key, own in ours.items()
+        if theirs.get(key) != own
+    ]
     if other:
-        raise SettingError(f"{folder} holds features of {', '.join(other)}: give another data.features folder")
+        raise SettingError(
+            f"{folder} holds features of {', '.join(other)}: give another data.features folder"
+        )
 
 
 def _short(value: Any) -> str:
@@ -68,16 +83,22 @@ def read_table(path: Path) -> Table:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise SettingError(f"{path} cannot be read ({first_line(error)}): remove it and run imprompt data encode again") from error
+        raise SettingError(
+            f"{path} cannot be read ({first_line(error)}): remove it and run imprompt data encode "
+            "again"
+        ) from error
 
 
 def read_manifest(folder: Path) -> Table:
     if not (folder / "manifest.json").exists():
-        raise SettingError(f"{folder} does not hold all its features yet: imprompt data encode RECIPE goes on where it stopped")
+        raise SettingError(
+            f"{folder} does not hold all its features yet: imprompt data encode RECIPE goes on "
+            "where it stopped"
+        )
     return read_table(folder / "manifest.json")
 
 
-def verify(folder: Path) -> list[str]:
+def verify_folder(folder: Path) -> list[str]:
     """One line for every file that is not what was written. Reads all of them."""
     manifest = read_manifest(folder)
     rows = [manifest["nulls"], *manifest["shards"], *(row["table"] for row in manifest["shards"])]
@@ -96,19 +117,21 @@ def _fault(folder: Path, row: Mapping[str, Any]) -> str | None:
 def open_features(folder: Path, wanted: Mapping[str, Any]) -> "FeatureReader":
     """The features in `folder`; SettingError if they are not all there, or others than is wanted.
 
-    wanted  any of their `facts`: `imprompt.training.features.wanted`, and `imprompt.training.encoding.origin`
+    wanted  any of their `plan_facts`: `features.wanted_identity`, and `encoding.source_origin`
     """
-    refuse_others(folder, facts(read_manifest(folder)), wanted)
+    refuse_others(folder, plan_facts(read_manifest(folder)), wanted)
     return FeatureReader(folder)
 
 
 class FeatureReader:
-    """Encoded samples by number: those of the source, bad ones included. Copies travel to reading processes.
+    """Encoded samples by number: those of the source, bad ones included.
+
+    Copies travel to reading processes.
 
     shards      how many samples each shard holds
     bad_shards  those of the source that could not be opened
     bucket      of every sample (samples,)
-    nulls       "image" (1, …), "text" (1, T, D), for SDXL "pooled" (1, P)
+    nulls       "image" (1, …), and the text part of `imprompt.families.base.Conditions`
     identity    what the features depend on: `FeatureEncoder.identity`
     """
 
@@ -118,17 +141,30 @@ class FeatureReader:
         self.identity: Table = self._plan["identity"]
         self.shards = shard_sizes(self._plan)
         try:
-            tables = [json.loads(shard_file(folder, number, ".json").read_bytes()) for number in range(len(self.shards))]
+            tables = [
+                json.loads(shard_file(folder, number, ".json").read_bytes())
+                for number in range(len(self.shards))
+            ]
             self.nulls = load_file(folder / "nulls.safetensors")
             self.bucket = np.concatenate([table["buckets"] for table in tables])
-            self._places = np.concatenate([table["places"] for table in tables])  # (samples, 3): offset, bytes, crc32; 0: bad
-            # An array of strings is a fraction of a list's memory, and is not copied where processes fork.
-            self._names = np.concatenate([np.array(table["names"], np.dtypes.StringDType()) for table in tables])
-            self._bad = {row["sample"]: (row["why"], row["kind"]) for table in tables for row in table["bad"]}
-            self.bad_shards: Sequence[BadSample] = [BadSample(**row) for row in self._plan["bad_shards"]]
+            self._places = np.concatenate(
+                [table["places"] for table in tables]
+            )  # (samples, 3): offset, bytes, crc32; 0: bad
+            # An array of strings is a fraction of a list's memory, and is not copied where
+            # processes fork.
+            self._names = np.concatenate(
+                [np.array(table["names"], np.dtypes.StringDType()) for table in tables]
+            )
+            self._bad = {
+                row["sample"]: (row["why"], row["kind"]) for table in tables for row in table["bad"]
+            }
+            self.bad_shards: Sequence[BadSample] = [
+                BadSample(**row) for row in self._plan["bad_shards"]
+            ]
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise SettingError(
-                f"{folder} is damaged ({first_line(error)}): imprompt data encode RECIPE --verify names the files"
+                f"{folder} is damaged ({first_line(error)}): imprompt data encode RECIPE --verify "
+                "names the files"
             ) from error
         self._open: dict[int, _Shard] = {}
 
@@ -142,9 +178,11 @@ class FeatureReader:
         return str(self._names[index])
 
     def read(self, index: int, flip: bool, pick: float) -> dict[str, Tensor]:
-        """What training takes of a sample: "mean" and "spread" (C, h, w), mirrored or not; "image" (E,) or (patches, E) of the
-        reference that `pick` in [0, 1) chooses; "text" (T, D); for SDXL "pooled" (P,); all float16. "time_ids" (6,) float32.
-        "mask" (1, h, w) of 8 bits, mirrored or not, if they were encoded with masks.
+        """What training takes of a sample: "mean" and "spread" (C, h, w), mirrored or not.
+
+        "image" (E,) or (patches, E) of the reference that `pick` in [0, 1) chooses; the text's
+        conditions; all float16. "time_ids" (6,) float32. "mask" (1, h, w) of 8 bits, mirrored or
+        not, if they were encoded with masks.
 
         BadSample if it was bad when it was encoded, or its bytes are not those that were written.
         """
@@ -158,7 +196,11 @@ class FeatureReader:
             why = f"{shard_file(self.folder, number, '.tar')} cannot be read ({first_line(error)})"
             raise BadSample(self.name(index), why, "not readable") from error
         if zlib.crc32(held) != checksum:
-            raise BadSample(self.name(index), f"{shard_file(self.folder, number, '.tar')} is damaged or cut short", "damaged")
+            raise BadSample(
+                self.name(index),
+                f"{shard_file(self.folder, number, '.tar')} is damaged or cut short",
+                "damaged",
+            )
         tensors = load(held)
         side = "_flip" if flip else ""
         if flip and "mask" in tensors:
@@ -168,22 +210,34 @@ class FeatureReader:
             "mean": tensors.pop("mean" + side),
             "spread": tensors.pop("spread" + side),
             "image": references[int(pick * len(references))],
-            **{key: tensors[key] for key in ("mask", "text", "pooled", "time_ids") if key in tensors},
+            **{
+                key: value
+                for key, value in tensors.items()
+                if not key.startswith(("mean", "spread"))
+            },
         }
 
     def blank(self, index: int) -> dict[str, Tensor]:
         """The same keys and shapes as `read` gives, all zeros."""
-        wide, high = (side // self._plan["unit"] for side in self.identity["buckets"][self.bucket[index]])
+        wide, high = (
+            side // self._plan["unit"] for side in self.identity["buckets"][self.bucket[index]]
+        )
         latent = torch.zeros(self._plan["channels"], high, wide, dtype=torch.float16)
         rest = {key: torch.zeros_like(null[0]) for key, null in self.nulls.items()}
-        masks = {"mask": torch.zeros(1, high, wide, dtype=torch.uint8)} if self._plan["source"].get("mask") else {}
+        masks = (
+            {"mask": torch.zeros(1, high, wide, dtype=torch.uint8)}
+            if self._plan["source"].get("mask")
+            else {}
+        )
         return {"mean": latent, "spread": latent, **masks, **rest, "time_ids": torch.zeros(6)}
 
     def _shard(self, number: int) -> "_Shard":
         if number not in self._open:
             if len(self._open) == OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
-            self._open[number] = _Shard(os.open(shard_file(self.folder, number, ".tar"), os.O_RDONLY))
+            self._open[number] = _Shard(
+                os.open(shard_file(self.folder, number, ".tar"), os.O_RDONLY)
+            )
         return self._open[number]
 
 

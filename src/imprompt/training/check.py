@@ -1,4 +1,6 @@
-"""What is wrong with a training set, found before training: every sample is read once, as training would read it."""
+"""What is wrong with a training set, found before training: every sample is read once, as training
+would read it.
+"""
 
 import hashlib
 import os
@@ -11,10 +13,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Self
 
-from imprompt.training.sources import BadSample, Size, Source
+from imprompt.training.samples import BadSample, Size, Source
 
 CHUNK = 1024  # samples handed to the threads at a time
-SHORT_SIDES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # pixels: where one row of the histogram ends and the next begins
+SHORT_SIDES = (
+    64,
+    128,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+)  # pixels: where one row of the histogram ends and the next begins
 SIDE_ROWS = [
     f"below {SHORT_SIDES[0]}",
     *(f"{low} to {high - 1}" for low, high in pairwise(SHORT_SIDES)),
@@ -38,12 +50,17 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `check` found. Sizes are of the upright target pictures that can be used, in pixels."""
+class SetReport:
+    """What `check_set` found.
+
+    Sizes are of the upright target pictures that can be used, in pixels.
+    """
 
     samples: int  # in the shards that could be opened
     usable: int
-    every_pixel: bool  # else only headers were read: damage behind them and duplicates were not looked for
+    every_pixel: (
+        bool  # else only headers were read: damage behind them and duplicates were not looked for
+    )
     unusable: dict[str, Finding]  # by kind
     bad_shards: Finding
     uncaptioned: Finding  # usable, as captions are optional
@@ -79,7 +96,7 @@ class Look:
         return f"{self.name} ({self.size[0]}×{self.size[1]})"
 
 
-def look(source: Source, index: int, every_pixel: bool) -> Look:
+def look_at(source: Source, index: int, every_pixel: bool) -> Look:
     """Read a sample and all its pictures, or only the target picture's header."""
     try:
         sample = source.read(index)
@@ -97,23 +114,33 @@ def look(source: Source, index: int, every_pixel: bool) -> Look:
 
 
 def looks(source: Source, every_pixel: bool) -> Iterator[Look]:
-    """All samples in their order, read by several threads (Pillow decodes outside the interpreter's lock)."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool:
-        warnings.simplefilter("ignore")  # the threads share the filters, which opening a picture sets and sets back
+    """All samples in their order, read by several threads (Pillow decodes outside the interpreter's
+    lock).
+    """
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool,
+    ):
+        warnings.simplefilter(
+            "ignore"
+        )  # the threads share the filters, which opening a picture sets and sets back
         for start in range(0, len(source), CHUNK):
             part = range(start, min(start + CHUNK, len(source)))
-            yield from pool.map(lambda index: look(source, index, every_pixel), part)
+            yield from pool.map(lambda index: look_at(source, index, every_pixel), part)
 
 
-def check(
+def check_set(
     source: Source,
     every_pixel: bool = True,
     on_sample: Callable[[int, int], None] | None = None,
     *,
     training_size: int | None = None,
     examples: int = 5,
-) -> Report:
-    """Read the whole set and report on it, with up to `examples` names for each finding. `on_sample` is told (done, in all)."""
+) -> SetReport:
+    """Read the whole set and report on it, with up to `examples` names for each finding.
+
+    `on_sample` is told (done, in all).
+    """
     bad: list[BadSample] = []
     good: list[Look] = []
     for done, seen in enumerate(looks(source, every_pixel), 1):
@@ -124,11 +151,13 @@ def check(
         if on_sample:
             on_sample(done, len(source))
     small = [str(seen) for seen in good if training_size and seen.short_side < training_size]
-    return Report(
+    return SetReport(
         samples=len(source),
         usable=len(good),
         every_pixel=every_pixel,
-        unusable={kind: Finding.of(map(str, part), examples) for kind, part in by_kind(bad).items()},
+        unusable={
+            kind: Finding.of(map(str, part), examples) for kind, part in by_kind(bad).items()
+        },
         bad_shards=Finding.of(map(str, source.bad_shards), examples),
         uncaptioned=Finding.of((seen.name for seen in good if not seen.text), examples),
         smallest=str(min(good, key=lambda seen: seen.short_side)) if good else None,
@@ -144,10 +173,14 @@ def check(
 def by_kind(bad: Sequence[BadSample]) -> dict[str, list[BadSample]]:
     """The commonest kind first."""
     counts = Counter(error.kind for error in bad)
-    return {kind: [error for error in bad if error.kind == kind] for kind, _ in counts.most_common()}
+    return {
+        kind: [error for error in bad if error.kind == kind] for kind, _ in counts.most_common()
+    }
 
 
-def histogram(values: Iterable[float], edges: Sequence[float], rows: Sequence[str]) -> dict[str, int]:
+def histogram(
+    values: Iterable[float], edges: Sequence[float], rows: Sequence[str]
+) -> dict[str, int]:
     """How many values fall into each row; those that none falls into are left out."""
     counts = Counter(bisect_right(edges, value) for value in values)
     return {row: counts[number] for number, row in enumerate(rows) if counts[number]}
@@ -163,5 +196,12 @@ def duplicates(good: Iterable[Look]) -> Iterator[str]:
 
 def repeated_captions(good: Iterable[Look], examples: int) -> Finding:
     """How many samples have the caption of an earlier one; the commonest captions as examples."""
-    repeated = [(text, count) for text, count in Counter(seen.text for seen in good if seen.text).most_common() if count > 1]
-    return Finding(sum(count - 1 for _, count in repeated), [f"{count} times {text!r}" for text, count in repeated[:examples]])
+    repeated = [
+        (text, count)
+        for text, count in Counter(seen.text for seen in good if seen.text).most_common()
+        if count > 1
+    ]
+    return Finding(
+        sum(count - 1 for _, count in repeated),
+        [f"{count} times {text!r}" for text, count in repeated[:examples]],
+    )

@@ -1,7 +1,9 @@
-"""A source's samples -> the folder that `imprompt.training.cache` reads, by any number of processes.
+"""A source's samples -> the folder that `imprompt.training.cache` reads, by any number of
+processes.
 
-What a shard holds is a function of the plan and the shard's number alone: it is the same whoever encodes it, and however often
-encoding was stopped. Shape letters as in `imprompt.training.features`; R the references of a sample.
+What a shard holds is a function of the plan and the shard's number alone: it is the same whoever
+encodes it, and however often encoding was stopped. Shape letters as in
+`imprompt.training.features`; R the references of a sample.
 """
 
 import io
@@ -24,18 +26,26 @@ from torch.utils.data import DataLoader, Dataset
 from imprompt.errors import ImpromptError
 from imprompt.files import flush, written_whole
 from imprompt.training.buckets import Size, bucket_sizes
-from imprompt.training.cache import Table, facts, read_table, refuse_others, sha256, shard_file, shard_sizes
+from imprompt.training.cache import (
+    Table,
+    plan_facts,
+    read_table,
+    refuse_others,
+    sha256,
+    shard_file,
+    shard_sizes,
+)
 from imprompt.training.examples import Example, bucket_of
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Data
-from imprompt.training.sources import BadSample, Source
+from imprompt.training.samples import BadSample, Source
 
 SHARD = 256  # samples
 AT_ONCE = 16  # pictures that the models take at a time
 ASIDE = re.compile(r"\..+\.(\d+)\.part")  # of the process of that rank
 
 
-def encode(
+def encode_set(
     folder: Path,
     source: Source,
     examples: Callable[[int], Example],
@@ -47,20 +57,27 @@ def encode(
     on_done: Callable[[int, int], None] = lambda _done, _total: None,
     shard: int = SHARD,
 ) -> None:
-    """Make those of this process's shards that are not in `folder` yet; who sees that all are there finishes the folder.
+    """Make those of this process's shards that are not in `folder` yet.
+
+    Who sees that all are there finishes the folder.
 
     examples  by the sample's number, or BadSample; it travels to `data.workers` reading processes
     on_done   (samples done, samples in all) of this process
     shard     samples of a shard
 
-    SettingError if the folder holds features of another plan; ImpromptError if it is finished and more of its samples are bad
-    than `data.max_bad` allows.
+    SettingError if the folder holds features of another plan; ImpromptError if it is finished and
+    more of its samples are bad than `data.max_bad` allows.
     """
     plan = plan_of(source, encoder, data, shard)
     start_folder(folder, plan, encoder, rank, ranks)
-    own = {number: range(number * shard, number * shard + size) for number, size in enumerate(shard_sizes(plan))}
+    own = {
+        number: range(number * shard, number * shard + size)
+        for number, size in enumerate(shard_sizes(plan))
+    }
     own = {number: samples for number, samples in own.items() if number % ranks == rank}
-    absent = {number: samples for number, samples in own.items() if shard_table(folder, number) is None}
+    absent = {
+        number: samples for number, samples in own.items() if shard_table(folder, number) is None
+    }
     if absent:
         (folder / "manifest.json").unlink(missing_ok=True)
     total = sum(map(len, own.values()))
@@ -68,9 +85,17 @@ def encode(
     on_done(done, total)
     sizes = bucket_sizes(data, encoder.size(data))
     batches = chain.from_iterable(batches_of(samples, source, sizes) for samples in absent.values())
-    rows = counted(rows_of(read_ahead(examples, batches, data.workers), encoder, data), done, total, on_done)
+    rows = with_progress(
+        encoded_rows(read_ahead(examples, batches, data.workers), encoder, data),
+        done,
+        total,
+        on_done,
+    )
     for number, samples in absent.items():
-        names = {index: source.name(index).encode(errors="backslashreplace").decode() for index in samples}
+        names = {
+            index: source.name(index).encode(errors="backslashreplace").decode()
+            for index in samples
+        }
         write_shard(folder, number, names, islice(rows, len(samples)), rank)
     if manifest := finish_folder(folder, plan, rank):
         check_bad(folder, manifest, data.max_bad)
@@ -79,37 +104,53 @@ def encode(
 # The folder: its plan first, its manifest last.
 
 
-def origin(data: Data) -> Table:
-    """Which samples features are of, as plain values. Folders from before there were masks have no "mask", which is as None."""
+def source_origin(data: Data) -> Table:
+    """Which samples features are of, as plain values.
+
+    Folders from before there were masks have no "mask", which is as None.
+    """
     columns = data.columns.model_dump(exclude={"mask"})
-    return data.model_dump(mode="json", include={"source", "root", "captions"}) | {"columns": columns, "mask": data.columns.mask}
+    return data.model_dump(mode="json", include={"source", "root", "captions"}) | {
+        "columns": columns,
+        "mask": data.columns.mask,
+    }
 
 
 def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> Table:
     return {
         "identity": encoder.identity(data),
-        "source": origin(data),
+        "source": source_origin(data),
         "samples": len(source),
         "shard": shard,
         "unit": encoder.unit,
         "channels": encoder.pipeline.vae.config.latent_channels,
         "bad_shards": [
-            {"name": trouble.name, "why": trouble.why, "kind": trouble.kind, "samples": trouble.samples}
+            {
+                "name": trouble.name,
+                "why": trouble.why,
+                "kind": trouble.kind,
+                "samples": trouble.samples,
+            }
             for trouble in source.bad_shards
         ],
     }
 
 
 def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, ranks: int) -> None:
-    """Write plan and null features unless they are there; SettingError if another plan is. Remove what killed processes left."""
+    """Write plan and null features unless they are there; SettingError if another plan is.
+
+    Remove what killed processes left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".*.part"):
         if (left := ASIDE.fullmatch(path.name)) and int(left[1]) % ranks == rank:
             path.unlink()
     plan_file, nulls_file = folder / "plan.json", folder / "nulls.safetensors"
     filled = any(folder.glob("shard-*"))
-    if plan_file.exists() or filled:  # asked in this order: another process may be starting the folder
-        refuse_others(folder, facts(read_table(plan_file)), facts(plan))
+    if (
+        plan_file.exists() or filled
+    ):  # asked in this order: another process may be starting the folder
+        refuse_others(folder, plan_facts(read_table(plan_file)), plan_facts(plan))
     else:
         write_table(plan_file, plan, rank)
     if not nulls_file.exists():
@@ -129,24 +170,39 @@ def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
         for table, file in zip(whole, files, strict=True)
     ]
     bad = [row for table in whole for row in table["bad"]]
-    totals = {"samples": plan["samples"], "bad": len(bad), "bytes": sum(table["bytes"] for table in whole)}
-    manifest = {**plan, "totals": totals, "nulls": described(folder / "nulls.safetensors"), "shards": shards, "bad": bad}
+    totals = {
+        "samples": plan["samples"],
+        "bad": len(bad),
+        "bytes": sum(table["bytes"] for table in whole),
+    }
+    manifest = {
+        **plan,
+        "totals": totals,
+        "nulls": described(folder / "nulls.safetensors"),
+        "shards": shards,
+        "bad": bad,
+    }
     write_table(folder / "manifest.json", manifest, rank)
     return manifest
 
 
 def check_bad(folder: Path, manifest: Table, most: float) -> None:
-    """Raise ImpromptError, with the list, if a larger share of the samples than `most` is bad, or all are."""
+    """Raise ImpromptError, with the list, if a larger share of the samples than `most` is bad, or
+    all are.
+    """
     shards, bad = manifest["bad_shards"], manifest["bad"]
     missing = sum(shard["samples"] for shard in shards)
     lost, samples = len(bad) + missing, manifest["totals"]["samples"] + missing
     if lost <= most * samples and lost < samples:
         return
     bad = shards + bad
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(row["kind"] for row in bad).most_common())
+    kinds = ", ".join(
+        f"{count:,} {kind}" for kind, count in Counter(row["kind"] for row in bad).most_common()
+    )
     first = "; ".join(f"{row['name']}: {row['why']}" for row in bad[:10])
     raise ImpromptError(
-        f"{lost:,} of {samples:,} samples are bad ({kinds}), more than data.max_bad = {most:g} allows; "
+        f"{lost:,} of {samples:,} samples are bad ({kinds}), more than data.max_bad = {most:g} "
+        "allows; "
         f"all of them are in {folder / 'manifest.json'}, the first: {first}"
     )
 
@@ -159,7 +215,9 @@ def shard_table(folder: Path, number: int) -> Table | None:
     """The shard's table; None unless the shard is there, of its right length."""
     try:
         table = json.loads(shard_file(folder, number, ".json").read_bytes())
-        return table if shard_file(folder, number, ".tar").stat().st_size == table["bytes"] else None
+        return (
+            table if shard_file(folder, number, ".tar").stat().st_size == table["bytes"] else None
+        )
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -167,7 +225,7 @@ def shard_table(folder: Path, number: int) -> Table | None:
 # A shard.
 
 
-class Row(NamedTuple):
+class EncodedRow(NamedTuple):
     """A sample in its bucket: its features, or why it has none."""
 
     sample: int
@@ -176,8 +234,13 @@ class Row(NamedTuple):
     held: dict[str, Tensor] | BadSample
 
 
-def write_shard(folder: Path, number: int, names: Mapping[int, str], rows: Iterable[Row], rank: int) -> None:
-    """Write the tar, then its table. `names` are of all its samples, in order; their rows come in any order."""
+def write_shard(
+    folder: Path, number: int, names: Mapping[int, str], rows: Iterable[EncodedRow], rank: int
+) -> None:
+    """Write the tar, then its table. `names` are of all its samples, in order.
+
+    Their rows come in any order.
+    """
     path = shard_file(folder, number, ".tar")
     buckets: dict[int, int] = {}
     places: dict[int, tuple[int, int, int]] = dict.fromkeys(names, (0, 0, 0))
@@ -186,7 +249,12 @@ def write_shard(folder: Path, number: int, names: Mapping[int, str], rows: Itera
         for row in rows:
             buckets[row.sample] = row.bucket
             if isinstance(row.held, BadSample):
-                bad[row.sample] = {"sample": row.sample, "name": names[row.sample], "why": row.held.why, "kind": row.held.kind}
+                bad[row.sample] = {
+                    "sample": row.sample,
+                    "name": names[row.sample],
+                    "why": row.held.why,
+                    "kind": row.held.kind,
+                }
             else:
                 about = {"name": names[row.sample], "text": row.text, "bucket": row.bucket}
                 tensors = save(row.held)
@@ -215,7 +283,8 @@ def append(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def aside(path: Path, rank: int) -> Iterator[BinaryIO]:
     """A file that takes its name when it is whole and on the disk.
 
-    Until then its name tells the process, so that what a killed one left is told from what others are writing.
+    Until then its name tells the process, so that what a killed one left is told from what others
+    are writing.
     """
     with written_whole(path, str(rank)) as part, part.open("wb") as file:
         yield file
@@ -231,14 +300,18 @@ def write_table(path: Path, table: Table, rank: int) -> None:
 
 
 class Read(NamedTuple):
-    """A batch of one bucket, as a reading process hands it over: few tensors, since each crosses as an open file."""
+    """A batch of one bucket, as a reading process hands it over: few tensors, since each crosses as
+    an open file.
+    """
 
     bucket: int
     bad: dict[int, BadSample]  # by the sample's number
     good: list[int]
     texts: list[str]
     references: list[int]  # how many each good sample has
-    tensors: dict[str, Tensor]  # "pixels" (B, 3, H, W), "mask" (B, 1, h, w), "references" (ΣR, 3, S, S), "time_ids" (B, 6)
+    tensors: dict[
+        str, Tensor
+    ]  # "pixels" (B, 3, H, W), "mask" (B, 1, h, w), "references" (ΣR, 3, S, S), "time_ids" (B, 6)
 
 
 Asked = tuple[int, list[int]]  # a bucket and samples of it
@@ -259,11 +332,16 @@ class Reading(Dataset[Read]):
                 good[index] = self.examples(index)
             except BadSample as error:
                 bad[index] = error
-        texts, references = [e.text for e in good.values()], [len(e.references) for e in good.values()]
-        return Read(bucket, bad, list(good), texts, references, stacked(list(good.values())))
+        texts, references = (
+            [e.text for e in good.values()],
+            [len(e.references) for e in good.values()],
+        )
+        return Read(
+            bucket, bad, list(good), texts, references, stacked_tensors(list(good.values()))
+        )
 
 
-def stacked(examples: Sequence[Example]) -> dict[str, Tensor]:
+def stacked_tensors(examples: Sequence[Example]) -> dict[str, Tensor]:
     """The tensors of a `Read`; none if all are bad."""
     if not examples:
         return {}
@@ -285,31 +363,37 @@ def batches_of(samples: Sequence[int], source: Source, sizes: Sequence[Size]) ->
             yield bucket, own[start : start + AT_ONCE]
 
 
-def read_ahead(examples: Callable[[int], Example], batches: Iterator[Asked], workers: int) -> Iterator[Read]:
+def read_ahead(
+    examples: Callable[[int], Example], batches: Iterator[Asked], workers: int
+) -> Iterator[Read]:
     """The batches in order, read by `workers` processes while the models are busy."""
     yield from DataLoader(
         Reading(examples),
         batch_size=None,
         sampler=batches,  # pyright: ignore[reportArgumentType] - any iterable will do
         num_workers=workers,
-        collate_fn=unchanged,  # pyright: ignore[reportArgumentType] - batches are what is asked for
+        collate_fn=as_read,  # pyright: ignore[reportArgumentType] - batches are what is asked for
         generator=torch.Generator(),  # the shared one stays as it is
     )
 
 
-def unchanged(read: Read) -> Read:
+def as_read(read: Read) -> Read:
     return read
 
 
-def rows_of(reads: Iterable[Read], encoder: FeatureEncoder, data: Data) -> Iterator[Row]:
+def encoded_rows(
+    reads: Iterable[Read], encoder: FeatureEncoder, data: Data
+) -> Iterator[EncodedRow]:
     for read in reads:
         for index, error in read.bad.items():
-            yield Row(index, read.bucket, "", error)
+            yield EncodedRow(index, read.bucket, "", error)
         if read.good:
-            for index, text, features in zip(read.good, read.texts, encoded(read, encoder, data), strict=True):
+            for index, text, features in zip(
+                read.good, read.texts, encoded(read, encoder, data), strict=True
+            ):
                 finite = all(tensor.isfinite().all() for tensor in features.values())
                 trouble = BadSample("", "its features are no finite numbers", "not finite")
-                yield Row(index, read.bucket, text, features if finite else trouble)
+                yield EncodedRow(index, read.bucket, text, features if finite else trouble)
 
 
 def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[str, Tensor]]:
@@ -334,7 +418,9 @@ def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.to("cpu", torch.float16).contiguous() for key, tensor in tensors.items()}
 
 
-def counted(rows: Iterable[Row], done: int, total: int, on_done: Callable[[int, int], None]) -> Iterator[Row]:
+def with_progress(
+    rows: Iterable[EncodedRow], done: int, total: int, on_done: Callable[[int, int], None]
+) -> Iterator[EncodedRow]:
     for row in rows:
         done += 1
         on_done(done, total)

@@ -1,7 +1,9 @@
-"""What a run will take, told before it starts: parameters, arithmetic, memory, time. No weights are read.
+"""What a run will take, told before it starts: parameters, arithmetic, memory, time.
 
-What the run trains goes through one step on the meta device, where tensors have sizes and no contents.
-Shape letters as in `imprompt.training.features`.
+No weights are read.
+
+What the run trains goes through one step on the meta device, where tensors have sizes and no
+contents. Shape letters as in `imprompt.training.features`.
 """
 
 import time
@@ -22,19 +24,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from imprompt.adapter import LONG, IPAdapter
+from imprompt.families.base import find_family
+from imprompt.families.published import BaseStructure, base_structure, encoder_structure
 from imprompt.models import find_model
-from imprompt.structures import BaseStructure, base_structure, encoder_structure
 from imprompt.training.buckets import training_size
-from imprompt.training.model import DTYPES, encoder_place, precision, predict, start_adapter
+from imprompt.training.model import DTYPES, encoder_place, precision, start_adapter
 from imprompt.training.muon import weight_matrices
 from imprompt.training.recipe import Recipe
-from imprompt.variants import variant
+from imprompt.variants import find_variant
 
-# Of the measured matrix rate what a whole step reaches. Assumed on GPUs. On 2 CPU cores, SD 1.5 had 0.45 in float32 and 0.3 in
+# Of the measured matrix rate what a whole step reaches. Assumed on GPUs. On 2 CPU cores, SD 1.5 had
+# 0.45 in float32 and 0.3 in
 # bfloat16, the emoji model less.
 CPU_SHARE, GPU_SHARE = 0.3, 0.45
 EIGHT_BIT = 2 + 2 * 4 / 256  # bytes of two numbers in 8 bits, with a scale for every 256
-# What an optimizer keeps of a parameter, in bytes: of a weight matrix, of another. AdamW two numbers, Muon one of a matrix.
+# What an optimizer keeps of a parameter, in bytes: of a weight matrix, of another. AdamW two
+# numbers, Muon one of a matrix.
 STATES = {"adamw": (8, 8), "adamw8bit": (EIGHT_BIT, EIGHT_BIT), "muon": (4, 8)}
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
@@ -46,28 +51,35 @@ class Sizes:
     """Shapes of one sample's inputs."""
 
     latents: tuple[int, int, int]  # (C, h, w)
-    text: tuple[int, int]  # (T, D)
     image: tuple[int, ...]  # (E,) or (patches, E)
-    pooled: int  # P; 0 where the model takes none
+    conditions: Mapping[str, tuple[int, ...]]  # of `imprompt.families.base.Conditions`
 
     def encoded(self, flip: bool, masked: bool) -> int:
-        """Bytes of the sample's features: in float16 latents as mean and spread, mirrored too with `flip`, image and text; a mask
-        in 8 bits."""
-        features = 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + prod(self.text) + self.pooled)
+        """Bytes of the sample's features: in float16 latents as mean and spread, mirrored too with
+        `flip`, image and text; a mask in 8 bits.
+        """
+        texts = sum(prod(shape) for name, shape in self.conditions.items() if name != "time_ids")
+        features = 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + texts)
         return features + masked * prod(self.latents[1:])
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Noisy latents, timesteps, text, image features and SDXL's added conditions of `size` samples, without contents."""
+    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return noisy latents, timesteps, image features and conditions of `size` samples, without
+        contents.
+        """
         with torch.device("meta"):
-            noisy, text, image = (torch.empty(size, *shape) for shape in (self.latents, self.text, self.image))
-            added = {"text_embeds": torch.empty(size, self.pooled), "time_ids": torch.empty(size, 6)} if self.pooled else {}
-            return noisy, torch.empty(size), text, image, added
+            noisy, image = (torch.empty(size, *shape) for shape in (self.latents, self.image))
+            conditions = {
+                name: torch.empty(size, *shape) for name, shape in self.conditions.items()
+            }
+            return noisy, torch.empty(size), image, conditions
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process. `memory` is in bytes, by what it is for, at the peak of a step; `flops` are a sample's: forward,
-    backward, and what checkpointing computes again."""
+    """Of one process. `memory` is in bytes, by what it is for, at the peak of a step.
+
+    `flops` are a sample's: forward, backward, and what checkpointing computes again.
+    """
 
     trained: int  # parameters
     base: int
@@ -75,7 +87,9 @@ class Estimate:
     memory: Mapping[str, int]
     a_step: int  # samples in a step
     steps: int
-    encoded: int | None  # bytes of a sample's features on disk; None where they are computed in every step
+    encoded: (
+        int | None
+    )  # bytes of a sample's features on disk; None where they are computed in every step
     device: torch.device
     rate: float  # of matrix products there, in FLOP/s
 
@@ -89,10 +103,13 @@ class Estimate:
         return self.a_step * self.flops / (self.rate * self.share)
 
 
-def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estimate:
-    """What `recipe` takes on each of `processes` devices of that kind; SettingError or CheckpointError as a run would raise.
+def estimate_run(recipe: Recipe, device: torch.device, processes: int = 1) -> Estimate:
+    """What `recipe` takes on each of `processes` devices of that kind.
 
-    The configuration of a base model that is neither published (`imprompt.structures`) nor on this disk comes from the Hub.
+    SettingError or CheckpointError as a run would raise.
+
+    The configuration of a base model that is neither published (`imprompt.families.published`) nor
+    on this disk comes from the Hub.
     """
     plan, dtype = recipe.optimization, DTYPES[precision(recipe, device)]
     structure = base_structure(find_model(recipe.model))
@@ -108,10 +125,14 @@ def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estima
     matrices = sum(weight.numel() for weight in weight_matrices(adapter))
     of_matrix, of_other = STATES[plan.optimizer]
     memory = {
-        f"base weights, {str(dtype).removeprefix('torch.')}": sum(weight.nbytes for weight in base.parameters()),
+        f"base weights, {str(dtype).removeprefix('torch.')}": sum(
+            weight.nbytes for weight in base.parameters()
+        ),
         "adapter weights, float32": 4 * trained,
         "their gradients": 4 * trained,
-        f"states of {plan.optimizer}": round(of_matrix * matrices + of_other * (trained - matrices)),
+        f"states of {plan.optimizer}": round(
+            of_matrix * matrices + of_other * (trained - matrices)
+        ),
         "average of the weights": 4 * trained if plan.ema else 0,
         f"activations, {at_once} at once": activations,
     }
@@ -122,7 +143,9 @@ def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estima
         memory={part: size for part, size in memory.items() if size},
         a_step=a_step,
         steps=plan.steps,
-        encoded=sizes.encoded(recipe.data.flip, bool(recipe.data.columns.mask)) if recipe.data.features else None,
+        encoded=sizes.encoded(recipe.data.flip, bool(recipe.data.columns.mask))
+        if recipe.data.features
+        else None,
         device=device,
         rate=matrix_rate(device, dtype),
     )
@@ -130,44 +153,48 @@ def estimate(recipe: Recipe, device: torch.device, processes: int = 1) -> Estima
 
 def blank_base(structure: BaseStructure, dtype: torch.dtype) -> Any:
     """The base model, frozen, without contents."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
     with torch.device("meta"):
-        base: Any = UNet2DConditionModel.from_config(dict(structure.unet))
-    return nn.Module.to(base, dtype).requires_grad_(False)  # diffusers' own `to` warns of what does not matter here
+        base: Any = find_family(structure.family).build(structure.config)
+    return nn.Module.to(base, dtype).requires_grad_(
+        False
+    )  # diffusers' own `to` warns of what does not matter here
 
 
 def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
     """A new adapter of the recipe beside the base model, attached, without contents."""
     with torch.device("meta"):
-        return start_adapter(recipe.model_copy(update={"start": None}), base, sizes.image[-1]).attach(base)
+        return start_adapter(
+            recipe.model_copy(update={"start": None}), base, sizes.image[-1]
+        ).attach(base)
 
 
 def sizes_of(recipe: Recipe, base: Any, structure: BaseStructure) -> Sizes:
-    config, side = base.config, training_size(recipe.data, structure.side, structure.unit) // structure.unit
-    image = encoder_structure(encoder_place(recipe)).shape(variant(recipe.variant).feature)
-    pooled = 0
-    if config.addition_embed_type == "text_time":  # it takes the pooled text and six sizes
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return Sizes((config.in_channels, side, side), (structure.text_tokens, config.cross_attention_dim), image, pooled)
+    of, unit = find_family(structure.family), structure.unit
+    side = training_size(recipe.data, structure.side, unit * of.grain) // unit
+    image = encoder_structure(encoder_place(recipe)).shape(find_variant(recipe.variant).feature)
+    latents = of.latent_channels(base.config), side, side
+    return Sizes(latents, image, of.condition_shapes(base.config, structure.text_tokens))
 
 
 def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool) -> tuple[int, int]:
-    """FLOPs of a forward and backward pass, and the most bytes that it holds beside weights and their gradients.
+    """FLOPs of a forward and backward pass, and the most bytes that it holds beside weights and
+    their gradients.
 
-    `fused`: attention does not keep its L×T scores. The kernel computes them again for the backward pass, which is not
-    counted: it depends on the kernel.
+    `fused`: attention does not keep its L×T scores. The kernel computes them again for the backward
+    pass, which is not counted: it depends on the kernel.
     """
-    noisy, t, text, image, added = batch
+    noisy, timestep, image, conditions = batch
     for parameter in adapter.parameters():
         parameter.grad = torch.empty_like(parameter)
     given = [weight for model in (base, adapter) for weight in model.parameters()]
     live = LiveBytes([*given, *(weight.grad for weight in given if weight.grad is not None)])
     counter = FlopCounterMode(display=False, custom_mapping={FLASH_BACKWARD: flash_backward})
-    attend = mock.patch.object(F, "scaled_dot_product_attention", flash if fused else written_out)  # on meta torch would choose
+    attend = mock.patch.object(
+        F, "scaled_dot_product_attention", flash if fused else written_out
+    )  # on meta torch would choose
     with counter, live, attend:
         prompt = adapter.prompt(adapter.tokens(image))
-        prediction = predict(base, prompt, noisy, t, text, added)
+        prediction = adapter.family.predict(base, prompt, noisy, timestep, conditions)
         loss = (prediction.float() - noisy).square().mean()
         del prompt, prediction
         loss.backward()
@@ -180,7 +207,10 @@ def flash_backward(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Attention by one kernel, as on a GPU; (B, H, L, d), (B, H, T, d) and (B, H, T, d) -> (B, H, L, d)."""
+    """Attention by one kernel, as on a GPU.
+
+    (B, H, L, d), (B, H, T, d) and (B, H, T, d) -> (B, H, L, d).
+    """
     return FLASH(query, key, value)[0]
 
 
@@ -192,14 +222,19 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors alive beside the `given` ones, and the most there have been. Views count nothing."""
+    """The bytes of all tensors alive beside the `given` ones, and the most there have been.
+
+    Views count nothing.
+    """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in given})
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self.known:
@@ -215,7 +250,9 @@ class LiveBytes(TorchDispatchMode):
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """FLOP/s of matrix products on that device, measured in about so many seconds."""
-    side, wait = (1024, lambda: None) if device.type == "cpu" else (4096, torch.accelerator.synchronize)
+    side, wait = (
+        (1024, lambda: None) if device.type == "cpu" else (4096, torch.accelerator.synchronize)
+    )
     left, right = torch.ones(2, side, side, dtype=dtype, device=device)
     product = left @ right  # the first one sets the library up
     wait()
@@ -227,7 +264,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
     return done * 2 * side**3 / (time.perf_counter() - start)
 
 
-def rows(found: Estimate) -> list[tuple[str, str]]:
+def estimate_rows(found: Estimate) -> list[tuple[str, str]]:
     """Labels and values that tell a person what a run takes."""
     name, there, told = "CPU", "", ""
     if found.device.type != "cpu":
@@ -235,16 +272,26 @@ def rows(found: Estimate) -> list[tuple[str, str]]:
     if found.device.type == "cuda":
         properties = torch.cuda.get_device_properties(found.device)
         name, there = properties.name, f" of {si(properties.total_memory, 'B')}"
-    features = "made in every step, by models that are not counted here; data.features = FOLDER makes them once"
+    features = (
+        "made in every step, by models that are not counted here; data.features = FOLDER makes "
+        "them once"
+    )
     if found.encoded is not None:
         features = f"{si(found.encoded, 'B')} a sample on disk"
-    reached = f"if {found.share:.0%}{told} of the {si(found.rate, 'FLOP/s')} that this {name} multiplies matrices with are reached"
+    reached = (
+        f"if {found.share:.0%}{told} of the {si(found.rate, 'FLOP/s')} that this {name} multiplies "
+        "matrices with are reached"
+    )
     return [
         ("trained parameters", f"{found.trained:,}"),
         ("base parameters", f"{found.base:,}, frozen"),
         ("features", features),
         ("arithmetic", f"{si(found.flops, 'FLOP')} a sample, forward and backward"),
-        ("memory", f"{si(sum(found.memory.values()), 'B')}{there}, beside what CUDA and the libraries take"),
+        (
+            "memory",
+            f"{si(sum(found.memory.values()), 'B')}{there}, beside what CUDA and the libraries "
+            "take",
+        ),
         *((f"  {part}", si(size, "B")) for part, size in found.memory.items()),
         ("step", f"{found.seconds:,.2f} s for {found.a_step} samples, {reached}"),
         ("run", f"{span(found.seconds * found.steps)} for {found.steps:,} steps"),

@@ -1,6 +1,8 @@
-"""A sample -> what the models take of it: its picture cut to a bucket, the image encoder's input, SDXL's conditions.
+"""A sample -> what the models take of it: its picture cut to a bucket, the image encoder's input,
+SDXL's conditions.
 
-Shape letters as in `imprompt.training.features`; H and W the bucket's height and width, R the references.
+Shape letters as in `imprompt.training.features`; H and W the bucket's height and width, R the
+references.
 """
 
 from collections.abc import Sequence
@@ -10,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imprompt.encoders.vision import preprocess
+from imprompt.encoders.clip import preprocess
 from imprompt.training.buckets import Size, fit, nearest, to_latents, to_pixels
-from imprompt.training.sources import BadSample, Sample, Source
+from imprompt.training.samples import BadSample, Sample, Source
 
 
 @dataclass(frozen=True)
 class Example:
-    """The mirrored example has `pixels.flip(-1)` and `mask.flip(-1)`; its references are not mirrored."""
+    """The mirrored example has `pixels.flip(-1)` and `mask.flip(-1)`.
+
+    Its references are not mirrored.
+    """
 
     name: str
     pixels: Tensor  # (3, H, W) in [-1, 1]
@@ -27,23 +32,40 @@ class Example:
     mask: Tensor  # (1, h, w) of 8 bits; black, which counts evenly, where the sample has none
 
 
-def read_example(sample: Sample, bucket: Size, unit: int, processor: Any, pick: float | None = None) -> Example:
-    """Open and cut a sample's pictures: all references, or the one that `pick` in [0, 1) chooses. BadSample.
+def read_example(
+    sample: Sample, bucket: Size, unit: int, processor: Any, pick: float | None = None
+) -> Example:
+    """Open and cut a sample's pictures: all references, or the one that `pick` in [0, 1) chooses.
+
+    BadSample.
 
     unit  pixels a side that one latent stands for
     """
     picture = sample.picture()
     mask = sample.checked_mask(picture)
-    chosen = sample.references if pick is None else [sample.references[int(pick * len(sample.references))]]
+    chosen = (
+        sample.references
+        if pick is None
+        else [sample.references[int(pick * len(sample.references))]]
+    )
     references = [picture if opener is sample.picture else opener() for opener in chosen]
     cut, time_ids = fit(picture, bucket)
     wide, high = (side // unit for side in bucket)
-    small = torch.zeros(1, high, wide, dtype=torch.uint8) if mask is None else to_latents(fit(mask, bucket)[0], unit)
-    return Example(sample.name, to_pixels(cut), preprocess(processor, references), sample.text, time_ids, small)
+    small = (
+        torch.zeros(1, high, wide, dtype=torch.uint8)
+        if mask is None
+        else to_latents(fit(mask, bucket)[0], unit)
+    )
+    return Example(
+        sample.name, to_pixels(cut), preprocess(processor, references), sample.text, time_ids, small
+    )
 
 
 def bucket_of(source: Source, index: int, sizes: Sequence[Size]) -> int:
-    """The number of a sample's bucket; 0 if its size cannot be read, which is told when the picture is."""
+    """The number of a sample's bucket.
+
+    0 if its size cannot be read, which is told when the picture is.
+    """
     if len(sizes) == 1:
         return 0
     try:

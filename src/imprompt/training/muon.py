@@ -1,8 +1,10 @@
-"""Muon: momentum made orthogonal for weight matrices, AdamW for everything else (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon/), scaled as by Liu et al. 2025 (arXiv 2502.16982, section 2.2).
+"""Muon: momentum made orthogonal for weight matrices, AdamW for everything else (Jordan et al.
+2024, https://kellerjordan.github.io/posts/muon/), scaled as by Liu et al. 2025 (arXiv
+2502.16982, section 2.2).
 
-Not `torch.optim.Muon`, which torch 2.6 lacks and 2.13 has for 2-D parameters only, one at a time: this one takes convolutions
-too, matrices of one shape in one multiplication, and AdamW for the rest under the same learning rate.
+Not `torch.optim.Muon`, which torch 2.6 lacks and 2.13 has for 2-D parameters only, one at a time:
+this one takes convolutions too, matrices of one shape in one multiplication, and AdamW for the rest
+under the same learning rate.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,20 +16,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
-# Coefficients of the quintic whose repeated use drives all singular values towards 1, and how often it is used.
+# Coefficients of the quintic whose repeated use drives all singular values towards 1, and how often
+# it is used.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-ADAMW_SHARE = 0.4  # of the learning rate, for what is no matrix: 1 was slower in trials on an autoencoder
+ADAMW_SHARE = (
+    0.4  # of the learning rate, for what is no matrix: 1 was slower in trials on an autoencoder
+)
 UPDATE_RMS = 0.2  # of a matrix's update, as a share of the learning rate: about what AdamW's is
 
 
 def weight_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of linear layers and convolutions: no biases, norms, embeddings, latents or positions."""
+    """Return the weights of linear layers and convolutions: no biases, norms, embeddings, latents
+    or positions.
+    """
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [layer.get_parameter("weight") for layer in module.modules() if isinstance(layer, kinds)]
 
 
 def orthogonal(matrices: Tensor, precision: torch.dtype = torch.bfloat16) -> Tensor:
-    """Bring the singular values of matrices (N, rows, columns) near 1, by a Newton-Schulz iteration in that precision."""
+    """Bring the singular values of matrices (N, rows, columns) near 1, by a Newton-Schulz iteration
+    in that precision.
+    """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).to(precision)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -46,9 +55,17 @@ class Muon(torch.optim.Optimizer):
     precision  of `orthogonal`, which makes of a gradient's rounding errors up to 500 times as much
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], others: Iterable[nn.Parameter], lr: float, *, weight_decay: float = 0.01,
-                 momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.999),
-                 precision: torch.dtype = torch.bfloat16) -> None:  # fmt: skip
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        precision: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.precision = precision
         common = {"lr": lr, "weight_decay": weight_decay}
         groups = [
@@ -80,11 +97,21 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p]["momentum"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(mean, group["momentum"])
-                updates.append((update.full_tensor() if isinstance(update, DTensor) else update).reshape(rows, columns))
+                updates.append(
+                    (update.full_tensor() if isinstance(update, DTensor) else update).reshape(
+                        rows, columns
+                    )
+                )
             scale = UPDATE_RMS * max(rows, columns) ** 0.5
-            for p, update in zip(parameters, orthogonal(torch.stack(updates), self.precision) * scale, strict=True):
+            for p, update in zip(
+                parameters, orthogonal(torch.stack(updates), self.precision) * scale, strict=True
+            ):
                 whole = update.view(p.shape)
-                part = distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+                part = (
+                    distribute_tensor(whole, p.device_mesh, p.placements)
+                    if isinstance(p, DTensor)
+                    else whole
+                )
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part, alpha=-group["lr"])
 
     def _adamw(self, group: dict[str, Any]) -> None:

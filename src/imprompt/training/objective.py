@@ -1,6 +1,7 @@
 """What the adapted model is trained to predict, of latents how noisy, and what each error weighs.
 
-Shape letters as in `imprompt.training.features`; S timesteps of the noise schedule, numbered from the least noisy.
+Shape letters as in `imprompt.training.features`; S timesteps of the noise schedule, numbered from
+the least noisy.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt.errors import SettingError
-from imprompt.training.recipe import Noise
+from imprompt.training.recipe import NoiseSettings
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -22,7 +23,8 @@ TARGETS: dict[Prediction, Coefficients] = {
     "epsilon": lambda alpha, _: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     # Salimans & Ho 2022 (arXiv 2202.00512), appendix D
     "v_prediction": lambda alpha, sigma: (-sigma, alpha),
-    # Liu et al. 2022 (arXiv 2209.03003), equation 1, with time running from the picture to the noise
+    # Liu et al. 2022 (arXiv 2209.03003), equation 1, with time running from the picture to the
+    # noise
     "flow": lambda alpha, _: (-torch.ones_like(alpha), torch.ones_like(alpha)),
 }
 
@@ -34,16 +36,21 @@ class Schedule(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of every sample (B,), in float32: the mean squared error weighted for training (by timestep and mask), and as it is."""
+    """Of every sample (B,), in float32: the mean squared error weighted for training (by timestep
+    and mask), and as it is.
+    """
 
     weighted: Tensor
     plain: Tensor
 
 
 class Objective(nn.Module):
-    """The loss of a base model's scheduler, as tables over the timesteps. It has no weights; `to(device)` moves the tables.
+    """The loss of a base model's scheduler, as tables over the timesteps. It has no weights.
 
-    Raises SettingError for a scheduler that training does not know, or a zero terminal SNR that the model cannot learn at.
+    `to(device)` moves the tables.
+
+    Raises SettingError for a scheduler that training does not know, or a zero terminal SNR that the
+    model cannot learn at.
     """
 
     alpha: Tensor
@@ -53,87 +60,129 @@ class Objective(nn.Module):
     of_noise: Tensor
     weight: Tensor
 
-    def __init__(self, scheduler: Any, noise: Noise) -> None:
+    def __init__(self, scheduler: Any, noise: NoiseSettings) -> None:
         super().__init__()
         self.prediction_type: Prediction = prediction_type(scheduler)
         self.offset, self.power, self.mask_weight = noise.offset, noise.power, noise.mask_weight
-        alpha, sigma, timesteps = (flow if self.prediction_type == "flow" else diffusion)(scheduler, noise)
+        alpha, sigma, timesteps = (flow if self.prediction_type == "flow" else diffusion)(
+            scheduler, noise
+        )
         of_latents, of_noise = TARGETS[self.prediction_type](alpha, sigma)
-        weight = torch.ones_like(alpha) if noise.min_snr is None else min_snr(alpha, sigma, of_latents, of_noise, noise.min_snr)
+        weight = (
+            torch.ones_like(alpha)
+            if noise.min_snr is None
+            else min_snr(alpha, sigma, of_latents, of_noise, noise.min_snr)
+        )
         tables = {"alpha": alpha, "sigma": sigma, "timesteps": timesteps}
-        for name, table in (tables | {"of_latents": of_latents, "of_noise": of_noise, "weight": weight}).items():
+        for name, table in (
+            tables | {"of_latents": of_latents, "of_noise": of_noise, "weight": weight}
+        ).items():
             self.register_buffer(name, table, persistent=False)
 
     def draw(self, u: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) (B,) -> the timesteps to train at (B,): rows, bent towards the noisier by `noise.power`."""
+        """Uniform numbers in [0, 1) (B,) -> the timesteps to train at (B,): rows, bent towards the
+        noisier by `noise.power`.
+        """
         return self.row(u if self.power == 1 else 1 - (1 - u) ** self.power)
 
     def row(self, u: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) (B,) -> timesteps as rows of the tables (B,).
 
-        Diffusion draws them evenly. Flow matching draws those in the middle more often: logit-normal, the best of those
-        compared by Esser et al. 2024 (arXiv 2403.03206, section 3.1) and what diffusers trains with.
+        Diffusion draws them evenly. Flow matching draws those in the middle more often:
+        logit-normal, the best of those compared by Esser et al. 2024 (arXiv 2403.03206, section
+        3.1) and what diffusers trains with.
         """
         share = torch.special.ndtri(u).sigmoid() if self.prediction_type == "flow" else u
-        return (share * len(self.alpha)).long().clamp_max(len(self.alpha) - 1)  # a rounded u may be 1
+        return (
+            (share * len(self.alpha)).long().clamp_max(len(self.alpha) - 1)
+        )  # a rounded u may be 1
 
     def shift(self, noise: Tensor, offset: Tensor) -> Tensor:
-        """Noise (B, C, h, w) moved by one number a channel, offset (B, C, 1, 1) standard normal, of strength `noise.offset`:
+        """Noise (B, C, h, w) moved by one number a channel, offset (B, C, 1, 1) standard normal, of
+        strength `noise.offset`:
 
         https://www.crosslabs.org/blog/diffusion-with-offset-noise
         """
         return noise + self.offset * offset
 
-    def corrupt(self, latents: Tensor, noise: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents and noise (B, C, h, w), timesteps as rows (B,) -> noisy latents, the model's timesteps (B,), the target."""
+    def corrupt(
+        self, latents: Tensor, noise: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents and noise (B, C, h, w), timesteps as rows (B,) -> noisy latents, the model's
+        timesteps (B,), the target.
+        """
         latents, noise = latents.float(), noise.float()
         alpha, sigma, of_latents, of_noise = (
-            table[index].view(-1, 1, 1, 1) for table in (self.alpha, self.sigma, self.of_latents, self.of_noise)
+            table[index].view(-1, 1, 1, 1)
+            for table in (self.alpha, self.sigma, self.of_latents, self.of_noise)
         )
-        return alpha * latents + sigma * noise, self.timesteps[index], of_latents * latents + of_noise * noise
+        return (
+            alpha * latents + sigma * noise,
+            self.timesteps[index],
+            of_latents * latents + of_noise * noise,
+        )
 
-    def losses(self, prediction: Tensor, target: Tensor, index: Tensor, mask: Tensor | None = None) -> Losses:
-        """Prediction and target (B, C, h, w), timesteps as rows (B,), mask (B, 1, h, w) in [0, 1] -> losses (B,)."""
+    def losses(
+        self, prediction: Tensor, target: Tensor, index: Tensor, mask: Tensor | None = None
+    ) -> Losses:
+        """Prediction and target (B, C, h, w), timesteps as rows (B,), mask (B, 1, h, w) in [0, 1]
+        -> losses (B,).
+        """
         errors = (prediction.float() - target.float()).square()
         plain = errors.mean((1, 2, 3))
-        masked = (errors * emphasis(mask, self.mask_weight)).mean((1, 2, 3)) if mask is not None and self.mask_weight else plain
+        masked = (
+            (errors * emphasis(mask, self.mask_weight)).mean((1, 2, 3))
+            if mask is not None and self.mask_weight
+            else plain
+        )
         return Losses(self.weight[index] * masked, plain)
 
 
 def emphasis(mask: Tensor, weight: float) -> Tensor:
-    """Mask (B, 1, h, w) in [0, 1] -> weights of that shape: 1 + weight where it is white to 1 where it is black, of mean 1.
+    """Mask (B, 1, h, w) in [0, 1] -> weights of that shape: 1 + weight where it is white to 1 where
+    it is black, of mean 1.
 
-    The mean is each sample's own. So a sample counts as much as another however much of it is white, one without a mask as ever,
-    and the loss does not depend on which samples share a batch, a part of it or a process.
+    The mean is each sample's own. So a sample counts as much as another however much of it is
+    white, one without a mask as ever, and the loss does not depend on which samples share a batch,
+    a part of it or a process.
     """
     weights = 1 + weight * mask
     return weights / weights.mean((1, 2, 3), keepdim=True)
 
 
 def prediction_type(scheduler: Any) -> Prediction:
-    """What the model of that diffusers scheduler predicts; SettingError if training does not know it."""
+    """What the model of that diffusers scheduler predicts.
+
+    SettingError if training does not know it.
+    """
     config, name = scheduler.config, type(scheduler).__name__
     told = config.get("prediction_type")
     if name.startswith("FlowMatch") or told == "flow_prediction" or config.get("use_flow_sigmas"):
         return "flow"
     if told not in TARGETS:
-        raise SettingError(f"this model predicts {told!r} ({name}); training knows {', '.join(TARGETS)}")
+        raise SettingError(
+            f"this model predicts {told!r} ({name}); training knows {', '.join(TARGETS)}"
+        )
     if "beta_schedule" not in config:
-        raise SettingError(f"this model's {name} has no schedule of betas; training knows those and flow matching")
+        raise SettingError(
+            f"this model's {name} has no schedule of betas; training knows those and flow matching"
+        )
     return told
 
 
-def diffusion(scheduler: Any, noise: Noise) -> Schedule:
+def diffusion(scheduler: Any, noise: NoiseSettings) -> Schedule:
     """α = √ᾱ and σ = √(1 - ᾱ) (Ho et al. 2020, equation 4), told by number.
 
-    With zero terminal SNR the betas are rescaled as Lin et al. 2023 do (arXiv 2305.08891, algorithm 1).
+    With zero terminal SNR the betas are rescaled as Lin et al. 2023 do (arXiv 2305.08891, algorithm
+    1).
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     rescale = noise.zero_terminal_snr or bool(scheduler.config.get("rescale_betas_zero_snr"))
     if rescale and prediction_type(scheduler) == "epsilon":
         raise SettingError(
-            "zero terminal SNR (noise.zero_terminal_snr, or the model's own rescale_betas_zero_snr) needs a model that predicts v: "
+            "zero terminal SNR (noise.zero_terminal_snr, or the model's own "
+            "rescale_betas_zero_snr) needs a model that predicts v: "
             "at SNR 0 all that this one is given is epsilon, which it predicts"
         )
     schedule: Any = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=rescale)
@@ -141,13 +190,16 @@ def diffusion(scheduler: Any, noise: Noise) -> Schedule:
     return Schedule(signal.sqrt(), (1 - signal).sqrt(), torch.arange(len(signal)))
 
 
-def flow(scheduler: Any, _: Noise) -> Schedule:
-    """α = 1 - σ with diffusers' σ, shifted as the scheduler says, told as σ times the number of timesteps.
+def flow(scheduler: Any, _: NoiseSettings) -> Schedule:
+    """α = 1 - σ with diffusers' σ, shifted as the scheduler says, told as σ times the number of
+    timesteps.
 
-    A shift that depends on the picture's size (`use_dynamic_shifting`) is for sampling only, as in diffusers. The last
-    timestep is pure noise: its SNR is zero in any case.
+    A shift that depends on the picture's size (`use_dynamic_shifting`) is for sampling only, as in
+    diffusers. The last timestep is pure noise: its SNR is zero in any case.
     """
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     config = scheduler.config
     schedule: Any = FlowMatchEulerDiscreteScheduler(
@@ -159,21 +211,29 @@ def flow(scheduler: Any, _: Noise) -> Schedule:
     return Schedule(1 - sigma, sigma, schedule.timesteps.flip(0))
 
 
-def min_snr(alpha: Tensor, sigma: Tensor, of_latents: Tensor, of_noise: Tensor, gamma: float) -> Tensor:
-    """Weights (S,) of Hang et al. 2023 (arXiv 2303.09556, section 3.4): min(SNR, γ) on the error in x0, whatever is predicted.
+def min_snr(
+    alpha: Tensor, sigma: Tensor, of_latents: Tensor, of_noise: Tensor, gamma: float
+) -> Tensor:
+    """Weights (S,) of Hang et al. 2023 (arXiv 2303.09556, section 3.4): min(SNR, γ) on the error in
+    x0, whatever is predicted.
 
-    An error in the target l · x0 + n · ε is σ / (n · α - l · σ) times as large in x0, for x_t is known. For ε that gives
-    min(SNR, γ) / SNR, for v min(SNR, γ) / (SNR + 1).
+    An error in the target l · x0 + n · ε is σ / (n · α - l · σ) times as large in x0, for x_t is
+    known. For ε that gives min(SNR, γ) / SNR, for v min(SNR, γ) / (SNR + 1).
     """
-    alpha, sigma, of_latents, of_noise = (table.double() for table in (alpha, sigma, of_latents, of_noise))
+    alpha, sigma, of_latents, of_noise = (
+        table.double() for table in (alpha, sigma, of_latents, of_noise)
+    )
     error_in_x0 = sigma / (of_noise * alpha - of_latents * sigma)
     return ((alpha / sigma).square().clamp_max(gamma) * error_in_x0.square()).float()
 
 
 class ByTimestep(nn.Module):
-    """The mean loss in each of `BUCKETS` equal parts of the schedule. Adding never waits for the device.
+    """The mean loss in each of `BUCKETS` equal parts of the schedule.
 
-    `totals` (2, BUCKETS), losses and samples, is all its state: summed over the ranks it speaks for all of them.
+    Adding never waits for the device.
+
+    `totals` (2, BUCKETS), losses and samples, is all its state: summed over the ranks it speaks for
+    all of them.
     """
 
     totals: Tensor
@@ -186,7 +246,10 @@ class ByTimestep(nn.Module):
         power = torch.stack([objective.alpha, objective.sigma]).square()
         signal, noise = torch.zeros_like(self.totals).index_add_(1, part, power)
         self.decibels = (10 * (signal / noise).log10()).tolist()
-        self.names = [f"{row[0]:03d}-{row[-1]:03d}" for row in ((part == number).nonzero().flatten() for number in range(BUCKETS))]
+        self.names = [
+            f"{row[0]:03d}-{row[-1]:03d}"
+            for row in ((part == number).nonzero().flatten() for number in range(BUCKETS))
+        ]
 
     def bucket(self, index: Tensor) -> Tensor:
         return index * BUCKETS // self.timesteps
@@ -197,10 +260,14 @@ class ByTimestep(nn.Module):
         self.totals.index_add_(1, self.bucket(index), torch.stack([losses * count, count]))
 
     def read(self) -> dict[str, float]:
-        """ "loss/100-199" and so on, and "snr_db/100-199": the power of the signal over that of the noise there, in decibels."""
+        """ "loss/100-199" and so on, and "snr_db/100-199": the power of the signal over that of the
+        noise there, in decibels.
+        """
         rows = zip(self.names, *self.totals.tolist(), self.decibels, strict=True)
         seen = [(name, total / count, decibels) for name, total, count, decibels in rows if count]
-        return {f"loss/{name}": loss for name, loss, _ in seen} | {f"snr_db/{name}": decibels for name, _, decibels in seen}
+        return {f"loss/{name}": loss for name, loss, _ in seen} | {
+            f"snr_db/{name}": decibels for name, _, decibels in seen
+        }
 
     def reset(self) -> None:
         self.totals.zero_()

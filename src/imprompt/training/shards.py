@@ -1,6 +1,8 @@
-"""Tar shards (the WebDataset layout) as samples by number: each shard's headers are read once, a member by its place.
+"""Tar shards (the WebDataset layout) as samples by number: each shard's headers are read once, a
+member by its place.
 
-The webdataset library says which shards are meant, how members group into samples, and how remote shards are read.
+The webdataset library says which shards are meant, how members group into samples, and how remote
+shards are read.
 """
 
 import glob
@@ -29,7 +31,7 @@ from imprompt.errors import ImageError, SettingError, first_line
 from imprompt.files import written_whole
 from imprompt.images import image_size, open_image, open_mask
 from imprompt.training.recipe import Data
-from imprompt.training.sources import BadSample, Names, Picture, Sample, Size, caption
+from imprompt.training.samples import BadSample, Names, PictureOpener, Sample, Size, caption
 
 IMAGES = "jpg,jpeg,png,webp,gif,avif,tiff,tif,bmp,ppm,jp2"  # file endings, the likeliest first
 HEADER = 65536  # bytes that hold the header of nearly every picture
@@ -39,8 +41,10 @@ KEEP = 16  # streamed shards of a set that stay on the disk
 T = TypeVar("T")
 Counts = dict[str, int]  # of samples, by the shard's file name or URL
 
-# Files that may lie beside remote shards and tell how many samples each holds -> these counts. OpenCLIP reads the first,
-# {"0000.tar": 1000}; wids, the webdataset library's sister, the second, {"shardlist": [{"url": "0000.tar", "nsamples": 1000}]}.
+# Files that may lie beside remote shards and tell how many samples each holds -> these counts.
+# OpenCLIP reads the first,
+# {"0000.tar": 1000}; wids, the webdataset library's sister, the second, {"shardlist": [{"url":
+# "0000.tar", "nsamples": 1000}]}.
 INDEXES: Mapping[str, Callable[[Any], Counts]] = {
     "sizes.json": lambda table: table,
     "index.json": lambda table: {row["url"]: row["nsamples"] for row in table["shardlist"]},
@@ -48,18 +52,24 @@ INDEXES: Mapping[str, Callable[[Any], Counts]] = {
 
 
 class TarIndex:
-    """Where the members of a tar file are, by sample: neighbours that are called alike but for the ending are one.
+    """Where the members of a tar file are, by sample: neighbours that are called alike but for the
+    ending are one.
 
     It keeps no file open, so that it can be pickled, forked and read from several threads.
     """
 
     def __init__(self, place: "Path | Streamed", label: str | None = None) -> None:
-        """`label` is what messages call it, the path if not given. BadSample if there is no tar file, or nothing in it."""
+        """`label` is what messages call it, the path if not given.
+
+        BadSample if there is no tar file, or nothing in it.
+        """
         from webdataset.tariterators import base_plus_ext
 
         self.place, self.label = place, label or str(place)
         self.keys: list[str] = []
-        self.whole = False  # whether the tar ends as it should; if not, its last sample may lack something
+        self.whole = (
+            False  # whether the tar ends as it should; if not, its last sample may lack something
+        )
         self.endings: dict[str, int] = {}  # of all members, each with its number
         first, spans, numbers = array("q"), array("q"), array("l")
         for name, start, size in self._headers():
@@ -93,7 +103,10 @@ class TarIndex:
             raise BadSample(self.name(number), why, "damaged")
         part, endings = slice(*self._first[number : number + 2]), list(self.endings)
         spans: Any = self._spans[part].tolist()
-        return {endings[ending]: (start, size) for ending, (start, size) in zip(self._ending[part], spans, strict=True)}
+        return {
+            endings[ending]: (start, size)
+            for ending, (start, size) in zip(self._ending[part], spans, strict=True)
+        }
 
     def read(self, number: int, ending: str, most: int | None = None) -> bytes:
         """A member's bytes, or its first `most`; BadSample if they are not there."""
@@ -104,20 +117,29 @@ class TarIndex:
                 file.seek(start)
                 data = file.read(wanted)
         except OSError as error:
-            raise BadSample(self.name(number), f"cannot be read ({first_line(error)})", "not readable") from error
+            raise BadSample(
+                self.name(number), f"cannot be read ({first_line(error)})", "not readable"
+            ) from error
         if len(data) < wanted:
-            raise BadSample(self.name(number), f"the {ending} is cut off: the tar ends within it", "damaged")
+            raise BadSample(
+                self.name(number), f"the {ending} is cut off: the tar ends within it", "damaged"
+            )
         return data
 
     def _headers(self) -> Iterator[tuple[str, int, int]]:
-        """(name, start, size) of every file in the tar up to its end or its first damage; BadSample if it is no tar."""
+        """(name, start, size) of every file in the tar up to its end or its first damage.
+
+        BadSample if it is no tar.
+        """
         try:
             with self.place.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 yield from self._walk(tar)
         except FileNotFoundError as error:
             raise BadSample(self.label, "does not exist", "absent") from error
         except OSError as error:
-            raise BadSample(self.label, f"cannot be read ({first_line(error)})", "not readable") from error
+            raise BadSample(
+                self.label, f"cannot be read ({first_line(error)})", "not readable"
+            ) from error
         except (tarfile.TarError, ValueError) as error:
             why = f"is no tar file, or a compressed one ({first_line(error)})"
             raise BadSample(self.label, why, "no tar") from error
@@ -127,11 +149,16 @@ class TarIndex:
         length = os.fstat(file.fileno()).st_size
         try:
             while (member := tar.next()) is not None:
-                if not 0 <= member.size <= length:  # damaged; below 0 the next header would be one that was read before
+                if (
+                    not 0 <= member.size <= length
+                ):  # damaged; below 0 the next header would be one that was read before
                     return
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
-        except (tarfile.TarError, ValueError):  # cut off or damaged in the middle; what came before is good
+        except (
+            tarfile.TarError,
+            ValueError,
+        ):  # cut off or damaged in the middle; what came before is good
             return
         file.seek(tar.offset)
         self.whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
@@ -139,7 +166,8 @@ class TarIndex:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A remote tar file of so many samples: fetched when one is read, and again if it had to make room since.
+    """A remote tar file of so many samples: fetched when one is read, and again if it had to make
+    room since.
 
     Samples are called by their number, so that a name does not depend on what has been fetched.
     """
@@ -174,7 +202,10 @@ class Streamed:
         try:
             tar = recent_index(self)
             if number >= len(tar):
-                why = f"is not there: the shard holds {len(tar):,} samples, its index tells of {self.samples:,}"
+                why = (
+                    f"is not there: the shard holds {len(tar):,} samples, its index tells of "
+                    f"{self.samples:,}"
+                )
                 raise BadSample(self.url, why, "absent")
             return question(tar)
         except BadSample as error:
@@ -189,14 +220,15 @@ def recent_index(shard: Streamed) -> TarIndex:
 class ShardSource:
     """Samples in tar shards.
 
-    Remote shards that an index beside them counts (INDEXES) are streamed: nothing is fetched at opening, each when a sample of it
-    is read, and the KEEP of a set that were used last stay. `size`, too, reads the file, so that aspect buckets fetch every shard
-    once. All other remote shards (without an index, or `pipe:`) are fetched at opening to be counted, and stay.
+    Remote shards that an index beside them counts (INDEXES) are streamed: nothing is fetched at
+    opening, each when a sample of it is read, and the KEEP of a set that were used last stay.
+    `size`, too, reads the file, so that aspect buckets fetch every shard once. All other remote
+    shards (without an index, or `pipe:`) are fetched at opening to be counted, and stay.
     """
 
     def __init__(self, data: Data) -> None:
         """SettingError if there are no shards, or none that can be read."""
-        urls = expand(data.source)
+        urls = expand_braces(data.source)
         self.remote = any(map(is_remote, urls))
         self.names = Names.of(data.columns, IMAGES, "txt,text,caption", "reference")
         self.captions_required = data.captions == "required"
@@ -206,7 +238,9 @@ class ShardSource:
         self.tars = [tar for tar in opened if not isinstance(tar, BadSample)]
         troubles = [trouble for trouble in opened if isinstance(trouble, BadSample)]
         if not self.tars:
-            many = f"none of its {len(urls)} shards can be read, the first: " if len(urls) > 1 else ""
+            many = (
+                f"none of its {len(urls)} shards can be read, the first: " if len(urls) > 1 else ""
+            )
             raise SettingError(f"data.source = {data.source!r}: {many}{troubles[0]}")
         self.shards: Sequence[int] = tuple(map(len, self.tars))
         cut = [tar for tar in self.tars if isinstance(tar, TarIndex) and not tar.whole]
@@ -214,13 +248,20 @@ class ShardSource:
         held = round(sum(sound) / len(sound))  # by what the others hold
         self.bad_shards: Sequence[BadSample] = [
             *(BadSample(bad.name, bad.why, bad.kind, held) for bad in troubles),
-            *(BadSample(tar.label, "is cut off or damaged", "damaged", held - len(tar)) for tar in cut if len(tar) < held),
+            *(
+                BadSample(tar.label, "is cut off or damaged", "damaged", held - len(tar))
+                for tar in cut
+                if len(tar) < held
+            ),
         ]
         self._ends = np.cumsum(self.shards).tolist()
-        possible = any(isinstance(tar, Streamed) or fitting(tar.endings, self.names.mask) for tar in self.tars)
+        possible = any(
+            isinstance(tar, Streamed) or fitting(tar.endings, self.names.mask) for tar in self.tars
+        )
         if self.names.mask and not possible:
             raise SettingError(
-                f"data.source = {data.source!r} holds no masks: data.columns.mask is the ending of none of its files"
+                f"data.source = {data.source!r} holds no masks: data.columns.mask is the ending of "
+                "none of its files"
             )
 
     def __len__(self) -> int:
@@ -235,8 +276,16 @@ class ShardSource:
         name, members = tar.name(number), tar.members(number)
         text = caption(name, self._text(tar, number, members), self.captions_required)
         target = self._picture(tar, number, self._target(name, members))
-        references = (self._picture(tar, number, ending) for ending in fitting(members, self.names.reference))
-        mask = next((self._picture(tar, number, ending, open_mask) for ending in fitting(members, self.names.mask)), None)
+        references = (
+            self._picture(tar, number, ending) for ending in fitting(members, self.names.reference)
+        )
+        mask = next(
+            (
+                self._picture(tar, number, ending, open_mask)
+                for ending in fitting(members, self.names.mask)
+            ),
+            None,
+        )
         return Sample(name, target, tuple(references) or (target,), text, mask)
 
     def size(self, index: int) -> Size:
@@ -255,28 +304,49 @@ class ShardSource:
     def _target(self, name: str, members: Mapping[str, Any]) -> str:
         found = next(iter(fitting(members, self.names.image)), None)
         if found is None:
-            raise BadSample(name, f"holds no picture, only {', '.join(members)}; data.columns.image names the ending", "absent")
+            raise BadSample(
+                name,
+                f"holds no picture, only {', '.join(members)}; data.columns.image names the ending",
+                "absent",
+            )
         return found
 
     def _picture(
-        self, tar: TarIndex | Streamed, number: int, ending: str, opened: Callable[..., Image.Image] = open_image
-    ) -> Picture:
-        return Picture(tar.name(number), f"the {ending}", partial(tar.read, number, ending), opened)
+        self,
+        tar: TarIndex | Streamed,
+        number: int,
+        ending: str,
+        opened: Callable[..., Image.Image] = open_image,
+    ) -> PictureOpener:
+        return PictureOpener(
+            tar.name(number), f"the {ending}", partial(tar.read, number, ending), opened
+        )
 
-    def _text(self, tar: TarIndex | Streamed, number: int, members: Mapping[str, Any]) -> str | None:
+    def _text(
+        self, tar: TarIndex | Streamed, number: int, members: Mapping[str, Any]
+    ) -> str | None:
         ending = next(iter(fitting(members, self.names.text)), None)
         try:
             return None if ending is None else tar.read(number, ending).decode()
         except UnicodeDecodeError as error:
-            raise BadSample(tar.name(number), f"the {ending} is no UTF-8 text", "damaged") from error
+            raise BadSample(
+                tar.name(number), f"the {ending} is no UTF-8 text", "damaged"
+            ) from error
 
 
 def fitting(members: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The endings that are one of the names, or go on from it after a dot: "reference" has reference.png and reference.2.png."""
-    return [ending for name in names for ending in members if ending == name or ending.startswith(f"{name}.")]
+    """The endings that are one of the names, or go on from it after a dot: "reference" has
+    reference.png and reference.2.png.
+    """
+    return [
+        ending
+        for name in names
+        for ending in members
+        if ending == name or ending.startswith(f"{name}.")
+    ]
 
 
-def expand(source: str) -> list[str]:
+def expand_braces(source: str) -> list[str]:
     """The files and URLs of braces and patterns; SettingError if there are none."""
     from webdataset.shardlists import expand_urls
 
@@ -311,13 +381,24 @@ def tar_or_trouble(url: str, samples: int | None, folder: Path) -> TarIndex | St
 
 def known_counts(urls: Iterable[str]) -> Counts:
     """How many samples the remote shards hold, those of which an index beside them tells."""
-    places = {url: re.split("[?#]", url)[0].rpartition("/") for url in urls if is_remote(url) and not url.startswith("pipe:")}
-    told = {folder: folder_counts(folder) for folder in {folder for folder, _, _ in places.values()}}
-    return {url: told[folder][name] for url, (folder, _, name) in places.items() if name in told[folder]}
+    places = {
+        url: re.split("[?#]", url)[0].rpartition("/")
+        for url in urls
+        if is_remote(url) and not url.startswith("pipe:")
+    }
+    told = {
+        folder: folder_counts(folder) for folder in {folder for folder, _, _ in places.values()}
+    }
+    return {
+        url: told[folder][name] for url, (folder, _, name) in places.items() if name in told[folder]
+    }
 
 
 def folder_counts(folder: str) -> Counts:
-    """By file name, from the first index that is there and of its form; empty if none is. It is asked for once."""
+    """By file name, from the first index that is there and of its form; empty if none is.
+
+    It is asked for once.
+    """
     for name, form in INDEXES.items():
         try:
             return fetched(f"{folder}/{name}", ".json", partial(read_counts, form=form))
@@ -328,8 +409,14 @@ def folder_counts(folder: str) -> Counts:
 
 def read_counts(path: Path, form: Callable[[Any], Counts]) -> Counts:
     try:
-        counts = TypeAdapter(dict[str, NonNegativeInt]).validate_python(form(from_json(path.read_bytes())))
-    except (ValueError, LookupError, TypeError) as error:  # a page that says there is none, or another program's index.json
+        counts = TypeAdapter(dict[str, NonNegativeInt]).validate_python(
+            form(from_json(path.read_bytes()))
+        )
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:  # a page that says there is none, or another program's index.json
         raise BadSample(str(path), "is no index of shards") from error
     return {url.rpartition("/")[2]: count for url, count in counts.items()}
 
@@ -345,7 +432,10 @@ def fetched(url: str, ending: str, read: Callable[[Path], T]) -> T:
 
 
 def cache_folder() -> Path:
-    """Where fetched shards are kept: IMPROMPT_CACHE/shards; streamed ones in a folder of their set."""
+    """Where fetched shards are kept: IMPROMPT_CACHE/shards.
+
+    Streamed ones in a folder of their set.
+    """
     return Path(os.environ.get("IMPROMPT_CACHE") or Path.home() / ".cache" / "imprompt") / "shards"
 
 
@@ -354,7 +444,10 @@ def hashed(text: str) -> str:
 
 
 def fetch(url: str, final: Path) -> Path:
-    """Make `final` a copy of what is remote, whole, if there is none yet; other processes that want it wait. BadSample."""
+    """Make `final` a copy of what is remote, whole, if there is none yet.
+
+    Other processes that want it wait. BadSample.
+    """
     from filelock import FileLock
 
     try:
@@ -371,11 +464,15 @@ def fetch(url: str, final: Path) -> Path:
 
 
 def make_room(new: Path) -> None:
-    """Remove from a streamed shard's folder what was not used for longest, until KEEP are left with the new one."""
+    """Remove from a streamed shard's folder what was not used for longest, until KEEP are left with
+    the new one.
+    """
     from filelock import FileLock
 
     with FileLock(new.with_name("room.lock")):
-        others = sorted((path.stat().st_mtime_ns, path) for path in new.parent.glob("*.tar") if path != new)
+        others = sorted(
+            (path.stat().st_mtime_ns, path) for path in new.parent.glob("*.tar") if path != new
+        )
         for _, path in others[: max(0, len(others) + 1 - KEEP)]:
             path.unlink(missing_ok=True)
 
@@ -387,10 +484,18 @@ def download(url: str, path: Path) -> None:
     scheme = url.partition(":")[0]
     if scheme not in gopen_schemes:
         known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
-        raise BadSample(url, f"{scheme}: is not read (known: {known}); pipe:COMMAND reads what a command writes", "absent")
+        raise BadSample(
+            url,
+            f"{scheme}: is not read (known: {known}); pipe:COMMAND reads what a command writes",
+            "absent",
+        )
     stream: Any = gopen(url)
     with path.open("wb") as file, stream:
         set_options(stream, ignore_errors=True)  # it is looked at below, when all has been read
         shutil.copyfileobj(stream, file, 1 << 20)
     if stream.status:
-        raise BadSample(url, f"cannot be fetched: the command that reads it ended with code {stream.status}", "absent")
+        raise BadSample(
+            url,
+            f"cannot be fetched: the command that reads it ended with code {stream.status}",
+            "absent",
+        )

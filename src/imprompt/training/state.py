@@ -1,9 +1,12 @@
 """A training state on disk: a folder that is whole or absent, and is also a loadable adapter.
 
-RUN/step-0001000/adapter.safetensors   the adapter to use: of the averaged weights where a moving average is kept
-                 training.pt           what else a run needs to go on: optimizer, gradient scaler, weights not averaged
+RUN/step-0001000/adapter.safetensors   the adapter to use: of the averaged weights where a moving
+                                       average is kept
+                 training.pt           what else a run needs to go on: optimizer, gradient scaler,
+                                       weights not averaged
                  state.json            the step, the recipe, the held-out loss
-RUN/latest, RUN/best                   links to the newest state and to that of the lowest held-out loss
+RUN/latest, RUN/best                   links to the newest state and to that of the lowest held-out
+                                       loss
 """
 
 import json
@@ -19,10 +22,14 @@ from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import flush
 from imprompt.training.recipe import Recipe
 
-# What a run keeps from its first step to its last; everything else of a recipe may change when it is resumed.
+# What a run keeps from its first step to its last; everything else of a recipe may change when it
+# is resumed.
 FIXED = (
     *("model", "variant", "tokens", "depth", "encoder", "start", "seed"),
-    *(f"data.{key}" for key in ("source", "size", "buckets", "bucket_step", "max_aspect", "held_out")),
+    *(
+        f"data.{key}"
+        for key in ("source", "size", "buckets", "bucket_step", "max_aspect", "held_out")
+    ),
     *(f"optimization.{key}" for key in ("batch_size", "optimizer", "ema")),
 )
 Write = Callable[[Path], None]
@@ -41,8 +48,13 @@ class State:
         return self.facts["step"]
 
 
-def save_state(run: Path, step: int, files: Mapping[str, Write], facts: dict[str, Any], keep: int) -> Path:
-    """Write RUN/step-N beside, flush it to disk, rename it, point RUN/latest to it; only then drop the oldest states."""
+def save_state(
+    run: Path, step: int, files: Mapping[str, Write], facts: dict[str, Any], keep: int
+) -> Path:
+    """Write RUN/step-N beside, flush it to disk, rename it, point RUN/latest to it.
+
+    Only then drop the oldest states.
+    """
     final, aside = run / f"step-{step:07d}", run / f".step-{step:07d}.part"
     for torn in run.glob(".step-*.part"):  # of a process that was killed
         shutil.rmtree(torn, ignore_errors=True)
@@ -58,13 +70,17 @@ def save_state(run: Path, step: int, files: Mapping[str, Write], facts: dict[str
         aside.rename(final)
         flush(run)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
-        raise CheckpointError(f"cannot write {final}: {first_line(error)}; the state before it is whole") from error
+        raise CheckpointError(
+            f"cannot write {final}: {first_line(error)}; the state before it is whole"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if _better(facts.get("held_out_loss"), run / "best"):
         _point(run / "best", final)
     _point(run / "latest", final)
-    kept = {final.resolve(), (run / "best").resolve()} | {path.resolve() for path in sorted(run.glob("step-*"))[-keep:]}
+    kept = {final.resolve(), (run / "best").resolve()} | {
+        path.resolve() for path in sorted(run.glob("step-*"))[-keep:]
+    }
     for old in run.glob("step-*"):
         if old.resolve() not in kept:
             _drop(old)
@@ -79,7 +95,10 @@ def _drop(folder: Path) -> None:
 
 
 def load_state(run: Path, recipe: Recipe) -> State | None:
-    """The latest state of a run; None if there is none yet. SettingError, naming the keys, if another recipe began it."""
+    """The latest state of a run; None if there is none yet.
+
+    SettingError, naming the keys, if another recipe began it.
+    """
     folder = run / "latest"
     if not folder.exists():
         return None
@@ -88,11 +107,20 @@ def load_state(run: Path, recipe: Recipe) -> State | None:
         training = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
         begun = facts["recipe"]
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise CheckpointError(f"{folder} is damaged ({first_line(error)}); remove it and point latest to an older step") from error
+        raise CheckpointError(
+            f"{folder} is damaged ({first_line(error)}); remove it and point latest to an older "
+            "step"
+        ) from error
     now = recipe.model_dump(mode="json")
-    changed = [f"{key} = {_at(begun, key)!r} (now {_at(now, key)!r})" for key in FIXED if _at(begun, key) != _at(now, key)]
+    changed = [
+        f"{key} = {_at(begun, key)!r} (now {_at(now, key)!r})"
+        for key in FIXED
+        if _at(begun, key) != _at(now, key)
+    ]
     if changed:
-        raise SettingError(f"{run} was begun with {', '.join(changed)}: give another output, or the old values")
+        raise SettingError(
+            f"{run} was begun with {', '.join(changed)}: give another output, or the old values"
+        )
     return State(folder, facts, training)
 
 

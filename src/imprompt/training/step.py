@@ -1,4 +1,5 @@
-"""One optimizer step, alone or on many processes, and what is kept beside the weights that it changes.
+"""One optimizer step, alone or on many processes, and what is kept beside the weights that it
+changes.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -33,32 +34,39 @@ from imprompt.training.recipe import Optimization
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def adamw(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+def build_adamw(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+    )
 
 
-def adamw_8bit(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+def build_adamw_8bit(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
-        raise SettingError("optimization.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'imprompt[8bit]'") from error
+        raise SettingError(
+            "optimization.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'imprompt[8bit]'"
+        ) from error
     return AdamW8bit(model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
 
 
-def muon(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+def build_muon(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
     matrices = weight_matrices(model)
     taken = {*map(id, matrices)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    # Bfloat16 is quicker, but in it the last bits of a gradient, which depend on the number of processes, show in the weights.
+    # Bfloat16 is quicker, but in it the last bits of a gradient, which depend on the number of
+    # processes, show in the weights.
     precision = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
-    return Muon(matrices, others, plan.learning_rate, weight_decay=plan.weight_decay, precision=precision)
+    return Muon(
+        matrices, others, plan.learning_rate, weight_decay=plan.weight_decay, precision=precision
+    )
 
 
 # Of the parameters of a module, all of which are trained.
 OPTIMIZERS: dict[str, Callable[[nn.Module, Optimization], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "adamw8bit": adamw_8bit,
-    "muon": muon,
+    "adamw": build_adamw,
+    "adamw8bit": build_adamw_8bit,
+    "muon": build_muon,
 }
 
 # Share of the learning rate, by the share of the steps that is done.
@@ -75,7 +83,10 @@ def learning_rate(step: int, plan: Optimization) -> float:
 
 
 class Stepped(NamedTuple):
-    """A step's mean loss over all processes, and the norm of its gradient before clipping; on the device."""
+    """A step's mean loss over all processes, and the norm of its gradient before clipping.
+
+    On the device.
+    """
 
     loss: Tensor
     norm: Tensor
@@ -87,20 +98,30 @@ class Trainer:
     model  an `AdaptedModel`; every process has one, and a share of each batch
     """
 
-    def __init__(self, accelerator: Any, model: nn.Module, objective: Objective, plan: Optimization) -> None:
-        self.accelerator, self.plan, self.objective = accelerator, plan, objective.to(accelerator.device)
+    def __init__(
+        self, accelerator: Any, model: nn.Module, objective: Objective, plan: Optimization
+    ) -> None:
+        self.accelerator, self.plan, self.objective = (
+            accelerator,
+            plan,
+            objective.to(accelerator.device),
+        )
         optimizer = OPTIMIZERS[plan.optimizer](model, plan)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.by_timestep = ByTimestep(self.objective)
-        self.sums = torch.zeros(3, device=accelerator.device)  # since the last log: weighted and plain losses, samples
+        self.sums = torch.zeros(
+            3, device=accelerator.device
+        )  # since the last log: weighted and plain losses, samples
         self.average = Average(self.model.parameters(), plan.ema) if plan.ema else None
-        self.checked: set[torch.Size] = set()  # shapes of latents for which the compiled gradient is known to be right
+        self.checked: set[torch.Size] = (
+            set()
+        )  # shapes of latents for which the compiled gradient is known to be right
 
     def losses(self, batch: Batch, index: Tensor) -> Losses:
         """The adapted model's loss (B,) at timesteps given as rows of the schedule (B,)."""
         noise = self.objective.shift(batch.noise, batch.offset)
         noisy, t, target = self.objective.corrupt(batch.latents, noise, index)
-        prediction = self.model(noisy, t, batch.text, batch.image, batch.added)
+        prediction = self.model(noisy, t, batch.image, batch.conditions)
         return self.objective.losses(prediction, target, index, batch.mask)
 
     def update(self, step: int, parts: Iterable[Batch]) -> Stepped:
@@ -109,7 +130,11 @@ class Trainer:
         for number, batch in enumerate(parts, 1):
             if self.plan.compile and number == 1 and batch.latents.shape not in self.checked:
                 self._check_compiled(batch)
-            with nullcontext() if number == self.plan.accumulate else self.accelerator.no_sync(self.model):
+            with (
+                nullcontext()
+                if number == self.plan.accumulate
+                else self.accelerator.no_sync(self.model)
+            ):
                 loss += self._backward(batch)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.plan.clip)
         for group in self.optimizer.param_groups:
@@ -118,10 +143,15 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.average:
             self.average.step(self.model.parameters())
-        return Stepped(self.accelerator.reduce(loss, "mean"), norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return Stepped(
+            self.accelerator.reduce(loss, "mean"),
+            norm.full_tensor() if isinstance(norm, DTensor) else norm,
+        )
 
     def _check_compiled(self, batch: Batch) -> None:
-        """SettingError if compiling the base has made a gradient wrong; every new size of pictures may be compiled anew.
+        """SettingError if compiling the base has made a gradient wrong.
+
+        Every new size of pictures may be compiled anew.
 
         All processes must ask together, before the step has a gradient.
         """
@@ -135,14 +165,19 @@ class Trainer:
         wrong, compared = self.accelerator.reduce(found, "sum").tolist()
         if wrong:
             raise SettingError(
-                f"optimization.compile = true gives {wrong / compared:.0%} of the adapter's weights a wrong gradient: PyTorch "
-                f"{torch.__version__} miscompiles this model; give compile = false, another precision or another PyTorch"
+                f"optimization.compile = true gives {wrong / compared:.0%} of the adapter's "
+                "weights a wrong gradient: PyTorch "
+                f"{torch.__version__} miscompiles this model; give compile = false, another "
+                "precision or another PyTorch"
             )
         if compared:
             self.checked.add(batch.latents.shape)
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Add the gradient of one part; give its share of the step's loss. A sample that could not be read weighs nothing."""
+        """Add the gradient of one part; give its share of the step's loss.
+
+        A sample that could not be read weighs nothing.
+        """
         index = self.objective.draw(batch.u)
         losses = self.losses(batch, index)
         loss = (losses.weighted * batch.weight).mean() / self.plan.accumulate
@@ -150,13 +185,19 @@ class Trainer:
         with torch.no_grad():
             self.by_timestep.add(losses.plain, index, batch.weight)
             self.sums += torch.stack(
-                [(losses.weighted * batch.weight).sum(), (losses.plain * batch.weight).sum(), batch.weight.sum()]
+                [
+                    (losses.weighted * batch.weight).sum(),
+                    (losses.plain * batch.weight).sum(),
+                    batch.weight.sum(),
+                ]
             )
         return loss.detach()
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Around forward passes without a backward pass, after which FSDP2 leaves the weights of all processes together."""
+        """Around forward passes without a backward pass, after which FSDP2 leaves the weights of
+        all processes together.
+        """
         try:
             yield
         finally:
@@ -164,7 +205,9 @@ class Trainer:
                 self.model.reshard()
 
     def tell(self) -> tuple[float, float, dict[str, float]]:
-        """Mean weighted and plain loss and losses by timestep since the last time, over all processes: all must ask together."""
+        """Mean weighted and plain loss and losses by timestep since the last time, over all
+        processes: all must ask together.
+        """
         weighted, plain, samples = self.accelerator.reduce(self.sums, "sum").tolist()
         self.by_timestep.totals.copy_(self.accelerator.reduce(self.by_timestep.totals, "sum"))
         told = self.by_timestep.read()
@@ -173,7 +216,10 @@ class Trainer:
         return weighted / max(samples, 1), plain / max(samples, 1), told
 
     def weights(self) -> dict[str, Tensor]:
-        """The adapter's weights as they are now, whole, on the CPU; all processes must ask together."""
+        """The adapter's weights as they are now, whole, on the CPU.
+
+        All processes must ask together.
+        """
         state: Any = get_model_state_dict(self.model, options=WHOLE)
         return {name.removeprefix("adapter."): value.clone() for name, value in state.items()}
 
@@ -181,9 +227,15 @@ class Trainer:
         """What else is needed to go on; all processes must ask together."""
         scaler = self.accelerator.scaler
         return {
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer.optimizer, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(
+                self.model, self.optimizer.optimizer, options=WHOLE
+            ),
             "scaler": scaler.state_dict() if scaler else {},
-            **({"weights": self.weights(), "average_steps": self.average.steps} if self.average else {}),
+            **(
+                {"weights": self.weights(), "average_steps": self.average.steps}
+                if self.average
+                else {}
+            ),
         }
 
     def load(self, adapter: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -192,12 +244,16 @@ class Trainer:
         if self.average:
             self.average.start(self.model.parameters(), state["average_steps"])
             self._load_weights(state["weights"])
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"], options=WHOLE)
+        set_optimizer_state_dict(
+            self.model, self.optimizer.optimizer, state["optimizer"], options=WHOLE
+        )
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        set_model_state_dict(self.model, {f"adapter.{name}": value for name, value in weights.items()}, options=WHOLE)
+        set_model_state_dict(
+            self.model, {f"adapter.{name}": value for name, value in weights.items()}, options=WHOLE
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -210,7 +266,9 @@ class Trainer:
 
 
 class Average:
-    """The exponential moving average of the weights; it follows faster in the first steps, as in diffusers and TensorFlow.
+    """The exponential moving average of the weights.
+
+    It follows faster in the first steps, as in diffusers and TensorFlow.
 
     Of sharded weights every process averages its own part.
     """
@@ -249,18 +307,26 @@ class Diverged(ImpromptError):
 class Sentry:
     """Stops a run whose loss is NaN or infinite, at the step that made it so.
 
-    A GPU's numbers are looked at a step late, when they are there anyway, so that it is never waited for.
+    A GPU's numbers are looked at a step late, when they are there anyway, so that it is never
+    waited for.
     """
 
     def __init__(self, gather: Callable[[list[str]], list[str]], scaled: bool) -> None:
-        """gather: this process's sample names -> all processes'. scaled: a gradient scaler deals with infinite gradients."""
+        """gather: this process's sample names -> all processes'. scaled: a gradient scaler deals
+        with infinite gradients.
+        """
         self._gather, self._scaled = gather, scaled
         self._pending: tuple[int, list[str], Tensor, Any] | None = None
 
     def watch(self, step: int, names: list[str], stepped: Stepped) -> None:
-        """Look at the step before, and keep this one for later; on a CPU look at once. All processes must look together."""
+        """Look at the step before, and keep this one for later; on a CPU look at once.
+
+        All processes must look together.
+        """
         self.check()
-        told = stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm  # NaN or infinite if either is
+        told = (
+            stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm
+        )  # NaN or infinite if either is
         there = torch.cuda.Event() if told.is_cuda else None
         self._pending = step, names, told.to("cpu", non_blocking=True), there
         if there is None:
@@ -274,7 +340,12 @@ class Sentry:
             return
         (step, names, told, there), self._pending = self._pending, None
         if there is not None:
-            while not there.query():  # a wait inside CUDA would hear no signal, as when another process has ended
+            while (
+                not there.query()
+            ):  # a wait inside CUDA would hear no signal, as when another process has ended
                 time.sleep(1e-3)
         if not math.isfinite(told.item()):
-            raise Diverged(f"the loss of step {step} is {told.item()}; its samples: {', '.join(self._gather(names))}")
+            raise Diverged(
+                f"the loss of step {step} is {told.item()}; its samples: "
+                f"{', '.join(self._gather(names))}"
+            )

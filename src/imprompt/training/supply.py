@@ -1,4 +1,7 @@
-"""What a run reads: a set's pictures, or their features encoded once; which are trained on, which are held out, which are bad."""
+"""What a run reads: a set's pictures, or their features encoded once.
+
+Which are trained on, which are held out, which are bad.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,20 +12,31 @@ import numpy as np
 
 from imprompt.errors import ImpromptError
 from imprompt.files import written_whole
-from imprompt.training.batches import Composer, Item, PictureReader, Reader, Share, Shown, collate, loader
+from imprompt.training.batches import (
+    Composer,
+    Item,
+    PictureReader,
+    SampleReader,
+    Share,
+    Shown,
+    collate,
+    loader,
+)
 from imprompt.training.buckets import bucket_sizes
 from imprompt.training.cache import FeatureReader, open_features
-from imprompt.training.encoding import encode, origin
+from imprompt.training.encoding import encode_set, source_origin
 from imprompt.training.examples import Examples
-from imprompt.training.features import FeatureEncoder, wanted
+from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.model import Measures, encoder_place
 from imprompt.training.order import Draw, Order
 from imprompt.training.recipe import Data, Recipe
+from imprompt.training.samples import BadSample, Source
 from imprompt.training.shards import KEEP
-from imprompt.training.sources import BadSample, Source
-from imprompt.variants import variant
+from imprompt.variants import find_variant
 
-REMOTE_WINDOW = KEEP // 2  # fetched shards mixed at a time: slower processes still read those before while others go on
+REMOTE_WINDOW = (
+    KEEP // 2
+)  # fetched shards mixed at a time: slower processes still read those before while others go on
 
 
 def have_features(recipe: Recipe) -> bool:
@@ -31,24 +45,41 @@ def have_features(recipe: Recipe) -> bool:
 
 
 def encode_features(
-    recipe: Recipe, source: Source, frozen: FeatureEncoder, share: Share, on_done: Callable[[int, int], None]
+    recipe: Recipe,
+    source: Source,
+    frozen: FeatureEncoder,
+    share: Share,
+    on_done: Callable[[int, int], None],
 ) -> None:
     """Fill the recipe's features folder, this process's part of it."""
     assert recipe.data.features is not None
     sizes = bucket_sizes(recipe.data, frozen.size(recipe.data))
     examples = Examples(source, sizes, frozen.unit, frozen.encoder.processor)
-    encode(recipe.data.features, source, examples, frozen, recipe.data, rank=share.rank, ranks=share.ranks, on_done=on_done)
+    encode_set(
+        recipe.data.features,
+        source,
+        examples,
+        frozen,
+        recipe.data,
+        rank=share.rank,
+        ranks=share.ranks,
+        on_done=on_done,
+    )
 
 
 def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
     """The recipe's features; SettingError if those in its folder are others."""
     assert recipe.data.features is not None
     place = str(encoder_place(recipe))
-    asked = wanted(recipe.model, place, variant(recipe.variant), recipe.data, measured.size)
-    return open_features(recipe.data.features, {**asked, **origin(recipe.data)})
+    asked = wanted_identity(
+        recipe.model, place, find_variant(recipe.variant), recipe.data, measured.size
+    )
+    return open_features(recipe.data.features, {**asked, **source_origin(recipe.data)})
 
 
-def read_pictures(recipe: Recipe, source: Source, measured: Measures, frozen: FeatureEncoder) -> PictureReader:
+def read_pictures(
+    recipe: Recipe, source: Source, measured: Measures, frozen: FeatureEncoder
+) -> PictureReader:
     sizes = bucket_sizes(recipe.data, measured.size)
     return PictureReader(source, sizes, frozen.encoder.processor, measured.unit, measured.channels)
 
@@ -57,7 +88,7 @@ def read_pictures(recipe: Recipe, source: Source, measured: Measures, frozen: Fe
 class Supply:
     """Batches of a reader's samples for this process."""
 
-    reader: Reader
+    reader: SampleReader
     data: Data
     seed: int
     share: Share
@@ -69,16 +100,31 @@ class Supply:
     def __post_init__(self) -> None:
         count, kept = len(self.reader), self.data.held_out
         if count - kept < 1:
-            raise ImpromptError(f"the set has {count:,} samples and data.held_out = {kept:,} of them are held out: none is left")
+            raise ImpromptError(
+                f"the set has {count:,} samples and data.held_out = {kept:,} of them are held out: "
+                "none is left"
+            )
         ends, window = np.cumsum(self.reader.shards), self._window()
         # Of remote shards few hold them: they are wanted at every state.
         pool = count if window is None else int(ends[np.searchsorted(ends, min(2 * kept, count))])
         self.held_out = np.sort(np.random.default_rng((self.seed, count)).permutation(pool)[:kept])
-        shards = [np.setdiff1d(part, self.held_out) for part in np.split(np.arange(count), ends[:-1])]
-        self.order = Order([shard for shard in shards if len(shard)], self.batch, self.seed, self.reader.bucket, window)
+        shards = [
+            np.setdiff1d(part, self.held_out) for part in np.split(np.arange(count), ends[:-1])
+        ]
+        self.order = Order(
+            [shard for shard in shards if len(shard)],
+            self.batch,
+            self.seed,
+            self.reader.bucket,
+            window,
+        )
 
     def _window(self) -> int | None:
-        return REMOTE_WINDOW if getattr(getattr(self.reader, "source", None), "remote", False) else None
+        return (
+            REMOTE_WINDOW
+            if getattr(getattr(self.reader, "source", None), "remote", False)
+            else None
+        )
 
     @property
     def samples(self) -> int:
@@ -87,25 +133,45 @@ class Supply:
 
     def items(self, start: int) -> Iterator[Item]:
         """This process's parts of the batches from step `start` on."""
-        return loader(Shown(self.reader, self.data, self.seed), self.order.steps(start), self.share, self.data.workers)
+        return loader(
+            Shown(self.reader, self.data, self.seed),
+            self.order.steps(start),
+            self.share,
+            self.data.workers,
+        )
 
     def held_out_items(self) -> Iterator[tuple[np.ndarray, Item]]:
-        """The held-out samples as they are, undropped and unmirrored, with noise that is always the same, and their numbers."""
-        plain = self.data.model_copy(update={"flip": False, "drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0})
-        shown, size = Shown(self.reader, plain, self.seed), max(1, self.batch // (self.share.ranks * self.share.parts))
+        """The held-out samples as they are, undropped and unmirrored, with noise that is always the
+        same, and their numbers.
+        """
+        plain = self.data.model_copy(
+            update={"flip": False, "drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
+        )
+        shown, size = (
+            Shown(self.reader, plain, self.seed),
+            max(1, self.batch // (self.share.ranks * self.share.parts)),
+        )
         numbers = np.arange(len(self.held_out))
         of = self.reader.bucket[self.held_out]
         for bucket in np.unique(of):
             here = numbers[of == bucket]
             for part in np.split(here, range(size, len(here), size)):
-                yield part, collate([shown[Draw(-1, int(self.held_out[number]))] for number in part])
+                yield (
+                    part,
+                    collate([shown[Draw(-1, int(self.held_out[number]))] for number in part]),
+                )
 
 
 class Bad:
-    """What could not be used: in RUN/bad.jsonl, each sample and each shard once, with the step at which it was found."""
+    """What could not be used: in RUN/bad.jsonl, each sample and each shard once, with the step at
+    which it was found.
+    """
 
-    def __init__(self, run: Path, allowed: float, reader: Reader, step: int, *, write: bool) -> None:
-        """A run that goes on after `step` finds what it had found later once more, if that is still bad.
+    def __init__(
+        self, run: Path, allowed: float, reader: SampleReader, step: int, *, write: bool
+    ) -> None:
+        """A run that goes on after `step` finds what it had found later once more, if that is still
+        bad.
 
         allowed  share of the samples
         write    whether this process writes the file
@@ -122,15 +188,24 @@ class Bad:
         return sum(row["samples"] for row in self.known.values())
 
     def add(self, found: Iterable[BadSample], step: int) -> list[BadSample]:
-        """Take in what all processes found up to `step`; give what is new. ImpromptError, with names, if it is too much."""
+        """Take in what all processes found up to `step`; give what is new.
+
+        ImpromptError, with names, if it is too much.
+        """
         new = {error.name: error for error in found if error.name not in self.known}
-        self.known |= {e.name: {"step": step, "name": e.name, "why": e.why, "samples": e.samples} for e in new.values()}
+        self.known |= {
+            e.name: {"step": step, "name": e.name, "why": e.why, "samples": e.samples}
+            for e in new.values()
+        }
         if self.write and self.known != self._written:
             self._write()
         if self.count > self.allowed * self.samples:
-            first = "; ".join(f"{row['name']}: {row['why']}" for row in list(self.known.values())[:5])
+            first = "; ".join(
+                f"{row['name']}: {row['why']}" for row in list(self.known.values())[:5]
+            )
             raise ImpromptError(
-                f"{self.count:,} of {self.samples:,} samples cannot be used, more than data.max_bad = {self.allowed:g} "
+                f"{self.count:,} of {self.samples:,} samples cannot be used, more than "
+                f"data.max_bad = {self.allowed:g} "
                 f"allows; all of them are in {self.file}, the first: {first}"
             )
         return list(new.values())
@@ -138,7 +213,9 @@ class Bad:
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(self.file) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in self.known.values()), encoding="utf-8")
+            aside.write_text(
+                "".join(json.dumps(row) + "\n" for row in self.known.values()), encoding="utf-8"
+            )
         self._written = dict(self.known)
 
 

@@ -1,4 +1,6 @@
-"""What the adapter makes of fixed image prompts, texts, scales and noise: a grid of pictures, and numbers to compare over steps."""
+"""What the adapter makes of fixed image prompts, texts, scales and noise: a grid of pictures, and
+numbers to compare over steps.
+"""
 
 import copy
 import math
@@ -14,15 +16,16 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from imprompt.adapter import IPAdapter
-from imprompt.encoders.vision import VisionEncoder, preprocess
+from imprompt.checkpoints.tensors import some
+from imprompt.encoders.clip import VisionEncoder, preprocess
 from imprompt.errors import CheckpointError, SettingError, first_line
+from imprompt.families.base import base_of
+from imprompt.generation.features import Reader
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.prepare import Attached
+from imprompt.generation.request import save_png
+from imprompt.generation.settings import Settings
 from imprompt.images import WHITE, grid, open_image
-from imprompt.sampling.attached import Attached
-from imprompt.sampling.generate import ImagePromptPipeline
-from imprompt.sampling.reading import Reader
-from imprompt.sampling.record import save_png
-from imprompt.sampling.settings import Settings
-from imprompt.tensorfiles import some
 from imprompt.training.objective import prediction_type
 from imprompt.training.recipe import Recipe
 from imprompt.variants import Variant
@@ -39,8 +42,13 @@ Scores = dict[str, float]
 
 
 @contextmanager
-def on_device(modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """The modules on `device`, their floating-point tensors in `dtype`, for a while; then with their own tensors again."""
+def on_device(
+    modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """The modules on `device`, their floating-point tensors in `dtype`, for a while.
+
+    Then with their own tensors again.
+    """
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     own: list[tuple[Tensor, Tensor]] = []
     try:
@@ -67,7 +75,10 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class OwnEncoder:
-    """Measures pictures by the encoder that conditions the adapter. It knows no texts, and is partial to the adapter."""
+    """Measures pictures by the encoder that conditions the adapter.
+
+    It knows no texts, and is partial to the adapter.
+    """
 
     name = "clip_i (conditioning encoder)"
     texts = None
@@ -81,7 +92,9 @@ class OwnEncoder:
 
 
 class Clip:
-    """Measures pictures and texts by a whole CLIP, loaded to the CPU in float32 from a folder or the Hub."""
+    """Measures pictures and texts by a whole CLIP, loaded to the CPU in float32 from a folder or
+    the Hub.
+    """
 
     name = "clip_i"
 
@@ -92,15 +105,23 @@ class Clip:
         try:
             if (kind := CLIPConfig.get_config_dict(source)[0].get("model_type", "clip")) != "clip":
                 raise ValueError(f"it holds a {kind}, not a whole CLIP")
-            loaded: Any = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = CLIPModel.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True
+            )
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(source)
         except Exception as error:  # a folder can be wrong in any way
-            raise CheckpointError(f"validation.clip = {source!r}: no CLIP can be loaded ({first_line(error)})") from error
+            raise CheckpointError(
+                f"validation.clip = {source!r}: no CLIP can be loaded ({first_line(error)})"
+            ) from error
         self.model, report = loaded
         words, vocabulary = len(self.tokenizer), self.model.config.text_config.vocab_size
-        absent = [] if vocabulary // 2 < words <= vocabulary else ["the tokenizer"]  # transformers loads an empty one then
+        absent = (
+            [] if vocabulary // 2 < words <= vocabulary else ["the tokenizer"]
+        )  # transformers loads an empty one then
         if missing := sorted(report["missing_keys"]) + absent:
-            raise CheckpointError(f"validation.clip = {source!r} is no whole CLIP: {some(missing, 3)} missing")
+            raise CheckpointError(
+                f"validation.clip = {source!r} is no whole CLIP: {some(missing, 3)} missing"
+            )
         self.model.eval().requires_grad_(False)
         side = self.model.config.vision_config.image_size
         shortest: Any = {"shortest_edge": side}
@@ -109,30 +130,49 @@ class Clip:
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Pictures -> embeddings (B, E)."""
-        return self.model.get_image_features(preprocess(self.processor, pictures).to(self.model.device)).pooler_output
+        return self.model.get_image_features(
+            preprocess(self.processor, pictures).to(self.model.device)
+        ).pooler_output
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Texts -> embeddings (B, E)."""
         longest = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(texts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            max_length=longest,
+            truncation=True,
+            return_tensors="pt",
+        )
         return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
 
 
-def similarities(measure: Clip | OwnEncoder, prompts: Sequence[Image.Image], columns: Sequence[Settings],
-                 made: Sequence[Sequence[Image.Image]]) -> Scores:  # fmt: skip
-    """Mean cosines of results and their image prompts (CLIP-I) and their texts (CLIP-T), in all and by scale.
+def similarities(
+    measure: Clip | OwnEncoder,
+    prompts: Sequence[Image.Image],
+    columns: Sequence[Settings],
+    made: Sequence[Sequence[Image.Image]],
+) -> Scores:
+    """Mean cosines of results and their image prompts (CLIP-I) and their texts (CLIP-T), in all and
+    by scale.
 
     `made` holds every column's results, one per prompt. Columns without a text have no CLIP-T.
     """
     wanted = unit(measure.images(prompts))
     got = torch.stack([unit(measure.images(column)) for column in made])  # (columns, prompts, E)
     scales = [column.scale for column in columns]
-    scores = by_scale(measure.name, scales, (got @ wanted.mT).diagonal(dim1=1, dim2=2).mean(1).tolist())
+    scores = by_scale(
+        measure.name, scales, (got @ wanted.mT).diagonal(dim1=1, dim2=2).mean(1).tolist()
+    )
     worded = [number for number, column in enumerate(columns) if column.prompt]
     if measure.texts is None or not worded:
         return scores
     said = unit(measure.texts([columns[number].prompt for number in worded]))
-    return scores | by_scale("clip_t", [scales[number] for number in worded], (got[worded] @ said[..., None]).mean((1, 2)).tolist())
+    return scores | by_scale(
+        "clip_t",
+        [scales[number] for number in worded],
+        (got[worded] @ said[..., None]).mean((1, 2)).tolist(),
+    )
 
 
 def unit(embeddings: Tensor) -> Tensor:
@@ -144,20 +184,32 @@ def by_scale(name: str, scales: Sequence[float], values: Sequence[float]) -> Sco
     groups: dict[float, list[float]] = {}
     for scale, value in zip(scales, values, strict=True):
         groups.setdefault(scale, []).append(value)
-    each = {f"{name} at scale {scale:g}": sum(group) / len(group) for scale, group in groups.items()}
+    each = {
+        f"{name} at scale {scale:g}": sum(group) / len(group) for scale, group in groups.items()
+    }
     return {name: sum(values) / len(values)} | (each if len(each) > 1 else {})
 
 
 class Validator:
-    """Makes the recipe's grid with the adapter as it is, beside the training that uses the same models.
+    """Makes the recipe's grid with the adapter as it is, beside the training that uses the same
+    models.
 
-    The models that only validation needs may rest on the CPU: while a grid is made they are on the base model's device,
-    the pipeline's in its precision. Modes, weights, processors, scheduler and random state are afterwards as they were.
+    The models that only validation needs may rest on the CPU: while a grid is made they are on the
+    base model's device, the pipeline's in its precision. Modes, weights, processors, scheduler and
+    random state are afterwards as they were.
     """
 
-    def __init__(self, recipe: Recipe, pipeline: Any, encoder: VisionEncoder, variant: Variant, adapter: IPAdapter,
-                 held_out: Iterable[Image.Image] = ()) -> None:  # fmt: skip
-        """`adapter` must be attached to `pipeline.unet`. `held_out`: pictures to prompt with where the recipe names none.
+    def __init__(
+        self,
+        recipe: Recipe,
+        pipeline: Any,
+        encoder: VisionEncoder,
+        variant: Variant,
+        adapter: IPAdapter,
+        held_out: Iterable[Image.Image] = (),
+    ) -> None:
+        """`adapter` must be attached to the pipeline's base model. `held_out`: pictures to prompt
+        with where the recipe names none.
 
         All that the recipe asks is checked here: SettingError, ImageError or CheckpointError.
         """
@@ -165,31 +217,58 @@ class Validator:
         self.folder = recipe.output / "validation"
         self.prompts = [open_image(path) for path in plan.images] or list(islice(held_out, PROMPTS))
         if not self.prompts:
-            raise SettingError("validation has no image prompts: name pictures in validation.images, or set data.held_out")
+            raise SettingError(
+                "validation has no image prompts: name pictures in validation.images, or set "
+                "data.held_out"
+            )
         own = copy.copy(pipeline)  # the same models, with a scheduler of its own
         own.scheduler = sampling_scheduler(pipeline.scheduler, recipe.noise.zero_terminal_snr)
         self.pipe = ImagePromptPipeline(own, Attached(adapter, Reader(encoder, variant)))
-        common = {"steps": plan.steps, "guidance": plan.guidance, "seed": plan.seed, "width": side, "height": side}
-        self.columns = [Settings(prompt=text, scale=scale, **common) for text in plan.texts for scale in plan.scales]
+        common = {
+            "steps": plan.steps,
+            "guidance": plan.guidance,
+            "seed": plan.seed,
+            "width": side,
+            "height": side,
+        }
+        self.columns = [
+            Settings(prompt=text, scale=scale, **common)
+            for text in plan.texts
+            for scale in plan.scales
+        ]
         for column in self.columns:
             self.pipe.resolve(column)
         self.measure = Clip(plan.clip) if plan.clip else OwnEncoder(encoder)
-        self.at_once = min(MADE_AT_ONCE, training.batch_size // training.accumulate)  # where training fits, so does this
+        self.at_once = min(
+            MADE_AT_ONCE, training.batch_size // training.accumulate
+        )  # where training fits, so does this
         self.compiled = training.compile
 
     def grid(self, step: int) -> tuple[Path, Scores]:
-        """Make RUN/validation/step-N.png: a row per image prompt, a column per text and scale; row i from noise of seed + i."""
+        """Make RUN/validation/step-N.png: a row per image prompt, a column per text and scale.
+
+        Row i from noise of seed + i.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._models_ready():
             asked = [column.model_dump(exclude_unset=True) for column in self.columns]
-            made = [self.pipe(self.prompts, batch_size=self.at_once, **settings).images for settings in asked]
+            made = [
+                self.pipe(self.prompts, batch_size=self.at_once, **settings).images
+                for settings in asked
+            ]
             scores = similarities(self.measure, self.prompts, self.columns, made)
-        return save_png(sheet(self.prompts, self.columns, made, step), self.folder / f"step-{step:07d}.png"), scores
+        return save_png(
+            sheet(self.prompts, self.columns, made, step), self.folder / f"step-{step:07d}.png"
+        ), scores
 
     @contextmanager
     def _models_ready(self) -> Iterator[None]:
-        base = self.pipe.pipeline.unet
-        parts = [part for part in self.pipe.pipeline.components.values() if isinstance(part, nn.Module) and part is not base]
+        base = base_of(self.pipe.pipeline)
+        parts = [
+            part
+            for part in self.pipe.pipeline.components.values()
+            if isinstance(part, nn.Module) and part is not base
+        ]
         measuring = [self.pipe.first.reader.encoder.model, self.measure.model]
         # Other batch sizes than training's would be compiled anew, for minutes.
         stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
@@ -204,25 +283,43 @@ class Validator:
 
 
 def sampling_scheduler(scheduler: Any, zero_terminal_snr: bool) -> Any:
-    """A fresh scheduler like the pipeline's; after training down to no signal, DDIM that starts there (arXiv 2305.08891)."""
+    """A fresh scheduler like the pipeline's.
+
+    After training down to no signal, DDIM that starts there (arXiv 2305.08891).
+    """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     if zero_terminal_snr and prediction_type(scheduler) == "v_prediction":
-        return DDIMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+        return DDIMScheduler.from_config(
+            scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
     return type(scheduler).from_config(scheduler.config)
 
 
-def sheet(prompts: Sequence[Image.Image], columns: Sequence[Settings], made: Sequence[Sequence[Image.Image]],
-          step: int) -> Image.Image:  # fmt: skip
-    """The pictures in a grid: image prompts in the first column, then the columns `made` under their text and scale."""
+def sheet(
+    prompts: Sequence[Image.Image],
+    columns: Sequence[Settings],
+    made: Sequence[Sequence[Image.Image]],
+    step: int,
+) -> Image.Image:
+    """The pictures in a grid: image prompts in the first column, then the columns `made` under
+    their text and scale.
+    """
     size = cell_size(made[0][0].size)
-    shown = [ImageOps.pad(prompt, made[0][0].size, Image.Resampling.LANCZOS, color=WHITE) for prompt in prompts]
-    cells = [resized(picture, size) for row in zip(shown, *made, strict=True) for picture in row]
+    shown = [
+        ImageOps.pad(prompt, made[0][0].size, Image.Resampling.LANCZOS, color=WHITE)
+        for prompt in prompts
+    ]
+    cells = [cell(picture, size) for row in zip(shown, *made, strict=True) for picture in row]
     body = grid(cells, 1 + len(columns), GAP)
     font: Any = ImageFont.load_default(max(12, size[0] // 18))
     line = round(1.3 * font.size)
-    spans = [(text, len(list(group))) for text, group in groupby(column.prompt for column in columns)]
-    captions = [wrapped(text or "no text", count * (size[0] + GAP) - 2 * GAP, font) for text, count in spans]
+    spans = [
+        (text, len(list(group))) for text, group in groupby(column.prompt for column in columns)
+    ]
+    captions = [
+        wrapped(text or "no text", count * (size[0] + GAP) - 2 * GAP, font) for text, count in spans
+    ]
     high = (max(map(len, captions)) + 1) * line + 3 * GAP
     canvas = Image.new("RGB", (body.width + 2 * MARGIN, body.height + high + 2 * MARGIN), WHITE)
     canvas.paste(body, (MARGIN, MARGIN + high))
@@ -237,22 +334,33 @@ def sheet(prompts: Sequence[Image.Image], columns: Sequence[Settings], made: Seq
     for (text, count), lines in zip(spans, captions, strict=True):
         left, rule = lefts[first], scales_at - GAP
         draw.multiline_text(
-            (left, rule - GAP - len(lines) * line), "\n".join(lines), INK if text else FAINT, font, spacing=line // 4
+            (left, rule - GAP - len(lines) * line),
+            "\n".join(lines),
+            INK if text else FAINT,
+            font,
+            spacing=line // 4,
         )
-        draw.line((left, rule, left + count * (size[0] + GAP) - GAP, rule), FAINT)  # over all columns of the text
+        draw.line(
+            (left, rule, left + count * (size[0] + GAP) - GAP, rule), FAINT
+        )  # over all columns of the text
         first += count
     return canvas
 
 
 def cell_size(size: tuple[int, int]) -> tuple[int, int]:
-    """A picture's size in the grid: whole multiples of small ones, so that no pixel is invented; large ones shrunk."""
+    """A picture's size in the grid: whole multiples of small ones, so that no pixel is invented.
+
+    Large ones shrunk.
+    """
     least, most = CELL
     factor = max(1, -(-least // max(size))) if max(size) <= most else most / max(size)
     return round(size[0] * factor), round(size[1] * factor)
 
 
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return picture.resize(size, Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST)
+def cell(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture.resize(
+        size, Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST
+    )
 
 
 def wrapped(text: str, width: int, font: Any) -> list[str]:
@@ -279,31 +387,38 @@ def shortened(line: str, width: int, font: Any) -> str:
     return f"{line}…"
 
 
-Losses = Callable[[Any, Tensor], Tensor]  # (batch, u (B,)) -> plain losses of its samples; those that cannot be read left out
+Losses = Callable[
+    [Any, Tensor], Tensor
+]  # (batch, u (B,)) -> plain losses of its samples; those that cannot be read left out
 
 
 @torch.no_grad()
 def held_out_loss(batches: Iterable[tuple[Tensor, Any]], losses: Losses, draws: int = 4,
                   together: Callable[[Tensor], Tensor] = lambda sums: sums) -> float:  # fmt: skip
-    """Mean plain loss over held-out samples, each at `draws` fixed places of the noise schedule: comparable over steps.
+    """Mean plain loss over held-out samples, each at `draws` fixed places of the noise schedule:
+    comparable over steps.
 
-    batches   (numbers (B,) of the samples among the held-out ones, what `losses` takes); its noise must be fixed too
+    batches   (numbers (B,) of the samples among the held-out ones, what `losses` takes); its noise
+              must be fixed too
     losses    u in [0, 1) says which timestep, as in training
-    together  sums a tensor over processes, each of which has its own batches; NaN if none has a sample
+    together  sums a tensor over processes, each of which has its own batches; NaN if none has a
+              sample
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, and how many
     for numbers, batch in batches:
-        for u in places(numbers, draws).unbind(1):
+        for u in schedule_places(numbers, draws).unbind(1):
             each = losses(batch, u).double().cpu()
             sums += torch.stack([each.sum(), each.new_tensor(len(each))])
     total, count = together(sums).tolist()
     return total / count if count else math.nan
 
 
-def places(numbers: Tensor, draws: int) -> Tensor:
-    """Sample numbers (B,) -> u (B, draws) in [0, 1): one in each of `draws` equal parts of the schedule.
+def schedule_places(numbers: Tensor, draws: int) -> Tensor:
+    """Sample numbers (B,) -> u (B, draws) in [0, 1): one in each of `draws` equal parts of the
+    schedule.
 
-    Within the parts, multiples of the golden ratio spread any run of samples evenly, however many there are.
+    Within the parts, multiples of the golden ratio spread any run of samples evenly, however many
+    there are.
     """
     within = (numbers.double().cpu() * GOLDEN + 0.5) % 1
     return (within[:, None] + torch.arange(draws, dtype=torch.float64)) / draws

@@ -1,4 +1,6 @@
-"""What a run tells while it goes: the numbers of every logged step in a file, on trackers' pages and in the terminal."""
+"""What a run tells while it goes: the numbers of every logged step in a file, on trackers' pages
+and in the terminal.
+"""
 
 import json
 import math
@@ -19,7 +21,7 @@ from PIL import Image
 from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.files import written_whole
 from imprompt.training.recipe import Recipe
-from imprompt.training.sources import BadSample
+from imprompt.training.samples import BadSample
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +31,11 @@ SHOWN_BAD = 10  # bad samples with a line of their own in the terminal; all are 
 
 
 @dataclass(frozen=True)
-class Row:
-    """A logged step. Losses are means over the steps since the row before; times are of those steps."""
+class LogRow:
+    """A logged step. Losses are means over the steps since the row before.
+
+    Times are of those steps.
+    """
 
     step: int
     epoch: float
@@ -46,23 +51,35 @@ class Row:
     by_timestep: dict[str, float] = field(default_factory=dict)  # by bucket, such as "loss/100-199"
 
     def scalars(self) -> dict[str, float]:
-        """The numbers by the names that trackers show them under: "train/loss", and those by timestep."""
-        own = {f"train/{name}": value for name, value in asdict(self).items() if name not in ("step", "by_timestep")}
+        """The numbers by the names that trackers show them under: "train/loss", and those by
+        timestep.
+        """
+        own = {
+            f"train/{name}": value
+            for name, value in asdict(self).items()
+            if name not in ("step", "by_timestep")
+        }
         return own | self.by_timestep
 
 
 class Metrics:
-    """RUN/metrics.jsonl: a JSON object with its "step" per line. Only the main process writes it."""
+    """RUN/metrics.jsonl: a JSON object with its "step" per line.
+
+    Only the main process writes it.
+    """
 
     def __init__(self, run: Path) -> None:
         self.path = run / "metrics.jsonl"
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a line. Numbers keep all their digits; those that JSON does not know (NaN, infinity) become null."""
+        """Append a line. Numbers keep all their digits.
+
+        Those that JSON does not know (NaN, infinity) become null.
+        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+                file.write(json.dumps(as_json(row), allow_nan=False) + "\n")
         except OSError as error:
             raise ImpromptError(f"cannot write {self.path}: {first_line(error)}") from error
 
@@ -72,7 +89,9 @@ class Metrics:
         return [row for line in text.split("\n") if (row := whole(line)) is not None]
 
     def cut(self, step: int) -> None:
-        """Keep the rows up to `step`: what the run wrote after its latest state it will write again."""
+        """Keep the rows up to `step`: what the run wrote after its latest state it will write
+        again.
+        """
         if not self.path.exists():
             return
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
@@ -83,10 +102,12 @@ class Metrics:
             raise ImpromptError(f"cannot write {self.path}: {first_line(error)}") from error
 
 
-def plain(value: Any) -> Any:
-    """What JSON can say: tensors and NumPy's numbers as floats, None where a number is not finite."""
+def as_json(value: Any) -> Any:
+    """What JSON can say: tensors and NumPy's numbers as floats, None where a number is not
+    finite.
+    """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if value is None or isinstance(value, (str, int)):
         return value
     return number if math.isfinite(number := float(value)) else None
@@ -102,7 +123,7 @@ def whole(line: str) -> dict[str, Any] | None:
 
 
 class Pace(NamedTuple):
-    """How fast an interval's steps went; the names are those of `Row`."""
+    """How fast an interval's steps went; the names are those of `LogRow`."""
 
     samples_per_second: float
     step_seconds: float
@@ -110,7 +131,8 @@ class Pace(NamedTuple):
 
 
 class Clock:
-    """Times steps by the wall, over whole logging intervals, so that a GPU is never waited for on account of it.
+    """Times steps by the wall, over whole logging intervals, so that a GPU is never waited for on
+    account of it.
 
     `now` gives seconds. What runs in `paused()` (saving, validating) counts for no step.
     """
@@ -151,12 +173,16 @@ class Clock:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that this process has held at once: PyTorch's on a CUDA device, else the resident set, in 1e9 bytes."""
+    """The most memory that this process has held at once: PyTorch's on a CUDA device, else the
+    resident set, in 1e9 bytes.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes; getrusage counts in bytes on macOS, in KiB on Linux
+    unit = (
+        1 if sys.platform == "darwin" else 1024
+    )  # bytes; getrusage counts in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
@@ -171,12 +197,17 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard. What an earlier part of the run wrote after step `start` is hidden there."""
+    """Event files in RUN/tensorboard.
+
+    What an earlier part of the run wrote after step `start` is hidden there.
+    """
 
     def __init__(self, recipe: Recipe, start: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=start + 1 if start else 0)
+        self._writer = SummaryWriter(
+            str(recipe.output / "tensorboard"), purge_step=start + 1 if start else 0
+        )
         if not start:
             self._writer.add_text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```", 0)
 
@@ -194,7 +225,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, gone on with at resume. It ignores steps that it has seen, so none is doubled."""
+    """A run of Weights & Biases, gone on with at resume.
+
+    It ignores steps that it has seen, so none is doubled.
+    """
 
     def __init__(self, recipe: Recipe, start: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports] - an extra
@@ -231,7 +265,9 @@ TRACKERS: dict[str, tuple[Callable[[Recipe, int], Tracker], str]] = {
 
 
 def open_trackers(recipe: Recipe, start: int, warn: Callable[[str], None]) -> list[Tracker]:
-    """The recipe's trackers, for a run that goes on after step `start`. One that is not installed is left out with a warning.
+    """The recipe's trackers, for a run that goes on after step `start`.
+
+    One that is not installed is left out with a warning.
 
     Raises SettingError if one cannot start, as W&B without a login.
     """
@@ -241,10 +277,14 @@ def open_trackers(recipe: Recipe, start: int, warn: Callable[[str], None]) -> li
         try:
             trackers.append(make(recipe, start))
         except ImportError:
-            warn(f"{name} is not installed, so nothing is logged to it; pip install 'imprompt[{extra}]' brings it")
+            warn(
+                f"{name} is not installed, so nothing is logged to it; pip install "
+                f"'imprompt[{extra}]' brings it"
+            )
         except Exception as error:  # another library's, of any kind
             raise SettingError(
-                f"{name} cannot be started ({first_line(error)}); mend that, or leave it out of logging.to"
+                f"{name} cannot be started ({first_line(error)}); mend that, or leave it out of "
+                "logging.to"
             ) from error
     return trackers
 
@@ -258,7 +298,7 @@ class Watcher:
     def advanced(self, step: int) -> None:
         """A step is done (on a GPU: on its way)."""
 
-    def stepped(self, row: Row) -> None:
+    def stepped(self, row: LogRow) -> None:
         """A step was logged."""
 
     def saved(self, folder: Path) -> None:
@@ -275,7 +315,9 @@ class Watcher:
 
 
 class ProgressWatcher(Watcher):
-    """Progress in a terminal: a bar above a line of numbers. Plain lines where the output is no terminal.
+    """Progress in a terminal: a bar above a line of numbers.
+
+    Plain lines where the output is no terminal.
 
     >>> with ProgressWatcher(steps=1000) as watcher:
     ...     train(recipe, watcher)
@@ -310,7 +352,7 @@ class ProgressWatcher(Watcher):
     def advanced(self, step: int) -> None:
         self._progress.update(self._training, completed=step, visible=True)
 
-    def stepped(self, row: Row) -> None:
+    def stepped(self, row: LogRow) -> None:
         self.advanced(row.step)
         self._progress.update(self._training, numbers=numbers(row, self.steps))
         if not self.console.is_interactive:
@@ -320,12 +362,19 @@ class ProgressWatcher(Watcher):
         self._say(f"saved {folder}")
 
     def validated(self, path: Path, scores: Mapping[str, float]) -> None:
-        self._say("  ".join([f"validated {path}", *(f"{name} {value:.4f}" for name, value in scores.items())]))
+        self._say(
+            "  ".join(
+                [f"validated {path}", *(f"{name} {value:.4f}" for name, value in scores.items())]
+            )
+        )
 
     def bad(self, sample: BadSample) -> None:
         self._bad += 1
         if self._bad <= SHOWN_BAD:
-            self._say(f"bad sample {sample}" + ("; further ones are only counted" if self._bad == SHOWN_BAD else ""))
+            self._say(
+                f"bad sample {sample}"
+                + ("; further ones are only counted" if self._bad == SHOWN_BAD else "")
+            )
 
     def warned(self, line: str) -> None:
         self._say(f"warning: {line}")
@@ -335,9 +384,18 @@ class ProgressWatcher(Watcher):
 
 
 def bars(console: "Console") -> Any:
-    """rich's progress, with the task's numbers on a line of their own: they do not fit beside a bar."""
+    """rich's progress, with the task's numbers on a line of their own: they do not fit beside a
+    bar.
+    """
     from rich.console import RenderableType
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
     from rich.text import Text
 
     class TwoLines(Progress):
@@ -347,11 +405,17 @@ def bars(console: "Console") -> Any:
                 if task.visible and "numbers" in task.fields:
                     yield Text(task.fields["numbers"], style="cyan")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
     return TwoLines(*columns, console=console)
 
 
-def numbers(row: Row, steps: int) -> str:
+def numbers(row: LogRow, steps: int) -> str:
     """A row in a line, for a person; the time that is left is that of the steps alone."""
     left = timedelta(seconds=round((steps - row.step) * row.step_seconds))
     seconds, rate = row.step_seconds, row.samples_per_second

@@ -1,0 +1,169 @@
+"""How strongly each image prompt applies in one call of the model: by layer, row and place.
+
+Shape letters as in `imprompt.adapter`; R rows of the batch, P image prompts, S points of a scale
+over progress.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imprompt.adapter import ImageStates, for_batch
+from imprompt.attention.low_rank import LowRank, summed
+from imprompt.errors import MismatchError
+from imprompt.families.base import LayerSize, ModelCall
+from imprompt.prompt import KEY, ImagePrompt
+
+Masks = dict[int, list[Tensor | None]]  # by L, of each prompt: (R or 1, 1, L, 1)
+Weights = dict[int, Tensor]  # (layers, P, R or 1, 1, L or 1, 1) by L; without masks one, at 0
+
+
+def check_prompt(prompt: Any, layers: Collection[str]) -> None:
+    """Raise MismatchError unless it is an image prompt for so many layers."""
+    if not isinstance(prompt, ImagePrompt):
+        raise MismatchError(
+            f"{KEY} takes what adapter.prompt(...) gives, or a list of that; "
+            f"this is a {type(prompt).__name__}"
+        )
+    if len(prompt.keys) != len(layers):
+        raise MismatchError(
+            f"the image prompt was made for {len(prompt.keys)} cross-attentions; "
+            f"this model has {len(layers)}"
+        )
+
+
+def check_low_rank(prompt: ImagePrompt, injected: Collection[str]) -> None:
+    """Raise MismatchError unless every attention that its low-rank part is for is injected."""
+    if prompt.low_rank and len(prompt.low_rank) != len(injected):
+        raise MismatchError(
+            f"the image prompt has a low-rank part for {len(prompt.low_rank)} attentions; "
+            f"{len(injected)} of this model are injected: attach the adapter that made it"
+        )
+
+
+def check_processors(attentions: Mapping[str, Any], ours: Collection[type]) -> None:
+    """Raise MismatchError where another tool has put its own processor: it would ignore prompts."""
+    for name, attention in attentions.items():
+        if type(attention.processor) not in ours:
+            raise MismatchError(
+                f"{type(attention.processor).__name__} was put in the adapter's place at {name}, "
+                "where image prompts then do nothing: call detach() and attach(model) after it"
+            )
+
+
+def check_widths(prompt: ImagePrompt, sizes: Mapping[str, LayerSize]) -> None:
+    """Raise MismatchError unless its keys are as wide as these layers' own."""
+    for key, (name, size) in zip(prompt.keys, sizes.items(), strict=True):
+        if (made := key.shape[1] * key.shape[3]) != size.inner:
+            raise MismatchError(
+                f"the image prompt was made for keys {made} wide at {name}; "
+                f"this model's are {size.inner} wide"
+            )
+
+
+def check_rows(prompt: ImagePrompt, rows: int) -> None:
+    """Raise MismatchError unless prompt, scale, mask and bias are for a batch of so many rows."""
+    for_batch((prompt.keys[0], prompt.values[0]), rows)
+    if prompt.scale.shape[1] not in (1, rows):
+        raise MismatchError(
+            f"the scale is for {prompt.scale.shape[1]} items, the base model runs a batch of {rows}"
+        )
+    tokens = prompt.keys[0].shape[2]
+    if prompt.bias is not None and prompt.bias.shape not in ((1, tokens), (rows, tokens)):
+        raise MismatchError(
+            f"bias of shape {list(prompt.bias.shape)}: give (1 or {rows}, {tokens} image tokens)"
+        )
+    if prompt.mask is not None and (prompt.mask.ndim != 3 or len(prompt.mask) not in (1, rows)):
+        raise MismatchError(
+            f"mask of shape {list(prompt.mask.shape)}: give (1 or {rows}, rows, columns)"
+        )
+
+
+def masks_at(masks: Sequence[Tensor | None], grids: Sequence[tuple[int, int]],
+             dtype: torch.dtype) -> Masks:  # fmt: skip
+    """Return the masks (R or 1, h, w) for latents of these sizes; none if no prompt has one."""
+    if all(mask is None for mask in masks):
+        return {}
+    return {
+        rows * columns: [resized(mask, (rows, columns), dtype) for mask in masks]
+        for rows, columns in grids
+    }
+
+
+def resized(mask: Tensor | None, grid: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+    """Return a mask (R or 1, h, w) as (R or 1, 1, L, 1): the mean of what each place covers."""
+    if mask is None:
+        return None
+    return F.interpolate(mask[:, None].float(), grid, mode="area").flatten(2)[..., None].to(dtype)
+
+
+def weights_at(scales: Sequence[Tensor], masks: Masks, place: Callable[[int], Tensor],
+               dtype: torch.dtype) -> Weights:  # fmt: skip
+    """Return scale × mask of every prompt, now."""
+    now = [scale_at(scale, place).to(dtype)[:, :, None, None, None] for scale in scales]
+    if not masks:
+        return {0: stacked(now)}
+    return {
+        places: stacked(
+            [scale if mask is None else scale * mask for scale, mask in zip(now, own, strict=True)]
+        )
+        for places, own in masks.items()
+    }
+
+
+def scale_at(scale: Tensor, place: Callable[[int], Tensor]) -> Tensor:
+    """Read a scale (layers, R or 1), or (layers, R or 1, S) at a place () or (R,) of S."""
+    if scale.ndim == 2:
+        return scale
+    points = scale.shape[-1]
+    now = place(points).to(scale.device).clamp(0, points - 1)
+    rows = max(scale.shape[1], now.numel())
+    now = now.view(1, -1, 1).expand(len(scale), rows, 1)
+    return scale.expand(-1, rows, -1).gather(2, now)[..., 0]  # fewer operators than take_along_dim
+
+
+def stacked(weights: Sequence[Tensor]) -> Tensor:
+    """P of (layers, R or 1, 1, L or 1, 1) -> (layers, P, R or 1, 1, L or 1, 1)"""
+    if len(weights) == 1:
+        return weights[0][:, None]
+    return torch.stack(torch.broadcast_tensors(*weights), 1)
+
+
+def images_of(prompts: Sequence[ImagePrompt]) -> tuple[tuple[ImageStates, ...], ...]:
+    """Return K', V' and bias by layer, then prompt."""
+
+    def at(prompt: ImagePrompt, layer: int) -> ImageStates:
+        pair = prompt.keys[layer], prompt.values[layer]
+        if prompt.bias is None:
+            return pair
+        return (*pair, prompt.bias[:, None, None, :].to(pair[0]))
+
+    layers = range(len(prompts[0].keys))
+    return tuple(tuple(at(prompt, layer) for prompt in prompts) for layer in layers)
+
+
+def low_ranks_of(prompts: Sequence[ImagePrompt]) -> tuple[LowRank, ...]:
+    """Return the low-rank part of every attention. Prompts of one adapter share its part."""
+    parts = {id(prompt.low_rank): prompt.low_rank for prompt in prompts if prompt.low_rank}
+    return tuple(map(summed, zip(*parts.values(), strict=True)))
+
+
+def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> ImagePrompt:
+    """Return the prompt for the rows of a call.
+
+    positive  which branch of guidance a call with one branch is, if the family knows
+    """
+    alone = prompt.branches == 2 and prompt.rows in (2, 2 * call.rows) and call.rows != prompt.rows
+    if positive is not None and alone:
+        prompt = prompt.branch(-1 if positive else 0)
+    check_rows(prompt, call.rows)
+    return prompt
+
+
+def base_is_trained(key: Tensor, value: Tensor, weights: Tensor) -> bool:
+    """Return whether a gradient is to flow where the kernel gives none."""
+    trained = key.requires_grad or value.requires_grad or weights.requires_grad
+    return torch.is_grad_enabled() and trained

@@ -1,0 +1,230 @@
+"""What joins adapters to one base model: replaced processors, and a hook before each of its calls.
+
+The hook sees latents, timestep and text of the call, works out how strongly each image prompt
+applies, and hands that to the layers. What is common to all families stands here.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.attention.conditioning import (
+    check_low_rank,
+    check_processors,
+    check_prompt,
+    for_rows,
+)
+from imprompt.attention.image_guidance import BRANCHES, in_halves, in_thirds
+from imprompt.attention.text_cache import CachedValue
+from imprompt.errors import MismatchError
+from imprompt.families.base import Family, LayerSize, ModelCall
+from imprompt.prompt import KEY, ImagePrompt
+
+FINE = 2**20  # points of a table, by which times of calls are told apart
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Scope:
+    """Image prompts that this thread's calls of a model are conditioned on, for a while."""
+
+    def __init__(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None) -> None:
+        self.prompts, self.image_guidance = tuple(prompts), image_guidance
+        self.calls = 0
+        self.text_in_thirds = CachedValue()
+        self.texts: list[Tensor] = []  # of this picture's branches, the positive one first
+        self.place: Tensor | None = None  # of the picture's first call
+
+    def positive(self, call: ModelCall) -> bool:
+        """Return whether a call with one branch of guidance is the positive one.
+
+        Families that guide in two calls run it first: a text that is new belongs to the negative
+        branch if it comes second at the same time, else to another picture's positive one.
+        """
+        if any(call.text is text for text in self.texts):
+            return call.text is self.texts[0]
+        first = self.place
+        if len(self.texts) == 1 and first is not None and torch.equal(call.place(FINE), first):
+            self.texts.append(call.text)
+            return False
+        self.texts, self.place = [call.text], call.place(FINE)
+        return True
+
+
+class ModelInjection(ABC):
+    """See `imprompt.families.base.Injection`. It lives in the model's hook: a copied model has its
+    own.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.family, self.adapters, self.timesteps = family, 0, 1000
+        self.computes_in: torch.dtype = getattr(model, "dtype", torch.float32)
+        self.layers = family.layers(model)
+        self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
+        self.originals: dict[str, Any] = {}  # of the attentions that are injected
+        self.hooks = [
+            model.register_forward_pre_hook(self.before_call, with_kwargs=True),
+            model.register_forward_hook(self.after_call, always_call=True),
+        ]
+        self.local = threading.local()
+
+    @classmethod
+    def of(cls, model: nn.Module, make: Callable[[], Self]) -> Self:
+        """Return the model's injection, with one adapter more."""
+        hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+        found = next((hook for hook in hooks if isinstance(hook, cls)), None) or make()
+        found.adapters += 1
+        return found
+
+    def replace(self, attentions: dict[str, Any], processors: Mapping[str, object]) -> None:
+        """Put processors in the place of those attentions' own."""
+        for name, processor in processors.items():
+            if name not in self.originals:
+                self.originals[name] = attentions[name].processor
+                attentions[name].set_processor(processor)
+
+    @abstractmethod
+    def attentions(self) -> dict[str, Any]:
+        """Return all attentions that may be injected, by name."""
+
+    @abstractmethod
+    def classes(self) -> Collection[type]:
+        """Return the classes of our processors."""
+
+    @abstractmethod
+    def hand_over(self, arguments: Arguments, call: ModelCall,
+                  prompts: tuple[ImagePrompt, ...]) -> Arguments:  # fmt: skip
+        """Hand the conditioning of a call to the layers; return the call's arguments."""
+
+    def idle(self, arguments: Arguments) -> Arguments:
+        """Let the layers compute what the base model does by itself."""
+        return arguments
+
+    def eject(self) -> None:
+        """Take one adapter off; the last one gives the base model back as it was."""
+        self.adapters -= 1
+        if not self.adapters:
+            for hook in self.hooks:
+                hook.remove()
+            attentions = self.attentions()
+            for name, original in self.originals.items():
+                if (
+                    type(attentions[name].processor) in self.classes()
+                ):  # else another tool's: it stays
+                    attentions[name].set_processor(original)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the precision that the layers compute in; weights may be stored in 8 bits."""
+        stored: torch.dtype = next(iter(self.layers.values())).to_q.weight.dtype
+        return stored if stored.itemsize > 1 else self.computes_in
+
+    def widen(self, tokens: Tensor) -> Tensor:
+        """Return image tokens (B, N, D) as wide as the text that the layers read."""
+        return tokens
+
+    def cached_bytes(self) -> int:
+        """Return the size of what is kept of texts."""
+        return 0
+
+    def clear_cache(self) -> None:  # noqa: B027 - most families keep nothing
+        """Drop what is kept of texts."""
+
+    @contextmanager
+    def using(self, prompts: Sequence[ImagePrompt],
+              image_guidance: float | None = None) -> Iterator[None]:  # fmt: skip
+        """Condition the model's calls of this thread on the prompts, inside.
+
+        image_guidance  a guidance scale for the image: see `imprompt.attention.image_guidance`
+        """
+        if self.scope is not None:
+            raise MismatchError(
+                "image prompts are in use already: give all of them to one using(...)"
+            )
+        scope = self.local.scope = Scope(prompts, image_guidance)
+        try:
+            yield
+        finally:
+            self.local.scope = None
+        if not scope.calls:
+            raise MismatchError(
+                "the image prompts never reached the base model that the adapter is attached to: "
+                "what ran inside did not call it (another model in its place?)"
+            )
+
+    @property
+    def scope(self) -> Scope | None:
+        """Return what this thread uses."""
+        return getattr(self.local, "scope", None)
+
+    def before_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Arguments:
+        """Condition the call on its image prompts: the model's forward pre-hook."""
+        prompts, scope = self.prompts_of(kwargs), self.scope
+        if prompts is None:
+            return self.idle((args, kwargs))
+        for prompt in prompts:
+            check_prompt(prompt, self.layers)
+            check_low_rank(prompt, self.originals)
+        low_rank = any(prompt.low_rank for prompt in prompts)
+        attentions = self.attentions()
+        names = self.originals if low_rank else self.layers
+        check_processors({name: attentions[name] for name in names}, self.classes())
+        if scope is not None and scope.image_guidance is not None:
+            given = self.family.given(args, kwargs)
+            args, kwargs = (), in_thirds(self.family, given, scope.text_in_thirds)
+            prompts = tuple(prompt.with_branches(BRANCHES) for prompt in prompts)
+        call = self.family.call(model, self.family.given(args, kwargs), self.timesteps)
+        positive = None
+        if self.family.separate_branches:
+            if scope is None and any(prompt.branches > 1 for prompt in prompts):
+                raise MismatchError(
+                    f"a {type(model).__name__} runs the branches of guidance in calls of their "
+                    "own: "
+                    "give image prompts by `with adapter.using(prompt):`"
+                )
+            positive = scope.positive(call) if scope is not None else None
+        return self.hand_over(
+            (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
+        )
+
+    def after_call(self, model: nn.Module, _args: Any, out: Any) -> Any:
+        """Finish the call, also one that failed: the model's forward hook."""
+        self.release(model, out is not None)
+        scope = self.scope
+        if out is None or scope is None or scope.image_guidance is None:
+            return None
+        if isinstance(out, tuple):
+            return in_halves(out[0], scope.image_guidance), *out[1:]
+        out.sample = in_halves(out.sample, scope.image_guidance)
+        return out
+
+    def release(self, model: nn.Module, ended: bool) -> None:  # noqa: B027 - most hold nothing
+        """Let go of what the layers were given for a call, which `ended` or failed."""
+
+    def prompts_of(self, kwargs: dict[str, Any]) -> tuple[ImagePrompt, ...] | None:
+        """Return the image prompts of a call: from its keyword, or those in use; None if none."""
+        told = (kwargs.get(self.family.channel) or {}) if self.family.channel else {}
+        given, scope = told.get(KEY), self.scope
+        if given is not None and scope is not None:
+            raise MismatchError(f"image prompts are in use, and {KEY} gives others: give them once")
+        if scope is not None:
+            scope.calls += 1
+            return scope.prompts or None
+        if given is None:
+            return None
+        if isinstance(given, list | tuple) and not isinstance(given, ImagePrompt):
+            return tuple(given)
+        return (given,)  # pyright: ignore[reportReturnType] - checked later
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.local = threading.local()

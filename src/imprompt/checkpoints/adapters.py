@@ -1,0 +1,456 @@
+"""Adapter files: safetensors with named keys and a JSON header, and the older layouts, both ways.
+
+`read_adapter` takes a file apart and checks it whole, `write_adapter` writes it in any layout,
+`load_adapter` and `save_adapter` do the same for a live adapter. How layouts name their tensors
+stands in `imprompt.checkpoints.layouts`. Shape letters as in `imprompt.adapter`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from imprompt.adapter import ImageKV, IPAdapter
+from imprompt.attention.low_rank import AttentionLowRank, ModelLowRank
+from imprompt.checkpoints import layouts
+from imprompt.checkpoints.integrity import blank_projection, check_whole, shapes_of, text_dim
+from imprompt.checkpoints.layouts import Layout
+from imprompt.checkpoints.tensors import check_plain, read_tensors, some, write_tensors
+from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
+from imprompt.families.base import Family, family_of
+from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
+from imprompt.variants import BY_NAME, Seen, Variant, bearing, find_variant
+
+FORMAT = 1
+METADATA_KEY = "imprompt"
+# What is read of a folder: an adapter of ours, accelerate's training states, an adapter with its
+# encoder's name beside it.
+IN_FOLDERS = ("adapter.safetensors", "model.safetensors", "pytorch_model.bin", "ip_adapter.bin")
+
+
+class Origin(BaseModel):
+    """Where an adapter comes from: what its tensors cannot say. An empty string means unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = ""  # the model that it was trained for
+    encoder: str = ""  # the image encoder whose features it reads
+    encoder_fingerprint: str = ""
+    prediction_type: Literal["epsilon", "v_prediction", "flow", ""] = ""
+    training_steps: int | None = None
+    licence: str = ""
+
+
+class Header(Origin):
+    """What a file of ours says about itself, as JSON in the safetensors metadata."""
+
+    format: Literal[1] = FORMAT
+    variant: str
+    family: str
+    tokens: int | None  # None: one per patch
+    token_dim: int
+    feature_dim: int
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """An adapter taken apart, as it stands in a file.
+
+    projection  tensors by the names that the projection's module uses
+    kv          W'_k and W'_v of every site, each (H·d, D), in the base model's order
+    sites       module names of the sites; None where the file only numbers them
+    header      None where the file has none
+    lora        low-rank parts of every attention, self-attentions too, by the names that
+                `AttentionLowRank` uses: None where there are none
+    """
+
+    variant: Variant
+    projection: dict[str, Tensor]
+    kv: list[tuple[Tensor, Tensor]]
+    sites: tuple[str, ...] | None
+    header: Header | None
+    layout: str
+    lora: list[dict[str, Tensor]] | None = None
+
+    @property
+    def feature_dim(self) -> int:
+        """E; where a face embedding goes with it, of the hidden states."""
+        return self.projection[self.variant.feature_key].shape[-1]
+
+    @property
+    def face_dim(self) -> int | None:
+        """Of the face embedding; None where it reads none."""
+        keys = (
+            "proj.0.weight",
+            self.variant.feature_key,
+        )  # the first where hidden states go beside it
+        return (
+            self.projection[next(key for key in keys if key in self.projection)].shape[-1]
+            if self.variant.faces
+            else None
+        )
+
+    @property
+    def token_dim(self) -> int:
+        """D"""
+        return self.kv[0][0].shape[1]
+
+    @property
+    def tokens(self) -> int | None:
+        """N, or None where every patch becomes a token."""
+        return self.variant.token_shape(shapes_of(self.projection))[0]
+
+    @property
+    def token_width(self) -> int:
+        """Of the image tokens: D, but for Kolors' FaceID."""
+        return self.variant.token_shape(shapes_of(self.projection))[1]
+
+    @property
+    def ranks(self) -> list[int]:
+        """Of the low-rank parts, lowest and highest."""
+        found = [
+            len(tensor)
+            for parts in self.lora or ()
+            for name, tensor in parts.items()
+            if ".down." in name
+        ]
+        return [min(found), max(found)] if found else []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        lora = [tensor for attention in self.lora or () for tensor in attention.values()]
+        return [*self.projection.values(), *(tensor for pair in self.kv for tensor in pair), *lora]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    def suits(self) -> str:
+        """The base model and image encoder that it was probably made for, judged by its sizes."""
+        return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
+
+
+def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> AdapterFile:
+    """Read an adapter of any known layout from a file, or from a folder that holds one.
+
+    `variant` says what the tensors of some files cannot: faceid-plus or faceid-plus-v2,
+    portrait-unnorm or InstantID. Raises CheckpointError, one line, if the file is missing, damaged,
+    unsafe, of another kind, not told by its tensors, or not whole: then every missing, unexpected
+    and misshapen tensor is named at once. SettingError if `variant` contradicts the file.
+    """
+    file = _file_at(Path(path))
+    tensors, metadata = read_tensors(file, layouts.adapter_keys)
+    if kind := layouts.foreign(tensors):
+        raise CheckpointError(f"{file} is {kind}")
+    layout = layouts.layout_of(tensors)
+    if layout is None:
+        raise CheckpointError(
+            f"{file} is no image-prompt adapter of a known layout; it holds "
+            f"{some(tensors) or 'no tensors'}"
+        )
+    check_plain(file, tensors)
+    header = _read_header(file, metadata)
+    projection = {
+        key.removeprefix(layout.projection): tensors[key]
+        for key in tensors
+        if key.startswith(layout.projection)
+    }
+    shapes, sites = shapes_of(tensors), _site_labels(layout, tensors, header)
+    seen = Seen(shapes_of(projection), layout.has_lora(tensors), text_dim(layout, sites, shapes))
+    row = _variant_of(file, seen, header, variant)
+    check_whole(file, row, layout, sites, shapes)
+    kv = [(tensors[layout.key(site, "k")], tensors[layout.key(site, "v")]) for site in sites]
+    names = header.sites if header else None if layout.numbered else sites
+    lora = (
+        [layout.lora_keys(attention) for attention in layout.attentions(sites)]
+        if row.lora
+        else None
+    )
+    parts = [{name: tensors[key] for name, key in keys.items()} for keys in lora] if lora else None
+    found = AdapterFile(row, projection, kv, names, header, layout.name, parts)
+    _check_header(file, found)
+    return found
+
+
+def write_adapter(
+    path: str | os.PathLike[str],
+    file: AdapterFile,
+    layout: str = "imprompt",
+    sites: Sequence[str] | None = None,
+) -> None:
+    """Write an adapter, tensors bit for bit; the file appears whole or not at all.
+
+    The imprompt layout needs the names of the sites: `sites`, else the file's own, else those of a
+    known base model. Raises CheckpointError for an unknown layout or suffix, unknown sites, or a
+    file that cannot be written.
+    """
+    path = Path(path)
+    form = layouts.layout_to_write(layout, path.suffix)
+    header = file.header if form.numbered else _named_header(file, sites)
+    labels = header.sites if header and not form.numbered else numbered_layers(len(file.kv))
+    tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
+    for label, pair in zip(labels, file.kv, strict=True):
+        tensors |= {form.key(label, part): tensor for part, tensor in zip("kv", pair, strict=True)}
+    for label, parts in zip(
+        form.attentions(labels) if file.lora else (), file.lora or (), strict=True
+    ):
+        tensors |= {key: parts[name] for name, key in form.lora_keys(label).items()}
+    write_tensors(path, tensors, {METADATA_KEY: header.model_dump_json()} if header else {})
+
+
+def load_adapter(
+    path: str | os.PathLike[str], model: nn.Module, variant: str | None = None
+) -> IPAdapter:
+    """Read a file's adapter for that base model; `adapter.attach(model)` joins them.
+
+    variant  as for `read_adapter`
+
+    Errors as `read_adapter` and `build_adapter`; MismatchError if it does not fit the model.
+    """
+    adapter = build_adapter(read_adapter(path, variant), family_of(model))
+    adapter.check_fits(model)
+    return adapter
+
+
+def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
+    """The live adapter of a file, its weights in float32 on the CPU.
+
+    Raises MismatchError if it was made for another family of base models.
+    """
+    made_for = file.header.family if file.header else OLDEST  # the older layouts know no other
+    if made_for != family.name:
+        raise MismatchError(
+            f"this adapter is for base models of the {made_for} family; this one is of the "
+            f"{family.name} family"
+        )
+    projection = blank_projection(file.variant, shapes_of(file.projection))
+    with torch.device("meta"):
+        image_kv = [ImageKV(key.shape[1], key.shape[0]) for key, _ in file.kv]
+        lora = [AttentionLowRank.from_shapes(shapes_of(parts)) for parts in file.lora or ()]
+    _fill(projection, file.projection)
+    for module, (key, value) in zip(image_kv, file.kv, strict=True):
+        _fill(module, {"to_k.weight": key, "to_v.weight": value})
+    for module, parts in zip(lora, file.lora or (), strict=True):
+        _fill(module, parts)
+    return IPAdapter(projection, image_kv, family, ModelLowRank(lora) if lora else None)
+
+
+def adapter_file(
+    adapter: IPAdapter, variant: Variant, sites: Sequence[str], origin: Origin | None = None
+) -> AdapterFile:
+    """A live adapter as a file would hold it; the tensors are the adapter's own, not copies.
+
+    `sites` are the names of the cross-attentions that it joins: `adapter.family.layers(model)`.
+    """
+    pairs: list[Any] = list(adapter.image_kv)
+    kv = [(pair.to_k.weight.detach(), pair.to_v.weight.detach()) for pair in pairs]
+    lora = (
+        [dict(parts.state_dict()) for parts in adapter.low_rank]
+        if adapter.low_rank is not None
+        else None
+    )
+    bare = AdapterFile(
+        variant, adapter.projection.state_dict(), kv, tuple(sites), None, "imprompt", lora
+    )
+    header = Header(
+        **_facts(bare),
+        family=adapter.family.name,
+        sites=tuple(sites),
+        **(origin or Origin()).model_dump(),
+    )
+    return replace(bare, header=header)
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: IPAdapter,
+    variant: Variant,
+    sites: Sequence[str],
+    origin: Origin | None = None,
+) -> None:
+    """Write a live adapter in our own layout.
+
+    See `adapter_file` for the arguments, `write_adapter` for the errors.
+    """
+    write_adapter(path, adapter_file(adapter, variant, sites, origin))
+
+
+def describe(file: AdapterFile) -> list[tuple[str, str]]:
+    """Labels and values that tell a person what a file is."""
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors})
+    rows = [
+        ("layout", file.layout),
+        ("variant", file.variant.name),
+        *_told_of(file.variant),
+        ("image tokens", f"{file.tokens or 'one per patch'}, {file.token_width} wide"),
+        *(
+            [
+                (
+                    "low-rank part",
+                    f"rank {' to '.join(map(str, dict.fromkeys(file.ranks)))}, of {len(file.lora)} "
+                    "attentions",
+                )
+            ]
+            if file.lora
+            else []
+        ),
+        ("parameters", f"{file.parameters:,}"),
+        ("precision", ", ".join(dtypes)),
+        ("size", f"{sum(tensor.nbytes for tensor in file.tensors) / 1e6:,.1f} MB"),
+        ("suits", file.suits()),
+    ]
+    if file.header is None:
+        return [*rows, ("header", "none: this file does not say where it comes from")]
+    told = [(name.replace("_", " "), getattr(file.header, name)) for name in Origin.model_fields]
+    return [
+        *rows,
+        ("family", file.header.family),
+        *(
+            (label, f"{value:,}" if isinstance(value, int) else value or "unknown")
+            for label, value in told
+        ),
+    ]
+
+
+def _told_of(row: Variant) -> list[tuple[str, str]]:
+    """What is to be known of a variant beside its name."""
+    alike = (
+        [("alike", f"{', '.join(row.alike)}: its tensors cannot tell, and it makes no difference")]
+        if row.alike
+        else []
+    )
+    return alike + (
+        [
+            (
+                "face encoder",
+                f"insightface's {row.faces}; its weights are for non-commercial research only",
+            )
+        ]
+        if row.faces
+        else []
+    )
+
+
+def _file_at(path: Path) -> Path:
+    """The file to read for `path`, which may be a folder."""
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path} holds no adapter: none of {', '.join(IN_FOLDERS)} is in it")
+    return found
+
+
+def _fill(blank: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    blank.load_state_dict({key: tensor.float() for key, tensor in tensors.items()}, assign=True)
+
+
+def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        told = json.loads(metadata[METADATA_KEY])
+        if isinstance(told, dict) and told.get("format") != FORMAT:
+            theirs = repr(told.get("format"))
+            raise CheckpointError(
+                f"{path} has a header of format {theirs}; this imprompt reads format {FORMAT}, a "
+                "newer one may read it"
+            )
+        return Header.model_validate(told)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'header'}: {fault['msg']}"
+            for fault in error.errors()
+        ]
+        raise CheckpointError(
+            f"{path} has a header that this imprompt cannot read ({some(faults)})"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a header that is no JSON: {first_line(error)}"
+        ) from error
+
+
+def _variant_of(path: Path, seen: Seen, header: Header | None, said: str | None) -> Variant:
+    """The row that the tensors, the header and the user speak of.
+
+    The tensors come first, and what they cannot tell is asked.
+    """
+    asked = find_variant(said) if said else None
+    told = BY_NAME.get(header.variant) if header else None
+    if asked and told and asked is not told:
+        raise SettingError(f"{path}: its header says {told.name}, not {asked.name}")
+    rows = bearing(seen.projection)
+    if asked and rows and asked not in rows:
+        raise SettingError(
+            f"{path} is {' or '.join(row.name for row in rows)} by its tensors, not {asked.name}"
+        )
+    told = asked or told
+    if told is not None and (told in rows or not rows):
+        return told
+    if not rows:
+        raise CheckpointError(
+            f"{path} holds no image projection of a known variant ({', '.join(BY_NAME)}); it has "
+            f"{some(seen.projection) or 'none'}"
+        )
+    likely = [row for row in rows if row.where(seen)] or rows
+    names = [*(row.name for row in likely), *(name for row in likely for name in row.rivals)]
+    if len(names) > 1 and header is None:
+        raise CheckpointError(
+            f"{path} is {' or '.join(names)}, its tensors cannot tell: say which with variant="
+        )
+    return likely[0]
+
+
+def _site_labels(layout: Layout, keys: Iterable[str], header: Header | None) -> tuple[str, ...]:
+    """What the layout calls the sites, in the base model's order."""
+    if header is None:
+        return layout.sites_in(keys)
+    return numbered_layers(len(header.sites)) if layout.numbered else header.sites
+
+
+def _check_header(path: Path, file: AdapterFile) -> None:
+    """Raise CheckpointError if the header says otherwise than the tensors."""
+    told = file.header.model_dump() if file.header else {}
+    wrong = [
+        f"{name} {told[name]}, the tensors {fact}"
+        for name, fact in _facts(file).items()
+        if told and told[name] != fact
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: its header says {'; '.join(wrong)}")
+
+
+def _facts(file: AdapterFile) -> dict[str, Any]:
+    """The fields of a header that the tensors tell."""
+    return {
+        "variant": file.variant.name,
+        "tokens": file.tokens,
+        "token_dim": file.token_dim,
+        "feature_dim": file.feature_dim,
+    }
+
+
+def _named_header(file: AdapterFile, sites: Sequence[str] | None) -> Header:
+    """The file's header, or a new one, with the names of the sites."""
+    names = sites or file.sites or known_layers(file.token_dim, len(file.kv))
+    if names is None:
+        raise CheckpointError(
+            f"this adapter only numbers its {len(file.kv)} cross-attentions, and no known model "
+            "has so many "
+            f"with {file.token_dim}-wide text: name the base model that it was trained for"
+        )
+    if len(set(names)) != len(file.kv):
+        raise CheckpointError(
+            f"this adapter joins {len(file.kv)} cross-attentions; {len(set(names))} are named"
+        )
+    if file.header:
+        return file.header.model_copy(update={"sites": tuple(names)})
+    return Header(**_facts(file), family=OLDEST, sites=tuple(names))

@@ -1,0 +1,171 @@
+"""Whether a file holds a whole adapter: what its variant must have, judged by the sizes of what is
+there.
+
+Shape letters as in `imprompt.adapter`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.checkpoints import layouts
+from imprompt.checkpoints.layouts import Layout
+from imprompt.checkpoints.tensors import some
+from imprompt.errors import CheckpointError
+from imprompt.variants import Variant
+
+Shapes = Mapping[str, tuple[int, ...]]
+Expected = tuple[int | None, ...] | None  # None: any size, or any shape
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def blank_projection(row: Variant, shapes: Shapes) -> nn.Module:
+    """The projection of these sizes on the meta device: no memory, and no random start is
+    computed.
+    """
+    with torch.device("meta"):
+        return row.projection.from_shapes(shapes)
+
+
+def check_whole(
+    path: Path, row: Variant, layout: Layout, sites: Sequence[str], shapes: Shapes
+) -> None:
+    """Raise CheckpointError, naming every missing, unexpected and misshapen tensor, unless `shapes`
+    are all of this variant's.
+    """
+    own = {
+        key.removeprefix(layout.projection): shape
+        for key, shape in shapes.items()
+        if key.startswith(layout.projection)
+    }
+    projection, token_dim = _expected_projection(row, own)
+    if (
+        token_dim is None or row.widened
+    ):  # then the added projections are held against the first of them
+        token_dim = text_dim(layout, sites, shapes)
+    expected = {layout.projection + key: shape for key, shape in projection.items()}
+    expected |= _expected_kv(layout, sites or ("*",), shapes, token_dim)
+    if row.lora:
+        expected |= _expected_lora(layout, sites or ("*",), shapes, token_dim)
+    wrong = {
+        "missing": [key for key in expected if key not in shapes],
+        "unexpected": [key for key in shapes if key not in expected],
+        "misshapen": [
+            f"{key} {_text(shapes[key])}" + (f" instead of {_text(shape)}" if shape else "")
+            for key, shape in expected.items()
+            if key in shapes and not _fits(shapes[key], shape)
+        ],
+    }
+    if any(wrong.values()):
+        faults = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
+        feature = own.get(row.feature_key)
+        made_for = layouts.suits(row, feature[-1] if feature else None, token_dim, len(sites))
+        raise CheckpointError(
+            f"{path} is no whole {row.name} adapter ({layout.name} layout). {faults}. It seems "
+            f"made for {made_for}"
+        )
+
+
+def text_dim(layout: Layout, sites: Sequence[str], shapes: Shapes) -> int | None:
+    """D: what the first W' that is there reads."""
+    keys = [shape for site in sites if len(shape := shapes.get(layout.key(site, "k"), ())) == 2]
+    return keys[0][1] if keys else None
+
+
+class _Sizes(dict[str, tuple[int, ...]]):
+    """Shapes for `from_shapes` that notes what it is asked for, and stands in for what is missing.
+
+    So a projection can be built, and all its keys be known, even where a tensor that tells a size
+    is missing.
+    """
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__(shapes)
+        self.asked: list[str] = []
+
+    def __getitem__(self, key: str) -> tuple[int, ...]:
+        self.asked.append(key)
+        return self.get(key, (1,) if "norm" in key else (1, 1))
+
+
+def _expected_projection(row: Variant, shapes: Shapes) -> tuple[dict[str, Expected], int | None]:
+    """Key -> shape that this variant's projection must have, and D if it can be told."""
+    sizes = _Sizes(shapes)
+    try:
+        needed = shapes_of(blank_projection(row, sizes).state_dict())
+        if any(key not in shapes for key in sizes.asked):
+            return dict.fromkeys(needed), None
+        return dict(needed), row.token_shape(needed)[1]
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # together they make no such module
+        return dict.fromkeys(shapes) | dict.fromkeys(sizes.asked, ()), None
+
+
+def _expected_kv(
+    layout: Layout, sites: Sequence[str], shapes: Shapes, token_dim: int | None
+) -> dict[str, Expected]:
+    """Key -> (H·d, D) of W'_k and W'_v of every site.
+
+    Both have the rows that the first of them has.
+    """
+    expected: dict[str, Expected] = {}
+    for site in sites:
+        pair = [layout.key(site, part) for part in "kv"]
+        expected |= dict.fromkeys(pair, (_rows(pair, shapes), token_dim))
+    return expected
+
+
+def _expected_lora(
+    layout: Layout, sites: Sequence[str], shapes: Shapes, token_dim: int | None
+) -> dict[str, Expected]:
+    """Key -> shape of the low-rank parts of every site and of the self-attention before it: down
+    (r, in), up (out, r).
+
+    The hidden states are as wide as the site's keys; a site's own keys and values are made of the
+    text. A rank is what the first of its pair says.
+    """
+    expected: dict[str, Expected] = {}
+    for number, attention in enumerate(layout.attentions(sites)):
+        site = sites[number // 2]
+        hidden = _rows([layout.key(site, part) for part in "kv"], shapes)
+        keys = layout.lora_keys(attention)
+        for part in ("to_q", "to_k", "to_v", "to_out"):
+            down, up = (keys[f"{part}.{half}.weight"] for half in ("down", "up"))
+            rank = next(
+                (
+                    shapes[key][axis]
+                    for axis, key in enumerate((down, up))
+                    if len(shapes.get(key, ())) == 2
+                ),
+                None,
+            )
+            reads = token_dim if number % 2 and part in ("to_k", "to_v") else hidden
+            expected |= {down: (rank, reads), up: (hidden, rank)}
+    return expected
+
+
+def _rows(keys: Sequence[str], shapes: Shapes) -> int | None:
+    """Of the first matrix among them."""
+    return next((shapes[key][0] for key in keys if len(shapes.get(key, ())) == 2), None)
+
+
+def _fits(shape: tuple[int, ...], expected: Expected) -> bool:
+    if expected is None:
+        return True
+    return len(shape) == len(expected) and all(
+        size in (None, ours) for ours, size in zip(shape, expected, strict=True)
+    )
+
+
+def _text(shape: Sequence[int | None]) -> str:
+    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"

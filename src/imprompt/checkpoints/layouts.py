@@ -1,0 +1,252 @@
+"""Facts about adapter files: how each layout names its tensors, which files are something else,
+what the sizes speak of.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from imprompt.errors import CheckpointError
+from imprompt.families.published import published_encoder
+from imprompt.families.unet_layers import (
+    MODELS,
+    STATE_PREFIX,
+    in_model_order,
+    numbered_attentions,
+    numbered_layers,
+    with_self_attentions,
+)
+from imprompt.variants import Feature, Variant
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name an adapter's tensors, for reading and for writing.
+
+    projection  what stands before the names that the projection's own module uses
+    kv          key of one added projection: {part} is k or v, {site} the site's name or number
+    lora        key of one low-rank part: {part} is q, k, v or out, {half} is down or up, {site} any
+                attention's name or number
+    numbered    sites are called by number: see `imprompt.families.unet_layers`
+    suffixes    of the files that are written so; none where the layout is only read
+    """
+
+    name: str
+    projection: str
+    kv: str
+    lora: str
+    numbered: bool
+    suffixes: tuple[str, ...]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        site = (
+            r"([1-9]\\d{0,2})" if self.numbered else "(.+)"
+        )  # doubled backslash: it is used as a replacement
+        return re.compile(
+            re.sub(r"\\{site\\}", site, re.escape(self.kv)).replace(r"\{part\}", "[kv]")
+        )
+
+    @cached_property
+    def _of_lora(self) -> re.Pattern[str]:
+        holes = {"site": ".+", "part": "(q|k|v|out)", "half": "(down|up)"}
+        return re.compile(re.sub(r"\\{(\w+)\\}", lambda hole: holes[hole[1]], re.escape(self.lora)))
+
+    def key(self, site: str, part: str) -> str:
+        return self.kv.format(site=site, part=part)
+
+    def lora_keys(self, attention: str) -> dict[str, str]:
+        """Names by which `attention.low_rank.AttentionLowRank` knows its tensors -> keys, at that
+        attention.
+        """
+        return {
+            f"to_{part}.{half}.weight": self.lora.format(site=attention, part=part, half=half)
+            for part in ("q", "k", "v", "out")
+            for half in ("down", "up")
+        }
+
+    def has_lora(self, keys: Iterable[str]) -> bool:
+        return any(self._of_lora.fullmatch(key) for key in keys)
+
+    def attentions(self, sites: Sequence[str]) -> tuple[str, ...]:
+        """Return what it calls all attentions, self-attentions too, in the base model's order."""
+        return numbered_attentions(len(sites)) if self.numbered else with_self_attentions(sites)
+
+    def sites_in(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """The names or numbers of all sites that should be there, judged by those that are."""
+        found = {match[1] for key in keys if (match := self._pattern.fullmatch(key))}
+        return (
+            numbered_layers((max(map(int, found), default=0) + 1) // 2)
+            if self.numbered
+            else in_model_order(found)
+        )
+
+
+# In the order in which they are tried. "modules" is one layout in two dresses: flat, and nested in
+# a pickle.
+LAYOUTS = (
+    Layout(
+        "imprompt",
+        "projection.",
+        "image_kv.{site}.to_{part}.weight",
+        "lora.{site}.to_{part}.{half}.weight",
+        False,
+        (".safetensors",),
+    ),
+    Layout(
+        "paper",
+        "image_proj.",
+        "ip_adapter.{site}.to_{part}_ip.weight",
+        "ip_adapter.{site}.to_{part}_lora.{half}.weight",
+        True,
+        (".safetensors", ".bin"),
+    ),
+    Layout(
+        "modules",
+        "image_proj_model.",
+        "adapter_modules.{site}.to_{part}_ip.weight",
+        "adapter_modules.{site}.to_{part}_lora.{half}.weight",
+        True,
+        (".safetensors",),
+    ),
+    Layout(
+        "modules",
+        "image_proj.",
+        "adapter_modules.{site}.to_{part}_ip.weight",
+        "adapter_modules.{site}.to_{part}_lora.{half}.weight",
+        True,
+        (".bin",),
+    ),
+    Layout(
+        "accelerate state",
+        "image_proj_model.",
+        f"{STATE_PREFIX}{{site}}.processor.to_{{part}}_ip.weight",
+        f"{STATE_PREFIX}{{site}}.processor.to_{{part}}_lora.{{half}}.weight",
+        False,
+        (),
+    ),
+)
+ALIASES = {"diffusers": "paper"}
+
+# (what it is, patterns that all occur among its keys), most telling first.
+FOREIGN = (
+    ("a CSGO adapter: not supported yet", (r"content_image_proj\.|to_[kv]_ip_content",)),
+    ("an IP-Adapter-Instruct adapter: not supported yet", (r"proj_(new|prompt)_input\.",)),
+    (
+        "an SD3 adapter with a TimeResampler: not supported yet",
+        (r"time_embedding\.linear_1\.|layers\.\d+\.2\.1\.|\.norm_ip\.",),
+    ),
+    (
+        "a Flux adapter by XLabs: not supported yet",
+        (r"ip_adapter_double_stream|ip_adapter_proj_model\.|\.to_[kv]_ip\.bias$",),
+    ),
+    (
+        "an adapter for Flux or another transformer model: not supported yet",
+        (r"^ip_?adapter(_modules)?\.0\.to_k_ip\.",),
+    ),
+)
+# The same of files without an image projection.
+NO_ADAPTERS = (
+    ("a LoRA, not an image-prompt adapter", (r"(?i)lora",)),
+    ("an image encoder, not an adapter", (r"^(vision_model|visual)\.",)),
+    (
+        "a base model, not an adapter",
+        (r"^(state_dict\.)?model\.diffusion_model\.|^conv_in\.weight$",),
+    ),
+)
+
+
+FEATURES: dict[Feature, str] = {
+    "pooled": "pooled embedding",
+    "penultimate": "penultimate hidden states",
+    "face": "face embedding (ArcFace, of unit length)",
+    "raw face": "face embedding (ArcFace, not normalised)",
+    "face and crop": (
+        "penultimate hidden states of the aligned face, beside a face embedding (ArcFace, of unit "
+        "length)"
+    ),
+    "raw face and square": (
+        "penultimate hidden states of the face's square, beside a face embedding (ArcFace, not "
+        "normalised)"
+    ),
+}
+
+
+def adapter_keys(keys: Collection[str]) -> list[str]:
+    """The keys without the frozen base model that accelerate's training states carry along.
+
+    Such a state may hold the adapter twice, as `adapter_modules.*` and inside the base model: the
+    former is kept. So is a LoRA without one, by which a file that is no adapter is known.
+    """
+    twice, alone = any(key.startswith("adapter_modules.") for key in keys), not projects(keys)
+    return [
+        key
+        for key in keys
+        if not key.startswith(STATE_PREFIX)
+        or (".processor." in key and not twice)
+        or (alone and "lora" in key.lower())
+    ]
+
+
+def projects(keys: Collection[str]) -> bool:
+    """Whether there is an image projection of any layout among them."""
+    return any(key.startswith(tuple(layout.projection for layout in LAYOUTS)) for key in keys)
+
+
+def foreign(keys: Collection[str]) -> str | None:
+    """What a file with these keys is, if it is a known thing that is not an adapter which is read
+    here.
+    """
+    for what, patterns in FOREIGN if projects(keys) else (*FOREIGN, *NO_ADAPTERS):
+        if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
+            return what
+    return None
+
+
+def layout_of(keys: Collection[str]) -> Layout | None:
+    """The layout that these keys speak of most, None if no layout knows any of them."""
+
+    def known_halves(layout: Layout) -> int:
+        return any(key.startswith(layout.projection) for key in keys) + bool(layout.sites_in(keys))
+
+    best = max(LAYOUTS, key=known_halves)
+    return best if known_halves(best) else None
+
+
+def layout_to_write(name: str, suffix: str) -> Layout:
+    """The row for that name and file suffix; CheckpointError, with what there is, if none."""
+    name = ALIASES.get(name, name)
+    suffixes = {
+        suffix: layout for layout in LAYOUTS if layout.name == name for suffix in layout.suffixes
+    }
+    if not suffixes:
+        known = dict.fromkeys([*(layout.name for layout in LAYOUTS if layout.suffixes), *ALIASES])
+        raise CheckpointError(f"unknown layout {name!r} to write; known: {', '.join(known)}")
+    if suffix not in suffixes:
+        raise CheckpointError(
+            f"the {name} layout is written as {' or '.join(suffixes)}, not as "
+            f"{suffix or 'a file without suffix'}"
+        )
+    return suffixes[suffix]
+
+
+def suits(row: Variant, feature_dim: int | None, token_dim: int | None, sites: int) -> str:
+    """Which base model and image encoder an adapter of these sizes was probably made for, in
+    words.
+    """
+    model = MODELS[token_dim, sites][0] if token_dim and (token_dim, sites) in MODELS else "a model"
+    text = (
+        f"{'Kolors' if row.widened else model} with {token_dim or '?'}-wide text and {sites} "
+        "cross-attentions"
+    )
+    if feature_dim is None:
+        return text
+    known = published_encoder(row.feature, feature_dim)
+    kind = "image" if row.clip_feature else "face"
+    name = known.name if known else "one"
+    text += f"; {kind} encoder: {name} with {feature_dim}-wide {FEATURES[row.feature]}"
+    places = ([f"{known.place.repo} {known.place.path}".rstrip()] if known else []) + (
+        [f"insightface's {row.faces}"] if row.faces else []
+    )
+    return text + (f", e.g. {' and '.join(places)}" if places else "")

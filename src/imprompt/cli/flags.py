@@ -1,0 +1,97 @@
+"""Command-line flags made from schemas: a field says its name, type, default and help once.
+
+A command is a function that takes, beside parameters of its own, `told`: for each schema the fields
+that the user gave, by name. Nothing here knows what the schemas are about.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args
+
+import typer
+from pydantic import BaseModel
+
+from imprompt.errors import SettingError
+from imprompt.validation import Flag
+
+Told = dict[type[BaseModel], dict[str, Any]]
+VALUES = (bool, int, float, Path)  # what a flag can take; all else is given as text
+
+
+class FieldFlag(NamedTuple):
+    """One flag of a schema's field. `own`: its default is the field's; else what it depends on."""
+
+    schema: type[BaseModel]
+    field: str
+    flag: Flag
+    own: bool = True
+
+    @property
+    def name(self) -> str:
+        """Return the flag's name, such as "--num-images"."""
+        return self.flag.name or "--" + self.field.replace("_", "-")
+
+    @property
+    def parameter(self) -> str:
+        """Return the name of the command's parameter."""
+        return self.name.split("/")[0].strip("-").replace("-", "_")
+
+    def option(self) -> inspect.Parameter:
+        """Return the flag as a parameter of a typer command."""
+        field = self.schema.model_fields[self.field]
+        parts = get_args(field.annotation) or (field.annotation,)
+        kind = next((part for part in parts if part in VALUES), str)
+        names = [name for name in (self.name, self.flag.short) if name]
+        option = typer.Option(*names, help=self.flag.help or field.description)
+        return inspect.Parameter(
+            self.parameter,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default if self.own and not self.flag.type else None,
+            annotation=Annotated[self.flag.type or kind, option],
+        )
+
+
+def flags_of(schema: type[BaseModel], without: Mapping[str, str]) -> Iterator[FieldFlag]:
+    """Yield the flags of a schema's fields. `without`: fields that have none, and why."""
+    for name, field in schema.model_fields.items():
+        if name not in without:
+            marks = [mark for mark in field.metadata if isinstance(mark, Flag)]
+            yield from (FieldFlag(schema, name, mark) for mark in marks or [Flag()])
+
+
+def with_flags(work: Callable[..., None], flags: Sequence[FieldFlag]) -> Callable[..., None]:
+    """Return the command that runs `work`: its parameter `told` becomes flags, others are kept."""
+    own = inspect.signature(work).parameters
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    options = [context, *(flag.option() for flag in flags)]
+
+    def command(context: typer.Context, **values: Any) -> None:
+        given = [flag for flag in flags if is_given(context, flag.parameter)]
+        kept = {name: values[name] for name in own if name != "told"}
+        work(told=told_by(given, values), **kept)
+
+    kept = [one.replace(kind=one.KEYWORD_ONLY) for name, one in own.items() if name != "told"]
+    vars(command)["__signature__"] = inspect.Signature([*options, *kept])
+    return command
+
+
+def is_given(context: typer.Context, parameter: str) -> bool:
+    """Return whether the user gave a parameter, so that it is not its default."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def told_by(given: Sequence[FieldFlag], values: Mapping[str, Any]) -> Told:
+    """Return the fields that flags say, by schema; SettingError if two say the same field."""
+    told: Told = defaultdict(dict)
+    said: dict[tuple[type[BaseModel], str], FieldFlag] = {}
+    for one in given:
+        first = said.setdefault((one.schema, one.field), one)
+        if first is not one:
+            what = str(one.schema.model_fields[one.field].description).rstrip(".")
+            what = what[0].lower() + what[1:]
+            raise SettingError(f"{first.name} and {one.name} both say {what}: give one")
+        told[one.schema][one.field] = one.flag.read(values[one.parameter])
+    return told

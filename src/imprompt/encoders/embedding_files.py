@@ -1,0 +1,214 @@
+"""Image features as files: a picture encoded once, and used where neither it nor the image encoder
+is at hand.
+
+Ours are safetensors with a JSON header that names the encoder. The community's `.ipadpt` files, a
+tensor that torch saved, are read too; they say nothing about their encoder, so only rank and width
+of their features can be checked. Shape letters as in `imprompt.adapter`.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from imprompt.checkpoints.tensors import CODE_SIGNS, check_plain, read_tensors, some, write_tensors
+from imprompt.errors import CheckpointError, MismatchError, first_line
+
+KEY = "imprompt"  # of the file's metadata
+FORMAT = 1
+SUFFIX, FOREIGN = ".safetensors", ".ipadpt"
+RANKS = {2: "pooled", 3: "penultimate"}  # what features of a rank are, where nothing else tells
+
+
+class Embedding(NamedTuple):
+    """The features of one picture or several, and where they come from.
+
+    An empty string means unknown.
+
+    features     (K, E) or (K, patches, E), K rows of them; a tuple of such where an adapter reads
+                 several (a face and its picture)
+    feature      which of the encoder's features: see `Variant.feature`
+    encoder      the image encoder's name
+    fingerprint  of its weights, as `VisionEncoder.fingerprint`
+    pictures     the SHA-256 of every picture's file
+    """
+
+    features: Tensor | tuple[Tensor, ...]
+    feature: str = ""
+    encoder: str = ""
+    fingerprint: str = ""
+    pictures: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.features,) if isinstance(self.features, Tensor) else self.features
+
+
+class Reads(NamedTuple):
+    """What an adapter reads; an empty string means unknown.
+
+    width  E of the features, of the last where there are several
+    """
+
+    feature: str
+    width: int
+    encoder: str = ""
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, file: Any) -> Self:
+        """Of an `AdapterFile`."""
+        told = (
+            (file.header.encoder, file.header.encoder_fingerprint)
+            if file.header is not None
+            else ()
+        )
+        return cls(file.variant.feature, file.feature_dim, *told)
+
+
+class EmbeddingHeader(BaseModel):
+    """What a file of ours says about itself, as JSON in the safetensors metadata."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = FORMAT
+    holds: Literal["image features"] = "image features"
+    feature: str
+    encoder: str
+    fingerprint: str
+    pictures: tuple[str, ...]
+
+
+def save_embedding(path: str | Path, embedding: Embedding) -> None:
+    """Write a `.safetensors` file, the features bit for bit; it appears whole or not at all.
+
+    CheckpointError if it cannot be.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIX:
+        raise CheckpointError(f"{path}: features are written to {SUFFIX} files")
+    facts = {name: value for name, value in embedding._asdict().items() if name != "features"}
+    check_features(path, embedding)
+    write_tensors(
+        path, names_of(embedding.parts), {KEY: EmbeddingHeader(**facts).model_dump_json()}
+    )
+
+
+def load_embedding(path: str | Path) -> Embedding:
+    """Read features, on the CPU, from a `.safetensors` file of ours or an `.ipadpt` file.
+
+    Raises CheckpointError, one line, if the file is missing, damaged, unsafe, or holds something
+    else.
+    """
+    path = Path(path)
+    embedding = _foreign(path) if path.suffix.lower() == FOREIGN else _ours(path)
+    check_features(path, embedding)
+    return embedding
+
+
+def check_embedding(
+    embedding: Embedding, reads: Reads, name: str | Path = "these features"
+) -> None:
+    """Raise MismatchError unless an adapter that reads `reads` can be given these features, as far
+    as can be told.
+    """
+    by = f" of {embedding.encoder}" if embedding.encoder else ""
+    made = f"{name}: {embedding.feature} features{by}, {embedding.parts[-1].shape[-1]} wide"
+    needs = f"this adapter reads {reads.feature} ones, {reads.width} wide" + (
+        f", of {reads.encoder}" if reads.encoder else ""
+    )
+    if (embedding.feature, embedding.parts[-1].shape[-1]) != (reads.feature, reads.width):
+        raise MismatchError(f"{made}; {needs}")
+    prints = {embedding.fingerprint, reads.fingerprint} - {""}
+    if len(prints) > 1 and all(
+        part.dtype != torch.bfloat16 for part in embedding.parts
+    ):  # which hashes rounded weights
+        raise MismatchError(
+            f"{made}, were made by an encoder of other weights (fingerprint "
+            f"{embedding.fingerprint}); "
+            f"{needs} (fingerprint {reads.fingerprint})"
+        )
+
+
+def check_features(path: Path, embedding: Embedding) -> None:
+    """Raise CheckpointError unless these are dense, finite features (K, …) with the same K."""
+    parts = embedding.parts
+    check_plain(path, names_of(parts))
+    shapes = [tuple(part.shape) for part in parts]
+    if any(len(shape) not in RANKS for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
+        said = ", ".join("×".join(map(str, shape)) or "a single number" for shape in shapes)
+        raise CheckpointError(
+            f"{path} holds no image features: a tensor of {said} is neither (K, E) nor (K, "
+            "patches, E)"
+        )
+
+
+def names_of(parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"features.{number}": part for number, part in enumerate(parts)}
+
+
+def _ours(path: Path) -> Embedding:
+    held, metadata = read_tensors(
+        path, lambda keys: [key for key in keys if key.startswith("features.")]
+    )
+    header = _header(path, metadata)
+    if header is None or not held:
+        raise CheckpointError(f"{path} holds no image features as imprompt embed writes them")
+    parts: tuple[Tensor, ...] = tuple(held[name] for name in sorted(held))
+    return Embedding(
+        parts[0] if len(parts) == 1 else parts, **header.model_dump(exclude={"format", "holds"})
+    )
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> EmbeddingHeader | None:
+    """None if this is no header of features, but perhaps of an adapter."""
+    try:
+        told = json.loads(metadata.get(KEY, "null"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a header that is no JSON: {first_line(error)}"
+        ) from error
+    if not isinstance(told, dict) or told.get("holds") != "image features":
+        return None
+    if told.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is of format {told.get('format')!r}; this imprompt reads format {FORMAT}, a "
+            "newer one may read it"
+        )
+    try:
+        return EmbeddingHeader.model_validate(told)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise CheckpointError(
+            f"{path} has a header that this imprompt cannot read ({some(faults)})"
+        ) from error
+
+
+def _foreign(path: Path) -> Embedding:
+    """An `.ipadpt` file. Its features are taken for what their rank says."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # about unusual pickles, which are sound or refused here
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged input makes the reader raise nearly anything
+        if any(sign in str(error) for sign in CODE_SIGNS):
+            raise CheckpointError(f"{path} holds code, not only a tensor; refused") from error
+        why = (
+            first_line(error)
+            if isinstance(error, OSError)
+            else "it is damaged, cut short, or no such file at all"
+        )
+        raise CheckpointError(f"{path} cannot be read: {why}") from error
+    if not isinstance(held, Tensor):
+        raise CheckpointError(
+            f"{path} holds a {type(held).__name__} instead of one tensor: save the features of one "
+            "adapter alone"
+        )
+    return Embedding(held, RANKS.get(held.ndim, ""))

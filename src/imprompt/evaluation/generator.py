@@ -1,0 +1,145 @@
+"""The model that makes an evaluation's pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import nn
+
+from imprompt.encoders.feature_cache import FeatureMemory
+from imprompt.evaluation.metric_encoders import weights_hash, words
+from imprompt.evaluation.plan import Plan
+from imprompt.evaluation.protocols import Setting
+from imprompt.evaluation.sets import Item
+from imprompt.families.base import base_of
+from imprompt.generation.blocks import block_map
+from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.references import Reference
+from imprompt.generation.settings import Settings
+from imprompt.models import find_model
+
+KEPT = (
+    2**28
+)  # bytes of image prompts' features: the pictures of an item are made one after the other
+
+
+class Maker:
+    """The model that makes the pictures, with one adapter at a time."""
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        self.plan, self.worn = plan, plan.sweep.get("adapter", (plan.adapter,))[0]
+        self.memory = FeatureMemory(KEPT)
+        dtype = getattr(torch, plan.dtype) if plan.dtype else None
+        self.pipe = ImagePromptPipeline.from_pretrained(
+            plan.model, device=device, dtype=dtype, **self._worn()
+        )
+        base = self.pipe.pipeline
+        if plan.protocol.scheduler == "ddim":
+            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+            own = (
+                base.scheduler.config
+            )  # latents are not clipped, whatever DDIM's default: it is for pixels
+            latent: Any = {
+                "clip_sample": own.get("clip_sample", False),
+                "set_alpha_to_one": own.get("set_alpha_to_one", False),
+            }
+            base.scheduler = DDIMScheduler.from_config(own, **latent)
+
+    def _worn(self) -> dict[str, Any]:
+        told = {"adapter": self.worn, "encoder": self.plan.encoder, "variant": self.plan.variant}
+        return {**told, "keep_features": self.memory}
+
+    def wear(self, adapter: str | None) -> None:
+        """Attach another adapter to the same base model."""
+        if adapter is None or adapter == self.worn:
+            return
+        self.pipe.detach()
+        self.worn = adapter
+        self.pipe = ImagePromptPipeline.from_pipeline(
+            self.pipe.pipeline, model=self.plan.model, **self._worn()
+        )
+
+    def check(self, setting: Setting) -> None:
+        """SettingError if this model cannot make the setting's pictures."""
+        self.pipe.resolve(Settings(steps=setting.protocol.steps))
+        block_map(list(self.pipe.first.adapter.injection.layers), blocks_of(setting))
+
+    def make(self, setting: Setting, items: Sequence[Item], first: int) -> list[Image]:
+        """The pictures of `items`, the first of which is number `first` of the set: all of an item,
+        then all of the next.
+        """
+        self.wear(setting.adapter)
+        how = setting.protocol
+        blocks = blocks_of(setting)
+        prompts = [
+            Reference(images=reference_of(item, k), blocks=blocks)
+            for item in items
+            for k in range(how.seeds)
+        ]
+        texts = [item.caption if how.captions else "" for item in items for _ in range(how.seeds)]
+        return self.pipe(
+            prompts,
+            texts,
+            negative_prompt=how.negative_prompt,
+            scale=how.scale,
+            steps=how.steps,
+            guidance=how.guidance,
+            seed=how.seed + first * how.seeds,
+            batch_size=how.batch_size,
+        ).images
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's record says of the models."""
+        base, plan = self.pipe.pipeline, self.plan
+        known, adapters = find_model(plan.model), []
+        for name in plan.sweep.get("adapter", (plan.adapter,)):
+            self.wear(name)
+            worn = self.pipe.first
+            encoder = {
+                "source": worn.reader.encoder.source,
+                "fingerprint": worn.reader.encoder.fingerprint(),
+            }
+            if processor := getattr(
+                worn.reader.encoder, "processor", None
+            ):  # faces are found otherwise
+                encoder["preprocessing"] = words(processor)
+            adapters.append(
+                {
+                    "name": name or worn.name,
+                    "sha256": weights_hash(worn.adapter.state_dict()),
+                    "encoder": encoder,
+                }
+            )
+        parts = {
+            name: part for name, part in base.components.items() if isinstance(part, nn.Module)
+        }
+        return {
+            "model": {
+                "name": plan.model,
+                "base": str(known.base),
+                "sha256": {name: weights_hash(part.state_dict()) for name, part in parts.items()},
+                "scheduler": type(base.scheduler).__name__,
+                "scheduler_config": {
+                    key: value
+                    for key, value in base.scheduler.config.items()
+                    if not key.startswith("_")
+                },
+            },
+            "adapters": adapters,
+            "dtype": str(base_of(base).dtype).removeprefix("torch."),
+        }
+
+
+def blocks_of(setting: Setting) -> Any:
+    told = setting.axes.get("blocks", "linear")
+    try:
+        return float(told)
+    except ValueError:
+        return told
+
+
+def reference_of(item: Item, number: int) -> Path:
+    return item.references[number % len(item.references)]

@@ -1,0 +1,244 @@
+"""The encoders that measure: CLIP for pictures and texts, DINO for pictures, Inception for FID.
+
+Each says what exactly it is.
+
+They compute in float32. Shape letters as in `metrics`.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from imprompt.checkpoints.tensors import some
+from imprompt.encoders.clip import cut_ends, open_encoder
+from imprompt.errors import CheckpointError, first_line
+from imprompt.models import Place, collector_waits
+from imprompt.training.validation import Clip
+
+PHOTO = "A photo depicts "  # what CLIPScore's authors put before a caption
+Encode = Callable[[Sequence[Any]], Tensor]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """An encoder that measures.
+
+    sha256         of its weights as they are used: names, shapes and values
+    preprocessing  of pictures, in words
+    images, texts  -> embeddings (N, E), on the CPU; `texts` is None where it knows none
+    """
+
+    key: str
+    source: str
+    sha256: str
+    preprocessing: str
+    images: Encode
+    texts: Encode | None = None
+
+    def facts(self) -> dict[str, str]:
+        """What a run's record says of it."""
+        return {
+            "key": self.key,
+            "name": Path(self.source).name if Path(self.source).exists() else self.source,
+            "source": self.source,
+            "sha256": self.sha256,
+            "preprocessing": self.preprocessing,
+        }
+
+
+def cpu(encode: Callable[[Any], Tensor]) -> Encode:
+    """`encode` without gradients, its result on the CPU."""
+    return torch.no_grad()(lambda inputs: encode(inputs).float().cpu())
+
+
+@collector_waits()
+def open_clip(source: str, device: str) -> Judge:
+    """A whole CLIP, or one's vision tower, which knows no texts; CheckpointError."""
+    if is_tower(source):
+        encoder = open_encoder(Place.parse(source), device, torch.float32)
+        pictures = cpu(lambda images: encoder.features(images, "pooled"))
+        return Judge(
+            "clip",
+            source,
+            weights_hash(encoder.model.state_dict()),
+            words(encoder.processor),
+            pictures,
+        )
+    try:
+        clip = Clip(source)
+    except CheckpointError as error:
+        raise refused(
+            "clip", source, str(error).removeprefix(f"validation.clip = {source!r}").lstrip(": ")
+        ) from error
+    clip.model.to(device)
+    return Judge(
+        "clip",
+        source,
+        weights_hash(clip.model.state_dict()),
+        words(clip.processor),
+        cpu(clip.images),
+        cpu(clip.texts),
+    )
+
+
+def is_tower(source: str) -> bool:
+    """Whether it is the vision tower of a CLIP alone.
+
+    What cannot be read is told of when it is opened.
+    """
+    from transformers import CLIPVisionConfig
+
+    folder, subfolder = Place.parse(source).fetch_folder()
+    try:
+        return (
+            CLIPVisionConfig.get_config_dict(folder, subfolder=subfolder or "")[0].get("model_type")
+            == "clip_vision_model"
+        )
+    except Exception:
+        return False
+
+
+@collector_waits()
+def open_dino(source: str, device: str) -> Judge:
+    """A vision transformer of DINO's or DINOv2's kind, of which the class token is taken.
+
+    CheckpointError.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        loaded: Any = AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+        processor: Any = AutoImageProcessor.from_pretrained(
+            source, backend="pil", trust_remote_code=False
+        )
+        model, report = loaded
+        if not hasattr(model.config, "patch_size") or model.main_input_name != "pixel_values":
+            raise ValueError(f"it holds a {model.config.model_type}, not a vision transformer")
+    except Exception as error:  # a folder can be wrong in any way
+        raise refused(
+            "dino", source, f"no vision transformer can be loaded ({first_line(error)})"
+        ) from error
+    unread = {
+        key for key in report["missing_keys"] if key.startswith("pooler.")
+    }  # DINO has none; its head is not asked
+    if missing := sorted({*report["missing_keys"]} - unread):  # these would be random
+        raise refused("dino", source, f"{some(missing, 3)} missing")
+    model.to(device).eval().requires_grad_(False)
+
+    def embed(images: Sequence[Image]) -> Tensor:
+        pixels = processor([cut_ends(image) for image in images], return_tensors="pt").pixel_values
+        return model(pixel_values=pixels.to(device)).last_hidden_state[:, 0]
+
+    return Judge(
+        "dino", source, weights_hash(model.state_dict(), unread), words(processor), cpu(embed)
+    )
+
+
+def open_inception(source: str, device: str) -> Judge:
+    """Inception-v3 as the TorchScript file that StyleGAN's and clean-fid's authors publish
+    (inception-2015-12-05.pt).
+
+    It takes 8-bit RGB, resizes by itself, and gives 2048 features. CheckpointError.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise refused("inception", source, "there is no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # torch would rather have other formats; this is the published one
+            network = torch.jit.load(path, map_location=device).eval()
+    except Exception as error:  # a file can be wrong in any way
+        raise refused(
+            "inception", source, f"no TorchScript can be loaded ({first_line(error)})"
+        ) from error
+
+    def embed(images: Sequence[Image]) -> Tensor:
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(
+            0, 3, 1, 2
+        )
+        return network(pixels.to(device), return_features=True)
+
+    said = "8-bit RGB, resized to 299×299 by the network"
+    return Judge(
+        "inception", source, hashlib.sha256(path.read_bytes()).hexdigest(), said, cpu(embed)
+    )
+
+
+JUDGES: dict[str, Callable[[str, str], Judge]] = {
+    "clip": open_clip,
+    "dino": open_dino,
+    "inception": open_inception,
+}
+GIVE = {
+    "clip": "give a CLIPModel's folder or Hub id",
+    "dino": "give a ViT's or DINOv2's folder or Hub id, or none",
+    "inception": "give Inception's TorchScript file",
+}
+
+
+def refused(key: str, source: str, why: str) -> CheckpointError:
+    return CheckpointError(f"--{key} {source}: {why}; {GIVE[key]}")
+
+
+def open_judges(sources: Mapping[str, str | None], device: str) -> dict[str, Judge]:
+    """The judges of these sources, by key; those of None are left out. CheckpointError."""
+    for key, source in sources.items():
+        if source is not None and Path(source).is_absolute() and not Path(source).exists():
+            raise refused(
+                key,
+                source,
+                "there is no such file" if key == "inception" else "there is no such folder",
+            )
+    return {
+        key: JUDGES[key](source, device) for key, source in sources.items() if source is not None
+    }
+
+
+def weights_hash(state: Mapping[str, Tensor], leave_out: Collection[str] = ()) -> str:
+    """sha256 over the names, shapes, types and values of weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted({*state} - {*leave_out}):
+        weight = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def words(processor: Any) -> str:
+    """An image processor's kind and its steps: sizes in pixels, Pillow's number of the resampling
+    filter, mean and deviation.
+    """
+    told = processor.to_dict()
+    steps = {
+        "resize": told.get("size") if told.get("do_resize") else None,
+        "resample": told.get("resample") if told.get("do_resize") else None,
+        "crop": told.get("crop_size") if told.get("do_center_crop") else None,
+        "mean": told.get("image_mean"),
+        "std": told.get("image_std"),
+    }
+    said = ", ".join(
+        f"{name} {as_words(value)}" for name, value in steps.items() if value is not None
+    )
+    return f"{type(processor).__name__}: {said}"
+
+
+def as_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {number}" for name, number in value.items() if number is not None)
+    return (
+        " ".join(f"{number:.4g}" for number in value)
+        if isinstance(value, list | tuple)
+        else str(value)
+    )

@@ -1,0 +1,1 @@
+"""Families of base models: a row each, found by `base.family_of`."""

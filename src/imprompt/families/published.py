@@ -1,0 +1,140 @@
+"""Sizes of published models, so that what depends on sizes alone needs no download: plans, checks
+and tests.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from imprompt.families.base import Family, pipeline_family
+from imprompt.models import BIG_G, VIT_H, KnownModel, Place, index_of, part_config
+from imprompt.variants import OF_CLIP, Feature
+
+# What the configurations of the published UNets say beyond diffusers' defaults.
+SD1: dict[str, Any] = {
+    "cross_attention_dim": 768,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "attention_head_dim": 8,
+}
+SD2 = SD1 | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+SDXL: dict[str, Any] = {
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+
+
+@dataclass(frozen=True)
+class BaseStructure:
+    """A base model's configuration, and the sizes of what it reads."""
+
+    config: Mapping[str, Any]
+    side: int  # pixels of the pictures that it was made for
+    unit: int = 8  # pixels a side that one latent stands for
+    text_tokens: int = 77
+    family: str = "unet"
+
+
+@dataclass(frozen=True)
+class EncoderStructure:
+    """A CLIP vision tower: the widths of its features, and its hidden states, one a patch and one
+    for the picture.
+    """
+
+    pooled: int
+    penultimate: int
+    patches: int = 257
+
+    def shape(self, feature: Feature) -> tuple[int, ...]:
+        """Of what a feature needs of it: (E,) or (patches, E)."""
+        return {"pooled": (self.pooled,), "penultimate": (self.patches, self.penultimate)}[
+            OF_CLIP[feature]
+        ]
+
+
+@dataclass(frozen=True)
+class PublishedEncoder:
+    """`alone`: no other encoder that adapters were made for has these widths, so that they tell
+    which it is.
+    """
+
+    name: str
+    place: Place  # a repository that has it
+    structure: EncoderStructure
+    alone: bool = True
+
+
+BASES = {"sd15": BaseStructure(SD1, 512), "sdxl": BaseStructure(SDXL, 1024)}
+ENCODERS = (
+    # There is another for pictures of 336 px.
+    PublishedEncoder(
+        "CLIP ViT-L/14",
+        Place("openai/clip-vit-large-patch14"),
+        EncoderStructure(768, 1024),
+        alone=False,
+    ),
+    PublishedEncoder("OpenCLIP ViT-H/14", VIT_H, EncoderStructure(1024, 1280)),
+    PublishedEncoder("OpenCLIP ViT-bigG/14", BIG_G, EncoderStructure(1280, 1664)),
+)
+
+
+def published_encoder(feature: Feature, width: int) -> PublishedEncoder | None:
+    """The encoder whose feature is so wide.
+
+    None for a face embedding, which is of no such encoder.
+    """
+    return next(
+        (
+            row
+            for row in ENCODERS
+            if feature in OF_CLIP and row.structure.shape(feature)[-1] == width
+        ),
+        None,
+    )
+
+
+def base_structure(model: KnownModel) -> BaseStructure:
+    """Of a published model from the table, of another from its configuration, on this disk or from
+    the Hub.
+    """
+    if model.name in BASES:
+        return BASES[model.name]
+    known = model_parts(model)[1]
+    config, vae, text = (
+        part_config(model, part) for part in (known.component, "vae", "text_encoder")
+    )
+    unit = 2 ** (len(vae["block_out_channels"]) - 1)
+    side = known.native_latents(config) * unit
+    tokens = known.text_tokens or text["max_position_embeddings"]
+    return BaseStructure(config, side, unit, tokens, known.name)
+
+
+def model_parts(model: KnownModel) -> tuple[list[str], Family]:
+    """Return the names of a model's components, and its family, read from its configuration
+    alone.
+    """
+    saved = index_of(model)
+    return [name for name in saved if not name.startswith("_")], pipeline_family(
+        saved["_class_name"]
+    )
+
+
+def encoder_structure(place: Place) -> EncoderStructure:
+    """The same of the image encoder there."""
+    if known := next((row for row in ENCODERS if row.place == place), None):
+        return known.structure
+    told = part_config(KnownModel(str(place), "", Place(place.repo)), place.path)
+    config = {**told, **told.get("vision_config", {})}  # of a whole CLIP
+    patches = (config["image_size"] // config["patch_size"]) ** 2 + 1
+    return EncoderStructure(config["projection_dim"], config["hidden_size"], patches)

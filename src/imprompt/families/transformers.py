@@ -1,0 +1,394 @@
+"""Diffusion transformers: a row says where a class of them is tapped; the rest is common to all.
+
+Shape letters as in `imprompt.adapter`.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imprompt.attention.conditioning import check_widths, images_of, masks_at, weights_at
+from imprompt.attention.injection import Arguments, ModelInjection
+from imprompt.errors import MismatchError
+from imprompt.families.base import (
+    Conditions,
+    Family,
+    LayerSize,
+    ModelCall,
+    Tasks,
+    TaskTable,
+    schedule_place,
+)
+from imprompt.families.processor import (
+    ImageProcessor,
+    LayerConditioning,
+    Layout,
+    Taps,
+    processor_for,
+    unreached,
+)
+from imprompt.prompt import ImagePrompt
+
+GUIDANCE = 3.5  # that guidance-distilled models are told while they train, as in diffusers' scripts
+TIMESTEPS = 1000  # into which Flux divides its time
+Given = Mapping[str, Any]  # arguments of a call of the model, by name
+
+
+@dataclass(frozen=True)
+class TransformerRow:
+    """What is particular to one class of transformers.
+
+    model              name of the class
+    layers             pattern of the names of the attentions that image prompts join
+    layout             of the query
+    arguments          names of latents, timestep and text in the forward pass
+    channel            keyword by which the model hands arguments to its attentions, if it does
+    query              attribute whose result is the query
+    out                attribute of the output layer
+    returns            layers that have no output layer: the image is added to what they return
+    picture            (layer's name, arguments) -> which rows of the query are the picture's
+    grids              (model, arguments) -> sizes, rows and columns, of the picture's rows
+    progress           timestep, as the model is told it, and timesteps -> progress
+    separate_branches  whether pipelines run each branch of guidance in a call of its own
+    shared             arguments that are for all rows of a batch
+    text_arguments     those that hold the text
+    text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
+    pipelines          tasks by the class of a saved pipeline
+    encode_text        (pipeline, captions) -> the text part of `Conditions`
+    inputs             (model, latents, timestep, conditions) -> arguments of its forward pass
+    output             (its output, latents) -> the prediction, shaped as the latents
+    condition_shapes   (configuration, text tokens) -> shapes of one sample's `Conditions`
+    latent_channels    of a configuration
+    native_latents     of a configuration: latents a side of the pictures that it was made for
+    text_tokens        that its pipelines encode
+    grain              latents a side, of which a picture's must be a multiple
+    call_options       what its pipelines are always called with
+    negative           option of a pipeline's call that turns on a negative branch when above 1
+    """
+
+    model: str
+    layers: str
+    layout: Layout
+    arguments: tuple[str, str, str]
+    channel: str | None
+    query: str
+    grids: Callable[[Any, Given], list[tuple[int, int]]]
+    progress: Callable[[Tensor, int], Tensor]
+    pipelines: Mapping[str, TaskTable]
+    encode_text: Callable[[Any, list[str]], dict[str, Tensor]]
+    inputs: Callable[[Any, Tensor, Tensor, Conditions], dict[str, Any]]
+    output: Callable[[Tensor, Tensor], Tensor]
+    condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
+    text_tokens: int
+    grain: int
+    latent_channels: Callable[[Given], int] = lambda config: config["in_channels"]
+    native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
+    call_options: Mapping[str, Any] = field(default_factory=dict)
+    negative: str = "guidance_scale"
+    out: str = "to_out"
+    returns: Callable[[Any], bool] = lambda _layer: False
+    picture: Callable[[str, Given], slice] = lambda _name, _given: slice(None)
+    separate_branches: bool = False
+    shared: tuple[str, ...] = ()
+    text_arguments: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask")
+    text_width: Callable[[Any], int] | None = None
+
+
+class TransformerInjection(ModelInjection):
+    """See `imprompt.families.base.Injection`. Calls of one model wait for each other."""
+
+    def __init__(self, model: nn.Module, family: "TransformerFamily") -> None:
+        super().__init__(model, family)
+        self.row = family.row
+        self.processors: dict[str, ImageProcessor] = {}
+        for name, layer in self.layers.items():
+            out = None if self.row.returns(layer) else self.row.out
+            taps = Taps(self.row.query, self.row.layout, out)
+            made = processor_for(layer.processor, taps, self.sizes[name].heads)
+            self.processors[name] = made
+        self.replace(self.layers, dict(self.processors))
+        self.busy = threading.RLock()  # what layers are conditioned on stands in their processors
+
+    def attentions(self) -> dict[str, Any]:
+        return self.layers
+
+    def classes(self) -> Collection[type]:
+        return {type(processor) for processor in self.processors.values()}
+
+    def idle(self, arguments: Arguments) -> Arguments:
+        self.busy.acquire()
+        self.local.holds = True
+        for processor in self.processors.values():
+            processor.conditioning = None
+        return arguments
+
+    def hand_over(self, arguments: Arguments, call: ModelCall,
+                  prompts: tuple[ImagePrompt, ...]) -> Arguments:  # fmt: skip
+        """Set every layer's conditioning for this call."""
+        arguments = self.idle(arguments)
+        if not prompts:
+            return arguments
+        for prompt in prompts:
+            check_widths(prompt, self.sizes)
+        dtype = prompts[0].keys[0].dtype
+        masked = any(prompt.mask is not None for prompt in prompts)  # only then sizes are told
+        grids = call.grids() if masked else ()
+        masks = masks_at([prompt.mask for prompt in prompts], grids, dtype)
+        scales = [prompt.scale for prompt in prompts]
+        (weights,) = weights_at(scales, masks, call.place, dtype).values()
+        given, images = self.family.given(*arguments), images_of(prompts)
+        for number, (name, processor) in enumerate(self.processors.items()):
+            rows = self.row.picture(name, given)
+            processor.conditioning = LayerConditioning(images[number], weights[number], rows)
+            processor.added = False
+        return arguments
+
+    def release(self, model: nn.Module, ended: bool) -> None:
+        """Tell of layers that the image prompts did not reach."""
+        if not getattr(self.local, "holds", False):
+            return
+        try:
+            conditioned = any(one.conditioning is not None for one in self.processors.values())
+            missed = unreached([*self.processors.items()]) if conditioned else []
+            if not torch.is_grad_enabled():  # else a checkpointed layer is run again by backward
+                for processor in self.processors.values():
+                    processor.conditioning = None
+        finally:
+            self.local.holds = False
+            self.busy.release()
+        if missed and ended:
+            raise MismatchError(
+                f"{len(missed)} of the {len(self.processors)} layers of this "
+                f"{type(model).__name__} were not reached by the image prompt, such as {missed[0]}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "busy"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.busy = threading.RLock()
+
+
+class TransformerFamily(Family):
+    """See `imprompt.families.base.Family`."""
+
+    def __init__(self, name: str, row: TransformerRow) -> None:
+        self.name, self.row, self.component = name, row, "transformer"
+        self.classes, self.pipelines, self.no_words = (row.model,), row.pipelines, ""
+        self.grain, self.call_options = row.grain, row.call_options
+        self.text_tokens = row.text_tokens
+        self.shared, self.text_arguments = row.shared, row.text_arguments
+        self.channel, self.arguments = row.channel, row.arguments
+        self.separate_branches = row.separate_branches
+        self.pattern = re.compile(row.layers)
+
+    def matches(self, model: nn.Module) -> bool:
+        return any(kind.__name__ == self.row.model for kind in type(model).__mro__)
+
+    def layers(self, model: nn.Module) -> dict[str, Any]:
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if self.pattern.fullmatch(name) and hasattr(module, "set_processor")
+        }
+
+    def size(self, layer: Any) -> LayerSize:
+        width = self.row.text_width
+        text = layer.to_k.in_features if width is None else width(layer)
+        return LayerSize(text, layer.to_q.out_features, layer.heads)
+
+    def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
+        """Start from the layer's own W_k and W_v where it reads text, else from a silent value."""
+        if key.shape == layer.to_k.weight.shape and self.row.text_width is None:
+            key.copy_(layer.to_k.weight.data)
+            value.copy_(layer.to_v.weight.data)
+        else:
+            value.mul_(1e-2)
+
+    def inject(self, model: nn.Module, low_rank: bool) -> TransformerInjection:
+        if low_rank:
+            raise MismatchError(
+                f"FaceID's low-rank part is for UNets, not for {type(model).__name__}"
+            )
+        return TransformerInjection.of(model, lambda: TransformerInjection(model, self))
+
+    def call(self, model: Any, given: Given, timesteps: int) -> ModelCall:
+        latents, timestep, text = (given[name] for name in self.arguments)
+        progress = self.row.progress
+        return ModelCall(
+            len(latents),
+            text,
+            lambda points: schedule_place(progress(torch.as_tensor(timestep), timesteps), points),
+            lambda: self.row.grids(model, given),
+        )
+
+    def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:  # noqa: ARG002
+        """Return whether the pipeline runs a negative branch, called so."""
+        return {"guidance_scale": guidance, **options}.get(self.row.negative, 1) > 1
+
+    def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        return self.row.encode_text(pipeline, list(captions))
+
+    def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
+                conditions: Conditions) -> Tensor:  # fmt: skip
+        inputs = self.row.inputs(model, noisy.to(model.dtype), timestep, conditions)
+        return self.row.output(model(**inputs, **self.told(prompt)).sample, noisy)
+
+    def condition_shapes(self, config: Given, tokens: int) -> dict[str, tuple[int, ...]]:
+        return self.row.condition_shapes(config, tokens)
+
+    def latent_channels(self, config: Given) -> int:
+        return self.row.latent_channels(config)
+
+    def native_latents(self, config: Given) -> int:
+        return self.row.native_latents(config)
+
+
+def by_timestep(timestep: Tensor, timesteps: int) -> Tensor:
+    """Return progress where the model is told the training timestep."""
+    return 1 - timestep / (timesteps - 1)
+
+
+def by_sigma(sigma: Tensor, _timesteps: int) -> Tensor:
+    """Return progress where the model is told sigma, from 1 to 0."""
+    return 1 - sigma
+
+
+def patches(model: Any, given: Given) -> list[tuple[int, int]]:
+    """Return the grid of latents (B, C, h, w) cut into patches."""
+    height, width = given["hidden_states"].shape[-2:]
+    side = model.config.patch_size
+    return [(height // side, width // side)]
+
+
+def by_ids(_model: Any, given: Given) -> list[tuple[int, int]]:
+    """Return the grid of packed latents (B, L, C), told by the ids (L, 3) of their places."""
+    ids = given["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    return [(int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1)]
+
+
+def after_text(name: str, given: Given) -> slice:
+    """Return the picture's rows: all in double blocks, those after the text in single ones."""
+    text = given["encoder_hidden_states"].shape[1]
+    return slice(text if name.startswith("single") else 0, None)
+
+
+def pixart_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+    """Return T5's states and which of them are the caption's."""
+    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device)
+    return {"text": text, "text_mask": mask}
+
+
+def pixart_inputs(
+    model: Any, latents: Tensor, timestep: Tensor, given: Conditions
+) -> dict[str, Any]:
+    """Return the arguments of PixArt's forward pass."""
+    return {
+        "hidden_states": latents,
+        "timestep": timestep,
+        "encoder_hidden_states": given["text"].to(model.dtype),
+        "encoder_attention_mask": given["text_mask"],
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def flux_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+    """Return T5's states and CLIP's pooled text."""
+    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device)
+    return {"text": text, "pooled": pooled}
+
+
+def flux_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions) -> dict[str, Any]:
+    """Return the arguments of Flux's forward pass; the latents (B, C, h, w) are packed by 2 × 2."""
+    text, packed = given["text"].to(model.dtype), F.pixel_unshuffle(latents, 2)
+    rows, columns = torch.meshgrid(*map(torch.arange, packed.shape[2:]), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(packed)
+    guidance = latents.new_full((len(latents),), GUIDANCE) if model.config.guidance_embeds else None
+    return {
+        "hidden_states": packed.flatten(2).mT,
+        "timestep": timestep / TIMESTEPS,
+        "guidance": guidance,
+        "encoder_hidden_states": text,
+        "pooled_projections": given["pooled"].to(model.dtype),
+        "img_ids": places,
+        "txt_ids": text.new_zeros(text.shape[1], 3),
+    }
+
+
+def unpacked(out: Tensor, latents: Tensor) -> Tensor:
+    """Return packed (B, L, 4 · C) as the latents (B, C, h, w) lie."""
+    height, width = latents.shape[2:]
+    return F.pixel_shuffle(out.mT.unflatten(2, (height // 2, width // 2)), 2)
+
+
+PIXART = TransformerFamily(
+    "pixart",
+    TransformerRow(
+        model="PixArtTransformer2DModel",
+        layers=r"transformer_blocks\.\d+\.attn2",
+        layout="BLD",
+        arguments=("hidden_states", "timestep", "encoder_hidden_states"),
+        channel="cross_attention_kwargs",
+        query="to_q",
+        grids=patches,
+        progress=by_timestep,
+        pipelines={
+            f"PixArt{kind}Pipeline": TaskTable(Tasks(f"PixArt{kind}Pipeline", "", ""))
+            for kind in ("Alpha", "Sigma")
+        },
+        encode_text=pixart_text,
+        inputs=pixart_inputs,
+        output=lambda out, latents: out[:, : latents.shape[1]],  # the rest is a learned variance
+        condition_shapes=lambda config, tokens: {
+            "text": (tokens, config["caption_channels"]),
+            "text_mask": (tokens,),
+        },
+        text_tokens=300,
+        grain=2,
+        call_options={"clean_caption": False, "use_resolution_binning": False},
+    ),
+)
+FLUX = TransformerFamily(
+    "flux",
+    TransformerRow(
+        model="FluxTransformer2DModel",
+        layers=r"(single_)?transformer_blocks\.\d+\.attn",
+        layout="BLHd",
+        arguments=("hidden_states", "timestep", "encoder_hidden_states"),
+        channel="joint_attention_kwargs",
+        query="norm_q",
+        returns=lambda layer: layer.pre_only,
+        picture=after_text,
+        grids=by_ids,
+        progress=by_sigma,
+        pipelines={
+            "FluxPipeline": TaskTable(
+                Tasks("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+            )
+        },
+        encode_text=flux_text,
+        inputs=flux_inputs,
+        output=unpacked,
+        condition_shapes=lambda config, tokens: {
+            "text": (tokens, config["joint_attention_dim"]),
+            "pooled": (config["pooled_projection_dim"],),
+        },
+        text_tokens=512,
+        grain=2,
+        latent_channels=lambda config: config["in_channels"] // 4,
+        native_latents=lambda _config: 128,
+        negative="true_cfg_scale",
+        separate_branches=True,
+        shared=("img_ids", "txt_ids"),
+        text_width=lambda layer: layer.to_q.in_features,
+    ),
+)

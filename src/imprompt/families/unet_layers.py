@@ -1,0 +1,102 @@
+"""Names and numbers of a UNet's attentions in published adapter files, and which UNets are known.
+
+Files call a text cross-attention by its module's name, or by its place among all attention
+processors: number i of the cross-attentions is 2·i + 1 there, for a self-attention stands before
+each.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+OLDEST = "unet"  # the family of adapter files that name none
+STATE_PREFIX = "unet."  # of the base model's names in training states of accelerate
+REGISTRATION_ORDER = (
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+)  # of diffusers' UNets: the middle comes last
+
+
+class UNetBlocks(NamedTuple):
+    """Where a UNet has text cross-attentions: (attentions, transformer blocks in each) of every
+    block.
+    """
+
+    down: tuple[tuple[int, int], ...]
+    up: tuple[tuple[int, int], ...]
+    mid: tuple[int, int]
+
+
+SD = UNetBlocks(
+    down=((2, 1), (2, 1), (2, 1), (0, 0)), up=((0, 0), (3, 1), (3, 1), (3, 1)), mid=(1, 1)
+)
+SDXL = UNetBlocks(down=((0, 0), (2, 2), (2, 10)), up=((3, 10), (3, 2), (0, 0)), mid=(1, 10))
+
+# (text width, cross-attentions) -> base model
+MODELS = {
+    (768, 16): ("SD 1.x", SD),
+    (1024, 16): ("SD 2.x", SD),
+    (2048, 70): ("SDXL", SDXL),
+}
+
+
+def numbered_layers(count: int) -> tuple[str, ...]:
+    """Return the numbers of so many cross-attentions."""
+    return tuple(str(2 * layer + 1) for layer in range(count))
+
+
+def numbered_attentions(layers: int) -> tuple[str, ...]:
+    """Return the numbers of all attentions of a UNet with so many cross-attentions."""
+    return tuple(str(number) for number in range(2 * layers))
+
+
+def with_self_attentions(layers: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of all attentions, before each cross-attention its self-attention."""
+    return tuple(
+        name for layer in layers for name in (layer.removesuffix("attn2") + "attn1", layer)
+    )
+
+
+def in_model_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Return layer names in the order in which diffusers registers them."""
+
+    def place(name: str) -> tuple[bool, int, list[int], str]:
+        block = name.split(".")[0]
+        known = block in REGISTRATION_ORDER
+        return (
+            not known,
+            REGISTRATION_ORDER.index(block) if known else 0,
+            [int(n) for n in re.findall(r"\d+", name)],
+            name,
+        )
+
+    return tuple(sorted(names, key=place))
+
+
+def layer_names(blocks: UNetBlocks) -> tuple[str, ...]:
+    """Return the module names of the text cross-attentions, in the order of diffusers'
+    `attn_processors`.
+    """
+
+    def of_block(block: str, attentions: int, depth: int) -> Iterator[str]:
+        for attention in range(attentions):
+            yield from (
+                f"{block}.attentions.{attention}.transformer_blocks.{i}.attn2" for i in range(depth)
+            )
+
+    numbered = [(f"down_blocks.{i}", row) for i, row in enumerate(blocks.down)]
+    numbered += [(f"up_blocks.{i}", row) for i, row in enumerate(blocks.up)]
+    return tuple(
+        name
+        for block, row in [*numbered, ("mid_block", blocks.mid)]
+        for name in of_block(block, *row)
+    )
+
+
+def known_layers(token_dim: int, count: int) -> tuple[str, ...] | None:
+    """Return the layer names of the known model with so many cross-attentions to text of that
+    width.
+    """
+    model = MODELS.get((token_dim, count))
+    return layer_names(model[1]) if model else None

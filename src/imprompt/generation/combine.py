@@ -1,0 +1,366 @@
+"""The algebra of image prompts: several pictures as one prompt, how strongly it is heard by site
+and time, and where.
+
+All of it is worked out when a prompt is made; what is done in a step stays one attention for each
+prompt.
+
+Shape letters as in `imprompt.adapter`; K pictures, T timesteps of the noise schedule that the base
+model was trained with.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from imprompt.adapter import KV, ImagePrompt
+from imprompt.errors import MismatchError, SettingError
+from imprompt.generation.blocks import BlockMap, Blocks, block_map, finite_number
+from imprompt.generation.settings import OverlapName
+from imprompt.images import open_mask
+from imprompt.validation import near
+
+# When.
+
+Curve = Sequence[Sequence[float]]  # [[progress, factor], ...]
+
+# name -> factor at x, 0 where the window begins and 1 where it ends. The first two add up to 1, so
+# do the last two: two pictures
+# that are eased so fade into one another.
+EASINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "constant": np.ones_like,
+    "ease in": lambda x: (
+        np.sin(np.pi / 2 * x) ** 2
+    ),  # comes in: from 0 slowly, then faster, slowly to 1
+    "ease out": lambda x: np.cos(np.pi / 2 * x) ** 2,  # goes out: from 1 to 0
+    "ease in-out": lambda x: np.sin(np.pi * x) ** 2,  # comes in and goes out again: 1 in the middle
+    "reverse in-out": lambda x: (
+        np.cos(np.pi * x) ** 2
+    ),  # goes out and comes in again: 0 in the middle
+}
+
+
+POINTS = 1000  # of the schedule, at which a scale that changes with progress is given
+
+
+def over_time(
+    start: float = 0, end: float = 1, easing: str | Curve = "constant", points: int = POINTS
+) -> Tensor:
+    """Return how strongly a prompt applies at each of `points` points of progress from 0 to 1,
+    (points,).
+
+    Progress is 0 at the noisiest timestep and 1 at the last, so that any scheduler and number of
+    steps reads it off. A prompt applies while start <= progress < end; at an end of 1 to the last.
+    `easing` is one of EASINGS, over that window, or points (progress of the whole schedule,
+    factor), joined by straight lines and level before the first and after the last. SettingError.
+    """
+    if not 0 <= finite_number("start", start) < finite_number("end", end) <= 1:
+        raise SettingError(
+            f"start = {start}, end = {end}: give 0 <= start < end <= 1, fractions of the schedule"
+        )
+    progress = np.arange(points) / (points - 1)
+    heard = (progress >= start) & ((progress < end) | (end == 1))
+    if isinstance(easing, str):
+        if easing not in EASINGS:
+            raise SettingError(f"unknown easing {easing!r}{near(easing, EASINGS)}")
+        factors = EASINGS[easing](np.clip((progress - start) / (end - start), 0, 1))
+    else:
+        factors = np.interp(progress, *checked_points(easing))
+    return torch.from_numpy(np.where(heard, factors, 0)).float()
+
+
+def checked_points(points: Curve) -> tuple[list[float], list[float]]:
+    """All progresses, all factors."""
+    if not points or not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
+        raise SettingError(f"easing = {points!r}: give a name, or points [[progress, factor], ...]")
+    times, factors = (
+        [finite_number("easing", value) for value in values] for values in zip(*points, strict=True)
+    )
+    if times != sorted(times) or times[0] < 0 or times[-1] > 1:
+        raise SettingError(
+            f"easing: the points' progress is {times}; give rising numbers from 0 to 1"
+        )
+    return times, factors
+
+
+def scale_table(
+    sites: Sequence[str],
+    scale: float = 1.0,
+    blocks: Blocks = "linear",
+    boost: float = 1.0,
+    start: float = 0,
+    end: float = 1,
+    easing: str | Curve = "constant",
+    points: int = POINTS,
+) -> tuple[BlockMap, Tensor]:
+    """scale × block × time, for `ImagePrompt.scale`: (sites, 1), or (sites, 1, T) where time
+    matters; and the blocks.
+    """
+    block = block_map(sites, blocks, boost)
+    table = finite_number("scale", scale) * block.factors[:, None]
+    if (start, end, easing) == (0, 1, "constant"):
+        return block, table
+    return block, table[..., None] * over_time(start, end, easing, points)
+
+
+# Several pictures as one prompt.
+
+
+class Combined(NamedTuple):
+    """What is left of several pictures: features of one or more, and a weight for each."""
+
+    features: Tensor | tuple[Tensor, ...]
+    weights: list[float]
+
+
+def mean(features: Tensor, weights: Tensor) -> Tensor:
+    """features (K, ...), weights (K, 1, ...) -> (1, ...)"""
+    return (features * (weights / weights.sum())).sum(0, keepdim=True)
+
+
+def norm_average(features: Tensor, weights: Tensor) -> Tensor:
+    """The mean direction at the mean length: a plain average of different features is shorter than
+    each.
+    """
+    lengths = features.norm(dim=-1, keepdim=True)
+    return F.normalize(mean(F.normalize(features, dim=-1), weights), dim=-1) * mean(
+        lengths, weights
+    )
+
+
+# how -> (features (K, ..., E), positive weights (K, 1, ...)) -> (1, ..., E). Max and min ask of a
+# weight only whether it is 0.
+COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "concat": lambda features, _: (
+        features
+    ),  # all tokens beside each other, weighed in the attention: see `concat`
+    "add": lambda features, weights: (features * weights).sum(0, keepdim=True),
+    "subtract": lambda features, weights: (
+        features[:1] * weights[:1] - (mean(features[1:], weights[1:]) if len(features) > 1 else 0)
+    ),
+    "average": mean,
+    "norm-average": norm_average,
+    "max": lambda features, _: features.amax(0, keepdim=True),
+    "min": lambda features, _: features.amin(0, keepdim=True),
+}
+SIGNED = ("add",)  # take weights below 0
+
+
+def combine(
+    features: Tensor | tuple[Tensor, ...],
+    how: str = "concat",
+    weights: Sequence[float] | None = None,
+) -> Combined:
+    """Several pictures' features (K, ..., E) -> fewer: one, or for "concat" all those that have a
+    weight, with their weights.
+
+    Of a tuple each is combined alike. Weight 0 is as absent, whatever `how` is. SettingError for an
+    unknown `how`, another number of weights than of pictures, all of them 0, or one below 0 where
+    that has no meaning.
+    """
+    if how not in COMBINE:
+        raise SettingError(f"combine = {how!r} is unknown{near(how, COMBINE)}")
+    several = features if isinstance(features, tuple) else (features,)
+    given = checked_weights(len(several[0]), weights, signed=how in SIGNED, of=how)
+    present = [i for i, weight in enumerate(given) if weight]
+    left = [given[i] for i in present]
+    combined = tuple(
+        COMBINE[how](f[present], f.new_tensor(left).view(-1, *[1] * (f.ndim - 1))) for f in several
+    )
+    return Combined(
+        combined if isinstance(features, tuple) else combined[0], left if how == "concat" else [1.0]
+    )
+
+
+def concat(tokens: Tensor, weights: Sequence[float] | None = None) -> tuple[Tensor, Tensor | None]:
+    """Image tokens of K pictures (K, N, D) -> (1, K·N, D), and for `ImagePrompt.bias` the
+    logarithms of their weights, (1, K·N).
+
+    A picture of weight 2 is heard as if it were given twice, one of weight 0 as if it were not.
+    Alike ones need no bias.
+    """
+    given = checked_weights(len(tokens), weights, signed=False, of="concat")
+    present = [i for i, weight in enumerate(given) if weight]
+    left = tokens.new_tensor([math.log(given[i]) for i in present])
+    bias = (
+        left.repeat_interleave(tokens.shape[1])[None]
+        if len({given[i] for i in present}) > 1
+        else None
+    )
+    return tokens[present].flatten(0, 1)[None], bias
+
+
+def checked_weights(
+    pictures: int, weights: Sequence[float] | None, signed: bool, of: str
+) -> list[float]:
+    if weights is None:
+        return [1.0] * pictures
+    if len(weights) != pictures:
+        raise SettingError(f"{len(weights)} weights for {pictures} pictures: give one for each")
+    given = [finite_number("weight", weight) for weight in weights]
+    if not any(given):
+        raise SettingError(
+            "all weights are 0: no picture is left; leave the image prompt out, or give one a "
+            "weight"
+        )
+    if min(given) < 0 and not signed:
+        raise SettingError(
+            f"weight {min(given)}: {of} takes none below 0; to take a picture away use "
+            '"subtract", or "add"'
+        )
+    return given
+
+
+# How a scale acts.
+
+
+class Scaling(NamedTuple):
+    """Where the weight w of a prompt goes: into its keys, its values, or its values' mean alone."""
+
+    apply: Callable[[Tensor, Tensor, Tensor], KV]
+    penalty: bool  # narrow sites hear less: w·C/1280, C the width of the site
+
+
+def by_both(key: Tensor, value: Tensor, weight: Tensor) -> KV:
+    return key * weight, value * weight
+
+
+def by_mean(key: Tensor, value: Tensor, weight: Tensor) -> KV:
+    average = value.mean(2, keepdim=True)
+    return key * weight, value - average + average * weight
+
+
+WIDEST = 1280  # of the sites of SD 1.x and SDXL
+
+# The embeds scalings of ComfyUI_IPAdapter_plus. "V only" is equation 8, the scale of the
+# attention's result: nothing to do.
+SCALINGS: dict[str, Scaling | None] = {
+    "V only": None,
+    "K+V": Scaling(by_both, penalty=False),
+    "K+V w/ C penalty": Scaling(by_both, penalty=True),
+    "K+mean(V) w/ C penalty": Scaling(by_mean, penalty=True),
+}
+
+
+def scaled(prompt: ImagePrompt, how: str) -> ImagePrompt:
+    """The prompt with its scale worked into keys and values, by one of SCALINGS; SettingError.
+
+    A scale that changes with time keeps doing so on what is heard: its greatest over time goes into
+    keys and values, the ratio to that stays. At a scale of 0 nothing is heard.
+    """
+    if how not in SCALINGS:
+        raise SettingError(f"unknown scaling {how!r}{near(how, SCALINGS)}")
+    if (row := SCALINGS[how]) is None:
+        return prompt
+    scale = prompt.scale
+    most = (
+        scale if scale.ndim == 2 else scale.gather(2, scale.abs().argmax(2, keepdim=True))[..., 0]
+    )
+    states = []
+    for key, value, weight in zip(prompt.keys, prompt.values, most, strict=True):
+        width = key.shape[1] * key.shape[3]
+        states.append(
+            row.apply(
+                key,
+                value,
+                (weight * (width / WIDEST if row.penalty else 1)).to(key)[:, None, None, None],
+            )
+        )
+    keys, values = zip(*states, strict=True)
+    ratio = scale / torch.where(most == 0, 1, most).view(*most.shape, *[1] * (scale.ndim - 2))
+    return prompt._replace(keys=keys, values=values, scale=ratio)
+
+
+def pushed_away(prompt: ImagePrompt, away: Tensor, guided: bool) -> ImagePrompt:
+    """At the sites `away` (sites,) the unconditional half hears what the conditional one would
+    have, and that hears nothing.
+
+    Without guidance there are no halves, and these sites are silent. Mask and bias stay: they are
+    to be alike in both halves.
+    """
+    if not away.any():
+        return prompt
+    turned = away.to(prompt.scale.device).view(-1, *[1] * (prompt.scale.ndim - 1))
+    if not guided:
+        return prompt._replace(scale=prompt.scale.masked_fill(turned, 0))
+    first, second = guidance_halves(prompt.scale, 1)
+    scale = torch.cat([torch.where(turned, second, first), second.masked_fill(turned, 0)], 1)
+
+    def heard(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        pairs = zip(states, away.tolist(), strict=True)
+        return tuple(
+            torch.cat([guidance_halves(state)[1]] * 2)
+            if turn
+            else torch.cat(guidance_halves(state))
+            for state, turn in pairs
+        )
+
+    return prompt._replace(keys=heard(prompt.keys), values=heard(prompt.values), scale=scale)
+
+
+def guidance_halves(x: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
+    """The unconditional and the conditional half of a batch; one for all is both."""
+    if x.shape[axis] == 1:
+        return x, x
+    first, second = x.chunk(2, axis)
+    return first, second
+
+
+# Where.
+
+
+def as_mask(mask: Any) -> Tensor:
+    """A picture (white is heard), a file, an array or a tensor, (h, w) or (1, h, w), 0 to 1 -> (1,
+    h, w); MismatchError.
+    """
+    if isinstance(mask, str | Path | Image.Image):
+        mask = np.asarray(open_mask(mask), dtype=np.float32) / 255
+    found = (
+        mask.float()
+        if isinstance(mask, Tensor)
+        else torch.from_numpy(np.array(mask, dtype=np.float32))
+    )
+    if found.ndim < 2 or found.shape[:-2] not in ((), (1,)) or not found.numel():
+        raise MismatchError(
+            f"mask of shape {list(found.shape)}: give rows and columns, (h, w) or (1, h, w)"
+        )
+    found = found.view(1, *found.shape[-2:])
+    if not (found.min() >= 0 and found.max() <= 1):
+        raise MismatchError(
+            f"mask with values from {found.min():g} to {found.max():g}: give 0 (not heard) to 1"
+        )
+    if not found.any():
+        raise MismatchError("a mask that is 0 everywhere: the image prompt would be heard nowhere")
+    return found
+
+
+def regions(masks: Sequence[Any], overlap: str = "add") -> list[Tensor | None]:
+    """The masks of several prompts, each (1, h, w) as `as_mask` gives it, None for everywhere.
+
+    Where they overlap each is heard in full ("add"), or they share ("normalise": divided by their
+    sum where that is above 1).
+    """
+    if overlap not in OVERLAPS:
+        raise SettingError(f"unknown overlap {overlap!r}{near(overlap, OVERLAPS)}")
+    given = [None if mask is None else as_mask(mask) for mask in masks]
+    sizes = [mask.shape[1:] for mask in given if mask is not None]
+    size = tuple(max(sides) for sides in zip(*sizes, strict=True)) if sizes else (1, 1)
+    shown = [
+        torch.ones(1, *size) if mask is None else F.interpolate(mask[None], size, mode="area")[0]
+        for mask in given
+    ]
+    total = torch.stack(shown).sum(0) if shown else torch.zeros(1)
+    return (
+        given
+        if overlap == "add" or total.max() <= 1
+        else [mask / total.clamp(min=1) for mask in shown]
+    )
+
+
+OVERLAPS = get_args(OverlapName)

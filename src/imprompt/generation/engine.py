@@ -1,0 +1,276 @@
+"""The engine: it alone calls the base model, for all requests that run at the same time.
+
+A request is a call of diffusers' own pipeline, in which a `Seat` stands for the base model. The
+calls that seats make at the same time become one call of the model, row after row, each with its
+own timestep, text and image prompts; each seat gets its rows back. So requests with other
+schedulers, steps, guidance and texts share batches, and join and leave between two steps, while
+schedulers, tasks and pipelines stay diffusers'.
+
+Shape letters: B rows of a call, C channels, h and w of the latents.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imprompt.attention.conditioning import for_rows
+from imprompt.attention.image_guidance import in_halves, in_thirds
+from imprompt.attention.injection import Scope
+from imprompt.attention.text_cache import CachedValue
+from imprompt.errors import MismatchError
+from imprompt.families.base import Family, Injection
+from imprompt.prompt import ImagePrompt, stack
+
+TIME = "timestep"  # the argument that differs from row to row
+PATIENCE = 0.2  # seconds that a call waits for others that are between two steps
+
+
+class Seat:
+    """Stands for the base model in the pipeline of one request.
+
+    prompts         image prompts for the rows of its calls
+    image_guidance  a guidance scale for the image: see `imprompt.attention.image_guidance`; the
+                    prompts are then for its branches
+    alone           whether its calls are never put together with others', so that they are
+                    repeated bit for bit
+    """
+
+    def __init__(self, engine: "Engine", prompts: Sequence[ImagePrompt] = (),
+                 image_guidance: float | None = None, alone: bool = False) -> None:  # fmt: skip
+        self.engine, self.alone = engine, alone
+        self.scope = Scope(prompts, image_guidance)
+        self.calls = 0
+        self.outside = False  # whether it holds the engine's lock of that name
+        self.waiting: SeatCall | None = None
+        self.group: Hashable = None  # of its last call, while it is in its loop
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine.model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model for this request, together with whoever else waits."""
+        given = self.engine.family.given(args, kwargs)
+        whole = given.pop("return_dict", True)
+        scale = self.scope.image_guidance
+        if scale is None:
+            out = self.run(given)
+        else:
+            thirds = in_thirds(self.engine.family, given, self.scope.text_in_thirds)
+            out = in_halves(self.run(thirds), scale)
+        return SimpleNamespace(sample=out) if whole else (out,)
+
+    def run(self, given: dict[str, Any]) -> Tensor:
+        """Run one call, conditioned on the image prompts."""
+        self.calls += 1
+        self.let_others_in()
+        engine = self.engine
+        call = engine.family.call(engine.model, given, engine.injection.timesteps)
+        separate = engine.family.separate_branches
+        positive = self.scope.positive(call) if separate and self.scope.prompts else None
+        prompts = [for_rows(prompt, call, positive) for prompt in self.scope.prompts]
+        return engine.submit(self, SeatCall(given, call.rows, prompts))
+
+    def keep_others_out(self) -> None:
+        """Encode or decode: nobody else does meanwhile."""
+        if not self.outside:
+            self.engine.outside.acquire()
+            self.outside = True
+
+    def let_others_in(self) -> None:
+        """End what `keep_others_out` began."""
+        if self.outside:
+            self.outside = False
+            self.engine.outside.release()
+
+    def end_loop(self) -> None:
+        """Let nobody wait for this seat any more: what follows is outside of its loop."""
+        self.engine.leave(self)
+        self.keep_others_out()
+
+
+class SeatCall:
+    """One call of the base model that a seat waits for."""
+
+    def __init__(self, given: dict[str, Any], rows: int, prompts: Sequence[ImagePrompt]) -> None:
+        self.given, self.rows, self.prompts = given, rows, list(prompts)
+        self.out: Tensor | None = None
+        self.error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        """Return whether it was run."""
+        return self.out is not None or self.error is not None
+
+
+class Engine:
+    """Runs a base model for all seats. Threads may share it."""
+
+    def __init__(self, model: nn.Module, family: Family, injection: Injection) -> None:
+        self.model, self.family, self.injection = model, family, injection
+        self.changed = threading.Condition()
+        self.seats: list[Seat] = []  # in their loops, in the order in which they came
+        self.busy = False
+        self.kept: dict[Hashable, CachedValue] = {}  # what several calls have in common over steps
+        self.outside = threading.RLock()  # encoding and decoding: one request at a time
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model computes."""
+        return next(self.model.parameters()).device
+
+    def submit(self, seat: Seat, call: SeatCall) -> Tensor:
+        """Wait for the output of a call.
+
+        The thread that finds the model free runs all that wait.
+        """
+        with self.changed:
+            if seat not in self.seats:
+                self.seats.append(seat)
+            seat.waiting, seat.group = call, self.group(seat, call)
+            self.changed.notify_all()
+            patience = PATIENCE
+            while not call.done:
+                if self.busy:
+                    self.changed.wait()
+                elif self.complete(seat.group) or patience <= 0:
+                    self.lead(
+                        [one for one in self.seats if one.waiting and one.group == seat.group]
+                    )
+                elif not self.changed.wait(patience):
+                    patience = 0
+        if call.error is not None:
+            raise call.error
+        assert call.out is not None
+        return call.out
+
+    def complete(self, group: Hashable) -> bool:
+        """Return whether all seats of the group wait, so that there is nobody to wait for."""
+        return all(seat.waiting for seat in self.seats if seat.group == group)
+
+    def lead(self, seats: Sequence[Seat]) -> None:
+        """Run the calls of these seats, without holding the lock meanwhile."""
+        calls = [seat.waiting for seat in seats if seat.waiting]
+        self.busy = True
+        self.changed.release()
+        try:
+            self.tick(calls)
+        finally:
+            self.changed.acquire()
+            self.busy = False
+            for seat in seats:
+                if seat.waiting and seat.waiting.done:
+                    seat.waiting = None
+            self.changed.notify_all()
+
+    def leave(self, seat: Seat) -> None:
+        """Let nobody wait for that seat: its loop has ended."""
+        with self.changed:
+            if seat in self.seats:
+                self.seats.remove(seat)
+                seat.group = None
+                self.changed.notify_all()
+
+    def group(self, seat: Seat, call: SeatCall) -> Hashable:
+        """Return what must be equal for calls to be one."""
+        if seat.alone:
+            return id(seat)
+        kinds = {id(prompt.low_rank) for prompt in call.prompts if prompt.low_rank}
+        return frozenset(kinds), signature(call.given, call.rows, self.family.shared)
+
+    def tick(self, calls: Sequence[SeatCall]) -> None:
+        """Run calls as one; if that fails, each by itself, so that only the guilty one fails."""
+        try:
+            outs = self.run(calls)
+        except Exception as error:
+            if len(calls) == 1:
+                calls[0].error = error
+                return
+            for call in calls:
+                self.tick([call])
+            return
+        for call, out in zip(calls, outs, strict=True):
+            call.out = out
+
+    def run(self, calls: Sequence[SeatCall]) -> Sequence[Tensor]:
+        """Return the output (B, C, h, w) of every call."""
+        if len(calls) == 1:
+            return [self.model_output(calls[0].given, calls[0].prompts)]
+        rows = [call.rows for call in calls]
+        sets = [prompt for call in calls for prompt in call.prompts]
+        prompts = self.keep(
+            "prompts", [*sets, *rows], lambda: stack([(c.rows, c.prompts) for c in calls])
+        )
+        given = self.merged("", [call.given for call in calls], rows)
+        return self.model_output(given, prompts).split(rows)
+
+    def model_output(self, given: Mapping[str, Any], prompts: Sequence[ImagePrompt]) -> Tensor:
+        """Call the model."""
+        with torch.no_grad(), self.injection.using(prompts):
+            return self.model(**given, return_dict=False)[0]
+
+    def merged(self, path: str, values: Sequence[Any], rows: Sequence[int]) -> Any:
+        """Return the arguments of several calls as those of one."""
+        first = values[0]
+        if isinstance(first, Mapping):
+            return {
+                name: self.merged(f"{path}.{name}", [value[name] for value in values], rows)
+                for name in first
+            }
+        if isinstance(first, list | tuple):
+            several = zip(*values, strict=True)
+            return [self.merged(f"{path}.{n}", own, rows) for n, own in enumerate(several)]
+        name = path.rpartition(".")[2]
+        if name == self.family.arguments[1]:  # a timestep for each row
+            times = [torch.as_tensor(v, device=self.device) for v in values]
+            return torch.cat([t.reshape(-1).expand(n) for t, n in zip(times, rows, strict=True)])
+        if isinstance(first, Tensor) and name not in self.family.shared:
+            return self.keep(path, list(values), lambda: torch.cat(list(values)))
+        return first
+
+    def keep(self, path: str, sources: list[Any], compute: Callable[[], Any]) -> Any:
+        """Return what was computed from the very same sources in the step before, or compute it."""
+        if path == "." + self.family.arguments[0]:  # latents are new in every step
+            return compute()
+        value = self.kept.setdefault(path, CachedValue())
+        return value.get(lambda _: (sources, None), compute)
+
+    @contextmanager
+    def request(self, pipeline: Any, seat: Seat) -> Iterator[Any]:
+        """Give a pipeline like this one whose base model is the seat, with a scheduler of its own.
+
+        What it does before and after its loop is done for one request at a time.
+        """
+        own = copy.copy(pipeline)
+        own.__dict__[self.family.component] = seat
+        own.__dict__["scheduler"] = copy.deepcopy(pipeline.scheduler)
+        seat.keep_others_out()
+        try:
+            yield own
+        finally:
+            self.leave(seat)
+            seat.let_others_in()
+        if seat.scope.prompts and not seat.calls:
+            raise MismatchError(
+                "the image prompts never reached the base model: the pipeline did not call it"
+            )
+
+
+def signature(value: Any, rows: int, shared: Sequence[str], name: str = "") -> Hashable:
+    """Return what of a call's arguments must be equal in another that shares its batch."""
+    if name == TIME:
+        return None
+    if isinstance(value, Mapping):
+        return tuple((key, signature(own, rows, shared, key)) for key, own in sorted(value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(signature(own, rows, shared, name) for own in value)
+    if isinstance(value, Tensor):
+        if name not in shared and value.ndim and len(value) == rows:
+            return value.dtype, tuple(value.shape[1:])
+        return value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
+    return value if isinstance(value, Hashable) else id(value)

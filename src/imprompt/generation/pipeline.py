@@ -1,0 +1,559 @@
+"""The façade: a picture in, pictures out, on a diffusers pipeline that stays diffusers' own."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import randbelow
+from typing import Any, NamedTuple, Self
+
+import torch
+from PIL import Image
+
+from imprompt.attention.image_guidance import BRANCHES
+from imprompt.encoders.feature_cache import FeatureFolder, Store
+from imprompt.errors import MismatchError, SettingError, first_line
+from imprompt.families.base import base_of, family_of, pipeline_family
+from imprompt.generation.engine import Engine, Seat
+from imprompt.generation.memory import Savers
+from imprompt.generation.prepare import (
+    Attached,
+    Circumstances,
+    Opened,
+    Ready,
+    choices,
+    joined_to,
+    share_overlaps,
+)
+from imprompt.generation.references import AdapterChoice, Item, Reference, items_of
+from imprompt.generation.settings import MAX_SIDE, Resolved, Settings
+from imprompt.generation.tasks import Start, open_controlnet, task
+from imprompt.images import open_image, open_mask
+from imprompt.models import KnownModel, Place, find_model, open_pipeline
+from imprompt.prompt import ImagePrompt, stack_items
+from imprompt.validation import near
+
+Picture = str | Path | Image.Image
+ImageInput = Picture | Reference
+Choice = str | Path | AdapterChoice
+OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures, the seed of each (picture i of a call has seed + i), and the settings with every
+    default filled in.
+    """
+
+    images: list[Image.Image]
+    seeds: list[int]
+    settings: Resolved
+
+
+class ImagePromptPipeline:
+    """A diffusers pipeline with image-prompt adapters attached.
+
+    >>> pipe = ImagePromptPipeline.from_pretrained("emoji")
+    >>> pipe("cat.png", prompt="a rocket", scale=0.6, num_images=4, seed=7).images
+    >>> left = Reference(images="cat.png", mask="left.png")
+    >>> right = Reference(images="dog.png", mask="right.png")
+    >>> pipe([left, right], together=True).images
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        adapters: Attached | Sequence[Attached],
+        *,
+        model: KnownModel | None = None,
+        controlnet: Any = None,
+        compile: bool = False,
+        savers: Savers | None = None,
+    ) -> None:
+        """Join a pipeline and adapters that are attached to its base model.
+
+        compile  as in `from_pretrained`
+        savers   that were applied to the pipeline
+        """
+        several = [adapters] if isinstance(adapters, Attached) else list(adapters)
+        self.pipeline = pipeline
+        base = base_of(pipeline)
+        self.family = family_of(base)
+        self.engine = Engine(base, self.family, several[0].adapter.injection)
+        self.engine.injection.timesteps = pipeline.scheduler.config.num_train_timesteps
+        self.adapters = {attached.name: attached for attached in several}
+        self.model = model or KnownModel("", "", Place(""))
+        self.savers = savers or Savers(str(pipeline.device))
+        self.controlnet = controlnet
+        self.compiled = compile
+        if compile:
+            if self.savers.offload:
+                raise SettingError(
+                    f"offload = {self.savers.offload!r} moves weights, and what is compiled needs "
+                    "them in place: use one"
+                )
+            from imprompt.generation.compile import compile_base
+
+            compile_base(base)
+
+    @property
+    def first(self) -> Attached:
+        """The adapter that hears references which name none."""
+        return next(iter(self.adapters.values()))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "emoji",
+        *,
+        adapter: Choice | Sequence[Choice] | None = None,
+        encoder: str | Path | None = None,
+        variant: str | None = None,
+        faces: Any = None,
+        controlnet: str | Path | None = None,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+        offload: str | None = None,
+        tiling: bool = False,
+        quantize: str | None = None,
+        keep_features: str | Path | Store | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a model by name ("emoji", "sd15", "sdxl"), folder or Hub id, with an adapter by
+        name, file, folder or Hub file.
+
+        That adapter, image encoder and base model were made for each other is checked before
+        anything runs (MismatchError). Several adapters are a list, of names, files or
+        `AdapterChoice`s. `encoder` and `variant` are what a single adapter does not say; `faces`
+        encodes faces for FaceID (insightface if not given): see `imprompt.encoders.face`.
+        `controlnet` is one that the model knows by name, a folder or a Hub id, for calls with a
+        `control_image`. `compile` makes the first steps of a new size slow and all others faster
+        (on a GPU). `offload` ("model", "sequential"), `tiling` and `quantize` ("int8", "fp8") save
+        memory: see `imprompt.generation.memory`. `keep_features` is a folder, or a `FeatureMemory`,
+        that keeps the features of image prompts, so that no picture is encoded twice. `options` go
+        to the diffusers pipeline's own `from_pretrained`.
+        """
+        device = check_device(device) if device else default_device()
+        dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+        savers = Savers.check(device, offload, tiling, quantize)
+        keep = (
+            FeatureFolder(keep_features)
+            if isinstance(keep_features, (str, Path))
+            else keep_features
+        )
+        known = find_model(str(model))
+        opened = [
+            Opened.read(choice, known, faces, device, dtype, keep, savers)
+            for choice in choices(adapter, encoder, variant)
+        ]
+        pipeline = open_pipeline(known, savers.opens_on, dtype=dtype, **options)
+        pipeline_family(type(pipeline).__name__)
+        savers.lighten(pipeline)
+        with joined_to(base_of(pipeline), opened, dtype) as attached:
+            savers.place(pipeline, *(one.adapter for one in attached))
+        if device.startswith("cuda") and offload is None:
+            for part in (base_of(pipeline), pipeline.vae):
+                part.to(
+                    memory_format=torch.channels_last
+                )  # as convolutions in low precision read it
+        net = (
+            None if controlnet is None else open_controlnet(str(controlnet), known, pipeline, dtype)
+        )
+        if net is not None:
+            savers.bring(net)
+        return cls(pipeline, attached, model=known, controlnet=net, compile=compile, savers=savers)
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: Any,
+        adapter: Choice | Sequence[Choice] | None = None,
+        *,
+        model: str = "",
+        encoder: str | Path | None = None,
+        variant: str | None = None,
+        faces: Any = None,
+        keep_features: str | Path | Store | None = None,
+    ) -> Self:
+        """Attach adapters to a pipeline of diffusers that is loaded already, such as one with
+        ControlNet.
+
+        `model` is the name of the base model that it was made from, if its adapters are to be said
+        by name. The pipeline keeps its device and precision.
+        """
+        known = find_model(model) if model else KnownModel(type(pipeline).__name__, "", Place(""))
+        keep = (
+            FeatureFolder(keep_features)
+            if isinstance(keep_features, (str, Path))
+            else keep_features
+        )
+        device, dtype = (
+            str(pipeline._execution_device),
+            base_of(pipeline).dtype,
+        )  # under offload it is not where the weights wait
+        savers = Savers(device)
+        opened = [
+            Opened.read(choice, known, faces, device, dtype, keep, savers)
+            for choice in choices(adapter, encoder, variant)
+        ]
+        with joined_to(base_of(pipeline), opened, dtype) as attached:
+            for one in attached:
+                one.adapter.to(device)
+        return cls(pipeline, attached, model=known, savers=savers)
+
+    def detach(self) -> None:
+        """Give the base model back as it was."""
+        for attached in self.adapters.values():
+            attached.adapter.detach()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput | Sequence[ImageInput | Sequence[ImageInput]],
+        prompt: str | Sequence[str] = "",
+        *,
+        init_image: Picture | None = None,
+        mask_image: Picture | None = None,
+        control_image: Picture | None = None,
+        batch_size: int = 4,
+        only: int | None = None,
+        on_step: OnStep | None = None,
+        pipeline_options: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Make pictures that follow `image`: a picture, a file of features, or a `Reference`, which
+        says more about it.
+
+        A list of them gives one result each (× num_images); with `together=True` they all prompt
+        the same result, as do those of a list in the list. Each item has its own references,
+        scales, masks and windows; its own text if `prompt` is a list. `init_image` starts from a
+        picture (`strength` of it is redrawn); `mask_image` redraws its white part only;
+        `control_image` is what ControlNet reads (`control_scale` says how strongly). Picture i
+        depends on seed and i alone: another `batch_size` changes it by rounding at most, and
+        `only=i` makes picture i of the call again bit for bit (on the same machine). Other
+        settings: see `Settings`; `pipeline_options` go to the call of diffusers' pipeline.
+        """
+        job = self.prepare(
+            image,
+            Settings(prompt=prompt, **settings),
+            init_image,
+            mask_image,
+            control_image,
+            batch_size,
+            only,
+            pipeline_options,
+        )
+        made = dict(self.make(job, on_step))
+        kept = [number for number in made if only is None or number == only]
+        return Result([made[i] for i in kept], [job.settings.seed + i for i in kept], job.settings)
+
+    @torch.no_grad()
+    def prepare(
+        self,
+        image: Any,
+        settings: Settings,
+        init_image: Picture | None = None,
+        mask_image: Picture | None = None,
+        control_image: Picture | None = None,
+        batch_size: int = 4,
+        only: int | None = None,
+        pipeline_options: dict[str, Any] | None = None,
+    ) -> "Job":
+        """Check a call and encode its image prompts: all that is done before the first step.
+
+        Any thread may.
+        """
+        if base_of(self.pipeline) is not self.engine.model:
+            raise MismatchError(
+                "the pipeline's base model was exchanged: attach the adapters to the new one, by "
+                "from_pipeline"
+            )
+        begin, control = (
+            None if picture is None else open_image(picture)
+            for picture in (init_image, control_image)
+        )
+        start = Start(begin, None if mask_image is None else open_mask(mask_image), control)
+        chosen = self.resolve(settings, begin or control)
+        items = items_of(image, chosen.together)
+        if not isinstance(chosen.prompt, str) and len(chosen.prompt) != len(items):
+            raise SettingError(
+                f"{len(chosen.prompt)} texts for {len(items)} image prompts: give one for all, or "
+                "one for each"
+            )
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise SettingError(f"batch_size = {batch_size!r}: make at least one picture at once")
+        pipeline, options = task(
+            self.pipeline, start, chosen, self.controlnet if control else None, self.savers
+        )
+        extra = own_options(pipeline_options, pipeline, chosen)
+        guided = self.family.guided(self.pipeline, chosen.guidance, extra)
+        if chosen.image_guidance is not None and not guided:
+            raise SettingError(
+                "image_guidance goes beside the text's guidance, which is off at "
+                f"{chosen.guidance}: give more than 1"
+            )
+        for item in items:
+            self.check(item)
+        call = self._call(chosen, guided)
+        with self.engine.outside:
+            heard = [self.hear(item, call) for item in items]
+        total = len(items) * chosen.num_images
+        rounds = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
+        filled = (
+            len(rounds[0]) if self.compiled else 0
+        )  # a smaller last batch would be compiled anew
+        if only is not None:
+            if only not in range(total):
+                raise SettingError(
+                    f"only = {only}: this call makes {total} pictures, the first is 0"
+                )
+            rounds = [chunk for chunk in rounds if only in chunk]
+        return Job(
+            chosen,
+            pipeline,
+            {**self.family.call_options, **options, **extra},
+            start,
+            heard,
+            rounds,
+            filled,
+            guided,
+        )
+
+    @torch.no_grad()
+    def make(self, job: "Job", on_step: OnStep | None = None) -> Iterator[tuple[int, Image.Image]]:
+        """Make the pictures of a job, round by round: the number of each in the call, and the
+        picture.
+        """
+        chosen, begin = job.settings, job.start.init
+        steps = chosen.steps if begin is None else int(chosen.steps * chosen.strength)
+        for number, chunk in enumerate(job.rounds):
+            before, total = number * steps, len(job.rounds) * steps
+
+            def report(done: int, before: int = before, total: int = total) -> None:
+                if on_step is not None:
+                    on_step(before + min(done, steps), total)
+
+            results = self.run(job, [*chunk, *[chunk[-1]] * (job.filled - len(chunk))], report)
+            for index, picture in zip(chunk, results, strict=False):
+                yield index, keep_outside(picture, job.start)
+
+    def run(
+        self, job: "Job", batch: Sequence[int], report: Callable[[int], None]
+    ) -> list[Image.Image]:
+        """Make the pictures of these numbers at once, in diffusers' own pipeline."""
+        chosen = job.settings
+        order = BRANCHES if chosen.image_guidance is not None else (0, -1) if job.guided else (-1,)
+        prompts = prompts_for([job.heard[i // chosen.num_images] for i in batch], order)
+        seat = Seat(self.engine, prompts, chosen.image_guidance)
+        with self.engine.request(job.pipeline, seat) as pipeline:
+            return pipeline(
+                **worded(chosen, batch, self.family.no_words if job.guided else None),
+                num_inference_steps=chosen.steps,
+                guidance_scale=chosen.guidance,
+                generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
+                **followed(job.pipeline, seat, report, chosen.steps),
+                **job.options,
+            ).images
+
+    def _call(self, settings: Resolved, guided: bool) -> Circumstances:
+        unit, timesteps = (
+            self.pipeline.vae_scale_factor,
+            self.pipeline.scheduler.config.num_train_timesteps,
+        )
+        size = settings.height // unit, settings.width // unit
+        return Circumstances(
+            guided, settings.scale, settings.overlap, size, timesteps, settings.seed, {}
+        )
+
+    def check(self, item: Item) -> None:
+        """Raise SettingError if a reference asks what the pipeline cannot do.
+
+        Before anything is encoded.
+        """
+        for reference in item:
+            if reference.adapter is not None and reference.adapter not in self.adapters:
+                raise SettingError(
+                    f"no adapter {reference.adapter!r} is attached; there are "
+                    f"{', '.join(map(repr, self.adapters))}"
+                )
+            self.hears(reference).reader.check(reference)
+            if reference.timed and type(self.pipeline.scheduler).__name__.startswith("EDM"):
+                raise SettingError(
+                    "start, end and easing are told by the training timestep, which this EDM "
+                    "scheduler has not"
+                )
+
+    def hears(self, reference: Reference) -> Attached:
+        return self.first if reference.adapter is None else self.adapters[reference.adapter]
+
+    def hear(self, item: Item, call: Circumstances) -> list[Ready]:
+        """What one result hears, encoded. What is silent is left out; a graph keeps its inputs."""
+        ready = share_overlaps(
+            [self.hears(reference).hear(reference, call) for reference in item], call.overlap
+        )
+        return [one for one in ready if one.audible or self.compiled]
+
+    def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
+        """Every default filled in: the model's steps, guidance and size, and a seed if none was
+        given.
+        """
+        unit = self.pipeline.vae_scale_factor * self.family.grain
+        native = self.family.native_side(self.pipeline)
+        ratio = (
+            1.0 if start is None else (start.width / start.height) ** 0.5
+        )  # the native area in the first picture's shape
+        width, height = (
+            min(max(unit, round(native * side / unit) * unit), MAX_SIDE // unit * unit)
+            for side in (ratio, 1 / ratio)
+        )
+        own = {
+            "steps": self.model.steps,
+            "guidance": self.model.guidance,
+            "width": width,
+            "height": height,
+        }
+        given = {name: value for name, value in settings.model_dump().items() if value is not None}
+        resolved = Resolved.model_validate({"seed": randbelow(2**31), **own, **given})
+        for name, value in (("width", resolved.width), ("height", resolved.height)):
+            if value % unit:
+                near = " or ".join(str(n * unit) for n in (value // unit, value // unit + 1) if n)
+                raise SettingError(
+                    f"{name} = {value}: this model takes multiples of {unit}, such as {near}"
+                )
+        if resolved.steps > (most := self.pipeline.scheduler.config.num_train_timesteps):
+            raise SettingError(
+                f"steps = {resolved.steps}: this model's noise schedule has {most}, give fewer"
+            )
+        return resolved
+
+
+def prompts_for(batch: Sequence[list[Ready]], order: Sequence[int]) -> list[ImagePrompt]:
+    """What the items of a batch hear. One that several items hear is projected once."""
+    ready = {id(one): one for item in batch for one in item}
+    made = {key: one.prompt() for key, one in ready.items()}
+    return stack_items([[made[id(one)] for one in item] for item in batch], order)
+
+
+def worded(settings: Resolved, batch: Sequence[int], no_words: str | None) -> dict[str, Any]:
+    """Return the texts of a batch's pictures as diffusers takes them: one for all is encoded once.
+
+    no_words  the negative text where none is given; None: left out
+    """
+    negative: Any = settings.negative_prompt or no_words
+    if isinstance(settings.prompt, str):
+        texts, each = settings.prompt, len(batch)
+    else:
+        texts, each = [settings.prompt[i // settings.num_images] for i in batch], 1
+        negative = None if negative is None else [negative] * len(batch)
+    said = {} if negative is None else {"negative_prompt": negative}
+    return {"prompt": texts, "num_images_per_prompt": each, **said}
+
+
+SAID = {  # of a diffusers pipeline's call: what says it here
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "num_images_per_prompt": "num_images",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "generator": "seed",
+    "width": "width",
+    "height": "height",
+    "strength": "strength",
+    "callback_on_step_end": "on_step",
+    "controlnet_conditioning_scale": "control_scale",
+}
+
+
+def own_options(
+    options: dict[str, Any] | None, pipeline: Any, settings: Resolved
+) -> dict[str, Any]:
+    """`pipeline_options` of a call, checked."""
+    options = options or {}
+    takes = inspect.signature(pipeline.__call__).parameters
+    if unknown := [name for name in options if name not in takes]:
+        raise SettingError(
+            f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} takes "
+            f"none{near(unknown[0], takes)}"
+        )
+    if taken := [name for name in options if name in SAID]:
+        raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {SAID[taken[0]]}")
+    if settings.image_guidance is not None and options.get("guidance_rescale"):
+        raise SettingError(
+            "image_guidance and guidance_rescale do not go together: the latter would measure "
+            "another prediction"
+        )
+    return options
+
+
+def keep_outside(made: Image.Image, start: Start) -> Image.Image:
+    """The redrawn part of `made` on the untouched rest of the picture it started from, where there
+    is a mask.
+    """
+    if start.init is None or start.mask is None:
+        return made
+    first, mask = (
+        picture.resize(made.size, Image.Resampling.LANCZOS) for picture in (start.init, start.mask)
+    )
+    return Image.composite(made, first, mask)
+
+
+def check_device(name: str) -> str:
+    """The device's name; SettingError unless it computes."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # unknown, not there, or not in this build of torch
+        raise SettingError(
+            f"device {name!r} cannot be used here, {default_device()} can ({first_line(error)})"
+        ) from error
+    return name
+
+
+def default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def followed(
+    pipeline: Any, seat: Seat, report: Callable[[int], None], steps: int
+) -> dict[str, Any]:
+    """Return the option of a pipeline's call that reports every step, and tells the seat of the
+    last.
+    """
+
+    def after(step: int, steps: int) -> None:
+        report(step + 1)
+        if step + 1 >= steps:
+            seat.end_loop()
+
+    def callback(own: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        after(step, own.num_timesteps)
+        return tensors
+
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "callback_on_step_end" in takes:
+        return {"callback_on_step_end": callback}
+    return {"callback": lambda step, *_: after(step, steps)} if "callback" in takes else {}
+
+
+class Job(NamedTuple):
+    """A call that is ready to be made.
+
+    options  of diffusers' pipeline, beside texts and numbers
+    rounds   numbers of the pictures that are made at once
+    filled   how many a round is filled up to
+    guided   whether there is classifier-free guidance
+    """
+
+    settings: Resolved
+    pipeline: Any
+    options: dict[str, Any]
+    start: Start
+    heard: list[list[Ready]]
+    rounds: list[range]
+    filled: int
+    guided: bool

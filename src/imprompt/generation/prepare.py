@@ -1,0 +1,249 @@
+"""An adapter attached to a base model, with its image encoder: references -> image tokens -> image
+prompts.
+
+Shape letters as in `imprompt.adapter`; K pictures.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from imprompt.adapter import IPAdapter
+from imprompt.checkpoints.adapters import AdapterFile, build_adapter, read_adapter
+from imprompt.encoders.embedding_files import Reads
+from imprompt.encoders.feature_cache import Store
+from imprompt.encoders.matching import load_encoder
+from imprompt.encoders.noise import Noise
+from imprompt.errors import SettingError
+from imprompt.families.base import family_of
+from imprompt.generation.combine import (
+    as_mask,
+    combine,
+    concat,
+    pushed_away,
+    regions,
+    scale_table,
+    scaled,
+)
+from imprompt.generation.features import Features, Reader
+from imprompt.generation.memory import Savers
+from imprompt.generation.references import AdapterChoice, Reference, plain_picture
+from imprompt.models import KnownModel, find_adapter
+from imprompt.prompt import ImagePrompt
+
+
+class Circumstances(NamedTuple):
+    """What all references of a call share.
+
+    scale    of references that say none
+    size     rows and columns of the latents
+    seed     of noise that a picture is made
+    nulls    image tokens (1, N, D) of "no image", by adapter and `face_scale`: encoded once
+    """
+
+    guided: bool
+    scale: float
+    overlap: str
+    size: tuple[int, int]
+    timesteps: int
+    seed: int
+    nulls: dict[tuple["Attached", float], Tensor]
+
+
+class Ready(NamedTuple):
+    """A reference made ready: all but its keys and values, which are projected when its turn
+    comes.
+    """
+
+    by: "Attached"
+    tokens: Tensor  # (1, N, D)
+    null: Tensor | None  # the same of what guidance goes away from; None without guidance
+    bias: Tensor | None  # (1, N)
+    scale: Tensor  # (sites, 1) or (sites, 1, T)
+    away: Tensor  # (sites,): see `blocks.BlockMap`
+    mask: Tensor | None  # (1, h, w)
+    embeds_scaling: str
+
+    @property
+    def audible(self) -> bool:
+        """Whether it has any strength, anywhere, at any time."""
+        return bool(self.scale.any())
+
+    def prompt(self) -> ImagePrompt:
+        """For one item, its unconditional half first where there is guidance."""
+        prompt = self.by.adapter.prompt(self.tokens, self.null)
+        made = scaled(prompt.with_scale(self.scale), self.embeds_scaling)
+        bias = self.bias if self.bias is None or self.null is None else self.bias.expand(2, -1)
+        mask = None if self.mask is None else self.mask.to(self.tokens.device)
+        return pushed_away(made._replace(bias=bias, mask=mask), self.away, self.null is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """One adapter of a pipeline, with what reads its features. `name` is the user's for it."""
+
+    adapter: IPAdapter
+    reader: Reader
+
+    @property
+    def name(self) -> str:
+        return self.reader.name
+
+    def hear(self, reference: Reference, call: Circumstances) -> Ready:
+        """Encode a reference, after what it says was checked."""
+        block, table = scale_table(
+            list(self.adapter.injection.layers),
+            call.scale if reference.scale is None else reference.scale,
+            reference.blocks,
+            reference.boost,
+            reference.start,
+            reference.end,
+            reference.easing,
+            call.timesteps,
+        )
+        mask = (
+            None
+            if reference.mask is None
+            else F.interpolate(
+                as_mask(plain_picture(reference.mask))[None], call.size, mode="area"
+            )[0]
+        )
+        tokens, bias = self.combined(reference)
+        null = self.null_tokens(reference, call, tokens.shape[1]) if call.guided else None
+        return Ready(self, tokens, null, bias, table, block.away, mask, reference.embeds_scaling)
+
+    def combined(self, reference: Reference) -> tuple[Tensor, Tensor | None]:
+        """The image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard
+        alike.
+        """
+        features, weights = self.reader.features(reference)
+        parts = features if isinstance(features, tuple) else (features,)
+        left, weights = combine(tuple(part.float() for part in parts), reference.combine, weights)
+        return concat(self.tokens(left, reference), weights)
+
+    def tokens(self, features: Features, reference: Reference | None = None) -> Tensor:
+        """Features (K, ...) -> image tokens (K, N, D)."""
+        parts = features if isinstance(features, tuple) else (features,)
+        device = next(self.adapter.projection.parameters()).device
+        if reference is not None and reference.face_scale != 1:
+            parts = *parts, torch.tensor(reference.face_scale)
+        return self.adapter.tokens(tuple(part.to(device) for part in parts))
+
+    def null_tokens(self, reference: Reference, call: Circumstances, count: int) -> Tensor:
+        """So many image tokens (1, count, D) of what guidance goes away from: "no image", or the
+        reference's negative.
+        """
+        if reference.negative is None:
+            which = self, reference.face_scale
+            if which not in call.nulls:
+                call.nulls[which] = self.tokens(self.reader.null_features(), reference)
+            return repeated(call.nulls[which], count)
+        if isinstance(reference.negative, Noise):
+            features = self.reader.noise_features(reference, reference.negative, call.seed)
+        else:
+            face = "largest" if self.reader.variant.faces else None
+            features = combine(
+                self.reader.features(Reference(images=reference.negative, face=face))[0], "average"
+            ).features
+        return repeated(self.tokens(features, reference), count)
+
+
+def repeated(tokens: Tensor, count: int) -> Tensor:
+    """(1, N, D) -> (1, count, D): pictures together have several pictures' tokens."""
+    return tokens.repeat(1, count // tokens.shape[1], 1)
+
+
+def share_overlaps(ready: Sequence[Ready], overlap: str) -> list[Ready]:
+    """What one result hears, where the masks of those overlap that are heard at all: see
+    `controls.regions`.
+    """
+    if overlap == "add" or all(one.mask is None for one in ready):
+        return list(ready)
+    masks = iter(regions([one.mask for one in ready if one.audible], overlap))
+    return [one._replace(mask=next(masks)) if one.audible else one for one in ready]
+
+
+class Opened(NamedTuple):
+    """An adapter's file and its image encoder, before there is a base model."""
+
+    choice: AdapterChoice
+    file: AdapterFile
+    encoder: Any
+    name: str
+
+    @classmethod
+    def read(
+        cls,
+        choice: AdapterChoice,
+        model: KnownModel,
+        faces: Any,
+        device: str,
+        dtype: torch.dtype,
+        keep: Store | None,
+        savers: Savers,
+    ) -> Self:
+        """See `ImagePromptPipeline.from_pretrained` for the errors."""
+        path, told, variant = find_adapter(model, choice.adapter)
+        file = read_adapter(path, choice.variant or variant or None)
+        encoder = load_encoder(
+            file, told, model, choice.encoder, device, dtype, keep, savers.send_away, faces
+        )
+        return cls(choice, file, encoder, choice.known_as or next(iter(model.adapters), ""))
+
+    def attach(self, model: Any, dtype: torch.dtype) -> Attached:
+        live = build_adapter(self.file, family_of(model)).attach(model)
+        live.image_kv.to(
+            dtype
+        )  # the projection stays in float32: a resampler's values leave float16's range
+        if live.low_rank is not None:
+            live.low_rank.to(dtype).strength = self.choice.lora_scale
+        return Attached(
+            live, Reader(self.encoder, self.file.variant, self.name, Reads.of(self.file))
+        )
+
+
+@contextmanager
+def joined_to(model: Any, opened: Sequence[Opened], dtype: torch.dtype) -> Iterator[list[Attached]]:
+    """The adapters attached to `model`; it is given back as it was if anything fails inside.
+
+    SettingError for a name twice.
+    """
+    name, often = Counter(one.name for one in opened).most_common(1)[0]
+    if often > 1:
+        raise SettingError(
+            f"two adapters are called {name!r}: name them apart, by AdapterChoice(adapter=..., "
+            "name=...)"
+        )
+    with ExitStack() as undo:
+        attached = []
+        for one in opened:
+            attached.append(one.attach(model, dtype))
+            undo.callback(attached[-1].adapter.detach)
+        yield attached
+        undo.pop_all()
+
+
+def choices(adapter: Any, encoder: str | Path | None, variant: str | None) -> list[AdapterChoice]:
+    """What a user says of adapters, as a list."""
+    several = adapter if isinstance(adapter, list | tuple) else [adapter]
+    if not several:
+        raise SettingError("adapter = []: name at least one, or leave it out for the model's first")
+    if len(several) > 1 and (encoder or variant):
+        raise SettingError(
+            "encoder and variant are for a single adapter: say them for each, with "
+            "AdapterChoice(adapter=..., ...)"
+        )
+    own: dict[str, Any] = {"encoder": None if encoder is None else str(encoder), "variant": variant}
+    return [
+        one
+        if isinstance(one, AdapterChoice)
+        else AdapterChoice(adapter=None if one is None else str(one), **own)
+        for one in several
+    ]

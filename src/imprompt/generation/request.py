@@ -1,0 +1,380 @@
+"""A request as a file or the PNG that it made holds it: enough to repeat a picture bit for bit."""
+
+import json
+import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, PlainValidator, field_serializer, model_validator
+
+from imprompt.errors import ImageError, SettingError, first_line
+from imprompt.files import part_of, written_new, written_whole
+from imprompt.generation.references import (
+    AdapterChoice,
+    AnyItem,
+    AnyPicture,
+    Item,
+    PictureFile,
+    adapters_said,
+    as_told,
+    files_in,
+    plain_picture,
+    with_files,
+)
+from imprompt.generation.settings import Precision, Resolved, Settings
+from imprompt.models import MODELS
+from imprompt.validation import Checked, Flag
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from imprompt.generation.pipeline import ImagePromptPipeline, Job, OnStep, Result
+
+KEY = "imprompt"  # of the PNG's text
+
+
+def one_adapter(names: list[str]) -> str:
+    """Read the adapter of a command line, which can give one only."""
+    if len(names) > 1:
+        raise SettingError(
+            "several adapters: say which of them hears which picture in a request file "
+            "(--request, docs/compose.md)"
+        )
+    return names[0]
+
+
+class Request(Checked, frozen=True):
+    """One call of `imprompt generate`.
+
+    adapter  a name, an `AdapterChoice`, or a list of them
+    images   each a picture, a reference, or a list of what one result follows together
+    only     the one picture of the call to make
+    """
+
+    model: Annotated[
+        str, Field(description="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")
+    ] = "emoji"
+    adapter: Annotated[
+        Any,
+        PlainValidator(adapters_said),
+        Flag(type=list[str], read=one_adapter),
+        Field(description="base, plus, a file, a training run's state, or a Hub file."),
+    ] = None
+    encoder: Annotated[
+        str | None,
+        Field(description="Folder or Hub id of the image encoder, if the adapter does not say."),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Field(description="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
+    ] = None
+    images: list[AnyItem] = Field(default_factory=list, description="Image prompts.")
+    init_image: Annotated[
+        AnyPicture | None,
+        Flag("--init", type=Path),
+        Field(description="Start from this picture (image to image)."),
+    ] = None
+    mask_image: Annotated[
+        AnyPicture | None,
+        Flag("--mask", type=Path),
+        Field(description="Redraw only the white part of --init (inpainting)."),
+    ] = None
+    controlnet: Annotated[
+        str | None,
+        Field(
+            description="The ControlNet that reads --control: emoji's edges (white on black), "
+            "a folder or a Hub id."
+        ),
+    ] = None
+    control_image: Annotated[
+        AnyPicture | None,
+        Flag("--control", type=Path),
+        Field(description="Keep to this picture of edges, depth or the like (ControlNet)."),
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, description="Pictures made at once.")] = 4
+    dtype: Annotated[
+        Precision | None,
+        Field(description="float32, float16 or bfloat16; by the device if not given."),
+    ] = None
+    fast: Annotated[
+        bool, Field(description="Compile the model: slow at first, then faster on a GPU.")
+    ] = False
+    tiling: Annotated[
+        bool, Field(description="Decode pictures one by one and in tiles: less memory.")
+    ] = False
+    quantize: Annotated[
+        Literal["int8", "fp8"] | None,
+        Field(description="int8 or fp8: the base model's matrices in 8 bits."),
+    ] = None
+    settings: Settings = Settings()
+    only: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if not self.images or not all(self.images):
+            raise SettingError("no image prompt was given: name at least one picture")
+        if self.mask_image and not self.init_image:
+            raise SettingError(
+                "a mask says what to redraw of a picture: give that picture too (--init)"
+            )
+        if bool(self.controlnet) != bool(self.control_image):
+            raise SettingError(
+                "a control image and a ControlNet go together: give both, or neither "
+                "(--control, --controlnet)"
+            )
+        return self
+
+    @field_serializer("images")
+    def _told(self, images: list[Item]) -> list[Any]:
+        return [as_told(item) for item in images]
+
+    @property
+    def numbers(self) -> range:
+        """Return the numbers, within the call, of the pictures that the request makes."""
+        if self.only is not None:
+            return range(self.only, self.only + 1)
+        return range((1 if self.settings.together else len(self.images)) * self.settings.num_images)
+
+    def pictures(self) -> list[PictureFile]:
+        """Return every file that the request reads."""
+        return list(files_in(self))
+
+    def changed(self, told: dict[str, Any]) -> Self:
+        """Return the request with other values of some fields, checked anew; SettingError."""
+        return type(self).model_validate(dict(self) | told)
+
+    def alone(self) -> Self:
+        """Return a call that makes nothing but picture `only`, with that picture's text and seed.
+
+        Another batch changes the picture by rounding, and draws other noise for a noise negative.
+        """
+        if self.only is None:
+            return self
+        settings = self.settings
+        items = [self.images] if settings.together else [[item] for item in self.images]
+        number, prompt = self.only // settings.num_images, settings.prompt
+        texts = [prompt] * len(items) if isinstance(prompt, str) else list(prompt)
+        if number >= min(len(items), len(texts)):
+            raise SettingError(f"only = {self.only}: the request makes no such picture")
+        seed = None if settings.seed is None else settings.seed + self.only
+        own = {"prompt": texts[number], "num_images": 1, "seed": seed}
+        return self.changed(
+            {"images": items[number], "settings": dict(settings) | own, "only": None}
+        )
+
+    def load(self, **machine: Any) -> "ImagePromptPipeline":
+        """Load the pipeline that it asks for.
+
+        `machine`: what is not of the request, because it changes no pixels: device, offload,
+        keep_features.
+        """
+        import torch
+
+        from imprompt.generation.pipeline import ImagePromptPipeline
+
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        return ImagePromptPipeline.from_pretrained(
+            self.model,
+            adapter=self.adapter,
+            encoder=self.encoder,
+            variant=self.variant,
+            controlnet=self.controlnet,
+            dtype=dtype,
+            compile=self.fast,
+            tiling=self.tiling,
+            quantize=self.quantize,
+            **machine,
+        )
+
+    def prepare(self, pipeline: "ImagePromptPipeline") -> "Job":
+        """Check the request against a pipeline and encode its image prompts."""
+        return pipeline.prepare(
+            self.images,
+            self.settings,
+            plain_picture(self.init_image),
+            plain_picture(self.mask_image),
+            plain_picture(self.control_image),
+            self.batch_size,
+            self.only,
+        )
+
+    def make(
+        self, pipeline: "ImagePromptPipeline", job: "Job", on_step: "OnStep | None" = None
+    ) -> Iterator[tuple[int, "Image.Image"]]:
+        """Make the pictures of what `prepare` returned: (number, picture) as each is done."""
+        for number, picture in pipeline.make(job, on_step):
+            if self.only in (None, number):
+                yield number, picture
+
+    def run(self, pipeline: "ImagePromptPipeline", on_step: "OnStep | None" = None) -> "Result":
+        """Make all its pictures."""
+        from imprompt.generation.pipeline import Result
+
+        job = self.prepare(pipeline)
+        made = dict(self.make(pipeline, job, on_step))
+        seeds = [job.settings.seed + number for number in made]
+        return Result(list(made.values()), seeds, job.settings)
+
+    def with_hashes(self) -> Self:
+        """Return the request with every file hashed, for any folder to repeat it from."""
+        return with_files(self.beside(Path()), PictureFile.with_hash)
+
+    def beside(self, folder: Path) -> Self:
+        """Return the request read in `folder`: what it names and is there, by an absolute path."""
+
+        def found(name: Any) -> Any:
+            if isinstance(name, list):
+                return [found(one) for one in name]
+            if isinstance(name, AdapterChoice):
+                own = {"adapter": found(name.adapter), "encoder": found(name.encoder)}
+                return name.model_copy(update=own)
+            known = not isinstance(name, str) or name in MODELS or not (folder / name).exists()
+            return name if known else str((folder / name).absolute())
+
+        weights = {
+            name: found(getattr(self, name))
+            for name in ("model", "adapter", "encoder", "controlnet")
+        }
+        moved = with_files(self, lambda file: file.model_copy(update={"path": folder / file.path}))
+        return moved.model_copy(update=weights)
+
+    def text_for(self, number: int, settings: Resolved) -> str:
+        """Return the JSON for the PNG of one picture of the call, every default filled in."""
+        from imprompt import __version__
+
+        whole = self.model_copy(update={"settings": settings, "only": number})
+        told = {"imprompt": __version__, **whole.model_dump(mode="json")}
+        return json.dumps(told, ensure_ascii=False)
+
+
+def read_request(path: Path) -> Request:
+    """Return the request in a TOML or JSON file, or that made a PNG; SettingError or ImageError.
+
+    Paths in a TOML or JSON file are relative to it.
+    """
+    from PIL import Image
+
+    from imprompt.images import open_image
+
+    if path.suffix.lower() in FORMATS:
+        return request_file(path)
+    open_image(path)
+    with Image.open(path) as picture:
+        text = getattr(picture, "text", {}).get(KEY)
+    if text is None:
+        raise ImageError(
+            f"{path} was not made by imprompt, or its metadata was removed: "
+            "it does not say how to repeat it"
+        )
+    try:
+        told = json.loads(text)
+        return Request(**{name: value for name, value in told.items() if name != "imprompt"})
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ImageError(f"{path}: its metadata is damaged") from error
+    except SettingError as error:
+        raise ImageError(
+            f"{path}: its metadata is damaged, or of another imprompt ({error})"
+        ) from error
+
+
+FORMATS = {".toml": tomllib.loads, ".json": json.loads}
+
+
+def request_file(path: Path) -> Request:
+    """Return the request in a TOML or JSON file; SettingError."""
+    try:
+        told = FORMATS[path.suffix.lower()](path.read_text("utf-8"))
+    except OSError as error:
+        raise SettingError(f"{path} cannot be read ({first_line(error)})") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingError(
+            f"{path} is no {path.suffix[1:].upper()}: {first_line(error)}"
+        ) from error
+    if not isinstance(told, dict):
+        raise SettingError(
+            f"{path} holds no request: it is to name settings, such as images = ['cat.png']"
+        )
+    request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
+    return request.beside(path.parent)
+
+
+def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
+    """Write what `request.run` returned; for names and `out` see `write_results`."""
+    numbers = [seed - result.settings.seed for seed in result.seeds]
+    made = zip(numbers, result.images, strict=True)
+    return [path for path, _ in write_results(made, request, result.settings, out)]
+
+
+def write_results(
+    made: Iterable[tuple[int, "Image.Image"]], request: Request, settings: Resolved, out: Path
+) -> Iterator[tuple[Path, int | None]]:
+    """Write each picture as it is made, its request inside, then a grid of several.
+
+    Gives the path of each with its seed, and of the grid with None. For `out` see `results_at`.
+    Only a file that `out` names itself is replaced: all others get names that are free.
+    """
+    from imprompt.images import grid
+
+    folder, named = results_at(out)
+    stem = named or next(files_in(request.images)).path.stem
+    whole = request.with_hashes()
+    pictures = []
+    for number, picture in made:
+        folder.mkdir(parents=True, exist_ok=True)
+        seed, text = settings.seed + number, whole.text_for(number, settings)
+        if named and len(request.numbers) == 1:
+            yield save_png(picture, folder / f"{named}.png", text), seed
+        else:
+            yield save_new(picture, folder / f"{stem}-{seed}.png", text), seed
+        pictures.append(picture)
+    if len(pictures) > 1:
+        columns = settings.num_images if len(request.images) > 1 else None
+        sheet = folder / f"{stem}-{settings.seed}-grid.png"
+        yield save_new(grid(pictures, columns=columns), sheet), None
+
+
+def results_at(out: Path) -> tuple[Path, str]:
+    """Return (folder, name without its ending) of results; SettingError.
+
+    `out` is a folder, then the name is empty, or a name ending in .png.
+    """
+    if out.is_dir() or not out.suffix:
+        return out, ""
+    if out.suffix.lower() != ".png":
+        raise SettingError(f"{out}: results are PNG files; give a name ending in .png, or a folder")
+    return out.parent, out.stem
+
+
+def save_png(picture: "Image.Image", path: Path, text: str | None = None) -> Path:
+    """Write a PNG whole or not at all."""
+    with told(path), written_whole(path) as part:
+        write_png(picture, part, text)
+    return path
+
+
+def save_new(picture: "Image.Image", wanted: Path, text: str | None = None) -> Path:
+    """Write a PNG whole under the wanted name, or the next that is free; return that name."""
+    with told(wanted), part_of(wanted) as part:
+        write_png(picture, part, text)
+        return written_new(part, wanted)
+
+
+def write_png(picture: "Image.Image", path: Path, text: str | None) -> None:
+    """Write a PNG, with a request as its text."""
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_itxt(KEY, text)
+    picture.save(path, "PNG", pnginfo=info)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Raise what keeps a file from being written as ImageError."""
+    try:
+        yield
+    except OSError as error:
+        raise ImageError(f"cannot write {path}: {first_line(error)}") from error

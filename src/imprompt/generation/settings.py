@@ -1,0 +1,107 @@
+"""What a picture was made with: checked once, kept in the PNG, enough to make it again."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from imprompt.validation import Checked, Flag, one_of
+
+MAX_SIDE = 16_384  # pixels
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+def _text(value: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise PydanticCustomError("no_text", "it is no Unicode text")
+    return value
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_prompt, value))
+    if isinstance(value, str):
+        return _text(value)
+    raise PydanticCustomError("string_type", "Input should be a valid string")
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Prompt = Annotated[Any, PlainValidator(_prompt)]  # a text, or several as a tuple
+OverlapName = Literal["add", "normalise"]
+Overlap = Annotated[OverlapName, one_of(OverlapName)]
+
+
+class Settings(Checked, frozen=True):
+    """The numbers and texts of one call, each with its flag of `imprompt generate`.
+
+    `steps`, `guidance`, `width` and `height` of None are the model's own. `prompt` is one text for
+    all results, or one for each image prompt.
+    """
+
+    prompt: Annotated[Prompt, Field(description="Text that goes with the image prompt.")] = ""
+    negative_prompt: Annotated[
+        Text, Flag("--negative"), Field(description="Text that guidance goes away from.")
+    ] = ""
+    scale: Annotated[
+        float,
+        Field(ge=-10, le=10, description="Strength of the image prompt; about 0.5 with a text."),
+    ] = 1.0
+    num_images: Annotated[
+        int, Flag(short="-n"), Field(ge=1, le=10_000, description="Results per image prompt.")
+    ] = 1
+    steps: Annotated[
+        int | None,
+        Field(ge=1, le=10_000, description="Sampling steps; the model's own if not given."),
+    ] = None
+    guidance: Annotated[
+        float | None,
+        Field(ge=0, le=1000, description="Guidance scale; the model's own if not given."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Field(ge=0, lt=2**63 - 10_000, description="Result i has seed + i; random if not given."),
+    ] = None
+    width: Annotated[
+        int | None,
+        Field(ge=8, le=MAX_SIDE, description="Pixels; the model's own if not given."),
+    ] = None
+    height: Annotated[
+        int | None,
+        Field(ge=8, le=MAX_SIDE, description="Pixels; the model's own if not given."),
+    ] = None
+    strength: Annotated[
+        float, Field(gt=0, le=1, description="How much of --init is redrawn, to 1: all.")
+    ] = 0.8
+    together: Annotated[
+        bool, Field(description="Let every result follow all image prompts at once.")
+    ] = False
+    image_guidance: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            le=1000,
+            description="Guidance scale of the image; --guidance is then of the text alone.",
+        ),
+    ] = None
+    control_scale: Annotated[
+        float, Field(ge=0, le=10, description="Strength of the ControlNet.")
+    ] = 1.0
+    overlap: Annotated[
+        Overlap,
+        Field(description="Where the regions of one result overlap: add, or normalise."),
+    ] = "add"
+
+
+class Resolved(Settings, frozen=True):
+    """Settings with every default filled in."""
+
+    steps: int = 50
+    guidance: float = 7.5
+    seed: int = 0
+    width: int = 512
+    height: int = 512
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (width, height)."""
+        return self.width, self.height

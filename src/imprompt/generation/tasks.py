@@ -1,0 +1,140 @@
+"""Which of diffusers' pipelines does what, over the networks of one that is loaded: from text, from
+a picture, with ControlNet.
+"""
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
+from imprompt.families.base import TaskTable, base_of, family_of
+from imprompt.generation.memory import Savers
+from imprompt.generation.settings import Resolved
+from imprompt.models import KnownModel, Place, may_be_on_hub
+
+FLAGS = (
+    "requires_safety_checker",
+    "force_zeros_for_empty_prompt",
+)  # of a pipeline's constructor, beside its components
+
+
+class Start(NamedTuple):
+    """The pictures that a call starts from or keeps to, beside its image prompts."""
+
+    init: Image.Image | None = None
+    mask: Image.Image | None = None  # what of `init` is drawn anew
+    control: Image.Image | None = None  # what ControlNet reads: edges, depth, ...
+
+
+def task(
+    pipeline: Any, start: Start, settings: Resolved, controlnet: Any, savers: Savers
+) -> tuple[Any, dict[str, Any]]:
+    """The pipeline for the call, over the same networks, and what it takes beside the prompts.
+
+    SettingError.
+    """
+    if start.control is not None and controlnet is None:
+        raise SettingError(
+            "a control image and a ControlNet go together: open the model with controlnet=...; a "
+            "pipeline of your own that has one "
+            "takes its picture in pipeline_options"
+        )
+    if start.init is None and start.mask is not None:
+        raise SettingError(
+            "mask_image says what to redraw of a picture: give that picture as init_image"
+        )
+    if start.init is None:
+        control = "image"  # the name by which each of these pipelines takes it
+        kind, options = "text", {}
+    else:
+        if int(settings.steps * settings.strength) < 1:
+            raise SettingError(
+                f"strength {settings.strength} of {settings.steps} steps leaves no step to run: "
+                "raise either"
+            )
+        control = "control_image"
+        kind, options = (
+            "image",
+            {"image": resized_to(start.init, settings), "strength": settings.strength},
+        )
+        if start.mask is not None:
+            kind, options = "inpaint", options | {"mask_image": resized_to(start.mask, settings)}
+    if start.control is not None:
+        options |= {
+            control: resized_to(start.control, settings),
+            "controlnet_conditioning_scale": settings.control_scale,
+        }
+    chosen = as_pipeline(pipeline, kind, controlnet, savers)
+    takes = inspect.signature(chosen.__call__).parameters
+    size = {"width": settings.width, "height": settings.height}
+    return chosen, options | {name: side for name, side in size.items() if name in takes}
+
+
+def resized_to(picture: Image.Image, settings: Resolved) -> Image.Image:
+    return picture.resize(settings.size, Image.Resampling.LANCZOS)
+
+
+def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: Savers) -> Any:
+    """Return the pipeline for a kind of task, named as in `Tasks`, over the same networks."""
+    own = type(pipeline).__name__
+    table = family_of(base_of(pipeline)).pipelines.get(own, TaskTable())
+    names = table.plain if controlnet is None else table.controlled
+    name = getattr(names, kind, "")
+    if name == own or (kind == "text" and controlnet is None):
+        return pipeline
+    if not name:
+        with_what = "from text" if kind == "text" else "from pictures"
+        raise SettingError(
+            f"a {own} has its own way to start {with_what}: give pictures in pipeline_options"
+        )
+    flags = {flag: value for flag, value in pipeline.config.items() if flag in FLAGS}
+    extra = {} if controlnet is None else {"controlnet": controlnet}
+    other = getattr(import_module("diffusers"), name)(**pipeline.components, **flags, **extra)
+    other.set_progress_bar_config(disable=True)
+    savers.again(other)
+    return other
+
+
+def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dtype) -> Any:
+    """A ControlNet for the pipeline's base model, on the CPU: one of the model's by name, a folder,
+    or a Hub id.
+
+    CheckpointError, or MismatchError if it was made for another base model.
+    """
+    from diffusers.models.controlnets.controlnet import ControlNetModel
+
+    if name not in model.controlnets and not Path(name).is_dir() and not may_be_on_hub(name):
+        known = f"one of {', '.join(model.controlnets)}, " if model.controlnets else ""
+        raise SettingError(
+            f"no ControlNet {name!r} for {model.name}: give {known}a folder, or a Hub id owner/name"
+        )
+    place = model.controlnets.get(name) or Place(name)
+    source, subfolder = place.fetch_folder()
+    try:
+        net: Any = ControlNetModel.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
+    except Exception as error:  # a folder can be wrong in any way
+        raise CheckpointError(
+            f"no ControlNet can be loaded from {place} ({first_line(error)})"
+        ) from error
+    sizes = {
+        what: (net.config[what], base_of(pipeline).config[what])
+        for what in ("cross_attention_dim", "block_out_channels")
+    }
+    shrinks = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
+    sizes["pixels a latent"] = shrinks, pipeline.vae_scale_factor
+    for what, (theirs, ours) in sizes.items():
+        if listed(theirs) != listed(ours):
+            raise MismatchError(
+                f"the ControlNet {name} was made for a base model with {what} {theirs}; this one "
+                f"has {ours}"
+            )
+    return net.eval().requires_grad_(False)
+
+
+def listed(value: Any) -> Any:
+    """A configuration's tuple is a list after it was read from a file."""
+    return list(value) if isinstance(value, list | tuple) else value

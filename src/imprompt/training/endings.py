@@ -1,0 +1,104 @@
+"""What ends a training run before its last step, and how that is told.
+
+A run's folder has one process that writes.
+"""
+
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import current_thread, main_thread
+from typing import NoReturn
+
+from filelock import FileLock, Timeout
+from torch.distributed import DistError
+
+from imprompt.errors import ImpromptError, SettingError, first_line
+from imprompt.training.step import Diverged
+
+
+class Terminated(BaseException):
+    """SIGTERM came; no error that the step at hand could deal with."""
+
+
+@contextmanager
+def ends_told(output: Path) -> Iterator[None]:
+    """What ends a run before its last step, as an error that says how to go on.
+
+    Launchers send SIGTERM to the processes that are left when one has ended, schedulers before they
+    take the machine.
+    """
+
+    def end(*_: object) -> NoReturn:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # the first is enough: what follows is told in peace
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end) if current_thread() is main_thread() else None
+    try:
+        yield
+    except Terminated as error:
+        raise ImpromptError(f"{TOLD}. {left(output)}") from error
+    except Diverged as error:
+        raise ImpromptError(f"{error}. {left(output)}") from error
+    except RuntimeError as error:
+        if (what := end_of_another(error)) is None:
+            raise
+        raise ImpromptError(f"{what}. {left(output)}") from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def left(output: Path) -> str:
+    """What there is to go on from."""
+    latest = output / "latest"
+    if not latest.exists():
+        return "No state was saved yet; the same command starts again"
+    return f"The last good state is {latest.resolve()}; the same command goes on from there"
+
+
+TOLD = "this process was told to end (SIGTERM), as when another of its run has"
+# How gloo, NCCL and the store that processes meet in say that the process at the other end is gone
+# or silent.
+LOST = re.compile(
+    r"connection (was likely )?(closed|reset|refused)|broken pipe|remote "
+    r"p(rocess|eer)|aborted|time(d |-)?out",
+    re.I,
+)
+
+
+def end_of_another(error: RuntimeError) -> str | None:
+    """Which process ended, if `error` says that one did.
+
+    Gloo's errors have no type of their own, but name its source.
+    """
+    said = str(error)
+    why = re.sub(
+        r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error)
+    )  # without gloo's source and guesses
+    if said.startswith("DataLoader worker"):
+        return (
+            TOLD
+            if "signal: Terminated" in said
+            else f"a process that reads samples has ended ({why})"
+        )
+    distributed = isinstance(error, DistError) or "/gloo/transport/" in said
+    return (
+        f"another process of this run has ended ({why})"
+        if distributed and LOST.search(said)
+        else None
+    )
+
+
+def claimed(output: Path) -> FileLock:
+    """The sole right to write into a run's folder, which ends with this process at the latest."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(output / ".lock", blocking=False).acquire().lock
+    except Timeout as error:
+        raise SettingError(
+            f"another process is training into {output}: wait for it, or give another output"
+        ) from error

@@ -1,0 +1,190 @@
+"""Training pictures in files, named by a listing: a folder's metadata.jsonl, or the paper's JSON
+list.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imprompt.errors import SettingError
+from imprompt.images import open_mask
+from imprompt.training.recipe import Data
+from imprompt.training.samples import (
+    BadSample,
+    Names,
+    PictureOpener,
+    Sample,
+    Size,
+    Source,
+    caption,
+    first_of,
+    given_size,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ListingRow:
+    """One picture of a listing; what the user wrote, joined to the folder."""
+
+    picture: str
+    references: tuple[str, ...]
+    text: str | None
+    size: Size | None
+    mask: str | None
+
+
+class Listing:
+    """Pictures in files, named by a listing; it holds one row each."""
+
+    bad_shards: Sequence[BadSample] = ()
+
+    def __init__(self, rows: Sequence[ListingRow], captions_required: bool) -> None:
+        self.rows, self.captions_required = rows, captions_required
+        self.shards: Sequence[int] = (len(rows),)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.rows[index].picture
+
+    def read(self, index: int) -> Sample:
+        row, name = self.rows[index], self.name(index)
+        text = caption(name, row.text, self.captions_required)
+        target = self._target(index)
+        if not os.path.exists(row.picture):
+            target()  # says what is wrong
+        references = tuple(
+            PictureOpener(name, f"the reference {path}", Path(path)) for path in row.references
+        )
+        mask = (
+            None
+            if row.mask is None
+            else PictureOpener(name, f"the mask {row.mask}", Path(row.mask), open_mask)
+        )
+        return Sample(name, target, references or (target,), text, mask)
+
+    def size(self, index: int) -> Size:
+        return self.rows[index].size or self._target(index).size()
+
+    def _target(self, index: int) -> PictureOpener:
+        return PictureOpener(self.name(index), "the file", Path(self.name(index)))
+
+
+def parse_row(item: Any, names: Names, root: str) -> ListingRow:
+    """One entry of a listing; ValueError with words for what is wrong with its form."""
+    if not isinstance(item, dict):
+        raise ValueError(f"a {type(item).__name__} where an object is due")
+    parts = (names.image, names.text, names.reference, names.mask)
+    picture, text, references, mask = (first_of(item, part) for part in parts)
+    references = [references] if isinstance(references, str) else references or []
+    if not (isinstance(picture, str) and picture):
+        raise ValueError(f"no text under {' or '.join(names.image)}, which names the picture")
+    if not isinstance(text, str | None):
+        raise ValueError(f"{' or '.join(names.text)} is no text")
+    if not (
+        isinstance(references, list) and all(isinstance(path, str) and path for path in references)
+    ):
+        raise ValueError(
+            f"{' or '.join(names.reference)} is neither a file name nor a list of them"
+        )
+    if mask is not None and not (isinstance(mask, str) and mask):
+        raise ValueError(f"{' or '.join(names.mask)} is no file name")
+    target, *others = (os.path.join(root, path) for path in (picture, *references))
+    return ListingRow(
+        target, tuple(others), text, given_size(item), mask and os.path.join(root, mask)
+    )
+
+
+def read_listing(
+    path: Path,
+    entries: Callable[[Path], Iterator[tuple[str, Any]]],
+    form: str,
+    names: Names,
+    root: Path,
+) -> list[ListingRow]:
+    """All rows of a listing; SettingError, with the place in it, if one is not of the form."""
+    rows = []
+    for place, item in entries(path):
+        try:
+            rows.append(parse_row(item, names, str(root)))
+        except ValueError as error:
+            raise SettingError(f"{path}, {place}: {error}; entries look like {form}") from error
+    if not rows:
+        raise SettingError(f"{path} lists no pictures; entries look like {form}")
+    if names.mask and not any(row.mask for row in rows):
+        raise SettingError(
+            f"{path} names no masks: data.columns.mask = {','.join(names.mask)!r} is in none of "
+            "its entries"
+        )
+    return rows
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every line that is not blank."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", parse_json(line, path, number)
+
+
+def json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every element."""
+    items = parse_json(read_text(path), path)
+    if not isinstance(items, list):
+        raise SettingError(f"{path} holds a {type(items).__name__}, not a list of pictures")
+    yield from ((f"entry {number}", item) for number, item in enumerate(items, 1))
+
+
+def read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")  # some editors begin a file with a mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SettingError(f"{path}, line {line}: no UTF-8 text") from error
+
+
+def parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """The value of a text that begins at `line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SettingError(
+            f"{path}, line {line + error.lineno - 1}: no JSON ({error.msg} at column {error.colno})"
+        ) from error
+    except RecursionError as error:
+        raise SettingError(f"{path}, line {line}: nested too deep") from error
+
+
+FOLDER_FORM = '{"file_name": "0001.png", "text": "a cat"}'
+LIST_FORM = '{"image_file": "0001.png", "text": "a cat"}'
+
+
+def open_folder(data: Data) -> Source:
+    """The Hub's imagefolder: pictures and a metadata.jsonl."""
+    root = Path(data.source)
+    listing = root / "metadata.jsonl"
+    if not listing.is_file():
+        others = f"for tar shards give {root}/*.tar, for another metadata file hub:{root}"
+        raise SettingError(
+            f"{root} holds no metadata.jsonl with a line like {FOLDER_FORM} per picture; {others}"
+        )
+    # the latter two are imagefolder's own
+    references = "reference,references,reference_file_name,reference_file_names"
+    names = Names.of(data.columns, "file_name", "text", references)
+    return Listing(
+        read_listing(listing, json_lines, FOLDER_FORM, names, root), data.captions == "required"
+    )
+
+
+def open_list(data: Data) -> Source:
+    """The paper's list of pictures."""
+    listing = Path(data.source)
+    if not listing.is_file():
+        raise SettingError(f"data.source = {data.source!r}: there is no such file")
+    names = Names.of(data.columns, "image_file", "text", "reference_file,reference_files")
+    rows = read_listing(listing, json_list, LIST_FORM, names, data.root or listing.parent)
+    return Listing(rows, data.captions == "required")

@@ -1,0 +1,207 @@
+"""Everything that a training run is put together from, by its recipe.
+
+Shape letters as in `imprompt.training.features`.
+"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from PIL import Image
+
+from imprompt.adapter import IPAdapter
+from imprompt.checkpoints.adapters import Origin
+from imprompt.errors import ImpromptError, SettingError
+from imprompt.families.base import base_of, family_of
+from imprompt.files import check_folder
+from imprompt.training.batches import Composer, SampleReader, Share
+from imprompt.training.features import FeatureEncoder
+from imprompt.training.model import (
+    AdaptedModel,
+    best_device,
+    measure_model,
+    open_base,
+    open_frozen,
+    precision,
+    prepare_base,
+    start_adapter,
+)
+from imprompt.training.objective import Objective
+from imprompt.training.recipe import Recipe
+from imprompt.training.samples import BadSample, Source
+from imprompt.training.sources import open_source
+from imprompt.training.state import State, load_state
+from imprompt.training.step import Trainer
+from imprompt.training.supply import (
+    Supply,
+    encode_features,
+    have_features,
+    read_features,
+    read_pictures,
+)
+from imprompt.training.validation import Validator
+
+PATIENCE = timedelta(
+    hours=2
+)  # with a process at work alone: the first one validates, or one has more to encode than others
+OnEncoded = Callable[[int, int], None]  # (samples done, samples in all)
+
+
+@dataclass
+class Setup:
+    """What a run holds.
+
+    state      that it goes on from; None: it starts
+    frozen     the models around the base, as far as this run needs them
+    base       the frozen model that is adapted
+    twin       an adapter on the CPU: what is saved, and what validation hears with
+    layers     names of the base's cross-attentions
+    validator  None where this process does not validate
+    """
+
+    recipe: Recipe
+    state: State | None
+    accelerator: Any
+    frozen: FeatureEncoder | None
+    base: Any
+    twin: IPAdapter
+    layers: list[str]
+    trainer: Trainer
+    supply: Supply
+    origin: Origin
+    validator: Validator | None
+
+    @property
+    def main(self) -> bool:
+        """Return whether this process writes."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it trains."""
+        return self.accelerator.device
+
+
+def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
+    """Put a run together; whatever is wrong with the recipe is told here, the cheapest first."""
+    check_folder(recipe.output)
+    measured = measure_model(recipe)
+    # What is wrong with the set is told before the models are loaded.
+    source = None if have_features(recipe) else open_source(recipe.data)
+    state = load_state(recipe.output, recipe)
+    accelerator = open_accelerator(recipe)
+    share = share_of(recipe, accelerator)
+    pipeline, frozen = open_models(recipe, source, accelerator, share, on_encoded)
+    reader: SampleReader
+    if recipe.data.features is not None:
+        reader = read_features(recipe, measured)
+        nulls, identity, online = reader.nulls, reader.identity, None
+    else:
+        assert frozen is not None
+        assert source is not None
+        reader = read_pictures(recipe, source, measured, frozen)
+        nulls, identity, online = frozen.nulls(), frozen.identity(recipe.data), frozen
+    base, device = base_of(pipeline), accelerator.device
+    adapter = start_adapter(recipe, base, nulls["image"].shape[-1])
+    twin = deepcopy(adapter)
+    objective = Objective(pipeline.scheduler, recipe.noise)
+    model = AdaptedModel(prepare_base(base, recipe.optimization, device), adapter)
+    compose = Composer(nulls, device, measured.scaling, measured.shift, online)
+    supply = Supply(
+        reader, recipe.data, recipe.seed, share, recipe.optimization.batch_size, compose
+    )
+    origin = Origin(
+        base=recipe.model,
+        encoder=identity["encoder"],
+        encoder_fingerprint=identity["encoder_fingerprint"],
+        prediction_type=objective.prediction_type,
+        licence=recipe.licence,
+    )
+    validator = None
+    if recipe.validation.every is not None and accelerator.is_main_process:
+        assert frozen is not None
+        held_out = pictures(source or open_source(recipe.data), supply.held_out.tolist())
+        validator = Validator(
+            recipe, pipeline, frozen.encoder, frozen.variant, twin.attach(base), held_out
+        )
+    trainer = Trainer(accelerator, model, objective, recipe.optimization)
+    layers = list(family_of(base).layers(base))
+    return Setup(
+        recipe, state, accelerator, frozen, base, twin, layers, trainer, supply, origin, validator
+    )
+
+
+def open_accelerator(recipe: Recipe) -> Any:
+    """Open accelerate's Accelerator, by which processes work together.
+
+    SettingError for an engine that does not fit.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    kind = precision(recipe, best_device())
+    accelerator = Accelerator(
+        mixed_precision="fp16" if kind == "fp16" else "no",
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    # one that ended sooner, of a wrong recipe, would break the others' start
+    accelerator.wait_for_everyone()
+    check_engine(accelerator)
+    return accelerator
+
+
+def check_engine(accelerator: Any) -> None:
+    """SettingError for a launcher's engine whose states could not be put together here."""
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise SettingError(
+            f"the launcher asks for {kind}: training runs on DDP (the default) or FSDP2 "
+            "(accelerate launch --use_fsdp "
+            "--fsdp_version 2); an adapter's weights and optimizer are small enough for either"
+        )
+
+
+def share_of(recipe: Recipe, accelerator: Any) -> Share:
+    """Return this process's share of every batch."""
+    plan, ranks = recipe.optimization, accelerator.num_processes
+    if plan.batch_size % (ranks * plan.accumulate):
+        raise ImpromptError(
+            f"optimization.batch_size = {plan.batch_size} cannot be shared by {ranks} processes in "
+            f"{plan.accumulate} "
+            f"parts each: give a multiple of {ranks * plan.accumulate}"
+        )
+    return Share(accelerator.process_index, ranks, plan.accumulate)
+
+
+def open_models(recipe: Recipe, source: Source | None, accelerator: Any, share: Share,
+                on_encoded: OnEncoded) -> tuple[Any, FeatureEncoder | None]:  # fmt: skip
+    """Open the base model's pipeline, and the frozen models around it as far as this run needs
+    them; encode what is not yet.
+    """
+    device, cached = accelerator.device, recipe.data.features is not None
+    if cached and any(gathered([source is not None])):
+        encoders = open_frozen(recipe, open_base(recipe, device, whole=True))
+        encode_features(recipe, source or open_source(recipe.data), encoders, share, on_encoded)
+        accelerator.wait_for_everyone()
+    around = not cached or recipe.validation.every is not None
+    pipeline = open_base(recipe, torch.device("cpu") if cached else device, whole=around)
+    return pipeline, open_frozen(recipe, pipeline) if around else None
+
+
+def gathered(mine: list[Any]) -> list[Any]:
+    """Return the lists of all processes, joined."""
+    from accelerate.utils import gather_object
+
+    return gather_object(mine)
+
+
+def pictures(source: Source, numbers: list[int]) -> Iterator[Image.Image]:
+    """Open the first reference of those samples that can be read."""
+    for index in numbers:
+        try:
+            yield source.read(index).references[0]()
+        except BadSample:
+            continue

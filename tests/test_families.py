@@ -1,0 +1,194 @@
+"""Every family: the base model is itself when idle, each layer conditions, gradients reach the
+adapter.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+
+from imprompt.adapter import ImageProjection, IPAdapter
+from imprompt.errors import MismatchError
+from imprompt.families.base import FAMILIES, family_of
+from tests.tiny import noise_inputs, seeded, smallest_unet, tiny_flux_model, tiny_pixart_model
+
+FEATURES = 12
+
+
+class Tiny(NamedTuple):
+    """A tiny random model of one family, and the arguments of a call of two rows."""
+
+    model: Any
+    inputs: Mapping[str, Any]
+
+
+def unet() -> Tiny:
+    model = smallest_unet()
+    return Tiny(model, noise_inputs(model, 2))
+
+
+def pixart() -> Tiny:
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 12, 8),
+        "encoder_hidden_states": torch.randn(2, 6, 8),
+        "timestep": torch.tensor([500, 700]),
+        "encoder_attention_mask": torch.tensor([[1] * 5 + [0], [1] * 6]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    return Tiny(tiny_pixart_model(caption_channels=8), inputs)
+
+
+def flux() -> Tiny:
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(4), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
+    inputs = {
+        "hidden_states": torch.randn(2, 24, 4),
+        "encoder_hidden_states": torch.randn(2, 6, 32),
+        "pooled_projections": torch.randn(2, 32),
+        "img_ids": places.float(),
+        "txt_ids": torch.zeros(6, 3),
+        "timestep": torch.tensor([0.5, 0.7]),
+    }
+    return Tiny(tiny_flux_model(in_channels=4, pooled_projection_dim=32), inputs)
+
+
+TINY: dict[str, Callable[[], Tiny]] = {"unet": unet, "pixart": pixart, "flux": flux}
+
+
+def test_every_family_is_tested() -> None:
+    assert TINY.keys() == FAMILIES.keys()
+
+
+@pytest.fixture(params=TINY)
+def tiny(request: pytest.FixtureRequest) -> Tiny:
+    with seeded(0):
+        made = TINY[request.param]()
+    assert family_of(made.model).name == request.param
+    return made
+
+
+def adapter_for(model: Any) -> IPAdapter:
+    family = family_of(model)
+    width = family.size(next(iter(family.layers(model).values()))).text
+    with seeded(1):
+        adapter = IPAdapter.for_model(model, ImageProjection(FEATURES, width))
+        for parameter in adapter.image_kv.parameters():
+            parameter.data.normal_(std=0.3)
+    return adapter
+
+
+def run(tiny: Tiny) -> Tensor:
+    return tiny.model(**tiny.inputs, return_dict=False)[0]
+
+
+def tokens(adapter: IPAdapter, rows: int = 2) -> Tensor:
+    with seeded(2):
+        return adapter.tokens(torch.randn(rows, FEATURES))
+
+
+@torch.no_grad()
+def test_idle_at_scale_0_and_detached_it_is_the_base_model(tiny: Tiny) -> None:
+    keys, base = list(tiny.model.state_dict()), run(tiny)
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    assert list(tiny.model.state_dict()) == keys
+    assert torch.equal(run(tiny), base)
+    with adapter.using(adapter.prompt(tokens(adapter), scale=0.0)):
+        assert torch.equal(run(tiny), base)
+    with adapter.using(adapter.prompt(tokens(adapter))):
+        assert (run(tiny) - base).abs().max() > 1e-3
+    assert torch.equal(run(tiny), base)
+    adapter.detach()
+    assert torch.equal(run(tiny), base)
+
+
+@torch.no_grad()
+def test_each_layer_conditions(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    base, prompt = run(tiny), adapter.prompt(tokens(adapter))
+    layers = len(adapter.image_kv)
+    for layer in range(layers):
+        with adapter.using(prompt.with_scale(torch.eye(layers)[layer])):
+            assert (run(tiny) - base).abs().max() > 1e-6, layer
+
+
+@torch.no_grad()
+def test_the_keyword_says_the_same(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    prompt = adapter.prompt(tokens(adapter))
+    with adapter.using(prompt):
+        wanted = run(tiny)
+    channel = {adapter.family.channel: {"ip_hidden_states": prompt}}
+    assert torch.equal(tiny.model(**tiny.inputs, **channel, return_dict=False)[0], wanted)
+
+
+@torch.no_grad()
+def test_rows_have_prompts_of_their_own(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    both = tokens(adapter)
+    results = []
+    for own in (both, both[:1].expand(2, -1, -1), both[1:].expand(2, -1, -1)):
+        with adapter.using(adapter.prompt(own)):
+            results.append(run(tiny))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[2][1])
+
+
+@torch.no_grad()
+def test_a_window_is_read_by_each_rows_progress(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    base, prompt = run(tiny), adapter.prompt(tokens(adapter))
+    layers = len(adapter.image_kv)
+    with adapter.using(prompt):
+        whole = run(tiny)
+    times = tiny.inputs["timestep"].float()
+    late = 1 - times / (1 if times.max() <= 1 else 999)  # progress of both rows
+    window = (torch.arange(1000) / 999 < late.mean()).float().expand(layers, 1, -1)
+    with adapter.using(prompt.with_scale(window)):
+        timed = run(tiny)
+    early = int(late.argmin())
+    assert torch.equal(timed[early], whole[early])
+    assert torch.equal(timed[1 - early], base[1 - early])
+
+
+@torch.no_grad()
+def test_a_mask_lies_on_the_models_grid(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    prompt = adapter.prompt(tokens(adapter))
+    with adapter.using(prompt):
+        whole = run(tiny)
+    with adapter.using(prompt._replace(mask=torch.ones(1, 3, 2))):
+        assert torch.equal(run(tiny), whole)
+    base = run(tiny)
+    with adapter.using(prompt._replace(mask=torch.zeros(1, 3, 2))):
+        assert torch.equal(run(tiny), base)
+
+
+def test_gradients_reach_the_adapter_alone(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    with adapter.using(adapter.prompt(tokens(adapter))):
+        run(tiny).square().mean().backward()
+    assert all(
+        parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters()
+    )
+    assert all(parameter.grad is None for parameter in tiny.model.parameters())
+
+
+def test_a_prompt_that_never_reached_the_model_is_told(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    with (
+        pytest.raises(MismatchError, match="never reached the base model"),
+        adapter.using(adapter.prompt(tokens(adapter))),
+    ):
+        pass
+
+
+def test_a_processor_that_was_replaced_later_is_told(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    prompt = adapter.prompt(tokens(adapter))
+    name, layer = next(iter(adapter.injection.layers.items()))
+    layer.set_processor(AttnProcessor())
+    with pytest.raises(MismatchError, match=name), adapter.using(prompt):
+        run(tiny)

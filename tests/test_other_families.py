@@ -1,0 +1,231 @@
+"""Families beside the UNet, end to end on tiny random models: generate, train, save, load,
+evaluate.
+"""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from imprompt import ImagePromptPipeline, Reference
+from imprompt.adapter import ImageProjection, IPAdapter
+from imprompt.checkpoints.adapters import adapter_file, read_adapter, write_adapter
+from imprompt.errors import SettingError
+from imprompt.evaluation.plan import Plan
+from imprompt.evaluation.protocols import Protocol
+from imprompt.evaluation.run import evaluate
+from imprompt.families.base import base_of, family_of
+from imprompt.training.estimate import estimate_run
+from imprompt.training.loop import train
+from imprompt.variants import find_variant
+from tests.judges import tiny_clip
+from tests.runs import losses, picture_folder, recipe
+from tests.tiny import FEATURE_DIMS, OTHERS, seeded, tiny_encoder
+
+SIZE = {"width": 24, "height": 32, "steps": 3}
+RED, BLUE = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
+
+
+class Saved:
+    """A model of one family in a folder, its image encoder and an adapter for it."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.name, self.model, self.file = name, folder / "model", folder / "adapter.safetensors"
+        pipeline: Any = OTHERS[name]()
+        pipeline.save_pretrained(self.model)
+        encoder = tiny_encoder()
+        encoder.model.save_pretrained(self.model / "image_encoder")
+        encoder.processor.save_pretrained(self.model / "image_encoder")
+        base = base_of(pipeline)
+        family = family_of(base)
+        layers = family.layers(base)
+        width = family.size(next(iter(layers.values()))).text
+        with seeded(3):
+            adapter = IPAdapter.for_model(base, ImageProjection(FEATURE_DIMS["pooled"], width))
+            for parameter in adapter.image_kv.parameters():
+                parameter.data.normal_(std=0.5)
+        write_adapter(self.file, adapter_file(adapter, find_variant("base"), list(layers)))
+
+    def pipeline(self, **options: Any) -> ImagePromptPipeline:
+        return ImagePromptPipeline.from_pretrained(
+            str(self.model),
+            adapter=self.file,
+            encoder=self.model / "image_encoder",
+            device="cpu",
+            **options,
+        )
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def guided(saved: Saved) -> dict[str, Any]:
+    return (
+        {"pipeline_options": {"true_cfg_scale": 3.0}} if saved.name == "flux" else {"guidance": 3.0}
+    )
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    return int(np.abs(pixels(one) - pixels(other)).max())
+
+
+def test_the_facade_follows_an_image_prompt(saved: Saved) -> None:
+    pipe = saved.pipeline()
+    for options in ({"guidance": 1.0}, guided(saved)):
+        red, blue, silent, text = (
+            pipe(image, seed=1, **SIZE, **options, **more).images[0]
+            for image, more in (
+                (RED, {}),
+                (BLUE, {}),
+                (RED, {"scale": 0.0}),
+                (RED, {"prompt": "a cat", "scale": 0.0}),
+            )
+        )
+        assert red.size == (24, 32)
+        assert difference(red, blue) > 2
+        assert difference(red, silent) > 2
+        assert difference(text, silent) > 0
+    plain = OTHERS[saved.name]()
+    call = {"num_inference_steps": 3, "width": 24, "height": 32, "guidance_scale": 1.0}
+    bare = plain(
+        "", **call, **pipe.family.call_options, generator=torch.Generator().manual_seed(1)
+    ).images[0]
+    assert difference(pipe(RED, seed=1, scale=0.0, guidance=1.0, **SIZE).images[0], bare) == 0
+
+
+def test_items_of_a_batch_are_what_they_are_alone(saved: Saved) -> None:
+    pipe, options = saved.pipeline(), guided(saved)
+    left = Image.new("L", (24, 32))
+    left.paste(255, (0, 0, 12, 32))
+    items = [RED, Reference(images=BLUE, mask=left, end=0.6), Reference(images=RED, scale=0.4)]
+    together = pipe(items, seed=5, **SIZE, **options).images
+    alone = [
+        pipe(item, seed=5 + number, **SIZE, **options).images[0]
+        for number, item in enumerate(items)
+    ]
+    for one, other in zip(together, alone, strict=True):
+        assert difference(one, other) <= 1
+
+
+def test_a_mask_and_a_window_are_heard_where_and_when_they_say(saved: Saved) -> None:
+    pipe = saved.pipeline()
+    left = Image.new("L", (24, 32))
+    left.paste(255, (0, 0, 12, 32))
+    all_of_it, white, half, late, silent = (
+        pipe(Reference(images=RED, **said), seed=1, guidance=1.0, **SIZE).images[0]
+        for said in (
+            {},
+            {"mask": Image.new("L", (8, 8), 255)},
+            {"mask": left},
+            {"start": 0.9},
+            {"scale": 0.0},
+        )
+    )
+    assert difference(all_of_it, white) == 0
+    assert difference(all_of_it, half) > 2
+    assert difference(half, silent) > 2
+    assert difference(late, silent) < difference(all_of_it, silent)
+
+
+def test_threads_make_the_serial_pictures(saved: Saved) -> None:
+    pipe, options = saved.pipeline(), guided(saved)
+    asked = [(RED, 3), (BLUE, 4), (RED, 2), (BLUE, 3)]
+
+    def make(number: int) -> Image.Image:
+        image, steps = asked[number]
+        return pipe(image, seed=number, **SIZE | {"steps": steps}, **options).images[0]
+
+    serial, found = [make(number) for number in range(4)], {}
+
+    def work(number: int) -> None:
+        found[number] = make(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, one in enumerate(serial):
+        assert difference(one, found[number]) <= 1
+
+
+def test_what_it_cannot_do_is_refused_in_one_line(saved: Saved) -> None:
+    pipe = saved.pipeline()
+    with pytest.raises(SettingError, match="multiples of 4"):
+        pipe(RED, width=26, height=32, steps=2)
+    if saved.name == "pixart":
+        with pytest.raises(SettingError, match="own way to start from pictures"):
+            pipe(RED, init_image=BLUE, **SIZE)
+    else:
+        assert pipe(RED, init_image=BLUE, seed=1, strength=0.7, **SIZE).images[0].size == (24, 32)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_it_trains_saves_loads_and_goes_on(saved: Saved, tmp_path: Path, kept: bool) -> None:
+    source, output = picture_folder(tmp_path / "set"), tmp_path / "run"
+    plan = recipe(
+        source,
+        output,
+        3,
+        model=str(saved.model),
+        encoder=str(saved.model / "image_encoder"),
+        data={"size": 32, "features": tmp_path / "features" if kept else None, "held_out": 2},
+    )
+    assert estimate_run(plan, torch.device("cpu")).trained > 0
+    last = train(plan)
+    assert len(losses(output)) == 3
+    file = read_adapter(last)
+    assert file.header is not None
+    assert file.header.family == saved.name
+    assert any(
+        (one != two).any()
+        for one, two in zip(
+            file.tensors, read_adapter(output / "step-0000002").tensors, strict=True
+        )
+    )
+    made = ImagePromptPipeline.from_pretrained(
+        str(saved.model), adapter=last, encoder=saved.model / "image_encoder", device="cpu"
+    )
+    assert (
+        difference(
+            *(
+                made(RED, seed=1, guidance=1.0, scale=scale, **SIZE).images[0]
+                for scale in (0.0, 3.0)
+            )
+        )
+        > 0
+    )
+
+
+def test_two_items_are_evaluated(saved: Saved, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, picture in (("a", RED), ("b", BLUE)):
+        picture.save(folder / f"{name}.png")
+    lines = [{"file_name": f"{name}.png", "text": "a cat"} for name in ("a", "b")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tiny_clip(tmp_path / "clip")
+    plan = Plan(
+        path=folder,
+        out=tmp_path / "out",
+        protocol=Protocol(steps=2, seeds=1, guidance=1.0),
+        model=str(saved.model),
+        adapter=str(saved.file),
+        encoder=str(saved.model / "image_encoder"),
+        clip=str(tmp_path / "clip"),
+        dino=None,
+        device="cpu",
+    )
+    evaluate(plan)
+    assert len(list((tmp_path / "out").rglob("*.png"))) >= 2
