@@ -13,12 +13,12 @@ from torch import Tensor
 from benchmarks import stand_ins
 from benchmarks.setting import TrainingSetting
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.training.batches import Composer, Item, Share, Shown, loader
+from imprompt.training.batches import AugmentedSamples, Composer, Item, RankSlice, loader
 from imprompt.training.model import AdaptedModel, prepare_base
 from imprompt.training.objective import Objective
 from imprompt.training.order import Order
 from imprompt.training.recipe import Data, NoiseSettings, Optimization
-from imprompt.training.step import Sentry, Trainer
+from imprompt.training.step import NaNGuard, Trainer
 
 
 class OurLoop:
@@ -49,12 +49,15 @@ class OurLoop:
         self.trainer = Trainer(
             accelerator, AdaptedModel(prepare_base(base, plan, device), adapter), objective, plan
         )
-        self.sentry = Sentry(list, scaled=accelerator.scaler is not None)
+        self.sentry = NaNGuard(list, scaled=accelerator.scaler is not None)
         reader = MemoryReader(setting)
         self.compose = Composer(reader.nulls, device, of.vae["scaling_factor"], 0.0, None)
         order = Order([np.arange(len(reader))], setting.batch, seed=0)
         self.items = loader(
-            Shown(reader, Data(source="in memory"), seed=0), order.steps(), Share(), workers=0
+            AugmentedSamples(reader, Data(source="in memory"), seed=0),
+            order.steps(),
+            RankSlice(),
+            workers=0,
         )
         self.step = 0
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks.stand_ins import DTYPES
 from benchmarks.turns import Measured, ratios
 from imprompt.cli.console import quiet
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers")
@@ -122,7 +122,7 @@ class Record:
     def write(self) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.path) as aside:
+            with atomic_write(self.path) as aside:
                 aside.write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def tell(self, section: str) -> None:

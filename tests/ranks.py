@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from imprompt.cli.console import fail
 from imprompt.errors import ImpromptError
 from imprompt.training import loop, setup
-from imprompt.training.batches import Batch, Item, Shown
-from imprompt.training.order import Draw
+from imprompt.training.batches import AugmentedSamples, Batch, Item
+from imprompt.training.order import SampleIndex
 from imprompt.training.recipe import Recipe
 from imprompt.training.step import Stepped, Trainer
 
@@ -111,9 +111,9 @@ def notes_of(run: Path) -> Path:
 
 def note(file: Path) -> None:
     """Write down what every step trains on: a line [step, [[epoch, sample], …]]."""
-    show, update = Shown.__getitem__, Trainer.update
+    show, update = AugmentedSamples.__getitem__, Trainer.update
 
-    def named(self: Shown, draw: Draw) -> Item:
+    def named(self: AugmentedSamples, draw: SampleIndex) -> Item:
         item = show(self, draw)
         return item | {"name": f"{item['name']} {draw.epoch} {draw.sample}"}
 
@@ -124,14 +124,16 @@ def note(file: Path) -> None:
             lines.write(json.dumps([step, draws]) + "\n")
         return update(self, step, seen)
 
-    Shown.__getitem__, Trainer.update = named, updated
+    AugmentedSamples.__getitem__, Trainer.update = named, updated
 
 
-def shown(run: Path) -> list[dict[int, list[Draw]]]:
+def shown(run: Path) -> list[dict[int, list[SampleIndex]]]:
     """What every rank trained on, by step; of a step that was taken again, the last."""
     files = sorted(notes_of(run).glob("*.jsonl"))
     lines = [map(json.loads, file.read_text().splitlines()) for file in files]
-    return [{step: [Draw(*draw) for draw in draws] for step, draws in rank} for rank in lines]
+    return [
+        {step: [SampleIndex(*draw) for draw in draws] for step, draws in rank} for rank in lines
+    ]
 
 
 class Struck(NamedTuple):

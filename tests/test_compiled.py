@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from imprompt.errors import SettingError
 from imprompt.generation import compile as compiled
-from imprompt.generation.memory import Savers
+from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.references import Reference
 from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_adapter
@@ -165,7 +165,7 @@ def test_more_sizes_than_graphs_run_as_they_are(
 
 def test_offload_is_not_compiled() -> None:
     pipe = ImagePromptPipeline.from_pretrained("emoji", device="cpu")
-    savers = Savers("cuda", offload="model")
+    savers = MemoryOptions("cuda", offload="model")
     with pytest.raises(
         SettingError,
         match="offload = 'model' moves weights, and what is compiled needs them in place: use one",

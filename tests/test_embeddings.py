@@ -23,7 +23,7 @@ from imprompt.encoders.clip import open_encoder
 from imprompt.encoders.embedding_files import (
     KEY,
     Embedding,
-    Reads,
+    FeatureSpec,
     check_embedding,
     load_embedding,
     save_embedding,
@@ -36,8 +36,8 @@ from tests.tiny import pictures, seeded, tiny_encoder
 
 Write = Callable[[Path], object]
 ADAPTERS = PACKAGED / "emoji" / "adapters"
-POOLED = Reads("pooled", 24)
-PENULTIMATE = Reads("penultimate", 32)
+POOLED = FeatureSpec("pooled", 24)
+PENULTIMATE = FeatureSpec("penultimate", 32)
 
 
 def random_features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -90,7 +90,7 @@ def test_features_of_several_kinds_stay_apart(tmp_path: Path) -> None:
     assert all(
         torch.equal(ours, theirs) for ours, theirs in zip(loaded.features, pair, strict=True)
     )
-    check_embedding(loaded, Reads("face and picture", 32))
+    check_embedding(loaded, FeatureSpec("face and picture", 32))
 
 
 def test_the_header_says_what_it_is(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_community_file(features: tuple[int, ...], feature: str, tmp_path: Pat
     loaded = load_embedding(tmp_path / "a.ipadpt")
     assert torch.equal(loaded.features, tensor)  # pyright: ignore[reportArgumentType]
     assert loaded[1:] == (feature, "", "", ())
-    check_embedding(loaded, Reads(feature, features[-1], "x/y", "0123"))
+    check_embedding(loaded, FeatureSpec(feature, features[-1], "x/y", "0123"))
 
 
 # Checked
@@ -128,16 +128,16 @@ def test_a_community_file(features: tuple[int, ...], feature: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("made", "reads", "words"),
     [
-        (one(1, 24, feature="pooled"), Reads("pooled", 24, "x/y", "ab"), None),
+        (one(1, 24, feature="pooled"), FeatureSpec("pooled", 24, "x/y", "ab"), None),
         # by another name
         (
             one(1, 24, feature="pooled", encoder="a/b", fingerprint="ab"),
-            Reads("pooled", 24, "x/y", "ab"),
+            FeatureSpec("pooled", 24, "x/y", "ab"),
             None,
         ),
         (
             one(1, 24, feature="pooled", encoder="a/b", fingerprint="ab"),
-            Reads("pooled", 24, "x/y"),
+            FeatureSpec("pooled", 24, "x/y"),
             None,
         ),
         (
@@ -153,14 +153,14 @@ def test_a_community_file(features: tuple[int, ...], feature: str, tmp_path: Pat
         (one(1, 24, feature="pooled"), PENULTIMATE, "this adapter reads penultimate ones, 32 wide"),
         (
             one(1, 24, feature="pooled", encoder="a/b", fingerprint="cd"),
-            Reads("pooled", 24, "x/y", "ab"),
+            FeatureSpec("pooled", 24, "x/y", "ab"),
             "of a/b, 24 wide, were made by an encoder of other weights (fingerprint cd); "
             "this adapter reads pooled ones, 24 wide, of x/y (fingerprint ab)",
         ),
     ],
 )
 def test_features_that_an_adapter_cannot_read(
-    made: Embedding, reads: Reads, words: str | None
+    made: Embedding, reads: FeatureSpec, words: str | None
 ) -> None:
     if words is None:
         check_embedding(made, reads, "a.x")
@@ -172,14 +172,16 @@ def test_features_that_an_adapter_cannot_read(
 
 def test_a_hash_of_rounded_weights_is_not_compared() -> None:
     features = random_features(1, 24, dtype=torch.bfloat16)
-    check_embedding(Embedding(features, "pooled", "a/b", "cd"), Reads("pooled", 24, "x/y", "ab"))
+    check_embedding(
+        Embedding(features, "pooled", "a/b", "cd"), FeatureSpec("pooled", 24, "x/y", "ab")
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "plus"])
 def test_what_a_file_reads(name: str) -> None:
     file = read_adapter(ADAPTERS / f"{name}.safetensors")
     assert file.header is not None
-    reads = Reads.of(file)
+    reads = FeatureSpec.of(file)
     assert reads == (
         file.variant.feature,
         file.feature_dim,
@@ -376,7 +378,7 @@ def test_pictures_embedded_for_the_packaged_model(
     said = embed(*photos, "--out", out, "--adapter", adapter)
     loaded = load_embedding(out)
     file = read_adapter(ADAPTERS / f"{adapter}.safetensors")
-    check_embedding(loaded, Reads.of(file), out)
+    check_embedding(loaded, FeatureSpec.of(file), out)
     encoder = open_encoder(find_model("emoji").adapters[adapter].encoder, "cpu", torch.float32)
     expected = encoder.features([open_image(path) for path in photos], file.variant.feature)
     assert torch.equal(loaded.features, expected)  # pyright: ignore[reportArgumentType]

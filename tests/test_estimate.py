@@ -25,7 +25,7 @@ from imprompt.families.published import (
     published_encoder,
 )
 from imprompt.families.unet import UNET
-from imprompt.models import MODELS, KnownModel, Place
+from imprompt.models import MODELS, KnownModel, Location
 from imprompt.projections.resampler import Resampler
 from imprompt.training import estimate as module
 from imprompt.training.estimate import (
@@ -307,10 +307,10 @@ def test_what_cannot_be_told_is_one_line(
 @pytest.mark.parametrize(("kind", "make"), [("sd1", tiny_sd), ("sdxl", tiny_sdxl)])
 def test_a_folder_tells_its_structure(kind: str, make: Any, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
-    found = base_structure(KnownModel("mine", "", Place(str(tmp_path))))
+    found = base_structure(KnownModel("mine", "", Location(str(tmp_path))))
     assert (found.unit, found.text_tokens, found.config["cross_attention_dim"]) == (2, 11, 32)
     encoder = tiny_encoder()
-    structure = encoder_structure(Place(str(tmp_path), "image_encoder"))
+    structure = encoder_structure(Location(str(tmp_path), "image_encoder"))
     for feature in ("pooled", "penultimate"):
         features = encoder.features_of(torch.zeros(1, 3, 32, 32), feature)
         assert structure.shape(feature) == features.shape[1:]

@@ -17,8 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from imprompt.errors import CheckpointError, ImageError, SettingError
-from imprompt.evaluation.generator import Maker, reference_of
-from imprompt.evaluation.metric_encoders import PHOTO, Judge, open_clip, open_dino, open_inception
+from imprompt.evaluation.generator import Generator, reference_of
+from imprompt.evaluation.metric_encoders import (
+    PHOTO,
+    MetricEncoder,
+    open_clip,
+    open_dino,
+    open_inception,
+)
 from imprompt.evaluation.metrics import clip_score, cosine, frechet_distance
 from imprompt.evaluation.plan import Chunk, Plan
 from imprompt.evaluation.protocols import Protocol, settings_of
@@ -390,7 +396,7 @@ def test_references_take_turns_and_all_targets_count(tmp_path: Path) -> None:
     red, green, blue = (tmp_path / f"{name}.png" for name in ("red", "lime", "blue"))
     item = Item("thing", (red, green), (red, blue), "a thing", "things")
     (setting,) = settings_of(Protocol(seeds=3, seed=7), {})
-    judge = Judge("clip", "", "", "", colours, None)
+    judge = MetricEncoder("clip", "", "", "", colours, None)
     made = [Image.new("RGB", (4, 4), name) for name in ("red", "blue", "magenta")]
     rows, held = Measure({"clip": judge})(Chunk(setting, [item], 2, tmp_path / "000001"), made)
     assert [Path(row["reference"]) for row in rows] == [red, green, red]
@@ -416,7 +422,7 @@ def test_a_sweep_over_adapters_changes_them_on_one_base(place: Path) -> None:
         sweep={"adapter": ("base", "plus"), "blocks": ("linear", "0")},
         protocol={"scheduler": "ddim"},
     )
-    maker = Maker(swept, "cpu")
+    maker = Generator(swept, "cpu")
     base = maker.pipe.pipeline.unet
     settings = settings_of(swept.protocol, swept.sweep)
     assert [setting.name for setting in settings] == [

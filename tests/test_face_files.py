@@ -25,7 +25,7 @@ from imprompt.checkpoints.adapters import (
 from imprompt.errors import CheckpointError, SettingError
 from imprompt.families import unet_layers
 from imprompt.families.unet import UNET
-from imprompt.models import MODELS, Place, find_adapter
+from imprompt.models import MODELS, Location, find_adapter
 from imprompt.projections.mlp import FaceProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.variants import BY_NAME, FACES, find_variant
@@ -448,7 +448,7 @@ def test_the_commands_take_the_answer(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_known_faceid_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Place, "fetch_file", lambda self: Path(self.path))
+    monkeypatch.setattr(Location, "fetch_file", lambda self: Path(self.path))
     for model in (MODELS["sd15"], MODELS["sdxl"]):
         known = {name: row for name, row in model.adapters.items() if row.licence}
         assert {"faceid", "faceid-plus-v2", "portrait"} <= known.keys() <= BY_NAME.keys()

@@ -34,12 +34,12 @@ from imprompt.encoders.face import (
     similarity,
     square,
 )
-from imprompt.encoders.feature_cache import FeatureMemory, KeptFeatures
+from imprompt.encoders.feature_cache import CachedFeatures, FeatureMemory
 from imprompt.encoders.matching import load_encoder
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.references import Reference
-from imprompt.models import MODELS, PACKAGED, Place
+from imprompt.models import MODELS, PACKAGED, Location
 from imprompt.variants import FACES, find_variant
 from tests.tiny import (
     FACE_DIM,
@@ -471,7 +471,7 @@ def test_the_encoder_for_a_file() -> None:
 
 
 def test_the_clip_part_is_checked_and_kept() -> None:
-    place = Place("", "emoji/image_encoder")
+    place = Location("", "emoji/image_encoder")
     file, sizes = file_of("faceid-plus-v2"), ("cpu", torch.float32)
     with pytest.raises(MismatchError, match="reads 32-wide penultimate features"):
         load_encoder(file, place, MODELS["emoji"], None, *sizes)
@@ -486,7 +486,7 @@ def test_the_clip_part_is_checked_and_kept() -> None:
         keep=FeatureMemory(10**6),
     )
     assert isinstance(found, FaceFeatures)
-    assert isinstance(found.vision, KeptFeatures)
+    assert isinstance(found.vision, CachedFeatures)
     _, states = found.features([face_of()], "face and crop")
     assert states.shape[-1] == width
     assert found.width == FACE_DIM
@@ -496,7 +496,7 @@ def open_emoji() -> tuple[Any, Any]:
     from imprompt.encoders.clip import open_encoder
 
     opened = open_encoder(
-        Place(str(Path(PACKAGED) / "emoji" / "image_encoder")), "cpu", torch.float32
+        Location(str(Path(PACKAGED) / "emoji" / "image_encoder")), "cpu", torch.float32
     )
     return opened.model, opened.processor
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from imprompt import files
 from imprompt.errors import SettingError
-from imprompt.files import part_of, refuse_inputs, written_new
+from imprompt.files import refuse_inputs, temporary, written_new
 from imprompt.generation.request import save_new
 
 
@@ -27,7 +27,7 @@ def test_a_new_file_takes_the_first_free_name(tmp_path: Path) -> None:
     (tmp_path / "cat-7.png").write_text("there before")
     names = []
     for number in range(3):
-        with part_of(tmp_path / "cat-7.png") as part:
+        with temporary(tmp_path / "cat-7.png") as part:
             part.write_text(str(number))
             names.append(written_new(part, tmp_path / "cat-7.png").name)
     assert names == ["cat-7-2.png", "cat-7-3.png", "cat-7-4.png"]

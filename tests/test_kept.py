@@ -19,9 +19,9 @@ from imprompt.checkpoints.adapters import AdapterFile, read_adapter
 from imprompt.cli.generate import carry_out
 from imprompt.encoders.clip import VisionEncoder
 from imprompt.encoders.feature_cache import (
+    CachedFeatures,
     FeatureFolder,
     FeatureMemory,
-    KeptFeatures,
     Store,
     files_of,
 )
@@ -32,7 +32,7 @@ from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.references import Reference
 from imprompt.generation.request import Request, read_request
 from imprompt.images import open_image
-from imprompt.models import MODELS, PACKAGED, Place
+from imprompt.models import MODELS, PACKAGED, Location
 from imprompt.variants import VARIANTS, Feature
 from tests.tiny import pictures
 
@@ -47,10 +47,10 @@ def unopened() -> NoReturn:
 
 def kept_by(
     store: Store, encoder: VisionEncoder | None, place: Path, dtype: torch.dtype = FLOAT
-) -> KeptFeatures:
+) -> CachedFeatures:
     """Features of `encoder`, as if it lay at `place`; None: of one that must not be opened."""
-    return KeptFeatures(
-        unopened if encoder is None else lambda: encoder, Place(str(place)), CPU, dtype, store
+    return CachedFeatures(
+        unopened if encoder is None else lambda: encoder, Location(str(place)), CPU, dtype, store
     )
 
 
@@ -59,9 +59,9 @@ def emoji_file(name: str = "plus", *, header: bool = True) -> AdapterFile:
     return file if header else replace(file, header=None)
 
 
-def emoji_encoder(file: AdapterFile, keep: Store, given: Path | None = None) -> KeptFeatures:
+def emoji_encoder(file: AdapterFile, keep: Store, given: Path | None = None) -> CachedFeatures:
     encoder = load_encoder(file, None, MODELS["emoji"], given, CPU, FLOAT, keep)
-    assert isinstance(encoder, KeptFeatures)
+    assert isinstance(encoder, CachedFeatures)
     return encoder
 
 
@@ -181,16 +181,18 @@ def test_other_facts_are_other_features(encoder: VisionEncoder, tmp_path: Path) 
     other.mkdir()
     kept_by(store, encoder, place).features([ONE], "pooled")
 
-    def refused(kept: KeptFeatures, feature: Feature = "pooled") -> None:
+    def refused(kept: CachedFeatures, feature: Feature = "pooled") -> None:
         with pytest.raises(AssertionError, match="was opened"):
             kept.features([ONE], feature)
 
     refused(kept_by(store, None, other))
     refused(kept_by(store, None, place, torch.float16))
     refused(kept_by(store, None, place), "penultimate")
-    refused(KeptFeatures(unopened, Place(str(place)), CPU, FLOAT, store, width=7))
+    refused(CachedFeatures(unopened, Location(str(place)), CPU, FLOAT, store, width=7))
     refused(
-        KeptFeatures(unopened, Place(str(place)), CPU, FLOAT, store, fingerprint="0123456789abcdef")
+        CachedFeatures(
+            unopened, Location(str(place)), CPU, FLOAT, store, fingerprint="0123456789abcdef"
+        )
     )
     (place / "model.safetensors").write_text("other weights")
     refused(kept_by(store, None, place))
@@ -271,7 +273,7 @@ def test_an_encoder_on_the_hub_is_known_by_its_revision(
         return str(tmp_path / "snapshots" / "a1b2c3" / place[1])
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert files_of(Place("owner/name", "models/image_encoder")).endswith(
+    assert files_of(Location("owner/name", "models/image_encoder")).endswith(
         "a1b2c3/models/image_encoder"
     )
     assert asked == [

@@ -26,7 +26,7 @@ from imprompt.generation.memory import (
     GROUP,
     OFFLOADS,
     QUANTIZERS,
-    Savers,
+    MemoryOptions,
     in_attentions,
     quantize,
     visit,
@@ -46,7 +46,7 @@ needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="offload needs a GPU")
 
 
-def opened(savers: Savers) -> ImagePromptPipeline:
+def opened(savers: MemoryOptions) -> ImagePromptPipeline:
     """The packaged model with `savers`, in float32."""
     known = find_model("emoji")
     path, told, *_ = find_adapter(known, None)
@@ -75,12 +75,12 @@ def demo() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def plain() -> ImagePromptPipeline:
-    return opened(Savers("cpu"))
+    return opened(MemoryOptions("cpu"))
 
 
 def test_pixels_under_model_offload_are_the_same(plain: ImagePromptPipeline) -> None:
     pipe = opened(
-        Savers("cpu", offload="model")
+        MemoryOptions("cpu", offload="model")
     )  # not through `check`: here a CPU stands for the GPU
     expected = made(plain)
     assert (made(pipe) == expected).all()
@@ -89,7 +89,7 @@ def test_pixels_under_model_offload_are_the_same(plain: ImagePromptPipeline) -> 
 
 
 def test_pixels_under_sequential_offload_are_the_same(plain: ImagePromptPipeline) -> None:
-    pipe = opened(Savers("cpu"))
+    pipe = opened(MemoryOptions("cpu"))
     for part in pipe.pipeline.components.values():
         if isinstance(part, nn.Module):
             cpu_offload(
@@ -102,7 +102,7 @@ def test_pixels_under_sequential_offload_are_the_same(plain: ImagePromptPipeline
 
 
 def test_tasks_share_one_offload(plain: ImagePromptPipeline) -> None:
-    savers = Savers("cpu", offload="model")
+    savers = MemoryOptions("cpu", offload="model")
     pipe = opened(savers)
     other = as_pipeline(pipe.pipeline, "image", None, savers)
     savers.again(other)
@@ -130,7 +130,7 @@ def test_a_visitor_leaves_after_its_forward_pass(monkeypatch: pytest.MonkeyPatch
 
 
 def test_tiling_cuts_large_pictures_only(plain: ImagePromptPipeline) -> None:
-    pipe = opened(Savers("cpu", tiling=True))
+    pipe = opened(MemoryOptions("cpu", tiling=True))
     vae = pipe.pipeline.vae
     assert (vae.use_tiling, vae.use_slicing) == (True, True)
     assert np.abs(made(pipe) - made(plain)).max() <= 1  # one tile each: slices only round otherwise
@@ -179,7 +179,7 @@ def test_8_bits_are_offloaded_too(how: str) -> None:
 @needs_torchao
 @pytest.mark.parametrize("how", QUANTIZERS)
 def test_pictures_of_8_bits_are_near(how: str, plain: ImagePromptPipeline) -> None:
-    difference = np.abs(made(opened(Savers.check("cpu", quantize=how))) - made(plain))
+    difference = np.abs(made(opened(MemoryOptions.check("cpu", quantize=how))) - made(plain))
     assert 0 < difference.mean() < 2
 
 
@@ -258,7 +258,7 @@ def test_float16_does_not_overflow(how: str) -> None:
 )
 def test_mistakes_are_told_in_one_line(savers: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said) as error:
-        Savers.check(**savers)
+        MemoryOptions.check(**savers)
     assert "\n" not in str(error.value)
 
 
@@ -267,23 +267,23 @@ def test_a_device_that_cannot_is_told() -> None:
     with pytest.raises(
         SettingError, match=r"quantize = 'fp8' does not work on meta .*: try 'int8'"
     ):
-        Savers.check("meta", quantize="fp8")
-    assert Savers.check("cpu", quantize="fp8").opens_on == "cpu"
+        MemoryOptions.check("meta", quantize="fp8")
+    assert MemoryOptions.check("cpu", quantize="fp8").opens_on == "cpu"
 
 
 def test_missing_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(SettingError, match=r"needs torchao: pip install 'imprompt\[quantized\]'"):
-        Savers.check("cpu", quantize="int8")
+        MemoryOptions.check("cpu", quantize="int8")
 
 
 @needs_gpu
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_offload_on_a_gpu(offload: str) -> None:
-    expected = made(opened(Savers("cuda")))
+    expected = made(opened(MemoryOptions("cuda")))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    pipe = opened(Savers.check("cuda", offload=offload))
+    pipe = opened(MemoryOptions.check("cuda", offload=offload))
     assert torch.cuda.memory_allocated() - before < 2**20  # nothing waits there
     for _ in range(2):
         assert np.abs(made(pipe) - expected).max() <= 1
@@ -301,6 +301,9 @@ def test_offload_on_a_gpu(offload: str) -> None:
 @pytest.mark.parametrize("how", QUANTIZERS)
 @pytest.mark.parametrize("offload", [None, *OFFLOADS])
 def test_8_bits_on_a_gpu(how: str, offload: str | None) -> None:
-    pipe, plain = opened(Savers.check("cuda", offload, quantize=how)), opened(Savers("cuda"))
+    pipe, plain = (
+        opened(MemoryOptions.check("cuda", offload, quantize=how)),
+        opened(MemoryOptions("cuda")),
+    )
     assert np.abs(made(pipe) - made(plain)).mean() < 8
     assert (made(pipe) == made(pipe)).all()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imprompt.errors import SettingError
-from imprompt.training.batches import Share, dice
+from imprompt.training.batches import RankSlice, sample_rng
 from imprompt.training.buckets import bucket_sizes, fit, nearest, training_size
-from imprompt.training.order import Draw, Order
+from imprompt.training.order import Order, SampleIndex
 from imprompt.training.recipe import Data
 
 
@@ -41,7 +41,9 @@ def test_every_epoch_shows_every_sample_once(
     draws = [draw for step in islice(order.steps(), epochs * samples // batch) for draw in step]
     shown = Counter(draws)
     assert max(shown.values()) == 1
-    assert all(shown[Draw(epoch, sample)] == 1 for epoch in range(2) for sample in range(samples))
+    assert all(
+        shown[SampleIndex(epoch, sample)] == 1 for epoch in range(2) for sample in range(samples)
+    )
 
 
 @given(**ANY)
@@ -76,15 +78,15 @@ def test_a_window_of_shards_is_read_before_the_next() -> None:
 
 @given(ranks=st.integers(1, 4), parts=st.integers(1, 4), each=st.integers(1, 3))
 def test_processes_share_a_batch_without_gap_or_overlap(ranks: int, parts: int, each: int) -> None:
-    draws = [Draw(0, number) for number in range(ranks * parts * each)]
-    shares = [Share(rank, ranks, parts).of(draws) for rank in range(ranks)]
+    draws = [SampleIndex(0, number) for number in range(ranks * parts * each)]
+    shares = [RankSlice(rank, ranks, parts).of(draws) for rank in range(ranks)]
     assert all(len(share) == parts and {len(part) for part in share} == {each} for share in shares)
     assert sorted(draw for share in shares for part in share for draw in part) == draws
 
 
 def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone() -> None:
     def numbers(seed: int, epoch: int, sample: int) -> torch.Tensor:
-        return torch.randn(8, generator=dice(seed, Draw(epoch, sample)))
+        return torch.randn(8, generator=sample_rng(seed, SampleIndex(epoch, sample)))
 
     own = numbers(1, 2, 3)
     torch.manual_seed(9)

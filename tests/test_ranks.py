@@ -18,7 +18,7 @@ from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from imprompt.errors import SettingError
 from imprompt.training import endings
-from imprompt.training.order import Draw
+from imprompt.training.order import SampleIndex
 from imprompt.training.recipe import Recipe
 from imprompt.training.watch import Metrics
 from tests import ranks
@@ -145,7 +145,7 @@ def test_every_sample_is_shown_once_an_epoch(alone: Path, pair: Path) -> None:
     draws = [draw for step in range(STEPS) for part in parts for draw in part[step]]
     assert draws == [draw for step in range(STEPS) for draw in whole[step]]
     assert sorted(draws) == [
-        Draw(epoch, sample) for epoch in range(4) for sample in range(len(COLOURS))
+        SampleIndex(epoch, sample) for epoch in range(4) for sample in range(len(COLOURS))
     ]
 
 
@@ -239,11 +239,11 @@ def test_a_killed_run_goes_on_at_once(place: Place, alone: Path) -> None:
 
 
 def test_a_folder_is_written_by_one_run(tmp_path: Path) -> None:
-    first = endings.claimed(tmp_path)
+    first = endings.lock_output(tmp_path)
     with pytest.raises(SettingError, match="another process is training into"):
-        endings.claimed(tmp_path)
+        endings.lock_output(tmp_path)
     first.release()
-    endings.claimed(tmp_path).release()
+    endings.lock_output(tmp_path).release()
 
 
 @pytest.mark.usefixtures("alone")

@@ -14,7 +14,7 @@ from imprompt.errors import SettingError, first_line
 
 
 @contextmanager
-def part_of(path: Path, mark: str = "") -> Iterator[Path]:
+def temporary(path: Path, mark: str = "") -> Iterator[Path]:
     """A path beside `path` that nobody else writes to.
 
     What is still there under it at the end is removed.
@@ -30,20 +30,20 @@ def part_of(path: Path, mark: str = "") -> Iterator[Path]:
 
 
 @contextmanager
-def written_whole(path: Path, mark: str = "") -> Iterator[Path]:
+def atomic_write(path: Path, mark: str = "") -> Iterator[Path]:
     """Write to the path that is given: flushed to disk it takes the name `path`, so that nobody
     meets a part of it.
 
-    mark  as in `part_of`
+    mark  as in `temporary`
     """
-    with part_of(path, mark) as part:
+    with temporary(path, mark) as part:
         yield part
         flush(part)
         part.replace(path)
 
 
 def written_new(part: Path, wanted: Path) -> Path:
-    """Give a whole file (see `part_of`) the name `wanted`, or the first free one of wanted-2,
+    """Give a whole file (see `temporary`) the name `wanted`, or the first free one of wanted-2,
     wanted-3 and so on; the name it got.
 
     No other file is replaced, whichever processes write there.

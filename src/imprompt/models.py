@@ -15,7 +15,7 @@ PACKAGED = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A file or folder on the Hub, or inside this package where `repo` is empty."""
 
     repo: str
@@ -34,9 +34,9 @@ class Place:
         repo, _, path = text.partition(":")
         return cls("" if repo == "packaged" else repo, path)
 
-    def inside(self, name: str) -> "Place":
+    def inside(self, name: str) -> "Location":
         """A folder inside this one."""
-        return Place(self.repo, f"{self.path}/{name}" if self.path else name)
+        return Location(self.repo, f"{self.path}/{name}" if self.path else name)
 
     def fetch_file(self) -> Path:
         """The file on this disk, downloaded if need be."""
@@ -71,8 +71,8 @@ class KnownAdapter:
     licence  of its weights, where that is narrower than Apache-2.0
     """
 
-    file: Place
-    encoder: Place | None
+    file: Location
+    encoder: Location | None
     variant: str = ""
     licence: str = ""
 
@@ -83,22 +83,22 @@ class KnownModel:
 
     name: str
     about: str
-    base: Place
+    base: Location
     adapters: Mapping[str, KnownAdapter] = field(default_factory=dict)
-    controlnets: Mapping[str, Place] = field(default_factory=dict)
+    controlnets: Mapping[str, Location] = field(default_factory=dict)
     steps: int = 50
     guidance: float = 7.5
 
 
 IP = "h94/IP-Adapter"
-VIT_H = Place(IP, "models/image_encoder")
-BIG_G = Place(IP, "sdxl_models/image_encoder")
-EMOJI_ENCODER = Place("", "emoji/image_encoder")
+VIT_H = Location(IP, "models/image_encoder")
+BIG_G = Location(IP, "sdxl_models/image_encoder")
+EMOJI_ENCODER = Location("", "emoji/image_encoder")
 
 
-def _h94(folder: str, **files: tuple[str, Place]) -> dict[str, KnownAdapter]:
+def _h94(folder: str, **files: tuple[str, Location]) -> dict[str, KnownAdapter]:
     return {
-        name.replace("_", "-"): KnownAdapter(Place(IP, f"{folder}/{file}.safetensors"), encoder)
+        name.replace("_", "-"): KnownAdapter(Location(IP, f"{folder}/{file}.safetensors"), encoder)
         for name, (file, encoder) in files.items()
     }
 
@@ -107,13 +107,13 @@ FACE_IP = "h94/IP-Adapter-FaceID"
 NON_COMMERCIAL = "non-commercial research only, as the weights of insightface's face encoder"
 
 
-def _faces(base: str, **variants: tuple[str, Place | None]) -> dict[str, KnownAdapter]:
+def _faces(base: str, **variants: tuple[str, Location | None]) -> dict[str, KnownAdapter]:
     """By variant: the file's name between "ip-adapter-" and ".bin", and the encoder of the face's
     picture.
     """
     return {
         name.replace("_", "-"): KnownAdapter(
-            Place(FACE_IP, f"ip-adapter-{file.format(base)}.bin"),
+            Location(FACE_IP, f"ip-adapter-{file.format(base)}.bin"),
             encoder,
             name.replace("_", "-"),
             NON_COMMERCIAL,
@@ -128,19 +128,21 @@ MODELS = {
         KnownModel(
             "emoji",
             "small world of emoji, 128 px, packaged: works offline on a laptop",
-            Place("", "emoji"),
+            Location("", "emoji"),
             {
-                name: KnownAdapter(Place("", f"emoji/adapters/{name}.safetensors"), EMOJI_ENCODER)
+                name: KnownAdapter(
+                    Location("", f"emoji/adapters/{name}.safetensors"), EMOJI_ENCODER
+                )
                 for name in ("base", "plus")
             },
-            controlnets={"edges": Place("", "emoji/controlnets/edges")},
+            controlnets={"edges": Location("", "emoji/controlnets/edges")},
             steps=25,
             guidance=3.0,
         ),
         KnownModel(
             "sd15",
             "Stable Diffusion 1.5, 512 px",
-            Place("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+            Location("stable-diffusion-v1-5/stable-diffusion-v1-5"),
             _h94(
                 "models",
                 base=("ip-adapter_sd15", VIT_H),
@@ -160,7 +162,7 @@ MODELS = {
         KnownModel(
             "sdxl",
             "Stable Diffusion XL, 1024 px",
-            Place("stabilityai/stable-diffusion-xl-base-1.0"),
+            Location("stabilityai/stable-diffusion-xl-base-1.0"),
             _h94(
                 "sdxl_models",
                 base=("ip-adapter_sdxl_vit-h", VIT_H),
@@ -195,9 +197,9 @@ def find_model(name: str) -> KnownModel:
             raise SettingError(
                 f"{name} is no model: it holds no model_index.json (a folder that diffusers saved)"
             )
-        return KnownModel(name, "folder", Place(name))
+        return KnownModel(name, "folder", Location(name))
     if may_be_on_hub(name):
-        return KnownModel(name, "Hub", Place(name))
+        return KnownModel(name, "Hub", Location(name))
     raise SettingError(
         f"unknown model {name!r}; known: {', '.join(MODELS)}, a folder with model_index.json, or a "
         "Hub id owner/name"
@@ -210,7 +212,7 @@ class FoundAdapter(NamedTuple):
     """
 
     path: Path
-    encoder: Place | None = None
+    encoder: Location | None = None
     variant: str = ""
 
 
@@ -235,7 +237,7 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
     owner, _, rest = name.partition("/")
     repository, _, path = rest.partition("/")
     if path and not name.startswith((".", "/")) and not Path(owner, repository).is_dir():
-        place = Place(f"{owner}/{repository}", path)
+        place = Location(f"{owner}/{repository}", path)
         known = next(
             (
                 one

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from imprompt.errors import SettingError
 
 
-class Checked(BaseModel, frozen=True):
+class Validated(BaseModel, frozen=True):
     """A model of pydantic whose faults are a SettingError that names the first wrong value and what
     is allowed.
     """
@@ -61,7 +61,7 @@ def one_line(error: ValidationError, known: Iterable[str] = ()) -> str:
     )  # what is missing may be misspelt
     name = ".".join(map(str, first["loc"])) or "settings"
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}{near(name, known)}"
+        return f"unknown setting {name!r}{suggestions(name, known)}"
     given = "" if first["type"] == "missing" else f" = {reprlib.repr(first['input'])}"
     return f"{name}{given}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
@@ -76,13 +76,13 @@ def one_of(literal: Any) -> BeforeValidator:
         if value in known:
             return value
         raise PydanticCustomError(
-            "unknown_name", "{said}", {"said": f"unknown{near(value, known)}"}
+            "unknown_name", "{said}", {"said": f"unknown{suggestions(value, known)}"}
         )
 
     return BeforeValidator(checked)
 
 
-def near(name: object, known: Iterable[str]) -> str:
+def suggestions(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what is like it, or else all that there is."""
     names = list(known)
     found = difflib.get_close_matches(str(name), names, 3, cutoff=0.65)

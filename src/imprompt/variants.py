@@ -10,7 +10,7 @@ from imprompt.adapter import ImageProjection
 from imprompt.errors import SettingError
 from imprompt.projections.mlp import FaceProjection, FullProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
-from imprompt.validation import near
+from imprompt.validation import suggestions
 
 ClipFeature = Literal["pooled", "penultimate"]
 FaceFeature = Literal["face", "raw face", "face and crop", "raw face and square"]
@@ -34,7 +34,7 @@ OF_CLIP: Mapping[Feature, ClipFeature] = {
 }
 
 
-class Seen(NamedTuple):
+class CheckpointEvidence(NamedTuple):
     """What tells variants with the same projection apart."""
 
     projection: Shapes
@@ -78,7 +78,7 @@ class Variant:
     signature: str
     feature_key: str
     token_shape: Callable[[Shapes], tuple[int | None, int]]
-    where: Callable[[Seen], bool] = lambda _: True
+    where: Callable[[CheckpointEvidence], bool] = lambda _: True
     lora: bool = False
     widened: bool = False
     alike: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ FACE_DIM = 512  # of ArcFace's embeddings
 STATES = "perceiver_resampler.proj_in.weight"
 
 
-def of_kolors(seen: Seen) -> bool:
+def of_kolors(seen: CheckpointEvidence) -> bool:
     """Its tokens are as wide as Kolors' text before the base model's own projection, and W' reads
     it after.
     """
@@ -231,7 +231,7 @@ BY_NAME = {row.name: row for row in (*VARIANTS, *FACES)}
 def find_variant(name: str) -> Variant:
     """The row of that name; SettingError, with the names like it, if none."""
     if name not in BY_NAME:
-        raise SettingError(f"unknown variant {name!r}{near(name, BY_NAME)}")
+        raise SettingError(f"unknown variant {name!r}{suggestions(name, BY_NAME)}")
     return BY_NAME[name]
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval, bootstrap_interval, difference
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 
 from . import rivals
 from .assemble import SHIPPED
@@ -215,7 +215,7 @@ class Bench:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 started = time.monotonic()
                 pictures = (draw(prompts, texts, scale) * 255).round().byte()
-                with written_whole(place) as aside:
+                with atomic_write(place) as aside:
                     save_file(
                         {"pictures": pictures.contiguous()},
                         aside,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 
 
 def fill(page: Path, sections: Mapping[str, str]) -> None:
@@ -20,7 +20,7 @@ def fill(page: Path, sections: Mapping[str, str]) -> None:
         )
         if not found:
             raise ValueError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->")
-    with written_whole(page) as aside:
+    with atomic_write(page) as aside:
         aside.write_text(text)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ResNetForImageClassification
 
-from imprompt.evaluation.metric_encoders import Judge, open_clip
+from imprompt.evaluation.metric_encoders import MetricEncoder, open_clip
 
 from .assemble import HANDS, JUDGE, NAMER
 from .clip import preprocess
@@ -31,7 +31,7 @@ FINE = 64  # what measures blur and widen is a share of a picture's side: whole 
 
 
 @cache
-def judge() -> Judge:
+def judge() -> MetricEncoder:
     """The measuring encoder: pictures and captions in one space of its own."""
     return open_clip(str(JUDGE), "cpu")
 

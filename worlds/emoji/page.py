@@ -18,7 +18,7 @@ from multiprocessing import get_context, parent_process
 import torch
 
 from imprompt.evaluation.metrics import RESAMPLES
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 
 from .bench import DIVERSE, FIDELITY, PAGE, SCENES, SEEDS, SHOWN, STEPS, Bench, Claim, Table, shown
 from .claims import CLAIMS, together
@@ -129,7 +129,7 @@ def measure_all(world: World) -> None:
         f"DDIM {STEPS} steps, guidance {GUIDANCE:g}; torch {torch.__version__}, "
         f"{sum(drawn.values()) / 60:.0f} minutes of one CPU thread to draw them all."
     )
-    with written_whole(PAGE) as aside:
+    with atomic_write(PAGE) as aside:
         aside.write_text(page(bench, results, budget))
     print(f"{PAGE} is written")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 from imprompt.training.model import bf16_is_fast
 
 from .glyphs import OWN, Glyphs
@@ -88,7 +88,7 @@ def fill_pool(world: World, style: str = OWN) -> None:
                 )
             )
         scenes, latents, where = zip(*parts, strict=True)
-        with written_whole(path) as aside:
+        with atomic_write(path) as aside:
             torch.save(
                 {
                     "scenes": vars(Scenes.cat(scenes)),

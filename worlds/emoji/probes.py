@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imprompt.encoders.clip import VisionEncoder, open_encoder
-from imprompt.models import Place
+from imprompt.models import Location
 
 from .assemble import SHIPPED
 from .clip import loosened
@@ -74,7 +74,7 @@ class Reader:
 
     @cached_property
     def encoder(self) -> VisionEncoder:
-        return open_encoder(Place(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
+        return open_encoder(Location(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
 
     def read(self, scenes: Scenes, glyphs: Glyphs) -> dict[str, Tensor]:
         """Scenes as drawn -> each feature of them (N, D)."""

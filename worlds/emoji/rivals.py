@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.encoders.clip import VisionEncoder
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler
 
@@ -310,7 +310,7 @@ def training_set(world: World, base: Base) -> Training:
             for part, value in zip(parts.values(), values, strict=True):
                 part.append(value.half() if value.is_floating_point() else value)
         kept.parent.mkdir(exist_ok=True)
-        with written_whole(kept) as aside:
+        with atomic_write(kept) as aside:
             save_file(
                 {name: torch.cat(values).contiguous() for name, values in parts.items()}, aside
             )
@@ -375,7 +375,7 @@ def train(world: World, name: str) -> None:
         lr=rival.lr,
         batch=BATCH,
     )
-    with written_whole(file_of(world, name)) as aside:
+    with atomic_write(file_of(world, name)) as aside:
         save_file(
             {key: value.half().contiguous() for key, value in method.state_dict().items()},
             aside,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 from imprompt.training.model import bf16_is_fast
 from imprompt.training.muon import Muon, weight_matrices
 
@@ -66,7 +66,7 @@ class World:
         if not kept.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             drawn = load_glyphs(style, side)
-            with written_whole(kept) as aside:
+            with atomic_write(kept) as aside:
                 torch.save(vars(drawn) | {"atlas": (drawn.atlas * 255).round().byte()}, aside)
         glyphs = Glyphs(**torch.load(kept, weights_only=True))
         return replace(glyphs, atlas=glyphs.atlas.to(self.device).float() / 255)
@@ -168,7 +168,7 @@ def fit(
             "mean": mean,
             "step": step,
         }
-        with written_whole(state_file) as aside:
+        with atomic_write(state_file) as aside:
             torch.save(state, aside)
 
     amp = bf16_is_fast()

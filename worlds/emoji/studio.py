@@ -16,7 +16,7 @@ from torch import Tensor
 from imprompt.checkpoints.adapters import load_adapter, read_adapter
 from imprompt.encoders.clip import open_encoder
 from imprompt.families.base import family_of
-from imprompt.models import Place
+from imprompt.models import Location
 from imprompt.prompt import ImagePrompt
 
 from .assemble import SHIPPED
@@ -47,7 +47,7 @@ class Studio:
         self.pipe.set_progress_bar_config(disable=True)
         if style is not None:
             self.pipe.load_lora_weights(style)
-        self.encoder = open_encoder(Place(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
+        self.encoder = open_encoder(Location(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
         self.sites = list(family_of(self.pipe.unet).layers(self.pipe.unet))
         self.file = read_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors")
         self.adapter = load_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors", self.pipe.unet)

@@ -25,7 +25,7 @@ from imprompt.checkpoints.tensors import check_plain, read_tensors, some, write_
 from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
 from imprompt.families.base import Family, family_of
 from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
-from imprompt.variants import BY_NAME, Seen, Variant, bearing, find_variant
+from imprompt.variants import BY_NAME, CheckpointEvidence, Variant, bearing, find_variant
 
 FORMAT = 1
 METADATA_KEY = "imprompt"
@@ -163,7 +163,9 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
         if key.startswith(layout.projection)
     }
     shapes, sites = shapes_of(tensors), _site_labels(layout, tensors, header)
-    seen = Seen(shapes_of(projection), layout.has_lora(tensors), text_dim(layout, sites, shapes))
+    seen = CheckpointEvidence(
+        shapes_of(projection), layout.has_lora(tensors), text_dim(layout, sites, shapes)
+    )
     row = _variant_of(file, seen, header, variant)
     check_whole(file, row, layout, sites, shapes)
     kv = [(tensors[layout.key(site, "k")], tensors[layout.key(site, "v")]) for site in sites]
@@ -378,7 +380,9 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
         ) from error
 
 
-def _variant_of(path: Path, seen: Seen, header: Header | None, said: str | None) -> Variant:
+def _variant_of(
+    path: Path, seen: CheckpointEvidence, header: Header | None, said: str | None
+) -> Variant:
     """The row that the tensors, the header and the user speak of.
 
     The tensors come first, and what they cannot tell is asked.

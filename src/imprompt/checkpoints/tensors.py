@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imprompt.errors import CheckpointError, first_line
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
@@ -76,7 +76,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        with written_whole(path) as aside:
+        with atomic_write(path) as aside:
             aside.touch()
             mode = (
                 aside.stat().st_mode

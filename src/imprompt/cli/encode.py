@@ -70,7 +70,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
 
     from imprompt.cli.console import quiet
     from imprompt.files import check_folder
-    from imprompt.training.batches import Share
+    from imprompt.training.batches import RankSlice
     from imprompt.training.cache import read_manifest
     from imprompt.training.model import open_base, open_frozen
     from imprompt.training.sources import open_source
@@ -94,7 +94,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
             progress.update(bar, completed=done, total=total)
 
         encode_features(
-            plan, source, frozen, Share(processes.process_index, processes.num_processes), shown
+            plan, source, frozen, RankSlice(processes.process_index, processes.num_processes), shown
         )
     processes.wait_for_everyone()
     if processes.is_main_process:

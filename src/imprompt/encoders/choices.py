@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from imprompt.validation import Checked, one_of
+from imprompt.validation import Validated, one_of
 
 CropName = Literal[
     "center", "top", "bottom", "left", "right", "pad", "pad black", "squash", "tiles"
@@ -13,7 +13,7 @@ Crop = Annotated[CropName, one_of(CropName)]
 NoiseKind = Literal["fade", "dissolve", "gaussian", "shuffle"]
 
 
-class Noise(Checked, frozen=True):
+class Noise(Validated, frozen=True):
     """Noise made from a picture, as a negative image prompt.
 
     kind      by the names of ComfyUI_IPAdapter_plus: see `imprompt.encoders.noise.KINDS`

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imprompt.checkpoints.tensors import some
 from imprompt.errors import CheckpointError, MismatchError, first_line
-from imprompt.models import Place, collector_waits
+from imprompt.models import Location, collector_waits
 from imprompt.variants import OF_CLIP, Feature, Variant
 
 MAX_ASPECT = (
@@ -110,7 +110,7 @@ def cut_ends(image: Image) -> Image:
 
 
 @collector_waits()
-def open_encoder(place: Place, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
+def open_encoder(place: Location, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
     """The image encoder in a folder or on the Hub; CheckpointError if there is none."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 

@@ -49,7 +49,7 @@ class Embedding(NamedTuple):
         return (self.features,) if isinstance(self.features, Tensor) else self.features
 
 
-class Reads(NamedTuple):
+class FeatureSpec(NamedTuple):
     """What an adapter reads; an empty string means unknown.
 
     width  E of the features, of the last where there are several
@@ -112,7 +112,7 @@ def load_embedding(path: str | Path) -> Embedding:
 
 
 def check_embedding(
-    embedding: Embedding, reads: Reads, name: str | Path = "these features"
+    embedding: Embedding, reads: FeatureSpec, name: str | Path = "these features"
 ) -> None:
     """Raise MismatchError unless an adapter that reads `reads` can be given these features, as far
     as can be told.

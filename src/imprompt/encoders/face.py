@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.encoders.clip import VisionEncoder
-from imprompt.encoders.feature_cache import KeptFeatures
+from imprompt.encoders.feature_cache import CachedFeatures
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError, first_line
 from imprompt.variants import BY_NAME, OF_CLIP, Feature, Variant
 
@@ -99,7 +99,7 @@ class FaceFeatures:
     def __init__(
         self,
         faces: FaceEncoder | None,
-        vision: VisionEncoder | KeptFeatures | None = None,
+        vision: VisionEncoder | CachedFeatures | None = None,
         *,
         width: int | None = 512,
         device: str | torch.device = "cpu",
@@ -180,7 +180,7 @@ class FaceFeatures:
             )
         return embedding
 
-    def _vision(self) -> VisionEncoder | KeptFeatures:
+    def _vision(self) -> VisionEncoder | CachedFeatures:
         if self.vision is None:
             raise MismatchError(
                 "this adapter reads the picture of the face too: give the CLIP image encoder that "

@@ -24,7 +24,7 @@ from imprompt.checkpoints.tensors import write_tensors
 from imprompt.encoders.clip import VisionEncoder, processor_of
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import check_folder
-from imprompt.models import Place
+from imprompt.models import Location
 from imprompt.variants import Feature, Variant
 
 KEY = "imprompt"  # of the file's metadata
@@ -127,7 +127,7 @@ class FeatureFolder:
         return self.folder / f"{name_of(facts)}.safetensors"
 
 
-class KeptFeatures:
+class CachedFeatures:
     """An image encoder that encodes what it has not encoded before, and is opened when it must.
 
     Used as `VisionEncoder` is.
@@ -139,7 +139,7 @@ class KeptFeatures:
     def __init__(
         self,
         opened: Callable[[], VisionEncoder],
-        place: Place,
+        place: Location,
         device: str | torch.device,
         dtype: torch.dtype,
         store: Store,
@@ -240,7 +240,7 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def files_of(place: Place) -> str:
+def files_of(place: Location) -> str:
     """Which files an image encoder has now: a folder's names, sizes and times, or the revision in
     the Hub's cache.
 

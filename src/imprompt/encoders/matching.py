@@ -8,17 +8,17 @@ import torch
 
 from imprompt.encoders.clip import VisionEncoder, open_encoder
 from imprompt.encoders.face import FaceEncoder, FaceFeatures, InsightFace
-from imprompt.encoders.feature_cache import KeptFeatures, Store
+from imprompt.encoders.feature_cache import CachedFeatures, Store
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.published import published_encoder
-from imprompt.models import KnownModel, Place, may_be_on_hub
+from imprompt.models import KnownModel, Location, may_be_on_hub
 
-Encoder = VisionEncoder | KeptFeatures | FaceFeatures
+Encoder = VisionEncoder | CachedFeatures | FaceFeatures
 
 
 def load_encoder(
     file: Any,
-    told: Place | None,
+    told: Location | None,
     model: KnownModel,
     given: str | Path | None,
     device: str,
@@ -53,14 +53,14 @@ def load_encoder(
 
 def clip_encoder(
     file: Any,
-    told: Place | None,
+    told: Location | None,
     model: KnownModel,
     given: str | Path | None,
     device: str,
     dtype: torch.dtype,
     keep: Store | None,
     prepare: Callable[[Any], None] | None,
-) -> VisionEncoder | KeptFeatures:
+) -> VisionEncoder | CachedFeatures:
     """As `load_encoder`, of the CLIP part."""
     place = given_place(str(given)) if given is not None else told or place_of(file, model)
 
@@ -73,7 +73,7 @@ def clip_encoder(
 
     if keep is None:
         return checked()
-    kept = KeptFeatures(
+    kept = CachedFeatures(
         checked,
         place,
         device,
@@ -87,25 +87,25 @@ def clip_encoder(
     return kept
 
 
-def given_place(name: str) -> Place:
+def given_place(name: str) -> Location:
     """The place that a user names; SettingError, before the Hub is asked, if it can be none."""
     if not Path(name).is_dir() and not may_be_on_hub(name):
         raise SettingError(
             f"no image encoder {name!r}: give a folder with config.json and weights, or a Hub id "
             "owner/name"
         )
-    return Place(name)
+    return Location(name)
 
 
-def place_of(file: Any, model: KnownModel) -> Place:
+def place_of(file: Any, model: KnownModel) -> Location:
     """Where the encoder of an adapter file is, as far as its header, the model or its widths
     tell.
     """
     if file.header is not None and file.header.encoder:
-        return Place.parse(file.header.encoder)
+        return Location.parse(file.header.encoder)
     base, _ = model.base.fetch_folder()
     if (Path(base) / "image_encoder").is_dir():
-        return Place(str(Path(base) / "image_encoder"))
+        return Location(str(Path(base) / "image_encoder"))
     known = published_encoder(file.variant.feature, file.feature_dim)
     if known is None or not known.alone:
         raise MismatchError(

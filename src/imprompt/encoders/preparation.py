@@ -17,7 +17,7 @@ from pydantic import Field, InstanceOf
 from imprompt.encoders.choices import Crop
 from imprompt.errors import ImageError
 from imprompt.images import BLACK, open_mask
-from imprompt.validation import Checked
+from imprompt.validation import Validated
 
 Colour = tuple[int, int, int]
 
@@ -31,7 +31,7 @@ EDGES = {
 MAX_TILES = 4
 
 
-class Preparation(Checked, frozen=True):
+class Preparation(Validated, frozen=True):
     """How a picture is made ready.
 
     crop        "center": as CLIP's own processor does it, the picture is left as it is; "top",

@@ -9,7 +9,7 @@ from PIL.Image import Image
 from torch import nn
 
 from imprompt.encoders.feature_cache import FeatureMemory
-from imprompt.evaluation.metric_encoders import weights_hash, words
+from imprompt.evaluation.metric_encoders import describe_preprocessing, weights_hash
 from imprompt.evaluation.plan import Plan
 from imprompt.evaluation.protocols import Setting
 from imprompt.evaluation.sets import Item
@@ -25,7 +25,7 @@ KEPT = (
 )  # bytes of image prompts' features: the pictures of an item are made one after the other
 
 
-class Maker:
+class Generator:
     """The model that makes the pictures, with one adapter at a time."""
 
     def __init__(self, plan: Plan, device: str) -> None:
@@ -105,7 +105,7 @@ class Maker:
             if processor := getattr(
                 worn.reader.encoder, "processor", None
             ):  # faces are found otherwise
-                encoder["preprocessing"] = words(processor)
+                encoder["preprocessing"] = describe_preprocessing(processor)
             adapters.append(
                 {
                     "name": name or worn.name,

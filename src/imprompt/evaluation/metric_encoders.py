@@ -20,7 +20,7 @@ from torch import Tensor
 from imprompt.checkpoints.tensors import some
 from imprompt.encoders.clip import cut_ends, open_encoder
 from imprompt.errors import CheckpointError, first_line
-from imprompt.models import Place, collector_waits
+from imprompt.models import Location, collector_waits
 from imprompt.training.validation import Clip
 
 PHOTO = "A photo depicts "  # what CLIPScore's authors put before a caption
@@ -28,7 +28,7 @@ Encode = Callable[[Sequence[Any]], Tensor]
 
 
 @dataclass(frozen=True)
-class Judge:
+class MetricEncoder:
     """An encoder that measures.
 
     sha256         of its weights as they are used: names, shapes and values
@@ -60,16 +60,16 @@ def cpu(encode: Callable[[Any], Tensor]) -> Encode:
 
 
 @collector_waits()
-def open_clip(source: str, device: str) -> Judge:
+def open_clip(source: str, device: str) -> MetricEncoder:
     """A whole CLIP, or one's vision tower, which knows no texts; CheckpointError."""
     if is_tower(source):
-        encoder = open_encoder(Place.parse(source), device, torch.float32)
+        encoder = open_encoder(Location.parse(source), device, torch.float32)
         pictures = cpu(lambda images: encoder.features(images, "pooled"))
-        return Judge(
+        return MetricEncoder(
             "clip",
             source,
             weights_hash(encoder.model.state_dict()),
-            words(encoder.processor),
+            describe_preprocessing(encoder.processor),
             pictures,
         )
     try:
@@ -79,11 +79,11 @@ def open_clip(source: str, device: str) -> Judge:
             "clip", source, str(error).removeprefix(f"validation.clip = {source!r}").lstrip(": ")
         ) from error
     clip.model.to(device)
-    return Judge(
+    return MetricEncoder(
         "clip",
         source,
         weights_hash(clip.model.state_dict()),
-        words(clip.processor),
+        describe_preprocessing(clip.processor),
         cpu(clip.images),
         cpu(clip.texts),
     )
@@ -96,7 +96,7 @@ def is_tower(source: str) -> bool:
     """
     from transformers import CLIPVisionConfig
 
-    folder, subfolder = Place.parse(source).fetch_folder()
+    folder, subfolder = Location.parse(source).fetch_folder()
     try:
         return (
             CLIPVisionConfig.get_config_dict(folder, subfolder=subfolder or "")[0].get("model_type")
@@ -107,7 +107,7 @@ def is_tower(source: str) -> bool:
 
 
 @collector_waits()
-def open_dino(source: str, device: str) -> Judge:
+def open_dino(source: str, device: str) -> MetricEncoder:
     """A vision transformer of DINO's or DINOv2's kind, of which the class token is taken.
 
     CheckpointError.
@@ -139,12 +139,16 @@ def open_dino(source: str, device: str) -> Judge:
         pixels = processor([cut_ends(image) for image in images], return_tensors="pt").pixel_values
         return model(pixel_values=pixels.to(device)).last_hidden_state[:, 0]
 
-    return Judge(
-        "dino", source, weights_hash(model.state_dict(), unread), words(processor), cpu(embed)
+    return MetricEncoder(
+        "dino",
+        source,
+        weights_hash(model.state_dict(), unread),
+        describe_preprocessing(processor),
+        cpu(embed),
     )
 
 
-def open_inception(source: str, device: str) -> Judge:
+def open_inception(source: str, device: str) -> MetricEncoder:
     """Inception-v3 as the TorchScript file that StyleGAN's and clean-fid's authors publish
     (inception-2015-12-05.pt).
 
@@ -171,12 +175,12 @@ def open_inception(source: str, device: str) -> Judge:
         return network(pixels.to(device), return_features=True)
 
     said = "8-bit RGB, resized to 299×299 by the network"
-    return Judge(
+    return MetricEncoder(
         "inception", source, hashlib.sha256(path.read_bytes()).hexdigest(), said, cpu(embed)
     )
 
 
-JUDGES: dict[str, Callable[[str, str], Judge]] = {
+JUDGES: dict[str, Callable[[str, str], MetricEncoder]] = {
     "clip": open_clip,
     "dino": open_dino,
     "inception": open_inception,
@@ -192,7 +196,7 @@ def refused(key: str, source: str, why: str) -> CheckpointError:
     return CheckpointError(f"--{key} {source}: {why}; {GIVE[key]}")
 
 
-def open_judges(sources: Mapping[str, str | None], device: str) -> dict[str, Judge]:
+def open_judges(sources: Mapping[str, str | None], device: str) -> dict[str, MetricEncoder]:
     """The judges of these sources, by key; those of None are left out. CheckpointError."""
     for key, source in sources.items():
         if source is not None and Path(source).is_absolute() and not Path(source).exists():
@@ -216,7 +220,7 @@ def weights_hash(state: Mapping[str, Tensor], leave_out: Collection[str] = ()) -
     return digest.hexdigest()
 
 
-def words(processor: Any) -> str:
+def describe_preprocessing(processor: Any) -> str:
     """An image processor's kind and its steps: sizes in pixels, Pillow's number of the resampling
     filter, mean and deviation.
     """

@@ -14,7 +14,7 @@ from imprompt.evaluation.contact import MISSING, Thumbnails
 from imprompt.evaluation.metrics import METRICS
 from imprompt.evaluation.plots import curve, dots, drawable, trade
 from imprompt.evaluation.results import Setting, axes_of, axis_values, known, numeric_axes, word
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 
 NONE = "–"
 VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "device", "dtype")
@@ -48,7 +48,7 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_text(
                 text, "utf-8", errors="backslashreplace"
             )  # file names need not be Unicode

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from imprompt.evaluation.protocols import Protocol, Setting
 from imprompt.generation.settings import Precision
-from imprompt.validation import Checked, Flag
+from imprompt.validation import Flag, Validated
 
 if TYPE_CHECKING:
     from imprompt.evaluation.sets import Item
@@ -22,7 +22,7 @@ def unless_none(source: str) -> str | None:
     return None if source == "none" else source
 
 
-class Plan(Checked, frozen=True):
+class Plan(Validated, frozen=True):
     """An evaluation as a user asks for it. `protocol_name`: what `protocol` was before it was
     changed.
     """

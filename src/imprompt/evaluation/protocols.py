@@ -13,12 +13,12 @@ from pydantic import Field
 from imprompt.errors import SettingError
 from imprompt.evaluation.names import told_apart
 from imprompt.generation.settings import Text
-from imprompt.validation import Checked, Flag, near, one_of
+from imprompt.validation import Flag, Validated, one_of, suggestions
 
 SchedulerName = Literal["default", "ddim"]
 
 
-class Protocol(Checked, frozen=True):
+class Protocol(Validated, frozen=True):
     """What is the same for every item. `steps` and `guidance` of None are the model's own.
 
     The caption is measured against whether it is given as the text or not. Picture k of item i has
@@ -74,7 +74,7 @@ def find_protocol(name: str, **changes: Any) -> Protocol:
     SettingError.
     """
     if name not in PROTOCOLS:
-        raise SettingError(f"unknown protocol {name!r}{near(name, PROTOCOLS)}")
+        raise SettingError(f"unknown protocol {name!r}{suggestions(name, PROTOCOLS)}")
     return changed(
         PROTOCOLS[name], {key: value for key, value in changes.items() if value is not None}
     )
@@ -103,7 +103,7 @@ def read_sweep(told: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     for line in told:
         name, _, values = line.partition("=")
         if name not in AXES:
-            raise SettingError(f"--sweep {line}: unknown axis {name!r}{near(name, AXES)}")
+            raise SettingError(f"--sweep {line}: unknown axis {name!r}{suggestions(name, AXES)}")
         if name in sweep:
             raise SettingError(
                 f"--sweep {name} is given twice: give all its values at once, as {name}=A,B"

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from imprompt.checkpoints.tensors import flat, some, write_tensors
 from imprompt.errors import ImpromptError, SettingError, first_line
-from imprompt.evaluation.generator import Maker, reference_of
-from imprompt.evaluation.metric_encoders import PHOTO, Judge, open_judges
+from imprompt.evaluation.generator import Generator, reference_of
+from imprompt.evaluation.metric_encoders import PHOTO, MetricEncoder, open_judges
 from imprompt.evaluation.metrics import clip_score, cosine, diversity
 from imprompt.evaluation.plan import Chunk, Plan, chunks_of
 from imprompt.evaluation.protocols import settings_of
@@ -70,7 +70,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     judges = open_judges(sources, check_device(plan.judge_device) if plan.judge_device else device)
     if not judges:
         raise SettingError("no judge is left to measure with: give --clip, --dino or --inception")
-    maker = Maker(plan, device)
+    maker = Generator(plan, device)
     for setting in settings:
         maker.check(setting)
     run = record(plan, whole, maker, judges, device)
@@ -94,7 +94,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
 
 
 def work(
-    mine: Sequence[Chunk], plan: Plan, maker: Maker, measure: "Measure", on_done: OnDone | None
+    mine: Sequence[Chunk], plan: Plan, maker: Generator, measure: "Measure", on_done: OnDone | None
 ) -> None:
     """Make, measure and write what is not there; chunks of one adapter after another."""
     missing = sorted(
@@ -122,7 +122,7 @@ class Measure:
     A target is embedded once, by itself, so that no number depends on what came before.
     """
 
-    def __init__(self, judges: Mapping[str, Judge]) -> None:
+    def __init__(self, judges: Mapping[str, MetricEncoder]) -> None:
         self.judges = judges
         self._targets: dict[tuple[str, Path], Tensor] = {}
 
@@ -181,7 +181,11 @@ class Measure:
 
 
 def record(
-    plan: Plan, whole: EvaluationSet, maker: Maker, judges: Mapping[str, Judge], device: str
+    plan: Plan,
+    whole: EvaluationSet,
+    maker: Generator,
+    judges: Mapping[str, MetricEncoder],
+    device: str,
 ) -> dict[str, Any]:
     """run.json: all that the numbers depend on."""
     import diffusers

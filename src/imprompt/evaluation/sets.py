@@ -25,7 +25,7 @@ from imprompt.training.listings import (
 )
 from imprompt.training.recipe import Columns
 from imprompt.training.samples import Names
-from imprompt.validation import near
+from imprompt.validation import suggestions
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
 
@@ -244,7 +244,7 @@ def open_set(
     if not path.is_dir():
         raise SettingError(f"{path}: there is no such folder; a set is a folder with {forms()}")
     if kind not in ("auto", *SETS):
-        raise SettingError(f"unknown kind of set {kind!r}{near(kind, ('auto', *SETS))}")
+        raise SettingError(f"unknown kind of set {kind!r}{suggestions(kind, ('auto', *SETS))}")
     known = {kind: SETS[kind]} if kind != "auto" else SETS
     found = next((name for name, one in known.items() if one.fits(path)), None)
     if found is None:

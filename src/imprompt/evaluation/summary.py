@@ -22,7 +22,7 @@ from imprompt.evaluation.metrics import (
 )
 from imprompt.evaluation.plan import Chunk
 from imprompt.evaluation.results import Row, cluster
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 
 
 def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str, Any]:
@@ -130,5 +130,5 @@ def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
-    with written_whole(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")

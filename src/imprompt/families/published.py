@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from imprompt.families.base import Family, pipeline_family
-from imprompt.models import BIG_G, VIT_H, KnownModel, Place, index_of, part_config
+from imprompt.models import BIG_G, VIT_H, KnownModel, Location, index_of, part_config
 from imprompt.variants import OF_CLIP, Feature
 
 # What the configurations of the published UNets say beyond diffusers' defaults.
@@ -70,7 +70,7 @@ class PublishedEncoder:
     """
 
     name: str
-    place: Place  # a repository that has it
+    place: Location  # a repository that has it
     structure: EncoderStructure
     alone: bool = True
 
@@ -80,7 +80,7 @@ ENCODERS = (
     # There is another for pictures of 336 px.
     PublishedEncoder(
         "CLIP ViT-L/14",
-        Place("openai/clip-vit-large-patch14"),
+        Location("openai/clip-vit-large-patch14"),
         EncoderStructure(768, 1024),
         alone=False,
     ),
@@ -130,11 +130,11 @@ def model_parts(model: KnownModel) -> tuple[list[str], Family]:
     )
 
 
-def encoder_structure(place: Place) -> EncoderStructure:
+def encoder_structure(place: Location) -> EncoderStructure:
     """The same of the image encoder there."""
     if known := next((row for row in ENCODERS if row.place == place), None):
         return known.structure
-    told = part_config(KnownModel(str(place), "", Place(place.repo)), place.path)
+    told = part_config(KnownModel(str(place), "", Location(place.repo)), place.path)
     config = {**told, **told.get("vision_config", {})}  # of a whole CLIP
     patches = (config["image_size"] // config["patch_size"]) ** 2 + 1
     return EncoderStructure(config["projection_dim"], config["hidden_size"], patches)

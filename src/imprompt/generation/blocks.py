@@ -18,7 +18,7 @@ from torch import Tensor
 from imprompt.errors import SettingError
 from imprompt.families.unet_layers import SD, SDXL, layer_names
 from imprompt.families.unet_presets import PRESETS, Map, Strengths, Tables
-from imprompt.validation import near
+from imprompt.validation import suggestions
 
 Blocks = (
     str | float | Mapping[str, Any]
@@ -107,7 +107,7 @@ def transformers(sites: Iterable[str]) -> list[str]:
 def preset_for(name: str, sites: Sequence[str]) -> Strengths:
     """What the preset of that name says about these sites."""
     if name not in PRESETS:
-        raise SettingError(f"unknown blocks {name!r}{near(name, PRESETS)}")
+        raise SettingError(f"unknown blocks {name!r}{suggestions(name, PRESETS)}")
     heard, found = PRESETS[name].heard, transformers(sites)
     if isinstance(heard, Strengths):
         return heard
@@ -133,7 +133,7 @@ def checked_map(blocks: float | Mapping[str, Any], sites: Sequence[str]) -> Map:
         if not any(matches(pattern, site) for site in sites):
             raise SettingError(
                 f"blocks {pattern!r}: no cross-attention's name begins "
-                f"so{near(pattern, beginnings(sites))}"
+                f"so{suggestions(pattern, beginnings(sites))}"
             )
     return {
         pattern: finite_number(f"blocks {pattern!r}", factor) for pattern, factor in own.items()

@@ -24,7 +24,7 @@ from imprompt.errors import MismatchError, SettingError
 from imprompt.generation.blocks import BlockMap, Blocks, block_map, finite_number
 from imprompt.generation.settings import OverlapName
 from imprompt.images import open_mask
-from imprompt.validation import near
+from imprompt.validation import suggestions
 
 # When.
 
@@ -68,7 +68,7 @@ def over_time(
     heard = (progress >= start) & ((progress < end) | (end == 1))
     if isinstance(easing, str):
         if easing not in EASINGS:
-            raise SettingError(f"unknown easing {easing!r}{near(easing, EASINGS)}")
+            raise SettingError(f"unknown easing {easing!r}{suggestions(easing, EASINGS)}")
         factors = EASINGS[easing](np.clip((progress - start) / (end - start), 0, 1))
     else:
         factors = np.interp(progress, *checked_points(easing))
@@ -165,7 +165,7 @@ def combine(
     that has no meaning.
     """
     if how not in COMBINE:
-        raise SettingError(f"combine = {how!r} is unknown{near(how, COMBINE)}")
+        raise SettingError(f"combine = {how!r} is unknown{suggestions(how, COMBINE)}")
     several = features if isinstance(features, tuple) else (features,)
     given = checked_weights(len(several[0]), weights, signed=how in SIGNED, of=how)
     present = [i for i, weight in enumerate(given) if weight]
@@ -255,7 +255,7 @@ def scaled(prompt: ImagePrompt, how: str) -> ImagePrompt:
     keys and values, the ratio to that stays. At a scale of 0 nothing is heard.
     """
     if how not in SCALINGS:
-        raise SettingError(f"unknown scaling {how!r}{near(how, SCALINGS)}")
+        raise SettingError(f"unknown scaling {how!r}{suggestions(how, SCALINGS)}")
     if (row := SCALINGS[how]) is None:
         return prompt
     scale = prompt.scale
@@ -347,7 +347,7 @@ def regions(masks: Sequence[Any], overlap: str = "add") -> list[Tensor | None]:
     sum where that is above 1).
     """
     if overlap not in OVERLAPS:
-        raise SettingError(f"unknown overlap {overlap!r}{near(overlap, OVERLAPS)}")
+        raise SettingError(f"unknown overlap {overlap!r}{suggestions(overlap, OVERLAPS)}")
     given = [None if mask is None else as_mask(mask) for mask in masks]
     sizes = [mask.shape[1:] for mask in given if mask is not None]
     size = tuple(max(sides) for sides in zip(*sizes, strict=True)) if sizes else (1, 1)

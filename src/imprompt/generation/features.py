@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imprompt.encoders.embedding_files import Reads, check_embedding, load_embedding
+from imprompt.encoders.embedding_files import FeatureSpec, check_embedding, load_embedding
 from imprompt.encoders.matching import Encoder
 from imprompt.encoders.noise import Noise, noise_negative
 from imprompt.encoders.preparation import Preparation, prepare
@@ -38,7 +38,7 @@ class Reader:
     encoder: Encoder
     variant: Variant
     name: str = ""
-    reads: Reads | None = None
+    reads: FeatureSpec | None = None
 
     def features(self, reference: Reference) -> tuple[Features, list[float] | None]:
         """(K, ...), of each picture and each row of a file of features, and their weights, if there

@@ -43,7 +43,7 @@ OFFLOADS: dict[str, Callable[[Any, str], None]] = {  # (pipeline, device)
 
 
 @dataclass(frozen=True)
-class Savers:
+class MemoryOptions:
     """What is done to save memory on `device`, where the pictures are made."""
 
     device: str

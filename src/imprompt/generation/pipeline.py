@@ -15,23 +15,23 @@ from imprompt.encoders.feature_cache import FeatureFolder, Store
 from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.families.base import base_of, family_of, pipeline_family
 from imprompt.generation.engine import Engine, Seat
-from imprompt.generation.memory import Savers
+from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.prepare import (
     Attached,
-    Circumstances,
-    Opened,
-    Ready,
+    CallContext,
+    LoadedAdapter,
+    PreparedReference,
     choices,
     joined_to,
-    share_overlaps,
+    normalise_masks,
 )
 from imprompt.generation.references import AdapterChoice, Item, Reference, items_of
 from imprompt.generation.settings import MAX_SIDE, Resolved, Settings
-from imprompt.generation.tasks import Start, open_controlnet, task
+from imprompt.generation.tasks import InputImages, open_controlnet, task
 from imprompt.images import open_image, open_mask
-from imprompt.models import KnownModel, Place, find_model, open_pipeline
+from imprompt.models import KnownModel, Location, find_model, open_pipeline
 from imprompt.prompt import ImagePrompt, stack_items
-from imprompt.validation import near
+from imprompt.validation import suggestions
 
 Picture = str | Path | Image.Image
 ImageInput = Picture | Reference
@@ -68,7 +68,7 @@ class ImagePromptPipeline:
         model: KnownModel | None = None,
         controlnet: Any = None,
         compile: bool = False,
-        savers: Savers | None = None,
+        savers: MemoryOptions | None = None,
     ) -> None:
         """Join a pipeline and adapters that are attached to its base model.
 
@@ -82,8 +82,8 @@ class ImagePromptPipeline:
         self.engine = Engine(base, self.family, several[0].adapter.injection)
         self.engine.injection.timesteps = pipeline.scheduler.config.num_train_timesteps
         self.adapters = {attached.name: attached for attached in several}
-        self.model = model or KnownModel("", "", Place(""))
-        self.savers = savers or Savers(str(pipeline.device))
+        self.model = model or KnownModel("", "", Location(""))
+        self.savers = savers or MemoryOptions(str(pipeline.device))
         self.controlnet = controlnet
         self.compiled = compile
         if compile:
@@ -136,7 +136,7 @@ class ImagePromptPipeline:
         """
         device = check_device(device) if device else default_device()
         dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
-        savers = Savers.check(device, offload, tiling, quantize)
+        savers = MemoryOptions.check(device, offload, tiling, quantize)
         keep = (
             FeatureFolder(keep_features)
             if isinstance(keep_features, (str, Path))
@@ -144,7 +144,7 @@ class ImagePromptPipeline:
         )
         known = find_model(str(model))
         opened = [
-            Opened.read(choice, known, faces, device, dtype, keep, savers)
+            LoadedAdapter.read(choice, known, faces, device, dtype, keep, savers)
             for choice in choices(adapter, encoder, variant)
         ]
         pipeline = open_pipeline(known, savers.opens_on, dtype=dtype, **options)
@@ -182,7 +182,9 @@ class ImagePromptPipeline:
         `model` is the name of the base model that it was made from, if its adapters are to be said
         by name. The pipeline keeps its device and precision.
         """
-        known = find_model(model) if model else KnownModel(type(pipeline).__name__, "", Place(""))
+        known = (
+            find_model(model) if model else KnownModel(type(pipeline).__name__, "", Location(""))
+        )
         keep = (
             FeatureFolder(keep_features)
             if isinstance(keep_features, (str, Path))
@@ -192,9 +194,9 @@ class ImagePromptPipeline:
             str(pipeline._execution_device),
             base_of(pipeline).dtype,
         )  # under offload it is not where the weights wait
-        savers = Savers(device)
+        savers = MemoryOptions(device)
         opened = [
-            Opened.read(choice, known, faces, device, dtype, keep, savers)
+            LoadedAdapter.read(choice, known, faces, device, dtype, keep, savers)
             for choice in choices(adapter, encoder, variant)
         ]
         with joined_to(base_of(pipeline), opened, dtype) as attached:
@@ -273,7 +275,7 @@ class ImagePromptPipeline:
             None if picture is None else open_image(picture)
             for picture in (init_image, control_image)
         )
-        start = Start(begin, None if mask_image is None else open_mask(mask_image), control)
+        start = InputImages(begin, None if mask_image is None else open_mask(mask_image), control)
         chosen = self.resolve(settings, begin or control)
         items = items_of(image, chosen.together)
         if not isinstance(chosen.prompt, str) and len(chosen.prompt) != len(items):
@@ -356,13 +358,13 @@ class ImagePromptPipeline:
                 **job.options,
             ).images
 
-    def _call(self, settings: Resolved, guided: bool) -> Circumstances:
+    def _call(self, settings: Resolved, guided: bool) -> CallContext:
         unit, timesteps = (
             self.pipeline.vae_scale_factor,
             self.pipeline.scheduler.config.num_train_timesteps,
         )
         size = settings.height // unit, settings.width // unit
-        return Circumstances(
+        return CallContext(
             guided, settings.scale, settings.overlap, size, timesteps, settings.seed, {}
         )
 
@@ -387,9 +389,9 @@ class ImagePromptPipeline:
     def hears(self, reference: Reference) -> Attached:
         return self.first if reference.adapter is None else self.adapters[reference.adapter]
 
-    def hear(self, item: Item, call: Circumstances) -> list[Ready]:
+    def hear(self, item: Item, call: CallContext) -> list[PreparedReference]:
         """What one result hears, encoded. What is silent is left out; a graph keeps its inputs."""
-        ready = share_overlaps(
+        ready = normalise_masks(
             [self.hears(reference).hear(reference, call) for reference in item], call.overlap
         )
         return [one for one in ready if one.audible or self.compiled]
@@ -428,7 +430,9 @@ class ImagePromptPipeline:
         return resolved
 
 
-def prompts_for(batch: Sequence[list[Ready]], order: Sequence[int]) -> list[ImagePrompt]:
+def prompts_for(
+    batch: Sequence[list[PreparedReference]], order: Sequence[int]
+) -> list[ImagePrompt]:
     """What the items of a batch hear. One that several items hear is projected once."""
     ready = {id(one): one for item in batch for one in item}
     made = {key: one.prompt() for key, one in ready.items()}
@@ -474,7 +478,7 @@ def own_options(
     if unknown := [name for name in options if name not in takes]:
         raise SettingError(
             f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} takes "
-            f"none{near(unknown[0], takes)}"
+            f"none{suggestions(unknown[0], takes)}"
         )
     if taken := [name for name in options if name in SAID]:
         raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {SAID[taken[0]]}")
@@ -486,7 +490,7 @@ def own_options(
     return options
 
 
-def keep_outside(made: Image.Image, start: Start) -> Image.Image:
+def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
     """The redrawn part of `made` on the untouched rest of the picture it started from, where there
     is a mask.
     """
@@ -552,8 +556,8 @@ class Job(NamedTuple):
     settings: Resolved
     pipeline: Any
     options: dict[str, Any]
-    start: Start
-    heard: list[list[Ready]]
+    start: InputImages
+    heard: list[list[PreparedReference]]
     rounds: list[range]
     filled: int
     guided: bool

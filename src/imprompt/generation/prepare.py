@@ -17,7 +17,7 @@ from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import AdapterFile, build_adapter, read_adapter
-from imprompt.encoders.embedding_files import Reads
+from imprompt.encoders.embedding_files import FeatureSpec
 from imprompt.encoders.feature_cache import Store
 from imprompt.encoders.matching import load_encoder
 from imprompt.encoders.noise import Noise
@@ -33,13 +33,13 @@ from imprompt.generation.combine import (
     scaled,
 )
 from imprompt.generation.features import Features, Reader
-from imprompt.generation.memory import Savers
+from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.references import AdapterChoice, Reference, plain_picture
 from imprompt.models import KnownModel, find_adapter
 from imprompt.prompt import ImagePrompt
 
 
-class Circumstances(NamedTuple):
+class CallContext(NamedTuple):
     """What all references of a call share.
 
     scale    of references that say none
@@ -57,7 +57,7 @@ class Circumstances(NamedTuple):
     nulls: dict[tuple["Attached", float], Tensor]
 
 
-class Ready(NamedTuple):
+class PreparedReference(NamedTuple):
     """A reference made ready: all but its keys and values, which are projected when its turn
     comes.
     """
@@ -96,7 +96,7 @@ class Attached:
     def name(self) -> str:
         return self.reader.name
 
-    def hear(self, reference: Reference, call: Circumstances) -> Ready:
+    def hear(self, reference: Reference, call: CallContext) -> PreparedReference:
         """Encode a reference, after what it says was checked."""
         block, table = scale_table(
             list(self.adapter.injection.layers),
@@ -117,7 +117,9 @@ class Attached:
         )
         tokens, bias = self.combined(reference)
         null = self.null_tokens(reference, call, tokens.shape[1]) if call.guided else None
-        return Ready(self, tokens, null, bias, table, block.away, mask, reference.embeds_scaling)
+        return PreparedReference(
+            self, tokens, null, bias, table, block.away, mask, reference.embeds_scaling
+        )
 
     def combined(self, reference: Reference) -> tuple[Tensor, Tensor | None]:
         """The image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard
@@ -136,7 +138,7 @@ class Attached:
             parts = *parts, torch.tensor(reference.face_scale)
         return self.adapter.tokens(tuple(part.to(device) for part in parts))
 
-    def null_tokens(self, reference: Reference, call: Circumstances, count: int) -> Tensor:
+    def null_tokens(self, reference: Reference, call: CallContext, count: int) -> Tensor:
         """So many image tokens (1, count, D) of what guidance goes away from: "no image", or the
         reference's negative.
         """
@@ -160,7 +162,7 @@ def repeated(tokens: Tensor, count: int) -> Tensor:
     return tokens.repeat(1, count // tokens.shape[1], 1)
 
 
-def share_overlaps(ready: Sequence[Ready], overlap: str) -> list[Ready]:
+def normalise_masks(ready: Sequence[PreparedReference], overlap: str) -> list[PreparedReference]:
     """What one result hears, where the masks of those overlap that are heard at all: see
     `controls.regions`.
     """
@@ -170,7 +172,7 @@ def share_overlaps(ready: Sequence[Ready], overlap: str) -> list[Ready]:
     return [one._replace(mask=next(masks)) if one.audible else one for one in ready]
 
 
-class Opened(NamedTuple):
+class LoadedAdapter(NamedTuple):
     """An adapter's file and its image encoder, before there is a base model."""
 
     choice: AdapterChoice
@@ -187,7 +189,7 @@ class Opened(NamedTuple):
         device: str,
         dtype: torch.dtype,
         keep: Store | None,
-        savers: Savers,
+        savers: MemoryOptions,
     ) -> Self:
         """See `ImagePromptPipeline.from_pretrained` for the errors."""
         path, told, variant = find_adapter(model, choice.adapter)
@@ -205,12 +207,14 @@ class Opened(NamedTuple):
         if live.low_rank is not None:
             live.low_rank.to(dtype).strength = self.choice.lora_scale
         return Attached(
-            live, Reader(self.encoder, self.file.variant, self.name, Reads.of(self.file))
+            live, Reader(self.encoder, self.file.variant, self.name, FeatureSpec.of(self.file))
         )
 
 
 @contextmanager
-def joined_to(model: Any, opened: Sequence[Opened], dtype: torch.dtype) -> Iterator[list[Attached]]:
+def joined_to(
+    model: Any, opened: Sequence[LoadedAdapter], dtype: torch.dtype
+) -> Iterator[list[Attached]]:
     """The adapters attached to `model`; it is given back as it was if anything fails inside.
 
     SettingError for a name twice.

@@ -24,12 +24,12 @@ from pydantic_core import PydanticCustomError
 
 from imprompt.encoders.choices import Crop, Noise, NoiseKind
 from imprompt.errors import ImageError, SettingError
-from imprompt.validation import Checked, Flag, one_line, one_of
+from imprompt.validation import Flag, Validated, one_line, one_of
 
 FEATURES = (".safetensors", ".ipadpt")  # files of image features, which stand for pictures
 
 
-class PictureFile(Checked, frozen=True):
+class PictureFile(Validated, frozen=True):
     """A picture, or image features, by its path, with a hash by which a change is noticed."""
 
     path: Path
@@ -159,7 +159,7 @@ def _easing(value: Any) -> Any:
     return TypeAdapter(tuple[tuple[float, float], ...]).validate_python(value)
 
 
-class Reference(Checked, frozen=True):
+class Reference(Validated, frozen=True):
     """Pictures that are one image prompt. Its mathematics are those of `generation.combine`.
 
     images          can also be files that `imprompt embed` wrote, each for the pictures whose
@@ -312,7 +312,7 @@ def _as_reference(value: Any) -> Any:
 AnyItem = Annotated[Item, BeforeValidator(_as_item)]
 
 
-class AdapterChoice(Checked, frozen=True):
+class AdapterChoice(Validated, frozen=True):
     """One of a pipeline's adapters.
 
     adapter     one of the model's adapters by name (its first if not given), a file, a folder, or a

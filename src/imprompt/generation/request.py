@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, field_serializer, model_validator
 
 from imprompt.errors import ImageError, SettingError, first_line
-from imprompt.files import part_of, written_new, written_whole
+from imprompt.files import atomic_write, temporary, written_new
 from imprompt.generation.references import (
     AdapterChoice,
     AnyItem,
@@ -25,7 +25,7 @@ from imprompt.generation.references import (
 )
 from imprompt.generation.settings import Precision, Resolved, Settings
 from imprompt.models import MODELS
-from imprompt.validation import Checked, Flag
+from imprompt.validation import Flag, Validated
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +45,7 @@ def one_adapter(names: list[str]) -> str:
     return names[0]
 
 
-class Request(Checked, frozen=True):
+class Request(Validated, frozen=True):
     """One call of `imprompt generate`.
 
     adapter  a name, an `AdapterChoice`, or a list of them
@@ -349,14 +349,14 @@ def results_at(out: Path) -> tuple[Path, str]:
 
 def save_png(picture: "Image.Image", path: Path, text: str | None = None) -> Path:
     """Write a PNG whole or not at all."""
-    with told(path), written_whole(path) as part:
+    with told(path), atomic_write(path) as part:
         write_png(picture, part, text)
     return path
 
 
 def save_new(picture: "Image.Image", wanted: Path, text: str | None = None) -> Path:
     """Write a PNG whole under the wanted name, or the next that is free; return that name."""
-    with told(wanted), part_of(wanted) as part:
+    with told(wanted), temporary(wanted) as part:
         write_png(picture, part, text)
         return written_new(part, wanted)
 

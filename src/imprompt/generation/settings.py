@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from imprompt.validation import Checked, Flag, one_of
+from imprompt.validation import Flag, Validated, one_of
 
 MAX_SIDE = 16_384  # pixels
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -31,7 +31,7 @@ OverlapName = Literal["add", "normalise"]
 Overlap = Annotated[OverlapName, one_of(OverlapName)]
 
 
-class Settings(Checked, frozen=True):
+class Settings(Validated, frozen=True):
     """The numbers and texts of one call, each with its flag of `imprompt generate`.
 
     `steps`, `guidance`, `width` and `height` of None are the model's own. `prompt` is one text for

@@ -12,9 +12,9 @@ from PIL import Image
 
 from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
 from imprompt.families.base import TaskTable, base_of, family_of
-from imprompt.generation.memory import Savers
+from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.settings import Resolved
-from imprompt.models import KnownModel, Place, may_be_on_hub
+from imprompt.models import KnownModel, Location, may_be_on_hub
 
 FLAGS = (
     "requires_safety_checker",
@@ -22,7 +22,7 @@ FLAGS = (
 )  # of a pipeline's constructor, beside its components
 
 
-class Start(NamedTuple):
+class InputImages(NamedTuple):
     """The pictures that a call starts from or keeps to, beside its image prompts."""
 
     init: Image.Image | None = None
@@ -31,7 +31,7 @@ class Start(NamedTuple):
 
 
 def task(
-    pipeline: Any, start: Start, settings: Resolved, controlnet: Any, savers: Savers
+    pipeline: Any, start: InputImages, settings: Resolved, controlnet: Any, savers: MemoryOptions
 ) -> tuple[Any, dict[str, Any]]:
     """The pipeline for the call, over the same networks, and what it takes beside the prompts.
 
@@ -78,7 +78,7 @@ def resized_to(picture: Image.Image, settings: Resolved) -> Image.Image:
     return picture.resize(settings.size, Image.Resampling.LANCZOS)
 
 
-def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: Savers) -> Any:
+def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: MemoryOptions) -> Any:
     """Return the pipeline for a kind of task, named as in `Tasks`, over the same networks."""
     own = type(pipeline).__name__
     table = family_of(base_of(pipeline)).pipelines.get(own, TaskTable())
@@ -112,7 +112,7 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
         raise SettingError(
             f"no ControlNet {name!r} for {model.name}: give {known}a folder, or a Hub id owner/name"
         )
-    place = model.controlnets.get(name) or Place(name)
+    place = model.controlnets.get(name) or Location(name)
     source, subfolder = place.fetch_folder()
     try:
         net: Any = ControlNetModel.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from imprompt.training.buckets import Size
 from imprompt.training.examples import bucket_of, read_example
 from imprompt.training.features import FeatureEncoder
-from imprompt.training.order import Draw
+from imprompt.training.order import SampleIndex
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Source
 
@@ -101,20 +101,20 @@ class PictureReader:
         return item | {"latent": (self.channels, *mask.shape[1:])}
 
 
-def dice(seed: int, draw: Draw) -> torch.Generator:
+def sample_rng(seed: int, draw: SampleIndex) -> torch.Generator:
     """The generator of one showing of a sample, whoever draws it and whenever."""
     digest = hashlib.blake2b(f"{seed} {draw.epoch} {draw.sample}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
-class Shown(Dataset[Item]):
+class AugmentedSamples(Dataset[Item]):
     """One showing of a sample: what is read of it, and what is drawn for it."""
 
     def __init__(self, reader: SampleReader, data: Data, seed: int) -> None:
         self.reader, self.data, self.seed = reader, data, seed
 
-    def __getitem__(self, draw: Draw) -> Item:
-        random = dice(self.seed, draw)
+    def __getitem__(self, draw: SampleIndex) -> Item:
+        random = sample_rng(self.seed, draw)
         mirror, pick, drop, u = torch.rand(4, generator=random, dtype=torch.float64).tolist()
         bad = None
         try:
@@ -149,20 +149,22 @@ def _together(values: list[Any]) -> Any:
     return torch.tensor(values) if isinstance(values[0], (bool, float)) else values
 
 
-class Share(NamedTuple):
+class RankSlice(NamedTuple):
     """Which part of every step's batch a process takes, and in how many parts."""
 
     rank: int = 0
     ranks: int = 1
     parts: int = 1
 
-    def of(self, draws: list[Draw]) -> list[list[Draw]]:
+    def of(self, draws: list[SampleIndex]) -> list[list[SampleIndex]]:
         size = len(draws) // (self.ranks * self.parts)
         mine = [draws[start : start + size] for start in range(0, len(draws), size)]
         return mine[self.rank :: self.ranks]
 
 
-def loader(shown: Shown, steps: Iterator[list[Draw]], share: Share, workers: int) -> Iterator[Item]:
+def loader(
+    shown: AugmentedSamples, steps: Iterator[list[SampleIndex]], share: RankSlice, workers: int
+) -> Iterator[Item]:
     """This process's parts of the batches, `share.parts` to a step, read ahead by `workers`
     processes.
     """
@@ -183,10 +185,10 @@ def loader(shown: Shown, steps: Iterator[list[Draw]], share: Share, workers: int
 class _Once:
     """A sampler that is passed through once."""
 
-    def __init__(self, parts: Iterator[list[Draw]]) -> None:
+    def __init__(self, parts: Iterator[list[SampleIndex]]) -> None:
         self.parts = parts
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
         return self.parts
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imprompt.errors import ImpromptError
-from imprompt.files import flush, written_whole
+from imprompt.files import atomic_write, flush
 from imprompt.training.buckets import Size, bucket_sizes
 from imprompt.training.cache import (
     Table,
@@ -286,7 +286,7 @@ def aside(path: Path, rank: int) -> Iterator[BinaryIO]:
     Until then its name tells the process, so that what a killed one left is told from what others
     are writing.
     """
-    with written_whole(path, str(rank)) as part, part.open("wb") as file:
+    with atomic_write(path, str(rank)) as part, part.open("wb") as file:
         yield file
     flush(path.parent)
 

@@ -23,7 +23,7 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def ends_told(output: Path) -> Iterator[None]:
+def explained_termination(output: Path) -> Iterator[None]:
     """What ends a run before its last step, as an error that says how to go on.
 
     Launchers send SIGTERM to the processes that are left when one has ended, schedulers before they
@@ -40,19 +40,19 @@ def ends_told(output: Path) -> Iterator[None]:
     try:
         yield
     except Terminated as error:
-        raise ImpromptError(f"{TOLD}. {left(output)}") from error
+        raise ImpromptError(f"{TOLD}. {resume_hint(output)}") from error
     except Diverged as error:
-        raise ImpromptError(f"{error}. {left(output)}") from error
+        raise ImpromptError(f"{error}. {resume_hint(output)}") from error
     except RuntimeError as error:
         if (what := end_of_another(error)) is None:
             raise
-        raise ImpromptError(f"{what}. {left(output)}") from error
+        raise ImpromptError(f"{what}. {resume_hint(output)}") from error
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
 
-def left(output: Path) -> str:
+def resume_hint(output: Path) -> str:
     """What there is to go on from."""
     latest = output / "latest"
     if not latest.exists():
@@ -93,7 +93,7 @@ def end_of_another(error: RuntimeError) -> str | None:
     )
 
 
-def claimed(output: Path) -> FileLock:
+def lock_output(output: Path) -> FileLock:
     """The sole right to write into a run's folder, which ends with this process at the latest."""
     output.mkdir(parents=True, exist_ok=True)
     try:

@@ -17,12 +17,12 @@ from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter, save_adapter
 from imprompt.errors import ImpromptError
 from imprompt.training.batches import Batch, Item
-from imprompt.training.endings import claimed, ends_told
+from imprompt.training.endings import explained_termination, lock_output
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 from imprompt.training.setup import Setup, gathered, set_up
 from imprompt.training.state import save_state
-from imprompt.training.step import Sentry
+from imprompt.training.step import NaNGuard
 from imprompt.training.supply import Bad, bad_of
 from imprompt.training.validation import held_out_loss
 from imprompt.training.watch import (
@@ -44,7 +44,7 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
 
     Give the folder of the last state.
     """
-    with ends_told(recipe.output):
+    with explained_termination(recipe.output):
         watcher = watcher or Watcher()
         run = Run(set_up(recipe, watcher.encoded), watcher)
         try:
@@ -72,7 +72,7 @@ class Run:
         """Every step from the state on."""
         recipe, plan = self.setup.recipe, self.setup.recipe.optimization
         if self.setup.main:
-            self.lock = claimed(recipe.output)
+            self.lock = lock_output(recipe.output)
         self.setup.accelerator.wait_for_everyone()
         done = self._resume()
         if self.setup.main:
@@ -80,7 +80,7 @@ class Run:
             self.trackers = open_trackers(recipe, done, self.watcher.warned)
         self._count(done)
         clock = Clock()
-        sentry = Sentry(gathered, scaled=self.setup.accelerator.scaler is not None)
+        sentry = NaNGuard(gathered, scaled=self.setup.accelerator.scaler is not None)
         items = self.supply.items(done) if done < plan.steps else iter(())
         for step in range(done, plan.steps):
             with clock.waiting():

@@ -17,7 +17,7 @@ from imprompt.encoders.matching import given_place
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.base import Conditions, family_of
 from imprompt.families.published import model_parts
-from imprompt.models import Place, find_adapter, find_model, open_pipeline, part_config
+from imprompt.models import Location, find_adapter, find_model, open_pipeline, part_config
 from imprompt.training.buckets import training_size
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Optimization, Recipe
@@ -118,7 +118,7 @@ def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
     return adapter.float()
 
 
-def encoder_place(recipe: Recipe) -> Place:
+def encoder_place(recipe: Recipe) -> Location:
     """The recipe's image encoder, or that of the model's first adapter, or the one beside the
     model.
     """

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Draw(NamedTuple):
+class SampleIndex(NamedTuple):
     """One showing of a sample: what is random about it (noise, drops, …) is drawn from these two
     and the seed.
     """
@@ -59,14 +59,14 @@ class Order:
             ]
         )
 
-    def steps(self, start: int = 0) -> Iterator[list[Draw]]:
+    def steps(self, start: int = 0) -> Iterator[list[SampleIndex]]:
         """The batches from step `start` on, without end."""
         waiting: dict[int, np.ndarray] = {}  # bucket -> rows of (epoch, index)
         passed = 0
         for number in count():
             batches = self._fill(waiting, number)
             for batch in batches[max(0, start - passed) :]:
-                yield [Draw(*row) for row in batch.tolist()]
+                yield [SampleIndex(*row) for row in batch.tolist()]
             passed += len(batches)
 
     def _fill(self, waiting: dict[int, np.ndarray], number: int) -> list[np.ndarray]:

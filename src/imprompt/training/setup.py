@@ -17,7 +17,7 @@ from imprompt.checkpoints.adapters import Origin
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.families.base import base_of, family_of
 from imprompt.files import check_folder
-from imprompt.training.batches import Composer, SampleReader, Share
+from imprompt.training.batches import Composer, RankSlice, SampleReader
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.model import (
     AdaptedModel,
@@ -36,7 +36,7 @@ from imprompt.training.sources import open_source
 from imprompt.training.state import State, load_state
 from imprompt.training.step import Trainer
 from imprompt.training.supply import (
-    Supply,
+    DataPipeline,
     encode_features,
     have_features,
     read_features,
@@ -70,7 +70,7 @@ class Setup:
     twin: IPAdapter
     layers: list[str]
     trainer: Trainer
-    supply: Supply
+    supply: DataPipeline
     origin: Origin
     validator: Validator | None
 
@@ -110,7 +110,7 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
     objective = Objective(pipeline.scheduler, recipe.noise)
     model = AdaptedModel(prepare_base(base, recipe.optimization, device), adapter)
     compose = Composer(nulls, device, measured.scaling, measured.shift, online)
-    supply = Supply(
+    supply = DataPipeline(
         reader, recipe.data, recipe.seed, share, recipe.optimization.batch_size, compose
     )
     origin = Origin(
@@ -164,7 +164,7 @@ def check_engine(accelerator: Any) -> None:
         )
 
 
-def share_of(recipe: Recipe, accelerator: Any) -> Share:
+def share_of(recipe: Recipe, accelerator: Any) -> RankSlice:
     """Return this process's share of every batch."""
     plan, ranks = recipe.optimization, accelerator.num_processes
     if plan.batch_size % (ranks * plan.accumulate):
@@ -173,10 +173,10 @@ def share_of(recipe: Recipe, accelerator: Any) -> Share:
             f"{plan.accumulate} "
             f"parts each: give a multiple of {ranks * plan.accumulate}"
         )
-    return Share(accelerator.process_index, ranks, plan.accumulate)
+    return RankSlice(accelerator.process_index, ranks, plan.accumulate)
 
 
-def open_models(recipe: Recipe, source: Source | None, accelerator: Any, share: Share,
+def open_models(recipe: Recipe, source: Source | None, accelerator: Any, share: RankSlice,
                 on_encoded: OnEncoded) -> tuple[Any, FeatureEncoder | None]:  # fmt: skip
     """Open the base model's pipeline, and the frozen models around it as far as this run needs
     them; encode what is not yet.

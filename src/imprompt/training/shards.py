@@ -28,7 +28,7 @@ from pydantic import NonNegativeInt, TypeAdapter
 from pydantic_core import from_json
 
 from imprompt.errors import ImageError, SettingError, first_line
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 from imprompt.images import image_size, open_image, open_mask
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Names, PictureOpener, Sample, Size, caption
@@ -456,7 +456,7 @@ def fetch(url: str, final: Path) -> Path:
             if not final.exists():
                 for torn in final.parent.glob(f".{final.name}.*"):  # of a process that was killed
                     torn.unlink()
-                with written_whole(final) as aside:
+                with atomic_write(final) as aside:
                     download(url, aside)
     except OSError as error:
         raise BadSample(url, f"cannot be fetched ({error})", "absent") from error

@@ -304,7 +304,7 @@ class Diverged(ImpromptError):
     """The loss or its gradient is no number any more."""
 
 
-class Sentry:
+class NaNGuard:
     """Stops a run whose loss is NaN or infinite, at the step that made it so.
 
     A GPU's numbers are looked at a step late, when they are there anyway, so that it is never

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from imprompt.errors import ImpromptError
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 from imprompt.training.batches import (
+    AugmentedSamples,
     Composer,
     Item,
     PictureReader,
+    RankSlice,
     SampleReader,
-    Share,
-    Shown,
     collate,
     loader,
 )
@@ -28,7 +28,7 @@ from imprompt.training.encoding import encode_set, source_origin
 from imprompt.training.examples import Examples
 from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.model import Measures, encoder_place
-from imprompt.training.order import Draw, Order
+from imprompt.training.order import Order, SampleIndex
 from imprompt.training.recipe import Data, Recipe
 from imprompt.training.samples import BadSample, Source
 from imprompt.training.shards import KEEP
@@ -48,7 +48,7 @@ def encode_features(
     recipe: Recipe,
     source: Source,
     frozen: FeatureEncoder,
-    share: Share,
+    share: RankSlice,
     on_done: Callable[[int, int], None],
 ) -> None:
     """Fill the recipe's features folder, this process's part of it."""
@@ -85,13 +85,13 @@ def read_pictures(
 
 
 @dataclass
-class Supply:
+class DataPipeline:
     """Batches of a reader's samples for this process."""
 
     reader: SampleReader
     data: Data
     seed: int
-    share: Share
+    share: RankSlice
     batch: int
     compose: Composer
     held_out: np.ndarray = field(init=False)  # sample numbers
@@ -134,7 +134,7 @@ class Supply:
     def items(self, start: int) -> Iterator[Item]:
         """This process's parts of the batches from step `start` on."""
         return loader(
-            Shown(self.reader, self.data, self.seed),
+            AugmentedSamples(self.reader, self.data, self.seed),
             self.order.steps(start),
             self.share,
             self.data.workers,
@@ -148,7 +148,7 @@ class Supply:
             update={"flip": False, "drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
         )
         shown, size = (
-            Shown(self.reader, plain, self.seed),
+            AugmentedSamples(self.reader, plain, self.seed),
             max(1, self.batch // (self.share.ranks * self.share.parts)),
         )
         numbers = np.arange(len(self.held_out))
@@ -158,7 +158,9 @@ class Supply:
             for part in np.split(here, range(size, len(here), size)):
                 yield (
                     part,
-                    collate([shown[Draw(-1, int(self.held_out[number]))] for number in part]),
+                    collate(
+                        [shown[SampleIndex(-1, int(self.held_out[number]))] for number in part]
+                    ),
                 )
 
 
@@ -212,7 +214,7 @@ class Bad:
 
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.file) as aside:
+        with atomic_write(self.file) as aside:
             aside.write_text(
                 "".join(json.dumps(row) + "\n" for row in self.known.values()), encoding="utf-8"
             )

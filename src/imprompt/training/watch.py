@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from imprompt.errors import ImpromptError, SettingError, first_line
-from imprompt.files import written_whole
+from imprompt.files import atomic_write
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 
@@ -96,7 +96,7 @@ class Metrics:
             return
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
         try:
-            with written_whole(self.path) as aside:
+            with atomic_write(self.path) as aside:
                 aside.write_text("".join(kept), encoding="utf-8")
         except OSError as error:
             raise ImpromptError(f"cannot write {self.path}: {first_line(error)}") from error
