@@ -135,9 +135,8 @@ def diffusers_ip_adapter(of: Scene) -> Contender:
 
 def ours(of: Scene) -> Contender:
     unet = of.unet()
-    if (
-        of.setting.device == "cuda"
-    ):  # as the package loads it; with weights of its own, for others would see them turned
+    if of.setting.device == "cuda":
+        # as the package loads it; with weights of its own, for others would see them turned
         unet = copy.deepcopy(of.base).to(memory_format=torch.channels_last)
     for adapter in of.adapters:
         adapter.detach()  # from the UNet of an earlier measurement

@@ -69,10 +69,8 @@ MODES = {
         pipe=lambda pipe: pipe.enable_sequential_cpu_offload(), offloads=True
     ),
 }
-MODELS = {
-    "cuda": {"sd15": (PLAIN,), "sdxl": MODES},
-    "cpu": {"sd15": MODES},
-}  # and in which ways, on a device
+# and in which ways, on a device
+MODELS = {"cuda": {"sd15": (PLAIN,), "sdxl": MODES}, "cpu": {"sd15": MODES}}
 
 
 class PictureLoop:
@@ -86,9 +84,8 @@ class PictureLoop:
         mode, stage = MODES[setting.mode], scene(setting)
         mode.unet(stage.base)
         stage.base = CONTENDERS[name](stage).unet  # and let go of the one that it was made from
-        stage.adapters = (
-            stage.adapters if name == OURS else []
-        )  # diffusers has the weights that it needs in its UNet
+        # diffusers has the weights that it needs in its UNet
+        stage.adapters = stage.adapters if name == OURS else []
         with torch.device(setting.device):
             pipe = stand_ins.pipeline(setting.stand_in, stage.base, stage.base.dtype, sees=False)
         if mode.offloads:

@@ -130,9 +130,8 @@ def setting_of(model: str, case: Case, precision: str) -> PromptedSetting:
 @torch.no_grad()
 def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
     """Operators of the first step and of a later one, and FLOPs of a later one."""
-    base.requires_grad_(
-        True
-    )  # as from_pretrained leaves it: for frozen weights torch multiplies in another way
+    # as from_pretrained leaves it: for frozen weights torch multiplies in another way
+    base.requires_grad_(True)
     of = scene(
         setting_of(model, case, "fp32" if base.dtype == torch.float32 else "bf16"),
         case.adapters,
@@ -141,9 +140,8 @@ def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
     timestep = torch.empty(1, dtype=torch.long, device="meta")
     joined = with_case(CONTENDERS.get(name, CONTENDERS[OURS])(of), name, case)
     with (
-        mock.patch.object(
-            F, "scaled_dot_product_attention", flash
-        ),  # on the meta device torch would choose another
+        # on the meta device torch would choose another
+        mock.patch.object(F, "scaled_dot_product_attention", flash),
         mock.patch.dict(os.environ, {"IMPROMPT_KERNEL": CHOICE.get(name, "never")}),
     ):
         first, later = (seen_by(Operators(), joined, of, timestep).count for _ in range(2))

@@ -167,9 +167,8 @@ def machine(device: str) -> dict[str, Any]:
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[
-            0
-        ],  # processes running in the minute before: beside others, a measurement is worth little
+        # processes running in the minute before: beside others, a measurement is worth little
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
     }
 

@@ -217,6 +217,5 @@ def letters(tokens: int) -> CLIPTokenizer:
 
 
 def frozen(model: nn.Module, dtype: torch.dtype) -> Any:
-    return (
-        nn.Module.to(model, dtype).eval().requires_grad_(False)
-    )  # diffusers' own `to` warns of what does not matter here
+    # diffusers' own `to` warns of what does not matter here
+    return nn.Module.to(model, dtype).eval().requires_grad_(False)

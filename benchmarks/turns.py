@@ -157,9 +157,8 @@ def serve(pipe: Any, make: Callable[[Any], Loop], setting: Any) -> None:
     device = torch.device(setting.device)
     try:
         steps, turns = pipe.recv(), 0
-        loop = make(
-            setting
-        )  # now, so that no two loops are made at a time: that takes more memory than to have them
+        # now, so that no two loops are made at a time: that takes more memory than to have them
+        loop = make(setting)
         while steps:
             seconds, loss = timed(lambda taken=steps: loop.run(taken), device)
             pipe.send((seconds / steps, loss))

@@ -106,9 +106,8 @@ class Ended(NamedTuple):
     said: str  # on standard error
     seconds: float  # from its start
     doing: str  # what it was doing last
-    saves: list[
-        list[int]
-    ]  # of every state that was saved: how many events it took, on the disk and in all
+    # of every state that was saved: how many events it took, on the disk and in all
+    saves: list[list[int]]
 
 
 def imprompt(
@@ -147,9 +146,8 @@ def command(
     for stream, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(notes / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # for the processes that read ahead, as in a user's process
+    # for the processes that read ahead, as in a user's process
+    multiprocessing.set_start_method("fork", force=True)
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     tell(notes, Events(kill if isinstance(kill, Saving) else None))
     sys.argv = ["imprompt", *arguments]

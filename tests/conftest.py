@@ -8,9 +8,8 @@ from hypothesis import settings
 from imprompt.encoders.clip import VisionEncoder
 from tests.tiny import UNETS, tiny_encoder, tiny_unet
 
-torch.set_num_threads(
-    1
-)  # tiny models: threads would only wait for each other, far longer on a busy machine
+# tiny models: threads would only wait for each other, far longer on a busy machine
+torch.set_num_threads(1)
 
 settings.register_profile("imprompt", deadline=None, max_examples=12, derandomize=True)
 settings.load_profile("imprompt")

@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-with mock.patch.dict(
-    os.environ, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}
-):  # read where kernels are defined
+with mock.patch.dict(os.environ, {} if DEVICE == "cuda" else {"TRITON_INTERPRET": "1"}):
+    # read where kernels are defined
     from imprompt.attention import autotune, fused
 
 __all__ = ["DEVICE", "Counted", "autotune", "fused", "interpret"]

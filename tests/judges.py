@@ -77,8 +77,7 @@ class Inception(torch.nn.Module):
 
 def tiny_inception(path: Path) -> Path:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of torch, which would rather have another format
+        # of torch, which would rather have another format
+        warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(Inception()).save(path)
     return path

@@ -242,12 +242,8 @@ def test_the_growth_command(tmp_path: Path) -> None:
         == 0
     )
     rows = json.loads(path.read_text())
-    assert [row["setting"]["value"] for row in rows["outcomes"]] == [
-        1,
-        2,
-        4,
-        1,
-    ]  # prompts, then tokens, then images at once
+    # prompts, then tokens, then images at once
+    assert [row["setting"]["value"] for row in rows["outcomes"]] == [1, 2, 4, 1]
     assert all(0 < loop["peak"] < 1 for row in rows["outcomes"] for loop in row["loops"].values())
     assert "| image prompts | 2 |" in growth.section(rows)
 
@@ -275,9 +271,8 @@ def test_the_memory_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         f"tiny, {modes[1]}, ours",
         f"tiny, {modes[2]}",
     ]
-    assert (
-        rows["outcomes"][0]["held"]["text"] == 4 * 2 * 77 * 2 * 4 * 16
-    )  # 4 sites, batch 2, keys and values, 16 wide, float32
+    # 4 sites, batch 2, keys and values, 16 wide, float32
+    assert rows["outcomes"][0]["held"]["text"] == 4 * 2 * 77 * 2 * 4 * 16
     assert "MB of the text" in memory.section(rows)
 
 
@@ -330,9 +325,10 @@ def test_the_page_is_what_the_records_say() -> None:
 
 def test_a_page_without_records(tmp_path: Path) -> None:
     text = page.made(tmp_path)
+    # operators have no device
     assert (
         text.count("GPU: not measured yet; run `python -m benchmarks.") == len(page.QUESTIONS) - 1
-    )  # operators have no device
+    )
     assert all(f"## {module.TITLE}" in text for module in page.QUESTIONS.values())
 
 

@@ -221,13 +221,8 @@ def test_the_order_of_a_map_means_nothing(patterns: list[str]) -> None:
     }
     found = block_map(SITES["SD 1.x"], {pattern: numbers[pattern] for pattern in patterns}).factors
     assert torch.equal(found, block_map(SITES["SD 1.x"], numbers).factors)
-    assert set(found.tolist()) == {
-        1,
-        3,
-        4,
-        6,
-        7,
-    }  # the others have a longer one, or one with fewer stars, everywhere
+    # the others have a longer one, or one with fewer stars, everywhere
+    assert set(found.tolist()) == {1, 3, 4, 6, 7}
 
 
 def test_a_number_is_for_all() -> None:
@@ -314,9 +309,10 @@ def test_another_structure_has_formulas_but_no_tables() -> None:
         for name in unet.attn_processors
         if name.endswith("attn2.processor")
     ]
+    # down, up, up, mid
     assert block_map(sites, "ease out").factors.tolist() == pytest.approx(
         [0.05, 0.525, 0.7625, 0.2875]
-    )  # down, up, up, mid
+    )
     assert block_map(sites, "weak middle").factors.tolist() == pytest.approx([1, 1, 1, 0.2])
     with pytest.raises(
         SettingError,

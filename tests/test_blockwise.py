@@ -57,7 +57,6 @@ def test_a_unet_predicts_the_same(long: int, monkeypatch: pytest.MonkeyPatch) ->
             )
         )
     for expected, ours in zip(*found, strict=True):
-        most = (
-            1e-5 if long > 1 else 0.03
-        )  # of the largest; bfloat16 keeps 8 bits, through 16 layers
+        # of the largest; bfloat16 keeps 8 bits, through 16 layers
+        most = 1e-5 if long > 1 else 0.03
         assert (expected - ours).abs().max() <= most * expected.abs().max()

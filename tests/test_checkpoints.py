@@ -149,9 +149,8 @@ def test_every_layout_gives_back_the_bits(tmp_path: Path, kind: str, dtype: torc
             assert read.sites == SITES
         else:
             assert (read.header, read.sites) == (None, None)
-        write_adapter(
-            tmp_path / "back.safetensors", read
-        )  # names of the sites from the table of known models
+        # names of the sites from the table of known models
+        write_adapter(tmp_path / "back.safetensors", read)
         back = read_adapter(tmp_path / "back.safetensors")
         assert_same_tensors(back, file)
         assert back.sites == SITES

@@ -80,13 +80,11 @@ def colour(picture: Image.Image, left: bool) -> np.ndarray:
 def test_two_prompts_in_two_regions(pipe: ImagePromptPipeline) -> None:
     item = [Reference(images=BLUE, mask=LEFT), Reference(images=YELLOW, mask=RIGHT)]
     made = pipe(item, together=True, seed=1).images[0]
-    assert (
-        np.abs(colour(made, True) - (30, 60, 220)).max() < 60
-    )  # the world's own blue and yellow are not quite these
+    # the world's own blue and yellow are not quite these
+    assert np.abs(colour(made, True) - (30, 60, 220)).max() < 60
     assert np.abs(colour(made, False) - (240, 200, 0)).max() < 60
-    assert (
-        difference(made, pipe([item], seed=1).images[0]) == 0
-    )  # a list in the list is heard together too
+    # a list in the list is heard together too
+    assert difference(made, pipe([item], seed=1).images[0]) == 0
 
 
 def test_every_item_is_as_if_it_were_alone(pipe: ImagePromptPipeline) -> None:
@@ -304,10 +302,8 @@ def test_a_request_file_is_what_the_picture_tells(
         (tmp_path / "again.json").write_text(Image.open(path).text["imprompt"])
         assert read_request(tmp_path / "again.json") == told
     told = json.loads(Image.open(paths[1]).text["imprompt"])
-    assert told["images"][1].keys() == {
-        "path",
-        "sha256",
-    }  # a lone picture stays as simple as it was
+    # a lone picture stays as simple as it was
+    assert told["images"][1].keys() == {"path", "sha256"}
     assert told["images"][0][1]["weights"] == [2.0, 1.0]
     RED.save(tmp_path / "left.png")
     with pytest.raises(ImpromptError, match=r"left\.png is not the picture that it was"):

@@ -576,13 +576,11 @@ def test_so_are_its_halves_with_guidance(given_items: list[Item]) -> None:
 def test_a_batch_has_no_more_attentions_than_needed() -> None:
     plain, longer, masked = prompt_of(1), prompt_of(2, tokens=5), prompt_of(3, **KINDS["masked"])
     assert stack_items([], ALONE) == stack_items([[], []], GUIDED) == []
-    assert (
-        len(stack_items([[plain], [masked], []], GUIDED)) == 1
-    )  # a prompt without a mask takes a mask of ones
+    # a prompt without a mask takes a mask of ones
+    assert len(stack_items([[plain], [masked], []], GUIDED)) == 1
     assert len(stack_items([[plain, longer], [masked, longer], [longer]], ALONE)) == 2
-    assert (
-        len(stack_items([[plain, longer], [longer, plain]], ALONE)) == 3
-    )  # an item adds up in its own order
+    # an item adds up in its own order
+    assert len(stack_items([[plain, longer], [longer, plain]], ALONE)) == 3
     (found,) = stack_items([[plain], [masked], []], GUIDED)
     assert found.keys[0].shape[0] == len(found.scale[0]) == 6
     assert found.scale[0].tolist() == [1, 1, 0, 1, 1, 0]
@@ -664,9 +662,8 @@ def test_regions_of_a_picture_larger_than_the_latents(
     first = next(iter(family_of(unet).layers(unet).values()))
     seen: list[Tensor] = []
     hook = first.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    picture = Image.new(
-        "L", (50, 77)
-    )  # 8 × 16 latents: cells of 6.25 × 4.8 pixels, the edge is inside the fourth column
+    # 8 × 16 latents: cells of 6.25 × 4.8 pixels, the edge is inside the fourth column
+    picture = Image.new("L", (50, 77))
     picture.paste(255, (0, 0, 22, 77))
     a, b = random_prompt(adapter, 1, seed=5), random_prompt(adapter, 1, seed=6)
     left, right = regions([picture, 1 - as_mask(picture)])

@@ -147,12 +147,13 @@ def test_each_bad_sample_is_named_once_and_training_goes_on(
             "3 of 1,000 samples cannot be used, more than data.max_bad = 0.002 allows; all of them "
             "are in ",
         ),
+        # 2 shards
         (
             "shards",
             0.003,
             "4 of 1,000 samples cannot be used, more than data.max_bad = 0.003 allows; all of them "
             "are in ",
-        ),  # 2 shards
+        ),
     ],
 )
 def test_more_bad_samples_than_allowed_stop_a_run(

@@ -59,13 +59,8 @@ def test_headers_alone_find_what_headers_show(tmp_path: Path) -> None:
     source = open_source(make_folder(tmp_path, damaged(items(20), SPOILT)))
     report = check_set(source, every_pixel=False)
     assert report.duplicates is None
-    assert set(report.unusable) == {
-        "empty",
-        "no picture",
-        "too large",
-        "absent",
-        "no caption",
-    }  # not what is cut off
+    # not what is cut off
+    assert set(report.unusable) == {"empty", "no picture", "too large", "absent", "no caption"}
 
 
 def test_bad_references_and_shards_are_found(tmp_path: Path) -> None:

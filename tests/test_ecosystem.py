@@ -217,9 +217,8 @@ def converted(name: str) -> Change:
 
 
 def offloaded(pipe: Any, by_layer: bool) -> Any:
-    (cpu_offload if by_layer else cpu_offload_with_hook)(
-        pipe.unet, "cpu"
-    )  # by layer: weights wait on the meta device
+    # by layer: weights wait on the meta device
+    (cpu_offload if by_layer else cpu_offload_with_hook)(pipe.unet, "cpu")
     return pipe
 
 

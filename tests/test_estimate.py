@@ -157,9 +157,8 @@ def test_live_bytes_are_those_of_whole_tensors(steps: list[tuple[int, bool]]) ->
             if drop and kept:
                 kept.pop()
                 sizes.pop()
-            kept.append(
-                torch.zeros(size, dtype=torch.uint8)[: size // 2].add_(1)
-            )  # views and changes in place count nothing
+            # views and changes in place count nothing
+            kept.append(torch.zeros(size, dtype=torch.uint8)[: size // 2].add_(1))
             sizes.append(size)
             given_.view(5, 10).add_(1)
             peak = max(peak, sum(sizes))
@@ -172,9 +171,8 @@ def test_sd15_is_as_published() -> None:
     here, there = (estimate(recipe("sd15"), device) for device in (CPU, GPU))
     assert (here.trained, here.base) == (22_319_616, 859_520_964)
     assert [round(found.flops / 1e12, 3) for found in (here, there)] == [1.663, 1.667]
-    assert activations(there) == pytest.approx(
-        activations(here), rel=0.05
-    )  # long scores are kept nowhere
+    # long scores are kept nowhere
+    assert activations(there) == pytest.approx(activations(here), rel=0.05)
     assert here.memory["base weights, bfloat16"] == 2 * here.base
     assert here.encoded == 2 * (2 * 4 * 64 * 64 + 77 * 768 + 1024)
 
@@ -346,9 +344,8 @@ def test_attention_stays_what_it_was() -> None:
 
 
 def test_an_accelerator_without_a_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda: GPU
-    )  # of a build for CUDA, on any machine
+    # of a build for CUDA, on any machine
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert best_device() == CPU
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

@@ -206,9 +206,8 @@ def test_the_answer_is_kept_in_the_header(tmp_path: Path) -> None:
     write_adapter(
         tmp_path / "a.safetensors", read_adapter(tmp_path / "a.bin", "faceid-plus"), "paper", SITES
     )
-    assert "cannot tell" in refusal(
-        tmp_path / "a.safetensors"
-    )  # the paper's layout has no header if the file had none
+    # the paper's layout has no header if the file had none
+    assert "cannot tell" in refusal(tmp_path / "a.safetensors")
     write_adapter(tmp_path / "a.safetensors", read_adapter(tmp_path / "a.bin", "faceid-plus"))
     assert read_adapter(tmp_path / "a.safetensors").variant.name == "faceid-plus"
 

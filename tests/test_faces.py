@@ -348,9 +348,8 @@ def test_embeddings_as_each_variant_wants_them(features: FaceFeatures) -> None:
     torch.testing.assert_close(plain.norm(dim=-1), torch.ones(2))
     assert torch.equal(raw, torch.stack([face.embedding for face in faces]))
     torch.testing.assert_close(plain, F.normalize(raw, dim=-1))
-    again = features.features(
-        [Face(row.numpy()) for row in plain], "face"
-    )  # as insightface gives them
+    # as insightface gives them
+    again = features.features([Face(row.numpy()) for row in plain], "face")
     torch.testing.assert_close(again, plain)
 
 

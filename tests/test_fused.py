@@ -25,9 +25,8 @@ Packed, fused_attention, packed, usable = (
 )
 pytestmark = [
     pytest.mark.usefixtures("interpreted"),
-    pytest.mark.filterwarnings(
-        "ignore:divide by zero encountered in log2"
-    ),  # NumPy says so, a GPU does not
+    # NumPy says so, a GPU does not
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
 ]
 MOST = {torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the norm of what is right
 
@@ -222,9 +221,8 @@ def test_one_operator() -> None:
     assert counted.names == ["imprompt.decoupled_attention.default"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # looked at by the compiler
+# looked at by the compiler
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_in_one_graph() -> None:
     torch.manual_seed(5)
     case = draw(torch.float16, 40, (4, 3), queries=7, texts=5)

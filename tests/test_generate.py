@@ -122,9 +122,8 @@ def test_pictures_together_prompt_one_result(pipe: ImagePromptPipeline) -> None:
     assert len(together.images) == 2
     twice = pipe([BLUE, BLUE], together=True, seed=1, steps=STEPS)
     once = pipe(BLUE, seed=1, steps=STEPS)
-    assert (
-        difference(twice.images[0], once.images[0]) <= 1
-    )  # the same tokens twice weigh the same in a softmax
+    # the same tokens twice weigh the same in a softmax
+    assert difference(twice.images[0], once.images[0]) <= 1
     assert difference(together.images[0], once.images[0]) > 5
 
 

@@ -15,9 +15,8 @@ from imprompt.errors import ImageError
 from imprompt.images import BLACK, MAX_PIXELS, WHITE, grid, open_image, open_mask
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-UPRIGHT = (
-    np.arange(18, dtype=np.uint8).reshape(3, 2, 3) * 14
-)  # two wide, three high, every value another
+# two wide, three high, every value another
+UPRIGHT = np.arange(18, dtype=np.uint8).reshape(3, 2, 3) * 14
 Make = Callable[[Path], object]
 
 

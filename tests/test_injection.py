@@ -114,9 +114,8 @@ def first_key(unet: nn.Module) -> Any:
 
 def forward_replaced(unet: nn.Module, inputs: dict[str, Any]) -> None:  # noqa: ARG001
     layer = first_key(unet)
-    layer.forward = lambda x: nn.functional.linear(
-        x, layer.weight * 1.5
-    )  # as other LoRA loaders do
+    # as other LoRA loaders do
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight * 1.5)
 
 
 def hook_added(unet: nn.Module, inputs: dict[str, Any]) -> None:  # noqa: ARG001
@@ -415,9 +414,8 @@ def test_a_mask_lies_where_the_latents_are() -> None:
         for one in (prompt, prompt.with_scale(0), prompt._replace(mask=mask)):
             noise(unet, inputs, one)
         hook.remove()
-    whole, silent, upper = (
-        states[0].unflatten(0, (8, 4)) for states in heard
-    )  # 16 × 8 latents, halved
+    # 16 × 8 latents, halved
+    whole, silent, upper = (states[0].unflatten(0, (8, 4)) for states in heard)
     assert torch.equal(upper[:4], whole[:4])
     assert torch.equal(upper[4:], silent[4:])
 

@@ -276,9 +276,8 @@ def test_an_encoder_on_the_hub_is_known_by_its_revision(
     assert files_of(Location("owner/name", "models/image_encoder")).endswith(
         "a1b2c3/models/image_encoder"
     )
-    assert asked == [
-        ("owner/name", "models/image_encoder/config.json")
-    ]  # its weights are left where they are
+    # its weights are left where they are
+    assert asked == [("owner/name", "models/image_encoder/config.json")]
 
 
 def test_a_repeated_command_opens_no_encoder(

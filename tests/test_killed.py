@@ -28,12 +28,8 @@ from tests.sets import MAKERS, damaged, items
 
 FILES = ["adapter.safetensors", "state.json", "training.pt"]
 STEPS, SAMPLES, BATCH = 12, 14, 3
-TIMES = {
-    "samples_per_second",
-    "step_seconds",
-    "data_wait",
-    "peak_memory_gb",
-}  # of a row: no two runs share them
+# of a row: no two runs share them
+TIMES = {"samples_per_second", "step_seconds", "data_wait", "peak_memory_gb"}
 # Source -> what else its run does.
 SOURCES: dict[str, dict[str, Any]] = {
     "folder": {},

@@ -38,10 +38,8 @@ from imprompt.images import open_image
 from imprompt.models import PACKAGED, find_adapter, find_model, open_pipeline
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
 
-NEAR = {
-    "int8": 0.02,
-    "fp8": 0.06,
-}  # of the largest noise: rounding of the matrices through a whole UNet
+# of the largest noise: rounding of the matrices through a whole UNet
+NEAR = {"int8": 0.02, "fp8": 0.06}
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="offload needs a GPU")
 
@@ -79,9 +77,8 @@ def plain() -> ImagePromptPipeline:
 
 
 def test_pixels_under_model_offload_are_the_same(plain: ImagePromptPipeline) -> None:
-    pipe = opened(
-        MemoryOptions("cpu", offload="model")
-    )  # not through `check`: here a CPU stands for the GPU
+    # not through `check`: here a CPU stands for the GPU
+    pipe = opened(MemoryOptions("cpu", offload="model"))
     expected = made(plain)
     assert (made(pipe) == expected).all()
     assert (made(pipe) == expected).all()  # a second call starts from what the first one left
@@ -92,9 +89,8 @@ def test_pixels_under_sequential_offload_are_the_same(plain: ImagePromptPipeline
     pipe = opened(MemoryOptions("cpu"))
     for part in pipe.pipeline.components.values():
         if isinstance(part, nn.Module):
-            cpu_offload(
-                part, torch.device("cpu")
-            )  # as diffusers does, which takes no CPU for the GPU
+            # as diffusers does, which takes no CPU for the GPU
+            cpu_offload(part, torch.device("cpu"))
     expected = made(plain)
     assert (made(pipe) == expected).all()
     assert (made(pipe) == expected).all()

@@ -46,9 +46,8 @@ def test_cosine_and_clip_score_by_hand() -> None:
 def test_diversity_by_hand() -> None:
     east, north, west = [2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]
     apart = diversity(torch.tensor([east, north, west]))
-    assert apart.tolist() == pytest.approx(
-        [1.5, 1, 1.5]
-    )  # to the two others: 1 and 2, 1 and 1, 2 and 1
+    # to the two others: 1 and 2, 1 and 1, 2 and 1
+    assert apart.tolist() == pytest.approx([1.5, 1, 1.5])
     assert apart.mean().item() == pytest.approx((1 + 2 + 1) / 3)  # of the three pairs
     assert diversity(torch.tensor([east, east])).tolist() == [0, 0]
     assert math.isnan(diversity(torch.tensor([east])).item())
@@ -56,9 +55,8 @@ def test_diversity_by_hand() -> None:
 
 def test_frechet_distance_by_hand() -> None:
     """Of diagonal covariances it is |μ − μ'|² + Σ (σ − σ')²."""
-    corners = torch.tensor(
-        [[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]
-    )  # variance 4/3 in each direction
+    # variance 4/3 in each direction
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
     moved = corners * torch.tensor([3.0, 1.0]) + torch.tensor([3.0, 4.0])
     assert frechet_distance(corners, moved) == pytest.approx(25 + (4 / 3) * (3 - 1) ** 2)
     assert frechet_distance(corners, corners) == pytest.approx(0, abs=1e-12)
@@ -95,9 +93,8 @@ def told_by(metric: Any, real: Tensor, made: Tensor) -> Any:
     return metric.compute()
 
 
-@pytest.mark.parametrize(
-    ("count", "other"), [(200, 300), (20, 12)]
-)  # more than dimensions, and fewer
+# more than dimensions, and fewer
+@pytest.mark.parametrize(("count", "other"), [(200, 300), (20, 12)])
 def test_frechet_distance_is_torchmetrics(count: int, other: int) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -130,9 +127,8 @@ def test_kernel_distance_is_torchmetrics() -> None:
         whole[0].item(), rel=1e-9
     )
     ours = kernel_distances(real, made, subsets=2000, size=20)
-    error = (
-        2 * (2 * drawn[1].item() ** 2 / 2000) ** 0.5
-    )  # two deviations of a difference of two such means
+    # two deviations of a difference of two such means
+    error = 2 * (2 * drawn[1].item() ** 2 / 2000) ** 0.5
     assert ours.mean().item() == pytest.approx(drawn[0].item(), abs=error)
     assert ours.std().item() == pytest.approx(drawn[1].item(), rel=0.1)
     assert torch.equal(ours, kernel_distances(real, made, subsets=2000, size=20))

@@ -9,9 +9,8 @@ from pathlib import Path
 import imprompt
 from tests.judges import tiny_dino
 
-ASKS = re.compile(
-    r"\b(Auto\w+|kind)\.from_pretrained\(([^()]|\([^()]*\))*\)"
-)  # loaders that can be told to run a folder's code
+# loaders that can be told to run a folder's code
+ASKS = re.compile(r"\b(Auto\w+|kind)\.from_pretrained\(([^()]|\([^()]*\))*\)")
 
 
 def test_every_loader_that_could_run_code_is_told_not_to() -> None:

@@ -88,9 +88,8 @@ def test_flow_is_that_of_diffusers(name: str, seed: int) -> None:
     assert torch.equal(target, noise - latents)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # of diffusers under numpy 2
+# of diffusers under numpy 2
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", ["sana", "wan"])
 def test_solvers_of_flows_have_the_sigmas_they_sample_with(name: str) -> None:
     scheduler = type(FLOW[name]).from_config(FLOW[name].config)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-os.environ.setdefault(
-    "TRITON_INTERPRET", "1"
-)  # the kernel is seen, not compiled; read when it is imported
+# the kernel is seen, not compiled; read when it is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks import operators
 from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, scene
@@ -88,9 +87,8 @@ def test_what_a_cross_attention_has_more(case: Case, more: int) -> None:
 def test_a_window_is_looked_up_once_a_step() -> None:
     assert steps(OURS, "sd15", WINDOW) - steps(OURS, "sd15", BASE) <= 3
     both = Case("two adapters, masks, time window", adapters=2, masks=True, window=True)
-    assert (
-        steps(OURS, "sd15", both) - steps(OURS, "sd15", MASKS) <= 2 * 3 + 3 * 4
-    )  # and multiplied by masks that were resized once
+    # and multiplied by masks that were resized once
+    assert steps(OURS, "sd15", both) - steps(OURS, "sd15", MASKS) <= 2 * 3 + 3 * 4
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")

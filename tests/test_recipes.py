@@ -116,9 +116,8 @@ def test_comments_on_other_gpus_are_true(name: str) -> None:
         name, r"One GPU needs (\d+) GB, each of 8 needs (\d+); .*accumulate=(\d+)"
     )
     assert of_eight - 1 < gigabytes(read(name), 8) <= of_eight
-    assert (
-        gigabytes(read(name, f"optimization.accumulate={parts}")) < 20
-    )  # of 24, the rest is for CUDA and its libraries
+    # of 24, the rest is for CUDA and its libraries
+    assert gigabytes(read(name, f"optimization.accumulate={parts}")) < 20
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

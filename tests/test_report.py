@@ -170,9 +170,8 @@ def test_a_report_is_whole(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run")
     found = page(write_report(folder))
     assert found.count("svg") == 4  # CLIP-I, CLIP-T, one against the other, FID
-    assert found.count("img") == 4 * (1 + 3 * 2) + 3 * 4 * (
-        1 + 2
-    )  # the sheet with two seeds; two items at each end of each setting
+    # the sheet with two seeds; two items at each end of each setting
+    assert found.count("img") == 4 * (1 + 3 * 2) + 3 * 4 * (1 + 2)
     for text in (
         "CLIP-T against CLIP-I",
         "scale 0.5",
@@ -189,9 +188,8 @@ def test_a_report_is_whole(tmp_path: Path) -> None:
         for key, value in attributes.items()
         if key in ("src", "href", "xlink:href")
     ]
-    assert all(
-        value and value.startswith(("data:image/webp;base64,", "#")) for value in named
-    )  # nothing is fetched
+    # nothing is fetched
+    assert all(value and value.startswith(("data:image/webp;base64,", "#")) for value in named)
 
 
 def test_a_report_is_the_same_twice(tmp_path: Path) -> None:
@@ -251,11 +249,8 @@ def test_missing_pictures_are_named(tmp_path: Path) -> None:
             {},
             2 * 4 + 2 * 3,
         ),
-        (
-            [{"scale": 0.5, "blocks": b} for b in ("all", "style")],
-            {},
-            3,
-        ),  # a swept axis of one value is none
+        # a swept axis of one value is none
+        ([{"scale": 0.5, "blocks": b} for b in ("all", "style")], {}, 3),
     ],
 )
 def test_all_shapes_of_sweeps(
@@ -299,18 +294,14 @@ def test_plots_take_the_colours_of_the_page() -> None:
         for x in (0.0, 0.5, 1.0)
     ]
     svg = curve(settings, "clip_i", "scale")
-    assert not re.findall(
-        r"#[0-9a-f]{6}\b(?![^<]*url)", svg.replace("url(#", "")
-    )  # every colour is a variable
+    # every colour is a variable
+    assert not re.findall(r"#[0-9a-f]{6}\b(?![^<]*url)", svg.replace("url(#", ""))
     assert {"var(--ink)", "var(--line)", "var(--plot-0)", "var(--font)"} <= set(
         re.findall(r"var\([\w-]+\)", svg)
     )
     assert "DejaVu" not in svg
-    assert re.findall(r">(0|0\.5|1)</text>", svg)[:3] == [
-        "0",
-        "0.5",
-        "1",
-    ]  # a tick at each scale that was run
+    # a tick at each scale that was run
+    assert re.findall(r">(0|0\.5|1)</text>", svg)[:3] == ["0", "0.5", "1"]
 
 
 def test_without_matplotlib_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,9 +108,8 @@ def test_the_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
     assert rates[0] < 0.1
     assert max(rates) > 0.98
-    assert (
-        rates[600] == 1.0
-    )  # level until the last third, so that a longer run is the same until then
+    # level until the last third, so that a longer run is the same until then
+    assert rates[600] == 1.0
     assert rates[-1] < 5e-3
 
 

@@ -629,9 +629,8 @@ def test_a_tar_cut_anywhere_gives_its_whole_samples(tmp_path: Path) -> None:
             same(source.read(number).picture, made[number].data) for number in range(last)
         )
         assert holds_all
-        assert last + 1 >= sum(
-            end <= cut for end in ends
-        )  # every sample that is all there is known
+        # every sample that is all there is known
+        assert last + 1 >= sum(end <= cut for end in ends)
         if cut < ends[-1]:
             with pytest.raises(
                 BadSample, match=f"{made[last].key} in .*a.tar: the tar is cut off"
@@ -836,10 +835,8 @@ def test_shards_that_an_index_counts_are_fetched_when_they_are_read(name: str, f
         assert source.size(index) == (48, 40)
     assert far.shards() == {"0001.tar": 1}
     far.stop()
-    assert open_source(Data(source=far.url + "{0000..0001}.tar?download=true")).shards == (
-        4,
-        4,
-    )  # the index is kept
+    # the index is kept
+    assert open_source(Data(source=far.url + "{0000..0001}.tar?download=true")).shards == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -929,9 +926,8 @@ def test_training_holds_few_streamed_shards_and_fetches_each_once_an_epoch(
             assert source.read(index).text == made[index].text
             assert len(kept()) <= 4
         assert set(far.shards().values()) == {1}
-        assert (
-            len(far.shards()) == 12 if epoch == 0 else len(far.shards()) >= 8
-        )  # some are still there of the epoch before
+        # some are still there of the epoch before
+        assert len(far.shards()) == 12 if epoch == 0 else len(far.shards()) >= 8
     assert len(kept()) == 4
 
 

@@ -60,9 +60,10 @@ def test_every_variant_trains_on_sd1_and_sdxl(
     stored = torch.load(latest / "training.pt", weights_only=True)
     assert set(stored) == {"optimizer", "scaler"}
     assert set(stored["optimizer"]["state"]) == set(fresh)
+    # no base model in it
     assert (
         sum(path.stat().st_size for path in latest.iterdir()) < 3.2 * 4 * file.parameters + 200_000
-    )  # no base model in it
+    )
     began = run.setup.twin.state_dict()
     assert not any(
         torch.equal(before, after)
@@ -162,9 +163,8 @@ def test_accumulated_parts_are_one_batch(optimizer: str, folder: Path, tmp_path:
 def test_features_encoded_once_train_as_pictures_do(folder: Path, tmp_path: Path) -> None:
     loop.train(recipe(folder, tmp_path / "pictures"))
     loop.train(recipe(folder, tmp_path / "features", data={"features": tmp_path / "kept"}))
-    assert losses(tmp_path / "pictures") == pytest.approx(
-        losses(tmp_path / "features"), rel=5e-3
-    )  # kept as float16
+    # kept as float16
+    assert losses(tmp_path / "pictures") == pytest.approx(losses(tmp_path / "features"), rel=5e-3)
 
 
 MASKS: dict[str, Any] = {
@@ -205,9 +205,8 @@ def test_masks_weigh_alike_from_every_source_and_from_features(
     for kind in MAKERS:
         assert losses(runs[kind]) == losses(runs["folder"])
         assert losses(runs[f"{kind} encoded"]) == losses(runs["folder encoded"])
-    assert losses(runs["folder encoded"]) == pytest.approx(
-        losses(runs["folder"]), rel=5e-3
-    )  # kept as float16
+    # kept as float16
+    assert losses(runs["folder encoded"]) == pytest.approx(losses(runs["folder"]), rel=5e-3)
     assert losses(runs["folder"]) != plain_losses(runs["folder"])
 
 

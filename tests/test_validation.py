@@ -234,9 +234,8 @@ def test_the_grid_shows_what_the_live_adapter_makes(tmp_path: Path) -> None:
     with Image.open(path) as grid:
         assert np.array_equal(np.asarray(grid), np.asarray(expected))
     side, high = cell_size((16, 16))[0], expected.height
-    for column, results in enumerate(
-        [prompts, *made]
-    ):  # the bottom row: its cells are the pictures, each pixel a square
+    for column, results in enumerate([prompts, *made]):
+        # the bottom row: its cells are the pictures, each pixel a square
         left = MARGIN + column * (side + GAP)
         cell = expected.crop((left, high - MARGIN - side, left + side, high - MARGIN))
         assert np.array_equal(
@@ -411,14 +410,12 @@ def test_a_zero_terminal_snr_is_sampled_from_its_end() -> None:
 def test_places_cover_the_schedule_evenly(count: int, draws: int, first: int) -> None:
     u = schedule_places(torch.arange(first, first + count), draws)
     assert u.shape == (count, draws)
-    assert torch.equal(
-        (u * draws).long(), torch.arange(draws).expand(count, -1)
-    )  # every sample in every part once
+    # every sample in every part once
+    assert torch.equal((u * draws).long(), torch.arange(draws).expand(count, -1))
     within = torch.cat([(u[:, 0] * draws) % 1, torch.tensor([0.0, 1.0])]).sort().values
     assert within.diff().max() < 2 / count + 1e-9 or count == 1  # and no part of a part is left out
-    assert torch.equal(
-        schedule_places(torch.arange(first, first + count)[:1], draws), u[:1]
-    )  # whatever others there are
+    # whatever others there are
+    assert torch.equal(schedule_places(torch.arange(first, first + count)[:1], draws), u[:1])
 
 
 @given(samples=st.integers(1, 30), batch=st.integers(1, 8), processes=st.integers(1, 3))

@@ -128,10 +128,8 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for start, last, loss in (
-        (0, 6, 1.0),
-        (4, 8, 2.0),
-    ):  # stopped after step 6; the latest state was that of step 4
+    for start, last, loss in ((0, 6, 1.0), (4, 8, 2.0)):
+        # stopped after step 6; the latest state was that of step 4
         (board,) = open_trackers(recipe(tmp_path, "tensorboard"), start, pytest.fail)
         for step in range(start + 1, last + 1):
             board.log(replace(ROW, step=step, loss=loss).scalars(), step)

@@ -198,9 +198,8 @@ def tiny_adapter(model: UNet2DConditionModel, name: str = "base", seed: int = 3)
             for (
                 name,
                 parameter,
-            ) in (
-                adapter.named_parameters()
-            ):  # what a low-rank part adds is small beside what is there
+            ) in adapter.named_parameters():
+                # what a low-rank part adds is small beside what is there
                 parameter *= 0.3 if name.endswith(".up.weight") else 1
     return adapter
 

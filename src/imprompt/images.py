@@ -85,12 +85,8 @@ def _lies(picture: Image.Image) -> bool:
     if picture.format == "TIFF":  # Pillow gives its size as it is upright
         return False
     try:
-        return Image.Image.getexif(picture).get(ORIENTATION) in (
-            5,
-            6,
-            7,
-            8,
-        )  # PNG's own getexif would decode all pixels
+        # PNG's own getexif would decode all pixels
+        return Image.Image.getexif(picture).get(ORIENTATION) in (5, 6, 7, 8)
     except Exception:  # damaged EXIF is as none
         return False
 
@@ -108,9 +104,8 @@ def _opened(source: str | Path | bytes, name: str | None, max_pixels: int) -> It
         _check_file(held, name)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow warns of large pictures; the limit below decides
+            # Pillow warns of large pictures; the limit below decides
+            warnings.simplefilter("ignore")
             with Image.open(held if isinstance(held, Path) else io.BytesIO(held)) as picture:
                 if picture.format not in FORMATS:
                     instead = "give a PNG, JPEG, WebP, GIF, TIFF or the like"
@@ -189,12 +184,8 @@ def in_srgb(picture: Image.Image) -> Image.Image:
         shown = ImageCms.profileToProfile(
             colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
-    except (
-        ImageCms.PyCMSError,
-        OSError,
-        ValueError,
-        TypeError,
-    ):  # damaged, or of another kind of colours than the picture's
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        # damaged, or of another kind of colours than the picture's
         return picture
     assert shown is not None
     if np.asarray(ImageChops.difference(shown, colours.convert("RGB"))).max(initial=0) <= ROUNDING:

@@ -47,12 +47,8 @@ class Location:
 
         try:
             return Path(hf_hub_download(self.repo, self.path))
-        except (
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: no such name can be
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            # ValueError: no such name can be
             raise CheckpointError(
                 f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or "
                 "folder"

@@ -166,9 +166,8 @@ def sharing_key(prompt: ImagePrompt) -> Any:
     return [key.shape[1:] for key in prompt.keys], prompt.bias is None, low_rank
 
 
-Part = tuple[
-    int, Sequence[ImagePrompt]
-]  # rows, and the prompts that condition them, each for so many rows or for 1
+# rows, and the prompts that condition them, each for so many rows or for 1
+Part = tuple[int, Sequence[ImagePrompt]]
 
 
 def stack(parts: Sequence[Part]) -> list[ImagePrompt]:

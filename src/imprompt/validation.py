@@ -56,9 +56,8 @@ def one_line(error: ValidationError, known: Iterable[str] = ()) -> str:
     have meant.
     """
     faults = error.errors()
-    first = next(
-        (fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0]
-    )  # what is missing may be misspelt
+    # what is missing may be misspelt
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     name = ".".join(map(str, first["loc"])) or "settings"
     if first["type"] == "extra_forbidden":
         return f"unknown setting {name!r}{suggestions(name, known)}"

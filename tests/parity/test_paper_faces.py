@@ -34,9 +34,8 @@ from tests.tiny import (
 )
 
 __all__ = ["paper"]  # the fixture
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.LoRALinearLayer. is deprecated:FutureWarning"
-)  # the paper's package uses it
+# the paper's package uses it
+pytestmark = pytest.mark.filterwarnings("ignore:.LoRALinearLayer. is deprecated:FutureWarning")
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 

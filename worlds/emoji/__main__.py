@@ -39,13 +39,8 @@ STAGES = {  # name -> module, function, and how far its seed is from the world's
     "claims": ("page", "measure_all", 0),
 }
 
-APART = (
-    "optimizers",
-    "blind",
-    "compose",
-    "rivals",
-    "claims",
-)  # studies, which make nothing that ships
+# studies, which make nothing that ships
+APART = ("optimizers", "blind", "compose", "rivals", "claims")
 ALL = [name for name in STAGES if name not in APART]
 
 

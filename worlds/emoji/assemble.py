@@ -24,9 +24,8 @@ from .scenes import captions, figures, portrait, render, sample_scenes, to_image
 from .stage import HERE, World
 
 SHIPPED = PACKAGED / "emoji"
-JUDGE, NAMER, HANDS, HELD_OUT = (
-    HERE / name for name in ("judge", "namer", "hands", "held-out")
-)  # for measuring: not packaged
+# for measuring: not packaged
+JUDGE, NAMER, HANDS, HELD_OUT = (HERE / name for name in ("judge", "namer", "hands", "held-out"))
 ADAPTERS = ("base", "plus")
 RECIPES = HERE.parents[1] / "recipes"
 DEMO = {
@@ -49,9 +48,8 @@ def assemble(world: World) -> None:
         world.folder / "clip" / "image_encoder", dtype=torch.float16
     )
     processor = CLIPImageProcessorPil.from_pretrained(world.folder / "clip" / "feature_extractor")
-    vae = AutoencoderKL.from_pretrained(
-        world.folder / "vae", dtype=torch.float16
-    )  # its decoder may have been trained on since
+    # its decoder may have been trained on since
+    vae = AutoencoderKL.from_pretrained(world.folder / "vae", dtype=torch.float16)
     pipeline.register_modules(vae=vae, image_encoder=encoder, feature_extractor=processor)
     for part in (
         "vae",

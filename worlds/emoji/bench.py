@@ -50,16 +50,10 @@ STEPS = 25
 DIVERSE = 6  # seeds of a scene where diversity is asked
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = 6  # rows of a sheet
-PARTS = (
-    "unet",
-    "vae",
-    "text_encoder",
-    "image_encoder",
-    "scheduler",
-)  # of the package, that a rival is made of
-Draw = Callable[
-    [Tensor, Sequence[str], float], Tensor
-]  # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
+# of the package, that a rival is made of
+PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")
+# prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
+Draw = Callable[[Tensor, Sequence[str], float], Tensor]
 Measured = dict[str, Tensor]  # name -> a value a picture (N,), or a vector (N, …)
 
 
@@ -100,9 +94,8 @@ class Claim:
     decides: Mapping[str, Interval] = field(default_factory=dict)  # differences
     above: float = 0.0  # what their whole intervals are above if the claim holds
     said: str = ""  # the verdict where no interval decides
-    drawn: Mapping[str, float] = field(
-        default_factory=dict
-    )  # names of what was drawn for it -> seconds that it took
+    # names of what was drawn for it -> seconds that it took
+    drawn: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:

@@ -26,10 +26,8 @@ from .stage import World, fit
 from .text import open_tokenizer, text_config
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
-THUMBNAIL, CELL = (
-    16,
-    4,
-)  # pixels a side of what the embedding, and what each patch's feature, must tell of the picture
+# pixels a side of what the embedding, and what each patch's feature, must tell of the picture
+THUMBNAIL, CELL = (16, 4)
 PICTURED = 50  # how much a squared error in them weighs
 CORE = 0.2  # share of the scenes whose glyphs are of the core
 

@@ -21,12 +21,8 @@ from .unet import Draw, draw, loss
 
 EDGES = SHIPPED / "controlnets" / "edges"
 TEXT_DROP = 0.5  # half of the samples have no text, so that it works beside an image prompt alone
-EMBEDDING = (
-    16,
-    32,
-    48,
-    64,
-)  # channels of the map's own convolutions, as many as the autoencoder has levels
+# channels of the map's own convolutions, as many as the autoencoder has levels
+EMBEDDING = (16, 32, 48, 64)
 
 
 class Frozen:

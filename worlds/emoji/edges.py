@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WEAK, STRONG = (
-    0.06,
-    0.30,
-)  # gradient (of 1) below which there is no edge, and above which an edge is full
+# gradient (of 1) below which there is no edge, and above which an edge is full
+WEAK, STRONG = (0.06, 0.30)
 SOBEL = ((1.0, 2.0, 1.0), (-1.0, 0.0, 1.0))  # smoothing across, difference along
 
 

@@ -138,9 +138,8 @@ def compare(world: World) -> None:
         name: [curve(world, folder, quickest(folders)) for folder in folders]
         for name, folders in ways.items()
     }
-    goal = max(
-        one.losses[-1] for one in curves[next(iter(curves))]
-    )  # what the first way reaches from every seed
+    # what the first way reaches from every seed
+    goal = max(one.losses[-1] for one in curves[next(iter(curves))])
     rows = {}
     for name, folders in ways.items():
         reached = [one.reaches(goal) for one in curves[name]]

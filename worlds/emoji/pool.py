@@ -67,9 +67,8 @@ def fill_pool(world: World, style: str = OWN) -> None:
     glyphs = world.glyphs(style)
     vae = AutoencoderKL.from_pretrained(world.folder / "vae").to(world.device)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-    count = (
-        world["pool"] if style == OWN else world["pool"] // 2
-    )  # fewer steps learn from another style's
+    # fewer steps learn from another style's
+    count = world["pool"] if style == OWN else world["pool"] // 2
     chunk = min(CHUNK, count)
     for number in range(rank()[0] * chunk, count, rank()[1] * chunk):
         path = world.folder / f"pool-{style}-{number:06d}.pt"

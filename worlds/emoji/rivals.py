@@ -208,9 +208,8 @@ class Shuffle(Conditioned):
             conditioning_scale=scale,
             return_dict=False,
         )
-        there = (seen.pixels.flatten(1).amax(1) > 0).to(x)[
-            :, None, None, None
-        ]  # without a picture there is no control
+        # without a picture there is no control
+        there = (seen.pixels.flatten(1).amax(1) > 0).to(x)[:, None, None, None]
         return self.velocity(
             x,
             t,

@@ -37,16 +37,11 @@ PATTERNS = ("solid", "gradient", "stripes", "checks", "dots", "rings")
 UNSEEN_PATTERNS = 1
 PATTERN_ODDS = (0.52, 0.26, 0.08, 0.07, 0.07)
 CORE = 0.5  # share of the glyphs that come from the core, where there is one
-PORTRAITS, PORTRAIT = (
-    0.8,
-    0.8125,
-)  # share of the scenes of one glyph in which it is large and in the middle; its size
+# share of the scenes of one glyph in which it is large and in the middle; its size
+PORTRAITS, PORTRAIT = (0.8, 0.8125)
 SMALL = 0.5  # size of a glyph elsewhere, and of each of two
-PLACES = (
-    -0.5,
-    0.0,
-    0.5,
-)  # where a middle may lie, along x and y: whole latent pixels apart, so that shapes repeat
+# where a middle may lie, along x and y: whole latent pixels apart, so that shapes repeat
+PLACES = (-0.5, 0.0, 0.5)
 COLOUR_NAMES = tuple(PALETTE)
 
 

@@ -20,14 +20,8 @@ from .glyphs import OWN, Glyphs, load_glyphs
 
 HERE = Path(__file__).parent
 SAVE_EVERY = 90.0  # seconds
-ENDS = (
-    "conv_in",
-    "conv_out",
-    "quant_conv",
-    "patch_embedding",
-    "heads",
-    "temperature",
-)  # names of layers between a model and data
+# names of layers between a model and data
+ENDS = ("conv_in", "conv_out", "quant_conv", "patch_embedding", "heads", "temperature")
 
 
 @dataclass(frozen=True)

@@ -124,14 +124,12 @@ def train(world: World) -> None:
     torch.manual_seed(world.seed + 3)
     plan, scheduler, pool = world["unet"], build_scheduler(), open_pool(world)
     tokenizer = open_tokenizer(world)
-    text = CLIPTextModel.from_pretrained(
-        world.folder / "clip" / "text_encoder"
-    ).float()  # it goes on learning
+    # it goes on learning
+    text = CLIPTextModel.from_pretrained(world.folder / "clip" / "text_encoder").float()
     unet = build_unet(world)
     if world.device == "cpu":
-        unet.set_attn_processor(
-            AttnProcessor()
-        )  # for attentions this small, a third faster there than the fused kernel
+        # for attentions this small, a third faster there than the fused kernel
+        unet.set_attn_processor(AttnProcessor())
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:

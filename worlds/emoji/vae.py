@@ -17,11 +17,8 @@ KL_WEIGHT = 1e-6
 CROP = 64  # pixels
 CORE = 0.1  # share of the scenes whose glyphs are of the core: for pictures all glyphs count alike
 WHOLE = {"l1": 1.0, "mse": 1.0, "slopes": 2.0}  # what errors weigh
-LAST = {
-    "l1": 1.0,
-    "mse": 10.0,
-    "slopes": 1.0,
-}  # while only the decoder learns: then large errors more
+# while only the decoder learns: then large errors more
+LAST = {"l1": 1.0, "mse": 10.0, "slopes": 1.0}
 
 
 def build(world: World) -> AutoencoderKL:

@@ -93,17 +93,15 @@ def benchmark(
     case = (query.device, query.dtype, *shapes, trained)
     if case not in FASTER:
         try:
-            with torch.autograd.graph.saved_tensors_hooks(
-                same, same
-            ):  # gradient checkpointing is not to see what is tried
+            with torch.autograd.graph.saved_tensors_hooks(same, same):
+                # gradient checkpointing is not to see what is tried
                 ours, theirs = (
                     milliseconds(run, query, key, value, images, weights, trained)
                     for run in (kernel, otherwise)
                 )
             FASTER[case] = ours < theirs
-        except (
-            Exception
-        ) as error:  # whatever a compiler or a driver raises, the picture is made the other way
+        except Exception as error:
+            # whatever a compiler or a driver raises, the picture is made the other way
             logging.getLogger(__name__).warning(
                 "fused attention is not used: %s", first_line(error)
             )

@@ -47,10 +47,8 @@ class Blockwise(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         shape = gradients[0].shape
         gradient = gradients[0].flatten(0, 1).contiguous()
-        by_query, (by_key, by_value) = (
-            torch.empty_like(query),
-            torch.zeros(2, *key.shape),
-        )  # sums over blocks in float32
+        # sums over blocks in float32
+        by_query, (by_key, by_value) = (torch.empty_like(query), torch.zeros(2, *key.shape))
         for q, k, v, g, dq, dk, dv in zip(
             query, key, value, gradient, by_query, by_key, by_value, strict=True
         ):

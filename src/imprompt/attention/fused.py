@@ -239,9 +239,8 @@ def backward(
             (unit, width, *head_parts(width)),
             **options(QUERIES),
         )
-    blocks = int(
-        triton.cdiv(total, SHORT_BLOCK.value)
-    )  # enough for every prompt; those without tokens end at once
+    # enough for every prompt; those without tokens end at once
+    blocks = int(triton.cdiv(total, SHORT_BLOCK.value))
     splits = max(
         1, min(int(triton.cdiv(queries, SPLIT)), PROGRAMS // (blocks * prompts * heads * items))
     )

@@ -112,9 +112,8 @@ class ModelInjection(ABC):
                 hook.remove()
             attentions = self.attentions()
             for name, original in self.originals.items():
-                if (
-                    type(attentions[name].processor) in self.classes()
-                ):  # else another tool's: it stays
+                if type(attentions[name].processor) in self.classes():
+                    # else another tool's: it stays
                     attentions[name].set_processor(original)
 
     @property

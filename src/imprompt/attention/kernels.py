@@ -20,15 +20,13 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-INTERPRETED: bool = (
-    knobs.runtime.interpret
-)  # TRITON_INTERPRET=1: the kernels run on the CPU, slowly, for tests
+# TRITON_INTERPRET=1: the kernels run on the CPU, slowly, for tests
+INTERPRETED: bool = knobs.runtime.interpret
 IN_FLOAT32 = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 matrices by their bits
 LOG2_E = 1.4426950408889634
 LONG_BLOCK = tl.constexpr(32)  # keys at a time, then the rest by
-SHORT_BLOCK = tl.constexpr(
-    16
-)  # 77 text tokens as 32 + 32 + 16, 4 image tokens as 16: the smallest that tensor cores take
+# 77 text tokens as 32 + 32 + 16, 4 image tokens as 16: the smallest that tensor cores take
+SHORT_BLOCK = tl.constexpr(16)
 # The kernels' `shape` is (elements that strides count, width of a head, of its first part, of its
 # second part or 0).
 NOT_CONSTANT = ["heads", "queries", "texts", "prompts", "total", "splits", "share", "blocks"]
@@ -334,9 +332,8 @@ def image_kernel(q, ik, iv, w, offsets, g, lse, delta, dk, dv, q_b, q_h, q_n, ik
     delta += prompt * every + before
     lse += (prompt + 1) * every + before
     x, y = zeros(SHORT_BLOCK, shape), zeros(SHORT_BLOCK, shape)
-    end = tl.where(
-        first < stop, tl.minimum((split + 1) * share, queries), 0
-    )  # nothing to do past the prompt's last token
+    # nothing to do past the prompt's last token
+    end = tl.where(first < stop, tl.minimum((split + 1) * share, queries), 0)
     for begin in range(split * share, end, block):
         rows = begin + tl.arange(0, block)
         weight = tl.load(w + rows * w_n, mask=rows < end, other=0.0).to(tl.float32)

@@ -87,10 +87,8 @@ class AdapterFile:
     @property
     def face_dim(self) -> int | None:
         """Of the face embedding; None where it reads none."""
-        keys = (
-            "proj.0.weight",
-            self.variant.feature_key,
-        )  # the first where hidden states go beside it
+        # the first where hidden states go beside it
+        keys = ("proj.0.weight", self.variant.feature_key)
         return (
             self.projection[next(key for key in keys if key in self.projection)].shape[-1]
             if self.variant.faces

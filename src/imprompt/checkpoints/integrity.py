@@ -44,9 +44,8 @@ def check_whole(
         if key.startswith(layout.projection)
     }
     projection, token_dim = _expected_projection(row, own)
-    if (
-        token_dim is None or row.widened
-    ):  # then the added projections are held against the first of them
+    if token_dim is None or row.widened:
+        # then the added projections are held against the first of them
         token_dim = text_dim(layout, sites, shapes)
     expected = {layout.projection + key: shape for key, shape in projection.items()}
     expected |= _expected_kv(layout, sites or ("*",), shapes, token_dim)
@@ -101,13 +100,8 @@ def _expected_projection(row: Variant, shapes: Shapes) -> tuple[dict[str, Expect
         if any(key not in shapes for key in sizes.asked):
             return dict.fromkeys(needed), None
         return dict(needed), row.token_shape(needed)[1]
-    except (
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # together they make no such module
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError):
+        # together they make no such module
         return dict.fromkeys(shapes) | dict.fromkeys(sizes.asked, ()), None
 
 

@@ -41,9 +41,8 @@ class Layout:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        site = (
-            r"([1-9]\\d{0,2})" if self.numbered else "(.+)"
-        )  # doubled backslash: it is used as a replacement
+        # doubled backslash: it is used as a replacement
+        site = r"([1-9]\\d{0,2})" if self.numbered else "(.+)"
         return re.compile(
             re.sub(r"\\{site\\}", site, re.escape(self.kv)).replace(r"\{part\}", "[kv]")
         )

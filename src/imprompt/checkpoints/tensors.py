@@ -78,9 +78,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         with atomic_write(path) as aside:
             aside.touch()
-            mode = (
-                aside.stat().st_mode
-            )  # as the umask says; safetensors makes files that only their owner can read
+            # as the umask says; safetensors makes files that only their owner can read
+            mode = aside.stat().st_mode
             if path.suffix in PICKLES:
                 torch.save(nested(ready), aside)
             else:

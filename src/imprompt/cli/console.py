@@ -48,10 +48,8 @@ def quiet() -> None:
 
     The commands show their own progress.
     """
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # transformers imports torchao where it is installed
+    for name in ("torchao", "torch.utils._pytree"):
+        # transformers imports torchao where it is installed
         logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
@@ -59,9 +57,8 @@ def quiet() -> None:
     for log in (diffusers_log, transformers_log):
         log.set_verbosity_error()
         log.disable_progress_bar()
-    os.environ.setdefault(
-        "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
-    )  # read when datasets is imported, which not every run does
+    # read when datasets is imported, which not every run does
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:

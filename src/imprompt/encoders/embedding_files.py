@@ -125,9 +125,8 @@ def check_embedding(
     if (embedding.feature, embedding.parts[-1].shape[-1]) != (reads.feature, reads.width):
         raise MismatchError(f"{made}; {needs}")
     prints = {embedding.fingerprint, reads.fingerprint} - {""}
-    if len(prints) > 1 and all(
-        part.dtype != torch.bfloat16 for part in embedding.parts
-    ):  # which hashes rounded weights
+    if len(prints) > 1 and all(part.dtype != torch.bfloat16 for part in embedding.parts):
+        # which hashes rounded weights
         raise MismatchError(
             f"{made}, were made by an encoder of other weights (fingerprint "
             f"{embedding.fingerprint}); "
@@ -193,9 +192,8 @@ def _foreign(path: Path) -> Embedding:
     """An `.ipadpt` file. Its features are taken for what their rank says."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about unusual pickles, which are sound or refused here
+            # about unusual pickles, which are sound or refused here
+            warnings.simplefilter("ignore")
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged input makes the reader raise nearly anything
         if any(sign in str(error) for sign in CODE_SIGNS):

@@ -26,15 +26,8 @@ from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingE
 from imprompt.variants import BY_NAME, OF_CLIP, Feature, Variant
 
 SIDE = 224  # pixels of an aligned face
-DETECTION_SIDES = (
-    640,
-    576,
-    512,
-    448,
-    384,
-    320,
-    256,
-)  # a face that fills the picture is found in a smaller one
+# a face that fills the picture is found in a smaller one
+DETECTION_SIDES = (640, 576, 512, 448, 384, 320, 256)
 LICENCE = (
     "non-commercial research only: insightface's packages of weights, whatever the licence of its "
     "code"
@@ -379,10 +372,8 @@ def align(image: Image.Image, points: Any, side: int = SIDE) -> Image.Image:
         raise ImageError(f"a face is aligned by 5 points (x, y); {list(points.shape)} were given")
     turn, shift = similarity(points.astype(float), TEMPLATE * (side / TEMPLATE_SIDE))
     middle = 0.5 + 0.5j  # of a pixel: landmarks count from it, Pillow from the pixel's corner
-    back, start = (
-        1 / turn,
-        middle - (middle + shift) / turn,
-    )  # Pillow asks where in the picture a pixel of the crop is
+    # Pillow asks where in the picture a pixel of the crop is
+    back, start = (1 / turn, middle - (middle + shift) / turn)
     coefficients = (back.real, -back.imag, start.real, back.imag, back.real, start.imag)
     return image.convert("RGB").transform(
         (side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR

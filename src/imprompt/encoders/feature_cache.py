@@ -75,9 +75,8 @@ class FeatureMemory:
             if name in self._kept:
                 self.bytes -= self._kept.pop(name).feature.nbytes
             with torch.inference_mode(False):
-                kept = kept._replace(
-                    feature=kept.feature.clone()
-                )  # its own memory, of use for training too
+                # its own memory, of use for training too
+                kept = kept._replace(feature=kept.feature.clone())
             self._kept[name] = kept
             self.bytes += kept.feature.nbytes
             while self.bytes > self.max_bytes:

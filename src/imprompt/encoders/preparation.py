@@ -22,12 +22,8 @@ from imprompt.validation import Validated
 Colour = tuple[int, int, int]
 
 WIDE, HIGH = 0, 1  # the axes of a picture's size
-EDGES = {
-    "left": (WIDE, 0),
-    "right": (WIDE, 1),
-    "top": (HIGH, 0),
-    "bottom": (HIGH, 1),
-}  # axis, and at its start or end
+# axis, and at its start or end
+EDGES = {"left": (WIDE, 0), "right": (WIDE, 1), "top": (HIGH, 0), "bottom": (HIGH, 1)}
 MAX_TILES = 4
 
 

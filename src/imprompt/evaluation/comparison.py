@@ -142,9 +142,8 @@ def _pair(first: Results, second: Results, a: Setting, b: Setting) -> Pair:
         for key, metric in METRICS.items()
         if metric.per_picture
     ]
-    whole = (
-        len(shared) == len(ours) == len(theirs)
-    )  # those of the whole set cannot be had for a part of it
+    # those of the whole set cannot be had for a part of it
+    whole = len(shared) == len(ours) == len(theirs)
     compared += [
         _of_sets(key, a, b) for key, metric in METRICS.items() if not metric.per_picture and whole
     ]
@@ -159,9 +158,8 @@ def _compared(
     (values, items, clusters), (others, other_items, other_clusters) = (
         _values(key, rows, shared) for rows in (a, b)
     )
-    both = torch.as_tensor(
-        sorted({*items.tolist()} & {*other_items.tolist()})
-    )  # items that have the metric in both
+    # items that have the metric in both
+    both = torch.as_tensor(sorted({*items.tolist()} & {*other_items.tolist()}))
     if not len(both):
         return Compared(key, NOTHING, NOTHING, NOTHING)
     mine, other = torch.isin(items, both), torch.isin(other_items, both)

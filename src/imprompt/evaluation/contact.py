@@ -18,11 +18,8 @@ SIDE = 160  # pixels of a picture's longer side, at most
 ITEMS = 24  # of a contact sheet, at most
 PICTURES = 600  # of a contact sheet, at most
 COLUMNS = 48  # settings of a contact sheet, at most
-EXTREMES, DETAILED, SEEDS = (
-    4,
-    6,
-    4,
-)  # best and worst items of a setting, settings, pictures of an item
+# best and worst items of a setting, settings, pictures of an item
+EXTREMES, DETAILED, SEEDS = (4, 6, 4)
 MISSING = 50  # that a page names
 T = TypeVar("T")
 

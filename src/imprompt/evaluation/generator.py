@@ -20,9 +20,8 @@ from imprompt.generation.references import Reference
 from imprompt.generation.settings import Settings
 from imprompt.models import find_model
 
-KEPT = (
-    2**28
-)  # bytes of image prompts' features: the pictures of an item are made one after the other
+# bytes of image prompts' features: the pictures of an item are made one after the other
+KEPT = 2**28
 
 
 class Generator:
@@ -39,9 +38,8 @@ class Generator:
         if plan.protocol.scheduler == "ddim":
             from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-            own = (
-                base.scheduler.config
-            )  # latents are not clipped, whatever DDIM's default: it is for pixels
+            # latents are not clipped, whatever DDIM's default: it is for pixels
+            own = base.scheduler.config
             latent: Any = {
                 "clip_sample": own.get("clip_sample", False),
                 "set_alpha_to_one": own.get("set_alpha_to_one", False),
@@ -102,9 +100,8 @@ class Generator:
                 "source": worn.reader.encoder.source,
                 "fingerprint": worn.reader.encoder.fingerprint(),
             }
-            if processor := getattr(
-                worn.reader.encoder, "processor", None
-            ):  # faces are found otherwise
+            if processor := getattr(worn.reader.encoder, "processor", None):
+                # faces are found otherwise
                 encoder["preprocessing"] = describe_preprocessing(processor)
             adapters.append(
                 {

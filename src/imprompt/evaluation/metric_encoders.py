@@ -128,9 +128,8 @@ def open_dino(source: str, device: str) -> MetricEncoder:
         raise refused(
             "dino", source, f"no vision transformer can be loaded ({first_line(error)})"
         ) from error
-    unread = {
-        key for key in report["missing_keys"] if key.startswith("pooler.")
-    }  # DINO has none; its head is not asked
+    # DINO has none; its head is not asked
+    unread = {key for key in report["missing_keys"] if key.startswith("pooler.")}
     if missing := sorted({*report["missing_keys"]} - unread):  # these would be random
         raise refused("dino", source, f"{some(missing, 3)} missing")
     model.to(device).eval().requires_grad_(False)
@@ -159,9 +158,8 @@ def open_inception(source: str, device: str) -> MetricEncoder:
         raise refused("inception", source, "there is no such file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # torch would rather have other formats; this is the published one
+            # torch would rather have other formats; this is the published one
+            warnings.simplefilter("ignore", DeprecationWarning)
             network = torch.jit.load(path, map_location=device).eval()
     except Exception as error:  # a file can be wrong in any way
         raise refused(

@@ -49,9 +49,8 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as aside:
-            aside.write_text(
-                text, "utf-8", errors="backslashreplace"
-            )  # file names need not be Unicode
+            # file names need not be Unicode
+            aside.write_text(text, "utf-8", errors="backslashreplace")
     except OSError as error:
         raise SettingError(
             f"{path} cannot be written ({first_line(error)}); give another place"

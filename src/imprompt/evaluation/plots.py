@@ -26,10 +26,8 @@ LINES = [f"#0{number}0{number}0{number}" for number in range(3, 9)]
 COLORS = {INK: "var(--ink)", FAINT: "var(--line)"} | {
     line: f"var(--plot-{number})" for number, line in enumerate(LINES)
 }
-CORNERS = [
-    {"xytext": (5, 4), "ha": "left"},
-    {"xytext": (-5, -11), "ha": "right"},
-]  # of labels: lines often lie close
+# of labels: lines often lie close
+CORNERS = [{"xytext": (5, 4), "ha": "left"}, {"xytext": (-5, -11), "ha": "right"}]
 DASHES, MARKERS = ("-", "--", ":", "-."), "osD^vP"
 STYLE: Any = {
     "font.family": ["DejaVu Sans"],  # matplotlib's own: what it measures with
@@ -114,9 +112,8 @@ def trade(settings: list[Setting], across: str, up: str, axis: str) -> str:
                 alpha=0.5,
             )
             corner: dict[str, Any] = CORNERS[number % 2]
-            for x, y, setting in (
-                zip(xs, ys, line, strict=True) if number < 2 else ()
-            ):  # more would hide each other
+            for x, y, setting in zip(xs, ys, line, strict=True) if number < 2 else ():
+                # more would hide each other
                 axes.annotate(
                     word(setting["axes"][axis]),
                     (x, y),
@@ -232,9 +229,8 @@ def _panel(title: str, says: str, draw: "Callable[[Axes], None]", height: float 
         ) from error
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": says}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph"
-        )  # an emoji in a name: the browser has a font for it
+        # an emoji in a name: the browser has a font for it
+        warnings.filterwarnings("ignore", "Glyph")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot(title=title)
@@ -261,9 +257,8 @@ def _for_page(svg: str, says: str) -> str:
         r"\1",
         re.sub(r'(<svg [^>]*?) width="[\d.]+pt"', r"\1", svg),
     )
-    svg = re.sub(
-        r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL
-    )  # a style would act on the whole page
+    # a style would act on the whole page
+    svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # the same in every plot: figure_1, axes_1, …
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
     svg = re.sub("|".join(COLORS), lambda found: COLORS[found[0]], svg)

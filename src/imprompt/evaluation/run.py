@@ -63,9 +63,8 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     ranks = PartialState(cpu=asked == "cpu", timeout=PATIENCE)
     device = str(ranks.device) if asked == "cuda" and ranks.num_processes > 1 else asked
     if threads := plan.threads or (read_record(plan.out) or {}).get("threads"):
-        torch.set_num_threads(
-            threads
-        )  # as the run was begun: sums in another number of parts are rounded otherwise
+        # as the run was begun: sums in another number of parts are rounded otherwise
+        torch.set_num_threads(threads)
     sources = {"clip": plan.clip, "dino": plan.dino, "inception": plan.inception}
     judges = open_judges(sources, check_device(plan.judge_device) if plan.judge_device else device)
     if not judges:

@@ -11,11 +11,8 @@ from typing import NamedTuple
 
 OLDEST = "unet"  # the family of adapter files that name none
 STATE_PREFIX = "unet."  # of the base model's names in training states of accelerate
-REGISTRATION_ORDER = (
-    "down_blocks",
-    "up_blocks",
-    "mid_block",
-)  # of diffusers' UNets: the middle comes last
+# of diffusers' UNets: the middle comes last
+REGISTRATION_ORDER = ("down_blocks", "up_blocks", "mid_block")
 
 
 class UNetBlocks(NamedTuple):

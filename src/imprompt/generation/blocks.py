@@ -20,9 +20,8 @@ from imprompt.families.unet_layers import SD, SDXL, layer_names
 from imprompt.families.unet_presets import PRESETS, Map, Strengths, Tables
 from imprompt.validation import suggestions
 
-Blocks = (
-    str | float | Mapping[str, Any]
-)  # a preset's name, one factor for all, a map, or diffusers' nested dictionary
+# a preset's name, one factor for all, a map, or diffusers' nested dictionary
+Blocks = str | float | Mapping[str, Any]
 
 
 class BlockMap(NamedTuple):
@@ -99,9 +98,8 @@ def transformers(sites: Iterable[str]) -> list[str]:
     which the model runs them.
     """
     found = dict.fromkeys(site.split(".transformer_blocks.")[0] for site in sites)
-    return sorted(
-        found, key=lambda name: name.split("_")[0]
-    )  # down, mid, up; registered as down, up, mid
+    # down, mid, up; registered as down, up, mid
+    return sorted(found, key=lambda name: name.split("_")[0])
 
 
 def preset_for(name: str, sites: Sequence[str]) -> Strengths:

@@ -35,14 +35,12 @@ Curve = Sequence[Sequence[float]]  # [[progress, factor], ...]
 # that are eased so fade into one another.
 EASINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": np.ones_like,
-    "ease in": lambda x: (
-        np.sin(np.pi / 2 * x) ** 2
-    ),  # comes in: from 0 slowly, then faster, slowly to 1
+    # comes in: from 0 slowly, then faster, slowly to 1
+    "ease in": lambda x: np.sin(np.pi / 2 * x) ** 2,
     "ease out": lambda x: np.cos(np.pi / 2 * x) ** 2,  # goes out: from 1 to 0
     "ease in-out": lambda x: np.sin(np.pi * x) ** 2,  # comes in and goes out again: 1 in the middle
-    "reverse in-out": lambda x: (
-        np.cos(np.pi * x) ** 2
-    ),  # goes out and comes in again: 0 in the middle
+    # goes out and comes in again: 0 in the middle
+    "reverse in-out": lambda x: np.cos(np.pi * x) ** 2,
 }
 
 
@@ -137,9 +135,8 @@ def norm_average(features: Tensor, weights: Tensor) -> Tensor:
 # how -> (features (K, ..., E), positive weights (K, 1, ...)) -> (1, ..., E). Max and min ask of a
 # weight only whether it is 0.
 COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "concat": lambda features, _: (
-        features
-    ),  # all tokens beside each other, weighed in the attention: see `concat`
+    # all tokens beside each other, weighed in the attention: see `concat`
+    "concat": lambda features, _: features,
     "add": lambda features, weights: (features * weights).sum(0, keepdim=True),
     "subtract": lambda features, weights: (
         features[:1] * weights[:1] - (mean(features[1:], weights[1:]) if len(features) > 1 else 0)

@@ -57,13 +57,11 @@ def compile_base(model: nn.Module, **options: Any) -> None:
             torch.compiler.cudagraph_mark_step_begin()
         told = kwargs.get(family.channel) or {} if family.channel else {}
         if getattr(told.get(KEY), "undecided", False):
-            return forward(
-                *args, **kwargs
-            )  # the layers choose a kernel, which cannot be done while compiling
+            # the layers choose a kernel, which cannot be done while compiling
+            return forward(*args, **kwargs)
         given = family.given(args, kwargs)
-        given[latents] = given[
-            latents
-        ].contiguous()  # some pipelines lay it out otherwise: no new graph for that
+        # some pipelines lay it out otherwise: no new graph for that
+        given[latents] = given[latents].contiguous()
         try:
             out = run(**given)
         except FailOnRecompileLimitHit:
@@ -72,8 +70,7 @@ def compile_base(model: nn.Module, **options: Any) -> None:
             if needed := MISSING.get(type(getattr(error, "inner_exception", None)).__name__):
                 raise SettingError(f"compiling needs {needed}, or do not compile") from error
             raise
-        return (
-            tree_map_only(Tensor, Tensor.clone, out) if graphs else out
-        )  # a graph's next run writes where its last one did
+        # a graph's next run writes where its last one did
+        return tree_map_only(Tensor, Tensor.clone, out) if graphs else out
 
     model.forward = compiled

@@ -154,9 +154,8 @@ class ImagePromptPipeline:
             savers.place(pipeline, *(one.adapter for one in attached))
         if device.startswith("cuda") and offload is None:
             for part in (base_of(pipeline), pipeline.vae):
-                part.to(
-                    memory_format=torch.channels_last
-                )  # as convolutions in low precision read it
+                # as convolutions in low precision read it
+                part.to(memory_format=torch.channels_last)
         net = (
             None if controlnet is None else open_controlnet(str(controlnet), known, pipeline, dtype)
         )
@@ -190,10 +189,8 @@ class ImagePromptPipeline:
             if isinstance(keep_features, (str, Path))
             else keep_features
         )
-        device, dtype = (
-            str(pipeline._execution_device),
-            base_of(pipeline).dtype,
-        )  # under offload it is not where the weights wait
+        # under offload it is not where the weights wait
+        device, dtype = (str(pipeline._execution_device), base_of(pipeline).dtype)
         savers = MemoryOptions(device)
         opened = [
             LoadedAdapter.read(choice, known, faces, device, dtype, keep, savers)
@@ -302,9 +299,8 @@ class ImagePromptPipeline:
             heard = [self.hear(item, call) for item in items]
         total = len(items) * chosen.num_images
         rounds = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
-        filled = (
-            len(rounds[0]) if self.compiled else 0
-        )  # a smaller last batch would be compiled anew
+        # a smaller last batch would be compiled anew
+        filled = len(rounds[0]) if self.compiled else 0
         if only is not None:
             if only not in range(total):
                 raise SettingError(
@@ -402,9 +398,8 @@ class ImagePromptPipeline:
         """
         unit = self.pipeline.vae_scale_factor * self.family.grain
         native = self.family.native_side(self.pipeline)
-        ratio = (
-            1.0 if start is None else (start.width / start.height) ** 0.5
-        )  # the native area in the first picture's shape
+        # the native area in the first picture's shape
+        ratio = 1.0 if start is None else (start.width / start.height) ** 0.5
         width, height = (
             min(max(unit, round(native * side / unit) * unit), MAX_SIDE // unit * unit)
             for side in (ratio, 1 / ratio)
@@ -506,10 +501,8 @@ def check_device(name: str) -> str:
     """The device's name; SettingError unless it computes."""
     try:
         torch.zeros(1, device=name).item()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # unknown, not there, or not in this build of torch
+    except (RuntimeError, AssertionError) as error:
+        # unknown, not there, or not in this build of torch
         raise SettingError(
             f"device {name!r} cannot be used here, {default_device()} can ({first_line(error)})"
         ) from error

@@ -201,9 +201,8 @@ class LoadedAdapter(NamedTuple):
 
     def attach(self, model: Any, dtype: torch.dtype) -> Attached:
         live = build_adapter(self.file, family_of(model)).attach(model)
-        live.image_kv.to(
-            dtype
-        )  # the projection stays in float32: a resampler's values leave float16's range
+        # the projection stays in float32: a resampler's values leave float16's range
+        live.image_kv.to(dtype)
         if live.low_rank is not None:
             live.low_rank.to(dtype).strength = self.choice.lora_scale
         return Attached(

@@ -16,10 +16,8 @@ from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.settings import Resolved
 from imprompt.models import KnownModel, Location, may_be_on_hub
 
-FLAGS = (
-    "requires_safety_checker",
-    "force_zeros_for_empty_prompt",
-)  # of a pipeline's constructor, beside its components
+# of a pipeline's constructor, beside its components
+FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
 
 
 class InputImages(NamedTuple):

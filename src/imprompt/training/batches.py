@@ -203,9 +203,8 @@ class Batch:
     offset: Tensor  # (B, C, 1, 1)
     u: Tensor  # (B,) in [0, 1): which timestep
     image: Tensor  # image features
-    conditions: dict[
-        str, Tensor
-    ]  # what else the base model reads: `imprompt.families.base.Conditions`
+    # what else the base model reads: `imprompt.families.base.Conditions`
+    conditions: dict[str, Tensor]
     mask: Tensor | None = (
         None  # (B, 1, h, w) in [0, 1]: where an error counts more; None of features without masks
     )

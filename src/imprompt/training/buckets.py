@@ -62,10 +62,8 @@ def fit(picture: Image.Image, bucket: Size) -> tuple[Image.Image, Tensor]:
     """
     (width, height), (wide, high) = picture.size, bucket
     scale = max(wide / width, high / height)
-    left, top = (
-        (width - wide / scale) / 2,
-        (height - high / scale) / 2,
-    )  # in the original, so that it is resized once
+    # in the original, so that it is resized once
+    left, top = ((width - wide / scale) / 2, (height - high / scale) / 2)
     box = (left, top, left + wide / scale, top + high / scale)
     cut = picture.resize(bucket, Image.Resampling.LANCZOS, box)
     return cut, torch.tensor(

@@ -147,9 +147,8 @@ class FeatureReader:
             ]
             self.nulls = load_file(folder / "nulls.safetensors")
             self.bucket = np.concatenate([table["buckets"] for table in tables])
-            self._places = np.concatenate(
-                [table["places"] for table in tables]
-            )  # (samples, 3): offset, bytes, crc32; 0: bad
+            # (samples, 3): offset, bytes, crc32; 0: bad
+            self._places = np.concatenate([table["places"] for table in tables])
             # An array of strings is a fraction of a list's memory, and is not copied where
             # processes fork.
             self._names = np.concatenate(

@@ -16,17 +16,8 @@ from typing import Self
 from imprompt.training.samples import BadSample, Size, Source
 
 CHUNK = 1024  # samples handed to the threads at a time
-SHORT_SIDES = (
-    64,
-    128,
-    256,
-    384,
-    512,
-    768,
-    1024,
-    1536,
-    2048,
-)  # pixels: where one row of the histogram ends and the next begins
+# pixels: where one row of the histogram ends and the next begins
+SHORT_SIDES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 SIDE_ROWS = [
     f"below {SHORT_SIDES[0]}",
     *(f"{low} to {high - 1}" for low, high in pairwise(SHORT_SIDES)),
@@ -121,9 +112,8 @@ def looks(source: Source, every_pixel: bool) -> Iterator[Look]:
         warnings.catch_warnings(),
         ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool,
     ):
-        warnings.simplefilter(
-            "ignore"
-        )  # the threads share the filters, which opening a picture sets and sets back
+        # the threads share the filters, which opening a picture sets and sets back
+        warnings.simplefilter("ignore")
         for start in range(0, len(source), CHUNK):
             part = range(start, min(start + CHUNK, len(source)))
             yield from pool.map(lambda index: look_at(source, index, every_pixel), part)

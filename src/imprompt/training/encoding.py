@@ -147,9 +147,8 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
             path.unlink()
     plan_file, nulls_file = folder / "plan.json", folder / "nulls.safetensors"
     filled = any(folder.glob("shard-*"))
-    if (
-        plan_file.exists() or filled
-    ):  # asked in this order: another process may be starting the folder
+    if plan_file.exists() or filled:
+        # asked in this order: another process may be starting the folder
         refuse_others(folder, plan_facts(read_table(plan_file)), plan_facts(plan))
     else:
         write_table(plan_file, plan, rank)
@@ -309,9 +308,8 @@ class Read(NamedTuple):
     good: list[int]
     texts: list[str]
     references: list[int]  # how many each good sample has
-    tensors: dict[
-        str, Tensor
-    ]  # "pixels" (B, 3, H, W), "mask" (B, 1, h, w), "references" (ΣR, 3, S, S), "time_ids" (B, 6)
+    # "pixels" (B, 3, H, W), "mask" (B, 1, h, w), "references" (ΣR, 3, S, S), "time_ids" (B, 6)
+    tensors: dict[str, Tensor]
 
 
 Asked = tuple[int, list[int]]  # a bucket and samples of it

@@ -31,9 +31,8 @@ def explained_termination(output: Path) -> Iterator[None]:
     """
 
     def end(*_: object) -> NoReturn:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # the first is enough: what follows is told in peace
+        # the first is enough: what follows is told in peace
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, end) if current_thread() is main_thread() else None
@@ -76,9 +75,8 @@ def end_of_another(error: RuntimeError) -> str | None:
     Gloo's errors have no type of their own, but name its source.
     """
     said = str(error)
-    why = re.sub(
-        r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error)
-    )  # without gloo's source and guesses
+    # without gloo's source and guesses
+    why = re.sub(r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error))
     if said.startswith("DataLoader worker"):
         return (
             TOLD

@@ -87,9 +87,8 @@ class Estimate:
     memory: Mapping[str, int]
     a_step: int  # samples in a step
     steps: int
-    encoded: (
-        int | None
-    )  # bytes of a sample's features on disk; None where they are computed in every step
+    # bytes of a sample's features on disk; None where they are computed in every step
+    encoded: int | None
     device: torch.device
     rate: float  # of matrix products there, in FLOP/s
 
@@ -155,9 +154,8 @@ def blank_base(structure: BaseStructure, dtype: torch.dtype) -> Any:
     """The base model, frozen, without contents."""
     with torch.device("meta"):
         base: Any = find_family(structure.family).build(structure.config)
-    return nn.Module.to(base, dtype).requires_grad_(
-        False
-    )  # diffusers' own `to` warns of what does not matter here
+    # diffusers' own `to` warns of what does not matter here
+    return nn.Module.to(base, dtype).requires_grad_(False)
 
 
 def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
@@ -189,9 +187,8 @@ def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool)
     given = [weight for model in (base, adapter) for weight in model.parameters()]
     live = LiveBytes([*given, *(weight.grad for weight in given if weight.grad is not None)])
     counter = FlopCounterMode(display=False, custom_mapping={FLASH_BACKWARD: flash_backward})
-    attend = mock.patch.object(
-        F, "scaled_dot_product_attention", flash if fused else written_out
-    )  # on meta torch would choose
+    # on meta torch would choose
+    attend = mock.patch.object(F, "scaled_dot_product_attention", flash if fused else written_out)
     with counter, live, attend:
         prompt = adapter.prompt(adapter.tokens(image))
         prediction = adapter.family.predict(base, prompt, noisy, timestep, conditions)

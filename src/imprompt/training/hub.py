@@ -128,9 +128,8 @@ def open_hub(data: Data) -> Source:
     place, _, split = (where, "", "") if os.path.isdir(where) else where.partition(":")
     try:
         rows = datasets.load_dataset(place, split=split or "train")
-    except (
-        Exception
-    ) as error:  # the library's, the network's and the builders' errors have nothing in common
+    except Exception as error:
+        # the library's, the network's and the builders' errors have nothing in common
         raise SettingError(
             f"data.source = {data.source!r} cannot be opened: {first_line(error)}"
         ) from error

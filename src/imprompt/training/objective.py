@@ -93,9 +93,8 @@ class Objective(nn.Module):
         3.1) and what diffusers trains with.
         """
         share = torch.special.ndtri(u).sigmoid() if self.prediction_type == "flow" else u
-        return (
-            (share * len(self.alpha)).long().clamp_max(len(self.alpha) - 1)
-        )  # a rounded u may be 1
+        # a rounded u may be 1
+        return (share * len(self.alpha)).long().clamp_max(len(self.alpha) - 1)
 
     def shift(self, noise: Tensor, offset: Tensor) -> Tensor:
         """Noise (B, C, h, w) moved by one number a channel, offset (B, C, 1, 1) standard normal, of

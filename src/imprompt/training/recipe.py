@@ -158,9 +158,8 @@ class Validation(Part):
 
 class Logging(Part):
     every: Count = 25  # steps
-    to: tuple[Literal["tensorboard", "wandb"], ...] = (
-        "tensorboard",
-    )  # beside metrics.jsonl; wandb needs the extra of that name
+    # beside metrics.jsonl; wandb needs the extra of that name
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
 
 class Recipe(Part):

@@ -27,9 +27,8 @@ class BadSample(ImpromptError):
     """
 
     def __init__(self, name: str, why: str, kind: str = "other", samples: int = 1) -> None:
-        super().__init__(
-            name, why, kind, samples
-        )  # as they are, so that it can be pickled: it crosses from the reading processes
+        # as they are, so that it can be pickled: it crosses from the reading processes
+        super().__init__(name, why, kind, samples)
         self.name, self.why, self.kind, self.samples = name, why, kind, samples
 
     def __str__(self) -> str:
@@ -44,9 +43,8 @@ class Sample:
 
     name: str
     picture: Opener
-    references: tuple[
-        Opener, ...
-    ]  # never empty: the target picture itself where the set names none
+    # never empty: the target picture itself where the set names none
+    references: tuple[Opener, ...]
     text: str
     mask: Opener | None = (
         None  # white where an error in the target counts more; None: it counts evenly
@@ -61,9 +59,8 @@ class Sample:
             return None
         mask = self.mask()
         (wide, high), (width, height) = mask.size, picture.size
-        if abs(wide * height - high * width) > max(
-            width, height
-        ):  # more than rounding when it was made smaller
+        if abs(wide * height - high * width) > max(width, height):
+            # more than rounding when it was made smaller
             why = (
                 f"the mask has {wide}×{high} pixels, the picture {width}×{height}: another aspect "
                 "ratio"
@@ -78,12 +75,10 @@ class Source(Protocol):
     Copies of it travel to reading processes (pickle), so open files are not kept across.
     """
 
-    shards: Sequence[
-        int
-    ]  # how many samples each shard holds, in order; a set without shards is one
-    bad_shards: Sequence[
-        BadSample
-    ]  # what shards that are no tar, or cut off, probably held beyond `shards`
+    # how many samples each shard holds, in order; a set without shards is one
+    shards: Sequence[int]
+    # what shards that are no tar, or cut off, probably held beyond `shards`
+    bad_shards: Sequence[BadSample]
 
     def __len__(self) -> int: ...
 

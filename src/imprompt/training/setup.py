@@ -44,9 +44,8 @@ from imprompt.training.supply import (
 )
 from imprompt.training.validation import Validator
 
-PATIENCE = timedelta(
-    hours=2
-)  # with a process at work alone: the first one validates, or one has more to encode than others
+# with a process at work alone: the first one validates, or one has more to encode than others
+PATIENCE = timedelta(hours=2)
 OnEncoded = Callable[[int, int], None]  # (samples done, samples in all)
 
 

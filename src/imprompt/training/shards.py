@@ -149,16 +149,13 @@ class TarIndex:
         length = os.fstat(file.fileno()).st_size
         try:
             while (member := tar.next()) is not None:
-                if (
-                    not 0 <= member.size <= length
-                ):  # damaged; below 0 the next header would be one that was read before
+                if not 0 <= member.size <= length:
+                    # damaged; below 0 the next header would be one that was read before
                     return
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
-        except (
-            tarfile.TarError,
-            ValueError,
-        ):  # cut off or damaged in the middle; what came before is good
+        except (tarfile.TarError, ValueError):
+            # cut off or damaged in the middle; what came before is good
             return
         file.seek(tar.offset)
         self.whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
@@ -412,11 +409,8 @@ def read_counts(path: Path, form: Callable[[Any], Counts]) -> Counts:
         counts = TypeAdapter(dict[str, NonNegativeInt]).validate_python(
             form(from_json(path.read_bytes()))
         )
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-    ) as error:  # a page that says there is none, or another program's index.json
+    except (ValueError, LookupError, TypeError) as error:
+        # a page that says there is none, or another program's index.json
         raise BadSample(str(path), "is no index of shards") from error
     return {url.rpartition("/")[2]: count for url, count in counts.items()}
 

@@ -109,13 +109,11 @@ class Trainer:
         optimizer = OPTIMIZERS[plan.optimizer](model, plan)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.by_timestep = ByTimestep(self.objective)
-        self.sums = torch.zeros(
-            3, device=accelerator.device
-        )  # since the last log: weighted and plain losses, samples
+        # since the last log: weighted and plain losses, samples
+        self.sums = torch.zeros(3, device=accelerator.device)
         self.average = Average(self.model.parameters(), plan.ema) if plan.ema else None
-        self.checked: set[torch.Size] = (
-            set()
-        )  # shapes of latents for which the compiled gradient is known to be right
+        # shapes of latents for which the compiled gradient is known to be right
+        self.checked: set[torch.Size] = set()
 
     def losses(self, batch: Batch, index: Tensor) -> Losses:
         """The adapted model's loss (B,) at timesteps given as rows of the schedule (B,)."""
@@ -324,9 +322,8 @@ class NaNGuard:
         All processes must look together.
         """
         self.check()
-        told = (
-            stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm
-        )  # NaN or infinite if either is
+        # NaN or infinite if either is
+        told = stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm
         there = torch.cuda.Event() if told.is_cuda else None
         self._pending = step, names, told.to("cpu", non_blocking=True), there
         if there is None:
@@ -340,9 +337,8 @@ class NaNGuard:
             return
         (step, names, told, there), self._pending = self._pending, None
         if there is not None:
-            while (
-                not there.query()
-            ):  # a wait inside CUDA would hear no signal, as when another process has ended
+            while not there.query():
+                # a wait inside CUDA would hear no signal, as when another process has ended
                 time.sleep(1e-3)
         if not math.isfinite(told.item()):
             raise Diverged(

@@ -34,9 +34,8 @@ from imprompt.training.samples import BadSample, Source
 from imprompt.training.shards import KEEP
 from imprompt.variants import find_variant
 
-REMOTE_WINDOW = (
-    KEEP // 2
-)  # fetched shards mixed at a time: slower processes still read those before while others go on
+# fetched shards mixed at a time: slower processes still read those before while others go on
+REMOTE_WINDOW = KEEP // 2
 
 
 def have_features(recipe: Recipe) -> bool:

@@ -115,9 +115,8 @@ class Clip:
             ) from error
         self.model, report = loaded
         words, vocabulary = len(self.tokenizer), self.model.config.text_config.vocab_size
-        absent = (
-            [] if vocabulary // 2 < words <= vocabulary else ["the tokenizer"]
-        )  # transformers loads an empty one then
+        # transformers loads an empty one then
+        absent = [] if vocabulary // 2 < words <= vocabulary else ["the tokenizer"]
         if missing := sorted(report["missing_keys"]) + absent:
             raise CheckpointError(
                 f"validation.clip = {source!r} is no whole CLIP: {some(missing, 3)} missing"
@@ -239,9 +238,8 @@ class Validator:
         for column in self.columns:
             self.pipe.resolve(column)
         self.measure = Clip(plan.clip) if plan.clip else OwnEncoder(encoder)
-        self.at_once = min(
-            MADE_AT_ONCE, training.batch_size // training.accumulate
-        )  # where training fits, so does this
+        # where training fits, so does this
+        self.at_once = min(MADE_AT_ONCE, training.batch_size // training.accumulate)
         self.compiled = training.compile
 
     def grid(self, step: int) -> tuple[Path, Scores]:
@@ -340,9 +338,8 @@ def sheet(
             font,
             spacing=line // 4,
         )
-        draw.line(
-            (left, rule, left + count * (size[0] + GAP) - GAP, rule), FAINT
-        )  # over all columns of the text
+        # over all columns of the text
+        draw.line((left, rule, left + count * (size[0] + GAP) - GAP, rule), FAINT)
         first += count
     return canvas
 
@@ -387,9 +384,8 @@ def shortened(line: str, width: int, font: Any) -> str:
     return f"{line}…"
 
 
-Losses = Callable[
-    [Any, Tensor], Tensor
-]  # (batch, u (B,)) -> plain losses of its samples; those that cannot be read left out
+# (batch, u (B,)) -> plain losses of its samples; those that cannot be read left out
+Losses = Callable[[Any, Tensor], Tensor]
 
 
 @torch.no_grad()

@@ -180,9 +180,8 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GB
     import resource
 
-    unit = (
-        1 if sys.platform == "darwin" else 1024
-    )  # bytes; getrusage counts in bytes on macOS, in KiB on Linux
+    # bytes; getrusage counts in bytes on macOS, in KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
