@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import page
-from benchmarks.record import RESULTS, note
+from benchmarks.record import RESULTS, about, note
 
 # Question, seconds that it may take, and what else it is asked. The most wanted come first.
 STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
@@ -43,9 +43,7 @@ STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.all", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description=about(__doc__))
     parser.add_argument(
         "--device", choices=STAGES, default="cuda" if torch.cuda.is_available() else "cpu"
     )

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import cold, growth, memory, operators, profile, step, training
-from benchmarks.record import RESULTS, join
+from benchmarks.record import RESULTS, about, join
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 QUESTIONS: dict[str, ModuleType] = {
@@ -53,7 +53,7 @@ def file_of(question: str, device: str) -> str:
 def chapter(question: str, results: Path) -> str:
     """A question: its tables on every device, or how to fill them."""
     module = QUESTIONS[question]
-    parts = [f"## {module.TITLE}", (module.__doc__ or "").partition("\n")[0]]
+    parts = [f"## {module.TITLE}", about(module.__doc__)]
     for device, name in DEVICES.items():
         path = results / file_of(question, device)
         if path.exists():

@@ -132,10 +132,15 @@ class Record:
             print(f"written: {self.path}")
 
 
+def about(doc: str | None) -> str:
+    """Return the first paragraph of a module's docstring as one line."""
+    return " ".join((doc or "").partition("\n\n")[0].split())
+
+
 def options(question: str, doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{question}", description=(doc or "").partition("\n")[0]
+        prog=f"python -m benchmarks.{question}", description=about(doc)
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
