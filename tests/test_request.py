@@ -296,7 +296,7 @@ def test_each_picture_is_written_before_the_next_is_made(
     job, there = request.prepare(pipe), []
 
     def made() -> Iterator[tuple[int, Image.Image]]:
-        for number, picture in request.make(pipe, job):
+        for number, picture in pipe.make(job):
             there.append(len(list(tmp_path.glob("out/*.png"))))
             yield number, picture
 

@@ -279,9 +279,8 @@ def open_pipeline(
     from diffusers import pipelines
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    source, _ = model.base.fetch_folder()
+    source, saved = model.base.fetch_folder()[0], index_of(model)
     try:
-        saved: Any = DiffusionPipeline.load_config(source)
         # Told of the class itself, diffusers leaves out what is None; told of the class of all, it
         # loads an image encoder anyway.
         kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)

@@ -48,6 +48,8 @@ COMMANDS = {  # group -> its commands; "" is the program itself
         Command("blocks", "generate", "blocks"),
         Command("embed", "embed", "embed"),
         Command("train", "train", "train_command"),
+        Command("inspect", "adapters", "inspect"),
+        Command("convert", "adapters", "convert"),
     ),
     "data": (Command("check", "data", "check"), Command("encode", "encode", "encode")),
     "evaluate": (
@@ -61,12 +63,8 @@ COMMANDS = {  # group -> its commands; "" is the program itself
         Command("report", "evaluate", "report"),
         Command("compare", "evaluate", "compare"),
     ),
-    "adapters": (
-        Command("inspect", "adapters", "inspect"),
-        Command("convert", "adapters", "convert"),
-    ),
 }
-GROUPS = {  # that commands are said in; commands of others are the program's own
+GROUPS = {  # what each is about
     "data": "Training sets: check them, encode their features.",
     "evaluate": "Measure a model and adapter over a set of pictures.",
 }

@@ -208,8 +208,8 @@ def carry_out(request: "Request", out: Path, **machine: Any) -> list[Path]:
     try:
         with bar:
             job = request.prepare(pipeline)
-            made = request.make(
-                pipeline, job, lambda done, total: bar.update(sampling, completed=done, total=total)
+            made = pipeline.make(
+                job, lambda done, total: bar.update(sampling, completed=done, total=total)
             )
             for result in write_results(made, request, job.settings, out):
                 written.append(result)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from imprompt.evaluation.protocols import Protocol, Setting
-from imprompt.generation.settings import Precision
+from imprompt.generation.settings import ADAPTER, EncoderName, ModelName, PrecisionName, VariantName
 from imprompt.validation import Flag, Validated
 
 if TYPE_CHECKING:
@@ -35,21 +35,10 @@ class Plan(Validated, frozen=True):
     protocol_name: str = "default"
     protocol: Protocol = Protocol()
     sweep: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    model: Annotated[
-        str,
-        Field(description="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`."),
-    ] = "emoji"
-    adapter: Annotated[
-        str | None, Field(description="base, plus, a file, a training run's state, or a Hub file.")
-    ] = None
-    encoder: Annotated[
-        str | None,
-        Field(description="Folder or Hub id of the image encoder, if the adapter does not say."),
-    ] = None
-    variant: Annotated[
-        str | None,
-        Field(description="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
-    ] = None
+    model: ModelName = "emoji"
+    adapter: Annotated[str | None, Field(description=ADAPTER)] = None
+    encoder: EncoderName = None
+    variant: VariantName = None
     clip: Annotated[
         str | None,
         Flag(read=unless_none),
@@ -73,10 +62,7 @@ class Plan(Validated, frozen=True):
         str | None,
         Field(description="Where the judges compute; where pictures are made if not given."),
     ] = None
-    dtype: Annotated[
-        Precision | None,
-        Field(description="float32, float16 or bfloat16; by the device if not given."),
-    ] = None
+    dtype: PrecisionName = None
     skip_bad: Annotated[bool, Field(description="Leave out what cannot be read, and count it.")] = (
         False
     )

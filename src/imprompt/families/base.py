@@ -198,16 +198,15 @@ class Family(ABC):
         """Let the model train faster on a CPU, its results the same up to rounding."""
 
     def told(self, prompt: ImagePrompt) -> dict[str, Any]:
-        """Return the keyword that hands an image prompt to a call of the model."""
-        return {str(self.channel): {KEY: prompt}}
+        """Return the keyword that hands an image prompt to a call of a model that has a channel."""
+        assert self.channel is not None
+        return {self.channel: {KEY: prompt}}
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Return an untrained model of that configuration."""
-        models = import_module("diffusers")
-        name = config.get("_class_name", self.classes[0])
-        return getattr(models, name if name in self.classes else self.classes[0]).from_config(
-            dict(config)
-        )
+        told = config.get("_class_name")
+        name = told if told in self.classes else self.classes[0]
+        return getattr(import_module("diffusers"), name).from_config(dict(config))
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name."""

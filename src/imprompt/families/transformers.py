@@ -75,7 +75,6 @@ class TransformerRow:
     model: str
     layers: str
     layout: Layout
-    arguments: tuple[str, str, str]
     channel: str | None
     query: str
     grids: Callable[[Any, Given], list[tuple[int, int]]]
@@ -91,6 +90,7 @@ class TransformerRow:
     native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
     call_options: Mapping[str, Any] = field(default_factory=dict)
     negative: str = "guidance_scale"
+    arguments: tuple[str, str, str] = ("hidden_states", "timestep", "encoder_hidden_states")
     out: str = "to_out"
     returns: Callable[[Any], bool] = lambda _layer: False
     picture: Callable[[str, Given], slice] = lambda _name, _given: slice(None)
@@ -336,7 +336,6 @@ PIXART = TransformerFamily(
         model="PixArtTransformer2DModel",
         layers=r"transformer_blocks\.\d+\.attn2",
         layout="BLD",
-        arguments=("hidden_states", "timestep", "encoder_hidden_states"),
         channel="cross_attention_kwargs",
         query="to_q",
         grids=patches,
@@ -363,7 +362,6 @@ FLUX = TransformerFamily(
         model="FluxTransformer2DModel",
         layers=r"(single_)?transformer_blocks\.\d+\.attn",
         layout="BLHd",
-        arguments=("hidden_states", "timestep", "encoder_hidden_states"),
         channel="joint_attention_kwargs",
         query="norm_q",
         returns=lambda layer: layer.pre_only,

@@ -27,7 +27,6 @@ from imprompt.errors import MismatchError
 from imprompt.families.base import Family, Injection
 from imprompt.prompt import ImagePrompt, stack
 
-TIME = "timestep"  # the argument that differs from row to row
 PATIENCE = 0.2  # seconds that a call waits for others that are between two steps
 
 
@@ -37,18 +36,17 @@ class Seat:
     prompts         image prompts for the rows of its calls
     image_guidance  a guidance scale for the image: see `imprompt.attention.image_guidance`; the
                     prompts are then for its branches
-    alone           whether its calls are never put together with others', so that they are
-                    repeated bit for bit
     """
 
     def __init__(self, engine: "Engine", prompts: Sequence[ImagePrompt] = (),
-                 image_guidance: float | None = None, alone: bool = False) -> None:  # fmt: skip
-        self.engine, self.alone = engine, alone
+                 image_guidance: float | None = None) -> None:  # fmt: skip
+        self.engine = engine
         self.scope = Scope(prompts, image_guidance)
         self.calls = 0
         self.outside = False  # whether it holds the engine's lock of that name
         self.waiting: SeatCall | None = None
         self.group: Hashable = None  # of its last call, while it is in its loop
+        self.read: dict[str, CachedValue] = {}  # what tensors hold that are the same in every step
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine.model, name)
@@ -75,6 +73,27 @@ class Seat:
         positive = self.scope.positive(call) if separate and self.scope.prompts else None
         prompts = [for_rows(prompt, call, positive) for prompt in self.scope.prompts]
         return engine.submit(self, SeatCall(given, call.rows, prompts))
+
+    def signature(self, call: "SeatCall") -> Hashable:
+        """Return what of a call's arguments must be equal in another that shares its batch."""
+        family = self.engine.family
+
+        def part(value: Any, name: str) -> Hashable:
+            if name == family.arguments[1]:
+                return None  # a timestep for each row
+            if isinstance(value, Mapping):
+                return tuple((key, part(own, key)) for key, own in sorted(value.items()))
+            if isinstance(value, list | tuple):
+                return tuple(part(own, name) for own in value)
+            if not isinstance(value, Tensor):
+                return value if isinstance(value, Hashable) else id(value)
+            if name not in family.shared and value.ndim and len(value) == call.rows:
+                return value.dtype, tuple(value.shape[1:])
+            kept = self.read.setdefault(name, CachedValue())
+            held = kept.get(lambda _: ([value], None), lambda: tuple(value.flatten().tolist()))
+            return value.dtype, tuple(value.shape), held
+
+        return part(call.given, "")
 
     def keep_others_out(self) -> None:
         """Encode or decode: nobody else does meanwhile."""
@@ -178,10 +197,8 @@ class Engine:
 
     def group(self, seat: Seat, call: SeatCall) -> Hashable:
         """Return what must be equal for calls to be one."""
-        if seat.alone:
-            return id(seat)
         kinds = {id(prompt.low_rank) for prompt in call.prompts if prompt.low_rank}
-        return frozenset(kinds), signature(call.given, call.rows, self.family.shared)
+        return frozenset(kinds), seat.signature(call)
 
     def tick(self, calls: Sequence[SeatCall]) -> None:
         """Run calls as one; if that fails, each by itself, so that only the guilty one fails."""
@@ -259,18 +276,3 @@ class Engine:
             raise MismatchError(
                 "the image prompts never reached the base model: the pipeline did not call it"
             )
-
-
-def signature(value: Any, rows: int, shared: Sequence[str], name: str = "") -> Hashable:
-    """Return what of a call's arguments must be equal in another that shares its batch."""
-    if name == TIME:
-        return None
-    if isinstance(value, Mapping):
-        return tuple((key, signature(own, rows, shared, key)) for key, own in sorted(value.items()))
-    if isinstance(value, list | tuple):
-        return tuple(signature(own, rows, shared, name) for own in value)
-    if isinstance(value, Tensor):
-        if name not in shared and value.ndim and len(value) == rows:
-            return value.dtype, tuple(value.shape[1:])
-        return value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
-    return value if isinstance(value, Hashable) else id(value)

@@ -137,11 +137,7 @@ class ImagePromptPipeline:
         device = check_device(device) if device else default_device()
         dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
         savers = MemoryOptions.check(device, offload, tiling, quantize)
-        keep = (
-            FeatureFolder(keep_features)
-            if isinstance(keep_features, (str, Path))
-            else keep_features
-        )
+        keep = store_of(keep_features)
         known = find_model(str(model))
         opened = [
             LoadedAdapter.read(choice, known, faces, device, dtype, keep, savers)
@@ -184,11 +180,7 @@ class ImagePromptPipeline:
         known = (
             find_model(model) if model else KnownModel(type(pipeline).__name__, "", Location(""))
         )
-        keep = (
-            FeatureFolder(keep_features)
-            if isinstance(keep_features, (str, Path))
-            else keep_features
-        )
+        keep = store_of(keep_features)
         # under offload it is not where the weights wait
         device, dtype = (str(pipeline._execution_device), base_of(pipeline).dtype)
         savers = MemoryOptions(device)
@@ -243,9 +235,7 @@ class ImagePromptPipeline:
             only,
             pipeline_options,
         )
-        made = dict(self.make(job, on_step))
-        kept = [number for number in made if only is None or number == only]
-        return Result([made[i] for i in kept], [job.settings.seed + i for i in kept], job.settings)
+        return self.make_all(job, on_step)
 
     @torch.no_grad()
     def prepare(
@@ -316,7 +306,14 @@ class ImagePromptPipeline:
             rounds,
             filled,
             guided,
+            only,
         )
+
+    def make_all(self, job: "Job", on_step: OnStep | None = None) -> Result:
+        """Make the pictures of a job: `make` to its end."""
+        made = dict(self.make(job, on_step))
+        seeds = [job.settings.seed + number for number in made]
+        return Result(list(made.values()), seeds, job.settings)
 
     @torch.no_grad()
     def make(self, job: "Job", on_step: OnStep | None = None) -> Iterator[tuple[int, Image.Image]]:
@@ -334,7 +331,8 @@ class ImagePromptPipeline:
 
             results = self.run(job, [*chunk, *[chunk[-1]] * (job.filled - len(chunk))], report)
             for index, picture in zip(chunk, results, strict=False):
-                yield index, keep_outside(picture, job.start)
+                if job.only in (None, index):
+                    yield index, keep_outside(picture, job.start)
 
     def run(
         self, job: "Job", batch: Sequence[int], report: Callable[[int], None]
@@ -497,6 +495,11 @@ def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
     return Image.composite(made, first, mask)
 
 
+def store_of(place: str | Path | Store | None) -> Store | None:
+    """Return where features are kept: a folder is given by its path."""
+    return FeatureFolder(place) if isinstance(place, str | Path) else place
+
+
 def check_device(name: str) -> str:
     """The device's name; SettingError unless it computes."""
     try:
@@ -544,6 +547,7 @@ class Job(NamedTuple):
     rounds   numbers of the pictures that are made at once
     filled   how many a round is filled up to
     guided   whether there is classifier-free guidance
+    only     number of the one picture that is wanted; None: all
     """
 
     settings: Resolved
@@ -554,3 +558,4 @@ class Job(NamedTuple):
     rounds: list[range]
     filled: int
     guided: bool
+    only: int | None

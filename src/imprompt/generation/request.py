@@ -23,7 +23,15 @@ from imprompt.generation.references import (
     plain_picture,
     with_files,
 )
-from imprompt.generation.settings import Precision, Resolved, Settings
+from imprompt.generation.settings import (
+    ADAPTER,
+    EncoderName,
+    ModelName,
+    PrecisionName,
+    Resolved,
+    Settings,
+    VariantName,
+)
 from imprompt.models import MODELS
 from imprompt.validation import Flag, Validated
 
@@ -53,23 +61,15 @@ class Request(Validated, frozen=True):
     only     the one picture of the call to make
     """
 
-    model: Annotated[
-        str, Field(description="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")
-    ] = "emoji"
+    model: ModelName = "emoji"
     adapter: Annotated[
         Any,
         PlainValidator(adapters_said),
         Flag(type=list[str], read=one_adapter),
-        Field(description="base, plus, a file, a training run's state, or a Hub file."),
+        Field(description=ADAPTER),
     ] = None
-    encoder: Annotated[
-        str | None,
-        Field(description="Folder or Hub id of the image encoder, if the adapter does not say."),
-    ] = None
-    variant: Annotated[
-        str | None,
-        Field(description="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
-    ] = None
+    encoder: EncoderName = None
+    variant: VariantName = None
     images: list[AnyItem] = Field(default_factory=list, description="Image prompts.")
     init_image: Annotated[
         AnyPicture | None,
@@ -94,10 +94,7 @@ class Request(Validated, frozen=True):
         Field(description="Keep to this picture of edges, depth or the like (ControlNet)."),
     ] = None
     batch_size: Annotated[int, Field(ge=1, description="Pictures made at once.")] = 4
-    dtype: Annotated[
-        Precision | None,
-        Field(description="float32, float16 or bfloat16; by the device if not given."),
-    ] = None
+    dtype: PrecisionName = None
     fast: Annotated[
         bool, Field(description="Compile the model: slow at first, then faster on a GPU.")
     ] = False
@@ -200,22 +197,9 @@ class Request(Validated, frozen=True):
             self.only,
         )
 
-    def make(
-        self, pipeline: "ImagePromptPipeline", job: "Job", on_step: "OnStep | None" = None
-    ) -> Iterator[tuple[int, "Image.Image"]]:
-        """Make the pictures of what `prepare` returned: (number, picture) as each is done."""
-        for number, picture in pipeline.make(job, on_step):
-            if self.only in (None, number):
-                yield number, picture
-
     def run(self, pipeline: "ImagePromptPipeline", on_step: "OnStep | None" = None) -> "Result":
         """Make all its pictures."""
-        from imprompt.generation.pipeline import Result
-
-        job = self.prepare(pipeline)
-        made = dict(self.make(pipeline, job, on_step))
-        seeds = [job.settings.seed + number for number in made]
-        return Result(list(made.values()), seeds, job.settings)
+        return pipeline.make_all(self.prepare(pipeline), on_step)
 
     def with_hashes(self) -> Self:
         """Return the request with every file hashed, for any folder to repeat it from."""

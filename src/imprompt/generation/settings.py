@@ -27,6 +27,22 @@ def _prompt(value: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_text)]
 Prompt = Annotated[Any, PlainValidator(_prompt)]  # a text, or several as a tuple
+ADAPTER = "base, plus, a file, a training run's state, or a Hub file."
+ModelName = Annotated[
+    str, Field(description="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")
+]
+EncoderName = Annotated[
+    str | None,
+    Field(description="Folder or Hub id of the image encoder, if the adapter does not say."),
+]
+VariantName = Annotated[
+    str | None,
+    Field(description="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
+]
+PrecisionName = Annotated[
+    Precision | None,
+    Field(description="float32, float16 or bfloat16; by the device if not given."),
+]
 OverlapName = Literal["add", "normalise"]
 Overlap = Annotated[OverlapName, one_of(OverlapName)]
 
