@@ -43,7 +43,7 @@ class Scene:
         """
         return copy.deepcopy(self.base, {id(weight): weight for weight in self.base.parameters()})
 
-    def heard(self) -> list[IPAdapter]:
+    def adapters_in_use(self) -> list[IPAdapter]:
         """The adapter of each prompt."""
         return [
             self.adapters[number % len(self.adapters)] for number in range(self.setting.prompts)
@@ -126,7 +126,7 @@ def text_only(of: Scene) -> Contender:
 
 def diffusers_ip_adapter(of: Scene) -> Contender:
     unet = of.unet()
-    layouts = [paper_layout(adapter) for adapter in of.heard()]
+    layouts = [paper_layout(adapter) for adapter in of.adapters_in_use()]
     with torch.device(of.setting.device):
         unet._load_ip_adapter_weights(layouts, low_cpu_mem_usage=False)
     embeddings = [of.embeddings()] * len(layouts)
@@ -141,7 +141,7 @@ def ours(of: Scene) -> Contender:
     for adapter in of.adapters:
         adapter.detach()  # from the UNet of an earlier measurement
         adapter.attach(unet)
-    prompts = [of.prompt(adapter) for adapter in of.heard()]
+    prompts = [of.prompt(adapter) for adapter in of.adapters_in_use()]
     given: Any = prompts[0] if len(prompts) == 1 else prompts
     return Contender(
         unet,

@@ -105,7 +105,7 @@ def measured(of: Scene, args: argparse.Namespace) -> dict[str, Measured]:
 def kept_bytes(of: Scene) -> int:
     """Keys and values that ours has prepared: of the text and of every image prompt."""
     return of.adapters[0].injection.cached_bytes() + sum(
-        of.prompt(adapter).bytes for adapter in of.heard()
+        of.prompt(adapter).bytes for adapter in of.adapters_in_use()
     )
 
 

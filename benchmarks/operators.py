@@ -173,13 +173,13 @@ def with_case(joined: Contender, name: str, case: Case) -> Contender:
     if name == PEER:
         if case.masks:
             told["ip_adapter_masks"] = [torch.ones(1, 1, 64, 64, device="meta")] * case.adapters
-        sites = [
+        layers = [
             processor
             for processor in joined.unet.attn_processors.values()
             if hasattr(processor, "to_k_ip")
         ]
-        for number, site in enumerate(sites if case.blocks else ()):
-            site.scale = [(number + 1) / len(sites)] * case.adapters
+        for number, layer in enumerate(layers if case.blocks else ()):
+            layer.scale = [(number + 1) / len(layers)] * case.adapters
     elif name != TEXT:
         given = told["ip_hidden_states"]
         told["ip_hidden_states"] = [
@@ -195,16 +195,16 @@ def with_case(joined: Contender, name: str, case: Case) -> Contender:
 
 def shaped(prompt: Any, case: Case) -> Any:
     """Our prompt as the case has it."""
-    sites = len(prompt.keys)
+    layers = len(prompt.keys)
     if case.masks:
         prompt = prompt._replace(mask=torch.ones(1, 64, 64, device="meta"))
     if case.blocks:
-        prompt = prompt.with_scale(torch.arange(1, sites + 1) / sites)
+        prompt = prompt.with_scale(torch.arange(1, layers + 1) / layers)
     if case.weighed:
         prompt = prompt._replace(bias=torch.zeros(1, prompt.keys[0].shape[2], device="meta"))
     if case.window:
         times = 999 - torch.arange(1000)  # the noisiest first
-        prompt = prompt.with_scale(((times > 200) & (times < 800)).float().expand(sites, 1, -1))
+        prompt = prompt.with_scale(((times > 200) & (times < 800)).float().expand(layers, 1, -1))
     return prompt
 
 

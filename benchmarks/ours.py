@@ -68,7 +68,7 @@ class OurLoop:
             self.sentry.watch(self.step + 1, item["name"], stepped)
             self.step += 1
         self.sentry.check()
-        return self.trainer.tell()[0]
+        return self.trainer.read_losses()[0]
 
 
 class CompiledLoop(OurLoop):

@@ -76,7 +76,7 @@ def test_detach_leaves_no_trace(unet: UNet2DConditionModel) -> None:
 
 
 @torch.no_grad()
-def test_silent_adapter_is_the_base_model_bit_for_bit(unet: UNet2DConditionModel) -> None:
+def test_inactive_adapter_is_the_base_model_bit_for_bit(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 2)
     base = noise(unet, inputs)
     with tiny_adapter(unet).attached(unet) as adapter:
@@ -90,8 +90,8 @@ def test_base_model_and_adapter_hold_nothing_of_each_other(unet: UNet2DCondition
         ours, theirs = (set(map(id, model.parameters())) for model in (adapter, unet))
         assert not ours & theirs
         kv = {
-            f"image_kv.{site}.{name}.weight"
-            for site in range(len(adapter.image_kv))
+            f"image_kv.{layer}.{name}.weight"
+            for layer in range(len(adapter.image_kv))
             for name in ("to_k", "to_v")
         }
         assert set(adapter.state_dict()) == kv | {
@@ -133,10 +133,10 @@ def test_an_adapter_moves_between_models() -> None:
 def test_starts_from_the_text_keys_and_values(unet: UNet2DConditionModel) -> None:
     projection = tiny_projection("base", unet.config.cross_attention_dim)
     adapter = IPAdapter.for_model(unet, projection)
-    sites = family_of(unet).layers(unet)
-    assert all(name.endswith("attn2") for name in sites)
-    for kv, site in zip(adapter.image_kv, sites.values(), strict=True):
-        for new, own in ((kv.to_k, site.to_k), (kv.to_v, site.to_v)):
+    layers = family_of(unet).layers(unet)
+    assert all(name.endswith("attn2") for name in layers)
+    for kv, layer in zip(adapter.image_kv, layers.values(), strict=True):
+        for new, own in ((kv.to_k, layer.to_k), (kv.to_v, layer.to_v)):
             assert torch.equal(new.weight, own.weight)
             assert new.weight.data_ptr() != own.weight.data_ptr()
             assert new.weight.requires_grad
@@ -144,19 +144,19 @@ def test_starts_from_the_text_keys_and_values(unet: UNet2DConditionModel) -> Non
 
 
 @pytest.mark.parametrize(
-    ("config", "embedding", "sites", "parameters"),
+    ("config", "embedding", "layers", "parameters"),
     [(SD1, 1024, 16, 22_319_616), (SDXL, 1024, 70, 349_188_096), (SDXL, 1280, 70, 351_285_248)],
     ids=["sd1", "sdxl-vit-h", "sdxl-vit-bigg"],
 )
 def test_sizes_of_the_published_adapters(
-    config: dict[str, Any], embedding: int, sites: int, parameters: int
+    config: dict[str, Any], embedding: int, layers: int, parameters: int
 ) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
         adapter = IPAdapter.for_model(
             unet, ImageProjection(embedding, config["cross_attention_dim"])
         )
-    assert len(adapter.image_kv) == sites
+    assert len(adapter.image_kv) == layers
     assert sum(parameter.numel() for parameter in adapter.parameters()) == parameters
 
 
@@ -168,7 +168,7 @@ def test_sizes_of_the_published_adapters(
     ],
     ids=["sd1", "sdxl"],
 )
-def test_sites_stand_in_the_published_order(config: dict[str, Any], runs: str) -> None:
+def test_layers_stand_in_the_published_order(config: dict[str, Any], runs: str) -> None:
     """Down blocks, up blocks, middle: the order by which checkpoints number them."""
     with torch.device("meta"):
         names = list(find_family("unet").layers(UNet2DConditionModel(**config)))
@@ -229,7 +229,7 @@ def test_wrong_batch_is_refused_with_both_numbers() -> None:
 
 
 @torch.no_grad()
-def test_a_prompt_of_one_is_heard_by_all(unet: UNet2DConditionModel) -> None:
+def test_a_prompt_of_one_applies_by_all(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 3)
     with tiny_adapter(unet).attached(unet) as adapter:
         one = random_prompt(adapter, 1)
@@ -256,32 +256,32 @@ def test_guidance_puts_the_null_image_first(encoder: VisionEncoder, row: Variant
 
 
 @torch.no_grad()
-def test_scale_by_site_and_by_item() -> None:
+def test_scale_by_layers_and_by_item() -> None:
     unet = smallest_unet()
     inputs = noise_inputs(unet, 2)
     with tiny_adapter(unet).attached(unet) as adapter:
         prompt = random_prompt(adapter, 2)
-        sites = len(adapter.image_kv)
-        silent, heard = noise(unet, inputs), noise(unet, inputs, prompt)
-        by_item = noise(unet, inputs, prompt.with_scale(torch.tensor([[0.0, 1.0]] * sites)))
-        assert same_bits(by_item[0], silent[0])
-        assert same_bits(by_item[1], heard[1])
-        first_only = prompt.with_scale(torch.eye(sites)[0])
+        layers = len(adapter.image_kv)
+        unconditioned, conditioned = noise(unet, inputs), noise(unet, inputs, prompt)
+        by_item = noise(unet, inputs, prompt.with_scale(torch.tensor([[0.0, 1.0]] * layers)))
+        assert same_bits(by_item[0], unconditioned[0])
+        assert same_bits(by_item[1], conditioned[1])
+        first_only = prompt.with_scale(torch.eye(layers)[0])
         others_muted = prompt._replace(
-            values=tuple(v if site == 0 else 0 * v for site, v in enumerate(prompt.values))
+            values=tuple(v if layer == 0 else 0 * v for layer, v in enumerate(prompt.values))
         )
         assert same_bits(noise(unet, inputs, first_only), noise(unet, inputs, others_muted))
-        assert not torch.equal(noise(unet, inputs, first_only), silent)
+        assert not torch.equal(noise(unet, inputs, first_only), unconditioned)
 
 
-@given(sites=SIZES, batch=SIZES)
-def test_with_scale_takes_a_number_a_row_of_sites_or_a_table(sites: int, batch: int) -> None:
-    states = (torch.zeros(batch, 1, 1, 1),) * sites
-    prompt = ImagePrompt(states, states, torch.ones(sites, 1))
-    table = torch.arange(sites * batch).view(sites, batch).float()
+@given(layers=SIZES, batch=SIZES)
+def test_with_scale_takes_a_number_a_row_of_layers_or_a_table(layers: int, batch: int) -> None:
+    states = (torch.zeros(batch, 1, 1, 1),) * layers
+    prompt = ImagePrompt(states, states, torch.ones(layers, 1))
+    table = torch.arange(layers * batch).view(layers, batch).float()
     for scale, expected in (
-        (0.5, torch.full((sites, 1), 0.5)),
-        (torch.tensor(0.5), torch.full((sites, 1), 0.5)),
+        (0.5, torch.full((layers, 1), 0.5)),
+        (torch.tensor(0.5), torch.full((layers, 1), 0.5)),
         (table[:, 0], table[:, :1]),
         (table, table),
         (table[..., None] + torch.arange(7), table[..., None] + torch.arange(7)),
@@ -290,7 +290,7 @@ def test_with_scale_takes_a_number_a_row_of_sites_or_a_table(sites: int, batch: 
         assert torch.equal(new.scale, expected)
         assert new.keys is prompt.keys
         assert new.values is prompt.values
-    assert torch.equal(prompt.scale, torch.ones(sites, 1))
+    assert torch.equal(prompt.scale, torch.ones(layers, 1))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_with_scale_takes_a_number_a_row_of_sites_or_a_table(sites: int, batch: 
         (torch.ones(4, 1, 1, 1), r"\[4, 1, 1, 1\]"),
     ],
 )
-def test_a_scale_for_other_sites_is_refused(scale: Tensor, shape: str) -> None:
+def test_a_scale_for_other_layers_is_refused(scale: Tensor, shape: str) -> None:
     states = (torch.zeros(2, 1, 1, 1),) * 4
     with pytest.raises(
         MismatchError, match=f"scale of shape {shape}: give one number, 4 \\(one per layer\\)"
@@ -344,16 +344,16 @@ def test_output_is_affine_in_scale(
         )
         image_key, image_value = torch.randn(2, batch, heads, tokens, width)
 
-    def heard(*scales: float) -> Tensor:
+    def conditioned(*scales: float) -> Tensor:
         weights = torch.tensor(scales).view(-1, 1, 1, 1, 1)
         return decoupled_attention(
             query, key, value, None, [(image_key, image_value)] * len(scales), weights
         )
 
-    zero, one = heard(0.0), heard(1.0)
-    torch.testing.assert_close(heard(scale), zero + scale * (one - zero), rtol=0, atol=1e-5)
+    zero, one = conditioned(0.0), conditioned(1.0)
+    torch.testing.assert_close(conditioned(scale), zero + scale * (one - zero), rtol=0, atol=1e-5)
     torch.testing.assert_close(
-        heard(scale, 0.5), zero + (scale + 0.5) * (one - zero), rtol=0, atol=1e-5
+        conditioned(scale, 0.5), zero + (scale + 0.5) * (one - zero), rtol=0, atol=1e-5
     )
     weights = (query @ image_key.transpose(-1, -2) / width**0.5).softmax(-1)
     torch.testing.assert_close(one - zero, weights @ image_value, rtol=0, atol=1e-5)
@@ -466,17 +466,17 @@ def test_new_scales_and_images_recompile_nothing(compiled: Callable[..., Any]) -
     inputs = noise_inputs(unet, 2)
     adapter = tiny_adapter(unet).attach(unet)
     other = copy.deepcopy(unet)  # with a graft of its own
-    prompt, sites = random_prompt(adapter, 2), len(adapter.image_kv)
+    prompt, layers = random_prompt(adapter, 2), len(adapter.image_kv)
     fast, compilations = compiled(unet, backend=counter, fullgraph=True), 0
-    for heard in (
+    for conditioned in (
         prompt,
         prompt.with_scale(0.3),
         prompt.with_scale(0.0),
-        prompt.with_scale(torch.linspace(0, 1, sites)),
+        prompt.with_scale(torch.linspace(0, 1, layers)),
         random_prompt(adapter, 2, scale=0.7, seed=99),
     ):
         torch.testing.assert_close(
-            noise(fast, inputs, heard), noise(other, inputs, heard), rtol=0, atol=1e-6
+            noise(fast, inputs, conditioned), noise(other, inputs, conditioned), rtol=0, atol=1e-6
         )
         compilations = compilations or counter.frame_count
         assert counter.frame_count == compilations > 0
@@ -511,7 +511,7 @@ def test_self_attention_drops_our_key_without_a_word(
 
 
 @torch.no_grad()
-def test_copies_of_an_adapted_model_hear_too() -> None:
+def test_copies_of_an_adapted_model_get_too() -> None:
     """EMA and some pipelines copy the model: the processors hold no weights and go along."""
     unet = smallest_unet()
     inputs = noise_inputs(unet, 1)
@@ -520,7 +520,7 @@ def test_copies_of_an_adapted_model_hear_too() -> None:
         assert same_bits(noise(copy.deepcopy(unet), inputs, prompt), noise(unet, inputs, prompt))
 
 
-def test_every_structure_has_its_own_number_of_sites() -> None:
+def test_every_structure_has_its_own_number_of_layers() -> None:
     assert {base: len(find_family("unet").layers(tiny_unet(base))) for base in UNETS} == {
         "sd1": 16,
         "sd2": 16,

@@ -82,10 +82,10 @@ def save_adapters(at: Path, pipe: Any) -> None:
     whole = read_adapter(at / "adapter.safetensors")
     write_adapter(at / "plain.bin", whole, "paper")
 
-    def other(name: str, token_dim: int, sites: int) -> None:
-        pairs = [ImageKV(token_dim, 2) for _ in range(sites)]
+    def other(name: str, token_dim: int, layers: int) -> None:
+        pairs = [ImageKV(token_dim, 2) for _ in range(layers)]
         adapter = IPAdapter(ImageProjection(FEATURE_DIMS["pooled"], token_dim), pairs, UNET)
-        save_adapter(at / name, adapter, row, [f"site.{n}" for n in range(sites)])
+        save_adapter(at / name, adapter, row, [f"site.{n}" for n in range(layers)])
 
     other("sdxl.safetensors", 2048, 70)
     other("sites.safetensors", 32, len(names) + 1)
@@ -840,7 +840,7 @@ def test_a_bad_file_is_one_line(
         ("paint", "No such command 'paint'"),
     ],
 )
-def test_a_misspelt_command_is_told_how_it_is_written(
+def test_a_misspelt_command_is_reported_how_it_is_written(
     command: str, words: str, imprompt: Callable[[str], Ended]
 ) -> None:
     ended = imprompt(command)

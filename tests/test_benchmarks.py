@@ -372,7 +372,7 @@ def test_a_loop_in_a_process_of_its_own(make: Callable[[TrainingSetting], Loop])
 
 
 @pytest.mark.slow
-def test_a_loop_that_fails_tells_why() -> None:
+def test_a_loop_that_fails_says_why() -> None:
     with (
         Worker(OurLoop, TrainingSetting("cpu", "nothing", 2, 32, "bf16")) as worker,
         pytest.raises(ImpromptError, match="nothing"),

@@ -17,7 +17,7 @@ from imprompt.families.unet_presets import PRESETS
 from imprompt.generation.blocks import block_map, presets, transformers
 from tests.tiny import smallest_unet, tiny_unet
 
-SITES = {"SD 1.x": layer_names(SD), "SDXL": layer_names(SDXL)}
+LAYERS = {"SD 1.x": layer_names(SD), "SDXL": layer_names(SDXL)}
 GROUPS = {"SD 1.x": 16, "SDXL": 11}
 
 # The transformers in the order in which a UNet runs them, as the published tables number them.
@@ -104,29 +104,31 @@ BOOSTED = [
 ]
 
 
-def by_transformer(numbers: Tensor, sites: tuple[str, ...], order: list[str]) -> list[Any]:
+def by_transformer(numbers: Tensor, layers: tuple[str, ...], order: list[str]) -> list[Any]:
     """One number for each transformer, after a check that all its sites have the same."""
     found = []
     for transformer in order:
         own = {
             number.item()
-            for site, number in zip(sites, numbers, strict=True)
-            if site.startswith(f"{transformer}.")
+            for layer, number in zip(layers, numbers, strict=True)
+            if layer.startswith(f"{transformer}.")
         }
         assert len(own) == 1, transformer
         found.append(own.pop())
     return found
 
 
-@pytest.mark.parametrize("structure", SITES)
+@pytest.mark.parametrize("structure", LAYERS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_has_the_published_numbers(name: str, structure: str) -> None:
-    which = list(SITES).index(structure)
-    found = block_map(SITES[structure], name, boost=B if name in BOOSTED else 1.0)
-    factors = by_transformer(found.factors, SITES[structure], ORDER[structure])
+    which = list(LAYERS).index(structure)
+    found = block_map(LAYERS[structure], name, boost=B if name in BOOSTED else 1.0)
+    factors = by_transformer(found.factors, LAYERS[structure], ORDER[structure])
     assert factors == pytest.approx(TABLES[name][which], abs=1e-6)
-    away = by_transformer(found.away, SITES[structure], ORDER[structure])
-    assert {i for i, turned in enumerate(away) if turned} == AWAY.get(name, (set(), set()))[which]
+    negative = by_transformer(found.negative, LAYERS[structure], ORDER[structure])
+    assert {i for i, turned in enumerate(negative) if turned} == AWAY.get(name, (set(), set()))[
+        which
+    ]
 
 
 def test_every_published_name_is_there() -> None:
@@ -134,28 +136,30 @@ def test_every_published_name_is_there() -> None:
     assert all(line and "\n" not in line for line in presets().values())
 
 
-@pytest.mark.parametrize("structure", SITES)
+@pytest.mark.parametrize("structure", LAYERS)
 def test_transformers_are_numbered_as_the_unet_runs(structure: str) -> None:
-    assert transformers(SITES[structure]) == ORDER[structure]
+    assert transformers(LAYERS[structure]) == ORDER[structure]
     assert len(ORDER[structure]) == GROUPS[structure]
 
 
 def factors(blocks: Any, structure: str = "SDXL", **options: Any) -> dict[str, float]:
-    found = block_map(SITES[structure], blocks, **options).factors
+    found = block_map(LAYERS[structure], blocks, **options).factors
     return dict(
         zip(
-            ORDER[structure], by_transformer(found, SITES[structure], ORDER[structure]), strict=True
+            ORDER[structure],
+            by_transformer(found, LAYERS[structure], ORDER[structure]),
+            strict=True,
         )
     )
 
 
-def heard(blocks: Any, structure: str = "SDXL") -> dict[str, float]:
+def strengths(blocks: Any, structure: str = "SDXL") -> dict[str, float]:
     """Those that hear anything."""
     return {name: factor for name, factor in factors(blocks, structure).items() if factor}
 
 
 def test_the_longest_pattern_counts() -> None:
-    found = heard(
+    found = strengths(
         {
             "*": 0.5,
             "up_blocks": 0,
@@ -180,19 +184,19 @@ def test_of_patterns_of_one_length_the_one_of_the_fewest_stars_counts() -> None:
     assert (found["up_blocks.0.attentions.1"], found["up_blocks.1.attentions.1"]) == (1, 2)
 
 
-def test_a_pattern_reaches_a_single_site() -> None:
+def test_a_pattern_reaches_a_single_layers() -> None:
     name = "up_blocks.0.attentions.1.transformer_blocks.3.attn2"
-    found = block_map(SITES["SDXL"], {name: 0.5}).factors
-    assert found[SITES["SDXL"].index(name)] == found.sum() == 0.5
+    found = block_map(LAYERS["SDXL"], {name: 0.5}).factors
+    assert found[LAYERS["SDXL"].index(name)] == found.sum() == 0.5
 
 
 def test_a_pattern_ends_where_a_part_ends() -> None:
     """`up_blocks.1` is not the beginning of `up_blocks.10`."""
-    sites = [
+    layers = [
         "up_blocks.1.attentions.0.transformer_blocks.0.attn2",
         "up_blocks.10.attentions.0.transformer_blocks.0.attn2",
     ]
-    assert block_map(sites, {"up_blocks.1": 1}).factors.tolist() == [1, 0]
+    assert block_map(layers, {"up_blocks.1": 1}).factors.tolist() == [1, 0]
 
 
 @given(
@@ -219,8 +223,8 @@ def test_the_order_of_a_map_means_nothing(patterns: list[str]) -> None:
         "*.*.*.1": 6,
         "up_blocks.1.*.1": 7,
     }
-    found = block_map(SITES["SD 1.x"], {pattern: numbers[pattern] for pattern in patterns}).factors
-    assert torch.equal(found, block_map(SITES["SD 1.x"], numbers).factors)
+    found = block_map(LAYERS["SD 1.x"], {pattern: numbers[pattern] for pattern in patterns}).factors
+    assert torch.equal(found, block_map(LAYERS["SD 1.x"], numbers).factors)
     # the others have a longer one, or one with fewer stars, everywhere
     assert set(found.tolist()) == {1, 3, 4, 6, 7}
 
@@ -295,30 +299,30 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("blocks", "options", "said"), WRONG)
-def test_wrong_use_is_told_in_one_line(blocks: Any, options: dict[str, Any], said: str) -> None:
+def test_wrong_use_is_reported_in_one_line(blocks: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError) as error:
-        block_map(SITES["SDXL"], blocks, **options)
+        block_map(LAYERS["SDXL"], blocks, **options)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_another_structure_has_formulas_but_no_tables() -> None:
     unet = smallest_unet()
-    sites = [
+    layers = [
         name.removesuffix(".processor")
         for name in unet.attn_processors
         if name.endswith("attn2.processor")
     ]
     # down, up, up, mid
-    assert block_map(sites, "ease out").factors.tolist() == pytest.approx(
+    assert block_map(layers, "ease out").factors.tolist() == pytest.approx(
         [0.05, 0.525, 0.7625, 0.2875]
     )
-    assert block_map(sites, "weak middle").factors.tolist() == pytest.approx([1, 1, 1, 0.2])
+    assert block_map(layers, "weak middle").factors.tolist() == pytest.approx([1, 1, 1, 0.2])
     with pytest.raises(
         SettingError,
         match=r"'style transfer' are known for SD 1.x and SDXL only; for this model give a map",
     ):
-        block_map(sites, "style transfer")
+        block_map(layers, "style transfer")
 
 
 @pytest.mark.parametrize(
@@ -333,4 +337,4 @@ def test_tables_are_for_every_unet_of_the_structure(base: str, structure: str) -
     ]
     assert by_transformer(
         block_map(names, "composition").factors, tuple(names), ORDER[structure]
-    ) == pytest.approx(TABLES["composition"][list(SITES).index(structure)])
+    ) == pytest.approx(TABLES["composition"][list(LAYERS).index(structure)])

@@ -263,7 +263,7 @@ def test_masks_are_encoded_with_their_pictures(flip: bool, tmp_path: Path) -> No
     }
 
 
-def test_features_with_and_without_masks_are_told_apart(tmp_path: Path) -> None:
+def test_features_with_and_without_masks_are_distinguished(tmp_path: Path) -> None:
     plain, masks = settings(), settings(columns=Columns(mask="mask"))
     source, encoder = Noise(6, masked=True), Quick()
     without, with_masks = (

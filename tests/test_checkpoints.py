@@ -35,7 +35,7 @@ from imprompt.projections.mlp import FullProjection
 from imprompt.projections.resampler import Resampler
 from imprompt.variants import find_variant
 
-SITES = unet_layers.layer_names(unet_layers.SD)
+LAYERS = unet_layers.layer_names(unet_layers.SD)
 ORIGIN = Origin(
     base="sd15",
     encoder="some/encoder",
@@ -85,13 +85,13 @@ def made(
     token_dim: int = WIDTH,
 ) -> AdapterFile:
     return adapter_file(
-        live(kind, token_dim, dtype), find_variant(kind.split("-")[0]), SITES, origin
+        live(kind, token_dim, dtype), find_variant(kind.split("-")[0]), LAYERS, origin
     )
 
 
 def bare(file: AdapterFile) -> AdapterFile:
     """The same without its header, as an older file would hold it."""
-    return replace(file, header=None, sites=None)
+    return replace(file, header=None, layers=None)
 
 
 def assert_same_tensors(one: AdapterFile, other: AdapterFile) -> None:
@@ -146,14 +146,14 @@ def test_every_layout_gives_back_the_bits(tmp_path: Path, kind: str, dtype: torc
         assert read.layout == layouts.ALIASES.get(layout, layout)
         if suffix == ".safetensors":
             assert read.header == file.header
-            assert read.sites == SITES
+            assert read.layers == LAYERS
         else:
-            assert (read.header, read.sites) == (None, None)
+            assert (read.header, read.layers) == (None, None)
         # names of the sites from the table of known models
         write_adapter(tmp_path / "back.safetensors", read)
         back = read_adapter(tmp_path / "back.safetensors")
         assert_same_tensors(back, file)
-        assert back.sites == SITES
+        assert back.layers == LAYERS
         rederived = (
             file.header
             if suffix == ".safetensors"
@@ -214,10 +214,10 @@ def test_training_states_of_accelerate(tmp_path: Path, kept: str, name: str) -> 
         "unet.conv_in.weight": torch.ones(3),
         "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q.weight": torch.ones(2, 2),
     }
-    for number, (site, (key, value)) in enumerate(zip(SITES, file.kv, strict=True)):
+    for number, (layer, (key, value)) in enumerate(zip(LAYERS, file.kv, strict=True)):
         state |= {
-            f"unet.{site}.processor.to_k_ip.weight": key,
-            f"unet.{site}.processor.to_v_ip.weight": value,
+            f"unet.{layer}.processor.to_k_ip.weight": key,
+            f"unet.{layer}.processor.to_v_ip.weight": value,
         }
         if kept == "both":
             state |= {
@@ -230,10 +230,10 @@ def test_training_states_of_accelerate(tmp_path: Path, kept: str, name: str) -> 
         safetensors.torch.save_file(state, tmp_path / name)
     read = read_adapter(tmp_path)  # the folder
     assert_same_tensors(read, file)
-    assert read.sites == (SITES if kept == "unet" else None)
+    assert read.layers == (LAYERS if kept == "unet" else None)
     write_adapter(tmp_path / "adapter.safetensors", read)
     assert read_adapter(tmp_path).layout == "imprompt"
-    assert read_adapter(tmp_path).sites == SITES
+    assert read_adapter(tmp_path).layers == LAYERS
 
 
 def test_diffusers_takes_what_is_written_for_it(tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_diffusers_takes_what_is_written_for_it(tmp_path: Path) -> None:
     file = adapter_file(adapter, find_variant("base"), list(UNET.layers(unet)))
     write_adapter(tmp_path / "a.bin", file, "diffusers")
     unet._load_ip_adapter_weights([torch.load(tmp_path / "a.bin", weights_only=True)])
-    for site, (key, value) in zip(UNET.layers(unet).values(), file.kv, strict=True):
-        assert torch.equal(site.processor.to_k_ip[0].weight, key)
-        assert torch.equal(site.processor.to_v_ip[0].weight, value)
+    for layer, (key, value) in zip(UNET.layers(unet).values(), file.kv, strict=True):
+        assert torch.equal(layer.processor.to_k_ip[0].weight, key)
+        assert torch.equal(layer.processor.to_v_ip[0].weight, value)
 
 
 def test_a_live_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_live_adapter_comes_back_as_it_was(tmp_path: Path) -> None:
             tmp_path / "adapter.safetensors",
             adapter,
             find_variant(kind.split("-")[0]),
-            SITES,
+            LAYERS,
             ORIGIN,
         )
         file = read_adapter(tmp_path / "adapter.safetensors")
@@ -299,7 +299,7 @@ def test_half_precision_is_loaded_as_float32_and_draws_no_random_numbers(tmp_pat
 def test_another_family_is_refused(tmp_path: Path) -> None:
     class Other:
         name = "flux"
-        sites = processor = None
+        layers = processor = None
 
     write_adapter(tmp_path / "a.safetensors", made())
     with pytest.raises(MismatchError, match=r"unet family.*flux family"):
@@ -314,7 +314,7 @@ def test_header_and_description(tmp_path: Path) -> None:
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         told = json.loads(file.metadata()[METADATA_KEY])
     assert told["format"] == 1
-    assert told["sites"] == list(SITES)
+    assert told["layers"] == list(LAYERS)
     assert told["encoder"] == "some/encoder"
     rows = dict(describe(read_adapter(tmp_path / "a.safetensors")))
     assert rows["layout"] == "paper"
@@ -330,7 +330,7 @@ def test_header_and_description(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "feature_dim", "token_dim", "sites", "says"),
+    ("row", "feature_dim", "token_dim", "layers", "says"),
     [
         (
             "base",
@@ -368,7 +368,7 @@ def test_header_and_description(tmp_path: Path) -> None:
     ],
 )
 def test_what_an_adapter_suits(
-    row: str, feature_dim: int, token_dim: int, sites: int, says: str
+    row: str, feature_dim: int, token_dim: int, layers: int, says: str
 ) -> None:
     with torch.device("meta"):
         projection = (
@@ -376,8 +376,8 @@ def test_what_an_adapter_suits(
             if row == "base"
             else Resampler(feature_dim, token_dim, width=64)
         )
-        adapter = IPAdapter(projection, [ImageKV(token_dim, 8) for _ in range(sites)], UNET)
-    file = adapter_file(adapter, find_variant(row), [str(site) for site in range(sites)])
+        adapter = IPAdapter(projection, [ImageKV(token_dim, 8) for _ in range(layers)], UNET)
+    file = adapter_file(adapter, find_variant(row), [str(layer) for layer in range(layers)])
     assert re.search(says, file.suits())
 
 
@@ -425,7 +425,7 @@ def test_real_models_on_the_meta_device(
             )
             file = adapter_file(adapter, find_variant("base"), list(UNET.layers(unet)))
             assert file.parameters == parameters
-            assert unet_layers.known_layers(file.token_dim, len(file.kv)) == file.sites
+            assert unet_layers.known_layers(file.token_dim, len(file.kv)) == file.layers
 
 
 # Files that are wrong
@@ -676,10 +676,10 @@ def test_headers_that_cannot_be_read(tmp_path: Path) -> None:
         with_header(path, json.dumps(good | {"variant": "plus"}))
     )
     assert "missing: image_kv.more.to_k" in refusal(
-        with_header(path, json.dumps(good | {"sites": [*SITES, "more"]}))
+        with_header(path, json.dumps(good | {"layers": [*LAYERS, "more"]}))
     )
     assert "unexpected: image_kv." in refusal(
-        with_header(path, json.dumps(good | {"sites": SITES[1:]}))
+        with_header(path, json.dumps(good | {"layers": LAYERS[1:]}))
     )
 
 
@@ -690,14 +690,14 @@ def test_an_adapter_stripped_of_its_header_is_still_read(tmp_path: Path) -> None
     )
     read = read_adapter(tmp_path / "a.safetensors")
     assert read.header is None
-    assert read.sites == SITES
+    assert read.layers == LAYERS
     assert_same_tensors(read, made())
 
 
 # Writing
 
 
-def test_site_names_that_are_not_known_are_asked_for(tmp_path: Path) -> None:
+def test_layers_names_that_are_not_known_are_asked_for(tmp_path: Path) -> None:
     file = bare(made(token_dim=96))
     with pytest.raises(
         CheckpointError,
@@ -705,10 +705,10 @@ def test_site_names_that_are_not_known_are_asked_for(tmp_path: Path) -> None:
     ):
         write_adapter(tmp_path / "a.safetensors", file)
     with pytest.raises(CheckpointError, match="joins 16 cross-attentions; 2 are named"):
-        write_adapter(tmp_path / "a.safetensors", file, sites=["a", "b"] * 8)
+        write_adapter(tmp_path / "a.safetensors", file, layers=["a", "b"] * 8)
     names = [f"place.{i}" for i in range(16)]
-    write_adapter(tmp_path / "a.safetensors", file, sites=names)
-    assert read_adapter(tmp_path / "a.safetensors").sites == tuple(names)
+    write_adapter(tmp_path / "a.safetensors", file, layers=names)
+    assert read_adapter(tmp_path / "a.safetensors").layers == tuple(names)
     assert_same_tensors(read_adapter(tmp_path / "a.safetensors"), file)
 
 

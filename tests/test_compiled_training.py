@@ -84,8 +84,8 @@ def test_every_size_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         check(batch)
 
     monkeypatch.setattr(run.trainer, "_check_compiled", noted)
-    items = run.supply.items(0)
-    first, second = (run.supply.compose(next(items)) for _ in range(2))
+    items = run.data_pipeline.items(0)
+    first, second = (run.data_pipeline.compose(next(items)) for _ in range(2))
     for step, batch in enumerate((first, second, next(second.samples()))):
         run.trainer.update(step, [batch])
     assert compared == [3, 1]

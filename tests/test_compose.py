@@ -153,7 +153,7 @@ def test_what_a_reference_does_not_say_is_the_plain_prompt(pipe: ImagePromptPipe
     ],
     ids=lambda said: next(iter(said)),
 )
-def test_everything_that_can_be_said_is_heard(
+def test_everything_that_can_be_said_is_applied(
     pipe: ImagePromptPipeline, said: dict[str, Any]
 ) -> None:
     picture = Image.new("RGB", (96, 48), (200, 40, 90))
@@ -274,9 +274,7 @@ def test_a_wrong_reference_is_one_line(said: dict[str, Any], says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_request_file_is_what_the_picture_tells(
-    pipe: ImagePromptPipeline, tmp_path: Path
-) -> None:
+def test_a_request_file_is_what_the_picture_says(pipe: ImagePromptPipeline, tmp_path: Path) -> None:
     for name, picture in {"blue": BLUE, "red": RED, "left": LEFT}.items():
         picture.save(tmp_path / f"{name}.png")
     (tmp_path / "request.toml").write_text(
@@ -380,7 +378,7 @@ def test_image_guidance_is_the_sum_of_three(guided: Any, scale: float) -> None:
             own["added_cond_kwargs"] = {
                 name: value[rows] for name, value in own["added_cond_kwargs"].items()
             }
-        heard = [
+        conditioned = [
             prompt._replace(
                 keys=tuple(key[items] for key in prompt.keys),
                 values=tuple(value[items] for value in prompt.values),
@@ -389,7 +387,7 @@ def test_image_guidance_is_the_sum_of_three(guided: Any, scale: float) -> None:
             )
             for prompt in prompts
         ]
-        return noise(unet, own, heard)
+        return noise(unet, own, conditioned)
 
     neither, image, both = part(0, 0), part(0, 1), part(1, 1)
     expected = neither + scale * (image - neither) + text * (both - image)
@@ -589,7 +587,7 @@ def test_tiles_have_their_picture_s_weight(pipe: ImagePromptPipeline) -> None:
     assert difference(average, same) <= 1
 
 
-def test_a_list_in_the_list_is_heard_together(pipe: ImagePromptPipeline) -> None:
+def test_a_list_in_the_list_applies_together(pipe: ImagePromptPipeline) -> None:
     assert (
         difference(
             pipe([[BLUE, RED]], **QUICK).images[0],
@@ -599,13 +597,15 @@ def test_a_list_in_the_list_is_heard_together(pipe: ImagePromptPipeline) -> None
     )
 
 
-def test_a_silent_reference_takes_no_share(pipe: ImagePromptPipeline) -> None:
+def test_an_inactive_reference_takes_no_share(pipe: ImagePromptPipeline) -> None:
     alone = pipe(Reference(images=RED, mask=LEFT), **QUICK).images[0]
-    for silent in (Reference(images=BLUE, scale=0), Reference(images=BLUE, blocks={})):
+    for unconditioned in (Reference(images=BLUE, scale=0), Reference(images=BLUE, blocks={})):
         assert (
             difference(
                 pipe(
-                    [[Reference(images=RED, mask=LEFT), silent]], overlap="normalise", **QUICK
+                    [[Reference(images=RED, mask=LEFT), unconditioned]],
+                    overlap="normalise",
+                    **QUICK,
                 ).images[0],
                 alone,
             )
@@ -677,8 +677,8 @@ def test_image_guidance_of_a_video() -> None:
             for states in (prompt.keys, prompt.values)
         ]
         words = text[of_text].expand(frames, -1, -1)
-        heard = {"ip_hidden_states": prompt._replace(keys=half[0], values=half[1])}
-        return moving(latents, 500, words, cross_attention_kwargs=heard).sample
+        conditioned = {"ip_hidden_states": prompt._replace(keys=half[0], values=half[1])}
+        return moving(latents, 500, words, cross_attention_kwargs=conditioned).sample
 
     neither, image, both = part(0, 0), part(0, 1), part(1, 1)
     whole = random_prompt(adapter, 2)

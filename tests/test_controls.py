@@ -29,17 +29,17 @@ from imprompt.generation.combine import (
     combine,
     concat,
     over_time,
-    pushed_away,
     regions,
     scale_table,
     scaled,
+    with_negative_layers,
 )
 from imprompt.prompt import ImagePrompt, stack_items
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
 
 QUICK = settings(max_examples=25, deadline=None)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-HEADS, WIDTH, SITES = 2, 4, 3
+HEADS, WIDTH, LAYERS = 2, 4, 3
 ALONE, GUIDED = (-1,), (0, -1)  # branches of guidance
 ROWS, COLUMNS = 6, 4  # of the latents that a site sees
 
@@ -56,25 +56,25 @@ def prompt_of(
 ) -> ImagePrompt:
     """Random keys and values of SITES sites."""
     keys, values = (
-        tuple(draw(seed + 10 * i + j, batch, HEADS, tokens, WIDTH) for i in range(SITES))
+        tuple(draw(seed + 10 * i + j, batch, HEADS, tokens, WIDTH) for i in range(LAYERS))
         for j in (0, 1)
     )
     return ImagePrompt(
-        keys, values, torch.ones(SITES, 1), **{"branches": batch, **parts}
+        keys, values, torch.ones(LAYERS, 1), **{"branches": batch, **parts}
     ).with_scale(scale)
 
 
 def from_tokens(tokens: Tensor, bias: Tensor | None = None) -> ImagePrompt:
     """Tokens (1, N, D) through fixed W' of SITES sites."""
     keys, values = (
-        [(tokens @ draw(7 * i + j, tokens.shape[-1], HEADS * WIDTH)) for i in range(SITES)]
+        [(tokens @ draw(7 * i + j, tokens.shape[-1], HEADS * WIDTH)) for i in range(LAYERS)]
         for j in (0, 1)
     )
     split = [
         tuple(x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in states)
         for states in (keys, values)
     ]
-    return ImagePrompt(*split, torch.ones(SITES, 1), bias=bias)
+    return ImagePrompt(*split, torch.ones(LAYERS, 1), bias=bias)
 
 
 def at(timestep: float) -> Tensor:
@@ -82,7 +82,7 @@ def at(timestep: float) -> Tensor:
     return 1 - torch.as_tensor(timestep) / 999
 
 
-def hear(
+def attend(
     prompts: Sequence[ImagePrompt], items: Sequence[int] = (0,), timestep: Any = 500
 ) -> Tensor:
     """The decoupled attention of all sites, (sites, B, H, L, d), as a graft computes it.
@@ -95,7 +95,7 @@ def hear(
     )
     if not prompts:
         return decoupled_attention(query, key, value, None, [], torch.ones(0)).expand(
-            SITES, -1, -1, -1, -1
+            LAYERS, -1, -1, -1, -1
         )
     weighed = weights_at(
         [p.scale for p in prompts],
@@ -103,18 +103,18 @@ def hear(
         lambda points: schedule_place(at(timestep), points),
         query.dtype,
     )
-    by_site = weighed[0 if 0 in weighed else ROWS * COLUMNS]
+    by_layer = weighed[0 if 0 in weighed else ROWS * COLUMNS]
     images = images_of(prompts)
     return torch.stack(
         [
-            decoupled_attention(query, key, value, None, images[site], by_site[site])
-            for site in range(SITES)
+            decoupled_attention(query, key, value, None, images[layer], by_layer[layer])
+            for layer in range(LAYERS)
         ]
     )
 
 
 def image_part(prompt: ImagePrompt, timestep: int = 500) -> Tensor:
-    return hear([prompt], timestep=timestep) - hear([])
+    return attend([prompt], timestep=timestep) - attend([])
 
 
 # Several pictures as one.
@@ -139,17 +139,17 @@ def test_the_order_of_pictures_means_nothing(
     there = combine(features, how, given_weights)
     back = combine(features[list(order)], how, [given_weights[i] for i in order])
     if how == "concat":
-        here, now = (hear([from_tokens(*concat(c.features, c.weights))]) for c in (there, back))
+        here, now = (attend([from_tokens(*concat(c.features, c.weights))]) for c in (there, back))
         torch.testing.assert_close(here, now, **CLOSE)
     else:
         torch.testing.assert_close(there.features, back.features, **CLOSE)
         assert there.features.shape == (1, 3, 8)
 
 
-def heard_of(features: Tensor, how: str, given_weights: Sequence[float] | None) -> Tensor:
+def attend_to(features: Tensor, how: str, given_weights: Sequence[float] | None) -> Tensor:
     """What the attention makes of combined features that are tokens themselves."""
     combined = combine(features, how, given_weights)
-    return hear([from_tokens(*concat(combined.features, combined.weights))])
+    return attend([from_tokens(*concat(combined.features, combined.weights))])
 
 
 @given(
@@ -164,7 +164,7 @@ def test_weight_0_is_as_absent(seed: int, given_weights: list[float], how: str, 
     at = min(at, len(given_weights))
     others = torch.cat([features[:at], features[at + 1 :]])
     with_zero = [*given_weights[:at], 0, *given_weights[at:]]
-    assert torch.equal(heard_of(features, how, with_zero), heard_of(others, how, given_weights))
+    assert torch.equal(attend_to(features, how, with_zero), attend_to(others, how, given_weights))
 
 
 @given(
@@ -177,7 +177,7 @@ def test_a_whole_weight_is_as_so_many_pictures(seed: int, times: list[int], how:
     features = draw(seed, len(times), 3, 8)
     repeated = features.repeat_interleave(torch.tensor(times), 0)
     torch.testing.assert_close(
-        heard_of(features, how, times), heard_of(repeated, how, None), rtol=1e-4, atol=1e-5
+        attend_to(features, how, times), attend_to(repeated, how, None), rtol=1e-4, atol=1e-5
     )
 
 
@@ -213,7 +213,7 @@ def test_what_the_ways_to_combine_compute() -> None:
     assert torch.equal(combine(features, "add", [1, 0, -0.5]).features, torch.tensor([[-1.0, 1.0]]))
 
 
-def test_features_in_parts_are_combined_alike() -> None:
+def test_features_in_parts_are_combined_equally() -> None:
     """FaceID-plus has a face embedding and a picture's hidden states."""
     parts = draw(1, 3, 8), draw(2, 3, 5, 6)
     both = combine(parts, "average", [1, 2, 0])
@@ -238,7 +238,7 @@ WRONG_WEIGHTS: list[tuple[str, list[Any], str]] = [
 
 
 @pytest.mark.parametrize(("how", "given_weights", "said"), WRONG_WEIGHTS)
-def test_wrong_weights_are_told(how: str, given_weights: list[Any], said: str) -> None:
+def test_wrong_weights_are_reported(how: str, given_weights: list[Any], said: str) -> None:
     with pytest.raises(SettingError) as error:
         combine(torch.ones(3, 4), how, given_weights)
     assert said in str(error.value)
@@ -252,9 +252,9 @@ def test_wrong_weights_are_told(how: str, given_weights: list[Any], said: str) -
 
 def test_the_whole_window_is_none() -> None:
     assert torch.equal(over_time(0, 1), torch.ones(1000))
-    sites = layer_names(SD)
-    assert scale_table(sites, 0.5)[1].shape == (16, 1)
-    table = scale_table(sites, 0.5, easing=[[0, 1]])[1]
+    layers = layer_names(SD)
+    assert scale_table(layers, 0.5)[1].shape == (16, 1)
+    table = scale_table(layers, 0.5, easing=[[0, 1]])[1]
     assert torch.equal(table, torch.full((16, 1, 1000), 0.5))
 
 
@@ -274,9 +274,9 @@ def test_a_window_is_read_by_progress() -> None:
     assert half[0] == half[499] == 1  # noisy
     assert half[500] == half[999] == 0
     assert over_time(0.5, 1)[999] == 1  # the last one too
-    prompt = prompt_of(1, scale=over_time(0, 0.5).expand(SITES, 1, -1))
-    assert torch.equal(hear([prompt], timestep=800), hear([prompt_of(1)], timestep=800))
-    assert torch.equal(hear([prompt], timestep=200), hear([]))
+    prompt = prompt_of(1, scale=over_time(0, 0.5).expand(LAYERS, 1, -1))
+    assert torch.equal(attend([prompt], timestep=800), attend([prompt_of(1)], timestep=800))
+    assert torch.equal(attend([prompt], timestep=200), attend([]))
 
 
 def test_easings_come_and_go_as_they_say() -> None:
@@ -320,21 +320,21 @@ WRONG_TIMES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("times", "said"), WRONG_TIMES)
-def test_wrong_times_are_told(times: dict[str, Any], said: str) -> None:
+def test_wrong_times_are_reported(times: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError) as error:
         over_time(**times)
     assert said in str(error.value)
 
 
 def test_a_table_is_scale_by_block_by_time() -> None:
-    sites = layer_names(SDXL)
-    block, table = scale_table(sites, 0.5, "style and composition", boost=0.4, end=0.5)
+    layers = layer_names(SDXL)
+    block, table = scale_table(layers, 0.5, "style and composition", boost=0.4, end=0.5)
     assert table.shape == (70, 1, 1000)
     assert torch.equal(table[:, 0, 99], 0.5 * block.factors)
     assert not table[..., 899].any()
     assert {round(number, 6) for number in table[:, 0, 99].tolist()} == {0, 0.2, 0.5}
     with pytest.raises(SettingError, match="scale = nan: give a number"):
-        scale_table(sites, float("nan"))
+        scale_table(layers, float("nan"))
 
 
 # How a scale acts.
@@ -353,53 +353,62 @@ def test_scalings_are_the_published_formulas(how: str) -> None:
     w = torch.tensor([[0.5, 2.0], [-1.0, 0.25], [1.0, 0.0]])
     found = scaled(prompt_of(1, batch=2, scale=w), how)
     plain = prompt_of(1, batch=2)
-    for site in range(SITES):
+    for layer in range(LAYERS):
         for item in range(2):
-            weight = w[site, item] * (HEADS * WIDTH / 1280 if "C penalty" in how else 1)
-            value = plain.values[site][item]
+            weight = w[layer, item] * (HEADS * WIDTH / 1280 if "C penalty" in how else 1)
+            value = plain.values[layer][item]
             average = value.mean(1, keepdim=True)
-            torch.testing.assert_close(found.keys[site][item], plain.keys[site][item] * weight)
+            torch.testing.assert_close(found.keys[layer][item], plain.keys[layer][item] * weight)
             expected = value - average + average * weight if "mean" in how else value * weight
-            torch.testing.assert_close(found.values[site][item], expected)
+            torch.testing.assert_close(found.values[layer][item], expected)
     assert torch.equal(found.scale, (w != 0).float())
 
 
 @given(seeds, st.sampled_from(list(SCALINGS)), st.floats(-2, 2))
 @QUICK
-def test_a_scale_over_time_acts_on_what_is_heard(seed: int, how: str, weight: float) -> None:
+def test_a_scale_over_time_acts_on_what_is_applied(seed: int, how: str, weight: float) -> None:
     fading = scaled(
-        prompt_of(seed, scale=(weight * over_time(0, 0.5, [[0, 1], [1, 0]])).expand(SITES, 1, -1)),
+        prompt_of(seed, scale=(weight * over_time(0, 0.5, [[0, 1], [1, 0]])).expand(LAYERS, 1, -1)),
         how,
     )
     steady = scaled(prompt_of(seed, scale=weight), how)
-    full, part, silent = (image_part(fading, t) for t in (999, 600, 400))
+    full, part, inactive = (image_part(fading, t) for t in (999, 600, 400))
     torch.testing.assert_close(full, image_part(steady), **CLOSE)
     torch.testing.assert_close(part, full * (600 / 999), rtol=1e-4, atol=1e-5)
-    assert not silent.any()
+    assert not inactive.any()
 
 
 def test_pushed_away() -> None:
-    away = torch.tensor([False, True, False])
-    prompt = prompt_of(1, batch=2, scale=torch.tensor([[0.5, 0.7]] * SITES))
-    turned = pushed_away(prompt, away, guided=True)
+    negative = torch.tensor([False, True, False])
+    prompt = prompt_of(1, batch=2, scale=torch.tensor([[0.5, 0.7]] * LAYERS))
+    turned = with_negative_layers(prompt, negative, guided=True)
     assert torch.equal(turned.scale, torch.tensor([[0.5, 0.7], [0.7, 0.0], [0.5, 0.7]]))
-    for site in range(SITES):
-        assert torch.equal(turned.keys[site][0], prompt.keys[site][1 if away[site] else 0])
-        assert torch.equal(turned.values[site][0], prompt.values[site][1 if away[site] else 0])
-        assert torch.equal(turned.keys[site][1], prompt.keys[site][1])
-    assert pushed_away(prompt, torch.zeros(SITES, dtype=torch.bool), guided=True) is prompt
-    assert pushed_away(prompt_of(1, scale=0.5), away, guided=False).scale[:, 0].tolist() == [
+    for layer in range(LAYERS):
+        assert torch.equal(turned.keys[layer][0], prompt.keys[layer][1 if negative[layer] else 0])
+        assert torch.equal(
+            turned.values[layer][0], prompt.values[layer][1 if negative[layer] else 0]
+        )
+        assert torch.equal(turned.keys[layer][1], prompt.keys[layer][1])
+    assert (
+        with_negative_layers(prompt, torch.zeros(LAYERS, dtype=torch.bool), guided=True) is prompt
+    )
+    assert with_negative_layers(prompt_of(1, scale=0.5), negative, guided=False).scale[
+        :, 0
+    ].tolist() == [
         0.5,
         0,
         0.5,
     ]
-    timed = pushed_away(
-        prompt._replace(scale=over_time(0, 0.5).expand(SITES, 1, -1)), away, guided=True
+    timed = with_negative_layers(
+        prompt._replace(scale=over_time(0, 0.5).expand(LAYERS, 1, -1)), negative, guided=True
     )
     assert timed.scale[:, :, 0].tolist() == [[1, 1], [1, 0], [1, 1]]
     for how in SCALINGS:  # in whichever order the two are asked for
-        first, last = scaled(turned, how), pushed_away(scaled(prompt, how), away, guided=True)
-        torch.testing.assert_close(hear([first], items=(0, 1)), hear([last], items=(0, 1)))
+        first, last = (
+            scaled(turned, how),
+            with_negative_layers(scaled(prompt, how), negative, guided=True),
+        )
+        torch.testing.assert_close(attend([first], items=(0, 1)), attend([last], items=(0, 1)))
 
 
 # Where.
@@ -411,7 +420,7 @@ masks = st.integers(0, 2**31).map(lambda seed: (draw(seed, ROWS, COLUMNS).sigmoi
 @QUICK
 def test_a_mask_of_ones_is_none(seed: int, size: tuple[int, int]) -> None:
     (mask,) = regions([torch.ones(size)])
-    assert torch.equal(hear([prompt_of(seed, mask=mask)]), hear([prompt_of(seed)]))
+    assert torch.equal(attend([prompt_of(seed, mask=mask)]), attend([prompt_of(seed)]))
 
 
 @given(seeds, masks)
@@ -420,9 +429,9 @@ def test_two_regions_have_a_picture_each(seed: int, mask: Tensor) -> None:
     """At one attention exactly, for masks of the latents' size that are 0 or 1."""
     both = [prompt_of(seed, mask=mask[None]), prompt_of(seed + 1, mask=1 - mask[None])]
     inside = mask.flatten().bool()
-    together = hear(both)
-    assert torch.equal(together[..., inside, :], hear([prompt_of(seed)])[..., inside, :])
-    assert torch.equal(together[..., ~inside, :], hear([prompt_of(seed + 1)])[..., ~inside, :])
+    together = attend(both)
+    assert torch.equal(together[..., inside, :], attend([prompt_of(seed)])[..., inside, :])
+    assert torch.equal(together[..., ~inside, :], attend([prompt_of(seed + 1)])[..., ~inside, :])
 
 
 @given(seeds)
@@ -506,7 +515,7 @@ def test_what_can_be_a_mask() -> None:
         (Image.new("L", (4, 4)), "a mask that is 0 everywhere"),
     ],
 )
-def test_wrong_masks_are_told(mask: Any, said: str) -> None:
+def test_wrong_masks_are_reported(mask: Any, said: str) -> None:
     with pytest.raises(MismatchError) as error:
         regions([mask])
     assert said in str(error.value)
@@ -521,7 +530,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "masked": {"mask": torch.linspace(0, 1, ROWS * COLUMNS).view(1, ROWS, COLUMNS)},
     "otherwise masked": {"mask": torch.tensor([[[0.3, 1.0]]])},
     "weighed": {"bias": torch.tensor([[0.0, 0.7, -1.0]])},
-    "windowed": {"scale": over_time(0.2, 0.7, "ease in").expand(SITES, 1, -1)},
+    "windowed": {"scale": over_time(0.2, 0.7, "ease in").expand(LAYERS, 1, -1)},
     "by site": {"scale": torch.tensor([0.0, -0.5, 2.0])},
 }
 
@@ -557,9 +566,9 @@ def one_thread() -> Iterator[None]:
 @QUICK
 def test_an_item_of_a_batch_is_the_item_alone(timestep: int, given_items: list[Item]) -> None:
     """To the bit, with any other items beside it."""
-    together = hear(stack_items(given_items, ALONE), range(len(given_items)), timestep)
+    together = attend(stack_items(given_items, ALONE), range(len(given_items)), timestep)
     for number, item in enumerate(given_items):
-        assert torch.equal(together[:, number], hear(item, [number], timestep)[:, 0]), number
+        assert torch.equal(together[:, number], attend(item, [number], timestep)[:, 0]), number
 
 
 @given(items(guided=True))
@@ -567,10 +576,10 @@ def test_an_item_of_a_batch_is_the_item_alone(timestep: int, given_items: list[I
 def test_so_are_its_halves_with_guidance(given_items: list[Item]) -> None:
     """First every unconditional half, then every conditional one."""
     count = len(given_items)
-    together = hear(stack_items(given_items, GUIDED), range(2 * count))
+    together = attend(stack_items(given_items, GUIDED), range(2 * count))
     for number, item in enumerate(given_items):
         both = [number, number + count]
-        assert torch.equal(together[:, both], hear(item, both)), number
+        assert torch.equal(together[:, both], attend(item, both)), number
 
 
 def test_a_batch_has_no_more_attentions_than_needed() -> None:
@@ -588,7 +597,7 @@ def test_a_batch_has_no_more_attentions_than_needed() -> None:
     assert not found.values[0][[2, 5]].any()
 
 
-def test_what_cannot_be_batched_is_told() -> None:
+def test_what_cannot_be_batched_is_reported() -> None:
     low_rank = (object(),)
     with pytest.raises(
         MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"
@@ -601,7 +610,7 @@ def test_what_cannot_be_batched_is_told() -> None:
     with pytest.raises(
         MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"
     ):
-        stack_items([[prompt_of(1, scale=torch.ones(SITES, 2))]], ALONE)
+        stack_items([[prompt_of(1, scale=torch.ones(LAYERS, 2))]], ALONE)
     with pytest.raises(MismatchError, match="low-rank part acts on a whole batch"):
         stack_items([[prompt_of(1, low_rank=low_rank)], [prompt_of(2)]], ALONE)
     (found,) = stack_items(

@@ -102,7 +102,7 @@ def plan(
     return recipe(made.source, output, steps, data=own, **changes)
 
 
-class Told(Watcher):
+class Reported(Watcher):
     def __init__(self) -> None:
         self.names: list[str] = []
 
@@ -119,7 +119,7 @@ def test_each_bad_sample_is_named_once_and_training_goes_on(
     source: str, samples: list[Item], model: Path, tmp_path: Path
 ) -> None:
     data, why = SOURCES[source](tmp_path / "set", samples)
-    run, told = tmp_path / "run", Told()
+    run, told = tmp_path / "run", Reported()
     loop.train(plan(data, run, model, EPOCH, workers=source == "list"), told)
     rows = known(run)
     assert sorted(row["name"] for row in rows) == sorted(told.names) == sorted(why)
@@ -187,7 +187,7 @@ def test_a_bad_sample_among_the_held_out_is_named(model: Path, tmp_path: Path) -
     run = begun(
         plan(data, tmp_path / "run", model, 4, batch=6, save_every=2, max_bad=0.1, held_out=5)
     )
-    name = run.supply.reader.name(run.supply.held_out[2])
+    name = run.data_pipeline.reader.name(run.data_pipeline.held_out[2])
     Path(name).write_bytes(b"")
     run.go()
     run.close()

@@ -126,7 +126,7 @@ def test_histogram_rows_begin_at_their_edges() -> None:
     assert len(ASPECT_ROWS) == len(ASPECTS) + 1
 
 
-def test_duplicates_are_pixels_alike_whatever_the_file(tmp_path: Path) -> None:
+def test_duplicates_are_pixels_equally_whatever_the_file(tmp_path: Path) -> None:
     made = items(6)
     made[4] = replace(made[4], data=made[1].data, text=made[0].text)
     data = make_folder(tmp_path, [*made, made[2]])  # the last is the same file, listed again

@@ -45,7 +45,7 @@ def test_all_rows_take_the_prompts_ground(made: list[list[Image.Image]]) -> None
         assert away(ground(made[row][0]), own) < 30 < away(ground(made[row][0]), other)
 
 
-def test_in_two_halves_each_hears_its_own(made: list[list[Image.Image]]) -> None:
+def test_in_two_halves_each_gets_its_own(made: list[list[Image.Image]]) -> None:
     left, right = ground(made[2][0], 0, 0.3), ground(made[2][0], 0.7, 1)
     own, other = (ground(PICTURES[name]) for name in ("demo.png", "demo-other.png"))
     assert away(left, own) < away(left, other)

@@ -38,7 +38,7 @@ from tests.ways import (
     START,
     TOLERANCE,
     TWO,
-    Heard,
+    PromptSpec,
     Way,
     as_pipeline,
     check_same_pixels,
@@ -51,7 +51,7 @@ Change = Callable[[Any], Any]
 FRAMES = 3
 MASK = {"mask_image": pictures(1, seed=4)[0].resize((SIDE, SIDE)).convert("L")}
 HINT, OTHER = (picture.resize((SIDE, SIDE)) for picture in pictures(2, seed=3))
-THREE = (*TWO, Heard(window=(500, 1000), seed=5))
+THREE = (*TWO, PromptSpec(window=(500, 1000), seed=5))
 
 
 def several(*changes: Change) -> Change:
@@ -240,9 +240,9 @@ def alter_latents(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) 
 
 
 def row(
-    name: str, made: Change = lambda pipe: pipe, heard: Sequence[Heard] = TWO, **facts: Any
+    name: str, made: Change = lambda pipe: pipe, specs: Sequence[PromptSpec] = TWO, **facts: Any
 ) -> Way:
-    return Way(name, heard, made=made, **{"options": SIZE, "small": True} | facts)
+    return Way(name, specs, made=made, **{"options": SIZE, "small": True} | facts)
 
 
 SD, XL = ["sd1"], ["sdxl"]
@@ -340,7 +340,7 @@ TOOLS = [
         order=PAG["order"],
         options=CONTROL | {"pag_scale": 2.0},
     ),
-    row("AnimateDiff", moving, [Heard(alike=True), TWO[1]], **VIDEO),
+    row("AnimateDiff", moving, [PromptSpec(alike=True), TWO[1]], **VIDEO),
     row("AnimateDiff by frame", moving, THREE, **VIDEO),
     row("AnimateDiff LoRA", several(moving, lora), **VIDEO),
     row(
@@ -409,7 +409,7 @@ def one_text() -> tuple[Any, Any, Any, Any, dict[str, Any]]:
     """Two pipelines, an adapter attached to the second, its prompt, and what both UNets are called
     with: one text.
     """
-    way = row("one text", heard=[Heard()], batch=1)
+    way = row("one text", specs=[PromptSpec()], batch=1)
     plain, ours = pipeline("sd1", way), pipeline("sd1", way)
     adapter = tiny_adapter(plain.unet, seed=21)
     adapter.attach(ours.unet)
@@ -421,7 +421,7 @@ def one_text() -> tuple[Any, Any, Any, Any, dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
 def test_the_keys_of_one_text_follow_loras() -> None:
     way, plain, ours, adapter, inputs = one_text()
-    prompt = Heard().prompt(adapter, 2)
+    prompt = PromptSpec().prompt(adapter, 2)
     noise(ours.unet, inputs, prompt)
     for change in LORA_STEPS:
         change(plain), change(ours)
@@ -438,7 +438,7 @@ def test_weights_changed_without_a_mark_need_forget() -> None:
     loop of one's own may not.
     """
     way, plain, ours, adapter, inputs = one_text()
-    prompt = Heard().prompt(adapter, 2)
+    prompt = PromptSpec().prompt(adapter, 2)
     noise(ours.unet, inputs, prompt)
     for pipe in (plain, ours):
         several(lora, does("fuse_lora"), does("unload_lora_weights"))(pipe)
@@ -472,7 +472,7 @@ REPLACED: dict[str, Change] = {
 def test_replaced_processors_are_said(name: str) -> None:
     """The prompt would not be heard, without a word."""
     _, _, ours, adapter, inputs = one_text()
-    prompt = Heard().prompt(adapter, 2)
+    prompt = PromptSpec().prompt(adapter, 2)
     expected = noise(ours.unet, inputs, prompt)
     REPLACED[name](ours)
     with pytest.raises(MismatchError, match="attach"):
@@ -488,14 +488,14 @@ def test_replaced_processors_are_said(name: str) -> None:
 @torch.no_grad()
 def test_pag_refuses_a_low_rank_part() -> None:
     """It would be dropped at the self-attentions that PAG changes."""
-    way = row("PAG and FaceID", becomes("PAGPipeline"), [Heard()], **PAG)
+    way = row("PAG and FaceID", becomes("PAGPipeline"), [PromptSpec()], **PAG)
     pipe = pipeline("sd1", way)
     adapter = tiny_adapter(pipe.unet, "faceid", seed=21).attach(pipe.unet)
     with pytest.raises(MismatchError, match="PAGCFGIdentitySelfAttnProcessor2_0"):
-        run(pipe, way, cross_attention_kwargs={KEY: Heard().prompt(adapter, way.items)})
+        run(pipe, way, cross_attention_kwargs={KEY: PromptSpec().prompt(adapter, way.items)})
 
 
-class Conditional(Heard):
+class Conditional(PromptSpec):
     """Where the batch is cut, its last part is left."""
 
     def tokens_of(self, adapter: IPAdapter, batch: int) -> Tensor:
@@ -508,12 +508,12 @@ def test_guidance_switched_off_between_steps(base: str) -> None:
     """By a callback, which cuts the text to its conditional half, and gives an image prompt for
     that half.
     """
-    way = row("guidance switched off", heard=[Conditional()])
+    way = row("guidance switched off", specs=[Conditional()])
     plain, ours = pipeline(base, way), pipeline(base, way)
     adapter = tiny_adapter(plain.unet, seed=21)
     adapter.attach(ours.unet)
     names = ["prompt_embeds", "add_text_embeds", "add_time_ids"][: 1 if base == "sd1" else 3]
-    alone = {KEY: way.heard[0].prompt(adapter, 2)}
+    alone = {KEY: way.specs[0].prompt(adapter, 2)}
 
     def switch_off(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
         if step != 0:
@@ -525,19 +525,19 @@ def test_guidance_switched_off_between_steps(base: str) -> None:
     told = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": names}
     with plainly(plain.unet, [adapter], way):
         expected = run(plain, way, **told)
-    pixels = run(ours, way, **told, cross_attention_kwargs={KEY: way.heard[0].prompt(adapter, 4)})
+    pixels = run(ours, way, **told, cross_attention_kwargs={KEY: way.specs[0].prompt(adapter, 4)})
     torch.testing.assert_close(pixels, expected, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["prompt", "mask", "scale"])
 def test_a_prompt_for_videos_is_for_every_frame(part: str) -> None:
-    way = row("video", moving, [Heard()], **VIDEO)
+    way = row("video", moving, [PromptSpec()], **VIDEO)
     pipe = pipeline("sd1", way)
     adapter = tiny_adapter(pipe.unet, seed=21).attach(pipe.unet)
-    prompt = Heard(alike=True).prompt(adapter, 1)
+    prompt = PromptSpec(alike=True).prompt(adapter, 1)
     wrong = {
-        "prompt": Heard().prompt(adapter, 2),
+        "prompt": PromptSpec().prompt(adapter, 2),
         "mask": prompt._replace(mask=torch.ones(2, 4, 4)),
         "scale": prompt.with_scale(torch.ones(len(prompt.keys), 2)),
     }

@@ -389,7 +389,7 @@ def test_pictures_embedded_for_the_packaged_model(
     ]
 
 
-def test_pictures_are_prepared_as_told(photos: list[Path], tmp_path: Path) -> None:
+def test_pictures_are_prepared_as_given(photos: list[Path], tmp_path: Path) -> None:
     embed(photos[0], "--out", tmp_path / "a.safetensors", "--crop", "tiles", "--sharpening", "0.5")
     encoder = open_encoder(find_model("emoji").adapters["base"].encoder, "cpu", torch.float32)
     tiles = prepare(open_image(photos[0]), Preparation(crop="tiles", sharpening=0.5), encoder)
@@ -411,7 +411,7 @@ def test_pictures_are_prepared_as_told(photos: list[Path], tmp_path: Path) -> No
         (["nowhere.png", "--out", "a.safetensors"], "nowhere.png does not exist"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(
+def test_wrong_use_is_reported_in_one_line(
     arguments: list[str],
     words: str,
     photos: list[Path],

@@ -132,7 +132,7 @@ def test_one_that_fails_fails_alone(pipe: ImagePromptPipeline) -> None:
     assert not pipe.engine.seats
 
 
-def test_an_exchanged_base_model_is_told(pipe: ImagePromptPipeline) -> None:
+def test_an_exchanged_base_model_is_reported(pipe: ImagePromptPipeline) -> None:
     own = pipe.pipeline.unet
     pipe.pipeline.unet = torch.nn.Identity()
     try:

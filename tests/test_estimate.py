@@ -294,7 +294,7 @@ def test_a_rate_is_measured() -> None:
         (recipe("sd15", optimization={"precision": "fp16"}), SettingError, "fp16"),
     ],
 )
-def test_what_cannot_be_told_is_one_line(
+def test_what_cannot_be_known_is_one_line(
     given_recipe: Recipe, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words) as caught:
@@ -303,7 +303,7 @@ def test_what_cannot_be_told_is_one_line(
 
 
 @pytest.mark.parametrize(("kind", "make"), [("sd1", tiny_sd), ("sdxl", tiny_sdxl)])
-def test_a_folder_tells_its_structure(kind: str, make: Any, tmp_path: Path) -> None:
+def test_a_folder_says_its_structure(kind: str, make: Any, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     found = base_structure(KnownModel("mine", "", Location(str(tmp_path))))
     assert (found.unit, found.text_tokens, found.config["cross_attention_dim"]) == (2, 11, 32)

@@ -503,7 +503,7 @@ def test_inceptions_features_are_taken_for_fid(tmp_path: Path) -> None:
         ("inception", "{}/none.pt", "there is no such file; give Inception's TorchScript file"),
     ],
 )
-def test_what_is_no_judge_is_told_in_one_line(
+def test_what_is_no_judge_is_reported_in_one_line(
     place: Path, key: str, source: str, said: str
 ) -> None:
     opened = {"clip": open_clip, "dino": open_dino, "inception": open_inception}[key]

@@ -233,7 +233,7 @@ def test_a_folder_that_is_no_set(tmp_path: Path, kind: str, said: str) -> None:
         open_set(tmp_path / "none")
 
 
-def test_an_empty_list_is_told(tmp_path: Path) -> None:
+def test_an_empty_list_is_reported(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("")
     with pytest.raises(SettingError, match="lists no pictures"):
         open_set(tmp_path)

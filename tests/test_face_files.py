@@ -29,7 +29,7 @@ from imprompt.models import MODELS, Location, find_adapter
 from imprompt.projections.mlp import FaceProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.variants import BY_NAME, FACES, find_variant
-from tests.test_checkpoints import ORIGIN, SITES, WIDTH, WRITTEN, assert_same_tensors, bare
+from tests.test_checkpoints import LAYERS, ORIGIN, WIDTH, WRITTEN, assert_same_tensors, bare
 
 ASKED = {
     "faceid-plus": "faceid-plus or faceid-plus-v2",
@@ -58,7 +58,7 @@ TOKENS = {
 }
 
 
-def lora_beside(sites: list[int], text: int, rank: int = 3) -> ModelLowRank:
+def lora_beside(layers: list[int], text: int, rank: int = 3) -> ModelLowRank:
     """For sites of these widths and the self-attention before each."""
 
     def sizes(width: int, cross: bool) -> dict[str, tuple[int, int, int]]:
@@ -68,7 +68,7 @@ def lora_beside(sites: list[int], text: int, rank: int = 3) -> ModelLowRank:
         }
 
     return ModelLowRank(
-        AttentionLowRank(sizes(width, cross)) for width in sites for cross in (False, True)
+        AttentionLowRank(sizes(width, cross)) for width in layers for cross in (False, True)
     )
 
 
@@ -80,7 +80,7 @@ def live(name: str) -> IPAdapter:
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> AdapterFile:
-    return adapter_file(live(name).to(dtype), find_variant(name), SITES, ORIGIN)
+    return adapter_file(live(name).to(dtype), find_variant(name), LAYERS, ORIGIN)
 
 
 def refusal(path: Path, answer: str | None = None) -> str:
@@ -111,7 +111,7 @@ def test_every_layout_gives_back_the_bits(tmp_path: Path, name: str, dtype: torc
         write_adapter(tmp_path / "back.safetensors", read)
         back = read_adapter(tmp_path / "back.safetensors")
         assert_same_tensors(back, file)
-        assert back.sites == SITES
+        assert back.layers == LAYERS
         assert back.variant.name == name
 
 
@@ -148,7 +148,7 @@ def test_training_states_of_accelerate(tmp_path: Path, kept: str) -> None:
     state = {f"image_proj_model.{key}": tensor for key, tensor in file.projection.items()} | {
         "unet.conv_in.weight": torch.ones(3)
     }
-    attentions = [name for site in SITES for name in (site.replace("attn2", "attn1"), site)]
+    attentions = [name for layer in LAYERS for name in (layer.replace("attn2", "attn1"), layer)]
     for number, (name, parts) in enumerate(zip(attentions, file.lora or (), strict=True)):
         held = {key.replace(".", "_lora.", 1): tensor for key, tensor in parts.items()}
         if number % 2:
@@ -164,14 +164,14 @@ def test_training_states_of_accelerate(tmp_path: Path, kept: str) -> None:
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     read = read_adapter(tmp_path)
     assert_same_tensors(read, file)
-    assert read.sites == (SITES if kept == "unet" else None)
+    assert read.layers == (LAYERS if kept == "unet" else None)
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_a_live_adapter_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     adapter = live(name)
     write_adapter(
-        tmp_path / "adapter.safetensors", adapter_file(adapter, find_variant(name), SITES)
+        tmp_path / "adapter.safetensors", adapter_file(adapter, find_variant(name), LAYERS)
     )
     file = read_adapter(tmp_path / "adapter.safetensors")
     loaded = build_adapter(file, UNET)
@@ -186,7 +186,7 @@ def test_a_live_adapter_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
-def test_what_cannot_be_told_is_asked(tmp_path: Path, name: str) -> None:
+def test_what_cannot_be_known_is_asked(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.bin"
     write_adapter(path, made(name), "paper")
     if name in ASKED:
@@ -204,7 +204,7 @@ def test_what_cannot_be_told_is_asked(tmp_path: Path, name: str) -> None:
 def test_the_answer_is_kept_in_the_header(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a.bin", made("faceid-plus"), "paper")
     write_adapter(
-        tmp_path / "a.safetensors", read_adapter(tmp_path / "a.bin", "faceid-plus"), "paper", SITES
+        tmp_path / "a.safetensors", read_adapter(tmp_path / "a.bin", "faceid-plus"), "paper", LAYERS
     )
     # the paper's layout has no header if the file had none
     assert "cannot tell" in refusal(tmp_path / "a.safetensors")
@@ -341,7 +341,7 @@ def on_meta(
     width: int,
 ) -> AdapterFile:
     """With the published projections' sizes; widths: of every site's keys."""
-    sites = list(unet_layers.layer_names(blocks))
+    layers = list(unet_layers.layer_names(blocks))
     with torch.device("meta"):
         kinds = {
             "faceid": lambda: FaceProjection(512, width, tokens),
@@ -352,7 +352,7 @@ def on_meta(
         projection = kinds.get(name, lambda: plus(states, width, tokens=tokens))()
         lora = lora_beside(widths, text, 128) if find_variant(name).lora else None
         adapter = IPAdapter(projection, [ImageKV(text, rows) for rows in widths], UNET, lora)
-    return adapter_file(adapter, find_variant(name), sites)
+    return adapter_file(adapter, find_variant(name), layers)
 
 
 def keys_of(base: str) -> list[int]:
@@ -375,7 +375,7 @@ def test_sizes_of_the_published_files(name: str, base: str, tokens: int, megabyt
     text, blocks = (768, unet_layers.SD) if base == "sd15" else (2048, unet_layers.SDXL)
     file = on_meta(name, text, blocks, keys_of(base), 1280, tokens, text)
     assert 2 * file.parameters / 1e6 == pytest.approx(megabytes, rel=0.01)
-    assert unet_layers.known_layers(text, len(file.kv)) == file.sites
+    assert unet_layers.known_layers(text, len(file.kv)) == file.layers
     assert file.suits().startswith("SD 1.x" if base == "sd15" else "SDXL")
 
 
@@ -397,7 +397,7 @@ def test_kolors_of_its_own_sizes() -> None:
 def test_kolors_as_it_is_published(tmp_path: Path) -> None:
     """A nested pickle whose second half has another name than the paper's."""
     file = made("faceid-plus-kolors")
-    numbered = {f"{2 * site + 1}.to_{part}_ip.weight": tensor for site, pair in enumerate(file.kv)
+    numbered = {f"{2 * layer + 1}.to_{part}_ip.weight": tensor for layer, pair in enumerate(file.kv)
                 for part, tensor in zip("kv", pair, strict=True)}  # fmt: skip
     torch.save(
         {"image_proj": file.projection, "adapter_modules": numbered},
@@ -417,7 +417,7 @@ def test_kolors_plus_with_an_inner_width_of_its_own(tmp_path: Path) -> None:
     file = adapter_file(
         IPAdapter(resampler, [ImageKV(WIDTH, 4) for _ in range(16)], UNET),
         find_variant("plus"),
-        SITES,
+        LAYERS,
     )
     write_adapter(tmp_path / "a.bin", file, "paper")
     read = read_adapter(tmp_path / "a.bin")

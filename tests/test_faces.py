@@ -542,11 +542,11 @@ def test_kolors_tokens_go_through_the_base_models_own_projection() -> None:
 
         return processor
 
-    silent = noise(unet, inputs)
-    for site, kv in zip(adapter.family.layers(unet).values(), adapter.image_kv, strict=True):
-        site.processor = by_hand(kv)
+    unconditioned = noise(unet, inputs)
+    for layer, kv in zip(adapter.family.layers(unet).values(), adapter.image_kv, strict=True):
+        layer.processor = by_hand(kv)
     torch.testing.assert_close(ours, noise(unet, inputs), rtol=0, atol=1e-5)
-    assert (ours - silent).abs().max() > 1e-2
+    assert (ours - unconditioned).abs().max() > 1e-2
 
 
 # The pipeline

@@ -176,7 +176,7 @@ def test_gradients_reach_the_adapter_alone(tiny: Tiny) -> None:
     assert all(parameter.grad is None for parameter in tiny.model.parameters())
 
 
-def test_a_prompt_that_never_reached_the_model_is_told(tiny: Tiny) -> None:
+def test_a_prompt_that_never_reached_the_model_is_reported(tiny: Tiny) -> None:
     adapter = adapter_for(tiny.model).attach(tiny.model)
     with (
         pytest.raises(MismatchError, match="never reached the base model"),
@@ -185,7 +185,7 @@ def test_a_prompt_that_never_reached_the_model_is_told(tiny: Tiny) -> None:
         pass
 
 
-def test_a_processor_that_was_replaced_later_is_told(tiny: Tiny) -> None:
+def test_a_processor_that_was_replaced_later_is_reported(tiny: Tiny) -> None:
     adapter = adapter_for(tiny.model).attach(tiny.model)
     prompt = adapter.prompt(tokens(adapter))
     name, layer = next(iter(adapter.injection.layers.items()))

@@ -166,7 +166,7 @@ def test_one_key_and_one_query() -> None:
     check(draw(torch.float16, 40, (1,), queries=1, texts=1), backward=False)
 
 
-def test_sixteen_prompts_heard_in_different_places() -> None:
+def test_sixteen_prompts_applied_in_different_places() -> None:
     torch.manual_seed(2)
     case = draw(torch.float16, 40, tuple(range(1, 17)), queries=70, batch=1)
     weights = torch.zeros(16, 1, 1, 70, 1, device=DEVICE)
@@ -190,13 +190,15 @@ def test_many_image_tokens_and_splits_of_the_queries(monkeypatch: pytest.MonkeyP
 def test_scale_zero_is_the_text_alone() -> None:
     torch.manual_seed(4)
     case = draw(torch.float16, 40, (4,))
-    silent = case._replace(weights=torch.zeros(1, 1, 1, 1, 1, device=DEVICE))
-    other = silent._replace(images=[(key + 1, value * float("inf")) for key, value in case.images])
-    (out,), (again,) = run(silent, fused_attention), run(other, fused_attention)
+    unconditioned = case._replace(weights=torch.zeros(1, 1, 1, 1, 1, device=DEVICE))
+    other = unconditioned._replace(
+        images=[(key + 1, value * float("inf")) for key, value in case.images]
+    )
+    (out,), (again,) = run(unconditioned, fused_attention), run(other, fused_attention)
     torch.testing.assert_close(out, F.scaled_dot_product_attention(*case[:3]), atol=2e-3, rtol=2e-3)
     assert torch.equal(out, again)
     gradient = torch.randn_like(out)
-    by_image = run(silent, fused_attention, gradient)[2:]
+    by_image = run(unconditioned, fused_attention, gradient)[2:]
     assert not any(x.any() for x in by_image)
 
 
@@ -303,7 +305,7 @@ def test_kernels_compile_for_gpus() -> None:
     assert len(done.stdout.splitlines()) == 6
 
 
-def test_what_cannot_be_computed_is_told() -> None:
+def test_what_cannot_be_computed_is_reported() -> None:
     case = draw(torch.float16, 40, (4,), queries=3, texts=3)
     images = packed(case.images)
     with pytest.raises(MismatchError, match="no gradient of the text"):

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
 ]
 MOST = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the noise's norm, after all layers
-SITES = 4
+LAYERS = 4
 
 
 def narrow_unet(dtype: torch.dtype) -> Any:
@@ -66,7 +66,7 @@ def test_the_same_noise(case: str, dtype: torch.dtype, monkeypatch: pytest.Monke
     unet = narrow_unet(dtype)
     first, second = joined(unet, 2)
     mask = torch.eye(3, device=DEVICE)[None]
-    timed = random_prompt(second, 2, seed=6).with_scale(torch.rand(SITES, 2, 1000, device=DEVICE))
+    timed = random_prompt(second, 2, seed=6).with_scale(torch.rand(LAYERS, 2, 1000, device=DEVICE))
     prompts = {
         "one": random_prompt(first, 2, scale=0.7),
         "one for all": random_prompt(first, 1),
@@ -78,7 +78,7 @@ def test_the_same_noise(case: str, dtype: torch.dtype, monkeypatch: pytest.Monke
         ],
     }[case]
     (ours, plain), counts = both(unet, prompts, monkeypatch)
-    assert counts == [SITES, 0]
+    assert counts == [LAYERS, 0]
     assert (ours - plain).float().norm() <= MOST[dtype] * plain.float().norm()
     assert (noise(unet, inputs_of(unet)) - plain).float().norm() > 5 * MOST[
         dtype
@@ -86,7 +86,7 @@ def test_the_same_noise(case: str, dtype: torch.dtype, monkeypatch: pytest.Monke
 
 
 @torch.no_grad()
-def test_what_the_kernel_cannot_do_is_done_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_kernel_cannot_do_is_done_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = narrow_unet(torch.float16)
     (adapter,) = joined(unet, 1)
     prompt = random_prompt(adapter, 2)
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_does_not_see_what_is_tried(monkeypatch: pytest.M
     assert len(autotune.FASTER) > 0
 
 
-def test_training_the_text_is_done_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_the_text_is_done_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Textual inversion, say: the kernel has no gradient of the text's keys.
 
     What was chosen before does not matter.
@@ -171,7 +171,7 @@ def test_copies_for_the_kernel_are_made_anew(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @torch.no_grad()
-def test_each_site_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layers_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """By time, where that can be taken.
 
     Then from what was found, in later steps and for later prompts of the same shapes.
@@ -192,7 +192,7 @@ def test_each_site_chooses_once(monkeypatch: pytest.MonkeyPatch) -> None:
             with Counted() as counted:
                 noise(unet, inputs, random_prompt(adapter, 2, seed=seed))
             assert sum("imprompt.decoupled_attention" in name for name in counted.names) == 2
-    assert len(asked) == SITES
+    assert len(asked) == LAYERS
 
 
 def test_the_choice_is_one_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_a_compiled_model_chooses_before(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (graph,) = counter.graphs
     assert (
         sum("imprompt.decoupled_attention" in str(node.target) for node in graph.graph.nodes)
-        == SITES
+        == LAYERS
     )
     assert all(
         (result - results[0]).float().norm() <= 1e-3 * results[0].float().norm()

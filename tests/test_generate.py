@@ -227,7 +227,7 @@ def test_diffusers_own_loader_gives_the_same_picture(
     assert difference(pipe(BLUE, "a panda", scale=0.7, seed=4, steps=STEPS).images[0], made) <= 1
 
 
-def test_progress_is_told(pipe: ImagePromptPipeline) -> None:
+def test_progress_is_reported(pipe: ImagePromptPipeline) -> None:
     told: list[tuple[int, int]] = []
     pipe(
         BLUE,
@@ -301,12 +301,12 @@ def test_sdxl_in_every_task(tmp_path: Path) -> None:
     model, encoder = tiny_sdxl(), tiny_encoder()
     model.save_pretrained(tmp_path)
     encoder.model.save_pretrained(tmp_path / "image_encoder")
-    sites = list(tiny_adapter(model.unet, "plus").family.layers(model.unet))
+    layers = list(tiny_adapter(model.unet, "plus").family.layers(model.unet))
     save_adapter(
         tmp_path / "plus.safetensors",
         tiny_adapter(model.unet, "plus"),
         find_variant("plus"),
-        sites,
+        layers,
         Origin(base="tiny"),
     )
     pipe = ImagePromptPipeline.from_pretrained(

@@ -23,7 +23,7 @@ from imprompt.families import unet as unet_family
 from imprompt.families.base import family_of
 from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_adapter, tiny_unet
 
-SITES = 4  # of smallest_unet
+LAYERS = 4  # of smallest_unet
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def unet() -> UNet2DConditionModel:
 def counted(unet: nn.Module) -> Iterator[list[int]]:
     """How often a text key was projected inside."""
     calls, forward = [0], nn.Linear.forward
-    layers = {id(site.to_k) for site in family_of(unet).layers(unet).values()}
+    layers = {id(layer.to_k) for layer in family_of(unet).layers(unet).values()}
 
     def called(layer: nn.Linear, x: Tensor) -> Tensor:
         calls[0] += id(layer) in layers
@@ -54,20 +54,20 @@ def test_text_is_projected_once(unet: UNet2DConditionModel) -> None:
     with tiny_adapter(unet).attached(unet) as adapter, counted(unet) as calls:
         first, second = random_prompt(adapter, 2), random_prompt(adapter, 2, scale=0.3, seed=9)
         results = [noise(unet, inputs, prompt) for prompt in (first, second, first)]
-    assert calls == [SITES]
+    assert calls == [LAYERS]
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
 
 
 @torch.no_grad()
-def test_what_is_held_is_told_and_dies_with_the_text(unet: UNet2DConditionModel) -> None:
+def test_what_is_held_is_reported_and_dies_with_the_text(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 2)
     with tiny_adapter(unet).attached(unet) as adapter:
         prompt = random_prompt(adapter, 2)
         assert adapter.injection.cached_bytes() == 0
         noise(unet, inputs, prompt)
         text = inputs["encoder_hidden_states"]
-        widths = sum(site.to_k.out_features for site in family_of(unet).layers(unet).values())
+        widths = sum(layer.to_k.out_features for layer in family_of(unet).layers(unet).values())
         assert adapter.injection.cached_bytes() == 2 * text.shape[0] * text.shape[1] * widths * 4
         assert prompt.bytes == 2 * 2 * 3 * widths * 4  # three image tokens
         del inputs, text
@@ -104,8 +104,8 @@ class LowRank(nn.Module):
 
 
 def lora_loaded(unet: nn.Module, inputs: dict[str, Any]) -> None:  # noqa: ARG001
-    site = list(family_of(unet).layers(unet).values())[1]
-    site.to_k = LowRank(site.to_k)
+    layer = list(family_of(unet).layers(unet).values())[1]
+    layer.to_k = LowRank(layer.to_k)
 
 
 def first_key(unet: nn.Module) -> Any:
@@ -155,12 +155,12 @@ def test_what_changes_is_noticed(unet: UNet2DConditionModel, change: Any) -> Non
 def test_an_unfused_lora_is_projected_every_time(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 1)
     lora_loaded(unet, inputs)
-    site = list(family_of(unet).layers(unet).values())[1]
+    layer = list(family_of(unet).layers(unet).values())[1]
     with tiny_adapter(unet).attached(unet) as adapter:
         prompt = random_prompt(adapter, 1)
         results = []
         for scale in (2.0, 3.0, 2.0):  # of the LoRA: nothing marks that it changed
-            site.to_k.scale = scale
+            layer.to_k.scale = scale
             results.append(noise(unet, inputs, prompt))
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
@@ -175,7 +175,7 @@ def test_offloaded_weights_come_for_the_text_once(unet: UNet2DConditionModel) ->
         cpu_offload(unet, "cpu")  # layer by layer: elsewhere their weights are on the meta device
         for _ in range(3):
             assert torch.equal(noise(unet, inputs, prompt), expected)
-    assert calls == [SITES]
+    assert calls == [LAYERS]
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def test_weights_that_are_elsewhere_are_waited_for(
         results = [noise(unet, inputs, prompt)]
         here = True
         results += [noise(unet, inputs, prompt) for _ in range(2)]
-    assert calls == [2 * SITES]  # in the first step by the sites, once by the hook
+    assert calls == [2 * LAYERS]  # in the first step by the sites, once by the hook
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -360,13 +360,13 @@ def test_several_adapters_leave_in_any_order() -> None:
     assert torch.equal(noise(unet, inputs, [prompts[0]]), noise(unet, inputs, prompts[0]))
     assert torch.equal(noise(unet, inputs, []), base)
     torch.testing.assert_close(noise(unet, inputs, prompts[::-1]), both, rtol=0, atol=1e-5)
-    silent = [prompts[0].with_scale(0), prompts[1]]
+    unconditioned = [prompts[0].with_scale(0), prompts[1]]
     torch.testing.assert_close(
-        noise(unet, inputs, silent), noise(unet, inputs, prompts[1]), rtol=0, atol=1e-5
+        noise(unet, inputs, unconditioned), noise(unet, inputs, prompts[1]), rtol=0, atol=1e-5
     )
     first.detach()
     torch.testing.assert_close(
-        noise(unet, inputs, prompts[1]), noise(unet, inputs, silent), rtol=0, atol=1e-5
+        noise(unet, inputs, prompts[1]), noise(unet, inputs, unconditioned), rtol=0, atol=1e-5
     )
     second.detach()
     assert dict(unet.attn_processors) == processors
@@ -404,10 +404,10 @@ def test_a_mask_lies_where_the_latents_are() -> None:
     """
     unet = smallest_unet()
     inputs = noise_inputs(unet, 1)
-    heard: list[Tensor] = []
+    conditioned: list[Tensor] = []
     with tiny_adapter(unet).attached(unet) as adapter:
-        site = next(iter(adapter.injection.layers.values()))
-        hook = site.register_forward_hook(lambda *result: heard.append(result[-1]))
+        layer = next(iter(adapter.injection.layers.values()))
+        hook = layer.register_forward_hook(lambda *result: conditioned.append(result[-1]))
         prompt = random_prompt(adapter, 1)
         mask = torch.zeros(1, 6, 3)
         mask[:, :3] = 1
@@ -415,9 +415,9 @@ def test_a_mask_lies_where_the_latents_are() -> None:
             noise(unet, inputs, one)
         hook.remove()
     # 16 × 8 latents, halved
-    whole, silent, upper = (states[0].unflatten(0, (8, 4)) for states in heard)
+    whole, unconditioned, upper = (states[0].unflatten(0, (8, 4)) for states in conditioned)
     assert torch.equal(upper[:4], whole[:4])
-    assert torch.equal(upper[4:], silent[4:])
+    assert torch.equal(upper[4:], unconditioned[4:])
 
 
 @torch.no_grad()
@@ -427,7 +427,7 @@ def test_a_mask_lies_where_the_latents_are() -> None:
 )
 def test_scale_by_timestep(unet: UNet2DConditionModel, timestep: Any) -> None:
     inputs = noise_inputs(unet, 2) | {"timestep": timestep}
-    window = torch.zeros(SITES, 1, 1000)
+    window = torch.zeros(LAYERS, 1, 1000)
     window[..., :500] = 0.5  # the first half of the schedule
     with tiny_adapter(unet).attached(unet) as adapter:
         prompt = random_prompt(adapter, 2)
@@ -447,7 +447,7 @@ def test_scale_by_timestep(unet: UNet2DConditionModel, timestep: Any) -> None:
 @torch.no_grad()
 def test_items_have_their_own_times(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 2) | {"timestep": torch.tensor([900, 100])}
-    window = (torch.arange(1000) < 500).float().expand(SITES, 1, 1000)
+    window = (torch.arange(1000) < 500).float().expand(LAYERS, 1, 1000)
     with tiny_adapter(unet).attached(unet) as adapter:
         prompt = random_prompt(adapter, 2)
         timed, whole, base = (

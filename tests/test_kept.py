@@ -250,13 +250,13 @@ def test_without_a_header_another_encoders_name_is_another_encoder(tmp_path: Pat
     assert not torch.equal(*made)
 
 
-def test_a_folder_that_cannot_be_is_told_at_once(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_is_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match="is a file"):
         FeatureFolder(tmp_path / "file")
 
 
-def test_a_folder_that_is_lost_is_told(encoder: VisionEncoder, tmp_path: Path) -> None:
+def test_a_folder_that_is_lost_is_reported(encoder: VisionEncoder, tmp_path: Path) -> None:
     kept = kept_by(FeatureFolder(tmp_path / "kept"), encoder, tmp_path)
     (tmp_path / "kept").write_text("")
     with pytest.raises(SettingError, match="give another folder"):

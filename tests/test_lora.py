@@ -87,9 +87,9 @@ def test_without_its_prompt_the_base_model_is_itself() -> None:
     other = tiny_adapter(unet, seed=4).attach(unet)
     adapter = with_lora(tiny_adapter(unet), unet).attach(unet)
     assert torch.equal(noise(unet, inputs), before)
-    heard = noise(unet, inputs, random_prompt(other, 1))
+    conditioned = noise(unet, inputs, random_prompt(other, 1))
     noise(unet, inputs, random_prompt(adapter, 1))
-    assert torch.equal(noise(unet, inputs, random_prompt(other, 1)), heard)
+    assert torch.equal(noise(unet, inputs, random_prompt(other, 1)), conditioned)
     adapter.detach()
     other.detach()
     assert all(unet.attn_processors[name] is processor for name, processor in own.items())
@@ -204,7 +204,7 @@ def test_tokens_as_wide_as_a_text_that_the_model_widens() -> None:
     assert (noise(unet, inputs, wide) - noise(unet, inputs)).abs().max() > 1e-3
 
 
-def test_motion_modules_are_no_sites() -> None:
+def test_motion_modules_are_no_layers() -> None:
     from diffusers import MotionAdapter, UNetMotionModel
 
     unet = tiny_unet("sd1")

@@ -50,9 +50,9 @@ def opened(savers: MemoryOptions) -> ImagePromptPipeline:
     path, told, *_ = find_adapter(known, None)
     file = read_adapter(path)
     encoder: Any = load_encoder(file, told, known, None, savers.device, torch.float32)
-    savers.send_away(encoder.model)
+    savers.offload_encoder(encoder.model)
     pipeline = open_pipeline(known, savers.opens_on)
-    savers.lighten(pipeline)
+    savers.quantize_and_tile(pipeline)
     adapter = build_adapter(file, family_of(pipeline.unet)).attach(pipeline.unet)
     savers.place(pipeline, adapter)
     return ImagePromptPipeline(
@@ -252,14 +252,14 @@ def test_float16_does_not_overflow(how: str) -> None:
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(savers: dict[str, Any], said: str) -> None:
+def test_mistakes_are_reported_in_one_line(savers: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said) as error:
         MemoryOptions.check(**savers)
     assert "\n" not in str(error.value)
 
 
 @needs_torchao
-def test_a_device_that_cannot_is_told() -> None:
+def test_a_device_that_cannot_is_reported() -> None:
     with pytest.raises(
         SettingError, match=r"quantize = 'fp8' does not work on meta .*: try 'int8'"
     ):
@@ -267,7 +267,7 @@ def test_a_device_that_cannot_is_told() -> None:
     assert MemoryOptions.check("cpu", quantize="fp8").opens_on == "cpu"
 
 
-def test_missing_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torchao_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(SettingError, match=r"needs torchao: pip install 'imprompt\[quantized\]'"):
         MemoryOptions.check("cpu", quantize="int8")

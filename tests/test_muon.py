@@ -156,13 +156,13 @@ def test_matrices_of_one_shape_are_as_each_alone() -> None:
 
 def test_the_rest_is_adamws_bit_for_bit() -> None:
     model, muon = small(weight_decay=0.1)
-    twin, _ = small()
+    cpu_copy, _ = small()
     others = {
         name
         for name, p in model.named_parameters()
         if any(p is other for other in muon.param_groups[1]["params"])
     }
-    theirs = [p for name, p in twin.named_parameters() if name in others]
+    theirs = [p for name, p in cpu_copy.named_parameters() if name in others]
     adamw = torch.optim.AdamW(theirs, ADAMW_SHARE * 1e-2, weight_decay=0.1, fused=True)
     for _ in range(4):
         learn(model, muon, 1)

@@ -13,7 +13,7 @@ from tests.judges import tiny_dino
 ASKS = re.compile(r"\b(Auto\w+|kind)\.from_pretrained\(([^()]|\([^()]*\))*\)")
 
 
-def test_every_loader_that_could_run_code_is_told_not_to() -> None:
+def test_every_loader_that_could_run_code_is_reported_not_to() -> None:
     calls = [
         call
         for path in Path(imprompt.__file__).parent.rglob("*.py")

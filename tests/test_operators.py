@@ -33,10 +33,10 @@ from benchmarks.operators import (
 )
 from benchmarks.setting import PromptedSetting
 
-SITES = {"sd15": 16, "sdxl": 70}
+LAYERS = {"sd15": 16, "sdxl": 70}
 
 
-@pytest.fixture(params=SITES)
+@pytest.fixture(params=LAYERS)
 def model(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -68,7 +68,7 @@ def test_an_image_prompt_is_less_than_nothing(model: str) -> None:
     """
     text, found = counted(TEXT, model, BASE), counted(OURS, model, BASE)
     assert found["operators"] <= LARGEST[model]
-    assert found["first"] - found["operators"] == 2 * SITES[model]
+    assert found["first"] - found["operators"] == 2 * LAYERS[model]
     assert found["flops"] < text["flops"]
 
 
@@ -81,7 +81,7 @@ def test_what_a_cross_attention_has_more(case: Case, more: int) -> None:
     """A low-rank part is two products and a sum for every projection that a step does, six of them
     in a transformer block; and our self-attention spares diffusers' division by 1.
     """
-    assert steps(OURS, "sd15", case) == steps(OURS, "sd15", BASE) + more * SITES["sd15"]
+    assert steps(OURS, "sd15", case) == steps(OURS, "sd15", BASE) + more * LAYERS["sd15"]
 
 
 def test_a_window_is_looked_up_once_a_step() -> None:
@@ -95,7 +95,7 @@ def test_a_window_is_looked_up_once_a_step() -> None:
 def test_the_kernel_is_one_operator() -> None:
     """In place of three; low precision, which it needs, casts the timestep's embedding."""
     fused = steps(FUSED, "sd15", BASE)
-    assert fused == steps(OURS, "sd15", BASE) - 2 * SITES["sd15"] + 1
+    assert fused == steps(OURS, "sd15", BASE) - 2 * LAYERS["sd15"] + 1
     assert steps(FUSED, "sd15", MASKS) == fused
 
 

@@ -83,7 +83,7 @@ def difference(one: Image.Image, other: Image.Image) -> int:
 def test_the_facade_follows_an_image_prompt(saved: Saved) -> None:
     pipe = saved.pipeline()
     for options in ({"guidance": 1.0}, guided(saved)):
-        red, blue, silent, text = (
+        red, blue, unconditioned, text = (
             pipe(image, seed=1, **SIZE, **options, **more).images[0]
             for image, more in (
                 (RED, {}),
@@ -94,8 +94,8 @@ def test_the_facade_follows_an_image_prompt(saved: Saved) -> None:
         )
         assert red.size == (24, 32)
         assert difference(red, blue) > 2
-        assert difference(red, silent) > 2
-        assert difference(text, silent) > 0
+        assert difference(red, unconditioned) > 2
+        assert difference(text, unconditioned) > 0
     plain = OTHERS[saved.name]()
     call = {"num_inference_steps": 3, "width": 24, "height": 32, "guidance_scale": 1.0}
     bare = plain(
@@ -118,11 +118,11 @@ def test_items_of_a_batch_are_what_they_are_alone(saved: Saved) -> None:
         assert difference(one, other) <= 1
 
 
-def test_a_mask_and_a_window_are_heard_where_and_when_they_say(saved: Saved) -> None:
+def test_a_mask_and_a_window_apply_where_and_when_they_say(saved: Saved) -> None:
     pipe = saved.pipeline()
     left = Image.new("L", (24, 32))
     left.paste(255, (0, 0, 12, 32))
-    all_of_it, white, half, late, silent = (
+    all_of_it, white, half, late, unconditioned = (
         pipe(Reference(images=RED, **said), seed=1, guidance=1.0, **SIZE).images[0]
         for said in (
             {},
@@ -134,8 +134,8 @@ def test_a_mask_and_a_window_are_heard_where_and_when_they_say(saved: Saved) -> 
     )
     assert difference(all_of_it, white) == 0
     assert difference(all_of_it, half) > 2
-    assert difference(half, silent) > 2
-    assert difference(late, silent) < difference(all_of_it, silent)
+    assert difference(half, unconditioned) > 2
+    assert difference(late, unconditioned) < difference(all_of_it, unconditioned)
 
 
 def test_threads_make_the_serial_pictures(saved: Saved) -> None:

@@ -390,7 +390,7 @@ def test_shuffling_turns_and_displaces() -> None:
         (Noise, {}, "kind: field required"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(
+def test_wrong_settings_are_reported_in_one_line(
     kind: type[Preparation | Noise], values: dict[str, object], words: str
 ) -> None:
     with pytest.raises(SettingError) as caught:
@@ -406,6 +406,6 @@ def test_settings_go_through_json() -> None:
     assert Noise.model_validate_json(noise.model_dump_json()) == noise
 
 
-def test_an_unreadable_mask_is_told() -> None:
+def test_an_unreadable_mask_is_reported() -> None:
     with pytest.raises(ImageError, match=r"nowhere\.png does not exist"):
         prepare(pictures(1)[0], Preparation(ignore=Path("nowhere.png")), ENCODER)

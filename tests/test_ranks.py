@@ -367,7 +367,7 @@ RANK, READER, SELF = (
         (RuntimeError("unable to open shared memory object: Broken pipe"), None),
     ],
 )
-def test_the_end_of_a_process_is_told_from_other_errors(
+def test_the_end_of_a_process_is_reported_from_other_errors(
     error: RuntimeError, who: str | None
 ) -> None:
     assert str(endings.end_of_another(error)).startswith(str(who))

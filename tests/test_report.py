@@ -18,7 +18,7 @@ from PIL import Image
 from imprompt.errors import SettingError
 from imprompt.evaluation import contact
 from imprompt.evaluation.comparison import differs, write_comparison
-from imprompt.evaluation.contact import Thumbnails, contact_sheet, ranked, spread
+from imprompt.evaluation.contact import Thumbnails, contact_sheet, evenly_spread, ranked
 from imprompt.evaluation.page import lines_of
 from imprompt.evaluation.plots import curve, dots
 from imprompt.evaluation.report import best, report_table, write_report
@@ -304,7 +304,7 @@ def test_plots_take_the_colours_of_the_page() -> None:
     assert re.findall(r">(0|0\.5|1)</text>", svg)[:3] == ["0", "0.5", "1"]
 
 
-def test_without_matplotlib_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_it_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SettingError, match=r"pip install 'imprompt\[evaluate\]'"):
         write_report(run_folder(tmp_path / "run"))
@@ -324,8 +324,8 @@ def test_axes() -> None:
 
 
 def test_choices_follow_their_rules(tmp_path: Path) -> None:
-    assert spread("abcdefgh", 3) == ["a", "c", "f"]
-    assert spread("ab", 5) == ["a", "b"]
+    assert evenly_spread("abcdefgh", 3) == ["a", "c", "f"]
+    assert evenly_spread("ab", 5) == ["a", "b"]
     assert contact.sheet_items(1) == contact.ITEMS
     assert contact.sheet_items(48) == contact.sheet_items(1000) == 12
     results = read_results(run_folder(tmp_path / "run", [{}], items=[f"{n:02}" for n in range(30)]))

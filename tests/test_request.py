@@ -67,7 +67,9 @@ def test_an_option_is_written_once() -> None:
         ] = ()
 
     caught: list[Any] = []
-    command = with_flags(lambda told: caught.append(dict(told)), list(flags_of(More, {})))
+    command = with_flags(
+        lambda given_fields: caught.append(dict(given_fields)), list(flags_of(More, {}))
+    )
     app = typer.Typer(add_completion=False)
     app.command()(command)
     shown = CliRunner().invoke(app, ["--help"]).output

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tiny import UNETS
-from tests.ways import SIZE, TWO, Heard, Way, check_same_pixels, half
+from tests.ways import SIZE, TWO, PromptSpec, Way, check_same_pixels, half
 
 
 def alter_text(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
@@ -37,17 +37,21 @@ def compiled_by_user(pipe: Any) -> Any:
 
 WAYS = [
     Way("text", options=SIZE),
-    Way("plus", [Heard("plus", tokens=5)], options=SIZE),
+    Way("plus", [PromptSpec("plus", tokens=5)], options=SIZE),
     Way("no guidance", guidance=1.0, options=SIZE),
-    Way("one prompt for all", [Heard(alike=True)], options=SIZE),
-    Way("many tokens", [Heard(tokens=33)], options=SIZE),
+    Way("one prompt for all", [PromptSpec(alike=True)], options=SIZE),
+    Way("many tokens", [PromptSpec(tokens=33)], options=SIZE),
     Way("oblong", TWO, options={"width": 24, "height": 40}),
-    Way("two adapters", [Heard(), Heard("plus", tokens=5, scale=0.3, seed=2)], options=SIZE),
+    Way(
+        "two adapters",
+        [PromptSpec(), PromptSpec("plus", tokens=5, scale=0.3, seed=2)],
+        options=SIZE,
+    ),
     Way("two adapters in two regions", TWO, options=SIZE),
-    Way("masked", [Heard(mask=half(True))], options=SIZE),
-    Way("block map", [Heard(sites=(0.0, 1.0, 0.5))], options=SIZE),
-    Way("window", [Heard(window=(300, 800))], options=SIZE),
-    Way("window and masks", [*TWO, Heard(window=(500, 1000), seed=5)], options=SIZE),
+    Way("masked", [PromptSpec(mask=half(True))], options=SIZE),
+    Way("block map", [PromptSpec(layers=(0.0, 1.0, 0.5))], options=SIZE),
+    Way("window", [PromptSpec(window=(300, 800))], options=SIZE),
+    Way("window and masks", [*TWO, PromptSpec(window=(500, 1000), seed=5)], options=SIZE),
     Way(
         "text altered between steps",
         options=SIZE
@@ -58,7 +62,7 @@ WAYS = [
     ),
     Way(
         "compiled",
-        [*TWO, Heard(window=(500, 1000), seed=5)],
+        [*TWO, PromptSpec(window=(500, 1000), seed=5)],
         options=SIZE,
         ready=compiled,
         pipelines=["sd1"],

@@ -364,7 +364,7 @@ def test_a_malformed_list_is_refused_with_its_place(
 
 
 @pytest.mark.parametrize("form", [row.form for row in SOURCES])
-def test_an_unknown_source_is_told_the_known_forms(form: str, tmp_path: Path) -> None:
+def test_an_unknown_source_is_reported_the_known_forms(form: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="known: ") as caught:
         open_source(Data(source=str(tmp_path / "no such folder")))
     assert form in str(caught.value)

@@ -19,7 +19,7 @@ from imprompt.variants import TRAINABLE
 from tests.runs import begun, losses, names, picture_folder, recipe, saved_pipeline, tensors
 from tests.sets import MAKERS, items, make_folder, masked
 
-SITES = {"sd1": 16, "sdxl": 17}  # text cross-attentions of the tiny structures
+LAYERS = {"sd1": 16, "sdxl": 17}  # text cross-attentions of the tiny structures
 FILES = ["adapter.safetensors", "state.json", "training.pt"]
 
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return picture_folder(tmp_path_factory.mktemp("pictures"))
 
 
-@pytest.fixture(scope="module", params=list(SITES))
+@pytest.fixture(scope="module", params=list(LAYERS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SD 1.x or SDXL as a folder."""
     return saved_pipeline(tmp_path_factory.mktemp("models") / request.param, request.param)
@@ -46,7 +46,7 @@ def test_every_variant_trains_on_sd1_and_sdxl(
     assert names(tmp_path / "run") == ["latest", "metrics.jsonl", "step-0000002"]
     assert names(latest) == FILES
     file = read_adapter(latest)
-    assert (file.variant.name, len(file.kv)) == (name, SITES[model.name])
+    assert (file.variant.name, len(file.kv)) == (name, LAYERS[model.name])
     assert file.header is not None
     assert (file.header.base, file.header.training_steps, file.header.prediction_type) == (
         str(model),
@@ -64,7 +64,7 @@ def test_every_variant_trains_on_sd1_and_sdxl(
     assert (
         sum(path.stat().st_size for path in latest.iterdir()) < 3.2 * 4 * file.parameters + 200_000
     )
-    began = run.setup.twin.state_dict()
+    began = run.setup.cpu_copy.state_dict()
     assert not any(
         torch.equal(before, after)
         for before, after in zip(began.values(), after_of(latest, run), strict=True)
@@ -147,7 +147,7 @@ def test_the_average_follows_as_it_should() -> None:
         decay = min(0.3, (1 + number) / (10 + number))
         expected = decay * expected + (1 - decay) * number
         assert average.means[0].item() == pytest.approx(expected)
-    with average.worn_by([weight]):
+    with average.swapped_into([weight]):
         assert weight.item() == pytest.approx(expected)
     assert weight.item() == 7
 
@@ -180,7 +180,7 @@ def plain_losses(run: Path) -> list[float]:
     return [row["plain_loss"] for row in Metrics(run).read() if "loss" in row]
 
 
-def test_masks_weigh_alike_from_every_source_and_from_features(
+def test_masks_weigh_equally_from_every_source_and_from_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hub-cache"))
@@ -291,12 +291,12 @@ def test_a_run_starts_from_a_given_adapter(folder: Path, tmp_path: Path) -> None
 def test_the_best_state_is_kept(folder: Path, tmp_path: Path) -> None:
     measured = iter([3.0, 1.0, 2.0, 4.0])
 
-    class Told(loop.Run):
+    class Reported(loop.Run):
         def held_out_loss(self) -> float:
             return next(measured)
 
     plan = recipe(folder, tmp_path, 8, keep=1, data={"held_out": 2})
-    Told(setup.set_up(plan, Watcher().encoded), Watcher()).go()
+    Reported(setup.set_up(plan, Watcher().encoded), Watcher()).go()
     assert names(tmp_path) == ["best", "latest", "metrics.jsonl", "step-0000004", "step-0000008"]
     assert (tmp_path / "best").resolve().name == "step-0000004"
     assert [row["held_out_loss"] for row in Metrics(tmp_path).read() if "held_out_loss" in row] == [
@@ -309,9 +309,9 @@ def test_the_best_state_is_kept(folder: Path, tmp_path: Path) -> None:
 
 def test_held_out_samples_are_never_trained_on(folder: Path, tmp_path: Path) -> None:
     run = begun(recipe(folder, tmp_path, 10, data={"held_out": 3}))
-    items = run.supply.items(0)
+    items = run.data_pipeline.items(0)
     shown = {name for _ in range(10) for name in next(items)["name"]}
-    kept = {run.supply.reader.name(int(index)) for index in run.supply.held_out}
+    kept = {run.data_pipeline.reader.name(int(index)) for index in run.data_pipeline.held_out}
     assert (len(shown), len(kept), shown & kept) == (4, 3, set())
     assert run.held_out_loss() == run.held_out_loss()
 

@@ -337,7 +337,7 @@ def test_what_is_no_whole_clip_is_one_line(clip_folder: Path, tmp_path: Path) ->
         ({"size": 17}, "width = 17"),
     ],
 )
-def test_wrong_plans_are_told_before_training(
+def test_wrong_plans_are_reported_before_training(
     change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ImpromptError, match=words):

@@ -22,7 +22,7 @@ from imprompt.errors import ImpromptError, SettingError
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 from imprompt.training.watch import (
-    SHOWN_BAD,
+    LISTED_BAD,
     Clock,
     LogRow,
     Metrics,
@@ -233,7 +233,7 @@ def test_many_bad_samples_do_not_flood() -> None:
             watcher.bad(BadSample(f"[{number}].png", "is empty"))
     lines = out.getvalue().splitlines()
     assert lines[0] == "bad sample [0].png: is empty"
-    assert len(lines) == SHOWN_BAD
+    assert len(lines) == LISTED_BAD
     assert lines[-1].endswith("further ones are only counted")
 
 

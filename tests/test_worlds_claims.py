@@ -71,7 +71,7 @@ def test_every_rival_learns_and_the_base_does_not(base: Base, method: Conditione
     assert not any(name.startswith("base") for name in method.state_dict())
 
 
-def test_the_picture_is_heard(base: Base, method: Conditioned) -> None:
+def test_the_picture_is_applied(base: Base, method: Conditioned) -> None:
     if type(method).__name__ == "Shuffle":  # its last layers start at zero
         for layer in (*method.net.controlnet_down_blocks, method.net.controlnet_mid_block):
             torch.nn.init.normal_(layer.weight, std=0.1)
@@ -106,9 +106,9 @@ def test_no_picture_is_the_base_under_shuffle(base: Base) -> None:
     method, (x, t, text, seen) = RIVALS["ControlNet shuffle"].build(base), inputs(base)
     torch.nn.init.normal_(method.net.controlnet_mid_block.weight)
     with torch.no_grad():
-        plain, heard = base.unet(x, t, text, return_dict=False)[0], method(x, t, text, seen)
+        plain, conditioned = base.unet(x, t, text, return_dict=False)[0], method(x, t, text, seen)
         assert torch.equal(method(x, t, text, seen.where(torch.tensor([False, False]))), plain)
-    assert not torch.equal(heard, plain)
+    assert not torch.equal(conditioned, plain)
 
 
 def test_a_whole_fine_tuning_costs_more_than_the_adapter(base: Base) -> None:

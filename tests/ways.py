@@ -33,15 +33,15 @@ KEY = "ip_hidden_states"
 
 
 @dataclass(frozen=True)
-class Heard:
-    """One adapter's prompt: image tokens, how strongly they are heard, where and when."""
+class PromptSpec:
+    """One adapter's prompt: image tokens, how strongly they are spec, where and when."""
 
     variant: str = "base"
     tokens: int = 4  # a picture's
     scale: float = 0.7
-    sites: tuple[float, ...] = ()  # factors by site, repeated over the sites
+    layers: tuple[float, ...] = ()  # factors by site, repeated over the sites
     mask: Tensor | None = None  # (1, h, w)
-    window: tuple[int, int] = (0, 1000)  # timesteps at which it is heard
+    window: tuple[int, int] = (0, 1000)  # timesteps at which it is spec
     alike: bool = False  # one prompt for the whole batch
     seed: int = 1
 
@@ -52,8 +52,8 @@ class Heard:
                 1 if self.alike else batch, self.tokens, adapter.image_kv[0].to_k.in_features
             )
 
-    def factors(self, sites: int) -> Tensor:
-        return self.scale * torch.tensor([*(self.sites or (1.0,))] * sites)[:sites]
+    def factors(self, layers: int) -> Tensor:
+        return self.scale * torch.tensor([*(self.layers or (1.0,))] * layers)[:layers]
 
     def prompt(self, adapter: IPAdapter, batch: int) -> ImagePrompt:
         table = self.factors(len(adapter.image_kv))
@@ -72,7 +72,7 @@ class Way:
     """How pictures are made."""
 
     name: str
-    heard: Sequence[Heard] = (Heard(),)
+    specs: Sequence[PromptSpec] = (PromptSpec(),)
     task: int = 0  # of `Tasks`: text, image to image, inpainting
     guidance: float = 5.0
     batch: int = 2
@@ -105,7 +105,10 @@ def half(upper: bool) -> Tensor:
     return mask if upper else 1 - mask
 
 
-TWO = (Heard(mask=half(True)), Heard("plus", tokens=5, scale=0.4, mask=half(False), seed=2))
+TWO = (
+    PromptSpec(mask=half(True)),
+    PromptSpec("plus", tokens=5, scale=0.4, mask=half(False), seed=2),
+)
 START = {"image": pictures(1)[0].resize((SIDE, SIDE)), "strength": 0.9}
 
 
@@ -115,8 +118,8 @@ class Plain:
     Latents are higher than wide as the mask's aspect says.
     """
 
-    def __init__(self, site: int, adapters: Sequence[IPAdapter], way: Way, aspect: float) -> None:
-        self.site, self.adapters, self.way, self.aspect = site, adapters, way, aspect
+    def __init__(self, layer: int, adapters: Sequence[IPAdapter], way: Way, aspect: float) -> None:
+        self.layer, self.adapters, self.way, self.aspect = layer, adapters, way, aspect
         self.timestep = 0.0
 
     def __call__(
@@ -130,21 +133,21 @@ class Plain:
                 for layer in (attn.to_k, attn.to_v)
             ),
         )
-        for adapter, heard in zip(self.adapters, self.way.heard, strict=True):
+        for adapter, spec in zip(self.adapters, self.way.specs, strict=True):
             kv, tokens = (
-                adapter.image_kv[self.site],
-                heard.tokens_of(adapter, len(query)).expand(len(query), -1, -1),
+                adapter.image_kv[self.layer],
+                spec.tokens_of(adapter, len(query)).expand(len(query), -1, -1),
             )
             image = softmax_attention(
                 query, *(split_heads(layer(tokens), attn.heads) for layer in (kv.to_k, kv.to_v))
             )
-            scale = heard.factors(len(adapter.image_kv))[self.site] * (
-                heard.window[0] <= self.timestep < heard.window[1]
+            scale = spec.factors(len(adapter.image_kv))[self.layer] * (
+                spec.window[0] <= self.timestep < spec.window[1]
             )
-            if heard.mask is not None:
+            if spec.mask is not None:
                 columns = round((query.shape[2] / self.aspect) ** 0.5)
                 seen = F.interpolate(
-                    heard.mask[None], (query.shape[2] // columns, columns), mode="area"
+                    spec.mask[None], (query.shape[2] // columns, columns), mode="area"
                 )
                 image = image * seen.flatten(2)[..., None]
             out = out + scale * image
@@ -162,16 +165,16 @@ def plainly(unet: Any, adapters: Sequence[IPAdapter], way: Way) -> Iterator[None
     The parts of its batch are checked to be what `way` says.
     """
     aspect = way.options.get("height", SIDE) / way.options.get("width", SIDE)
-    sites = [Plain(number, adapters, way, aspect) for number in range(len(adapters[0].image_kv))]
-    for site, processor in zip(family_of(unet).layers(unet).values(), sites, strict=True):
-        site.set_processor(processor)
+    layers = [Plain(number, adapters, way, aspect) for number in range(len(adapters[0].image_kv))]
+    for layer, processor in zip(family_of(unet).layers(unet).values(), layers, strict=True):
+        layer.set_processor(processor)
 
     def tell(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(UNET.arguments, args, strict=False)) | kwargs
         if len(given["encoder_hidden_states"]) == way.items:
             check_parts(given["encoder_hidden_states"], way.parts)
-        for site in sites:
-            site.timestep = float(given["timestep"])
+        for layer in layers:
+            layer.timestep = float(given["timestep"])
 
     hook = unet.register_forward_pre_hook(tell, with_kwargs=True)
     yield
@@ -235,19 +238,17 @@ def pipeline(base: str, way: Way) -> Any:
 @torch.no_grad()
 def check_same_pixels(base: str, way: Way) -> None:
     """Raise AssertionError unless the prepared prompt gives the plain way's pixels, and is
-    heard.
+    spec.
     """
     plain, ours = pipeline(base, way), pipeline(base, way)
-    adapters = [
-        tiny_adapter(plain.unet, heard.variant, seed=heard.seed + 20) for heard in way.heard
-    ]
+    adapters = [tiny_adapter(plain.unet, spec.variant, seed=spec.seed + 20) for spec in way.specs]
     plain = way.after(plain)
     with plainly(plain.unet, adapters, way):
         expected = run(plain, way)
     for adapter in adapters:
         adapter.attach(ours.unet)
     prompts = [
-        heard.prompt(adapter, way.items) for heard, adapter in zip(way.heard, adapters, strict=True)
+        spec.prompt(adapter, way.items) for spec, adapter in zip(way.specs, adapters, strict=True)
     ]
     ours = way.ready(way.after(ours))
     own = way.options.get("cross_attention_kwargs", {})
@@ -258,7 +259,7 @@ def check_same_pixels(base: str, way: Way) -> None:
             cross_attention_kwargs=own | {KEY: prompts if len(prompts) > 1 else prompts[0]},
         )
         torch.testing.assert_close(pixels, expected, rtol=0, atol=TOLERANCE)
-    silent = [prompt.with_scale(0) for prompt in prompts]
+    unconditioned = [prompt.with_scale(0) for prompt in prompts]
     assert (
-        run(ours, way, cross_attention_kwargs=own | {KEY: silent}) - expected
+        run(ours, way, cross_attention_kwargs=own | {KEY: unconditioned}) - expected
     ).abs().max() > 100 * TOLERANCE

@@ -28,10 +28,10 @@ def first_line(error: BaseException) -> str:
     """What another library's or the system's error says, in one line without its number and file
     names.
     """
-    said = (
+    message = (
         (isinstance(error, OSError) and error.strerror)
         or str(error).strip()
         or type(error).__name__
     )
-    line = said.splitlines()[0]
+    line = message.splitlines()[0]
     return line if len(line) <= 200 else f"{line[:199]}…"

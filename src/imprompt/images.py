@@ -181,18 +181,21 @@ def in_srgb(picture: Image.Image) -> Image.Image:
             else picture
         )
         colours = whole.convert(whole.mode.removesuffix("A"))
-        shown = ImageCms.profileToProfile(
+        converted = ImageCms.profileToProfile(
             colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         # damaged, or of another kind of colours than the picture's
         return picture
-    assert shown is not None
-    if np.asarray(ImageChops.difference(shown, colours.convert("RGB"))).max(initial=0) <= ROUNDING:
+    assert converted is not None
+    if (
+        np.asarray(ImageChops.difference(converted, colours.convert("RGB"))).max(initial=0)
+        <= ROUNDING
+    ):
         return picture  # its colours are those of sRGB
     if whole.mode in ("RGBA", "LA"):
-        shown.putalpha(whole.getchannel("A"))
-    return shown
+        converted.putalpha(whole.getchannel("A"))
+    return converted
 
 
 def upright(picture: Image.Image) -> Image.Image:

@@ -81,8 +81,8 @@ class Variant:
     where: Callable[[CheckpointEvidence], bool] = lambda _: True
     lora: bool = False
     widened: bool = False
-    alike: tuple[str, ...] = ()
-    rivals: tuple[str, ...] = ()
+    equivalent_to: tuple[str, ...] = ()
+    ambiguous_with: tuple[str, ...] = ()
     faces: str = ""
 
     @property
@@ -128,7 +128,7 @@ VARIANTS = (  # they read what a CLIP image encoder says of the whole picture
             shapes["proj.weight"][0] // shapes["norm.weight"][0],
             shapes["norm.weight"][0],
         ),
-        alike=("light", "light-v11"),
+        equivalent_to=("light", "light-v11"),
     ),
     Variant(
         "full",
@@ -148,7 +148,7 @@ VARIANTS = (  # they read what a CLIP image encoder says of the whole picture
         "proj_in.weight",
         by_latents,
         lambda seen: width(seen.projection, "proj_in.weight") != FACE_DIM,
-        alike=("plus-face", "composition"),
+        equivalent_to=("plus-face", "composition"),
     ),
 )
 FACES = (  # they read a face
@@ -161,7 +161,7 @@ FACES = (  # they read a face
         "proj_in.weight",
         by_latents,
         lambda seen: width(seen.projection, "proj_in.weight") == FACE_DIM,
-        rivals=("InstantID",),
+        ambiguous_with=("InstantID",),
         faces="buffalo_l",
     ),
     Variant(

@@ -30,7 +30,7 @@ from tests.tiny import (
 )
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-HEARD = 1e-2  # an image prompt moves the noise by more than this: the comparisons mean something
+EFFECT = 1e-2  # an image prompt moves the noise by more than this: the comparisons mean something
 
 
 @dataclass
@@ -89,7 +89,7 @@ def test_same_noise(pair: Pair, encoder: VisionEncoder, batch: int, guidance: bo
         torch.testing.assert_close(
             results[scale], noise(pair.theirs, with_image(inputs, features)), **TOLERANCE
         )
-    assert (results[1.0] - results[0.0]).abs().max() > HEARD
+    assert (results[1.0] - results[0.0]).abs().max() > EFFECT
 
 
 @torch.no_grad()
@@ -153,13 +153,13 @@ def test_same_pixels(base: str, row: Variant) -> None:
     torch.testing.assert_close(
         ours, run(theirs, ["a cat"], start(1), ip_adapter_image=picture), **TOLERANCE
     )
-    assert (ours - text_only).abs().max() > HEARD
+    assert (ours - text_only).abs().max() > EFFECT
     assert torch.equal(run(pipe, ["a cat"], start(1)), text_only)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("base", PIPELINES)
-def test_each_item_hears_its_own_image(base: str) -> None:
+def test_each_item_gets_its_own_image(base: str) -> None:
     """diffusers' pipelines let every item of a batch hear all images of the batch.
 
     Here item i hears image i.
@@ -185,4 +185,4 @@ def test_each_item_hears_its_own_image(base: str) -> None:
         together = ours(slice(0, 3))
         alone = torch.cat([ours(slice(item, item + 1)) for item in range(3)])
     torch.testing.assert_close(together, alone, **TOLERANCE)
-    assert (together - together.roll(1, 0)).abs().max() > HEARD
+    assert (together - together.roll(1, 0)).abs().max() > EFFECT

@@ -28,7 +28,7 @@ from tests.tiny import (
 )
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-HEARD = 1e-2  # an image prompt moves the noise by more than this: the comparisons mean something
+EFFECT = 1e-2  # an image prompt moves the noise by more than this: the comparisons mean something
 BASES = ["sd1", "sdxl"]
 LATENTS = {"high": (16, 8), "wide": (16, 24)}  # the deepest sites of SD 1.x see an eighth of a side
 
@@ -46,7 +46,7 @@ class Pair:
             [paper_layout(adapter) for adapter in self.adapters], low_cpu_mem_usage=False
         )
         self.theirs.requires_grad_(False)
-        self.sites = list(family_of(self.ours).layers(self.ours))
+        self.layers = list(family_of(self.ours).layers(self.ours))
 
     def set_their_scale(self, scale: Any) -> None:
         """A number or a nested dictionary for each adapter."""
@@ -64,10 +64,10 @@ class Pair:
             **with_image, cross_attention_kwargs={"ip_adapter_masks": masks} if masks else None
         ).sample
 
-    def by_site(self) -> list[list[float]]:
+    def by_layer(self) -> list[list[float]]:
         """Their scales, by site and adapter."""
         processors = self.theirs.attn_processors
-        return [processors[f"{site}.processor"].scale for site in self.sites]
+        return [processors[f"{layer}.processor"].scale for layer in self.layers]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def features(variant: str, *shape: int, seed: int = 21) -> Tensor:
         return torch.randn(*shape, *width)
 
 
-def heard(adapter: IPAdapter, given: Tensor, **parts: Any) -> ImagePrompt:
+def conditioned(adapter: IPAdapter, given: Tensor, **parts: Any) -> ImagePrompt:
     """A prompt of features (B, ...)."""
     return adapter.prompt(adapter.tokens(given))._replace(**parts)
 
@@ -104,14 +104,14 @@ def test_several_adapters(double: Pair, scales: tuple[float, float]) -> None:
     given = [features(name, 2, seed=seed) for name, seed in (("base", 21), ("plus", 22))]
     double.set_their_scale(list(scales))
     prompts = [
-        heard(adapter, f).with_scale(scale)
+        conditioned(adapter, f).with_scale(scale)
         for adapter, f, scale in zip(double.adapters, given, scales, strict=True)
     ]
     ours = noise(double.ours, inputs, prompts)
     torch.testing.assert_close(
         ours, double.their_noise(inputs, [f[:, None] for f in given]), **TOLERANCE
     )
-    assert (ours - noise(double.ours, inputs)).abs().max() > HEARD
+    assert (ours - noise(double.ours, inputs)).abs().max() > EFFECT
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def test_several_images_of_an_adapter(double: Pair, batch: int) -> None:
     assert bias is None
     prompts = [
         double.adapters[0].prompt(tokens, scale=0.7),
-        heard(double.adapters[1], one).with_scale(0.4),
+        conditioned(double.adapters[1], one).with_scale(0.4),
     ]
     theirs = double.their_noise(
         inputs, [f[None].expand(batch, *[-1] * (f.ndim)) for f in (several, one)]
@@ -164,17 +164,17 @@ def test_a_mask_for_each_image(single: Pair, shape: str) -> None:
         list(pictures), height=8 * size[0], width=8 * size[1]
     )
     single.set_their_scale([0.8])
-    for site in single.sites:
-        single.theirs.attn_processors[f"{site}.processor"].scale = [[0.8, 0.5]]
+    for layer in single.layers:
+        single.theirs.attn_processors[f"{layer}.processor"].scale = [[0.8, 0.5]]
     theirs = single.their_noise(inputs, [given[None].expand(2, -1, -1)], [masks.transpose(0, 1)])
     prompts = [
-        heard(single.adapters[0], given[i : i + 1], mask=mask).with_scale(scale)
+        conditioned(single.adapters[0], given[i : i + 1], mask=mask).with_scale(scale)
         for i, (mask, scale) in enumerate(zip(regions(pictures), (0.8, 0.5), strict=True))
     ]
     ours = noise(single.ours, inputs, prompts)
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
     swapped = [prompts[0]._replace(mask=prompts[1].mask), prompts[1]._replace(mask=prompts[0].mask)]
-    assert (ours - noise(single.ours, inputs, swapped)).abs().max() > HEARD
+    assert (ours - noise(single.ours, inputs, swapped)).abs().max() > EFFECT
 
 
 @torch.no_grad()
@@ -188,8 +188,8 @@ def test_an_adapter_with_a_mask_beside_one_without(double: Pair) -> None:
     double.set_their_scale([1.0, 0.5])
     theirs = double.their_noise(inputs, [f[:, None] for f in given], [mask, torch.ones_like(mask)])
     prompts = [
-        heard(double.adapters[0], given[0], mask=regions([upper])[0]),
-        heard(double.adapters[1], given[1]).with_scale(0.5),
+        conditioned(double.adapters[0], given[0], mask=regions([upper])[0]),
+        conditioned(double.adapters[1], given[1]).with_scale(0.5),
     ]
     torch.testing.assert_close(noise(double.ours, inputs, prompts), theirs, **TOLERANCE)
 
@@ -224,11 +224,11 @@ BLOCKS: dict[str, list[Any]] = {
 def test_scales_by_block(base: str, blocks: Any, pairs: dict[str, Pair]) -> None:
     pair = pairs[base]
     pair.set_their_scale([blocks])
-    _, table = scale_table(pair.sites, blocks=blocks)
-    torch.testing.assert_close(table, torch.tensor(pair.by_site()))
+    _, table = scale_table(pair.layers, blocks=blocks)
+    torch.testing.assert_close(table, torch.tensor(pair.by_layer()))
     inputs, given = noise_inputs(pair.ours, 1), features("base", 1)
-    ours = noise(pair.ours, inputs, heard(pair.adapters[0], given).with_scale(table))
+    ours = noise(pair.ours, inputs, conditioned(pair.adapters[0], given).with_scale(table))
     torch.testing.assert_close(ours, pair.their_noise(inputs, [given[:, None]]), **TOLERANCE)
     assert (
         ours - noise(pair.ours, inputs)
-    ).abs().max() > HEARD / 10  # one block of many may move it less
+    ).abs().max() > EFFECT / 10  # one block of many may move it less

@@ -26,7 +26,7 @@ from tests.tiny import (
 )
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-HEARD = 1e-2  # what the parts of a prompt move the noise by, at least
+EFFECT = 1e-2  # what the parts of a prompt move the noise by, at least
 ROWS = [row for row in FACES if not row.widened]  # Kolors' it cannot load
 
 
@@ -114,9 +114,9 @@ def test_same_noise(pair: Pair, batch: int) -> None:
             noise(pair.theirs.unet, with_image(inputs, shown(pair.row, faces))),
             **TOLERANCE,
         )
-    assert (results[0.7] - results[0.0]).abs().max() > HEARD
+    assert (results[0.7] - results[0.0]).abs().max() > EFFECT
     moved = (noise(pair.ours.unet, inputs) - results[0.0]).abs().max()  # by the low-rank part
-    assert moved > HEARD if pair.row.lora else moved == 0
+    assert moved > EFFECT if pair.row.lora else moved == 0
 
 
 @torch.no_grad()
@@ -143,7 +143,7 @@ def test_same_pixels(pair: Pair) -> None:
         pair.theirs, ["a cat"], start(1), ip_adapter_image_embeds=[shown(pair.row, both)[:, None]]
     )
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
-    assert (ours - run(pair.ours, ["a cat"], start(1))).abs().max() > HEARD
+    assert (ours - run(pair.ours, ["a cat"], start(1))).abs().max() > EFFECT
 
 
 @torch.no_grad()
@@ -159,9 +159,9 @@ def test_the_low_rank_part_at_another_strength(strength: float) -> None:
         with seeded(13):
             faces = torch.randn(2, FACE_DIM)
         inputs = noise_inputs(ours.unet, 2)
-        heard = noise(ours.unet, inputs, adapter.prompt(adapter.tokens(faces)))
+        conditioned = noise(ours.unet, inputs, adapter.prompt(adapter.tokens(faces)))
         torch.testing.assert_close(
-            heard, noise(theirs.unet, with_image(inputs, faces)), **TOLERANCE
+            conditioned, noise(theirs.unet, with_image(inputs, faces)), **TOLERANCE
         )
 
 

@@ -73,7 +73,7 @@ def test_same_noise(faceid: ModuleType, base: str, tmp_path: Path) -> None:
     with seeded(1):
         faces = torch.cat([torch.zeros(1, FACE_DIM), torch.randn(2, FACE_DIM)])
     inputs = noise_inputs(unet, 3)
-    silent = noise(unet, inputs)
+    unconditioned = noise(unet, inputs)
     with adapter.attached(unet):
         prompt = adapter.prompt(adapter.tokens(faces))
         ours = {scale: noise(unet, inputs, prompt.with_scale(scale)) for scale in (0.0, 0.7)}
@@ -99,7 +99,7 @@ def test_same_noise(faceid: ModuleType, base: str, tmp_path: Path) -> None:
         for processor in processors:
             processor.scale = scale
         torch.testing.assert_close(expected, noise(unet, joined), **TOLERANCE)
-        assert (expected - silent).abs().max() > 1e-2
+        assert (expected - unconditioned).abs().max() > 1e-2
     assert (ours[0.0] - ours[0.7]).abs().max() > 1e-2
 
 

@@ -118,9 +118,11 @@ GROUPS = {
 STYLE, LAYOUT = GROUPS["up_blocks.1 (8x8)"], GROUPS["all but up_blocks.1"]
 
 
-def block_map(sites: Sequence[str], blocks: Sequence[str]) -> Tensor:
+def block_map(layers: Sequence[str], blocks: Sequence[str]) -> Tensor:
     """1 for sites whose names begin so, else 0 (sites,)."""
-    return torch.tensor([float(any(site.startswith(block) for block in blocks)) for site in sites])
+    return torch.tensor(
+        [float(any(layer.startswith(block) for block in blocks)) for layer in layers]
+    )
 
 
 def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
@@ -150,7 +152,7 @@ def blocks(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     real = render(scenes, glyphs, world.side)
     ways = {
         name: carried(
-            studio.draw(len(real), Heard(real, block_map(studio.sites, on)), steps=SWEEP_STEPS),
+            studio.draw(len(real), Heard(real, block_map(studio.layers, on)), steps=SWEEP_STEPS),
             real,
             scenes,
         )
@@ -174,8 +176,8 @@ def style_and_layout(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, 
     )
     a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
     palette, layout = (
-        Heard(b, block_map(studio.sites, STYLE)),
-        Heard(a, block_map(studio.sites, LAYOUT)),
+        Heard(b, block_map(studio.layers, STYLE)),
+        Heard(a, block_map(studio.layers, LAYOUT)),
     )
     results = {
         "B, style map": studio.draw(COUNT, palette),

@@ -48,7 +48,7 @@ class Studio:
         if style is not None:
             self.pipe.load_lora_weights(style)
         self.encoder = open_encoder(Location(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
-        self.sites = list(family_of(self.pipe.unet).layers(self.pipe.unet))
+        self.layers = list(family_of(self.pipe.unet).layers(self.pipe.unet))
         self.file = read_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors")
         self.adapter = load_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors", self.pipe.unet)
         self.adapter.attach(self.pipe.unet)

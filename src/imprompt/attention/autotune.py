@@ -21,9 +21,9 @@ ROUNDS = 10  # calls that are timed together
 
 
 def kernel_mode() -> str:
-    if (told := environ.get(KERNEL, "auto")) not in ("auto", "always", "never"):
-        raise SettingError(f"{KERNEL} = {told!r}: give auto, always or never")
-    return told
+    if (mode := environ.get(KERNEL, "auto")) not in ("auto", "always", "never"):
+        raise SettingError(f"{KERNEL} = {mode!r}: give auto, always or never")
+    return mode
 
 
 def may_use_kernel(device: torch.device, dtype: torch.dtype) -> bool:

@@ -208,8 +208,8 @@ class ModelInjection(ABC):
 
     def prompts_of(self, kwargs: dict[str, Any]) -> tuple[ImagePrompt, ...] | None:
         """Return the image prompts of a call: from its keyword, or those in use; None if none."""
-        told = (kwargs.get(self.family.channel) or {}) if self.family.channel else {}
-        given, scope = told.get(KEY), self.scope
+        channel = (kwargs.get(self.family.channel) or {}) if self.family.channel else {}
+        given, scope = channel.get(KEY), self.scope
         if given is not None and scope is not None:
             raise MismatchError(f"image prompts are in use, and {KEY} gives others: give them once")
         if scope is not None:

@@ -170,7 +170,7 @@ def add_attention(q, weight, k, v, start, stop, scale, z, block: tl.constexpr, s
 
 
 @triton.jit
-def heard(w, w_p, w_b, w_n, offsets, prompt, rows, queries):
+def load_weight(w, w_p, w_b, w_n, offsets, prompt, rows, queries):
     """The weight of a prompt for these queries and its tokens start … stop.
 
     No tokens where no query hears it.
@@ -218,7 +218,7 @@ def forward_kernel(q, k, v, ik, iv, w, offsets, out, lse, q_b, q_h, q_n, k_b, k_
     if keep:
         tl.store(lse, logs, mask=rows < queries)
     for prompt in range(prompts):
-        weight, start, stop = heard(w, w_p, w_b, w_n, offsets, prompt, rows, queries)
+        weight, start, stop = load_weight(w, w_p, w_b, w_n, offsets, prompt, rows, queries)
         z, logs = add_attention(q, weight, ik, iv, start, stop, scale, z, block, shape)
         if keep:
             tl.store(lse + (prompt + 1) * every, logs, mask=rows < queries)
@@ -300,7 +300,7 @@ def query_kernel(q, k, v, ik, iv, w, offsets, g, lse, delta, dq, q_b, q_h, q_n, 
         q, g, one, logs, k, v, 0, texts, scale, zeros(block, shape), block, shape
     )
     for prompt in range(prompts):
-        weight, start, stop = heard(w, w_p, w_b, w_n, offsets, prompt, rows, queries)
+        weight, start, stop = load_weight(w, w_p, w_b, w_n, offsets, prompt, rows, queries)
         logs = tl.load(lse + (prompt + 1) * every, mask=rows < queries, other=float("inf"))
         x, sums = add_source_gradient(
             q, g, weight, logs, ik, iv, start, stop, scale, x, block, shape

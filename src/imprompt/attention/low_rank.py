@@ -81,7 +81,7 @@ class ModelLowRank(nn.ModuleList):
         The very same tuple as long as nothing has changed, so that several prompts of one adapter
         add it once.
         """
-        marks = (
+        versions = (
             self.strength,
             dtype,
             [(parameter.data_ptr(), version(parameter)) for parameter in self.parameters()],
@@ -90,10 +90,10 @@ class ModelLowRank(nn.ModuleList):
         trained = torch.is_grad_enabled() and any(
             parameter.requires_grad for parameter in self.parameters()
         )
-        if found is None or found[0] != marks or trained:
+        if found is None or found[0] != versions or trained:
             parts: Any = self
             found = self.__dict__["_made"] = (
-                marks,
+                versions,
                 tuple(part.weights(self.strength, dtype) for part in parts),
             )
         return found[1]

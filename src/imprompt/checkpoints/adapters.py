@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from imprompt.adapter import ImageKV, IPAdapter
@@ -56,7 +56,8 @@ class Header(Origin):
     tokens: int | None  # None: one per patch
     token_dim: int
     feature_dim: int
-    sites: tuple[str, ...]
+    # the packaged adapters' files still say `sites`
+    layers: tuple[str, ...] = Field(validation_alias=AliasChoices("layers", "sites"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +65,8 @@ class AdapterFile:
     """An adapter taken apart, as it stands in a file.
 
     projection  tensors by the names that the projection's module uses
-    kv          W'_k and W'_v of every site, each (H·d, D), in the base model's order
-    sites       module names of the sites; None where the file only numbers them
+    kv          W'_k and W'_v of every layer, each (H·d, D), in the base model's order
+    layers      module names of the cross-attentions; None where the file only numbers them
     header      None where the file has none
     lora        low-rank parts of every attention, self-attentions too, by the names that
                 `AttentionLowRank` uses: None where there are none
@@ -74,7 +75,7 @@ class AdapterFile:
     variant: Variant
     projection: dict[str, Tensor]
     kv: list[tuple[Tensor, Tensor]]
-    sites: tuple[str, ...] | None
+    layers: tuple[str, ...] | None
     header: Header | None
     layout: str
     lora: list[dict[str, Tensor]] | None = None
@@ -160,16 +161,16 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
         for key in tensors
         if key.startswith(layout.projection)
     }
-    shapes, sites = shapes_of(tensors), _site_labels(layout, tensors, header)
+    shapes, layers = shapes_of(tensors), _layer_labels(layout, tensors, header)
     seen = CheckpointEvidence(
-        shapes_of(projection), layout.has_lora(tensors), text_dim(layout, sites, shapes)
+        shapes_of(projection), layout.has_lora(tensors), text_dim(layout, layers, shapes)
     )
     row = _variant_of(file, seen, header, variant)
-    check_whole(file, row, layout, sites, shapes)
-    kv = [(tensors[layout.key(site, "k")], tensors[layout.key(site, "v")]) for site in sites]
-    names = header.sites if header else None if layout.numbered else sites
+    check_whole(file, row, layout, layers, shapes)
+    kv = [(tensors[layout.key(layer, "k")], tensors[layout.key(layer, "v")]) for layer in layers]
+    names = header.layers if header else None if layout.numbered else layers
     lora = (
-        [layout.lora_keys(attention) for attention in layout.attentions(sites)]
+        [layout.lora_keys(attention) for attention in layout.attentions(layers)]
         if row.lora
         else None
     )
@@ -183,7 +184,7 @@ def write_adapter(
     path: str | os.PathLike[str],
     file: AdapterFile,
     layout: str = "imprompt",
-    sites: Sequence[str] | None = None,
+    layers: Sequence[str] | None = None,
 ) -> None:
     """Write an adapter, tensors bit for bit; the file appears whole or not at all.
 
@@ -193,8 +194,8 @@ def write_adapter(
     """
     path = Path(path)
     form = layouts.layout_to_write(layout, path.suffix)
-    header = file.header if form.numbered else _named_header(file, sites)
-    labels = header.sites if header and not form.numbered else numbered_layers(len(file.kv))
+    header = file.header if form.numbered else _named_header(file, layers)
+    labels = header.layers if header and not form.numbered else numbered_layers(len(file.kv))
     tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
     for label, pair in zip(labels, file.kv, strict=True):
         tensors |= {form.key(label, part): tensor for part, tensor in zip("kv", pair, strict=True)}
@@ -243,7 +244,7 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
 
 
 def adapter_file(
-    adapter: IPAdapter, variant: Variant, sites: Sequence[str], origin: Origin | None = None
+    adapter: IPAdapter, variant: Variant, layers: Sequence[str], origin: Origin | None = None
 ) -> AdapterFile:
     """A live adapter as a file would hold it; the tensors are the adapter's own, not copies.
 
@@ -257,12 +258,12 @@ def adapter_file(
         else None
     )
     bare = AdapterFile(
-        variant, adapter.projection.state_dict(), kv, tuple(sites), None, "imprompt", lora
+        variant, adapter.projection.state_dict(), kv, tuple(layers), None, "imprompt", lora
     )
     header = Header(
         **_facts(bare),
         family=adapter.family.name,
-        sites=tuple(sites),
+        layers=tuple(layers),
         **(origin or Origin()).model_dump(),
     )
     return replace(bare, header=header)
@@ -272,14 +273,14 @@ def save_adapter(
     path: str | os.PathLike[str],
     adapter: IPAdapter,
     variant: Variant,
-    sites: Sequence[str],
+    layers: Sequence[str],
     origin: Origin | None = None,
 ) -> None:
     """Write a live adapter in our own layout.
 
     See `adapter_file` for the arguments, `write_adapter` for the errors.
     """
-    write_adapter(path, adapter_file(adapter, variant, sites, origin))
+    write_adapter(path, adapter_file(adapter, variant, layers, origin))
 
 
 def describe(file: AdapterFile) -> list[tuple[str, str]]:
@@ -288,7 +289,7 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     rows = [
         ("layout", file.layout),
         ("variant", file.variant.name),
-        *_told_of(file.variant),
+        *_variant_rows(file.variant),
         ("image tokens", f"{file.tokens or 'one per patch'}, {file.token_width} wide"),
         *(
             [
@@ -319,14 +320,20 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     ]
 
 
-def _told_of(row: Variant) -> list[tuple[str, str]]:
+def _variant_rows(row: Variant) -> list[tuple[str, str]]:
     """What is to be known of a variant beside its name."""
-    alike = (
-        [("alike", f"{', '.join(row.alike)}: its tensors cannot tell, and it makes no difference")]
-        if row.alike
+    equivalent_to = (
+        [
+            (
+                "alike",
+                f"{', '.join(row.equivalent_to)}: its tensors cannot tell, and it makes no "
+                "difference",
+            )
+        ]
+        if row.equivalent_to
         else []
     )
-    return alike + (
+    return equivalent_to + (
         [
             (
                 "face encoder",
@@ -379,22 +386,22 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
 
 
 def _variant_of(
-    path: Path, seen: CheckpointEvidence, header: Header | None, said: str | None
+    path: Path, seen: CheckpointEvidence, header: Header | None, variant_name: str | None
 ) -> Variant:
     """The row that the tensors, the header and the user speak of.
 
     The tensors come first, and what they cannot tell is asked.
     """
-    asked = find_variant(said) if said else None
+    wanted = find_variant(variant_name) if variant_name else None
     told = BY_NAME.get(header.variant) if header else None
-    if asked and told and asked is not told:
-        raise SettingError(f"{path}: its header says {told.name}, not {asked.name}")
+    if wanted and told and wanted is not told:
+        raise SettingError(f"{path}: its header says {told.name}, not {wanted.name}")
     rows = bearing(seen.projection)
-    if asked and rows and asked not in rows:
+    if wanted and rows and wanted not in rows:
         raise SettingError(
-            f"{path} is {' or '.join(row.name for row in rows)} by its tensors, not {asked.name}"
+            f"{path} is {' or '.join(row.name for row in rows)} by its tensors, not {wanted.name}"
         )
-    told = asked or told
+    told = wanted or told
     if told is not None and (told in rows or not rows):
         return told
     if not rows:
@@ -403,7 +410,10 @@ def _variant_of(
             f"{some(seen.projection) or 'none'}"
         )
     likely = [row for row in rows if row.where(seen)] or rows
-    names = [*(row.name for row in likely), *(name for row in likely for name in row.rivals)]
+    names = [
+        *(row.name for row in likely),
+        *(name for row in likely for name in row.ambiguous_with),
+    ]
     if len(names) > 1 and header is None:
         raise CheckpointError(
             f"{path} is {' or '.join(names)}, its tensors cannot tell: say which with variant="
@@ -411,11 +421,11 @@ def _variant_of(
     return likely[0]
 
 
-def _site_labels(layout: Layout, keys: Iterable[str], header: Header | None) -> tuple[str, ...]:
+def _layer_labels(layout: Layout, keys: Iterable[str], header: Header | None) -> tuple[str, ...]:
     """What the layout calls the sites, in the base model's order."""
     if header is None:
-        return layout.sites_in(keys)
-    return numbered_layers(len(header.sites)) if layout.numbered else header.sites
+        return layout.layers_in(keys)
+    return numbered_layers(len(header.layers)) if layout.numbered else header.layers
 
 
 def _check_header(path: Path, file: AdapterFile) -> None:
@@ -440,9 +450,9 @@ def _facts(file: AdapterFile) -> dict[str, Any]:
     }
 
 
-def _named_header(file: AdapterFile, sites: Sequence[str] | None) -> Header:
+def _named_header(file: AdapterFile, layers: Sequence[str] | None) -> Header:
     """The file's header, or a new one, with the names of the sites."""
-    names = sites or file.sites or known_layers(file.token_dim, len(file.kv))
+    names = layers or file.layers or known_layers(file.token_dim, len(file.kv))
     if names is None:
         raise CheckpointError(
             f"this adapter only numbers its {len(file.kv)} cross-attentions, and no known model "
@@ -454,5 +464,5 @@ def _named_header(file: AdapterFile, sites: Sequence[str] | None) -> Header:
             f"this adapter joins {len(file.kv)} cross-attentions; {len(set(names))} are named"
         )
     if file.header:
-        return file.header.model_copy(update={"sites": tuple(names)})
-    return Header(**_facts(file), family=OLDEST, sites=tuple(names))
+        return file.header.model_copy(update={"layers": tuple(names)})
+    return Header(**_facts(file), family=OLDEST, layers=tuple(names))

@@ -33,7 +33,7 @@ def blank_projection(row: Variant, shapes: Shapes) -> nn.Module:
 
 
 def check_whole(
-    path: Path, row: Variant, layout: Layout, sites: Sequence[str], shapes: Shapes
+    path: Path, row: Variant, layout: Layout, layers: Sequence[str], shapes: Shapes
 ) -> None:
     """Raise CheckpointError, naming every missing, unexpected and misshapen tensor, unless `shapes`
     are all of this variant's.
@@ -46,11 +46,11 @@ def check_whole(
     projection, token_dim = _expected_projection(row, own)
     if token_dim is None or row.widened:
         # then the added projections are held against the first of them
-        token_dim = text_dim(layout, sites, shapes)
+        token_dim = text_dim(layout, layers, shapes)
     expected = {layout.projection + key: shape for key, shape in projection.items()}
-    expected |= _expected_kv(layout, sites or ("*",), shapes, token_dim)
+    expected |= _expected_kv(layout, layers or ("*",), shapes, token_dim)
     if row.lora:
-        expected |= _expected_lora(layout, sites or ("*",), shapes, token_dim)
+        expected |= _expected_lora(layout, layers or ("*",), shapes, token_dim)
     wrong = {
         "missing": [key for key in expected if key not in shapes],
         "unexpected": [key for key in shapes if key not in expected],
@@ -63,16 +63,16 @@ def check_whole(
     if any(wrong.values()):
         faults = "; ".join(f"{kind}: {some(names)}" for kind, names in wrong.items() if names)
         feature = own.get(row.feature_key)
-        made_for = layouts.suits(row, feature[-1] if feature else None, token_dim, len(sites))
+        made_for = layouts.suits(row, feature[-1] if feature else None, token_dim, len(layers))
         raise CheckpointError(
             f"{path} is no whole {row.name} adapter ({layout.name} layout). {faults}. It seems "
             f"made for {made_for}"
         )
 
 
-def text_dim(layout: Layout, sites: Sequence[str], shapes: Shapes) -> int | None:
+def text_dim(layout: Layout, layers: Sequence[str], shapes: Shapes) -> int | None:
     """D: what the first W' that is there reads."""
-    keys = [shape for site in sites if len(shape := shapes.get(layout.key(site, "k"), ())) == 2]
+    keys = [shape for layer in layers if len(shape := shapes.get(layout.key(layer, "k"), ())) == 2]
     return keys[0][1] if keys else None
 
 
@@ -106,21 +106,21 @@ def _expected_projection(row: Variant, shapes: Shapes) -> tuple[dict[str, Expect
 
 
 def _expected_kv(
-    layout: Layout, sites: Sequence[str], shapes: Shapes, token_dim: int | None
+    layout: Layout, layers: Sequence[str], shapes: Shapes, token_dim: int | None
 ) -> dict[str, Expected]:
     """Key -> (H·d, D) of W'_k and W'_v of every site.
 
     Both have the rows that the first of them has.
     """
     expected: dict[str, Expected] = {}
-    for site in sites:
-        pair = [layout.key(site, part) for part in "kv"]
+    for layer in layers:
+        pair = [layout.key(layer, part) for part in "kv"]
         expected |= dict.fromkeys(pair, (_rows(pair, shapes), token_dim))
     return expected
 
 
 def _expected_lora(
-    layout: Layout, sites: Sequence[str], shapes: Shapes, token_dim: int | None
+    layout: Layout, layers: Sequence[str], shapes: Shapes, token_dim: int | None
 ) -> dict[str, Expected]:
     """Key -> shape of the low-rank parts of every site and of the self-attention before it: down
     (r, in), up (out, r).
@@ -129,9 +129,9 @@ def _expected_lora(
     text. A rank is what the first of its pair says.
     """
     expected: dict[str, Expected] = {}
-    for number, attention in enumerate(layout.attentions(sites)):
-        site = sites[number // 2]
-        hidden = _rows([layout.key(site, part) for part in "kv"], shapes)
+    for number, attention in enumerate(layout.attentions(layers)):
+        layer = layers[number // 2]
+        hidden = _rows([layout.key(layer, part) for part in "kv"], shapes)
         keys = layout.lora_keys(attention)
         for part in ("to_q", "to_k", "to_v", "to_out"):
             down, up = (keys[f"{part}.{half}.weight"] for half in ("down", "up"))

@@ -25,10 +25,10 @@ class Layout:
     """One way to name an adapter's tensors, for reading and for writing.
 
     projection  what stands before the names that the projection's own module uses
-    kv          key of one added projection: {part} is k or v, {site} the site's name or number
-    lora        key of one low-rank part: {part} is q, k, v or out, {half} is down or up, {site} any
-                attention's name or number
-    numbered    sites are called by number: see `imprompt.families.unet_layers`
+    kv          key of one added projection: {part} is k or v, {layer} the layer's name or number
+    lora        key of one low-rank part: {part} is q, k, v or out, {half} is down or up, {layer}
+                any attention's name or number
+    numbered    layers are called by number: see `imprompt.families.unet_layers`
     suffixes    of the files that are written so; none where the layout is only read
     """
 
@@ -42,25 +42,25 @@ class Layout:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         # doubled backslash: it is used as a replacement
-        site = r"([1-9]\\d{0,2})" if self.numbered else "(.+)"
+        layer = r"([1-9]\\d{0,2})" if self.numbered else "(.+)"
         return re.compile(
-            re.sub(r"\\{site\\}", site, re.escape(self.kv)).replace(r"\{part\}", "[kv]")
+            re.sub(r"\\{layer\\}", layer, re.escape(self.kv)).replace(r"\{part\}", "[kv]")
         )
 
     @cached_property
     def _of_lora(self) -> re.Pattern[str]:
-        holes = {"site": ".+", "part": "(q|k|v|out)", "half": "(down|up)"}
+        holes = {"layer": ".+", "part": "(q|k|v|out)", "half": "(down|up)"}
         return re.compile(re.sub(r"\\{(\w+)\\}", lambda hole: holes[hole[1]], re.escape(self.lora)))
 
-    def key(self, site: str, part: str) -> str:
-        return self.kv.format(site=site, part=part)
+    def key(self, layer: str, part: str) -> str:
+        return self.kv.format(layer=layer, part=part)
 
     def lora_keys(self, attention: str) -> dict[str, str]:
         """Names by which `attention.low_rank.AttentionLowRank` knows its tensors -> keys, at that
         attention.
         """
         return {
-            f"to_{part}.{half}.weight": self.lora.format(site=attention, part=part, half=half)
+            f"to_{part}.{half}.weight": self.lora.format(layer=attention, part=part, half=half)
             for part in ("q", "k", "v", "out")
             for half in ("down", "up")
         }
@@ -68,12 +68,12 @@ class Layout:
     def has_lora(self, keys: Iterable[str]) -> bool:
         return any(self._of_lora.fullmatch(key) for key in keys)
 
-    def attentions(self, sites: Sequence[str]) -> tuple[str, ...]:
+    def attentions(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Return what it calls all attentions, self-attentions too, in the base model's order."""
-        return numbered_attentions(len(sites)) if self.numbered else with_self_attentions(sites)
+        return numbered_attentions(len(layers)) if self.numbered else with_self_attentions(layers)
 
-    def sites_in(self, keys: Iterable[str]) -> tuple[str, ...]:
-        """The names or numbers of all sites that should be there, judged by those that are."""
+    def layers_in(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """The names or numbers of all layers that should be there, judged by those that are."""
         found = {match[1] for key in keys if (match := self._pattern.fullmatch(key))}
         return (
             numbered_layers((max(map(int, found), default=0) + 1) // 2)
@@ -88,40 +88,40 @@ LAYOUTS = (
     Layout(
         "imprompt",
         "projection.",
-        "image_kv.{site}.to_{part}.weight",
-        "lora.{site}.to_{part}.{half}.weight",
+        "image_kv.{layer}.to_{part}.weight",
+        "lora.{layer}.to_{part}.{half}.weight",
         False,
         (".safetensors",),
     ),
     Layout(
         "paper",
         "image_proj.",
-        "ip_adapter.{site}.to_{part}_ip.weight",
-        "ip_adapter.{site}.to_{part}_lora.{half}.weight",
+        "ip_adapter.{layer}.to_{part}_ip.weight",
+        "ip_adapter.{layer}.to_{part}_lora.{half}.weight",
         True,
         (".safetensors", ".bin"),
     ),
     Layout(
         "modules",
         "image_proj_model.",
-        "adapter_modules.{site}.to_{part}_ip.weight",
-        "adapter_modules.{site}.to_{part}_lora.{half}.weight",
+        "adapter_modules.{layer}.to_{part}_ip.weight",
+        "adapter_modules.{layer}.to_{part}_lora.{half}.weight",
         True,
         (".safetensors",),
     ),
     Layout(
         "modules",
         "image_proj.",
-        "adapter_modules.{site}.to_{part}_ip.weight",
-        "adapter_modules.{site}.to_{part}_lora.{half}.weight",
+        "adapter_modules.{layer}.to_{part}_ip.weight",
+        "adapter_modules.{layer}.to_{part}_lora.{half}.weight",
         True,
         (".bin",),
     ),
     Layout(
         "accelerate state",
         "image_proj_model.",
-        f"{STATE_PREFIX}{{site}}.processor.to_{{part}}_ip.weight",
-        f"{STATE_PREFIX}{{site}}.processor.to_{{part}}_lora.{{half}}.weight",
+        f"{STATE_PREFIX}{{layer}}.processor.to_{{part}}_ip.weight",
+        f"{STATE_PREFIX}{{layer}}.processor.to_{{part}}_lora.{{half}}.weight",
         False,
         (),
     ),
@@ -207,7 +207,7 @@ def layout_of(keys: Collection[str]) -> Layout | None:
     """The layout that these keys speak of most, None if no layout knows any of them."""
 
     def known_halves(layout: Layout) -> int:
-        return any(key.startswith(layout.projection) for key in keys) + bool(layout.sites_in(keys))
+        return any(key.startswith(layout.projection) for key in keys) + bool(layout.layers_in(keys))
 
     best = max(LAYOUTS, key=known_halves)
     return best if known_halves(best) else None
@@ -230,13 +230,15 @@ def layout_to_write(name: str, suffix: str) -> Layout:
     return suffixes[suffix]
 
 
-def suits(row: Variant, feature_dim: int | None, token_dim: int | None, sites: int) -> str:
+def suits(row: Variant, feature_dim: int | None, token_dim: int | None, layers: int) -> str:
     """Which base model and image encoder an adapter of these sizes was probably made for, in
     words.
     """
-    model = MODELS[token_dim, sites][0] if token_dim and (token_dim, sites) in MODELS else "a model"
+    model = (
+        MODELS[token_dim, layers][0] if token_dim and (token_dim, layers) in MODELS else "a model"
+    )
     text = (
-        f"{'Kolors' if row.widened else model} with {token_dim or '?'}-wide text and {sites} "
+        f"{'Kolors' if row.widened else model} with {token_dim or '?'}-wide text and {layers} "
         "cross-attentions"
     )
     if feature_dim is None:

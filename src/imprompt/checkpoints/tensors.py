@@ -76,15 +76,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
-        with atomic_write(path) as aside:
-            aside.touch()
+        with atomic_write(path) as temporary:
+            temporary.touch()
             # as the umask says; safetensors makes files that only their owner can read
-            mode = aside.stat().st_mode
+            mode = temporary.stat().st_mode
             if path.suffix in PICKLES:
-                torch.save(nested(ready), aside)
+                torch.save(nested(ready), temporary)
             else:
-                save_file(ready, aside, {"format": "pt", **metadata})
-            aside.chmod(mode)
+                save_file(ready, temporary, {"format": "pt", **metadata})
+            temporary.chmod(mode)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
 

@@ -66,12 +66,12 @@ def convert(
 
     refuse_inputs(target, [source])
     write_adapter(
-        target, read_adapter(source, variant), to.value, sites_of(model) if model else None
+        target, read_adapter(source, variant), to.value, layers_of(model) if model else None
     )
     print(f"{target}  {to.value} layout")
 
 
-def sites_of(model: str) -> list[str]:
+def layers_of(model: str) -> list[str]:
     """Return the names of a base model's cross-attentions, from its configuration alone."""
     import torch
 

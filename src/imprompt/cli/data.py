@@ -56,7 +56,7 @@ def check(
     from imprompt.training.sources import open_source
 
     given = {"root": root, "captions": captions and captions.value, "size": size}
-    data = asked(source).model_copy(
+    data = data_of(source).model_copy(
         update={key: value for key, value in given.items() if value is not None}
     )
     console = Console(stderr=True)
@@ -78,7 +78,7 @@ def check(
         raise typer.Exit(1)
 
 
-def asked(source: str) -> "Data":
+def data_of(source: str) -> "Data":
     """The recipe's data, or that of a bare source."""
     from imprompt.training.recipe import Data, read_recipe
 

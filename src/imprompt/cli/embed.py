@@ -66,14 +66,14 @@ def embed(
         raise SettingError(f"{out}: features are written to {SUFFIX} files; give such a name")
     check_folder(out.parent)
     refuse_inputs(out, [*images, *(Path(name) for name in (ignore, adapter) if name is not None)])
-    said = {
+    fields = {
         "images": images,
         "crop": crop,
         "sharpening": sharpening,
         "ignore": ignore,
         "face": face,
     }
-    reference = Reference.model_validate(said)
+    reference = Reference.model_validate(fields)
     for picture in reference.images:
         picture.check()
     with Console(stderr=True).status(f"loading the image encoder for {model} …"), loading():
@@ -115,8 +115,8 @@ def open_reader(
     if kind not in get_args(Precision):
         raise SettingError(f"dtype {kind!r} is not known; give float32, float16 or bfloat16")
     known = find_model(model)
-    path, told, named = find_adapter(known, adapter)
+    path, location, named = find_adapter(known, adapter)
     file = read_adapter(path, variant or named or None)
     return Reader(
-        load_encoder(file, told, known, encoder, place, getattr(torch, kind)), file.variant
+        load_encoder(file, location, known, encoder, place, getattr(torch, kind)), file.variant
     )

@@ -72,9 +72,9 @@ def fill(plan: "Recipe", folder: Path) -> None:
     from imprompt.files import check_folder
     from imprompt.training.batches import RankSlice
     from imprompt.training.cache import read_manifest
+    from imprompt.training.data_pipeline import encode_features
     from imprompt.training.model import open_base, open_frozen
     from imprompt.training.sources import open_source
-    from imprompt.training.supply import encode_features
 
     start = time.monotonic()
     quiet()
@@ -90,17 +90,21 @@ def fill(plan: "Recipe", folder: Path) -> None:
     ) as progress:
         bar = progress.add_task("encoding", total=None)
 
-        def shown(done: int, total: int) -> None:
+        def on_done(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
         encode_features(
-            plan, source, frozen, RankSlice(processes.process_index, processes.num_processes), shown
+            plan,
+            source,
+            frozen,
+            RankSlice(processes.process_index, processes.num_processes),
+            on_done,
         )
     processes.wait_for_everyone()
     if processes.is_main_process:
         totals = read_manifest(folder)["totals"]
-        told = (
+        rows = (
             f"{totals['samples']:,} samples, {totals['bad']:,} bad, {totals['bytes'] / 1e6:,.1f} MB"
         )
-        print(f"{folder}  {told}, {time.monotonic() - start:.0f} s")
+        print(f"{folder}  {rows}, {time.monotonic() - start:.0f} s")
     processes.destroy_process_group()

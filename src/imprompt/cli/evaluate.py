@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from imprompt.cli.flags import Told
+    from imprompt.cli.flags import GivenFields
 
 
 WITHOUT_FLAG = {  # fields that are no flags of their own, and why
@@ -37,7 +37,7 @@ def evaluate_command() -> Callable[..., None]:
 
 
 def evaluate_set(
-    told: "Told",
+    given_fields: "GivenFields",
     pictures: Annotated[
         Path,
         typer.Argument(
@@ -69,28 +69,28 @@ def evaluate_set(
     from imprompt.evaluation.plan import Plan
     from imprompt.evaluation.protocols import Protocol, find_protocol, read_sweep, settings_of
 
-    points, given = read_sweep(sweep or []), told[Plan] | told[Protocol]
+    points, given = read_sweep(sweep or []), given_fields[Plan] | given_fields[Protocol]
     if twice := next((axis for axis in points if axis in given), ""):
         raise SettingError(f"--{twice} and --sweep {twice} are both given: give one of them")
-    how = find_protocol(protocol, **told[Protocol])
+    how = find_protocol(protocol, **given_fields[Protocol])
     settings_of(how, points)  # what is wrong with it is told before torch is there
-    asked = {"protocol_name": protocol, "protocol": how, "sweep": points}
-    plan = Plan(path=pictures, out=out, **asked, **told[Plan])
+    points_and_protocol = {"protocol_name": protocol, "protocol": how, "sweep": points}
+    plan = Plan(path=pictures, out=out, **points_and_protocol, **given_fields[Plan])
     with loading():
         from imprompt.evaluation.run import evaluate
 
         quiet()
-    tells = not int(os.environ.get("RANK", "0"))  # of several processes one tells
+    main = not int(os.environ.get("RANK", "0"))  # of several processes one tells
     console = Console(stderr=True)
-    shown = tells and console.is_terminal
-    with Progress(console=console, transient=True, disable=not shown) as progress:
+    visible = main and console.is_terminal
+    with Progress(console=console, transient=True, disable=not visible) as progress:
         bar = progress.add_task("evaluating", total=None)
 
         def on_done(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
         summary = evaluate(plan, on_done)
-    if tells:
+    if main:
         print_summary(summary)
         print(f"{out / 'summary.json'}  see it: imprompt evaluate report {out}")
 
@@ -109,7 +109,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         "setting", "pictures", *(METRICS[key].title for key in there), box=None, pad_edge=False
     )
     for setting in summary["settings"]:
-        cells = [said(setting["metrics"].get(key), METRICS[key].digits) for key in there]
+        cells = [interval_text(setting["metrics"].get(key), METRICS[key].digits) for key in there]
         table.add_row(setting["name"], f"{setting['count']:,}", *cells)
     width: dict[str, Any] = {} if os.isatty(1) else {"width": 250}
     Console(**width).print(table)
@@ -117,11 +117,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         print(note)
 
 
-def said(told: dict[str, float | None] | None, digits: int) -> str:
+def interval_text(interval: dict[str, float | None] | None, digits: int) -> str:
     """A value, and half its interval's width."""
-    if told is None or told["value"] is None:
+    if interval is None or interval["value"] is None:
         return ""
-    value, low, high = told["value"], told["low"], told["high"]
+    value, low, high = interval["value"], interval["low"], interval["high"]
     reach = "" if low is None or high is None else f" ± {(high - low) / 2:.{digits}f}"
     return f"{value:.{digits}f}{reach}"
 

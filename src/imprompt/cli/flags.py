@@ -1,7 +1,7 @@
 """Command-line flags made from schemas: a field says its name, type, default and help once.
 
-A command is a function that takes, beside parameters of its own, `told`: for each schema the fields
-that the user gave, by name. Nothing here knows what the schemas are about.
+A command is a function that takes, beside parameters of its own, `given_fields`: for each schema
+the fields that the user gave, by name. Nothing here knows what the schemas are about.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from imprompt.errors import SettingError
 from imprompt.validation import Flag
 
-Told = dict[type[BaseModel], dict[str, Any]]
+GivenFields = dict[type[BaseModel], dict[str, Any]]
 VALUES = (bool, int, float, Path)  # what a flag can take; all else is given as text
 
 
@@ -57,22 +57,24 @@ def flags_of(schema: type[BaseModel], without: Mapping[str, str]) -> Iterator[Fi
     """Yield the flags of a schema's fields. `without`: fields that have none, and why."""
     for name, field in schema.model_fields.items():
         if name not in without:
-            marks = [mark for mark in field.metadata if isinstance(mark, Flag)]
-            yield from (FieldFlag(schema, name, mark) for mark in marks or [Flag()])
+            own_flags = [mark for mark in field.metadata if isinstance(mark, Flag)]
+            yield from (FieldFlag(schema, name, mark) for mark in own_flags or [Flag()])
 
 
 def with_flags(work: Callable[..., None], flags: Sequence[FieldFlag]) -> Callable[..., None]:
-    """Return the command that runs `work`: its parameter `told` becomes flags, others are kept."""
+    """Return the command that runs `work`: `given_fields` becomes flags, others are kept."""
     own = inspect.signature(work).parameters
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     options = [context, *(flag.option() for flag in flags)]
 
     def command(context: typer.Context, **values: Any) -> None:
         given = [flag for flag in flags if is_given(context, flag.parameter)]
-        kept = {name: values[name] for name in own if name != "told"}
-        work(told=told_by(given, values), **kept)
+        kept = {name: values[name] for name in own if name != "given_fields"}
+        work(given_fields=fields_given(given, values), **kept)
 
-    kept = [one.replace(kind=one.KEYWORD_ONLY) for name, one in own.items() if name != "told"]
+    kept = [
+        one.replace(kind=one.KEYWORD_ONLY) for name, one in own.items() if name != "given_fields"
+    ]
     vars(command)["__signature__"] = inspect.Signature([*options, *kept])
     return command
 
@@ -83,15 +85,15 @@ def is_given(context: typer.Context, parameter: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def told_by(given: Sequence[FieldFlag], values: Mapping[str, Any]) -> Told:
+def fields_given(given: Sequence[FieldFlag], values: Mapping[str, Any]) -> GivenFields:
     """Return the fields that flags say, by schema; SettingError if two say the same field."""
-    told: Told = defaultdict(dict)
-    said: dict[tuple[type[BaseModel], str], FieldFlag] = {}
+    given_fields: GivenFields = defaultdict(dict)
+    first_flags: dict[tuple[type[BaseModel], str], FieldFlag] = {}
     for one in given:
-        first = said.setdefault((one.schema, one.field), one)
+        first = first_flags.setdefault((one.schema, one.field), one)
         if first is not one:
             what = str(one.schema.model_fields[one.field].description).rstrip(".")
             what = what[0].lower() + what[1:]
             raise SettingError(f"{first.name} and {one.name} both say {what}: give one")
-        told[one.schema][one.field] = one.flag.read(values[one.parameter])
-    return told
+        given_fields[one.schema][one.field] = one.flag.read(values[one.parameter])
+    return given_fields

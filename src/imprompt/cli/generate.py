@@ -10,7 +10,7 @@ import typer
 from imprompt.errors import SettingError
 
 if TYPE_CHECKING:
-    from imprompt.cli.flags import FieldFlag, Told
+    from imprompt.cli.flags import FieldFlag, GivenFields
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
 
@@ -51,7 +51,7 @@ def generate_command() -> Callable[..., None]:
 
 
 def generate(
-    told: "Told",
+    given_fields: "GivenFields",
     images: Annotated[
         list[Path] | None,
         typer.Argument(help="Image prompts: each gives its own results.", show_default=False),
@@ -88,47 +88,51 @@ def generate(
 
     named = images or []
     request = (
-        new_request(named, told)
+        new_request(named, given_fields)
         if like is None
-        else changed_request(read_request(like), named, told)
+        else changed_request(read_request(like), named, given_fields)
     )
     carry_out(request, out, device=device, offload=offload, keep_features=keep_features)
 
 
-def new_request(images: Sequence[Path], told: "Told") -> "Request":
+def new_request(images: Sequence[Path], given_fields: "GivenFields") -> "Request":
     """Return a request for these pictures with what flags say; SettingError."""
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
     from imprompt.generation.settings import Settings
 
-    fields = told[Reference]
+    fields = given_fields[Reference]
     if "weights" in fields and "combine" not in fields:
         raise SettingError(
             "--weight weighs image prompts that are combined: say how with --combine"
         )
     items = with_fields(with_pictures([[{}]], images, "combine" in fields), fields)
-    return Request.model_validate(told[Request] | {"settings": told[Settings], "images": items})
+    return Request.model_validate(
+        given_fields[Request] | {"settings": given_fields[Settings], "images": items}
+    )
 
 
-def changed_request(asked: "Request", images: Sequence[Path], told: "Told") -> "Request":
+def changed_request(
+    request: "Request", images: Sequence[Path], given_fields: "GivenFields"
+) -> "Request":
     """Return a request with other pictures, if any are given, and what flags say; SettingError."""
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
     from imprompt.generation.settings import Settings
 
-    fields, settings = told[Reference], told[Settings]
+    fields, settings = given_fields[Reference], given_fields[Settings]
     if images or settings.keys() & {"seed", "num_images"}:
-        asked = asked.alone()
-    items = [[dict(one) for one in item] for item in asked.images]
-    if "adapter" in told[Request] and any(one["adapter"] for item in items for one in item):
+        request = request.alone()
+    items = [[dict(one) for one in item] for item in request.images]
+    if "adapter" in given_fields[Request] and any(one["adapter"] for item in items for one in item):
         raise SettingError(
             "--adapter names one for all image prompts, and those of the file name theirs: "
             "change it in the file (`imprompt inspect` prints a PNG's)"
         )
     if images:
         items = with_pictures(items, images, "combine" in fields)
-    own = {"settings": dict(asked.settings) | settings, "images": with_fields(items, fields)}
-    return asked.changed(told[Request] | own)
+    own = {"settings": dict(request.settings) | settings, "images": with_fields(items, fields)}
+    return request.changed(given_fields[Request] | own)
 
 
 Items = list[list[dict[str, Any]]]  # fields of the references that each result follows
@@ -247,7 +251,7 @@ def blocks(
     ] = None,
 ) -> None:
     """List the presets for --blocks: which cross-attentions are conditioned, and how strongly."""
-    from imprompt.cli.adapters import sites_of
+    from imprompt.cli.adapters import layers_of
     from imprompt.cli.console import print_rows, quiet
     from imprompt.generation.blocks import presets, transformers
 
@@ -255,10 +259,10 @@ def blocks(
         print_rows(list(presets().items()))
         return
     quiet()
-    sites = sites_of(model)
+    layers = layers_of(model)
     print_rows(
         [
-            (name, f"{sum(site.startswith(name + '.') for site in sites)} cross-attentions")
-            for name in transformers(sites)
+            (name, f"{sum(layer.startswith(name + '.') for layer in layers)} cross-attentions")
+            for name in transformers(layers)
         ]
     )

@@ -140,9 +140,9 @@ def check_features(path: Path, embedding: Embedding) -> None:
     check_plain(path, names_of(parts))
     shapes = [tuple(part.shape) for part in parts]
     if any(len(shape) not in RANKS for shape in shapes) or len({shape[0] for shape in shapes}) != 1:
-        said = ", ".join("×".join(map(str, shape)) or "a single number" for shape in shapes)
+        shapes_found = ", ".join("×".join(map(str, shape)) or "a single number" for shape in shapes)
         raise CheckpointError(
-            f"{path} holds no image features: a tensor of {said} is neither (K, E) nor (K, "
+            f"{path} holds no image features: a tensor of {shapes_found} is neither (K, E) nor (K, "
             "patches, E)"
         )
 

@@ -100,22 +100,22 @@ class FeatureFolder:
     def get(self, facts: Facts) -> Kept | None:
         try:
             with safe_open(self._path(facts), "pt") as file:
-                feature, told = file.get_tensor("feature"), json.loads(file.metadata()[KEY])
-            whole = told == {
+                feature, header = file.get_tensor("feature"), json.loads(file.metadata()[KEY])
+            whole = header == {
                 **facts,
-                "fingerprint": told["fingerprint"],
+                "fingerprint": header["fingerprint"],
                 "sha256": tensor_hash(feature),
             }
-            return Kept(feature, told["fingerprint"]) if whole else None
+            return Kept(feature, header["fingerprint"]) if whole else None
         except Exception:  # absent, or damaged in any way
             return None
 
     def put(self, facts: Facts, kept: Kept) -> None:
         feature = kept.feature.cpu().contiguous()
-        told = {**facts, "fingerprint": kept.fingerprint, "sha256": tensor_hash(feature)}
+        header = {**facts, "fingerprint": kept.fingerprint, "sha256": tensor_hash(feature)}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(self._path(facts), {"feature": feature}, {KEY: json.dumps(told)})
+            write_tensors(self._path(facts), {"feature": feature}, {KEY: json.dumps(header)})
         except (OSError, CheckpointError) as error:
             raise SettingError(
                 f"features cannot be kept in {self.folder} ({first_line(error)}); give another "

@@ -18,7 +18,7 @@ Encoder = VisionEncoder | CachedFeatures | FaceFeatures
 
 def load_encoder(
     file: Any,
-    told: Location | None,
+    location: Location | None,
     model: KnownModel,
     given: str | Path | None,
     device: str,
@@ -37,7 +37,7 @@ def load_encoder(
     that the adapter was trained with.
     """
     clip = (
-        clip_encoder(file, told, model, given, device, dtype, keep, prepare)
+        clip_encoder(file, location, model, given, device, dtype, keep, prepare)
         if file.variant.clip_feature
         else None
     )
@@ -53,7 +53,7 @@ def load_encoder(
 
 def clip_encoder(
     file: Any,
-    told: Location | None,
+    location: Location | None,
     model: KnownModel,
     given: str | Path | None,
     device: str,
@@ -62,7 +62,7 @@ def clip_encoder(
     prepare: Callable[[Any], None] | None,
 ) -> VisionEncoder | CachedFeatures:
     """As `load_encoder`, of the CLIP part."""
-    place = given_place(str(given)) if given is not None else told or place_of(file, model)
+    place = given_place(str(given)) if given is not None else location or place_of(file, model)
 
     def checked() -> VisionEncoder:
         encoder = open_encoder(place, device, dtype)

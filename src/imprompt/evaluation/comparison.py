@@ -15,10 +15,10 @@ from imprompt.evaluation import contact
 from imprompt.evaluation.contact import (
     Card,
     Thumbnails,
+    evenly_spread,
     make_card,
     prompt_picture,
     result_picture,
-    spread,
 )
 from imprompt.evaluation.metrics import METRICS, Interval, bootstrap_interval, difference
 from imprompt.evaluation.page import change, dotted, figures, write_page
@@ -33,7 +33,7 @@ from imprompt.evaluation.results import (
     read_results,
 )
 
-SHOWN = 2  # pictures of an item by each run
+PICTURES_OF_ITEM = 2  # pictures of an item by each run
 NOTHING = Interval(float("nan"), None, None)
 
 
@@ -107,7 +107,7 @@ def write_comparison(a: Path, b: Path, out: Path) -> Path:
         differs=differs(first.run, second.run),
         most=[
             (pair.label, *_most(first, second, pair, thumbnails))
-            for pair in spread(pairs, contact.DETAILED)
+            for pair in evenly_spread(pairs, contact.DETAILED)
         ],
     )
 
@@ -124,9 +124,9 @@ def _settings(a: Results, b: Results) -> list[tuple[Setting, Setting]]:
     if not found and len(a.settings) == len(b.settings) == 1:
         found = [(a.settings[0], b.settings[0])]
     if not found:
-        told = " and ".join(f"{label_of(one.settings[0])!r} ({one.folder})" for one in (a, b))
+        runs = " and ".join(f"{label_of(one.settings[0])!r} ({one.folder})" for one in (a, b))
         raise SettingError(
-            f"the runs share no setting, such as {told}: run both with the same --sweep"
+            f"the runs share no setting, such as {runs}: run both with the same --sweep"
         )
     return found
 
@@ -279,11 +279,11 @@ def _most(
                     prompt_picture(ours[item][0], thumbnail),
                     *(
                         result_picture(first, row, f"A, seed {row['seed']}", thumbnail)
-                        for row in ours[item][:SHOWN]
+                        for row in ours[item][:PICTURES_OF_ITEM]
                     ),
                     *(
                         result_picture(second, row, f"B, seed {row['seed']}", thumbnail)
-                        for row in theirs[item][:SHOWN]
+                        for row in theirs[item][:PICTURES_OF_ITEM]
                     ),
                 ],
                 f"{METRICS[key].title} {change(gap, key)}",

@@ -72,7 +72,7 @@ def _data_uri(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def spread(things: Sequence[T], count: int) -> list[T]:
+def evenly_spread(things: Sequence[T], count: int) -> list[T]:
     """At most `count` of them at even distances, the first among them."""
     count = min(count, len(things))
     return [things[index * len(things) // count] for index in range(count)]
@@ -115,29 +115,29 @@ def sheet_seeds(settings: int) -> int:
 
 def contact_sheet(results: Results, thumbnail: Thumbnails) -> list[Card]:
     """Items spread evenly over the set, by every setting with the first seeds."""
-    settings = spread(results.settings, COLUMNS)
+    settings = evenly_spread(results.settings, COLUMNS)
     items = list(
         dict.fromkeys(item for setting in settings for item in results.rows[setting["name"]])
     )
     return [
         _card(results, settings, item, thumbnail)
-        for item in spread(items, sheet_items(len(settings)))
+        for item in evenly_spread(items, sheet_items(len(settings)))
     ]
 
 
 def _card(results: Results, settings: list[Setting], item: str, thumbnail: Thumbnails) -> Card:
     seeds = sheet_seeds(len(settings))
-    shown = [
+    picked = [
         (row, label_of(setting) if setting["axes"] or seeds == 1 else f"seed {row['seed']}")
         for setting in settings
         for row in results.rows[setting["name"]].get(item, [])[:seeds]
     ]
-    first = shown[0][0]
+    first = picked[0][0]
     return make_card(
         first,
         [
             prompt_picture(first, thumbnail),
-            *(result_picture(results, *one, thumbnail) for one in shown),
+            *(result_picture(results, *one, thumbnail) for one in picked),
         ],
     )
 

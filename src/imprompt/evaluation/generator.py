@@ -32,7 +32,7 @@ class Generator:
         self.memory = FeatureMemory(KEPT)
         dtype = getattr(torch, plan.dtype) if plan.dtype else None
         self.pipe = ImagePromptPipeline.from_pretrained(
-            plan.model, device=device, dtype=dtype, **self._worn()
+            plan.model, device=device, dtype=dtype, **self._adapter_options()
         )
         base = self.pipe.pipeline
         if plan.protocol.scheduler == "ddim":
@@ -46,18 +46,18 @@ class Generator:
             }
             base.scheduler = DDIMScheduler.from_config(own, **latent)
 
-    def _worn(self) -> dict[str, Any]:
-        told = {"adapter": self.worn, "encoder": self.plan.encoder, "variant": self.plan.variant}
-        return {**told, "keep_features": self.memory}
+    def _adapter_options(self) -> dict[str, Any]:
+        options = {"adapter": self.worn, "encoder": self.plan.encoder, "variant": self.plan.variant}
+        return {**options, "keep_features": self.memory}
 
-    def wear(self, adapter: str | None) -> None:
+    def swap_in(self, adapter: str | None) -> None:
         """Attach another adapter to the same base model."""
         if adapter is None or adapter == self.worn:
             return
         self.pipe.detach()
         self.worn = adapter
         self.pipe = ImagePromptPipeline.from_pipeline(
-            self.pipe.pipeline, model=self.plan.model, **self._worn()
+            self.pipe.pipeline, model=self.plan.model, **self._adapter_options()
         )
 
     def check(self, setting: Setting) -> None:
@@ -69,7 +69,7 @@ class Generator:
         """The pictures of `items`, the first of which is number `first` of the set: all of an item,
         then all of the next.
         """
-        self.wear(setting.adapter)
+        self.swap_in(setting.adapter)
         how = setting.protocol
         blocks = blocks_of(setting)
         prompts = [
@@ -94,7 +94,7 @@ class Generator:
         base, plan = self.pipe.pipeline, self.plan
         known, adapters = find_model(plan.model), []
         for name in plan.sweep.get("adapter", (plan.adapter,)):
-            self.wear(name)
+            self.swap_in(name)
             worn = self.pipe.first
             encoder = {
                 "source": worn.reader.encoder.source,
@@ -131,11 +131,11 @@ class Generator:
 
 
 def blocks_of(setting: Setting) -> Any:
-    told = setting.axes.get("blocks", "linear")
+    options = setting.axes.get("blocks", "linear")
     try:
-        return float(told)
+        return float(options)
     except ValueError:
-        return told
+        return options
 
 
 def reference_of(item: Item, number: int) -> Path:

@@ -172,9 +172,9 @@ def open_inception(source: str, device: str) -> MetricEncoder:
         )
         return network(pixels.to(device), return_features=True)
 
-    said = "8-bit RGB, resized to 299×299 by the network"
+    how = "8-bit RGB, resized to 299×299 by the network"
     return MetricEncoder(
-        "inception", source, hashlib.sha256(path.read_bytes()).hexdigest(), said, cpu(embed)
+        "inception", source, hashlib.sha256(path.read_bytes()).hexdigest(), how, cpu(embed)
     )
 
 
@@ -222,18 +222,18 @@ def describe_preprocessing(processor: Any) -> str:
     """An image processor's kind and its steps: sizes in pixels, Pillow's number of the resampling
     filter, mean and deviation.
     """
-    told = processor.to_dict()
+    fields = processor.to_dict()
     steps = {
-        "resize": told.get("size") if told.get("do_resize") else None,
-        "resample": told.get("resample") if told.get("do_resize") else None,
-        "crop": told.get("crop_size") if told.get("do_center_crop") else None,
-        "mean": told.get("image_mean"),
-        "std": told.get("image_std"),
+        "resize": fields.get("size") if fields.get("do_resize") else None,
+        "resample": fields.get("resample") if fields.get("do_resize") else None,
+        "crop": fields.get("crop_size") if fields.get("do_center_crop") else None,
+        "mean": fields.get("image_mean"),
+        "std": fields.get("image_std"),
     }
-    said = ", ".join(
+    how = ", ".join(
         f"{name} {as_words(value)}" for name, value in steps.items() if value is not None
     )
-    return f"{type(processor).__name__}: {said}"
+    return f"{type(processor).__name__}: {how}"
 
 
 def as_words(value: Any) -> str:

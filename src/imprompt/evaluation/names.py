@@ -9,7 +9,7 @@ from itertools import count
 LONGEST = 150
 
 
-def told_apart(names: Iterable[str]) -> list[str]:
+def unique_names(names: Iterable[str]) -> list[str]:
     """Names as parts of files' names, each another, also where capitals do not count: one that is
     taken gets a number.
     """

@@ -48,9 +48,9 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as aside:
+        with atomic_write(path) as temporary:
             # file names need not be Unicode
-            aside.write_text(text, "utf-8", errors="backslashreplace")
+            temporary.write_text(text, "utf-8", errors="backslashreplace")
     except OSError as error:
         raise SettingError(
             f"{path} cannot be written ({first_line(error)}); give another place"
@@ -78,20 +78,20 @@ def figures(settings: list[Setting]) -> list[Figure]:
 
     By setting where nothing is numeric; none of one setting.
     """
-    shown = [key for key in DRAWN if drawable(settings, key)]
+    drawn = [key for key in DRAWN if drawable(settings, key)]
     if len(settings) < 2:
         return []
     axes = numeric_axes(settings)
     if not axes:
         return [
             Figure(
-                "By setting, with 95 % intervals", [Markup(dots(settings, key)) for key in shown]
+                "By setting, with 95 % intervals", [Markup(dots(settings, key)) for key in drawn]
             )
         ]
     return [
         Figure(
             ", ".join((f"Over {axis}", *also)) + ", with 95 % intervals",
-            list(map(Markup, _along(part, shown, axis, axis == axes[0]))),
+            list(map(Markup, _along(part, drawn, axis, axis == axes[0]))),
         )
         for axis in axes
         for also, part in _parts(settings, axis)
@@ -115,11 +115,11 @@ def _parts(settings: list[Setting], axis: str) -> Iterator[tuple[list[str], list
             yield [f"{name} {word(value)}" for name, value in wanted.items()], part
 
 
-def _along(settings: list[Setting], shown: list[str], axis: str, first: bool) -> Iterator[str]:
-    yield from (curve(settings, key, axis) for key in shown if key in HEADLINE)
-    if first and set(HEADLINE) <= set(shown):  # along another axis they would be the same points
+def _along(settings: list[Setting], drawn: list[str], axis: str, first: bool) -> Iterator[str]:
+    yield from (curve(settings, key, axis) for key in drawn if key in HEADLINE)
+    if first and set(HEADLINE) <= set(drawn):  # along another axis they would be the same points
         yield trade(settings, *HEADLINE, axis)
-    yield from (curve(settings, key, axis) for key in shown if key not in HEADLINE)
+    yield from (curve(settings, key, axis) for key in drawn if key not in HEADLINE)
 
 
 def run_facts(run: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
@@ -166,9 +166,9 @@ def display_name(value: Any) -> str:
     """What a model, an adapter or a set is called."""
     if isinstance(value, list):
         return ", ".join(map(display_name, value))
-    told = (
+    title = (
         (value.get("name") or value.get("path") or "")
         if isinstance(value, Mapping)
         else value or ""
     )
-    return Path(str(told)).name
+    return Path(str(title)).name

@@ -131,21 +131,21 @@ def trade(settings: list[Setting], across: str, up: str, axis: str) -> str:
 
 def dots(settings: list[Setting], key: str) -> str:
     """A metric of every setting as a dot with its interval, the first setting on top. SVG."""
-    shown = [setting for setting in settings if _has(setting, key)]
+    having = [setting for setting in settings if _has(setting, key)]
 
     def draw(axes: "Axes") -> None:
-        rows = range(len(shown))
+        rows = range(len(having))
         axes.errorbar(
-            [setting["metrics"][key]["value"] for setting in shown],
+            [setting["metrics"][key]["value"] for setting in having],
             rows,
-            xerr=_reaches(shown, key),
+            xerr=_reaches(having, key),
             fmt="o",
             color=LINES[0],
             elinewidth=2,
         )
-        axes.set_yticks(rows, [word(_short(setting), 28) for setting in shown])
+        axes.set_yticks(rows, [word(_short(setting), 28) for setting in having])
         axes.invert_yaxis()
-        axes.margins(0.1, 0.5 / max(1, len(shown)))
+        axes.margins(0.1, 0.5 / max(1, len(having)))
         axes.grid(axis="y", visible=False)
         axes.locator_params(axis="x", nbins=4)
 
@@ -159,7 +159,7 @@ def dots(settings: list[Setting], key: str) -> str:
         METRICS[key].title,
         f"{METRICS[key].title} by setting",
         draw,
-        height=max(1.6, 1 + 0.3 * len(shown)),
+        height=max(1.6, 1 + 0.3 * len(having)),
     )
 
 
@@ -217,7 +217,9 @@ def _ticks(axes: "Axes", values: list[float]) -> None:
         axes.set_xticks(values, [word(value) for value in values])
 
 
-def _panel(title: str, says: str, draw: "Callable[[Axes], None]", height: float = HEIGHT) -> str:
+def _panel(
+    title: str, description: str, draw: "Callable[[Axes], None]", height: float = HEIGHT
+) -> str:
     """What `draw` draws, as an SVG that the page colours, with `says` for who cannot see it."""
     try:
         import matplotlib
@@ -228,7 +230,7 @@ def _panel(title: str, says: str, draw: "Callable[[Axes], None]", height: float 
             "plots are drawn by matplotlib: pip install 'imprompt[evaluate]'"
         ) from error
 
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": says}), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": description}), warnings.catch_warnings():
         # an emoji in a name: the browser has a font for it
         warnings.filterwarnings("ignore", "Glyph")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -244,10 +246,10 @@ def _panel(title: str, says: str, draw: "Callable[[Axes], None]", height: float 
         figure.savefig(
             file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
-    return _for_page(file.getvalue(), says)
+    return _for_page(file.getvalue(), description)
 
 
-def _for_page(svg: str, says: str) -> str:
+def _for_page(svg: str, description: str) -> str:
     """Without a size, names and a font of its own; its colours the page's."""
     from markupsafe import escape
 
@@ -262,4 +264,4 @@ def _for_page(svg: str, says: str) -> str:
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # the same in every plot: figure_1, axes_1, …
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)
     svg = re.sub("|".join(COLORS), lambda found: COLORS[found[0]], svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(says)}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)

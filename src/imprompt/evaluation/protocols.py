@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from imprompt.errors import SettingError
-from imprompt.evaluation.names import told_apart
+from imprompt.evaluation.names import unique_names
 from imprompt.generation.settings import Text
 from imprompt.validation import Flag, Validated, one_of, suggestions
 
@@ -97,10 +97,10 @@ AXES: dict[str, Callable[[str], Any]] = {
 Sweep = Mapping[str, tuple[Any, ...]]
 
 
-def read_sweep(told: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+def read_sweep(lines: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """["scale=0,0.5,1", "steps=25,50"] -> the values of every axis; SettingError."""
     sweep = {}
-    for line in told:
+    for line in lines:
         name, _, values = line.partition("=")
         if name not in AXES:
             raise SettingError(f"--sweep {line}: unknown axis {name!r}{suggestions(name, AXES)}")
@@ -146,7 +146,7 @@ def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
                 f"--sweep: {axis}={value_name(value)} is there {often} times; give each value once"
             )
     points = [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
-    names = told_apart(
+    names = unique_names(
         ",".join(f"{axis}={value_name(value)}" for axis, value in axes.items()) or "all"
         for axes in points
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from imprompt.evaluation import contact
 from imprompt.evaluation.comparison import write_comparison
-from imprompt.evaluation.contact import Card, Thumbnails, contact_sheet, extremes, spread
+from imprompt.evaluation.contact import Card, Thumbnails, contact_sheet, evenly_spread, extremes
 from imprompt.evaluation.metrics import METRICS
 from imprompt.evaluation.page import (
     NONE,
@@ -83,9 +83,11 @@ def sheet_rule(results: Results) -> str:
     """Which pictures the contact sheet shows."""
     settings = len(results.settings)
     items = len({item for rows in results.rows.values() for item in rows})
-    shown = min(items, contact.sheet_items(settings))
+    sheet_count = min(items, contact.sheet_items(settings))
     what = (
-        "All items" if shown == items else f"{shown} of {items:,} items, evenly spread over the set"
+        "All items"
+        if sheet_count == items
+        else f"{sheet_count} of {items:,} items, evenly spread over the set"
     )
     seeds = contact.sheet_seeds(settings)
     by = "the first seed" if seeds == 1 else f"the first {seeds} seeds at most"
@@ -106,7 +108,7 @@ def all_extremes(
     ]
     return [
         (label_of(one), *extremes(results, one, thumbnails))
-        for one in spread(with_both, contact.DETAILED)
+        for one in evenly_spread(with_both, contact.DETAILED)
     ]
 
 

@@ -60,12 +60,12 @@ def read_results(folder: Path) -> Results:
     return results
 
 
-def _check(name: str, told: Any, kinds: Mapping[str, type], folder: Path) -> None:
+def _check(name: str, content: Any, kinds: Mapping[str, type], folder: Path) -> None:
     """SettingError unless `told`, of the file `name`, holds values of these kinds."""
     wrong = [
         key
         for key, kind in kinds.items()
-        if not (isinstance(told, dict) and isinstance(told.get(key), kind))
+        if not (isinstance(content, dict) and isinstance(content.get(key), kind))
     ]
     if wrong:
         raise SettingError(

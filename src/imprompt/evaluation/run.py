@@ -59,9 +59,9 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     settings = settings_of(plan.protocol, plan.sweep)
     check_folder(plan.out)
     whole = open_set(plan.path, plan.kind, plan.protocol.limit, skip_bad=plan.skip_bad)
-    asked = check_device(plan.device) if plan.device else default_device()
-    ranks = PartialState(cpu=asked == "cpu", timeout=PATIENCE)
-    device = str(ranks.device) if asked == "cuda" and ranks.num_processes > 1 else asked
+    device_name = check_device(plan.device) if plan.device else default_device()
+    ranks = PartialState(cpu=device_name == "cpu", timeout=PATIENCE)
+    device = str(ranks.device) if device_name == "cuda" and ranks.num_processes > 1 else device_name
     if threads := plan.threads or (read_record(plan.out) or {}).get("threads"):
         # as the run was begun: sums in another number of parts are rounded otherwise
         torch.set_num_threads(threads)
@@ -74,9 +74,9 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
         maker.check(setting)
     run = record(plan, whole, maker, judges, device)
     check_same(plan.out, run)
-    with interruption_told(plan.out):
+    with explained_interruption(plan.out):
         ranks.wait_for_everyone()  # so that all have looked before the first writes
-        lock = begun(plan.out, run) if ranks.is_main_process else None
+        lock = lock_folder(plan.out, run) if ranks.is_main_process else None
         # nobody's unfinished file is taken for one that an earlier run left
         ranks.wait_for_everyone()
         try:
@@ -165,18 +165,18 @@ class Measure:
         """The numbers of an item's K pictures, (K,) each, as far as there are judges and a caption
         for them.
         """
-        told = {}
+        scores = {}
         for name, key in (("clip_i", "clip"), ("dino", "dino")):
             if key in made:
-                told[name] = cosine(made[key][:, None], targets[key][None]).mean(1)
+                scores[name] = cosine(made[key][:, None], targets[key][None]).mean(1)
         clip = self.judges.get("clip")
         if clip is not None and clip.texts is not None and item.caption:
             for name, prefix in (("", ""), ("_photo", PHOTO)):
-                told[f"clip_t{name}"] = cosine(made["clip"], clip.texts([prefix + item.caption]))
-                told[f"clip_score{name}"] = clip_score(told[f"clip_t{name}"])
+                scores[f"clip_t{name}"] = cosine(made["clip"], clip.texts([prefix + item.caption]))
+                scores[f"clip_score{name}"] = clip_score(scores[f"clip_t{name}"])
         if clip is not None and len(made["clip"]) > 1:
-            told["diversity"] = diversity(made["clip"])
-        return told
+            scores["diversity"] = diversity(made["clip"])
+        return scores
 
 
 def record(
@@ -231,14 +231,14 @@ def read_record(out: Path) -> dict[str, Any] | None:
 
 def check_same(out: Path, run: Mapping[str, Any]) -> None:
     """Raise SettingError, naming what differs, if `out` was begun with other settings."""
-    begun_with = read_record(out)
-    if begun_with is None:
+    stored = read_record(out)
+    if stored is None:
         if (out / "parts").exists():
             raise SettingError(
                 f"{out} holds parts of a run, but no run.json says of which: give another --out"
             )
         return
-    was, now = dict(flat(by_name(begun_with))), dict(flat(by_name(json.loads(json.dumps(run)))))
+    was, now = dict(flat(by_name(stored))), dict(flat(by_name(json.loads(json.dumps(run)))))
     changed = [
         f"{key} = {was.get(key)!r} (now {now.get(key)!r})"
         for key in {**was, **now}
@@ -258,7 +258,7 @@ def by_name(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**run, **{part: {one[name]: one for one in run[part]} for part, name in lists.items()}}
 
 
-def begun(out: Path, run: Mapping[str, Any]) -> Any:
+def lock_folder(out: Path, run: Mapping[str, Any]) -> Any:
     """The sole right to write into the folder, which ends with this process at the latest."""
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -275,7 +275,7 @@ def begun(out: Path, run: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def interruption_told(out: Path) -> Iterator[None]:
+def explained_interruption(out: Path) -> Iterator[None]:
     """The end of another process of the run as one line."""
     try:
         yield

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.errors import ImageError, SettingError
-from imprompt.evaluation.names import told_apart
+from imprompt.evaluation.names import unique_names
 from imprompt.images import open_image
 from imprompt.training.listings import (
     FOLDER_FORM,
@@ -100,14 +100,14 @@ def coco_items(root: Path) -> Iterator[Item]:
     """
     path = captions_file(root)
     assert path is not None
-    told = parse_json(read_text(path), path)
+    facts = parse_json(read_text(path), path)
     try:
         first = {}
-        for annotation in sorted(told["annotations"], key=lambda one: one["id"]):
+        for annotation in sorted(facts["annotations"], key=lambda one: one["id"]):
             first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
         files = sorted(
             (image["id"], pictures_of(path) / image["file_name"])
-            for image in told["images"]
+            for image in facts["images"]
             if image["id"] in first
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -131,12 +131,12 @@ def listed_subjects(root: Path) -> Iterator[Item]:
     """
     subjects = []
     for place, entry in json_list(root / "dataset.json"):
-        told = (
+        facts = (
             [entry.get(key) for key in ("instance_data_dir", "prompt_filename", "class_prompt")]
             if isinstance(entry, dict)
             else []
         )
-        match told:
+        match facts:
             case [str(folder), str(prompts), str(kind)]:
                 subjects.append((Path(normpath(root / folder)), root / prompts, kind))
             case _:
@@ -264,7 +264,7 @@ def named_apart(items: Iterator[Item]) -> list[Item]:
     all_of = list(items)
     return [
         replace(item, name=name)
-        for item, name in zip(all_of, told_apart(item.name for item in all_of), strict=True)
+        for item, name in zip(all_of, unique_names(item.name for item in all_of), strict=True)
     ]
 
 
@@ -317,11 +317,11 @@ def looked_at(path: Path) -> str:
 
 def set_facts(whole: EvaluationSet, limit: int | None) -> dict[str, Any]:
     """What a run's record says of the set."""
-    told = {
+    facts = {
         "kind": whole.kind,
         "path": str(whole.path),
         "sha256": whole.sha256,
         "items": len(whole.items),
         "limit": limit,
     }
-    return told | ({"skipped": list(whole.skipped)} if whole.skipped else {})
+    return facts | ({"skipped": list(whole.skipped)} if whole.skipped else {})

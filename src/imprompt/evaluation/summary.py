@@ -33,11 +33,11 @@ def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str,
     for setting, group in groupby(chunks, key=lambda chunk: chunk.setting):
         own = list(group)
         mine = [row for chunk in own for row in read_rows(chunk)]
-        metrics = {name: told._asdict() for name, told in of_rows(mine)}
+        metrics = {name: interval._asdict() for name, interval in of_rows(mine)}
         if run["features"] is not None:
             real, made = features_of(own, run["features"])
             if apart := dict(distances(real, made)):
-                metrics |= {name: told._asdict() for name, told in apart.items()}
+                metrics |= {name: interval._asdict() for name, interval in apart.items()}
                 notes |= dict.fromkeys(notes_on(real, made, run["features"]))
         rows += mine
         items = len({row["item"] for row in mine})
@@ -76,9 +76,9 @@ def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
     """The mean of every metric that pictures have of their own, over those that have it."""
     number = {name: index for index, name in enumerate(dict.fromkeys(map(cluster, rows)))}
     for name, metric in METRICS.items():
-        told = [(row[name], number[cluster(row)]) for row in rows if name in row]
-        if metric.per_picture and told:
-            values, items = zip(*told, strict=True)
+        scored = [(row[name], number[cluster(row)]) for row in rows if name in row]
+        if metric.per_picture and scored:
+            values, items = zip(*scored, strict=True)
             yield (
                 name,
                 bootstrap_interval(torch.tensor(values, dtype=torch.float64), torch.tensor(items)),
@@ -130,5 +130,5 @@ def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

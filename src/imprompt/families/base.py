@@ -197,15 +197,15 @@ class Family(ABC):
     def quicken(self, model: Any) -> None:  # noqa: B027 - most train as they are
         """Let the model train faster on a CPU, its results the same up to rounding."""
 
-    def told(self, prompt: ImagePrompt) -> dict[str, Any]:
+    def channel_kwargs(self, prompt: ImagePrompt) -> dict[str, Any]:
         """Return the keyword that hands an image prompt to a call of a model that has a channel."""
         assert self.channel is not None
         return {self.channel: {KEY: prompt}}
 
     def build(self, config: Mapping[str, Any]) -> Any:
         """Return an untrained model of that configuration."""
-        told = config.get("_class_name")
-        name = told if told in self.classes else self.classes[0]
+        own = config.get("_class_name")
+        name = own if own in self.classes else self.classes[0]
         return getattr(import_module("diffusers"), name).from_config(dict(config))
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def encoder_structure(place: Location) -> EncoderStructure:
     """The same of the image encoder there."""
     if known := next((row for row in ENCODERS if row.place == place), None):
         return known.structure
-    told = part_config(KnownModel(str(place), "", Location(place.repo)), place.path)
-    config = {**told, **told.get("vision_config", {})}  # of a whole CLIP
+    channel_kwargs = part_config(KnownModel(str(place), "", Location(place.repo)), place.path)
+    config = {**channel_kwargs, **channel_kwargs.get("vision_config", {})}  # of a whole CLIP
     patches = (config["image_size"] // config["patch_size"]) ** 2 + 1
     return EncoderStructure(config["projection_dim"], config["hidden_size"], patches)

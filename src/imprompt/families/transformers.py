@@ -240,7 +240,7 @@ class TransformerFamily(Family):
     def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
         inputs = self.row.inputs(model, noisy.to(model.dtype), timestep, conditions)
-        return self.row.output(model(**inputs, **self.told(prompt)).sample, noisy)
+        return self.row.output(model(**inputs, **self.channel_kwargs(prompt)).sample, noisy)
 
     def condition_shapes(self, config: Given, tokens: int) -> dict[str, tuple[int, ...]]:
         return self.row.condition_shapes(config, tokens)

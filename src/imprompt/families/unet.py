@@ -178,8 +178,8 @@ class UNetInjection(ModelInjection):
         """Put what this step is conditioned on in the image prompts' place."""
         args, kwargs = arguments
         step = self.step(call, prompts) if prompts else None
-        told = kwargs.get("cross_attention_kwargs") or {}
-        return args, {**kwargs, "cross_attention_kwargs": {**told, KEY: step}}
+        channel_kwargs = kwargs.get("cross_attention_kwargs") or {}
+        return args, {**kwargs, "cross_attention_kwargs": {**channel_kwargs, KEY: step}}
 
     def step(self, call: ModelCall, prompts: tuple[ImagePrompt, ...]) -> StepConditioning:
         """Return the conditioning of one call; what is as in the call before is kept."""
@@ -346,8 +346,10 @@ class UNetFamily(Family):
         if "pooled" in conditions:
             added = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
             added = {name: value.to(model.dtype) for name, value in added.items()}
-        text, told = conditions["text"].to(model.dtype), self.told(prompt)
-        return model(noisy.to(model.dtype), timestep, text, added_cond_kwargs=added, **told).sample
+        text, channel_kwargs = conditions["text"].to(model.dtype), self.channel_kwargs(prompt)
+        return model(
+            noisy.to(model.dtype), timestep, text, added_cond_kwargs=added, **channel_kwargs
+        ).sample
 
     def quicken(self, model: Any) -> None:
         """Let self-attentions keep no whole score matrices."""

@@ -22,7 +22,7 @@ class Strengths(NamedTuple):
 
     factors: Map
     boosted: Map = NOTHING
-    away: Map = NOTHING
+    negative: Map = NOTHING
 
 
 class Tables(NamedTuple):
@@ -39,7 +39,7 @@ class Preset(NamedTuple):
     """
 
     meaning: str
-    heard: Strengths | Callable[[float], float] | Tables
+    strengths: Strengths | Callable[[float], float] | Tables
 
 
 # What the node packs found: in SDXL layout and style live in one transformer each, in SD 1.x they

@@ -30,7 +30,7 @@ class BlockMap(NamedTuple):
     factors: Tensor  # (sites,)
     # (sites,) bool: the unconditional half hears the picture instead, so that guidance pushes away
     # from it
-    away: Tensor
+    negative: Tensor
 
 
 def presets() -> dict[str, str]:
@@ -38,7 +38,7 @@ def presets() -> dict[str, str]:
     return {name: row.meaning for name, row in PRESETS.items()}
 
 
-def block_map(sites: Sequence[str], blocks: Blocks = "linear", boost: float = 1.0) -> BlockMap:
+def block_map(layers: Sequence[str], blocks: Blocks = "linear", boost: float = 1.0) -> BlockMap:
     """How strongly each of these sites (names of cross-attentions, in the base model's order) hears
     an image prompt.
 
@@ -47,35 +47,37 @@ def block_map(sites: Sequence[str], blocks: Blocks = "linear", boost: float = 1.
     `boost` multiplies what `presets()` says. SettingError for an unknown preset, one without a
     table for this model or without a use for `boost`, and for a pattern that matches no site.
     """
-    heard = (
-        preset_for(blocks, sites)
+    strengths = (
+        preset_for(blocks, layers)
         if isinstance(blocks, str)
-        else Strengths(checked_map(blocks, sites))
+        else Strengths(checked_map(blocks, layers))
     )
-    if finite_number("boost", boost) != 1 and not heard.boosted:
+    if finite_number("boost", boost) != 1 and not strengths.boosted:
         with_boost = (
             name
             for name, row in PRESETS.items()
-            if isinstance(row.heard, Tables) and row.heard.sdxl.boosted
+            if isinstance(row.strengths, Tables) and row.strengths.sdxl.boosted
         )
         raise SettingError(
             f"boost = {boost} has nothing to multiply here; it is for "
             f"{', '.join(map(repr, with_boost))}"
         )
     factors = {
-        **heard.factors,
-        **{pattern: factor * boost for pattern, factor in heard.boosted.items()},
+        **strengths.factors,
+        **{pattern: factor * boost for pattern, factor in strengths.boosted.items()},
     }
-    return BlockMap(for_sites(factors, sites), for_sites(heard.away, sites) > 0)
+    return BlockMap(for_layers(factors, layers), for_layers(strengths.negative, layers) > 0)
 
 
-def for_sites(told: Map, sites: Sequence[str]) -> Tensor:
+def for_layers(pattern_map: Map, layers: Sequence[str]) -> Tensor:
     """The number that the pattern which counts gives each site, 0 where none matches: (sites,)"""
-    ranked = sorted(told, key=rank, reverse=True)
+    ranked = sorted(pattern_map, key=rank, reverse=True)
     return torch.tensor(
         [
-            next((float(told[pattern]) for pattern in ranked if matches(pattern, site)), 0.0)
-            for site in sites
+            next(
+                (float(pattern_map[pattern]) for pattern in ranked if matches(pattern, layer)), 0.0
+            )
+            for layer in layers
         ]
     )
 
@@ -86,31 +88,31 @@ def rank(pattern: str) -> tuple[int, int, list[bool]]:
     return len(named), sum(named), named
 
 
-def matches(pattern: str, site: str) -> bool:
-    parts, own = pattern.split("."), site.split(".")
+def matches(pattern: str, layer: str) -> bool:
+    parts, own = pattern.split("."), layer.split(".")
     return len(parts) <= len(own) and all(
         part in ("*", name) for part, name in zip(parts, own, strict=False)
     )
 
 
-def transformers(sites: Iterable[str]) -> list[str]:
+def transformers(layers: Iterable[str]) -> list[str]:
     """The transformers that the sites stand in, such as "mid_block.attentions.0", in the order in
     which the model runs them.
     """
-    found = dict.fromkeys(site.split(".transformer_blocks.")[0] for site in sites)
+    found = dict.fromkeys(layer.split(".transformer_blocks.")[0] for layer in layers)
     # down, mid, up; registered as down, up, mid
     return sorted(found, key=lambda name: name.split("_")[0])
 
 
-def preset_for(name: str, sites: Sequence[str]) -> Strengths:
+def preset_for(name: str, layers: Sequence[str]) -> Strengths:
     """What the preset of that name says about these sites."""
     if name not in PRESETS:
         raise SettingError(f"unknown blocks {name!r}{suggestions(name, PRESETS)}")
-    heard, found = PRESETS[name].heard, transformers(sites)
-    if isinstance(heard, Strengths):
-        return heard
-    if isinstance(heard, Tables):
-        for structure, table in zip((SD, SDXL), heard, strict=True):
+    strengths, found = PRESETS[name].strengths, transformers(layers)
+    if isinstance(strengths, Strengths):
+        return strengths
+    if isinstance(strengths, Tables):
+        for structure, table in zip((SD, SDXL), strengths, strict=True):
             if found == transformers(layer_names(structure)):
                 return table
         raise SettingError(
@@ -118,20 +120,20 @@ def preset_for(name: str, sites: Sequence[str]) -> Strengths:
             f"as {{{found[-1]!r}: 1.0}}"
         )
     return Strengths(
-        {transformer: heard(index / len(found)) for index, transformer in enumerate(found)}
+        {transformer: strengths(index / len(found)) for index, transformer in enumerate(found)}
     )
 
 
-def checked_map(blocks: float | Mapping[str, Any], sites: Sequence[str]) -> Map:
+def checked_map(blocks: float | Mapping[str, Any], layers: Sequence[str]) -> Map:
     """A user's own map, after its patterns and numbers were looked at."""
     if not isinstance(blocks, Mapping):
         return {"*": finite_number("blocks", blocks)}
-    own = unnested(blocks, sites) if NESTED.keys() & blocks else blocks
+    own = unnested(blocks, layers) if NESTED.keys() & blocks else blocks
     for pattern in own:
-        if not any(matches(pattern, site) for site in sites):
+        if not any(matches(pattern, layer) for layer in layers):
             raise SettingError(
                 f"blocks {pattern!r}: no cross-attention's name begins "
-                f"so{suggestions(pattern, beginnings(sites))}"
+                f"so{suggestions(pattern, beginnings(layers))}"
             )
     return {
         pattern: finite_number(f"blocks {pattern!r}", factor) for pattern, factor in own.items()
@@ -141,7 +143,7 @@ def checked_map(blocks: float | Mapping[str, Any], sites: Sequence[str]) -> Map:
 NESTED = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
 
-def unnested(blocks: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
+def unnested(blocks: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
     """diffusers' nested dictionary as a map from transformers.
 
     Its meaning is that of `set_ip_adapter_scale`.
@@ -154,7 +156,7 @@ def unnested(blocks: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
                 f"{', '.join(NESTED)}"
             )
         members: dict[str, list[str]] = {}
-        for name in transformers(sites):
+        for name in transformers(layers):
             head, index = name.split(".")[:2]
             if head == NESTED[part]:
                 members.setdefault(f"block_{index}" if index.isdigit() else part, []).append(name)
@@ -188,9 +190,9 @@ def finite_number(what: str, value: Any) -> float:
     raise SettingError(f"{what} = {reprlib.repr(value)}: give a number")
 
 
-def beginnings(sites: Iterable[str]) -> dict[str, None]:
+def beginnings(layers: Iterable[str]) -> dict[str, None]:
     """All that a pattern could be, without stars and transformer blocks."""
-    parts = [name.split(".") for name in transformers(sites)]
+    parts = [name.split(".") for name in transformers(layers)]
     return dict.fromkeys(
         ".".join(name[:length]) for name in parts for length in range(1, len(name) + 1)
     )

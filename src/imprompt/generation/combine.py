@@ -88,7 +88,7 @@ def checked_points(points: Curve) -> tuple[list[float], list[float]]:
 
 
 def scale_table(
-    sites: Sequence[str],
+    layers: Sequence[str],
     scale: float = 1.0,
     blocks: Blocks = "linear",
     boost: float = 1.0,
@@ -100,7 +100,7 @@ def scale_table(
     """scale × block × time, for `ImagePrompt.scale`: (sites, 1), or (sites, 1, T) where time
     matters; and the blocks.
     """
-    block = block_map(sites, blocks, boost)
+    block = block_map(layers, blocks, boost)
     table = finite_number("scale", scale) * block.factors[:, None]
     if (start, end, easing) == (0, 1, "constant"):
         return block, table
@@ -274,23 +274,23 @@ def scaled(prompt: ImagePrompt, how: str) -> ImagePrompt:
     return prompt._replace(keys=keys, values=values, scale=ratio)
 
 
-def pushed_away(prompt: ImagePrompt, away: Tensor, guided: bool) -> ImagePrompt:
+def with_negative_layers(prompt: ImagePrompt, negative: Tensor, guided: bool) -> ImagePrompt:
     """At the sites `away` (sites,) the unconditional half hears what the conditional one would
     have, and that hears nothing.
 
     Without guidance there are no halves, and these sites are silent. Mask and bias stay: they are
     to be alike in both halves.
     """
-    if not away.any():
+    if not negative.any():
         return prompt
-    turned = away.to(prompt.scale.device).view(-1, *[1] * (prompt.scale.ndim - 1))
+    turned = negative.to(prompt.scale.device).view(-1, *[1] * (prompt.scale.ndim - 1))
     if not guided:
         return prompt._replace(scale=prompt.scale.masked_fill(turned, 0))
     first, second = guidance_halves(prompt.scale, 1)
     scale = torch.cat([torch.where(turned, second, first), second.masked_fill(turned, 0)], 1)
 
     def heard(states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        pairs = zip(states, away.tolist(), strict=True)
+        pairs = zip(states, negative.tolist(), strict=True)
         return tuple(
             torch.cat([guidance_halves(state)[1]] * 2)
             if turn
@@ -348,15 +348,15 @@ def regions(masks: Sequence[Any], overlap: str = "add") -> list[Tensor | None]:
     given = [None if mask is None else as_mask(mask) for mask in masks]
     sizes = [mask.shape[1:] for mask in given if mask is not None]
     size = tuple(max(sides) for sides in zip(*sizes, strict=True)) if sizes else (1, 1)
-    shown = [
+    given_masks = [
         torch.ones(1, *size) if mask is None else F.interpolate(mask[None], size, mode="area")[0]
         for mask in given
     ]
-    total = torch.stack(shown).sum(0) if shown else torch.zeros(1)
+    total = torch.stack(given_masks).sum(0) if given_masks else torch.zeros(1)
     return (
         given
         if overlap == "add" or total.max() <= 1
-        else [mask / total.clamp(min=1) for mask in shown]
+        else [mask / total.clamp(min=1) for mask in given_masks]
     )
 
 

@@ -55,8 +55,8 @@ def compile_base(model: nn.Module, **options: Any) -> None:
     def compiled(*args: Any, **kwargs: Any) -> Any:
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        told = kwargs.get(family.channel) or {} if family.channel else {}
-        if getattr(told.get(KEY), "undecided", False):
+        channel = kwargs.get(family.channel) or {} if family.channel else {}
+        if getattr(channel.get(KEY), "undecided", False):
             # the layers choose a kernel, which cannot be done while compiling
             return forward(*args, **kwargs)
         given = family.given(args, kwargs)

@@ -89,7 +89,7 @@ class MemoryOptions:
         """
         return "cpu" if self.offload or self.quantize else self.device
 
-    def lighten(self, pipeline: Any) -> None:
+    def quantize_and_tile(self, pipeline: Any) -> None:
         """What changes the pipeline itself; before the adapter is attached."""
         if self.quantize is not None:
             # One matrix at a time: the device never holds the model in full precision, and under
@@ -114,7 +114,7 @@ class MemoryOptions:
             if adapter.low_rank is not None:
                 adapter.low_rank.to(self.device)  # it is heard at every attention of every step
 
-    def bring(self, network: nn.Module) -> None:
+    def to_device(self, network: nn.Module) -> None:
         """A network beside the pipeline's own, such as ControlNet: put it where it computes, or let
         it come there when it does.
         """
@@ -130,7 +130,7 @@ class MemoryOptions:
         if self.offload == "model":
             OFFLOADS[self.offload](pipeline, self.device)
 
-    def send_away(self, encoder: nn.Module) -> None:
+    def offload_encoder(self, encoder: nn.Module) -> None:
         """Under offload, let the image encoder's network be on the device only while it encodes."""
         if self.offload is not None:
             visit(encoder, self.device)

@@ -145,7 +145,7 @@ class ImagePromptPipeline:
         ]
         pipeline = open_pipeline(known, savers.opens_on, dtype=dtype, **options)
         pipeline_family(type(pipeline).__name__)
-        savers.lighten(pipeline)
+        savers.quantize_and_tile(pipeline)
         with joined_to(base_of(pipeline), opened, dtype) as attached:
             savers.place(pipeline, *(one.adapter for one in attached))
         if device.startswith("cuda") and offload is None:
@@ -156,7 +156,7 @@ class ImagePromptPipeline:
             None if controlnet is None else open_controlnet(str(controlnet), known, pipeline, dtype)
         )
         if net is not None:
-            savers.bring(net)
+            savers.to_device(net)
         return cls(pipeline, attached, model=known, controlnet=net, compile=compile, savers=savers)
 
     @classmethod
@@ -286,7 +286,7 @@ class ImagePromptPipeline:
             self.check(item)
         call = self._call(chosen, guided)
         with self.engine.outside:
-            heard = [self.hear(item, call) for item in items]
+            references = [self.prepare_item(item, call) for item in items]
         total = len(items) * chosen.num_images
         rounds = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
         # a smaller last batch would be compiled anew
@@ -302,7 +302,7 @@ class ImagePromptPipeline:
             pipeline,
             {**self.family.call_options, **options, **extra},
             start,
-            heard,
+            references,
             rounds,
             filled,
             guided,
@@ -340,7 +340,7 @@ class ImagePromptPipeline:
         """Make the pictures of these numbers at once, in diffusers' own pipeline."""
         chosen = job.settings
         order = BRANCHES if chosen.image_guidance is not None else (0, -1) if job.guided else (-1,)
-        prompts = prompts_for([job.heard[i // chosen.num_images] for i in batch], order)
+        prompts = prompts_for([job.references[i // chosen.num_images] for i in batch], order)
         seat = Seat(self.engine, prompts, chosen.image_guidance)
         with self.engine.request(job.pipeline, seat) as pipeline:
             return pipeline(
@@ -373,22 +373,23 @@ class ImagePromptPipeline:
                     f"no adapter {reference.adapter!r} is attached; there are "
                     f"{', '.join(map(repr, self.adapters))}"
                 )
-            self.hears(reference).reader.check(reference)
+            self.adapter_for(reference).reader.check(reference)
             if reference.timed and type(self.pipeline.scheduler).__name__.startswith("EDM"):
                 raise SettingError(
                     "start, end and easing are told by the training timestep, which this EDM "
                     "scheduler has not"
                 )
 
-    def hears(self, reference: Reference) -> Attached:
+    def adapter_for(self, reference: Reference) -> Attached:
         return self.first if reference.adapter is None else self.adapters[reference.adapter]
 
-    def hear(self, item: Item, call: CallContext) -> list[PreparedReference]:
+    def prepare_item(self, item: Item, call: CallContext) -> list[PreparedReference]:
         """What one result hears, encoded. What is silent is left out; a graph keeps its inputs."""
         ready = normalise_masks(
-            [self.hears(reference).hear(reference, call) for reference in item], call.overlap
+            [self.adapter_for(reference).prepare(reference, call) for reference in item],
+            call.overlap,
         )
-        return [one for one in ready if one.audible or self.compiled]
+        return [one for one in ready if one.active or self.compiled]
 
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Every default filled in: the model's steps, guidance and size, and a seed if none was
@@ -412,9 +413,9 @@ class ImagePromptPipeline:
         resolved = Resolved.model_validate({"seed": randbelow(2**31), **own, **given})
         for name, value in (("width", resolved.width), ("height", resolved.height)):
             if value % unit:
-                near = " or ".join(str(n * unit) for n in (value // unit, value // unit + 1) if n)
+                sizes = " or ".join(str(n * unit) for n in (value // unit, value // unit + 1) if n)
                 raise SettingError(
-                    f"{name} = {value}: this model takes multiples of {unit}, such as {near}"
+                    f"{name} = {value}: this model takes multiples of {unit}, such as {sizes}"
                 )
         if resolved.steps > (most := self.pipeline.scheduler.config.num_train_timesteps):
             raise SettingError(
@@ -443,11 +444,11 @@ def worded(settings: Resolved, batch: Sequence[int], no_words: str | None) -> di
     else:
         texts, each = [settings.prompt[i // settings.num_images] for i in batch], 1
         negative = None if negative is None else [negative] * len(batch)
-    said = {} if negative is None else {"negative_prompt": negative}
-    return {"prompt": texts, "num_images_per_prompt": each, **said}
+    negatives = {} if negative is None else {"negative_prompt": negative}
+    return {"prompt": texts, "num_images_per_prompt": each, **negatives}
 
 
-SAID = {  # of a diffusers pipeline's call: what says it here
+OWN_NAMES = {  # of a diffusers pipeline's call: what says it here
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
     "num_images_per_prompt": "num_images",
@@ -473,8 +474,8 @@ def own_options(
             f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} takes "
             f"none{suggestions(unknown[0], takes)}"
         )
-    if taken := [name for name in options if name in SAID]:
-        raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {SAID[taken[0]]}")
+    if taken := [name for name in options if name in OWN_NAMES]:
+        raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {OWN_NAMES[taken[0]]}")
     if settings.image_guidance is not None and options.get("guidance_rescale"):
         raise SettingError(
             "image_guidance and guidance_rescale do not go together: the latter would measure "
@@ -554,7 +555,7 @@ class Job(NamedTuple):
     pipeline: Any
     options: dict[str, Any]
     start: InputImages
-    heard: list[list[PreparedReference]]
+    references: list[list[PreparedReference]]
     rounds: list[range]
     filled: int
     guided: bool

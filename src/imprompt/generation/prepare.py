@@ -27,10 +27,10 @@ from imprompt.generation.combine import (
     as_mask,
     combine,
     concat,
-    pushed_away,
     regions,
     scale_table,
     scaled,
+    with_negative_layers,
 )
 from imprompt.generation.features import Features, Reader
 from imprompt.generation.memory import MemoryOptions
@@ -67,12 +67,12 @@ class PreparedReference(NamedTuple):
     null: Tensor | None  # the same of what guidance goes away from; None without guidance
     bias: Tensor | None  # (1, N)
     scale: Tensor  # (sites, 1) or (sites, 1, T)
-    away: Tensor  # (sites,): see `blocks.BlockMap`
+    negative: Tensor  # (sites,): see `blocks.BlockMap`
     mask: Tensor | None  # (1, h, w)
     embeds_scaling: str
 
     @property
-    def audible(self) -> bool:
+    def active(self) -> bool:
         """Whether it has any strength, anywhere, at any time."""
         return bool(self.scale.any())
 
@@ -82,7 +82,9 @@ class PreparedReference(NamedTuple):
         made = scaled(prompt.with_scale(self.scale), self.embeds_scaling)
         bias = self.bias if self.bias is None or self.null is None else self.bias.expand(2, -1)
         mask = None if self.mask is None else self.mask.to(self.tokens.device)
-        return pushed_away(made._replace(bias=bias, mask=mask), self.away, self.null is not None)
+        return with_negative_layers(
+            made._replace(bias=bias, mask=mask), self.negative, self.null is not None
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +98,7 @@ class Attached:
     def name(self) -> str:
         return self.reader.name
 
-    def hear(self, reference: Reference, call: CallContext) -> PreparedReference:
+    def prepare(self, reference: Reference, call: CallContext) -> PreparedReference:
         """Encode a reference, after what it says was checked."""
         block, table = scale_table(
             list(self.adapter.injection.layers),
@@ -118,7 +120,7 @@ class Attached:
         tokens, bias = self.combined(reference)
         null = self.null_tokens(reference, call, tokens.shape[1]) if call.guided else None
         return PreparedReference(
-            self, tokens, null, bias, table, block.away, mask, reference.embeds_scaling
+            self, tokens, null, bias, table, block.negative, mask, reference.embeds_scaling
         )
 
     def combined(self, reference: Reference) -> tuple[Tensor, Tensor | None]:
@@ -168,8 +170,8 @@ def normalise_masks(ready: Sequence[PreparedReference], overlap: str) -> list[Pr
     """
     if overlap == "add" or all(one.mask is None for one in ready):
         return list(ready)
-    masks = iter(regions([one.mask for one in ready if one.audible], overlap))
-    return [one._replace(mask=next(masks)) if one.audible else one for one in ready]
+    masks = iter(regions([one.mask for one in ready if one.active], overlap))
+    return [one._replace(mask=next(masks)) if one.active else one for one in ready]
 
 
 class LoadedAdapter(NamedTuple):
@@ -189,13 +191,21 @@ class LoadedAdapter(NamedTuple):
         device: str,
         dtype: torch.dtype,
         keep: Store | None,
-        savers: MemoryOptions,
+        memory: MemoryOptions,
     ) -> Self:
         """See `ImagePromptPipeline.from_pretrained` for the errors."""
-        path, told, variant = find_adapter(model, choice.adapter)
+        path, location, variant = find_adapter(model, choice.adapter)
         file = read_adapter(path, choice.variant or variant or None)
         encoder = load_encoder(
-            file, told, model, choice.encoder, device, dtype, keep, savers.send_away, faces
+            file,
+            location,
+            model,
+            choice.encoder,
+            device,
+            dtype,
+            keep,
+            memory.offload_encoder,
+            faces,
         )
         return cls(choice, file, encoder, choice.known_as or next(iter(model.adapters), ""))
 

@@ -89,8 +89,8 @@ def _picture(value: Any) -> Any:
 
     if isinstance(value, PictureFile | Image.Image) or is_face(value):
         return value
-    said = f"a {type(value).__name__} is no picture: give a path, or a picture of Pillow's"
-    raise PydanticCustomError("no_picture", "{said}", {"said": said})
+    message = f"a {type(value).__name__} is no picture: give a path, or a picture of Pillow's"
+    raise PydanticCustomError("no_picture", "{said}", {"said": message})
 
 
 def _as_list(value: Any) -> Any:
@@ -130,12 +130,12 @@ def _blocks(value: Any) -> Any:
     )
 
 
-def parsed_blocks(told: str) -> Any:
+def parsed_blocks(given: str) -> Any:
     """Read blocks from a command line: a preset's name, a number, or a map as JSON."""
     try:
-        return json.loads(told)
+        return json.loads(given)
     except ValueError:
-        return told
+        return given
 
 
 def _weights(value: Any) -> Any:
@@ -336,10 +336,10 @@ class AdapterChoice(Validated, frozen=True):
         return self.name or file.removesuffix(".safetensors").removesuffix(".bin")
 
 
-def adapters_said(value: Any) -> Any:
+def adapters_of(value: Any) -> Any:
     """Check a field: a name, an `AdapterChoice` or what makes one, or a list of them."""
     if isinstance(value, list | tuple):
-        return [adapters_said(one) for one in value]
+        return [adapters_of(one) for one in value]
     if value is None or isinstance(value, str | AdapterChoice):
         return value
     if isinstance(value, dict):
@@ -349,12 +349,12 @@ def adapters_said(value: Any) -> Any:
     )
 
 
-def as_told(item: Item) -> Any:
+def item_as_json(item: Item) -> Any:
     """Return an item as JSON, without defaults: a lone picture by its path and hash."""
-    told = [reference.model_dump(mode="json", exclude_defaults=True) for reference in item]
-    if len(told) > 1:
-        return told
-    (only,) = told
+    given = [reference.model_dump(mode="json", exclude_defaults=True) for reference in item]
+    if len(given) > 1:
+        return given
+    (only,) = given
     plain = only.keys() == {"images"} and len(only["images"]) == 1
     return only["images"][0] if plain else only
 

@@ -17,9 +17,9 @@ from imprompt.generation.references import (
     AnyPicture,
     Item,
     PictureFile,
-    adapters_said,
-    as_told,
+    adapters_of,
     files_in,
+    item_as_json,
     plain_picture,
     with_files,
 )
@@ -64,7 +64,7 @@ class Request(Validated, frozen=True):
     model: ModelName = "emoji"
     adapter: Annotated[
         Any,
-        PlainValidator(adapters_said),
+        PlainValidator(adapters_of),
         Flag(type=list[str], read=one_adapter),
         Field(description=ADAPTER),
     ] = None
@@ -124,8 +124,8 @@ class Request(Validated, frozen=True):
         return self
 
     @field_serializer("images")
-    def _told(self, images: list[Item]) -> list[Any]:
-        return [as_told(item) for item in images]
+    def _images_as_json(self, images: list[Item]) -> list[Any]:
+        return [item_as_json(item) for item in images]
 
     @property
     def numbers(self) -> range:
@@ -203,9 +203,9 @@ class Request(Validated, frozen=True):
 
     def with_hashes(self) -> Self:
         """Return the request with every file hashed, for any folder to repeat it from."""
-        return with_files(self.beside(Path()), PictureFile.with_hash)
+        return with_files(self.resolve_paths(Path()), PictureFile.with_hash)
 
-    def beside(self, folder: Path) -> Self:
+    def resolve_paths(self, folder: Path) -> Self:
         """Return the request read in `folder`: what it names and is there, by an absolute path."""
 
         def found(name: Any) -> Any:
@@ -281,7 +281,7 @@ def request_file(path: Path) -> Request:
             f"{path} holds no request: it is to name settings, such as images = ['cat.png']"
         )
     request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
-    return request.beside(path.parent)
+    return request.resolve_paths(path.parent)
 
 
 def save_results(result: "Result", request: Request, out: Path) -> list[Path]:

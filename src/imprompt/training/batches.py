@@ -163,7 +163,7 @@ class RankSlice(NamedTuple):
 
 
 def loader(
-    shown: AugmentedSamples, steps: Iterator[list[SampleIndex]], share: RankSlice, workers: int
+    augmented: AugmentedSamples, steps: Iterator[list[SampleIndex]], share: RankSlice, workers: int
 ) -> Iterator[Item]:
     """This process's parts of the batches, `share.parts` to a step, read ahead by `workers`
     processes.
@@ -172,7 +172,7 @@ def loader(
     reading: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     return iter(
         DataLoader(
-            shown,
+            augmented,
             batch_sampler=_Once(parts),  # pyright: ignore[reportArgumentType] - it takes any iterable of lists
             num_workers=workers,
             collate_fn=collate,

@@ -42,7 +42,7 @@ from imprompt.training.samples import BadSample, Source
 
 SHARD = 256  # samples
 AT_ONCE = 16  # pictures that the models take at a time
-ASIDE = re.compile(r"\..+\.(\d+)\.part")  # of the process of that rank
+TEMPORARY = re.compile(r"\..+\.(\d+)\.part")  # of the process of that rank
 
 
 def encode_set(
@@ -143,7 +143,7 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".*.part"):
-        if (left := ASIDE.fullmatch(path.name)) and int(left[1]) % ranks == rank:
+        if (left := TEMPORARY.fullmatch(path.name)) and int(left[1]) % ranks == rank:
             path.unlink()
     plan_file, nulls_file = folder / "plan.json", folder / "nulls.safetensors"
     filled = any(folder.glob("shard-*"))
@@ -153,7 +153,7 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
     else:
         write_table(plan_file, plan, rank)
     if not nulls_file.exists():
-        with aside(nulls_file, rank) as file:
+        with temporary_file(nulls_file, rank) as file:
             file.write(save(stored(encoder.nulls())))
 
 
@@ -244,7 +244,7 @@ def write_shard(
     buckets: dict[int, int] = {}
     places: dict[int, tuple[int, int, int]] = dict.fromkeys(names, (0, 0, 0))
     bad: dict[int, Table] = {}
-    with aside(path, rank) as file, tarfile.open(fileobj=file, mode="w") as tar:
+    with temporary_file(path, rank) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for row in rows:
             buckets[row.sample] = row.bucket
             if isinstance(row.held, BadSample):
@@ -279,7 +279,7 @@ def append(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 @contextmanager
-def aside(path: Path, rank: int) -> Iterator[BinaryIO]:
+def temporary_file(path: Path, rank: int) -> Iterator[BinaryIO]:
     """A file that takes its name when it is whole and on the disk.
 
     Until then its name tells the process, so that what a killed one left is told from what others
@@ -291,7 +291,7 @@ def aside(path: Path, rank: int) -> Iterator[BinaryIO]:
 
 
 def write_table(path: Path, table: Table, rank: int) -> None:
-    with aside(path, rank) as file:
+    with temporary_file(path, rank) as file:
         file.write(json.dumps(table).encode())
 
 
@@ -312,7 +312,7 @@ class Read(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-Asked = tuple[int, list[int]]  # a bucket and samples of it
+BatchIndex = tuple[int, list[int]]  # a bucket and samples of it
 
 
 class Reading(Dataset[Read]):
@@ -321,8 +321,8 @@ class Reading(Dataset[Read]):
     def __init__(self, examples: Callable[[int], Example]) -> None:
         self.examples = examples
 
-    def __getitem__(self, asked: Asked) -> Read:
-        bucket, indices = asked
+    def __getitem__(self, batch_index: BatchIndex) -> Read:
+        bucket, indices = batch_index
         good: dict[int, Example] = {}
         bad: dict[int, BadSample] = {}
         for index in indices:
@@ -351,7 +351,9 @@ def stacked_tensors(examples: Sequence[Example]) -> dict[str, Tensor]:
     }
 
 
-def batches_of(samples: Sequence[int], source: Source, sizes: Sequence[Size]) -> Iterator[Asked]:
+def batches_of(
+    samples: Sequence[int], source: Source, sizes: Sequence[Size]
+) -> Iterator[BatchIndex]:
     """All samples of a shard, in batches of one bucket."""
     members: dict[int, list[int]] = {}
     for index in samples:
@@ -362,7 +364,7 @@ def batches_of(samples: Sequence[int], source: Source, sizes: Sequence[Size]) ->
 
 
 def read_ahead(
-    examples: Callable[[int], Example], batches: Iterator[Asked], workers: int
+    examples: Callable[[int], Example], batches: Iterator[BatchIndex], workers: int
 ) -> Iterator[Read]:
     """The batches in order, read by `workers` processes while the models are busy."""
     yield from DataLoader(

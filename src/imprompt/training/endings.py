@@ -39,7 +39,7 @@ def explained_termination(output: Path) -> Iterator[None]:
     try:
         yield
     except Terminated as error:
-        raise ImpromptError(f"{TOLD}. {resume_hint(output)}") from error
+        raise ImpromptError(f"{TERMINATED}. {resume_hint(output)}") from error
     except Diverged as error:
         raise ImpromptError(f"{error}. {resume_hint(output)}") from error
     except RuntimeError as error:
@@ -59,7 +59,7 @@ def resume_hint(output: Path) -> str:
     return f"The last good state is {latest.resolve()}; the same command goes on from there"
 
 
-TOLD = "this process was told to end (SIGTERM), as when another of its run has"
+TERMINATED = "this process was told to end (SIGTERM), as when another of its run has"
 # How gloo, NCCL and the store that processes meet in say that the process at the other end is gone
 # or silent.
 LOST = re.compile(
@@ -74,19 +74,19 @@ def end_of_another(error: RuntimeError) -> str | None:
 
     Gloo's errors have no type of their own, but name its source.
     """
-    said = str(error)
+    message = str(error)
     # without gloo's source and guesses
     why = re.sub(r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error))
-    if said.startswith("DataLoader worker"):
+    if message.startswith("DataLoader worker"):
         return (
-            TOLD
-            if "signal: Terminated" in said
+            TERMINATED
+            if "signal: Terminated" in message
             else f"a process that reads samples has ended ({why})"
         )
-    distributed = isinstance(error, DistError) or "/gloo/transport/" in said
+    distributed = isinstance(error, DistError) or "/gloo/transport/" in message
     return (
         f"another process of this run has ended ({why})"
-        if distributed and LOST.search(said)
+        if distributed and LOST.search(message)
         else None
     )
 

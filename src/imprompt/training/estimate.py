@@ -263,9 +263,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 def estimate_rows(found: Estimate) -> list[tuple[str, str]]:
     """Labels and values that tell a person what a run takes."""
-    name, there, told = "CPU", "", ""
+    name, there, caveat = "CPU", "", ""
     if found.device.type != "cpu":
-        name, told = found.device.type.upper(), " (assumed)"
+        name, caveat = found.device.type.upper(), " (assumed)"
     if found.device.type == "cuda":
         properties = torch.cuda.get_device_properties(found.device)
         name, there = properties.name, f" of {si(properties.total_memory, 'B')}"
@@ -276,8 +276,8 @@ def estimate_rows(found: Estimate) -> list[tuple[str, str]]:
     if found.encoded is not None:
         features = f"{si(found.encoded, 'B')} a sample on disk"
     reached = (
-        f"if {found.share:.0%}{told} of the {si(found.rate, 'FLOP/s')} that this {name} multiplies "
-        "matrices with are reached"
+        f"if {found.share:.0%}{caveat} of the {si(found.rate, 'FLOP/s')} that this {name} "
+        "multiplies matrices with are reached"
     )
     return [
         ("trained parameters", f"{found.trained:,}"),

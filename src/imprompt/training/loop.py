@@ -17,13 +17,13 @@ from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter, save_adapter
 from imprompt.errors import ImpromptError
 from imprompt.training.batches import Batch, Item
+from imprompt.training.data_pipeline import Bad, bad_of
 from imprompt.training.endings import explained_termination, lock_output
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 from imprompt.training.setup import Setup, gathered, set_up
 from imprompt.training.state import save_state
 from imprompt.training.step import NaNGuard
-from imprompt.training.supply import Bad, bad_of
 from imprompt.training.validation import held_out_loss
 from imprompt.training.watch import (
     Clock,
@@ -59,13 +59,13 @@ class Run:
 
     def __init__(self, setup: Setup, watcher: Watcher) -> None:
         self.setup, self.watcher = setup, watcher
-        self.trainer, self.supply = setup.trainer, setup.supply
-        recipe, reader = setup.recipe, setup.supply.reader
+        self.trainer, self.data_pipeline = setup.trainer, setup.data_pipeline
+        recipe, reader = setup.recipe, setup.data_pipeline.reader
         self.metrics = Metrics(recipe.output)
         self.trackers: list[Tracker] = []
         self.lock: FileLock | None = None
-        begun = setup.state.step if setup.state else 0
-        self.bad = Bad(recipe.output, recipe.data.max_bad, reader, begun, write=setup.main)
+        first_step = setup.state.step if setup.state else 0
+        self.bad = Bad(recipe.output, recipe.data.max_bad, reader, first_step, write=setup.main)
         self.seen: list[BadSample] = [*reader.bad_shards]  # and not told of yet
 
     def go(self) -> None:
@@ -80,15 +80,15 @@ class Run:
             self.trackers = open_trackers(recipe, done, self.watcher.warned)
         self._count(done)
         clock = Clock()
-        sentry = NaNGuard(gathered, scaled=self.setup.accelerator.scaler is not None)
-        items = self.supply.items(done) if done < plan.steps else iter(())
+        guard = NaNGuard(gathered, scaled=self.setup.accelerator.scaler is not None)
+        items = self.data_pipeline.items(done) if done < plan.steps else iter(())
         for step in range(done, plan.steps):
             with clock.waiting():
                 parts = list(islice(items, plan.accumulate))
             self.seen += bad_of(parts)
             names = [name for part in parts for name in part["name"]]
-            stepped = self.trainer.update(step, map(self.supply.compose, parts))
-            sentry.watch(step + 1, names, stepped)
+            stepped = self.trainer.update(step, map(self.data_pipeline.compose, parts))
+            guard.watch(step + 1, names, stepped)
             clock.step(plan.batch_size)
             self.watcher.advanced(step + 1)
             last = step + 1 == plan.steps
@@ -97,7 +97,7 @@ class Run:
                 self._validates(step + 1),
             )
             if saving or validating or (step + 1) % recipe.logging.every == 0:
-                sentry.check()
+                guard.check()
                 self._log(step + 1, clock, stepped.norm.item(), self._count(step + 1))
             with clock.paused():
                 if validating:
@@ -109,13 +109,13 @@ class Run:
         """Take up the latest state; give the steps done."""
         if (state := self.setup.state) is None:
             return 0
-        adapter = build_adapter(read_adapter(state.folder), self.setup.twin.family)
+        adapter = build_adapter(read_adapter(state.folder), self.setup.cpu_copy.family)
         self.trainer.load(adapter.state_dict(), state.training)
-        if state.facts["samples"] != len(self.supply.reader):
+        if state.facts["samples"] != len(self.data_pipeline.reader):
             raise ImpromptError(
                 f"{self.setup.recipe.output} was begun with {state.facts['samples']:,} samples, "
                 "the set has "
-                f"{len(self.supply.reader):,} now: give another output, and start = "
+                f"{len(self.data_pipeline.reader):,} now: give another output, and start = "
                 f"{str(state.folder)!r} to go on from there"
             )
         return state.step
@@ -137,12 +137,12 @@ class Run:
         return self.bad.count
 
     def _log(self, step: int, clock: Clock, norm: float, bad: int) -> None:
-        loss, plain, by_timestep = self.trainer.tell()
+        loss, plain, by_timestep = self.trainer.read_losses()
         if not self.setup.main:
             return
         row = LogRow(
             step=step,
-            epoch=step * self.setup.recipe.optimization.batch_size / self.supply.samples,
+            epoch=step * self.setup.recipe.optimization.batch_size / self.data_pipeline.samples,
             loss=loss,
             plain_loss=plain,
             grad_norm=norm,
@@ -161,7 +161,7 @@ class Run:
         """All processes together: their parts are put together, and the first one writes."""
         facts: dict[str, Any] = {
             "recipe": self.setup.recipe.model_dump(mode="json"),
-            "samples": len(self.supply.reader),
+            "samples": len(self.data_pipeline.reader),
         }
         with self.trainer.averaged():
             weights = self.trainer.weights()
@@ -170,27 +170,29 @@ class Run:
                 self._count(step)
         state = self.trainer.state()
         if self.setup.main:
-            self._wear(weights)
+            self._load_copy(weights)
             origin = self.setup.origin.model_copy(update={"training_steps": step})
-            row, twin, layers = (
+            row, cpu_copy, layers = (
                 find_variant(self.setup.recipe.variant),
-                self.setup.twin,
+                self.setup.cpu_copy,
                 self.setup.layers,
             )
             files: dict[str, Callable[[Path], None]] = {
-                "adapter.safetensors": lambda path: save_adapter(path, twin, row, layers, origin),
+                "adapter.safetensors": lambda path: save_adapter(
+                    path, cpu_copy, row, layers, origin
+                ),
                 "training.pt": lambda path: torch.save(state, path),
             }
             if "held_out_loss" in facts:
-                self._tell(step, {"held_out_loss": facts["held_out_loss"]})
+                self._log_validation(step, {"held_out_loss": facts["held_out_loss"]})
             self.watcher.saved(
                 save_state(self.setup.recipe.output, step, files, facts, self.setup.recipe.keep)
             )
         self.setup.accelerator.wait_for_everyone()
 
-    def _wear(self, weights: dict[str, Tensor]) -> IPAdapter:
-        self.setup.twin.load_state_dict(weights)
-        return self.setup.twin
+    def _load_copy(self, weights: dict[str, Tensor]) -> IPAdapter:
+        self.setup.cpu_copy.load_state_dict(weights)
+        return self.setup.cpu_copy
 
     def held_out_loss(self) -> float:
         """The same on every process, which all take all samples: sharded weights are gathered in
@@ -203,11 +205,11 @@ class Run:
 
         def composed(item: Item) -> Batch:
             self.seen += bad_of([item])
-            return self.supply.compose(item)
+            return self.data_pipeline.compose(item)
 
         batches = (
             (torch.from_numpy(numbers), composed(item))
-            for numbers, item in self.supply.held_out_items()
+            for numbers, item in self.data_pipeline.held_out_items()
         )
         with self.trainer.measuring():
             return held_out_loss(batches, losses, HELD_OUT_DRAWS)
@@ -216,16 +218,16 @@ class Run:
         with self.trainer.averaged():
             weights = self.trainer.weights()
         if self.setup.validator is not None:
-            self._wear(weights).to(self.setup.device)
+            self._load_copy(weights).to(self.setup.device)
             path, scores = self.setup.validator.grid(step)
-            self.setup.twin.cpu()
-            self._tell(step, scores)
+            self.setup.cpu_copy.cpu()
+            self._log_validation(step, scores)
             for tracker in self.trackers:
                 tracker.log_image("validation/grid", Image.open(path).convert("RGB"), step)
             self.watcher.validated(path, scores)
         self.setup.accelerator.wait_for_everyone()
 
-    def _tell(self, step: int, scores: dict[str, float]) -> None:
+    def _log_validation(self, step: int, scores: dict[str, float]) -> None:
         self.metrics.add({"step": step, **scores})
         for tracker in self.trackers:
             tracker.log({f"validation/{name}": value for name, value in scores.items()}, step)

@@ -96,9 +96,9 @@ def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
     In float32, attached to nothing.
     """
     family, row = family_of(base), find_variant(recipe.variant)
-    sites = family.layers(base)
+    layers = family.layers(base)
     if recipe.start is None:
-        token_dim = family.size(next(iter(sites.values()))).text
+        token_dim = family.size(next(iter(layers.values()))).text
         sizes = {
             key: value
             for key, value in (("tokens", recipe.tokens), ("depth", recipe.depth))
@@ -165,12 +165,12 @@ def best_device() -> torch.device:
 
 def precision(recipe: Recipe, device: torch.device) -> str:
     """Of the frozen base: bf16 where the machine is fast at it, if the recipe leaves it open."""
-    asked = recipe.optimization.precision
-    if asked == "fp16" and device.type == "cpu":
+    wanted = recipe.optimization.precision
+    if wanted == "fp16" and device.type == "cpu":
         raise SettingError(
             "optimization.precision = 'fp16' needs a GPU; on a CPU bf16 or fp32 is allowed"
         )
-    return asked if asked != "auto" else "bf16" if bf16_is_fast() else "fp32"
+    return wanted if wanted != "auto" else "bf16" if bf16_is_fast() else "fp32"
 
 
 def bf16_is_fast() -> bool:

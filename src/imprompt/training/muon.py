@@ -89,8 +89,8 @@ class Muon(torch.optim.Optimizer):
             return parameter.shape[0], parameter.shape[1:].numel()
 
         used = [p for p in group["params"] if p.grad is not None]
-        for (rows, columns), alike in groupby(sorted(used, key=shape), key=shape):
-            parameters, updates = [*alike], []
+        for (rows, columns), same_shape in groupby(sorted(used, key=shape), key=shape):
+            parameters, updates = [*same_shape], []
             for p in parameters:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)

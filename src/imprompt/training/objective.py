@@ -155,18 +155,18 @@ def prediction_type(scheduler: Any) -> Prediction:
     SettingError if training does not know it.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    told = config.get("prediction_type")
-    if name.startswith("FlowMatch") or told == "flow_prediction" or config.get("use_flow_sigmas"):
+    stated = config.get("prediction_type")
+    if name.startswith("FlowMatch") or stated == "flow_prediction" or config.get("use_flow_sigmas"):
         return "flow"
-    if told not in TARGETS:
+    if stated not in TARGETS:
         raise SettingError(
-            f"this model predicts {told!r} ({name}); training knows {', '.join(TARGETS)}"
+            f"this model predicts {stated!r} ({name}); training knows {', '.join(TARGETS)}"
         )
     if "beta_schedule" not in config:
         raise SettingError(
             f"this model's {name} has no schedule of betas; training knows those and flow matching"
         )
-    return told
+    return stated
 
 
 def diffusion(scheduler: Any, noise: NoiseSettings) -> Schedule:

@@ -18,6 +18,13 @@ from imprompt.errors import ImpromptError, SettingError
 from imprompt.families.base import base_of, family_of
 from imprompt.files import check_folder
 from imprompt.training.batches import Composer, RankSlice, SampleReader
+from imprompt.training.data_pipeline import (
+    DataPipeline,
+    encode_features,
+    have_features,
+    read_features,
+    read_pictures,
+)
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.model import (
     AdaptedModel,
@@ -35,13 +42,6 @@ from imprompt.training.samples import BadSample, Source
 from imprompt.training.sources import open_source
 from imprompt.training.state import State, load_state
 from imprompt.training.step import Trainer
-from imprompt.training.supply import (
-    DataPipeline,
-    encode_features,
-    have_features,
-    read_features,
-    read_pictures,
-)
 from imprompt.training.validation import Validator
 
 # with a process at work alone: the first one validates, or one has more to encode than others
@@ -66,10 +66,10 @@ class Setup:
     accelerator: Any
     frozen: FeatureEncoder | None
     base: Any
-    twin: IPAdapter
+    cpu_copy: IPAdapter
     layers: list[str]
     trainer: Trainer
-    supply: DataPipeline
+    data_pipeline: DataPipeline
     origin: Origin
     validator: Validator | None
 
@@ -105,11 +105,11 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
         nulls, identity, online = frozen.nulls(), frozen.identity(recipe.data), frozen
     base, device = base_of(pipeline), accelerator.device
     adapter = start_adapter(recipe, base, nulls["image"].shape[-1])
-    twin = deepcopy(adapter)
+    cpu_copy = deepcopy(adapter)
     objective = Objective(pipeline.scheduler, recipe.noise)
     model = AdaptedModel(prepare_base(base, recipe.optimization, device), adapter)
     compose = Composer(nulls, device, measured.scaling, measured.shift, online)
-    supply = DataPipeline(
+    data_pipeline = DataPipeline(
         reader, recipe.data, recipe.seed, share, recipe.optimization.batch_size, compose
     )
     origin = Origin(
@@ -122,14 +122,24 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
     validator = None
     if recipe.validation.every is not None and accelerator.is_main_process:
         assert frozen is not None
-        held_out = pictures(source or open_source(recipe.data), supply.held_out.tolist())
+        held_out = pictures(source or open_source(recipe.data), data_pipeline.held_out.tolist())
         validator = Validator(
-            recipe, pipeline, frozen.encoder, frozen.variant, twin.attach(base), held_out
+            recipe, pipeline, frozen.encoder, frozen.variant, cpu_copy.attach(base), held_out
         )
     trainer = Trainer(accelerator, model, objective, recipe.optimization)
     layers = list(family_of(base).layers(base))
     return Setup(
-        recipe, state, accelerator, frozen, base, twin, layers, trainer, supply, origin, validator
+        recipe,
+        state,
+        accelerator,
+        frozen,
+        base,
+        cpu_copy,
+        layers,
+        trainer,
+        data_pipeline,
+        origin,
+        validator,
     )
 
 

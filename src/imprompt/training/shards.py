@@ -180,10 +180,10 @@ class Streamed:
         return f"sample {number} of {self.url}"
 
     def members(self, number: int) -> dict[str, tuple[int, int]]:
-        return self._asked(number, lambda tar: tar.members(number))
+        return self._answer(number, lambda tar: tar.members(number))
 
     def read(self, number: int, ending: str, most: int | None = None) -> bytes:
-        return self._asked(number, lambda tar: tar.read(number, ending, most))
+        return self._answer(number, lambda tar: tar.read(number, ending, most))
 
     def open(self, mode: Literal["rb"]) -> BinaryIO:
         """The copy, marked as the one that was used last; BadSample if it cannot be fetched."""
@@ -195,7 +195,7 @@ class Streamed:
                 fetch(self.url, self.path)
                 make_room(self.path)
 
-    def _asked(self, number: int, question: Callable[[TarIndex], T]) -> T:
+    def _answer(self, number: int, question: Callable[[TarIndex], T]) -> T:
         try:
             tar = recent_index(self)
             if number >= len(tar):
@@ -383,11 +383,13 @@ def known_counts(urls: Iterable[str]) -> Counts:
         for url in urls
         if is_remote(url) and not url.startswith("pipe:")
     }
-    told = {
+    counted = {
         folder: folder_counts(folder) for folder in {folder for folder, _, _ in places.values()}
     }
     return {
-        url: told[folder][name] for url, (folder, _, name) in places.items() if name in told[folder]
+        url: counted[folder][name]
+        for url, (folder, _, name) in places.items()
+        if name in counted[folder]
     }
 
 
@@ -450,8 +452,8 @@ def fetch(url: str, final: Path) -> Path:
             if not final.exists():
                 for torn in final.parent.glob(f".{final.name}.*"):  # of a process that was killed
                     torn.unlink()
-                with atomic_write(final) as aside:
-                    download(url, aside)
+                with atomic_write(final) as temporary:
+                    download(url, temporary)
     except OSError as error:
         raise BadSample(url, f"cannot be fetched ({error})", "absent") from error
     return final

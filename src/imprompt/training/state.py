@@ -55,26 +55,26 @@ def save_state(
 
     Only then drop the oldest states.
     """
-    final, aside = run / f"step-{step:07d}", run / f".step-{step:07d}.part"
+    final, temporary = run / f"step-{step:07d}", run / f".step-{step:07d}.part"
     for torn in run.glob(".step-*.part"):  # of a process that was killed
         shutil.rmtree(torn, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         for name, write in files.items():
-            write(aside / name)
-        (aside / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
-        for path in (*aside.iterdir(), aside):
+            write(temporary / name)
+        (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+        for path in (*temporary.iterdir(), temporary):
             flush(path)
         if final.exists():  # of a run that was stopped before it could point to it
             _drop(final)
-        aside.rename(final)
+        temporary.rename(final)
         flush(run)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
         raise CheckpointError(
             f"cannot write {final}: {first_line(error)}; the state before it is whole"
         ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     if _better(facts.get("held_out_loss"), run / "best"):
         _point(run / "best", final)
     _point(run / "latest", final)
@@ -89,9 +89,9 @@ def save_state(
 
 def _drop(folder: Path) -> None:
     """Remove a state; what a kill leaves of it does not look like one."""
-    aside = folder.with_name(f".{folder.name}.old.part")
-    folder.rename(aside)
-    shutil.rmtree(aside)
+    temporary = folder.with_name(f".{folder.name}.old.part")
+    folder.rename(temporary)
+    shutil.rmtree(temporary)
 
 
 def load_state(run: Path, recipe: Recipe) -> State | None:
@@ -105,7 +105,7 @@ def load_state(run: Path, recipe: Recipe) -> State | None:
     try:
         facts = json.loads((folder / "state.json").read_text())
         training = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
-        begun = facts["recipe"]
+        stored = facts["recipe"]
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(
             f"{folder} is damaged ({first_line(error)}); remove it and point latest to an older "
@@ -113,9 +113,9 @@ def load_state(run: Path, recipe: Recipe) -> State | None:
         ) from error
     now = recipe.model_dump(mode="json")
     changed = [
-        f"{key} = {_at(begun, key)!r} (now {_at(now, key)!r})"
+        f"{key} = {_at(stored, key)!r} (now {_at(now, key)!r})"
         for key in FIXED
-        if _at(begun, key) != _at(now, key)
+        if _at(stored, key) != _at(now, key)
     ]
     if changed:
         raise SettingError(
@@ -138,8 +138,8 @@ def _better(loss: float | None, best: Path) -> bool:
 
 
 def _point(link: Path, folder: Path) -> None:
-    aside = link.with_name(f".{link.name}.part")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(folder.name)
-    aside.replace(link)
+    temporary = link.with_name(f".{link.name}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    temporary.replace(link)
     flush(link.parent)

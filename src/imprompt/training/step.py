@@ -202,16 +202,16 @@ class Trainer:
             if isinstance(self.model, FSDPModule):
                 self.model.reshard()
 
-    def tell(self) -> tuple[float, float, dict[str, float]]:
+    def read_losses(self) -> tuple[float, float, dict[str, float]]:
         """Mean weighted and plain loss and losses by timestep since the last time, over all
         processes: all must ask together.
         """
         weighted, plain, samples = self.accelerator.reduce(self.sums, "sum").tolist()
         self.by_timestep.totals.copy_(self.accelerator.reduce(self.by_timestep.totals, "sum"))
-        told = self.by_timestep.read()
+        by_timestep = self.by_timestep.read()
         self.by_timestep.reset()
         self.sums.zero_()
-        return weighted / max(samples, 1), plain / max(samples, 1), told
+        return weighted / max(samples, 1), plain / max(samples, 1), by_timestep
 
     def weights(self) -> dict[str, Tensor]:
         """The adapter's weights as they are now, whole, on the CPU.
@@ -259,7 +259,7 @@ class Trainer:
         if self.average is None:
             yield
             return
-        with self.average.worn_by(self.model.parameters()):
+        with self.average.swapped_into(self.model.parameters()):
             yield
 
 
@@ -285,7 +285,7 @@ class Average:
         get_ema_multi_avg_fn(decay)(self.means, own_parts(parameters), self.steps)
 
     @contextmanager
-    def worn_by(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    def swapped_into(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         """The averages in place of these for a while."""
         parts = own_parts(parameters)
         kept = [part.clone() for part in parts]
@@ -323,9 +323,9 @@ class NaNGuard:
         """
         self.check()
         # NaN or infinite if either is
-        told = stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm
-        there = torch.cuda.Event() if told.is_cuda else None
-        self._pending = step, names, told.to("cpu", non_blocking=True), there
+        value = stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm
+        there = torch.cuda.Event() if value.is_cuda else None
+        self._pending = step, names, value.to("cpu", non_blocking=True), there
         if there is None:
             self.check()
         else:
@@ -335,13 +335,13 @@ class NaNGuard:
         """Look now."""
         if self._pending is None:
             return
-        (step, names, told, there), self._pending = self._pending, None
+        (step, names, value, there), self._pending = self._pending, None
         if there is not None:
             while not there.query():
                 # a wait inside CUDA would hear no signal, as when another process has ended
                 time.sleep(1e-3)
-        if not math.isfinite(told.item()):
+        if not math.isfinite(value.item()):
             raise Diverged(
-                f"the loss of step {step} is {told.item()}; its samples: "
+                f"the loss of step {step} is {value.item()}; its samples: "
                 f"{', '.join(self._gather(names))}"
             )

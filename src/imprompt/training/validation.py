@@ -166,11 +166,11 @@ def similarities(
     worded = [number for number, column in enumerate(columns) if column.prompt]
     if measure.texts is None or not worded:
         return scores
-    said = unit(measure.texts([columns[number].prompt for number in worded]))
+    text_features = unit(measure.texts([columns[number].prompt for number in worded]))
     return scores | by_scale(
         "clip_t",
         [scales[number] for number in worded],
-        (got[worded] @ said[..., None]).mean((1, 2)).tolist(),
+        (got[worded] @ text_features[..., None]).mean((1, 2)).tolist(),
     )
 
 
@@ -249,10 +249,10 @@ class Validator:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._models_ready():
-            asked = [column.model_dump(exclude_unset=True) for column in self.columns]
+            fields = [column.model_dump(exclude_unset=True) for column in self.columns]
             made = [
                 self.pipe(self.prompts, batch_size=self.at_once, **settings).images
-                for settings in asked
+                for settings in fields
             ]
             scores = similarities(self.measure, self.prompts, self.columns, made)
         return save_png(
@@ -304,11 +304,11 @@ def sheet(
     their text and scale.
     """
     size = cell_size(made[0][0].size)
-    shown = [
+    originals = [
         ImageOps.pad(prompt, made[0][0].size, Image.Resampling.LANCZOS, color=WHITE)
         for prompt in prompts
     ]
-    cells = [cell(picture, size) for row in zip(shown, *made, strict=True) for picture in row]
+    cells = [cell(picture, size) for row in zip(originals, *made, strict=True) for picture in row]
     body = grid(cells, 1 + len(columns), GAP)
     font: Any = ImageFont.load_default(max(12, size[0] // 18))
     line = round(1.3 * font.size)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GB = 1e9
-SHOWN_BAD = 10  # bad samples with a line of their own in the terminal; all are counted
+LISTED_BAD = 10  # bad samples with a line of their own in the terminal; all are counted
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Metrics:
             return
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
         try:
-            with atomic_write(self.path) as aside:
-                aside.write_text("".join(kept), encoding="utf-8")
+            with atomic_write(self.path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
         except OSError as error:
             raise ImpromptError(f"cannot write {self.path}: {first_line(error)}") from error
 
@@ -369,10 +369,10 @@ class ProgressWatcher(Watcher):
 
     def bad(self, sample: BadSample) -> None:
         self._bad += 1
-        if self._bad <= SHOWN_BAD:
+        if self._bad <= LISTED_BAD:
             self._say(
                 f"bad sample {sample}"
-                + ("; further ones are only counted" if self._bad == SHOWN_BAD else "")
+                + ("; further ones are only counted" if self._bad == LISTED_BAD else "")
             )
 
     def warned(self, line: str) -> None:

@@ -70,10 +70,10 @@ def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
     """The recipe's features; SettingError if those in its folder are others."""
     assert recipe.data.features is not None
     place = str(encoder_place(recipe))
-    asked = wanted_identity(
+    identity = wanted_identity(
         recipe.model, place, find_variant(recipe.variant), recipe.data, measured.size
     )
-    return open_features(recipe.data.features, {**asked, **source_origin(recipe.data)})
+    return open_features(recipe.data.features, {**identity, **source_origin(recipe.data)})
 
 
 def read_pictures(
@@ -146,7 +146,7 @@ class DataPipeline:
         plain = self.data.model_copy(
             update={"flip": False, "drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
         )
-        shown, size = (
+        augmented, size = (
             AugmentedSamples(self.reader, plain, self.seed),
             max(1, self.batch // (self.share.ranks * self.share.parts)),
         )
@@ -158,7 +158,7 @@ class DataPipeline:
                 yield (
                     part,
                     collate(
-                        [shown[SampleIndex(-1, int(self.held_out[number]))] for number in part]
+                        [augmented[SampleIndex(-1, int(self.held_out[number]))] for number in part]
                     ),
                 )
 
@@ -213,8 +213,8 @@ class Bad:
 
     def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.file) as aside:
-            aside.write_text(
+        with atomic_write(self.file) as temporary:
+            temporary.write_text(
                 "".join(json.dumps(row) + "\n" for row in self.known.values()), encoding="utf-8"
             )
         self._written = dict(self.known)
