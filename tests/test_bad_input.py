@@ -667,7 +667,7 @@ BAD_MODELS = [
     (
         "encoder of text",
         WITH_CAT + " --encoder {model}/text_encoder",
-        "text_encoder (it holds a clip_text_model, not a CLIP image encoder)",
+        "text_encoder (it holds a clip_text_model, not a CLIP, SigLIP or DINOv2 image encoder)",
     ),
 ]
 BAD_FILES = [

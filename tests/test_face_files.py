@@ -454,7 +454,7 @@ def test_known_faceid_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, row in known.items():
             found = find_adapter(model, name)
             assert found == (Path(row.file.path), row.encoder, name)
-            assert (row.encoder is not None) == (find_variant(name).clip_feature is not None)
+            assert (row.encoder is not None) == (find_variant(name).image_feature is not None)
             assert "non-commercial" in row.licence
             assert find_adapter(MODELS["emoji"], f"{row.file.repo}/{row.file.path}") == found
     assert find_adapter(MODELS["sd15"], "base").variant == ""

@@ -143,7 +143,7 @@ def test_flags_change_a_request_and_nothing_else(asked: Callable[..., Request]) 
     assert changed.settings == plain.settings.model_copy(update={"scale": 0.5})
     assert changed.fast
     assert [reference.end for (reference,) in changed.images] == [0.6, 0.6]
-    assert [reference.crop for (reference,) in changed.images] == ["center", "top"]
+    assert [reference.crop for (reference,) in changed.images] == [None, "top"]
     restored = changed.changed({"settings": plain.settings, "fast": False, "images": plain.images})
     assert restored == plain
 

@@ -2,8 +2,9 @@
 it image tokens.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from imprompt.adapter import ImageProjection
@@ -12,9 +13,9 @@ from imprompt.projections.mlp import FaceProjection, FullProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.validation import suggestions
 
-ClipFeature = Literal["pooled", "penultimate"]
-FaceFeature = Literal["face", "raw face", "face and crop", "raw face and square"]
-Feature = ClipFeature | FaceFeature
+# Of an image encoder "pooled", "penultimate", "last" or "levels 7,13,26" (see `levels_of`); of a
+# face one of `BESIDE_A_FACE`.
+Feature = str
 Shapes = Mapping[str, Sequence[int]]
 Projection = (
     type[ImageProjection]
@@ -25,13 +26,35 @@ Projection = (
     | type[FacePlusV2Projection]
 )
 
-# What of an image encoder a feature needs; a face embedding alone needs none.
-OF_CLIP: Mapping[Feature, ClipFeature] = {
-    "pooled": "pooled",
-    "penultimate": "penultimate",
+# What of an image encoder goes with a face's embedding.
+BESIDE_A_FACE: Mapping[Feature, Feature | None] = {
+    "face": None,
+    "raw face": None,
     "face and crop": "penultimate",
     "raw face and square": "penultimate",
 }
+LEVELS = re.compile(r"levels (0|[1-9]\d*)(,(0|[1-9]\d*))*")
+
+
+def image_feature(feature: Feature) -> Feature | None:
+    """Return what of an image encoder a feature needs; None for a face embedding alone."""
+    return BESIDE_A_FACE.get(feature, feature)
+
+
+def levels_of(feature: Feature) -> tuple[int, ...]:
+    """Return the levels that a feature such as "levels 7,13,26" names; () for another feature.
+
+    Level 0 is what the first layer reads, level n what layer n gives, before any last norm. Levels
+    rise, so that one feature has one name; SettingError if they are written otherwise.
+    """
+    if not feature.startswith("levels"):
+        return ()
+    found = LEVELS.fullmatch(feature) and tuple(map(int, feature.split()[1].split(",")))
+    if not found or list(found) != sorted({*found}):
+        raise SettingError(
+            f"feature = {feature!r}: write levels as rising numbers, such as 'levels 7,13,26'"
+        )
+    return found
 
 
 class CheckpointEvidence(NamedTuple):
@@ -46,8 +69,9 @@ class CheckpointEvidence(NamedTuple):
 class Variant:
     """One row.
 
-    feature      what its projection reads. Of a CLIP image encoder: its pooled, projected embedding
-                 (B, E), or the hidden states before its last layer (B, patches, E). Of a face: its
+    feature      what its projection reads. Of an image encoder: its pooled embedding (B, E), of
+                 CLIP projected, or the hidden states before its last layer (B, patches, E), in
+                 place of which an adapter may read others: see `reading`. Of a face: its
                  ArcFace embedding (B, 512), "raw" as the face encoder gives it and else of unit
                  length; then perhaps, as the second of a pair, the penultimate hidden states of the
                  aligned face ("crop") or of the square round its box ("square")
@@ -86,9 +110,28 @@ class Variant:
     faces: str = ""
 
     @property
-    def clip_feature(self) -> ClipFeature | None:
-        """What it reads of a CLIP image encoder."""
-        return OF_CLIP.get(self.feature)
+    def image_feature(self) -> Feature | None:
+        """What it reads of an image encoder; None where it reads a face's embedding alone."""
+        return image_feature(self.feature)
+
+    def reading(self, feature: Feature | None) -> "Variant":
+        """Return the row with another feature; None or "" leaves its own.
+
+        What reads hidden states can read the last ones, or those of levels side by side.
+        SettingError if the projection cannot read the feature.
+        """
+        if not feature or feature == self.feature:
+            return self
+        if self.feature != "penultimate":
+            raise SettingError(
+                f"feature = {feature!r}: the {self.name} variant reads {self.feature} and no other"
+            )
+        if feature != "last" and not levels_of(feature):
+            raise SettingError(
+                f"feature = {feature!r}: the {self.name} variant reads penultimate, last or levels "
+                "such as 'levels 7,13,26'"
+            )
+        return replace(self, feature=feature)
 
 
 def width(shapes: Shapes, key: str) -> int:
@@ -116,7 +159,7 @@ def of_kolors(seen: CheckpointEvidence) -> bool:
 
 
 # Each in the order in which signatures are tried.
-VARIANTS = (  # they read what a CLIP image encoder says of the whole picture
+VARIANTS = (  # they read what an image encoder says of the whole picture
     Variant(
         "base",
         "pooled",

@@ -91,7 +91,7 @@ def features_of(pair: Pair, count: int) -> tuple[Tensor, Tensor | None]:
         faces = torch.randn(count, FACE_DIM)
     return faces, pair.encoder.features(
         pictures(count), "penultimate"
-    ) if pair.row.clip_feature else None
+    ) if pair.row.image_feature else None
 
 
 def prompt_of(pair: Pair, faces: Tensor, states: Tensor | None, scale: float = 1.0) -> ImagePrompt:

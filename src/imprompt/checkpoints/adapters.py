@@ -48,16 +48,26 @@ class Origin(BaseModel):
 
 
 class Header(Origin):
-    """What a file of ours says about itself, as JSON in the safetensors metadata."""
+    """What a file of ours says about itself, as JSON in the safetensors metadata.
+
+    feature  what it reads of the image encoder, where that is not the variant's own feature
+    """
 
     format: Literal[1] = FORMAT
     variant: str
+    feature: str = ""
     family: str
     tokens: int | None  # None: one per patch
     token_dim: int
     feature_dim: int
     # the packaged adapters' files still say `sites`
     layers: tuple[str, ...] = Field(validation_alias=AliasChoices("layers", "sites"))
+
+    def as_json(self) -> str:
+        """Return what stands in the file; without `feature` if that is the variant's own, so that
+        an older imprompt reads it.
+        """
+        return self.model_dump_json(exclude=None if self.feature else {"feature"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +175,7 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
     seen = CheckpointEvidence(
         shapes_of(projection), layout.has_lora(tensors), text_dim(layout, layers, shapes)
     )
-    row = _variant_of(file, seen, header, variant)
+    row = _reading(file, _variant_of(file, seen, header, variant), header)
     check_whole(file, row, layout, layers, shapes)
     kv = [(tensors[layout.key(layer, "k")], tensors[layout.key(layer, "v")]) for layer in layers]
     names = header.layers if header else None if layout.numbered else layers
@@ -203,7 +213,7 @@ def write_adapter(
         form.attentions(labels) if file.lora else (), file.lora or (), strict=True
     ):
         tensors |= {key: parts[name] for name, key in form.lora_keys(label).items()}
-    write_tensors(path, tensors, {METADATA_KEY: header.model_dump_json()} if header else {})
+    write_tensors(path, tensors, {METADATA_KEY: header.as_json()} if header else {})
 
 
 def load_adapter(
@@ -262,6 +272,7 @@ def adapter_file(
     )
     header = Header(
         **_facts(bare),
+        feature="" if variant == find_variant(variant.name) else variant.feature,
         family=adapter.family.name,
         layers=tuple(layers),
         **(origin or Origin()).model_dump(),
@@ -309,13 +320,13 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     ]
     if file.header is None:
         return [*rows, ("header", "none: this file does not say where it comes from")]
-    told = [(name.replace("_", " "), getattr(file.header, name)) for name in Origin.model_fields]
+    facts = [(name.replace("_", " "), getattr(file.header, name)) for name in Origin.model_fields]
     return [
         *rows,
         ("family", file.header.family),
         *(
             (label, f"{value:,}" if isinstance(value, int) else value or "unknown")
-            for label, value in told
+            for label, value in facts
         ),
     ]
 
@@ -363,14 +374,14 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
     if METADATA_KEY not in metadata:
         return None
     try:
-        told = json.loads(metadata[METADATA_KEY])
-        if isinstance(told, dict) and told.get("format") != FORMAT:
-            theirs = repr(told.get("format"))
+        fields = json.loads(metadata[METADATA_KEY])
+        if isinstance(fields, dict) and fields.get("format") != FORMAT:
+            theirs = repr(fields.get("format"))
             raise CheckpointError(
                 f"{path} has a header of format {theirs}; this imprompt reads format {FORMAT}, a "
                 "newer one may read it"
             )
-        return Header.model_validate(told)
+        return Header.model_validate(fields)
     except ValidationError as error:
         faults = [
             f"{'.'.join(map(str, fault['loc'])) or 'header'}: {fault['msg']}"
@@ -393,17 +404,17 @@ def _variant_of(
     The tensors come first, and what they cannot tell is asked.
     """
     wanted = find_variant(variant_name) if variant_name else None
-    told = BY_NAME.get(header.variant) if header else None
-    if wanted and told and wanted is not told:
-        raise SettingError(f"{path}: its header says {told.name}, not {wanted.name}")
+    stated = BY_NAME.get(header.variant) if header else None
+    if wanted and stated and wanted is not stated:
+        raise SettingError(f"{path}: its header says {stated.name}, not {wanted.name}")
     rows = bearing(seen.projection)
     if wanted and rows and wanted not in rows:
         raise SettingError(
             f"{path} is {' or '.join(row.name for row in rows)} by its tensors, not {wanted.name}"
         )
-    told = wanted or told
-    if told is not None and (told in rows or not rows):
-        return told
+    stated = wanted or stated
+    if stated is not None and (stated in rows or not rows):
+        return stated
     if not rows:
         raise CheckpointError(
             f"{path} holds no image projection of a known variant ({', '.join(BY_NAME)}); it has "
@@ -421,6 +432,14 @@ def _variant_of(
     return likely[0]
 
 
+def _reading(path: Path, row: Variant, header: Header | None) -> Variant:
+    """Return the row with the feature that the header names."""
+    try:
+        return row.reading(header.feature if header else None)
+    except SettingError as error:
+        raise CheckpointError(f"{path} has a header that contradicts itself: {error}") from error
+
+
 def _layer_labels(layout: Layout, keys: Iterable[str], header: Header | None) -> tuple[str, ...]:
     """What the layout calls the sites, in the base model's order."""
     if header is None:
@@ -430,11 +449,11 @@ def _layer_labels(layout: Layout, keys: Iterable[str], header: Header | None) ->
 
 def _check_header(path: Path, file: AdapterFile) -> None:
     """Raise CheckpointError if the header says otherwise than the tensors."""
-    told = file.header.model_dump() if file.header else {}
+    stated = file.header.model_dump() if file.header else {}
     wrong = [
-        f"{name} {told[name]}, the tensors {fact}"
+        f"{name} {stated[name]}, the tensors {fact}"
         for name, fact in _facts(file).items()
-        if told and told[name] != fact
+        if stated and stated[name] != fact
     ]
     if wrong:
         raise CheckpointError(f"{path}: its header says {'; '.join(wrong)}")

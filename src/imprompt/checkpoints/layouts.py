@@ -159,6 +159,7 @@ NO_ADAPTERS = (
 FEATURES: dict[Feature, str] = {
     "pooled": "pooled embedding",
     "penultimate": "penultimate hidden states",
+    "last": "last hidden states",
     "face": "face embedding (ArcFace, of unit length)",
     "raw face": "face embedding (ArcFace, not normalised)",
     "face and crop": (
@@ -244,9 +245,10 @@ def suits(row: Variant, feature_dim: int | None, token_dim: int | None, layers: 
     if feature_dim is None:
         return text
     known = published_encoder(row.feature, feature_dim)
-    kind = "image" if row.clip_feature else "face"
+    kind = "image" if row.image_feature else "face"
     name = known.name if known else "one"
-    text += f"; {kind} encoder: {name} with {feature_dim}-wide {FEATURES[row.feature]}"
+    feature = FEATURES.get(row.feature, f"hidden states ({row.feature})")
+    text += f"; {kind} encoder: {name} with {feature_dim}-wide {feature}"
     places = ([f"{known.place.repo} {known.place.path}".rstrip()] if known else []) + (
         [f"insightface's {row.faces}"] if row.faces else []
     )

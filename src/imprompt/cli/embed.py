@@ -29,14 +29,14 @@ def embed(
         typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say."),
     ] = None,
     crop: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=(
                 "What of a picture is seen: center, top, bottom, left, right, pad, 'pad black', "
-                "squash, tiles."
+                "squash, tiles; as the image encoder does it if not given."
             )
         ),
-    ] = "center",
+    ] = None,
     sharpening: Annotated[float, typer.Option(help="Sharpen at the encoder's size, 0 to 1.")] = 0.0,
     ignore: Annotated[
         Path | None, typer.Option(help="A mask: what is white there is not seen.")

@@ -1,51 +1,69 @@
-"""CLIP's vision tower: a picture -> its image features, pooled (B, E) or penultimate (B, patches,
-E).
+"""A picture -> its image features: pooled (B, E), or hidden states (B, patches, E).
+
+What differs between kinds of image encoder stands in `imprompt.encoders.kinds`. Shape letters as in
+`imprompt.adapter`; S the encoder's input side.
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from imprompt.checkpoints.tensors import some
-from imprompt.errors import CheckpointError, MismatchError, first_line
+from imprompt.encoders.kinds import EncoderKind, EncoderStructure, find_kind
+from imprompt.encoders.preparation import side_of, without_ends
+from imprompt.errors import CheckpointError, first_line
 from imprompt.models import Location, collector_waits
-from imprompt.variants import OF_CLIP, Feature, Variant
+from imprompt.variants import Feature, Variant
 
-MAX_ASPECT = (
-    2  # the encoder sees the central square: what lies far outside is cut off before resizing
-)
+# Either may say how pictures are made ready.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class VisionEncoder:
-    """A `CLIPVisionModelWithProjection` and its image processor, for reading features."""
+    """A vision model of one of `imprompt.encoders.kinds` and its image processor, both of
+    transformers, for reading features.
+    """
 
     def __init__(self, model: Any, processor: Any, source: str = "") -> None:
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.source = source  # repository or folder that it came from
 
+    @cached_property
+    def kind(self) -> EncoderKind:
+        """The row of its kind."""
+        return find_kind(self.model.config.model_type)
+
+    @cached_property
+    def structure(self) -> EncoderStructure:
+        """The sizes of its features."""
+        return self.kind.structure(self.model.config, side_of(self.processor))
+
     def feature_dim(self, feature: Feature) -> int:
-        """E: the width of that feature."""
-        check_feature(feature)
-        config = self.model.config
-        return config.projection_dim if feature == "pooled" else config.hidden_size
+        """E: the width of that feature; MismatchError if the encoder does not give it."""
+        return self.structure.shape(feature)[-1]
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """RGB pictures -> the encoder's input (B, 3, S, S): resized by the short side,
-        centre-cropped, normalised.
-        """
+        """RGB pictures -> the encoder's input (B, 3, S, S), made ready by its own processor."""
         return preprocess(self.processor, images).to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def features_of(self, pixels: Tensor, feature: Feature) -> Tensor:
-        check_feature(feature)
-        if feature == "pooled":
-            return self.model(pixels).image_embeds
-        return self.model(pixels, output_hidden_states=True).hidden_states[-2]
+        """The encoder's input -> (B, E) or (B, patches, E).
+
+        MismatchError if the encoder does not give that feature.
+        """
+        levels = self.structure.levels(feature)
+        seen = self.model(pixels, output_hidden_states=bool(levels))
+        if levels:
+            return torch.cat([seen.hidden_states[level] for level in levels], -1)
+        return getattr(seen, self.kind.pooled if feature == "pooled" else "last_hidden_state")
 
     def features(self, images: Sequence[Image], feature: Feature) -> Tensor:
         """One by one, so that a picture's feature depends on no other picture."""
@@ -56,11 +74,11 @@ class VisionEncoder:
         if variant.null == "zero embedding":
             return torch.zeros(
                 1,
-                self.feature_dim(variant.feature),
+                *self.structure.shape(variant.feature),
                 device=self.model.device,
                 dtype=self.model.dtype,
             )
-        side = self.model.config.image_size
+        side = side_of(self.processor)
         return self.features_of(
             torch.zeros(1, 3, side, side, device=self.model.device, dtype=self.model.dtype),
             variant.feature,
@@ -68,15 +86,6 @@ class VisionEncoder:
 
     def fingerprint(self) -> str:
         return fingerprint(self.model)
-
-
-def check_feature(feature: Feature) -> None:
-    """Raise MismatchError if a CLIP image encoder alone does not give it."""
-    if OF_CLIP.get(feature) != feature:
-        raise MismatchError(
-            f"a CLIP image encoder gives no {feature}: imprompt.encoders.face has what FaceID "
-            "adapters read"
-        )
 
 
 def fingerprint(model: Any) -> str:
@@ -91,54 +100,85 @@ def fingerprint(model: Any) -> str:
 
 
 def preprocess(processor: Any, images: Sequence[Image]) -> Tensor:
-    """RGB pictures -> (B, 3, S, S) on the CPU, by a CLIP image processor."""
-    return processor([cut_ends(image) for image in images], return_tensors="pt").pixel_values
+    """RGB pictures -> (B, 3, S, S) on the CPU, by an image processor of transformers."""
+    seen = [without_ends(image, processor) for image in images]
+    return processor(seen, return_tensors="pt").pixel_values
 
 
-def cut_ends(image: Image) -> Image:
-    """The middle of a very long or tall picture: resizing the whole by its short side could take
-    gigabytes.
+class EncoderDescription(NamedTuple):
+    """What a folder's configuration says of the image encoder in it."""
+
+    kind: EncoderKind
+    structure: EncoderStructure
+    processor: Any  # transformers', of Pillow's kind
+
+
+def describe_encoder(place: Location) -> EncoderDescription:
+    """Read what there is in a folder or on the Hub, without the weights.
+
+    Its own image processor if it brings one, else the kind's. CheckpointError if there is no
+    encoder of a known kind.
     """
-    width, height = (
-        min(image.width, MAX_ASPECT * image.height),
-        min(image.height, MAX_ASPECT * image.width),
+    import transformers
+
+    source, subfolder = place.fetch_folder()
+    inside: Any = {"subfolder": subfolder or ""}
+    with as_checkpoint_error(place):
+        config, _ = transformers.PreTrainedConfig.get_config_dict(source, **inside)
+        kind = find_kind(config.get("model_type", "clip"))
+        config = getattr(transformers, kind.model).config_class.from_pretrained(source, **inside)
+        processor_class = getattr(transformers, kind.processor)
+        processor = (
+            processor_class.from_pretrained(source, **inside)
+            if any(has_file(source, name, **inside) for name in PROCESSOR_FILES)
+            else processor_class(**kind.settings(config))
+        )
+        structure = kind.structure(config, side_of(processor))
+    return EncoderDescription(kind, structure, processor)
+
+
+@contextmanager
+def as_checkpoint_error(place: Location) -> Iterator[None]:
+    """Whatever fails inside becomes a CheckpointError, one line: a folder can be wrong in any
+    way.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"no image encoder can be loaded from {place} ({first_line(error)})"
+        ) from error
+
+
+def has_file(source: str, name: str, subfolder: str) -> bool:
+    """Whether a folder, or a repository of the Hub as far as can be told, holds that file."""
+    from transformers.utils.hub import cached_file
+
+    return bool(
+        cached_file(
+            source,
+            name,
+            subfolder=subfolder,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
     )
-    if (width, height) == image.size:
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 @collector_waits()
 def open_encoder(place: Location, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
     """The image encoder in a folder or on the Hub; CheckpointError if there is none."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    import transformers
 
     source, subfolder = place.fetch_folder()
-    try:
-        told, _ = CLIPVisionConfig.get_config_dict(source, subfolder=subfolder or "")
-        if (kind := told.get("model_type", "clip")) not in ("clip_vision_model", "clip"):
-            raise ValueError(f"it holds a {kind}, not a CLIP image encoder")
-        loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
+    kind, _, processor = describe_encoder(place)
+    with as_checkpoint_error(place):
+        network, report = getattr(transformers, kind.model).from_pretrained(
             source, subfolder=subfolder or "", dtype=dtype, output_loading_info=True
         )
-        network, report = loaded
-    except Exception as error:  # a folder can be wrong in any way
-        raise CheckpointError(
-            f"no image encoder can be loaded from {place} ({first_line(error)})"
-        ) from error
     if missing := sorted(report["missing_keys"]):  # these would be random
         raise CheckpointError(
-            f"{place} holds no whole CLIP image encoder: {some(missing, 3)} missing"
+            f"{place} holds no whole {kind.name} image encoder: {some(missing, 3)} missing"
         )
-    network.to(device)  # pyright: ignore[reportArgumentType] - transformers' decorated `to` loses its signature
-    return VisionEncoder(network, processor_of(network.config), str(place))
-
-
-def processor_of(config: Any) -> Any:
-    """CLIP's image processor for an encoder of this configuration."""
-    from transformers import CLIPImageProcessorPil
-
-    shortest: Any = {"shortest_edge": config.image_size}
-    square: Any = {"height": config.image_size, "width": config.image_size}
-    return CLIPImageProcessorPil(size=shortest, crop_size=square)
+    network.to(device)
+    return VisionEncoder(network, processor, str(place))

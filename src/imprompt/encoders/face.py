@@ -23,7 +23,7 @@ from torch import Tensor
 from imprompt.encoders.clip import VisionEncoder
 from imprompt.encoders.feature_cache import CachedFeatures
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError, first_line
-from imprompt.variants import BY_NAME, OF_CLIP, Feature, Variant
+from imprompt.variants import BY_NAME, Feature, Variant, image_feature
 
 SIDE = 224  # pixels of an aligned face
 # a face that fills the picture is found in a smaller one
@@ -113,7 +113,7 @@ class FaceFeatures:
 
     def feature_dim(self, feature: Feature) -> int:
         """E; of a pair the hidden states'."""
-        read = OF_CLIP.get(feature)
+        read = image_feature(feature)
         return self._vision().feature_dim(read) if read else self.width
 
     def find(self, image: Image.Image, face: Which = None) -> Face:
@@ -146,7 +146,7 @@ class FaceFeatures:
         picture, or zeros (Kolors).
         """
         nothing = torch.zeros(1, self.width, device=self.device)
-        if variant.clip_feature is None:
+        if variant.image_feature is None:
             return nothing
         states = self._vision().null_features(BY_NAME["plus"]).to(self.device)
         return nothing, states if variant.null == "zero picture" else torch.zeros_like(states)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imprompt.checkpoints.tensors import write_tensors
-from imprompt.encoders.clip import VisionEncoder, processor_of
+from imprompt.encoders.clip import VisionEncoder, describe_encoder
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import check_folder
 from imprompt.models import Location
@@ -177,10 +177,7 @@ class CachedFeatures:
         """
         if "encoder" in self.__dict__:
             return self.encoder.processor
-        from transformers import CLIPVisionConfig
-
-        source, subfolder = self._place.fetch_folder()
-        return processor_of(CLIPVisionConfig.from_pretrained(source, subfolder=subfolder or ""))
+        return describe_encoder(self._place).processor
 
     def feature_dim(self, feature: Feature) -> int:
         return self.encoder.feature_dim(feature)

@@ -38,7 +38,7 @@ def load_encoder(
     """
     clip = (
         clip_encoder(file, location, model, given, device, dtype, keep, prepare)
-        if file.variant.clip_feature
+        if file.variant.image_feature
         else None
     )
     if file.variant.faces:
@@ -109,7 +109,7 @@ def place_of(file: Any, model: KnownModel) -> Location:
     known = published_encoder(file.variant.feature, file.feature_dim)
     if known is None or not known.alone:
         raise MismatchError(
-            f"this adapter reads {file.feature_dim}-wide {file.variant.clip_feature} features and "
+            f"this adapter reads {file.feature_dim}-wide {file.variant.image_feature} features and "
             "does not say of which "
             "image encoder: give it with encoder="
         )
@@ -120,10 +120,10 @@ def check_encoder(encoder: VisionEncoder, file: Any) -> None:
     """Raise MismatchError unless `encoder` is the one that the adapter file was trained with, as
     far as can be told.
     """
-    width = encoder.feature_dim(file.variant.clip_feature)
+    width = encoder.feature_dim(file.variant.image_feature)
     if width != file.feature_dim:
         raise MismatchError(
-            f"this adapter reads {file.feature_dim}-wide {file.variant.clip_feature} features "
+            f"this adapter reads {file.feature_dim}-wide {file.variant.image_feature} features "
             f"({file.suits()}); "
             f"the image encoder {encoder.source} gives {width}-wide ones"
         )

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from imprompt.encoders.choices import Noise, NoiseKind
-from imprompt.encoders.preparation import encoder_square, mean_colour, side_of
+from imprompt.encoders.preparation import encoder_square, framed, mean_colour, side_of
 
 Pixels = np.ndarray  # (S, S, 3) float64, of 0 to 1
 
@@ -20,7 +20,7 @@ def noise_negative(
     """The square that the encoder sees of an RGB picture, or its mean colour where there is none,
     made noise.
 
-    `encoder` has the CLIP image processor as `.processor`. The same seed gives the same noise.
+    `encoder` has transformers' image processor as `.processor`. The same seed gives the same noise.
     """
     processor = encoder.processor
     side = side_of(processor)
@@ -31,7 +31,8 @@ def noise_negative(
     )
     made = KINDS[noise.kind](np.asarray(square) / 255, noise.strength, np.random.default_rng(seed))
     picture = Image.fromarray((made.clip(0, 1) * 255).round().astype(np.uint8))
-    return picture.filter(ImageFilter.GaussianBlur(noise.blur)) if noise.blur else picture
+    blurred = picture.filter(ImageFilter.GaussianBlur(noise.blur)) if noise.blur else picture
+    return framed(blurred, processor)
 
 
 def _faded(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pixels:

@@ -1,8 +1,9 @@
-"""A picture made ready for the image encoder, which itself sees nothing but the central square.
+"""A picture made ready for the image encoder, which itself sees nothing but a square.
 
-What is to be ignored is covered at the picture's own size, then the picture is cut or fitted, and
-sharpened last, at the encoder's own size. The encoder's own resizing then leaves its size and
-pixels as they are, or finds a square.
+By itself CLIP sees the central square, SigLIP the whole picture pressed into a square, DINOv2 the
+middle of the central square. What is to be ignored is covered at the picture's own size, then the
+picture is cut or fitted, and sharpened last, at the encoder's own size. The encoder's own
+preprocessing then leaves size and pixels as they are, or finds a square.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from PIL import Image
 from pydantic import Field, InstanceOf
 
 from imprompt.encoders.choices import Crop
-from imprompt.errors import ImageError
+from imprompt.errors import ImageError, MismatchError
 from imprompt.images import BLACK, open_mask
 from imprompt.validation import Validated
 
@@ -25,12 +26,14 @@ WIDE, HIGH = 0, 1  # the axes of a picture's size
 # axis, and at its start or end
 EDGES = {"left": (WIDE, 0), "right": (WIDE, 1), "top": (HIGH, 0), "bottom": (HIGH, 1)}
 MAX_TILES = 4
+MAX_ASPECT = 2  # where the encoder cuts out the middle, what lies far outside is cut off first
 
 
 class Preparation(Validated, frozen=True):
     """How a picture is made ready.
 
-    crop        "center": as CLIP's own processor does it, the picture is left as it is; "top",
+    crop        None: as the encoder's own preprocessing does it, the picture is left as it is;
+                "center": the same where that cuts out the middle, else the central square; "top",
                 "bottom", "left", "right": the square at that edge; "pad": the whole on a square of
                 the encoder's mean colour, which says nothing ("pad black": of black); "squash": the
                 whole pressed into a square; "tiles": as many overlapping squares as cover it, four
@@ -40,7 +43,7 @@ class Preparation(Validated, frozen=True):
                 colour
     """
 
-    crop: Crop = "center"
+    crop: Crop | None = None
     sharpening: Annotated[float, Field(ge=0, le=1)] = 0.0
     ignore: Path | InstanceOf[Image.Image] | None = None
 
@@ -48,8 +51,9 @@ class Preparation(Validated, frozen=True):
 def prepare(image: Image.Image, preparation: Preparation, encoder: Any) -> list[Image.Image]:
     """An RGB picture -> RGB pictures for `encoder.features`: one, or one a tile.
 
-    `encoder` has the CLIP image processor as `.processor`; it is looked at only where size or mean
-    colour matter. ImageError if the mask is no picture, or of another shape than this one.
+    `encoder` has transformers' image processor as `.processor`; it is not looked at where the
+    picture is left as it is. ImageError if the mask is no picture, or of another shape than this
+    one.
     """
     if preparation.ignore is not None:
         image = covered(image, open_mask(preparation.ignore), mean_colour(encoder.processor))
@@ -57,7 +61,10 @@ def prepare(image: Image.Image, preparation: Preparation, encoder: Any) -> list[
     if not preparation.sharpening:
         return pictures
     return [
-        sharpened(encoder_square(picture, encoder.processor), preparation.sharpening)
+        framed(
+            sharpened(encoder_square(picture, encoder.processor), preparation.sharpening),
+            encoder.processor,
+        )
         for picture in pictures
     ]
 
@@ -66,12 +73,45 @@ def encoder_square(image: Image.Image, processor: Any) -> Image.Image:
     """The square of S × S pixels that the encoder sees of an RGB picture, before they are
     normalised.
     """
-    from imprompt.encoders.clip import cut_ends  # and with it torch: a request is read without
-
     pixels = processor(
-        [cut_ends(image)], do_rescale=False, do_normalize=False, return_tensors="np"
+        [without_ends(image, processor)], do_rescale=False, do_normalize=False, return_tensors="np"
     ).pixel_values[0]
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def without_ends(image: Image.Image, processor: Any) -> Image.Image:
+    """The picture without what a processor that cuts out the middle leaves out in any case."""
+    return cut_ends(image) if processor.do_center_crop else image
+
+
+def cut_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long or tall picture: resizing the whole by its short side could take
+    gigabytes.
+    """
+    width, height = (
+        min(image.width, MAX_ASPECT * image.height),
+        min(image.height, MAX_ASPECT * image.width),
+    )
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def framed(square: Image.Image, processor: Any) -> Image.Image:
+    """A square picture as one of which the encoder sees all.
+
+    A processor that resizes to no more than it cuts out shows all of a square. For one that
+    resizes to more (DINOv2's: 256 and 224) the square is laid, at its size, in the middle of a
+    larger one.
+    """
+    side, short_side = side_of(processor), processor.size.get("shortest_edge")
+    if short_side in (None, side):
+        return square
+    around = Image.new("RGB", (short_side, short_side), mean_colour(processor))
+    start = (short_side - side) // 2
+    around.paste(square.resize((side, side), processor.resample), (start, start))
+    return around
 
 
 def mean_colour(processor: Any) -> Colour:
@@ -107,17 +147,27 @@ def fitted(mask: Image.Image, image: Image.Image) -> Image.Image:
     return mask.resize(image.size, Image.Resampling.BILINEAR)
 
 
-def _at_edge(image: Image.Image, crop: str, _: Any) -> list[Image.Image]:
+def _centered(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
+    """The central square; the picture itself where the encoder's own preprocessing cuts it."""
+    if encoder.processor.do_center_crop:
+        return [image]
+    long = max(image.size)
+    return [_square(image, image.size.index(long), (long - min(image.size)) // 2)]
+
+
+def _at_edge(image: Image.Image, crop: str, encoder: Any) -> list[Image.Image]:
     """The square at an edge.
 
-    The picture itself where it has nothing to cut off in that direction.
+    As "center" where there is nothing to cut off in that direction.
     """
     axis, at_end = EDGES[crop]
     spare = image.size[axis] - min(image.size)
-    return [_square(image, axis, at_end * spare) if spare else image]
+    if not spare:
+        return _centered(image, crop, encoder)
+    return [framed(_square(image, axis, at_end * spare), encoder.processor)]
 
 
-def _tiles(image: Image.Image, *_: Any) -> list[Image.Image]:
+def _tiles(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
     """The fewest squares that cover a picture, evenly spaced from end to end.
 
     Of one longer than 4 : 1 there are gaps between.
@@ -127,7 +177,10 @@ def _tiles(image: Image.Image, *_: Any) -> list[Image.Image]:
     axis = image.size.index(length)
     return (
         [
-            _square(image, axis, round(number * (length - side) / (count - 1)))
+            framed(
+                _square(image, axis, round(number * (length - side) / (count - 1))),
+                encoder.processor,
+            )
             for number in range(count)
         ]
         if count > 1
@@ -155,21 +208,26 @@ def _padded(image: Image.Image, crop: str, encoder: Any) -> list[Image.Image]:
         image.resize((width, height), Image.Resampling.BICUBIC),
         ((side - width) // 2, (side - height) // 2),
     )
-    return [square]
+    return [framed(square, encoder.processor)]
 
 
 def _squashed(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
     side = side_of(encoder.processor)
-    return [image.resize((side, side), Image.Resampling.BICUBIC)]
+    pressed = image.resize((side, side), Image.Resampling.BICUBIC)
+    return [framed(pressed, encoder.processor)]
 
 
 def side_of(processor: Any) -> int:
-    """S: how wide and high the encoder sees."""
-    return processor.crop_size["height"]
+    """S: how wide and high the encoder sees; MismatchError if that is no square."""
+    seen = processor.crop_size if processor.do_center_crop else processor.size
+    if not seen["height"] or seen["height"] != seen["width"]:
+        raise MismatchError("its image processor makes no squares of one size")
+    return seen["height"]
 
 
-CROPS: dict[str, Callable[[Image.Image, str, Any], list[Image.Image]]] = {
-    "center": lambda image, *_: [image],
+CROPS: dict[str | None, Callable[[Image.Image, Any, Any], list[Image.Image]]] = {
+    None: lambda image, *_: [image],
+    "center": _centered,
     **dict.fromkeys(EDGES, _at_edge),
     **dict.fromkeys(("pad", "pad black"), _padded),
     "squash": _squashed,

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from imprompt.encoders.clip import describe_encoder
+from imprompt.encoders.kinds import EncoderStructure
 from imprompt.families.base import Family, pipeline_family
 from imprompt.models import BIG_G, VIT_H, KnownModel, Location, index_of, part_config
-from imprompt.variants import OF_CLIP, Feature
+from imprompt.variants import Feature, image_feature
 
 # What the configurations of the published UNets say beyond diffusers' defaults.
 SD1: dict[str, Any] = {
@@ -47,23 +49,6 @@ class BaseStructure:
 
 
 @dataclass(frozen=True)
-class EncoderStructure:
-    """A CLIP vision tower: the widths of its features, and its hidden states, one a patch and one
-    for the picture.
-    """
-
-    pooled: int
-    penultimate: int
-    patches: int = 257
-
-    def shape(self, feature: Feature) -> tuple[int, ...]:
-        """Of what a feature needs of it: (E,) or (patches, E)."""
-        return {"pooled": (self.pooled,), "penultimate": (self.patches, self.penultimate)}[
-            OF_CLIP[feature]
-        ]
-
-
-@dataclass(frozen=True)
 class PublishedEncoder:
     """`alone`: no other encoder that adapters were made for has these widths, so that they tell
     which it is.
@@ -81,11 +66,25 @@ ENCODERS = (
     PublishedEncoder(
         "CLIP ViT-L/14",
         Location("openai/clip-vit-large-patch14"),
-        EncoderStructure(768, 1024),
+        EncoderStructure(768, 1024, 24),
         alone=False,
     ),
-    PublishedEncoder("OpenCLIP ViT-H/14", VIT_H, EncoderStructure(1024, 1280)),
-    PublishedEncoder("OpenCLIP ViT-bigG/14", BIG_G, EncoderStructure(1280, 1664)),
+    PublishedEncoder("OpenCLIP ViT-H/14", VIT_H, EncoderStructure(1024, 1280, 32)),
+    PublishedEncoder("OpenCLIP ViT-bigG/14", BIG_G, EncoderStructure(1280, 1664, 48)),
+    # There are others for pictures of 224 px, and SigLIP 2.
+    PublishedEncoder(
+        "SigLIP so400m/14",
+        Location("google/siglip-so400m-patch14-384"),
+        EncoderStructure(1152, 1152, 27, 729, "SigLIP"),
+        alone=False,
+    ),
+    # There is another with registers.
+    PublishedEncoder(
+        "DINOv2 giant/14",
+        Location("facebook/dinov2-giant"),
+        EncoderStructure(1536, 1536, 40, 257, "DINOv2"),
+        alone=False,
+    ),
 )
 
 
@@ -94,11 +93,12 @@ def published_encoder(feature: Feature, width: int) -> PublishedEncoder | None:
 
     None for a face embedding, which is of no such encoder.
     """
+    read = image_feature(feature)
     return next(
         (
             row
             for row in ENCODERS
-            if feature in OF_CLIP and row.structure.shape(feature)[-1] == width
+            if read and row.structure.gives(read) and row.structure.shape(read)[-1] == width
         ),
         None,
     )
@@ -131,10 +131,6 @@ def model_parts(model: KnownModel) -> tuple[list[str], Family]:
 
 
 def encoder_structure(place: Location) -> EncoderStructure:
-    """The same of the image encoder there."""
-    if known := next((row for row in ENCODERS if row.place == place), None):
-        return known.structure
-    channel_kwargs = part_config(KnownModel(str(place), "", Location(place.repo)), place.path)
-    config = {**channel_kwargs, **channel_kwargs.get("vision_config", {})}  # of a whole CLIP
-    patches = (config["image_size"] // config["patch_size"]) ** 2 + 1
-    return EncoderStructure(config["projection_dim"], config["hidden_size"], patches)
+    """Return the sizes of the image encoder there, read without its weights."""
+    known = next((row for row in ENCODERS if row.place == place), None)
+    return known.structure if known else describe_encoder(place).structure

@@ -69,7 +69,9 @@ class Reader:
             self.variant.projection, FacePlusV2Projection
         ):
             raise SettingError(f"face_scale is for faceid-plus-v2; {name} is {self.variant.name}")
-        plain = (reference.crop, reference.sharpening, reference.ignore) == ("center", 0, None)
+        plain = reference.crop in (None, "center") and (
+            (reference.sharpening, reference.ignore) == (0, None)
+        )
         if not plain and any(map(is_features, reference.images)):
             raise SettingError(
                 "crop, sharpening and ignore are for pictures: a file of features holds what was "

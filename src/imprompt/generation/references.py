@@ -239,12 +239,12 @@ class Reference(Validated, frozen=True):
         Field(description="What to keep away from."),
     ] = None
     crop: Annotated[
-        Crop,
+        Crop | None,
         Field(
             description="Which part of it is used: center, top, bottom, left, right, pad, "
-            "'pad black', squash or tiles."
+            "'pad black', squash or tiles; as the image encoder does it."
         ),
-    ] = "center"
+    ] = None
     sharpening: Annotated[
         float, Field(ge=0, le=1, description="Sharpen the image prompt: 0 to 1.")
     ] = 0.0

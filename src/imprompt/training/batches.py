@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
+from imprompt.encoders.preparation import side_of
 from imprompt.training.buckets import Size
 from imprompt.training.examples import bucket_of, read_example
 from imprompt.training.features import FeatureEncoder
@@ -83,8 +84,8 @@ class PictureReader:
         return self._item(pixels, mask, example.references[0], example.text, example.time_ids)
 
     def blank(self, index: int) -> Item:
-        (wide, high), side = self.sizes[self.bucket[index]], self.processor.crop_size
-        reference = torch.zeros(3, side["height"], side["width"])
+        (wide, high), side = self.sizes[self.bucket[index]], side_of(self.processor)
+        reference = torch.zeros(3, side, side)
         mask = torch.zeros(1, high // self.unit, wide // self.unit, dtype=torch.uint8)
         return self._item(torch.zeros(3, high, wide), mask, reference, "", torch.zeros(6))
 

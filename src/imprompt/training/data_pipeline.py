@@ -32,7 +32,6 @@ from imprompt.training.order import Order, SampleIndex
 from imprompt.training.recipe import Data, Recipe
 from imprompt.training.samples import BadSample, Source
 from imprompt.training.shards import KEEP
-from imprompt.variants import find_variant
 
 # fetched shards mixed at a time: slower processes still read those before while others go on
 REMOTE_WINDOW = KEEP // 2
@@ -70,9 +69,8 @@ def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
     """The recipe's features; SettingError if those in its folder are others."""
     assert recipe.data.features is not None
     place = str(encoder_place(recipe))
-    identity = wanted_identity(
-        recipe.model, place, find_variant(recipe.variant), recipe.data, measured.size
-    )
+    variant = recipe.adapter_variant
+    identity = wanted_identity(recipe.model, place, variant, recipe.data, measured.size)
     return open_features(recipe.data.features, {**identity, **source_origin(recipe.data)})
 
 

@@ -31,7 +31,6 @@ from imprompt.training.buckets import training_size
 from imprompt.training.model import DTYPES, encoder_place, precision, start_adapter
 from imprompt.training.muon import weight_matrices
 from imprompt.training.recipe import Recipe
-from imprompt.variants import find_variant
 
 # Of the measured matrix rate what a whole step reaches. Assumed on GPUs. On 2 CPU cores, SD 1.5 had
 # 0.45 in float32 and 0.3 in
@@ -169,7 +168,7 @@ def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
 def sizes_of(recipe: Recipe, base: Any, structure: BaseStructure) -> Sizes:
     of, unit = find_family(structure.family), structure.unit
     side = training_size(recipe.data, structure.side, unit * of.grain) // unit
-    image = encoder_structure(encoder_place(recipe)).shape(find_variant(recipe.variant).feature)
+    image = encoder_structure(encoder_place(recipe)).shape(recipe.adapter_variant.feature)
     latents = of.latent_channels(base.config), side, side
     return Sizes(latents, image, of.condition_shapes(base.config, structure.text_tokens))
 

@@ -34,7 +34,6 @@ from imprompt.training.watch import (
     open_trackers,
     peak_memory_gb,
 )
-from imprompt.variants import find_variant
 
 HELD_OUT_DRAWS = 4  # timesteps at which every held-out sample's loss is measured
 
@@ -173,7 +172,7 @@ class Run:
             self._load_copy(weights)
             origin = self.setup.origin.model_copy(update={"training_steps": step})
             row, cpu_copy, layers = (
-                find_variant(self.setup.recipe.variant),
+                self.setup.recipe.adapter_variant,
                 self.setup.cpu_copy,
                 self.setup.layers,
             )

@@ -21,7 +21,6 @@ from imprompt.models import Location, find_adapter, find_model, open_pipeline, p
 from imprompt.training.buckets import training_size
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Optimization, Recipe
-from imprompt.variants import find_variant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +72,7 @@ def open_frozen(recipe: Recipe, pipeline: Any) -> FeatureEncoder:
     device: torch.device = pipeline.vae.device
     dtype = pipeline.vae.dtype if device.type == "cuda" else torch.float32
     encoder = open_encoder(encoder_place(recipe), device, dtype)
-    return FeatureEncoder(pipeline, encoder, find_variant(recipe.variant), recipe.model)
+    return FeatureEncoder(pipeline, encoder, recipe.adapter_variant, recipe.model)
 
 
 def prepare_base(base: Any, plan: Optimization, device: torch.device) -> Any:
@@ -95,7 +94,7 @@ def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
 
     In float32, attached to nothing.
     """
-    family, row = family_of(base), find_variant(recipe.variant)
+    family, row = family_of(base), recipe.adapter_variant
     layers = family.layers(base)
     if recipe.start is None:
         token_dim = family.size(next(iter(layers.values()))).text
@@ -111,7 +110,8 @@ def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
         raise MismatchError(
             f"start = {recipe.start!r} is a {file.variant.name} adapter of {file.feature_dim}-wide "
             "features; "
-            f"this recipe trains a {row.name} one of {feature_dim}-wide features"
+            f"this recipe trains a {row.name} one of {feature_dim}-wide features "
+            f"({file.variant.feature} there, {row.feature} here)"
         )
     adapter = build_adapter(file, family)
     adapter.check_fits(base)

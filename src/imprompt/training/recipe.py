@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from imprompt.errors import SettingError, first_line
-from imprompt.variants import TRAINABLE
+from imprompt.variants import TRAINABLE, Feature, Variant
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -169,7 +169,10 @@ class Recipe(Part):
     variant: str = "base"
     tokens: Count | None = None  # the variant's own if not given
     depth: Count | None = None  # layers of the resampler (plus)
-    encoder: str | None = None  # the model's default if not given
+    encoder: str | None = None  # CLIP, SigLIP or DINOv2; the model's default if not given
+    # what plus and full read of it: "penultimate" (if not given), "last", or several levels side by
+    # side, as "levels 7,13,26": level 0 is what the first layer reads, level n what layer n gives
+    feature: Feature | None = None
     start: str | None = (
         None  # adapter to go on from: a name, file, state folder or Hub file; fresh if not given
     )
@@ -188,6 +191,10 @@ class Recipe(Part):
     def _fits(self) -> Self:
         if self.variant not in TRAINABLE:
             raise ValueError(f"unknown variant {self.variant!r}; known: {', '.join(TRAINABLE)}")
+        try:
+            _ = self.adapter_variant
+        except SettingError as error:
+            raise ValueError(str(error)) from error
         if self.depth is not None and self.variant != "plus":
             raise ValueError("depth is of the plus variant's resampler")
         if self.tokens is not None and self.variant == "full":
@@ -204,6 +211,11 @@ class Recipe(Part):
                 f"{self.optimization.accumulate} equal parts (optimization.accumulate)"
             )
         return self
+
+    @property
+    def adapter_variant(self) -> Variant:
+        """The row of the variant, with the feature that is asked for."""
+        return TRAINABLE[self.variant].reading(self.feature)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

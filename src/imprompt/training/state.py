@@ -25,7 +25,7 @@ from imprompt.training.recipe import Recipe
 # What a run keeps from its first step to its last; everything else of a recipe may change when it
 # is resumed.
 FIXED = (
-    *("model", "variant", "tokens", "depth", "encoder", "start", "seed"),
+    *("model", "variant", "tokens", "depth", "encoder", "feature", "start", "seed"),
     *(
         f"data.{key}"
         for key in ("source", "size", "buckets", "bucket_step", "max_aspect", "held_out")
