@@ -181,7 +181,7 @@ def test_layers_stand_in_the_published_order(config: dict[str, Any], runs: str) 
 
 def test_families_are_found() -> None:
     assert family_of(smallest_unet()) is find_family("unet")
-    with pytest.raises(MismatchError, match="Linear is of no known family"):
+    with pytest.raises(MismatchError, match="Linear is not of a known family"):
         family_of(nn.Linear(1, 1))
     with pytest.raises(MismatchError, match="unknown base-model family 'nope'; known: unet"):
         find_family("nope")
@@ -194,7 +194,7 @@ def test_families_are_found() -> None:
     [
         ("sd2", {}, r"768-wide text \(SD 1.x\); the text of this model is 1024 wide \(SD 2.x\)"),
         ("sdxl", {}, r"768-wide text \(SD 1.x\); the text of this model is 2048 wide \(SDXL\)"),
-        ("sdxl", {"cross_attention_dim": 768}, "joins 16 cross-attentions; this model has 17"),
+        ("sdxl", {"cross_attention_dim": 768}, "is for 16 cross-attentions; this model has 17"),
         (
             "sd1",
             {"block_out_channels": (16, 32, 64, 128)},

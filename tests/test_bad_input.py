@@ -416,12 +416,12 @@ BAD_REQUESTS = [
     (
         "out is the prompt",
         "generate {here}/cat.png --out {here}/cat.png",
-        "cat.png is read for this: give another name for what",
+        "cat.png is one of the inputs: give another name",
     ),
     (
         "out is what it starts from",
         "generate {here}/dot.png --init {here}/cat.png --out {here}/cat.png",
-        "cat.png is read for this",
+        "cat.png is one of the inputs",
     ),
     (
         "out in a file",
@@ -576,7 +576,7 @@ BAD_MODELS = [
     (
         "model folder bare",
         WITHOUT + "--model {here}/bare",
-        "bare is no model: it holds no model_index.json",
+        "bare is not a model: it holds no model_index.json",
     ),
     ("model folder missing", WITHOUT + "--model {here}/none", "unknown model"),
     (
@@ -615,12 +615,12 @@ BAD_MODELS = [
     (
         "adapter on no Hub",
         WITHOUT + "--model {model} --adapter nobody/nothing/a.safetensors",
-        "nobody/nothing:a.safetensors cannot be had",
+        "nobody/nothing:a.safetensors could not be downloaded",
     ),
     (
         "adapter's Hub name impossible",
         WITHOUT + "--model {model} --adapter no!/=/a.safetensors",
-        "no!/=:a.safetensors cannot be had",
+        "no!/=:a.safetensors could not be downloaded",
     ),
     (
         "adapter for SDXL",
@@ -630,7 +630,7 @@ BAD_MODELS = [
     (
         "adapter for other sites",
         WITHOUT + "--model {model} --adapter {here}/sites.safetensors",
-        "joins 17 cross-attentions; this model has 16",
+        "is for 17 cross-attentions; this model has 16",
     ),
     (
         "adapter truncated",
@@ -640,7 +640,7 @@ BAD_MODELS = [
     (
         "adapter of NaN",
         WITHOUT + "--model {model} --adapter {here}/nan.safetensors",
-        "nan.safetensors is corrupt, or of a training that diverged",
+        "nan.safetensors is corrupt, or from a training run that diverged",
     ),
     (
         "encoder too wide",
@@ -691,7 +691,7 @@ BAD_FILES = [
     (
         "inspect part",
         "inspect {here}/part.safetensors",
-        "part.safetensors is no whole base adapter",
+        "part.safetensors is not a complete base adapter",
     ),
     (
         "inspect code",
@@ -713,12 +713,12 @@ BAD_FILES = [
     (
         "convert onto itself",
         "convert {adapter} {here}/./adapter.safetensors",
-        "adapter.safetensors is read for this",
+        "adapter.safetensors is one of the inputs",
     ),
     (
         "embed onto the adapter",
         "embed {here}/cat.png --adapter {adapter} --out {adapter}",
-        "adapter.safetensors is read for this",
+        "adapter.safetensors is one of the inputs",
     ),
     ("convert missing", "convert none.bin {out}.safetensors", "none.bin: there is no such file"),
     ("convert code", "convert {here}/code.bin {out}.safetensors", "code.bin holds code"),

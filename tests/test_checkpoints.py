@@ -532,7 +532,7 @@ def test_values_that_are_no_plain_tensors(tmp_path: Path) -> None:
     }
     torch.save(tensors | odd, tmp_path / "a.bin")
     line = refusal(tmp_path / "a.bin")
-    assert "no plain tensor" in line
+    assert "not plain tensors" in line
     assert all(key in line for key in odd)
 
 
@@ -584,7 +584,7 @@ def test_missing_empty_unknown_and_garbage_files(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     assert ".safetensors" in refusal(tmp_path / "a.png")
     safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "b.safetensors")
-    assert "no image-prompt adapter of a known layout; it holds x" in refusal(
+    assert "not an image-prompt adapter of a known layout; it holds x" in refusal(
         tmp_path / "b.safetensors"
     )
     torch.save([torch.ones(2)], tmp_path / "b.bin")
@@ -648,7 +648,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, form: str) -> N
     else:
         torch.save(held, path, _use_new_zipfile_serialization=form == "zip")
     assert (
-        "holds code, not only tensors; refused. Convert it to safetensors where you trust it"
+        "holds code, not only tensors; refused. Convert it to safetensors if you trust it"
         in refusal(path)
     )
     assert not canary.exists()
@@ -668,8 +668,8 @@ def test_headers_that_cannot_be_read(tmp_path: Path) -> None:
     good = made().header.model_dump()
     assert "future" in refusal(with_header(path, json.dumps(good | {"future": 1})))
     assert "format 2" in refusal(with_header(path, json.dumps(good | {"format": 2})))
-    assert "no JSON" in refusal(with_header(path, "{"))
-    assert "no JSON" in refusal(with_header(path, "[" * 100_000))
+    assert "not valid JSON" in refusal(with_header(path, "{"))
+    assert "not valid JSON" in refusal(with_header(path, "[" * 100_000))
     assert "cannot read" in refusal(with_header(path, "3"))
     assert "tokens 5, the tensors 4" in refusal(with_header(path, json.dumps(good | {"tokens": 5})))
     assert "variant plus, the tensors base" in refusal(
@@ -704,7 +704,7 @@ def test_layers_names_that_are_not_known_are_asked_for(tmp_path: Path) -> None:
         match=r"16 cross-attentions, and no known model .* 96-wide text: name the base model",
     ):
         write_adapter(tmp_path / "a.safetensors", file)
-    with pytest.raises(CheckpointError, match="joins 16 cross-attentions; 2 are named"):
+    with pytest.raises(CheckpointError, match="is for 16 cross-attentions; 2 are named"):
         write_adapter(tmp_path / "a.safetensors", file, layers=["a", "b"] * 8)
     names = [f"place.{i}" for i in range(16)]
     write_adapter(tmp_path / "a.safetensors", file, layers=names)

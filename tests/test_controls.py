@@ -600,15 +600,15 @@ def test_a_batch_has_no_more_attentions_than_needed() -> None:
 def test_what_cannot_be_batched_is_reported() -> None:
     low_rank = (object(),)
     with pytest.raises(
-        MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"
+        MismatchError, match="an image prompt for a batch of 2: give the rows of one item, 1"
     ):
         stack_items([[prompt_of(1, batch=2, branches=1)]], ALONE)
     with pytest.raises(
-        MismatchError, match="an image prompt for a batch of 3: give those of one item, 2"
+        MismatchError, match="an image prompt for a batch of 3: give the rows of one item, 2"
     ):
         stack_items([[prompt_of(1, batch=3, branches=1)]], GUIDED)
     with pytest.raises(
-        MismatchError, match="an image prompt for a batch of 2: give those of one item, 1"
+        MismatchError, match="an image prompt for a batch of 2: give the rows of one item, 1"
     ):
         stack_items([[prompt_of(1, scale=torch.ones(LAYERS, 2))]], ALONE)
     with pytest.raises(MismatchError, match="low-rank part acts on a whole batch"):

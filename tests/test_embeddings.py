@@ -242,9 +242,9 @@ REFUSED: list[tuple[str, str, Write, str]] = [
         "whole numbers",
         "ipadpt",
         pickled(torch.ones(1, 3, dtype=torch.long)),
-        "no plain tensor of floating-point numbers",
+        "not plain tensors of floating-point numbers",
     ),
-    ("no rows", "ipadpt", pickled(torch.ones(0, 3)), "no plain tensor of floating-point numbers"),
+    ("no rows", "ipadpt", pickled(torch.ones(0, 3)), "not plain tensors of floating-point numbers"),
     ("NaN", "ipadpt", pickled(NAN), "NaN"),
     (
         "a number",

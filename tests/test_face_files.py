@@ -192,7 +192,7 @@ def test_what_cannot_be_known_is_asked(tmp_path: Path, name: str) -> None:
     if name in ASKED:
         assert (
             refusal(path)
-            == f"{path} is {ASKED[name]}, its tensors cannot tell: say which with variant="
+            == f"{path} is {ASKED[name]}, its tensors do not distinguish them: give one as variant="
         )
     else:
         assert read_adapter(path).variant.name == name
@@ -207,7 +207,7 @@ def test_the_answer_is_kept_in_the_header(tmp_path: Path) -> None:
         tmp_path / "a.safetensors", read_adapter(tmp_path / "a.bin", "faceid-plus"), "paper", LAYERS
     )
     # the paper's layout has no header if the file had none
-    assert "cannot tell" in refusal(tmp_path / "a.safetensors")
+    assert "do not distinguish them" in refusal(tmp_path / "a.safetensors")
     write_adapter(tmp_path / "a.safetensors", read_adapter(tmp_path / "a.bin", "faceid-plus"))
     assert read_adapter(tmp_path / "a.safetensors").variant.name == "faceid-plus"
 
@@ -217,7 +217,7 @@ def test_an_answer_against_the_file_is_refused(tmp_path: Path) -> None:
         write_adapter(tmp_path / f"{name}.safetensors", made(name))
         write_adapter(tmp_path / f"{name}.bin", made(name), "paper")
     plus, portrait = tmp_path / "faceid-plus", tmp_path / "portrait"
-    assert "header says faceid-plus, not faceid-plus-v2" in refusal(
+    assert "header states faceid-plus, not faceid-plus-v2" in refusal(
         plus.with_suffix(".safetensors"), "faceid-plus-v2"
     )
     assert "faceid-plus-kolors by its tensors, not base" in refusal(
@@ -246,7 +246,7 @@ def test_what_is_said_of_a_file() -> None:
         == "insightface's buffalo_l; its weights are for non-commercial research only"
     )
     assert (
-        "24-wide penultimate hidden states of the aligned face, beside a face embedding"
+        "24-wide penultimate hidden states of the aligned face, and a face embedding"
         in rows["suits"]
     )
     rows = dict(describe(made("faceid-plus-kolors")))
@@ -266,8 +266,8 @@ def test_what_is_said_of_a_file() -> None:
 def test_kinds_that_are_the_same_mathematics_are_named(name: str, alike: str) -> None:
     file = read_adapter(MODELS["emoji"].adapters[name].file.fetch_file())
     assert (
-        dict(describe(file))["alike"]
-        == f"{alike}: its tensors cannot tell, and it makes no difference"
+        dict(describe(file))["equivalent to"]
+        == f"{alike}: its tensors do not distinguish them, and the result is the same"
     )
 
 
@@ -431,7 +431,7 @@ def test_the_commands_take_the_answer(tmp_path: Path, capsys: pytest.CaptureFixt
     from imprompt.cli.adapters import LayoutName, convert, inspect
 
     write_adapter(tmp_path / "a.bin", made("faceid-plus-v2"), "paper")
-    with pytest.raises(CheckpointError, match="say which with variant="):
+    with pytest.raises(CheckpointError, match="give one as variant="):
         inspect(tmp_path / "a.bin")
     convert(
         tmp_path / "a.bin",

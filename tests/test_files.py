@@ -55,5 +55,5 @@ def test_what_is_read_is_not_written_to(tmp_path: Path) -> None:
     refuse_inputs(tmp_path / "dog.png", [cat, tmp_path / "none.png"])
     for out in (cat, link, tmp_path / "missing" / ".." / "cat.png"):
         (tmp_path / "missing").mkdir(exist_ok=True)
-        with pytest.raises(SettingError, match="is read for this: give another name"):
+        with pytest.raises(SettingError, match="is one of the inputs: give another name"):
             refuse_inputs(out, [cat])

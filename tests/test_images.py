@@ -329,7 +329,7 @@ BAD: list[tuple[str, str, Make, str]] = [
         claims(10_001, 10_000),
         f"has 10001×10000 pixels, over the limit of {MAX_PIXELS:,} pixels",
     ),
-    ("pipe", "png", os.mkfifo, "is no file, but a device or a pipe"),
+    ("pipe", "png", os.mkfifo, "is not a file but a device or a pipe"),
 ]
 
 

@@ -1,7 +1,7 @@
-"""imprompt: image prompts for text-to-image diffusion models (IP-Adapter, arXiv 2308.06721).
+"""Image prompts for text-to-image diffusion models (IP-Adapter, arXiv 2308.06721).
 
-Importing this package loads neither torch nor diffusers; the names below load what they need when
-they are used.
+Importing this package loads neither torch nor diffusers; each name below loads what it needs when
+it is first used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m imprompt`, for launchers that start modules."""
+"""Entry point of `python -m imprompt`, for launchers that start modules."""
 
 from imprompt.cli import main
 

@@ -2,8 +2,8 @@
 
 The paper in one file, in its order: image features become a few image tokens (section 3.2.1), every
 text cross-attention gets a second pair of key and value projections for them, and the two
-attentions are summed (section 3.2.2, equations 3 to 5 and 8). What is particular to a base model
-stands in `imprompt.families`.
+attentions are summed (section 3.2.2, equations 3 to 5 and 8). Code for particular base models is in
+`imprompt.families`.
 
 Shape letters: B batch, N image tokens, T text tokens, L queries (pixels of a latent), H heads,
 D token width, E width of the image embedding, d head width.
@@ -23,10 +23,10 @@ from imprompt.prompt import ImagePrompt
 
 
 class ImageProjection(nn.Module):
-    """The base variant's projection: one global image embedding (B, E) -> N image tokens (B, N, D).
+    """Projection of the base variant: an image embedding (B, E) to N image tokens (B, N, D).
 
-    A linear layer and a layer norm (section 3.2.1). The parameters are named as in the paper's
-    checkpoints.
+    It is a linear layer and a layer norm (section 3.2.1). The parameters are named as in the
+    paper's checkpoints.
     """
 
     def __init__(self, embedding_dim: int, token_dim: int, tokens: int = 4) -> None:
@@ -37,18 +37,18 @@ class ImageProjection(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
-        """Build it for tensors of these shapes, by their names in a checkpoint."""
+        """Build a projection for tensors of these shapes, by their names in a checkpoint."""
         rows, embedding_dim = shapes["proj.weight"]
         (token_dim,) = shapes["norm.weight"]
         return cls(embedding_dim, token_dim, rows // token_dim)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """(B, E) -> (B, N, D)"""
+        """Project an image embedding (B, E) to image tokens (B, N, D)."""
         return self.norm(self.proj(embedding).unflatten(-1, (self.tokens, -1)))
 
 
 class ImageKV(nn.Module):
-    """The added projections W'_k and W'_v of one cross-attention (equation 4), without bias."""
+    """Added projections W'_k and W'_v of one cross-attention layer (equation 4), without bias."""
 
     def __init__(self, token_dim: int, inner_dim: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class ImageKV(nn.Module):
         self.to_v = nn.Linear(token_dim, inner_dim, bias=False)
 
     def forward(self, tokens: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Project image tokens (B, N, D) to K' and V', each (B, H, N, d), in its own precision."""
+        """Project image tokens (B, N, D) to K' and V', each (B, H, N, d), in the weights' dtype."""
         tokens = tokens.to(self.to_k.weight.dtype)
         return split_heads(self.to_k(tokens), heads), split_heads(self.to_v(tokens), heads)
 
@@ -64,11 +64,11 @@ class ImageKV(nn.Module):
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, H, N, d)
 ImageStates = tuple[Tensor, ...]  # K' and V' of an image prompt, and its bias (B or 1, 1, 1, N)
 
-LONG = 1024  # keys, from which on whole score matrices cost too much
+LONG = 1024  # number of keys from which on whole score matrices cost too much
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, L, H·d) -> (B, H, L, d)"""
+    """Split the last dimension into heads: (B, L, H·d) -> (B, H, L, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -103,13 +103,16 @@ def decoupled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
                         images: Sequence[ImageStates], weights: Tensor) -> Tensor:  # fmt: skip
     """Compute Attention(Q, K, V) + Σ λ ∘ Attention(Q, K', V') (equations 5 and 8).
 
-    Shapes as in `attention` and `add_image_attention`.
+    The shapes are those of `attention` and `add_image_attention`.
     """
     return add_image_attention(attention(query, key, value, mask), query, images, weights)
 
 
 def for_batch(image: ImageStates, batch: int) -> ImageStates:
-    """Expand K' and V' (B or 1, H, N, d) to the batch; MismatchError if made for another."""
+    """Expand K' and V' (B or 1, H, N, d) to the batch.
+
+    Raises MismatchError if they were prepared for another batch.
+    """
     key, value, *bias = image
     if (prepared := len(key)) == batch:
         return image
@@ -123,19 +126,19 @@ def for_batch(image: ImageStates, batch: int) -> ImageStates:
 
 
 class IPAdapter(nn.Module):
-    """The adapter: an image projection, and W'_k and W'_v for each text cross-attention of a model.
+    """Adapter: an image projection, and W'_k and W'_v for each text cross-attention of a model.
 
     The base model is neither edited nor registered here: `attach` replaces the processors of its
-    attentions, which hold no weights, and adds hooks; `detach` puts the original ones back.
+    attentions, which hold no weights, and adds hooks; `detach` restores the original processors.
     """
 
     def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family,
                  low_rank: Any = None) -> None:  # fmt: skip
-        """Put an adapter together from its parts.
+        """Assemble an adapter from its parts.
 
-        family    of base models that it is for
-        low_rank  what FaceID adapters add to every attention:
-                  `imprompt.attention.low_rank.LowRanks`
+        family    family of base models that the adapter is for
+        low_rank  low-rank part that FaceID adapters add to every attention:
+                  `imprompt.attention.low_rank.ModelLowRank`
         """
         super().__init__()
         self.projection = projection
@@ -146,7 +149,7 @@ class IPAdapter(nn.Module):
 
     @classmethod
     def for_model(cls, model: nn.Module, projection: nn.Module) -> Self:
-        """Make a new adapter for `model`, W' started as its family starts it (section 3.2.2)."""
+        """Make a new adapter for `model`; its family initialises W' (section 3.2.2)."""
         family = family_of(model)
         image_kv = []
         for layer in family.layers(model).values():
@@ -158,7 +161,7 @@ class IPAdapter(nn.Module):
     def tokens(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Project image features to image tokens (B, N, D), in the projection's precision.
 
-        features  (B, E), (B, patches, E), or both as a tuple, by variant
+        features  (B, E), (B, patches, E), or both as a tuple, depending on the variant
         """
         dtype = next(self.projection.parameters()).dtype
         parts = (features,) if isinstance(features, Tensor) else features
@@ -168,7 +171,7 @@ class IPAdapter(nn.Module):
                scale: float | Tensor = 1.0) -> ImagePrompt:  # fmt: skip
         """Project image tokens (B, N, D) to K' and V' of every layer of the attached model.
 
-        With classifier-free guidance give `null_tokens` too, the projection of the null feature,
+        For classifier-free guidance, give `null_tokens` too, the projection of the null feature,
         (B or 1, N, D): the prompt then has two branches, the negative one first.
         """
         injection = self.injection
@@ -188,16 +191,16 @@ class IPAdapter(nn.Module):
 
     @property
     def injection(self) -> Injection:
-        """What joins it to a model; MismatchError if nothing does."""
+        """Injection into the attached model; MismatchError if the adapter is not attached."""
         if self._injection is None:
             raise MismatchError("the adapter is not attached to a model: call attach(model) first")
         return self._injection
 
     def attach(self, model: nn.Module) -> Self:
-        """Let `model` be conditioned on image prompts: see `using`.
+        """Attach the adapter to `model`, so that `using` can condition it on image prompts.
 
         Several adapters can be attached to one model. Raises MismatchError if the sizes differ.
-        Without a prompt, or at scale 0, the model computes what it did before.
+        Without a prompt, or at scale 0, the model's results do not change.
         """
         if self._injection is not None:
             raise MismatchError("the adapter is attached already: call detach() first")
@@ -211,14 +214,14 @@ class IPAdapter(nn.Module):
         return self
 
     def detach(self) -> None:
-        """Take the adapter off; the last one gives the base model back as it was."""
+        """Detach the adapter; the last one to be detached restores the base model."""
         if self._injection is not None:
             self._injection.eject()
             self._injection = None
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[Self]:
-        """Attach inside."""
+        """Attach the adapter to `model` for the duration of a `with` block."""
         self.attach(model)
         try:
             yield self
@@ -227,27 +230,27 @@ class IPAdapter(nn.Module):
 
     @contextmanager
     def using(self, *prompts: ImagePrompt, image_guidance: float | None = None) -> Iterator[None]:
-        """Condition what this thread runs on the attached model inside on the image prompts.
+        """Condition this thread's calls of the attached model on image prompts in a `with` block.
 
-        With `image_guidance`, a guidance scale for the image, the pipeline's own is for the text
-        alone: see `imprompt.attention.image_guidance`. Raises MismatchError at the end if the
-        prompts never reached the model.
+        `image_guidance` is a guidance scale for the image; the pipeline's own scale then applies to
+        the text alone: see `imprompt.attention.image_guidance`. Raises MismatchError at the end if
+        the prompts never reached the model.
         """
         with self.injection.using(prompts, image_guidance):
             yield
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle the adapter alone, attached to nothing: the base model stays behind."""
+        """Return the state without the injection: a copy or pickle is attached to no model."""
         return {**super().__getstate__(), "_injection": None}
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise MismatchError, with both numbers, unless it was made for layers of these sizes."""
+        """Raise MismatchError, with both sizes, unless the adapter fits the layers of `model`."""
         sizes = {name: self.family.size(layer) for name, layer in self.family.layers(model).items()}
         for (name, size), kv in zip(sizes.items(), self.image_kv, strict=False):
             self._check_text(name, size, kv.to_k.in_features)  # pyright: ignore
         if len(sizes) != len(self.image_kv):
             raise MismatchError(
-                f"this adapter joins {len(self.image_kv)} cross-attentions; "
+                f"this adapter is for {len(self.image_kv)} cross-attentions; "
                 f"this model has {len(sizes)}"
             )
         for (name, size), kv in zip(sizes.items(), self.image_kv, strict=True):

@@ -1,11 +1,11 @@
-"""The errors that imprompt raises.
+"""Exceptions that imprompt raises.
 
-Each is one line that says what is wrong and what would be right.
+Each message is one line that states what is wrong and what would be right.
 """
 
 
 class ImpromptError(Exception):
-    """A user's mistake or a refused input; the command line prints it and exits with code 2."""
+    """A mistake of the user, or refused input; the command line prints it and exits with code 2."""
 
 
 class ImageError(ImpromptError):
@@ -25,9 +25,7 @@ class SettingError(ImpromptError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's or the system's error says, in one line without its number and file
-    names.
-    """
+    """Return another error's message as one line, without error number and file names."""
     message = (
         (isinstance(error, OSError) and error.strerror)
         or str(error).strip()

@@ -1,6 +1,4 @@
-"""Files written whole or not at all, and whether results can be written, asked before anything is
-computed.
-"""
+"""Files that are written completely or not at all, and checks that results can be written."""
 
 import os
 import secrets
@@ -15,11 +13,11 @@ from imprompt.errors import SettingError, first_line
 
 @contextmanager
 def temporary(path: Path, mark: str = "") -> Iterator[Path]:
-    """A path beside `path` that nobody else writes to.
+    """Yield a path in the folder of `path` that no other process writes to.
 
-    What is still there under it at the end is removed.
+    A file that is still there at the end is removed.
 
-    mark  in its name, so that a killed process's part can be told from others'; a random one if not
+    mark  part of the name, by which the file of a killed process can be recognised; random if not
           given
     """
     part = path.with_name(f".{path.name}.{mark or secrets.token_hex(4)}.part")
@@ -31,8 +29,9 @@ def temporary(path: Path, mark: str = "") -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path, mark: str = "") -> Iterator[Path]:
-    """Write to the path that is given: flushed to disk it takes the name `path`, so that nobody
-    meets a part of it.
+    """Yield a temporary path; the file written there is flushed to disk and then renamed to `path`.
+
+    So no reader meets an incomplete file.
 
     mark  as in `temporary`
     """
@@ -43,10 +42,12 @@ def atomic_write(path: Path, mark: str = "") -> Iterator[Path]:
 
 
 def written_new(part: Path, wanted: Path) -> Path:
-    """Give a whole file (see `temporary`) the name `wanted`, or the first free one of wanted-2,
-    wanted-3 and so on; the name it got.
+    """Move a finished file to `wanted`, or to the first free one of wanted-2, wanted-3 and so on.
 
-    No other file is replaced, whichever processes write there.
+    Returns the path that the file got. No other file is replaced, even if several processes write
+    there.
+
+    part  a file at a path that `temporary` gave
     """
     flush(part)
     for number in count(1):
@@ -55,7 +56,7 @@ def written_new(part: Path, wanted: Path) -> Path:
             os.link(part, path)
         except FileExistsError:
             continue
-        except OSError:  # a disk without links: take the name first
+        except OSError:  # a disk without links: reserve the name first
             try:
                 path.open("x").close()
             except FileExistsError:
@@ -66,15 +67,13 @@ def written_new(part: Path, wanted: Path) -> Path:
 
 
 def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise SettingError if the file `out`, which is to be written, is one of those that are
-    read.
-    """
+    """Raise SettingError if the file `out`, which is to be written, is one of the inputs."""
     if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
-        raise SettingError(f"{out} is read for this: give another name for what is written")
+        raise SettingError(f"{out} is one of the inputs: give another name for the output")
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,9 +82,9 @@ def flush(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise SettingError unless files can be made in `folder`, or where it is to be made.
+    """Raise SettingError unless files can be created in `folder`, or where it is to be created.
 
-    Leaves nothing there.
+    Nothing is left there.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():

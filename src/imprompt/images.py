@@ -1,4 +1,4 @@
-"""Pictures from files, made safe and plain: RGB, upright, of a bearable size."""
+"""Pictures from files, checked and normalised: RGB, upright, of limited size."""
 
 import io
 import warnings
@@ -15,9 +15,9 @@ from imprompt.errors import ImageError, first_line
 MAX_PIXELS = 100_000_000
 ORIENTATION = ExifTags.Base.Orientation
 Trouble = Literal["absent", "empty", "damaged", "no picture", "too large", "not readable"]
-ROUNDING = 1  # of a colour on its way through a profile that changes nothing
+ROUNDING = 1  # error of a colour that passes through a profile that changes nothing
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-# Of Pillow's formats those that decode here and now: EPS and the like would start other programs.
+# Pillow's formats that are decoded in this process: EPS and the like would start other programs.
 FORMATS = (
     "PNG",
     "JPEG",
@@ -36,9 +36,7 @@ FORMATS = (
 
 
 class UnusableImage(ImageError):
-    """A picture file that cannot be used: its name, what is wrong with it, and of what kind the
-    trouble is.
-    """
+    """A picture file that cannot be used: its name, the reason, and the kind of the fault."""
 
     def __init__(self, name: str, why: str, kind: Trouble) -> None:
         super().__init__(name, why, kind)
@@ -55,18 +53,16 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     paper: tuple[int, int, int] = WHITE,
 ) -> Image.Image:
-    """A picture as upright 8-bit RGB, from a file or a file's bytes.
+    """Load a picture as upright 8-bit RGB, from a file or the bytes of a file.
 
-    ImageError with one line, about `name`, if that cannot be.
-
-    Animations give their first frame, transparency is laid on `paper`, 16-bit values are scaled to
-    8.
+    Raises ImageError, one line about `name`, if that is impossible. An animation gives its first
+    frame, transparency is laid on `paper`, and 16-bit values are scaled to 8 bits.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, paper)
     if not isinstance(source, str | Path | bytes):
         raise ImageError(
-            f"a {type(source).__name__} is no picture: give a path, or a picture of Pillow's"
+            f"a {type(source).__name__} is not a picture: give a path or a Pillow image"
         )
     with _opened(source, name, max_pixels) as picture:
         picture.seek(0)
@@ -74,28 +70,31 @@ def open_image(
 
 
 def image_size(source: str | Path | bytes, *, name: str | None = None) -> tuple[int, int]:
-    """(width, height) of the upright picture, from its header alone; UnusableImage."""
+    """Read (width, height) of the upright picture from its header alone.
+
+    Raises UnusableImage if that is impossible.
+    """
     with _opened(source, name, MAX_PIXELS) as picture:
         width, height = picture.size
         return (height, width) if _lies(picture) else (width, height)
 
 
 def _lies(picture: Image.Image) -> bool:
-    """Whether EXIF says that the stored rows are the picture's columns."""
-    if picture.format == "TIFF":  # Pillow gives its size as it is upright
+    """Return whether the stored rows are the picture's columns, according to EXIF."""
+    if picture.format == "TIFF":  # Pillow gives the upright size
         return False
     try:
         # PNG's own getexif would decode all pixels
         return Image.Image.getexif(picture).get(ORIENTATION) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF is as none
+    except Exception:  # damaged EXIF is treated as absent
         return False
 
 
 @contextmanager
 def _opened(source: str | Path | bytes, name: str | None, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture with its header read.
+    """Yield the picture with its header read.
 
-    Whatever goes wrong then or inside is raised as UnusableImage.
+    Any error in reading the header, or in the `with` block, is raised as UnusableImage.
     """
     held = source if isinstance(source, bytes) else Path(source)
     name = name or (str(held) if isinstance(held, Path) else "the picture")
@@ -142,17 +141,17 @@ def _check_file(path: Path, name: str) -> None:
         raise UnusableImage(name, "is a folder; name one picture in it", "no picture")
     if not path.is_file():
         if path.exists():
-            raise UnusableImage(name, "is no file, but a device or a pipe", "no picture")
+            raise UnusableImage(name, "is not a file but a device or a pipe", "no picture")
         raise UnusableImage(name, "does not exist", "absent")
 
 
 def to_rgb(picture: Image.Image, paper: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Any mode of Pillow -> upright RGB, in the colours of sRGB."""
-    wide = picture.format == "PPM"  # Pillow brings its values of more than 8 bits to 16
+    """Convert a picture of any Pillow mode to upright RGB, in sRGB colours."""
+    wide = picture.format == "PPM"  # Pillow scales its values of more than 8 bits to 16 bits
     picture = upright(picture)
     if not picture.width * picture.height:
         raise ImageError(f"a picture of {picture.width}×{picture.height} pixels shows nothing")
-    if picture.mode == "La":  # grey multiplied by its alpha, which converts to LA alone
+    if picture.mode == "La":  # grey multiplied by its alpha, which can only be converted to LA
         picture = picture.convert("LA")
     if picture.mode.startswith("I;16") or (picture.mode == "I" and wide):
         picture = Image.fromarray(to_eight_bits(np.asarray(picture), 65535))
@@ -166,9 +165,9 @@ def to_rgb(picture: Image.Image, paper: tuple[int, int, int] = WHITE) -> Image.I
 
 
 def in_srgb(picture: Image.Image) -> Image.Image:
-    """The picture in the colours that its embedded profile shows.
+    """Convert a picture from its embedded colour profile to sRGB.
 
-    As it is without one, or where that is damaged.
+    Returns the picture unchanged if it has no profile, or a damaged one.
     """
     held = picture.info.get("icc_profile")
     if not held:
@@ -185,21 +184,21 @@ def in_srgb(picture: Image.Image) -> Image.Image:
             colours, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        # damaged, or of another kind of colours than the picture's
+        # the profile is damaged, or for another colour space than the picture's
         return picture
     assert converted is not None
     if (
         np.asarray(ImageChops.difference(converted, colours.convert("RGB"))).max(initial=0)
         <= ROUNDING
     ):
-        return picture  # its colours are those of sRGB
+        return picture  # its colours are sRGB already
     if whole.mode in ("RGBA", "LA"):
         converted.putalpha(whole.getchannel("A"))
     return converted
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; as it is where that is damaged."""
+    """Turn a picture as its EXIF data states; damaged EXIF data is ignored."""
     picture.load()
     try:
         picture.getexif()
@@ -209,10 +208,10 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def to_eight_bits(values: np.ndarray, full: float | None = None) -> np.ndarray:
-    """Grey values (H, W) of 0 to `full` -> 8-bit.
+    """Scale grey values (H, W) from 0 to `full` to 8 bits.
 
-    Without `full` they are taken for those of 8 bits, 16 bits or what they fill; real numbers up to
-    1 for shares of white.
+    Without `full`, the range is 8 or 16 bits, whichever holds the values, or else up to their
+    maximum; for real numbers up to 1 it is 1.
     """
     finite = np.where(np.isfinite(values), values, 0).clip(0, None).astype(np.float32)
     high = float(finite.max())
@@ -222,18 +221,17 @@ def to_eight_bits(values: np.ndarray, full: float | None = None) -> np.ndarray:
 
 
 def open_mask(source: str | Path | bytes | Image.Image, *, name: str | None = None) -> Image.Image:
-    """A mask as 8-bit grey: white where it applies, black or transparent where not.
+    """Load a mask as 8-bit grey: white where it applies, black or transparent where it does not.
 
-    ImageError as of `open_image`.
-
-    A mask of no other values than 0 and 1 applies where it is 1.
+    Raises ImageError as `open_image` does. A mask whose only values are 0 and 1 applies where it is
+    1.
     """
     mask = open_image(source, name=name, paper=BLACK).convert("L")
     return mask.point(lambda value: 255 * value) if mask.getextrema()[1] == 1 else mask
 
 
 def grid(pictures: list[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """Pictures of one size, side by side on white."""
+    """Arrange pictures of one size in a grid on white."""
     columns = columns or max(1, round(len(pictures) ** 0.5 + 0.49))
     rows = -(-len(pictures) // columns)
     width, height = pictures[0].size

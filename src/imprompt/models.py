@@ -1,6 +1,4 @@
-"""The names that a user may say: base models, the adapters made for them, and the image encoders
-these need.
-"""
+"""Known names: base models, the adapters made for them, and the image encoders these need."""
 
 import gc
 from collections.abc import Collection, Iterator, Mapping
@@ -30,16 +28,19 @@ class Location:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of `str`: "owner/name:path", "packaged:path" or a folder."""
+        """Parse the form that `str` gives: "owner/name:path", "packaged:path" or a folder."""
         repo, _, path = text.partition(":")
         return cls("" if repo == "packaged" else repo, path)
 
     def inside(self, name: str) -> "Location":
-        """A folder inside this one."""
+        """Return the location of a file or folder inside this one."""
         return Location(self.repo, f"{self.path}/{name}" if self.path else name)
 
     def fetch_file(self) -> Path:
-        """The file on this disk, downloaded if need be."""
+        """Return the path of the file on this disk, and download it if necessary.
+
+        Raises CheckpointError if it could not be downloaded.
+        """
         if not self.repo:
             return PACKAGED / self.path
         from huggingface_hub import hf_hub_download
@@ -48,22 +49,22 @@ class Location:
         try:
             return Path(hf_hub_download(self.repo, self.path))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            # ValueError: no such name can be
+            # ValueError: the name is not a valid Hub id
             raise CheckpointError(
-                f"{self} cannot be had from the Hub ({first_line(error)}); give a local file or "
-                "folder"
+                f"{self} could not be downloaded from the Hub ({first_line(error)}); "
+                "give a local file or folder"
             ) from error
 
     def fetch_folder(self) -> tuple[str, str | None]:
-        """What `from_pretrained` takes: (repository or folder, subfolder)."""
+        """Return the arguments of `from_pretrained`: (repository or folder, subfolder)."""
         return (self.repo, self.path or None) if self.repo else (str(PACKAGED / self.path), None)
 
 
 @dataclass(frozen=True)
 class KnownAdapter:
-    """An adapter by name: its file and the image encoder that it was trained with, if it reads one.
+    """A named adapter: its file, and the image encoder that it was trained with, if it reads one.
 
-    variant  what its tensors cannot tell
+    variant  where the tensors do not determine it
     licence  of its weights, where that is narrower than Apache-2.0
     """
 
@@ -75,7 +76,7 @@ class KnownAdapter:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A base model by name; the first adapter is the default."""
+    """A named base model; its first adapter is the default."""
 
     name: str
     about: str
@@ -104,8 +105,10 @@ NON_COMMERCIAL = "non-commercial research only, as the weights of insightface's 
 
 
 def _faces(base: str, **variants: tuple[str, Location | None]) -> dict[str, KnownAdapter]:
-    """By variant: the file's name between "ip-adapter-" and ".bin", and the encoder of the face's
-    picture.
+    """Return the FaceID adapters of a base model by variant.
+
+    Each is given by the part of its file's name between "ip-adapter-" and ".bin", and the encoder
+    of the face's picture.
     """
     return {
         name.replace("_", "-"): KnownAdapter(
@@ -179,19 +182,20 @@ MODELS = {
 
 
 def may_be_on_hub(name: str) -> bool:
-    """Whether a name has the form of a Hub id, owner/name."""
+    """Return whether a name has the form of a Hub id, owner/name."""
     return name.count("/") == 1 and not name.startswith((".", "/"))
 
 
 def find_model(name: str) -> KnownModel:
-    """A model by name, folder or Hub id; SettingError if it is none of these."""
+    """Return the model of a name, folder or Hub id; SettingError if it is none of these."""
     if name in MODELS:
         return MODELS[name]
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "model_index.json").exists():
             raise SettingError(
-                f"{name} is no model: it holds no model_index.json (a folder that diffusers saved)"
+                f"{name} is not a model: it holds no model_index.json "
+                "(give a folder that diffusers saved)"
             )
         return KnownModel(name, "folder", Location(name))
     if may_be_on_hub(name):
@@ -203,8 +207,9 @@ def find_model(name: str) -> KnownModel:
 
 
 class FoundAdapter(NamedTuple):
-    """An adapter's file, and what its name tells: its image encoder, and the variant where its
-    tensors cannot ("": nothing).
+    """File of an adapter, and what its name determines: its image encoder and its variant.
+
+    An encoder of None or an empty variant means that the name does not determine it.
     """
 
     path: Path
@@ -213,10 +218,11 @@ class FoundAdapter(NamedTuple):
 
 
 def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
-    """An adapter's file, and its image encoder and variant where the name tells them.
+    """Return an adapter's file, and its image encoder and variant if the name determines them.
 
-    `name`: one of the model's adapters (None: its first), a file, a folder with a training state,
-    or a file on the Hub as owner/repository/path.safetensors.
+    `name` is one of the model's adapters (None: its first), a file, a folder with a training state,
+    or a file on the Hub as owner/repository/path.safetensors. Raises SettingError if it is none of
+    these, CheckpointError if it could not be downloaded.
     """
     if name is None and model.adapters:
         name = next(iter(model.adapters))
@@ -255,8 +261,9 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
 
 @contextmanager
 def collector_waits() -> Iterator[None]:
-    """Python's cyclic collector waits, if it runs: what importing and building make stays, and
-    searching it takes a second.
+    """Pause Python's cyclic garbage collector for the duration of a block.
+
+    Importing and building create objects that stay, and searching them takes a second.
     """
     runs = gc.isenabled()
     gc.disable()
@@ -271,18 +278,18 @@ def collector_waits() -> Iterator[None]:
 def open_pipeline(
     model: KnownModel, device: Any, *, without: Collection[str] = (), **options: Any
 ) -> Any:
-    """The base model as a pipeline of diffusers, without its image encoder and the components
-    `without`.
+    """Load the base model as a diffusers pipeline, without its image encoder.
 
-    CheckpointError if it cannot be had or is damaged.
+    The components named in `without` are left out too. Raises CheckpointError if the model could
+    not be downloaded or is damaged.
     """
     from diffusers import pipelines
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     source, saved = model.base.fetch_folder()[0], index_of(model)
     try:
-        # Told of the class itself, diffusers leaves out what is None; told of the class of all, it
-        # loads an image encoder anyway.
+        # The pipeline's own class leaves out components that are None; DiffusionPipeline would
+        # load an image encoder anyway.
         kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)
         absent = dict.fromkeys({"image_encoder", *without} & set(saved))
         pipeline = kind.from_pretrained(source, **absent, **options, trust_remote_code=False)
@@ -291,11 +298,11 @@ def open_pipeline(
             f"the model {model.name} cannot be loaded ({first_line(error)})"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, silence_dtype_warnings=True)  # one in float16 may wait on the CPU
+    return pipeline.to(device, silence_dtype_warnings=True)  # float16 may stay on the CPU at first
 
 
 def index_of(model: KnownModel) -> dict[str, Any]:
-    """Return what a model's folder says of its parts; CheckpointError if it cannot be had."""
+    """Load a model's index of components; CheckpointError if it could not be loaded."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     source, _ = model.base.fetch_folder()
@@ -309,9 +316,9 @@ def index_of(model: KnownModel) -> dict[str, Any]:
 
 
 def part_config(model: KnownModel, part: str) -> dict[str, Any]:
-    """The configuration of a model's part, such as "vae", without its weights.
+    """Load the configuration of a model's component, such as "vae", without its weights.
 
-    CheckpointError if it cannot be had.
+    Raises CheckpointError if it could not be loaded.
     """
     from diffusers.models.auto_model import AutoModel
 

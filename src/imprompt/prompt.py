@@ -1,6 +1,6 @@
-"""The image prompt as attention reads it, and its algebra over the rows of a batch.
+"""The image prompt that attention layers read, and operations on the rows of its batch.
 
-A base model runs a batch of rows: of every branch of guidance (negative, positive) all items.
+A base model runs a batch of rows: for every branch of guidance (negative, positive) all items.
 Shape letters: R rows, N image tokens, H heads, d head width, P points of the noise schedule.
 """
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from imprompt.errors import MismatchError
 
-KEY = "ip_hidden_states"  # of the keyword that hands image prompts to a model, as in diffusers
+KEY = "ip_hidden_states"  # keyword that passes image prompts to a model, as in diffusers
 
 
 class ImagePrompt(NamedTuple):
-    """K' and V' of every cross-attention for one image prompt, and how strongly each applies.
+    """K' and V' of every cross-attention layer for one image prompt, and how strongly each applies.
 
     Image tokens do not change while a picture is sampled, so they are projected once per prompt,
-    not once per step. All fields are tensors: changing them compiles nothing again.
+    not once per step. All fields are tensors: changing them does not recompile a compiled model.
 
-    keys, values  per layer (R, H, N, d), or (1, H, N, d) for all rows alike
+    keys, values  per layer (R, H, N, d), or (1, H, N, d) for all rows
     scale         (layers, R or 1), or (layers, R or 1, P) over progress from 0 to 1, for windows
     mask          (R or 1, h, w) in [0, 1]: where it applies; resized to the layer's latents
     bias          (R or 1, N): logarithm of each token's weight; weight 2 acts as the token twice
@@ -38,8 +38,11 @@ class ImagePrompt(NamedTuple):
     branches: int = 1
 
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
-        """Return the prompt at another scale: a number, (layers,), (layers, R) or (layers, R,
-        P).
+        """Return the prompt with another scale.
+
+        scale  a number, (layers,), (layers, R) or (layers, R, P)
+
+        Raises MismatchError for any other shape.
         """
         layers = len(self.keys)
         # A number becomes a tensor without waiting for a GPU.
@@ -54,19 +57,17 @@ class ImagePrompt(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Return R, or 1 where all of it is for all rows alike."""
+        """Number of rows R, or 1 if every part is for all rows."""
         parts = [*self.keys, *self.values, self.scale[0], self.mask, self.bias]
         return max(len(part) for part in parts if part is not None)
 
     @property
     def bytes(self) -> int:
-        """Return the size of its keys and values."""
+        """Size of the keys and values in bytes."""
         return sum(state.nbytes for state in self.keys + self.values)
 
     def map_rows(self, change: Callable[[Tensor, int], Tensor]) -> "ImagePrompt":
-        """Return the prompt with `change(tensor, axis of the rows)` for every tensor that has
-        rows.
-        """
+        """Apply `change(tensor, axis of the rows)` to every tensor that has rows."""
         return self._replace(
             keys=tuple(change(key, 0) for key in self.keys),
             values=tuple(change(value, 0) for value in self.values),
@@ -84,7 +85,7 @@ class ImagePrompt(NamedTuple):
         return self if self.branches == 1 else self.map_rows(part)._replace(branches=1)
 
     def with_branches(self, order: Sequence[int]) -> "ImagePrompt":
-        """Return the prompt for these branches, each one of its own: 0 negative, -1 positive."""
+        """Return the prompt with these branches, in this order: 0 negative, -1 positive."""
 
         def part(tensor: Tensor, axis: int) -> Tensor:
             if tensor.shape[axis] == 1:
@@ -96,17 +97,17 @@ class ImagePrompt(NamedTuple):
 
 
 def branches(tensor: Tensor, count: int, axis: int = 0) -> tuple[Tensor, ...]:
-    """Return the rows of each branch; one row that is for all is every branch's."""
+    """Split a tensor into the rows of each branch; a single row is used for every branch."""
     return (tensor,) * count if tensor.shape[axis] == 1 else tensor.chunk(count, axis)
 
 
 class PromptGroup:
-    """Prompts of different parts of a batch that one attention serves together."""
+    """Image prompts for different parts of a batch that share one attention."""
 
     def __init__(self, prompt: ImagePrompt) -> None:
         self.kind = sharing_key(prompt)
         self.prompts: dict[int, ImagePrompt] = {}  # by part
-        self.full_mask: Tensor | None = None  # what a prompt without a mask has beside one with
+        self.full_mask: Tensor | None = None  # for prompts without a mask
 
     def takes(self, prompt: ImagePrompt) -> bool:
         """Return whether the prompt can share this group's attention."""
@@ -115,13 +116,17 @@ class PromptGroup:
         return fits and self.kind == sharing_key(prompt)
 
     def add(self, part: int, prompt: ImagePrompt) -> None:
-        """Take the prompt in for that part."""
+        """Add the prompt for that part."""
         self.prompts[part] = prompt
         if prompt.mask is not None:
             self.full_mask = torch.ones_like(prompt.mask[:1])
 
     def joined(self, rows: Sequence[int]) -> ImagePrompt:
-        """Return one prompt for parts of so many rows; parts that have none here are inactive."""
+        """Return one prompt for all parts of the batch.
+
+        rows  number of rows of each part; in a part without a prompt of this group, the result is
+              inactive
+        """
         some = next(iter(self.prompts.values()))
         inactive = some.map_rows(lambda tensor, axis: torch.zeros_like(tensor.narrow(axis, 0, 1)))
         inactive = inactive._replace(mask=None)
@@ -152,7 +157,7 @@ class PromptGroup:
 
 
 def expand(tensor: Tensor, rows: int, axis: int = 0) -> Tensor:
-    """Return the tensor with so many rows: one row is repeated, others must be as many."""
+    """Expand a tensor of one row to `rows`; any other tensor must have that many rows."""
     if tensor.shape[axis] == rows:
         return tensor
     sizes = [-1] * tensor.ndim
@@ -161,29 +166,29 @@ def expand(tensor: Tensor, rows: int, axis: int = 0) -> Tensor:
 
 
 def sharing_key(prompt: ImagePrompt) -> Any:
-    """Return what must be equal for prompts to share an attention."""
+    """Return a key that is equal for prompts that can share an attention."""
     low_rank = id(prompt.low_rank) if prompt.low_rank else None
     return [key.shape[1:] for key in prompt.keys], prompt.bias is None, low_rank
 
 
-# rows, and the prompts that condition them, each for so many rows or for 1
+# number of rows, and the prompts that condition them, each of that many rows or of 1
 Part = tuple[int, Sequence[ImagePrompt]]
 
 
 def stack(parts: Sequence[Part]) -> list[ImagePrompt]:
-    """Return prompts for a batch whose rows are those of all parts, one part after the other.
+    """Return prompts for a batch that consists of all parts, one part after the other.
 
-    A part is conditioned by its prompts in its own order, so that it is what it would be alone, to
-    the bit. MismatchError if prompts have other rows than their part, or if parts differ in the
-    low-rank part (FaceID), which acts on a whole batch.
+    Each part is conditioned on its prompts in their order, so its result equals the one that it has
+    alone, to the bit. Raises MismatchError if a prompt has other rows than its part, or if parts
+    differ in the low-rank part (FaceID), which acts on a whole batch.
     """
     low_ranks = [
         {id(prompt.low_rank) for prompt in prompts if prompt.low_rank} for _, prompts in parts
     ]
     if any(low_rank != low_ranks[0] for low_rank in low_ranks):
         raise MismatchError(
-            "FaceID's low-rank part acts on a whole batch: run items with and without it, "
-            "or with others, apart"
+            "FaceID's low-rank part acts on a whole batch: run items that do not share it "
+            "in separate batches"
         )
     groups: list[PromptGroup] = []
     for number, (rows, prompts) in enumerate(parts):
@@ -191,7 +196,7 @@ def stack(parts: Sequence[Part]) -> list[ImagePrompt]:
         for prompt in prompts:
             if prompt.rows not in (1, rows):
                 raise MismatchError(
-                    f"an image prompt for a batch of {prompt.rows}, beside a part of {rows} rows"
+                    f"an image prompt for a batch of {prompt.rows} in a part of {rows} rows"
                 )
             free = (i for i in range(after, len(groups)) if groups[i].takes(prompt))
             place = next(free, len(groups))
@@ -203,16 +208,17 @@ def stack(parts: Sequence[Part]) -> list[ImagePrompt]:
 
 
 def stack_items(items: Sequence[Sequence[ImagePrompt]], order: Sequence[int]) -> list[ImagePrompt]:
-    """Return prompts for a batch of items: branch after branch of guidance all items.
+    """Return prompts for a batch of items: for every branch of guidance all items.
 
-    The prompts of an item are for that item alone. `order` names their branch, 0 the negative and
-    -1 the positive one, for each branch of the batch.
+    The prompts of an item are for that item alone. `order` names the branch of the prompts, 0 the
+    negative and -1 the positive one, for each branch of the batch. Raises MismatchError if a prompt
+    has the rows of several items.
     """
     for prompt in (prompt for prompts in items for prompt in prompts):
         if prompt.rows not in (1, prompt.branches):
             raise MismatchError(
                 f"an image prompt for a batch of {prompt.rows}: "
-                f"give those of one item, {len(order)}"
+                f"give the rows of one item, {len(order)}"
             )
     parts = [
         (1, [prompt.branch(number) for prompt in prompts]) for number in order for prompts in items

@@ -1,6 +1,6 @@
-"""Settings that tell what is wrong with them in one line.
+"""Settings whose errors are one line.
 
-Needs neither torch nor what computes with them.
+This module needs neither torch nor anything that computes with it.
 """
 
 import difflib
@@ -16,8 +16,9 @@ from imprompt.errors import SettingError
 
 
 class Validated(BaseModel, frozen=True):
-    """A model of pydantic whose faults are a SettingError that names the first wrong value and what
-    is allowed.
+    """A pydantic model whose validation errors are raised as SettingError.
+
+    The message names the first wrong value and what is allowed.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -31,17 +32,17 @@ class Validated(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Flag:
-    """Says of a field how it is given on the command line, where its name and type do not say it.
+    """The form of a field on the command line, where its name and type do not determine it.
 
-    A field without one has a flag of its own name, whose help is the field's description; a field
-    with several has several flags.
+    A field without a `Flag` has a flag of the field's name, whose help is the field's description;
+    a field with several has several flags.
 
     name   such as "--negative", or "--captions/--no-captions"
     short  such as "-n"
     type   bool, int, float, str or Path, or a list of one of them for a flag that may be repeated;
-           the field's own, and then with its default, if not given
+           if not given, the field's own type, and then with its default
     help   if it is not the field's description
-    read   makes the field's value of what was given
+    read   converts the given value to the field's value
     """
 
     name: str = ""
@@ -52,11 +53,12 @@ class Flag:
 
 
 def one_line(error: ValidationError, known: Iterable[str] = ()) -> str:
-    """pydantic's first complaint as one sentence. `known`: the settings that an unknown one could
-    have meant.
+    """Return pydantic's first error as one sentence.
+
+    known  names of the settings, from which suggestions for an unknown name are taken
     """
     faults = error.errors()
-    # what is missing may be misspelt
+    # a missing setting may be a misspelt one
     first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     name = ".".join(map(str, first["loc"])) or "settings"
     if first["type"] == "extra_forbidden":
@@ -66,8 +68,9 @@ def one_line(error: ValidationError, known: Iterable[str] = ()) -> str:
 
 
 def one_of(literal: Any) -> BeforeValidator:
-    """For a field of a Literal type: a name that is not of it is told with those like it, or
-    all.
+    """Return a validator for a field of a Literal type.
+
+    Its error for an unknown name lists similar names, or else all names.
     """
     known = get_args(literal)
 
@@ -82,7 +85,7 @@ def one_of(literal: Any) -> BeforeValidator:
 
 
 def suggestions(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what is like it, or else all that there is."""
+    """Return the end of a message about an unknown name: similar names, or else all names."""
     names = list(known)
     found = difflib.get_close_matches(str(name), names, 3, cutoff=0.65)
     return f"; near: {', '.join(found)}" if found else f"; known: {', '.join(names)}"

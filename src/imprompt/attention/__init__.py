@@ -1,1 +1,1 @@
-"""Image tokens in the attention: what is added, when, and how fast."""
+"""Attention with image tokens: conditioning, injection and kernels."""

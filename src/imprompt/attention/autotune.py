@@ -1,5 +1,6 @@
-"""Which way decoupled attention is computed: by the kernel (`fused.py`) where that is faster, else
-by PyTorch's own attention.
+"""Choice of the implementation of decoupled attention.
+
+It is the Triton kernel (`fused.py`) where that is faster, else PyTorch's own attention.
 """
 
 import logging
@@ -15,19 +16,26 @@ from torch import Tensor
 from imprompt.adapter import decoupled_attention
 from imprompt.errors import SettingError, first_line
 
-# environment: "auto" (where it is faster, the default), "always" (where it can be) or "never"
+# environment variable: "auto" (the default: where it is faster), "always" (if possible), "never"
 KERNEL = "IMPROMPT_KERNEL"
 ROUNDS = 10  # calls that are timed together
 
 
 def kernel_mode() -> str:
+    """Read the kernel mode from the environment: auto, always or never.
+
+    Raises SettingError for any other value.
+    """
     if (mode := environ.get(KERNEL, "auto")) not in ("auto", "always", "never"):
         raise SettingError(f"{KERNEL} = {mode!r}: give auto, always or never")
     return mode
 
 
 def may_use_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel can be tried: with Triton on a GPU in low precision."""
+    """Return whether the kernel may be tried for tensors on that device in that precision.
+
+    It needs low precision and, unless the mode is "always", Triton on a GPU.
+    """
     how = kernel_mode()
     return (
         dtype in (torch.float16, torch.bfloat16)
@@ -38,14 +46,16 @@ def may_use_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def has_triton() -> bool:
+    """Return whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def kernel_is_faster(
     query: Tensor, key: Tensor, value: Tensor, images: Any, weights: Tensor
 ) -> bool:
-    """Whether the kernel takes these tensors (shapes as in `fused.fused_attention`) and is to be
-    used for them.
+    """Return whether the kernel accepts these tensors and is to be used for them.
+
+    The shapes are those of `fused.fused_attention`.
     """
     from imprompt.attention import fused
 
@@ -58,7 +68,10 @@ def kernel_is_faster(
 def reference_attention(
     query: Tensor, key: Tensor, value: Tensor, images: Any, weights: Tensor
 ) -> Tensor:
-    """The same by PyTorch's own attention; `images` packed."""
+    """Compute decoupled attention with PyTorch's own attention.
+
+    The arguments are those of `fused.fused_attention`; `images` is packed.
+    """
     pairs = zip(
         *(states.split(images.tokens, 2) for states in (images.key, images.value)), strict=True
     )
@@ -78,13 +91,12 @@ def benchmark(
     kernel: Attention,
     otherwise: Attention,
 ) -> bool:
-    """Whether the kernel is faster here than `otherwise`, which computes the same from the same
-    arguments.
+    """Return whether the kernel is faster than `otherwise`, which computes equal results.
 
     The first tensors of their shapes are timed on their GPU, in some milliseconds, forward and, if
-    they are to be trained, backward; then the answer is remembered. A kernel that fails to compile
-    or to run has lost, with a warning in the log. Not to be called for the first time while a graph
-    is captured or compiled.
+    they are to be trained, backward; then the answer is cached. A kernel that fails to compile or
+    to run counts as slower, and a warning is logged. The first call for a shape must not happen
+    while a graph is captured or compiled.
     """
     trained = torch.is_grad_enabled() and any(
         x.requires_grad for x in (query, images.key, images.value)
@@ -94,14 +106,14 @@ def benchmark(
     if case not in FASTER:
         try:
             with torch.autograd.graph.saved_tensors_hooks(same, same):
-                # gradient checkpointing is not to see what is tried
+                # gradient checkpointing must not record the trial
                 ours, theirs = (
                     milliseconds(run, query, key, value, images, weights, trained)
                     for run in (kernel, otherwise)
                 )
             FASTER[case] = ours < theirs
         except Exception as error:
-            # whatever a compiler or a driver raises, the picture is made the other way
+            # whatever a compiler or a driver raises, the other implementation is used
             logging.getLogger(__name__).warning(
                 "fused attention is not used: %s", first_line(error)
             )
@@ -110,6 +122,7 @@ def benchmark(
 
 
 def same(tensor: Tensor) -> Tensor:
+    """Return the tensor unchanged: a saved-tensors hook that does nothing."""
     return tensor
 
 
@@ -122,9 +135,10 @@ def milliseconds(
     weights: Tensor,
     trained: bool,
 ) -> float:
-    """The time of one call, averaged over ROUNDS calls, the best of two turns.
+    """Measure the time of one call in milliseconds.
 
-    The first compiles.
+    It is the average of ROUNDS calls, and the better of two such averages. An additional round
+    before them compiles.
     """
     query, images_key, images_value = (
         x.detach().requires_grad_(trained) for x in (query, images.key, images.value)

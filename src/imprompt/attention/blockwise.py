@@ -1,9 +1,9 @@
-"""Long self-attention in low precision on a CPU, for training there.
+"""Long self-attention in low precision on a CPU, for training.
 
-There PyTorch's fused kernel takes 1.75 times as long in bfloat16, and whole score matrices (256 MB
-each for SD 1.5 at 512 pixels) cost more to get from the system than to fill. So the scores are
+On a CPU, PyTorch's fused kernel takes 1.75 times as long in bfloat16, and whole score matrices
+(256 MB each for SD 1.5 at 512 pixels) cost more to allocate than to fill. So the scores are
 computed for some queries at a time, and again in the backward pass: Dao et al. 2022 (arXiv
-2205.14135, section 3.1), with the rows of a block whole.
+2205.14135, section 3.1), with whole rows in each block.
 
 Shape letters as in `imprompt.adapter`.
 """
@@ -20,19 +20,20 @@ BLOCK = 512  # queries at a time
 
 
 class Blockwise(torch.autograd.Function):
-    """Attention(Q, K, V) by blocks of queries.
+    """Attention(Q, K, V) in blocks of queries, with its gradient.
 
     Query, key and value (B, H, L, d) -> (B, H, L, d).
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Compute softmax(QKᵀ/√d) V, all (B, H, L, d), and save the inputs for backward."""
         shape = query.shape
         scaled, key, value = (
             x.flatten(0, 1).contiguous() for x in (query * shape[-1] ** -0.5, key, value)
         )
         out = torch.empty_like(scaled)
-        for q, k, v, o in zip(scaled, key, value, out, strict=True):  # a head of an item
+        for q, k, v, o in zip(scaled, key, value, out, strict=True):  # one head of one item
             for here in range(0, shape[2], BLOCK):
                 torch.mm((q[here : here + BLOCK] @ k.T).softmax(-1), v, out=o[here : here + BLOCK])
         ctx.save_for_backward(scaled, key, value)
@@ -41,8 +42,10 @@ class Blockwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch's own pattern
-        """With S = QKᵀ/√d, P = softmax(S), O = PV: dV = PᵀdO, dP = dO Vᵀ, dS by the softmax, dQ =
-        dS K/√d, dK = dSᵀQ/√d.
+        """Compute the gradients of query, key and value, each (B, H, L, d).
+
+        With S = QKᵀ/√d, P = softmax(S) and O = PV: dV = PᵀdO, dP = dO Vᵀ, dS is the gradient of the
+        softmax, dQ = dS K/√d, dK = dSᵀQ/√d.
         """
         query, key, value = ctx.saved_tensors
         shape = gradients[0].shape
@@ -71,18 +74,18 @@ class Blockwise(torch.autograd.Function):
 
 @torch.compiler.disable  # its loops would be unrolled: torch.compile would take many minutes
 def blockwise_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention(Q, K, V); all (B, H, L, d)."""
+    """Compute Attention(Q, K, V) in blocks of queries; all (B, H, L, d)."""
     return Blockwise.apply(query, key, value)
 
 
 class SelfAttention:
-    """diffusers' attention-processor call for a self-attention where a CPU trains.
+    """Attention processor of diffusers for self-attention layers that are trained on a CPU.
 
     It holds no weights.
     """
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """hidden_states (B, L, C) -> (B, L, C)"""
+        """Compute the self-attention of hidden states (B, L, C) -> (B, L, C)."""
         projections = (attn.to_q, attn.to_k, attn.to_v)
         query, key, value = (
             split_heads(projection(hidden_states), attn.heads) for projection in projections

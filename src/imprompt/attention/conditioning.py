@@ -18,11 +18,11 @@ from imprompt.families.base import LayerSize, ModelCall
 from imprompt.prompt import KEY, ImagePrompt
 
 Masks = dict[int, list[Tensor | None]]  # by L, of each prompt: (R or 1, 1, L, 1)
-Weights = dict[int, Tensor]  # (layers, P, R or 1, 1, L or 1, 1) by L; without masks one, at 0
+Weights = dict[int, Tensor]  # (layers, P, R or 1, 1, L or 1, 1) by L; without masks, only key 0
 
 
 def check_prompt(prompt: Any, layers: Collection[str]) -> None:
-    """Raise MismatchError unless it is an image prompt for so many layers."""
+    """Raise MismatchError unless `prompt` is an image prompt for that number of layers."""
     if not isinstance(prompt, ImagePrompt):
         raise MismatchError(
             f"{KEY} takes what adapter.prompt(...) gives, or a list of that; "
@@ -36,7 +36,7 @@ def check_prompt(prompt: Any, layers: Collection[str]) -> None:
 
 
 def check_low_rank(prompt: ImagePrompt, injected: Collection[str]) -> None:
-    """Raise MismatchError unless every attention that its low-rank part is for is injected."""
+    """Raise MismatchError unless all attentions of the prompt's low-rank part are injected."""
     if prompt.low_rank and len(prompt.low_rank) != len(injected):
         raise MismatchError(
             f"the image prompt has a low-rank part for {len(prompt.low_rank)} attentions; "
@@ -45,17 +45,20 @@ def check_low_rank(prompt: ImagePrompt, injected: Collection[str]) -> None:
 
 
 def check_processors(attentions: Mapping[str, Any], ours: Collection[type]) -> None:
-    """Raise MismatchError where another tool has put its own processor: it would ignore prompts."""
+    """Raise MismatchError where another tool has replaced our processor.
+
+    Its processor would ignore image prompts.
+    """
     for name, attention in attentions.items():
         if type(attention.processor) not in ours:
             raise MismatchError(
-                f"{type(attention.processor).__name__} was put in the adapter's place at {name}, "
-                "where image prompts then do nothing: call detach() and attach(model) after it"
+                f"{type(attention.processor).__name__} replaced the adapter's processor at {name}, "
+                "so image prompts have no effect there: call detach(), then attach(model) again"
             )
 
 
 def check_widths(prompt: ImagePrompt, sizes: Mapping[str, LayerSize]) -> None:
-    """Raise MismatchError unless its keys are as wide as these layers' own."""
+    """Raise MismatchError unless the prompt's keys are as wide as those of these layers."""
     for key, (name, size) in zip(prompt.keys, sizes.items(), strict=True):
         if (made := key.shape[1] * key.shape[3]) != size.inner:
             raise MismatchError(
@@ -65,7 +68,10 @@ def check_widths(prompt: ImagePrompt, sizes: Mapping[str, LayerSize]) -> None:
 
 
 def check_rows(prompt: ImagePrompt, rows: int) -> None:
-    """Raise MismatchError unless prompt, scale, mask and bias are for a batch of so many rows."""
+    """Raise MismatchError unless the prompt is for a batch of that many rows.
+
+    Keys, values, scale, mask and bias are checked.
+    """
     for_batch((prompt.keys[0], prompt.values[0]), rows)
     if prompt.scale.shape[1] not in (1, rows):
         raise MismatchError(
@@ -84,7 +90,10 @@ def check_rows(prompt: ImagePrompt, rows: int) -> None:
 
 def masks_at(masks: Sequence[Tensor | None], grids: Sequence[tuple[int, int]],
              dtype: torch.dtype) -> Masks:  # fmt: skip
-    """Return the masks (R or 1, h, w) for latents of these sizes; none if no prompt has one."""
+    """Resize the masks (R or 1, h, w) to latents of these sizes.
+
+    Returns an empty dictionary if no prompt has a mask.
+    """
     if all(mask is None for mask in masks):
         return {}
     return {
@@ -94,7 +103,7 @@ def masks_at(masks: Sequence[Tensor | None], grids: Sequence[tuple[int, int]],
 
 
 def resized(mask: Tensor | None, grid: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
-    """Return a mask (R or 1, h, w) as (R or 1, 1, L, 1): the mean of what each place covers."""
+    """Resize a mask (R or 1, h, w) to (R or 1, 1, L, 1); each place is the mean of its area."""
     if mask is None:
         return None
     return F.interpolate(mask[:, None].float(), grid, mode="area").flatten(2)[..., None].to(dtype)
@@ -102,7 +111,10 @@ def resized(mask: Tensor | None, grid: tuple[int, int], dtype: torch.dtype) -> T
 
 def weights_at(scales: Sequence[Tensor], masks: Masks, place: Callable[[int], Tensor],
                dtype: torch.dtype) -> Weights:  # fmt: skip
-    """Return scale × mask of every prompt, now."""
+    """Compute scale × mask of every prompt at the current place in the schedule.
+
+    place  gives that place in a table of a given number of points: see `ModelCall`
+    """
     now = [scale_at(scale, place).to(dtype)[:, :, None, None, None] for scale in scales]
     if not masks:
         return {0: stacked(now)}
@@ -126,14 +138,14 @@ def scale_at(scale: Tensor, place: Callable[[int], Tensor]) -> Tensor:
 
 
 def stacked(weights: Sequence[Tensor]) -> Tensor:
-    """P of (layers, R or 1, 1, L or 1, 1) -> (layers, P, R or 1, 1, L or 1, 1)"""
+    """Stack P weights (layers, R or 1, 1, L or 1, 1) to (layers, P, R or 1, 1, L or 1, 1)."""
     if len(weights) == 1:
         return weights[0][:, None]
     return torch.stack(torch.broadcast_tensors(*weights), 1)
 
 
 def images_of(prompts: Sequence[ImagePrompt]) -> tuple[tuple[ImageStates, ...], ...]:
-    """Return K', V' and bias by layer, then prompt."""
+    """Return K', V' and bias by layer, then by prompt."""
 
     def at(prompt: ImagePrompt, layer: int) -> ImageStates:
         pair = prompt.keys[layer], prompt.values[layer]
@@ -146,15 +158,19 @@ def images_of(prompts: Sequence[ImagePrompt]) -> tuple[tuple[ImageStates, ...], 
 
 
 def low_ranks_of(prompts: Sequence[ImagePrompt]) -> tuple[LowRank, ...]:
-    """Return the low-rank part of every attention. Prompts of one adapter share its part."""
+    """Return the low-rank part of every attention, summed over the prompts.
+
+    The part that prompts of one adapter share is counted once.
+    """
     parts = {id(prompt.low_rank): prompt.low_rank for prompt in prompts if prompt.low_rank}
     return tuple(map(summed, zip(*parts.values(), strict=True)))
 
 
 def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> ImagePrompt:
-    """Return the prompt for the rows of a call.
+    """Return the prompt for the rows of a call, after a check of its sizes.
 
-    positive  which branch of guidance a call with one branch is, if the family knows
+    positive  whether a call with one branch of guidance is the positive one; None if the family
+              does not know
     """
     alone = prompt.branches == 2 and prompt.rows in (2, 2 * call.rows) and call.rows != prompt.rows
     if positive is not None and alone:
@@ -164,6 +180,6 @@ def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> Ima
 
 
 def base_is_trained(key: Tensor, value: Tensor, weights: Tensor) -> bool:
-    """Return whether a gradient is to flow where the kernel gives none."""
+    """Return whether a gradient is needed that the kernel does not compute."""
     trained = key.requires_grad or value.requires_grad or weights.requires_grad
     return torch.is_grad_enabled() and trained

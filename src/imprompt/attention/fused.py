@@ -1,9 +1,9 @@
-"""Decoupled cross-attention on a GPU in one pass over the queries, with its gradient, as PyTorch
-operators.
+"""Decoupled cross-attention on a GPU in one pass over the queries, with its gradient.
 
 Z = Attention(Q, K, V) + Σₚ wₚ ∘ Attention(Q, K'ₚ, V'ₚ) (equations 5 and 8), each with its own
-softmax. Attention to a few keys waits for memory, not for arithmetic: done source by source, Q is
-read and Z written again for each, here once.
+softmax, as PyTorch operators. Attention to a few keys is limited by memory bandwidth, not by
+arithmetic: computed source by source, it reads Q and writes Z once per source; one pass
+does so once in all.
 
 Triton must be installed to import this file.
 
@@ -33,28 +33,28 @@ from imprompt.attention.kernels import (
 from imprompt.errors import MismatchError
 
 DTYPES = (torch.float16, torch.bfloat16)
-WIDEST = 160  # a head; the accumulators of wider ones leave the registers
-SPLIT = 256  # queries at least that a program of `image_kernel` goes through,
-# where so many programs are there already; both fixed, so that no GPU adds up in another order
+WIDEST = 160  # of a head; the accumulators of wider ones do not fit in the registers
+# `image_kernel` is split into programs of at least SPLIT queries, but into no more than PROGRAMS;
+# both are fixed, so that every GPU sums in the same order
+SPLIT = 256
 PROGRAMS = 1024
 
 
 class Packed(NamedTuple):
-    """Keys and values of several image prompts for the kernels: one after the other along the
-    tokens.
-    """
+    """Keys and values of several image prompts for the kernels, concatenated along the tokens."""
 
     key: Tensor  # (B or 1, H, N, d)
     value: Tensor  # (B or 1, H, N, d)
     # (P + 1,) int32, on the keys' device: where each prompt's tokens begin, and their end
     offsets: Tensor
-    tokens: tuple[int, ...]  # of each prompt, known without asking the GPU
+    tokens: tuple[int, ...]  # of each prompt, known without a GPU synchronisation
 
 
 def pack_images(images: Sequence[ImageStates]) -> Packed:
-    """The (key, value) of image prompts, each (B or 1, H, N, d); one prompt is not copied.
+    """Pack the (key, value) pairs of image prompts, each (B or 1, H, N, d).
 
-    Several are: call it once per set of prompts, not once per step.
+    The tensors of one prompt are not copied, those of several are: call it once per set of prompts,
+    not once per step.
     """
     batch = max(len(key) for key, _ in images)
     keys, values = zip(*(for_batch(image, batch) for image in images), strict=True)
@@ -66,37 +66,39 @@ def pack_images(images: Sequence[ImageStates]) -> Packed:
 @cache
 @torch.inference_mode(False)  # a gradient may need it later
 def bounds(tokens: tuple[int, ...], device: torch.device) -> Tensor:
-    """See `Packed.offsets`; copied to the device once."""
+    """Return `Packed.offsets` for these numbers of tokens, copied to the device once."""
     return torch.tensor([0, *accumulate(tokens)], dtype=torch.int32).to(device)
 
 
 class Launch(NamedTuple):
-    """Queries of a block, warps of a program, stages of its loads."""
+    """Launch parameters: queries of a block, warps of a program, stages of its loads."""
 
     block: int
     warps: int
     stages: int
 
 
-# 16 queries for each warp, as tensor cores take them: more warps would share rows and hold the same
-# sums twice. Compiled for sm_80
-# and sm_90, heads up to 160 wide then stay in the registers (in QUERIES up to 80), and of 64 wide
-# ones four programs run
-# at once on an sm_90. Two stages of loads take 80 KB of shared memory at most; the smallest GPUs
-# have 99.
+# 16 queries per warp, the tensor cores' size: more warps would share rows and hold the same sums
+# twice. Compiled for sm_80 and sm_90, heads up to 160 wide then stay in the registers (in QUERIES
+# up to 80), and of 64 wide ones four programs run at once on an sm_90. Two stages of loads take
+# 80 KB of shared memory at most; the smallest GPUs have 99.
 FORWARD, QUERIES, IMAGES = Launch(64, 4, 2), Launch(64, 4, 2), Launch(32, 4, 2)
 
 
 @cache
 def options(launch: Launch) -> dict[str, Any]:
-    """The last says what is the default, of which Triton 3.9 warns that it will change."""
+    """Return the launch parameters as keywords of a Triton launch.
+
+    `enable_fp_fusion` is the default, given because Triton 3.9 warns that the default will change.
+    """
     return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
 
 
 @cache
 def head_parts(width: int) -> tuple[int, int]:
-    """A head's width in one or two powers of two with little padding: 40 as 64, 80 as 64 + 16, 160
-    as 128 + 32.
+    """Split a head's width into one or two powers of two with little padding.
+
+    40 becomes 64, 80 becomes 64 + 16, 160 becomes 128 + 32; the second is 0 if one is enough.
     """
 
     def power_of_two(least: int) -> int:
@@ -108,11 +110,11 @@ def head_parts(width: int) -> tuple[int, int]:
 
 
 def strides(weights: Tensor, *tensors: Tensor) -> tuple[list[int], int]:
-    """Strides of the items, heads and rows of tensors, and of the prompts, items and rows of
-    weights; 0 where all are alike.
+    """Return the strides of tensors and weights, and the unit of the tensors' strides.
 
-    The tensors' strides count `unit` elements: the compiler then knows that they are multiples of
-    it, and moves 16 bytes at once.
+    They are those of items, heads and rows of the tensors, and of prompts, items and rows of the
+    weights. A stride is 0 where the dimension has size 1. The tensors' strides count `unit`
+    elements: the compiler then knows that they are multiples of it, and moves 16 bytes at once.
     """
     steps = [
         0 if size == 1 else step
@@ -125,20 +127,21 @@ def strides(weights: Tensor, *tensors: Tensor) -> tuple[list[int], int]:
 
 
 def readable(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, copied only where the last dimension is not dense."""
+    """Return the tensors; those whose last dimension is not dense are copied."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def empty_like_query(query: Tensor) -> Tensor:
-    """(B, H, L, d), laid out as (B, L, H, d): the heads side by side, as the next layer reads
-    them.
+    """Allocate a tensor (B, H, L, d) with the memory layout (B, L, H, d).
+
+    The heads lie side by side, as the next layer reads them.
     """
     items, heads, queries, width = query.shape
     return query.new_empty(items, queries, heads, width).transpose(1, 2)
 
 
 def empty_sums(query: Tensor, sources: int) -> Tensor:
-    """A float32 number for each query of each of the sources, (S, B, H, L)."""
+    """Allocate a float32 number for each query of each of the sources, (S, B, H, L)."""
     return query.new_empty(sources, *query.shape[:3], dtype=torch.float32)
 
 
@@ -153,7 +156,10 @@ def forward(
     weights: Tensor,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Z (B, H, L, d); the sources' log-sum-exps in base 2, (S, B, H, L), empty unless to `keep`."""
+    """Compute Z (B, H, L, d) and the sources' log-sum-exps in base 2, (S, B, H, L).
+
+    The log-sum-exps are empty unless `keep` is true.
+    """
     query, key, value, image_key, image_value = tensors = readable(
         query, key, value, image_key, image_value
     )
@@ -207,8 +213,9 @@ def backward(
     weights: Tensor,
     sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ (B, H, L, d), dK' and dV' (B, H, N, d), the same at every run: nothing is added in the
-    order in which programs end.
+    """Compute dQ (B, H, L, d), dK' and dV' (B, H, N, d), equal in every run.
+
+    No sum depends on the order in which programs end.
     """
     gradient, query, key, value, image_key, image_value = readable(
         gradient, query, key, value, image_key, image_value
@@ -239,7 +246,7 @@ def backward(
             (unit, width, *head_parts(width)),
             **options(QUERIES),
         )
-    # enough for every prompt; those without tokens end at once
+    # enough blocks for every prompt; blocks without tokens end at once
     blocks = int(triton.cdiv(total, SHORT_BLOCK.value))
     splits = max(
         1, min(int(triton.cdiv(queries, SPLIT)), PROGRAMS // (blocks * prompts * heads * items))
@@ -285,10 +292,12 @@ def _(
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the inputs and the log-sum-exps for the backward pass."""
     ctx.save_for_backward(*inputs[:-1], output[1])
 
 
 def differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of the operator's inputs; None for those that have none."""
     by_query, by_key, by_value = backward(gradient, *ctx.saved_tensors)
     return by_query, None, None, by_key, by_value, None, None, None
 
@@ -297,8 +306,9 @@ forward.register_autograd(differentiate, setup_context=save)
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: Tensor) -> bool:
-    """Whether the kernels take these tensors: where they are, their precision, the head's width,
-    and what is to be trained.
+    """Return whether the kernels accept these tensors.
+
+    This depends on their device, their precision, the head's width, and on what is to be trained.
     """
     return (
         (query.is_cuda or INTERPRETED)
@@ -316,12 +326,12 @@ def usable(query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: T
 def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, images: Packed, weights: Tensor
 ) -> Tensor:
-    """Attention to the text plus the weighted attention to every image prompt, as one operator.
+    """Compute attention to the text plus weighted attention to every image prompt in one operator.
 
     query (B, H, L, d), text key and value (B, H, T, d), in float16 or bfloat16, any strides;
-    weights (P, B or 1, 1, L or 1, 1) of any floating type -> (B, H, L, d). Gradients are of the
-    query and of the images' keys and values. Raises MismatchError for other shapes, or if the text
-    or the weights are to be trained; see `usable` for the rest.
+    weights (P, B or 1, 1, L or 1, 1) of any floating type -> (B, H, L, d). The query and the
+    images' keys and values get gradients. Raises MismatchError for other shapes, or if the text or
+    the weights are to be trained; see `usable` for the other conditions.
     """
     items, _, queries, _ = query.shape
     if base_is_trained(key, value, weights):

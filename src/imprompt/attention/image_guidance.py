@@ -1,14 +1,14 @@
-"""A guidance scale for the image beside the one for the text, on any pipeline with guidance.
+"""A second guidance scale, for the image, on any pipeline with guidance for the text.
 
 As in InstructPix2Pix (Brooks et al. 2022, arXiv 2211.09800, equation 3), with the image in the
 place of the source picture:
 
     e(∅, ∅) + s_image (e(∅, image) − e(∅, ∅)) + s_text (e(text, image) − e(∅, image))
 
-The pipeline calls the model with two branches. Three are run, and two are given back, of which the
-pipeline's own formula makes that sum. A scale equal to the pipeline's own gives what the pipeline
-gives by itself, but with `guidance_rescale`, which would measure another prediction. Each step
-costs half as much again.
+The pipeline calls the model with two branches. The model runs three, and returns two, from which
+the pipeline's own formula computes that sum. A scale equal to the pipeline's own leaves the result
+unchanged, except with `guidance_rescale`, which would measure another prediction. Each step costs
+half as much again.
 """
 
 from collections.abc import Mapping
@@ -26,24 +26,26 @@ BRANCHES = (0, -1, -1)  # of the image prompts: none, the image without the text
 
 
 def in_thirds(family: Family, given: Mapping[str, Any], kept: CachedValue) -> dict[str, Any]:
-    """Return the arguments of a call with two branches as those of one with three.
+    """Convert the arguments of a call with two branches to those of a call with three.
 
-    kept  holds the text, which must be the same tensor in every step
+    kept  cache of the converted text, which must be the same tensor in every step
+
+    Raises MismatchError for a batch that has no two halves.
     """
     latents, _, text = family.arguments
     rows = len(given[latents])
     if rows % 2:
         raise MismatchError(
-            "image guidance is for the two halves of classifier-free guidance; "
+            "image guidance needs the two halves of classifier-free guidance; "
             f"this is a batch of {rows}"
         )
 
     def three(name: str, value: Any) -> Any:
         def parts(tensor: Tensor) -> Tensor:
-            if tensor.ndim == 0 or len(tensor) % rows:  # some of a video are for each frame
+            if tensor.ndim == 0 or len(tensor) % rows:  # some tensors of a video are per frame
                 return tensor
             half = len(tensor) // 2
-            # The negative text is read twice, of anything else the positive half.
+            # The middle third is the negative text, and the positive half of any other argument.
             middle = 0 if name in family.text_arguments else half
             return torch.cat([tensor[:half], tensor[middle : middle + half], tensor[half:]])
 
@@ -55,9 +57,11 @@ def in_thirds(family: Family, given: Mapping[str, Any], kept: CachedValue) -> di
 
 
 def in_halves(noise: Tensor, scale: float) -> Tensor:
-    """Return a and b, so that a + s_text (b − a) is the sum above for every s_text.
+    """Return a and b such that a + s_text (b − a) is the guided prediction for every s_text.
 
-    noise  e(∅, ∅), e(∅, image) and e(text, image), one after the other
+    That prediction is the sum in this module's docstring.
+
+    noise  e(∅, ∅), e(∅, image) and e(text, image), concatenated
     """
     neither, image, both = noise.chunk(3)
     guided = torch.lerp(neither, image, scale)

@@ -1,7 +1,7 @@
-"""What joins adapters to one base model: replaced processors, and a hook before each of its calls.
+"""Injection of adapters into one base model: replaced processors, and a hook before each call.
 
-The hook sees latents, timestep and text of the call, works out how strongly each image prompt
-applies, and hands that to the layers. What is common to all families stands here.
+The hook gets latents, timestep and text of the call, computes how strongly each image prompt
+applies, and passes that to the layers. This module holds what is common to all families.
 """
 
 import threading
@@ -25,12 +25,12 @@ from imprompt.errors import MismatchError
 from imprompt.families.base import Family, LayerSize, ModelCall
 from imprompt.prompt import KEY, ImagePrompt
 
-FINE = 2**20  # points of a table, by which times of calls are told apart
+FINE = 2**20  # points of a table fine enough to distinguish the times of calls
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Scope:
-    """Image prompts that this thread's calls of a model are conditioned on, for a while."""
+    """Image prompts that this thread's calls of a model are conditioned on in a `with` block."""
 
     def __init__(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None) -> None:
         self.prompts, self.image_guidance = tuple(prompts), image_guidance
@@ -42,8 +42,9 @@ class Scope:
     def positive(self, call: ModelCall) -> bool:
         """Return whether a call with one branch of guidance is the positive one.
 
-        Families that guide in two calls run it first: a text that is new belongs to the negative
-        branch if it comes second at the same time, else to another picture's positive one.
+        Families that guide in two calls run the positive branch first: a new text belongs to the
+        negative branch if it is the second one at the same time, else to another picture's positive
+        branch.
         """
         if any(call.text is text for text in self.texts):
             return call.text is self.texts[0]
@@ -56,8 +57,9 @@ class Scope:
 
 
 class ModelInjection(ABC):
-    """See `imprompt.families.base.Injection`. It lives in the model's hook: a copied model has its
-    own.
+    """Injection that is common to all families: see `imprompt.families.base.Injection`.
+
+    It belongs to the model's hook: a copied model has its own injection.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -74,14 +76,14 @@ class ModelInjection(ABC):
 
     @classmethod
     def of(cls, model: nn.Module, make: Callable[[], Self]) -> Self:
-        """Return the model's injection, with one adapter more."""
+        """Return the model's injection, new if it has none, with one more adapter."""
         hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
         found = next((hook for hook in hooks if isinstance(hook, cls)), None) or make()
         found.adapters += 1
         return found
 
     def replace(self, attentions: dict[str, Any], processors: Mapping[str, object]) -> None:
-        """Put processors in the place of those attentions' own."""
+        """Replace the processors of those attentions, and remember the original ones."""
         for name, processor in processors.items():
             if name not in self.originals:
                 self.originals[name] = attentions[name].processor
@@ -98,14 +100,14 @@ class ModelInjection(ABC):
     @abstractmethod
     def hand_over(self, arguments: Arguments, call: ModelCall,
                   prompts: tuple[ImagePrompt, ...]) -> Arguments:  # fmt: skip
-        """Hand the conditioning of a call to the layers; return the call's arguments."""
+        """Pass the conditioning of a call to the layers; return the call's arguments."""
 
     def idle(self, arguments: Arguments) -> Arguments:
-        """Let the layers compute what the base model does by itself."""
+        """Set the layers to compute what the base model computes; return the arguments."""
         return arguments
 
     def eject(self) -> None:
-        """Take one adapter off; the last one gives the base model back as it was."""
+        """Remove one adapter; the last one to be removed restores the base model."""
         self.adapters -= 1
         if not self.adapters:
             for hook in self.hooks:
@@ -113,12 +115,12 @@ class ModelInjection(ABC):
             attentions = self.attentions()
             for name, original in self.originals.items():
                 if type(attentions[name].processor) in self.classes():
-                    # else another tool's: it stays
+                    # a processor of another tool stays
                     attentions[name].set_processor(original)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the precision that the layers compute in; weights may be stored in 8 bits."""
+        """Precision that the layers compute in; weights may be stored in 8 bits."""
         stored: torch.dtype = next(iter(self.layers.values())).to_q.weight.dtype
         return stored if stored.itemsize > 1 else self.computes_in
 
@@ -127,18 +129,21 @@ class ModelInjection(ABC):
         return tokens
 
     def cached_bytes(self) -> int:
-        """Return the size of what is kept of texts."""
+        """Return the size of the cached text states in bytes."""
         return 0
 
     def clear_cache(self) -> None:  # noqa: B027 - most families keep nothing
-        """Drop what is kept of texts."""
+        """Remove the cached text states."""
 
     @contextmanager
     def using(self, prompts: Sequence[ImagePrompt],
               image_guidance: float | None = None) -> Iterator[None]:  # fmt: skip
-        """Condition the model's calls of this thread on the prompts, inside.
+        """Condition this thread's calls of the model on the prompts in a `with` block.
 
         image_guidance  a guidance scale for the image: see `imprompt.attention.image_guidance`
+
+        Raises MismatchError if prompts are in use already, or at the end if no call was
+        conditioned.
         """
         if self.scope is not None:
             raise MismatchError(
@@ -152,18 +157,18 @@ class ModelInjection(ABC):
         if not scope.calls:
             raise MismatchError(
                 "the image prompts never reached the base model that the adapter is attached to: "
-                "what ran inside did not call it (another model in its place?)"
+                "the code in the block did not call it (does the pipeline use another model?)"
             )
 
     @property
     def scope(self) -> Scope | None:
-        """Return what this thread uses."""
+        """Image prompts in use in this thread, or None."""
         return getattr(self.local, "scope", None)
 
     def before_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments:
-        """Condition the call on its image prompts: the model's forward pre-hook."""
+        """Condition the call on its image prompts, as the model's forward pre-hook."""
         prompts, scope = self.prompts_of(kwargs), self.scope
         if prompts is None:
             return self.idle((args, kwargs))
@@ -183,8 +188,8 @@ class ModelInjection(ABC):
         if self.family.separate_branches:
             if scope is None and any(prompt.branches > 1 for prompt in prompts):
                 raise MismatchError(
-                    f"a {type(model).__name__} runs the branches of guidance in calls of their "
-                    "own: "
+                    f"a {type(model).__name__} runs the branches of guidance in separate "
+                    "calls: "
                     "give image prompts by `with adapter.using(prompt):`"
                 )
             positive = scope.positive(call) if scope is not None else None
@@ -193,7 +198,7 @@ class ModelInjection(ABC):
         )
 
     def after_call(self, model: nn.Module, _args: Any, out: Any) -> Any:
-        """Finish the call, also one that failed: the model's forward hook."""
+        """Finish the call, even if it failed, as the model's forward hook."""
         self.release(model, out is not None)
         scope = self.scope
         if out is None or scope is None or scope.image_guidance is None:
@@ -204,10 +209,13 @@ class ModelInjection(ABC):
         return out
 
     def release(self, model: nn.Module, ended: bool) -> None:  # noqa: B027 - most hold nothing
-        """Let go of what the layers were given for a call, which `ended` or failed."""
+        """Release what the layers were given for a call, which `ended` or failed."""
 
     def prompts_of(self, kwargs: dict[str, Any]) -> tuple[ImagePrompt, ...] | None:
-        """Return the image prompts of a call: from its keyword, or those in use; None if none."""
+        """Return the image prompts of a call, from its keyword or those in use; None if none.
+
+        Raises MismatchError if both are given.
+        """
         channel = (kwargs.get(self.family.channel) or {}) if self.family.channel else {}
         given, scope = channel.get(KEY), self.scope
         if given is not None and scope is not None:

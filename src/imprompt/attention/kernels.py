@@ -1,17 +1,17 @@
-"""The Triton kernels of decoupled cross-attention: forward, the gradient of the queries, that of
-the images' keys and values.
+"""Triton kernels of decoupled cross-attention.
 
-Softmaxes are online, in base 2 and float32 (Dao et al. 2022, arXiv 2205.14135); the gradient
-computes the probabilities again from the kept log-sum-exp. Nothing is compiled again for other
-numbers of tokens, prompts, items, queries or for other scales and masks: none of them is a constant
-of the kernels.
+There is one for the forward pass, one for the gradient of the queries, and one for the gradient of
+the images' keys and values. Softmaxes are online, in base 2 and float32 (Dao et al. 2022, arXiv
+2205.14135); the gradient recomputes the probabilities from the saved log-sum-exp. Other numbers of
+tokens, prompts, items or queries, and other scales and masks, need no new compilation: none of them
+is a constant of the kernels.
 
 Names of pointers: ik, iv images' keys and values, w weights, g gradient of the output, lse
 log-sum-exps; their strides end in _b (items), _h (heads), _n (rows), _p (prompts).
 """
 
 # pyright: reportGeneralTypeIssues=false
-# (Triton's own types say that tl.arange and tl.range give nothing back: they are never called as
+# (Triton's own types state that tl.arange and tl.range return nothing: they are never called as
 # Python.)
 
 from typing import Any
@@ -22,10 +22,10 @@ from triton import knobs
 
 # TRITON_INTERPRET=1: the kernels run on the CPU, slowly, for tests
 INTERPRETED: bool = knobs.runtime.interpret
-IN_FLOAT32 = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 matrices by their bits
+IN_FLOAT32 = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 matrices as integers
 LOG2_E = 1.4426950408889634
-LONG_BLOCK = tl.constexpr(32)  # keys at a time, then the rest by
-# 77 text tokens as 32 + 32 + 16, 4 image tokens as 16: the smallest that tensor cores take
+LONG_BLOCK = tl.constexpr(32)  # keys at a time; the rest is processed in SHORT_BLOCK keys
+# 77 text tokens as 32 + 32 + 16, 4 image tokens as 16: the smallest size of tensor cores
 SHORT_BLOCK = tl.constexpr(16)
 # The kernels' `shape` is (elements that strides count, width of a head, of its first part, of its
 # second part or 0).
@@ -40,23 +40,26 @@ kernel: Any = triton.jit(
 
 @triton.jit
 def here(tensor, item_stride, head_stride, row_stride, shape: tl.constexpr):
-    """This program's item and head of a tensor: where the first row is, and how far the next."""
+    """Return the position of this program's item and head in a tensor.
+
+    It is a pointer to the first row, and the distance to the next row.
+    """
     at = (tl.program_id(2).to(tl.int64) * item_stride + tl.program_id(1) * head_stride) * shape[0]
     return tensor + at, row_stride * shape[0]
 
 
 @triton.jit
 def inside(rows, stop, width: tl.constexpr, start, columns: tl.constexpr):
-    """Where columns start … start + columns of the rows are, and which of them there are."""
+    """Return the columns start … start + columns, and which of their elements in `rows` exist."""
     column = (start + tl.arange(0, columns))[None, :]
     return column, (rows < stop)[:, None] & (column < width)
 
 
 @triton.jit
 def load_rows(tensor, rows, stop, shape: tl.constexpr):
-    """Rows before `stop` in two parts, zeros outside of the tensor.
+    """Load rows before `stop` in two parts, with zeros outside of the tensor.
 
-    Where there is no second part, the first twice.
+    If a head has one part only, it is returned twice.
     """
     column, there = inside(rows, stop, shape[1], 0, shape[2])
     low = tl.load(tensor[0] + rows[:, None] * tensor[1] + column, mask=there, other=0.0)
@@ -69,6 +72,7 @@ def load_rows(tensor, rows, stop, shape: tl.constexpr):
 
 @triton.jit
 def write(tensor, x, scale, rows, stop, stride, shape: tl.constexpr):
+    """Write the two parts of x times `scale` to rows before `stop`."""
     column, there = inside(rows, stop, shape[1], 0, shape[2])
     tl.store(
         tensor + rows[:, None] * stride + column,
@@ -86,6 +90,7 @@ def write(tensor, x, scale, rows, stop, stride, shape: tl.constexpr):
 
 @triton.jit
 def zeros(rows: tl.constexpr, shape: tl.constexpr):
+    """Return float32 zeros for that many rows, in two parts."""
     return tl.full((rows, shape[2]), 0.0, tl.float32), tl.full(
         (rows, shape[3] if shape[3] > 0 else 16), 0.0, tl.float32
     )
@@ -93,6 +98,7 @@ def zeros(rows: tl.constexpr, shape: tl.constexpr):
 
 @triton.jit
 def product(a, b):
+    """Multiply two matrices; in the interpreter, in float32."""
     if IN_FLOAT32:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b)
@@ -100,7 +106,7 @@ def product(a, b):
 
 @triton.jit
 def scores(a, tensor, rows, stop, shape: tl.constexpr):
-    """A Bᵀ in float32, where B is `rows` of the tensor."""
+    """Compute A Bᵀ in float32, where B is `rows` of the tensor."""
     b = load_rows(tensor, rows, stop, shape)
     result = product(a[0], tl.trans(b[0]))
     if shape[3] > 0:
@@ -110,7 +116,7 @@ def scores(a, tensor, rows, stop, shape: tl.constexpr):
 
 @triton.jit
 def add_mix(p, z, tensor, rows, stop, shape: tl.constexpr):
-    """z + P B, where B is `rows` of the tensor."""
+    """Compute z + P B, where B is `rows` of the tensor."""
     b = load_rows(tensor, rows, stop, shape)
     p = p.to(b[0].dtype)
     low, high = z
@@ -122,8 +128,9 @@ def add_mix(p, z, tensor, rows, stop, shape: tl.constexpr):
 
 @triton.jit
 def softmax_mass(q, k, start, stop, scale, top, mass, block: tl.constexpr, shape: tl.constexpr):
-    """The highest score over the keys start … stop and those before, and the softmax's mass
-    relative to it.
+    """Update the highest score and the softmax's mass relative to it with the keys start … stop.
+
+    `top` and `mass` are those of the keys before.
     """
     for first in range(start, stop, block):
         keys = first + tl.arange(0, block)
@@ -136,6 +143,7 @@ def softmax_mass(q, k, start, stop, scale, top, mass, block: tl.constexpr, shape
 
 @triton.jit
 def probabilities(q, logs, k, keys, stop, scale, shape: tl.constexpr):
+    """Compute the probabilities of these keys from the log-sum-exp; 0 from `stop` on."""
     s = scores(q, k, keys, stop, shape) * scale
     return tl.where((keys < stop)[None, :], tl.exp2(s - logs[:, None]), 0.0)
 
@@ -144,7 +152,7 @@ def probabilities(q, logs, k, keys, stop, scale, shape: tl.constexpr):
 def add_values(
     q, weight, logs, k, v, start, stop, scale, z, block: tl.constexpr, shape: tl.constexpr
 ):
-    """z + w ∘ P V over the keys start … stop."""
+    """Compute z + w ∘ P V over the keys start … stop."""
     for first in range(start, stop, block):
         keys = first + tl.arange(0, block)
         p = probabilities(q, logs, k, keys, stop, scale, shape) * weight[:, None]
@@ -154,10 +162,10 @@ def add_values(
 
 @triton.jit
 def add_attention(q, weight, k, v, start, stop, scale, z, block: tl.constexpr, shape: tl.constexpr):
-    """z + the weighted attention to one source, and its log-sum-exp (+inf without keys).
+    """Add the weighted attention to one source to z; return its log-sum-exp too.
 
-    Twice over the keys, which are few: so one sum, and not one more per source, fills the
-    registers.
+    The log-sum-exp is +inf without keys. The keys, which are few, are read twice: so one sum, and
+    not one more per source, fills the registers.
     """
     top, mass = tl.full((block,), float("-inf"), tl.float32), tl.full((block,), 0.0, tl.float32)
     rest = start + (stop - start) // LONG_BLOCK * LONG_BLOCK
@@ -171,9 +179,9 @@ def add_attention(q, weight, k, v, start, stop, scale, z, block: tl.constexpr, s
 
 @triton.jit
 def load_weight(w, w_p, w_b, w_n, offsets, prompt, rows, queries):
-    """The weight of a prompt for these queries and its tokens start … stop.
+    """Load the weight of a prompt for these queries, and its tokens start … stop.
 
-    No tokens where no query hears it.
+    There are no tokens if the prompt's weight is zero for all these queries.
     """
     at = w + prompt * w_p + tl.program_id(2) * w_b + rows * w_n
     weight = tl.load(at, mask=rows < queries, other=0.0).to(tl.float32)
@@ -184,8 +192,9 @@ def load_weight(w, w_p, w_b, w_n, offsets, prompt, rows, queries):
 
 @triton.jit
 def places(heads, queries):
-    """How many queries all items and heads have, and how many are before this program's item and
-    head.
+    """Count the queries of all items and heads, and those before this program's item and head.
+
+    They are the size of one source in `lse` and `delta`, and the offset inside it.
     """
     here = tl.program_id(2).to(tl.int64) * heads + tl.program_id(1)
     return tl.num_programs(2).to(tl.int64) * heads * queries, here * queries
@@ -196,7 +205,7 @@ def forward_kernel(q, k, v, ik, iv, w, offsets, out, lse, q_b, q_h, q_n, k_b, k_
                    k_n, v_b, v_h, v_n, ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, w_p, w_b,
                    w_n, heads, queries, texts, prompts, scale, keep: tl.constexpr,
                    block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
-    """One block of queries of a head of an item: the text, then every prompt."""
+    """Compute one block of queries of one head and item: the text, then every prompt."""
     rows = tl.program_id(0) * block + tl.arange(0, block)
     every, before = places(heads, queries)
     k, v = here(k, k_b, k_h, k_n, shape), here(v, v_b, v_h, v_n, shape)
@@ -228,7 +237,7 @@ def forward_kernel(q, k, v, ik, iv, w, offsets, out, lse, q_b, q_h, q_n, k_b, k_
 
 @triton.jit
 def shares(q, g, weight, logs, k, v, keys, stop, scale, shape: tl.constexpr):
-    """Probabilities P of these keys, and dP = w ∘ (dZ Vᵀ)."""
+    """Compute the probabilities P of these keys, and dP = w ∘ (dZ Vᵀ)."""
     return probabilities(q, logs, k, keys, stop, scale, shape), scores(
         g, v, keys, stop, shape
     ) * weight[:, None]
@@ -238,7 +247,7 @@ def shares(q, g, weight, logs, k, v, keys, stop, scale, shape: tl.constexpr):
 def add_row_sums(
     q, g, weight, logs, k, v, start, stop, scale, sums, block: tl.constexpr, shape: tl.constexpr
 ):
-    """sums + the row sums of P ∘ dP over the keys start … stop."""
+    """Compute sums + the row sums of P ∘ dP over the keys start … stop."""
     for first in range(start, stop, block):
         p, dp = shares(q, g, weight, logs, k, v, first + tl.arange(0, block), stop, scale, shape)
         sums += tl.sum(p * dp, 1)
@@ -249,7 +258,7 @@ def add_row_sums(
 def add_query_gradient(
     q, g, weight, logs, k, v, start, stop, scale, sums, dq, block: tl.constexpr, shape: tl.constexpr
 ):
-    """dq + dS K over the keys start … stop, with dS = P ∘ (dP − row sums)."""
+    """Compute dq + dS K over the keys start … stop, with dS = P ∘ (dP − row sums)."""
     for first in range(start, stop, block):
         keys = first + tl.arange(0, block)
         p, dp = shares(q, g, weight, logs, k, v, keys, stop, scale, shape)
@@ -261,8 +270,9 @@ def add_query_gradient(
 def add_source_gradient(
     q, g, weight, logs, k, v, start, stop, scale, dq, block: tl.constexpr, shape: tl.constexpr
 ):
-    """dq + what one source adds to it, and the row sums of P ∘ dP: they first, so that dP − sums is
-    taken before it is rounded.
+    """Add the gradient through one source to dq; return the row sums of P ∘ dP too.
+
+    The sums are computed first, so that dP − sums is taken before it is rounded.
     """
     rest = start + (stop - start) // LONG_BLOCK * LONG_BLOCK
     sums = tl.full((block,), 0.0, tl.float32)
@@ -282,9 +292,9 @@ def query_kernel(q, k, v, ik, iv, w, offsets, g, lse, delta, dq, q_b, q_h, q_n, 
                  k_h, k_n, v_b, v_h, v_n, ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, g_b,
                  g_h, g_n, w_p, w_b, w_n, heads, queries, texts, prompts, scale,
                  to_gradient, block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
-    """dQ of one block of queries.
+    """Compute dQ of one block of queries.
 
-    The row sums of P ∘ dP of every prompt, which the other kernel needs.
+    The row sums of P ∘ dP of every prompt are written too, for `image_kernel`.
     """
     rows = tl.program_id(0) * block + tl.arange(0, block)
     every, before = places(heads, queries)
@@ -315,9 +325,9 @@ def image_kernel(q, ik, iv, w, offsets, g, lse, delta, dk, dv, q_b, q_h, q_n, ik
                  ik_h, ik_n, iv_b, iv_h, iv_n, g_b, g_h, g_n, w_p, w_b, w_n, heads,
                  queries, total, splits, share, blocks, scale, to_gradient,
                  block: tl.constexpr, shape: tl.constexpr):  # fmt: skip
-    """dK' and dV' of one block of a prompt's tokens from one split of the queries.
+    """Compute dK' and dV' of one block of a prompt's tokens from one split of the queries.
 
-    The caller adds up the splits.
+    The caller adds the splits.
     """
     split, number = tl.program_id(0) % splits, tl.program_id(0) // splits
     prompt = number // blocks
@@ -332,7 +342,7 @@ def image_kernel(q, ik, iv, w, offsets, g, lse, delta, dk, dv, q_b, q_h, q_n, ik
     delta += prompt * every + before
     lse += (prompt + 1) * every + before
     x, y = zeros(SHORT_BLOCK, shape), zeros(SHORT_BLOCK, shape)
-    # nothing to do past the prompt's last token
+    # no queries for a block after the prompt's last token
     end = tl.where(first < stop, tl.minimum((split + 1) * share, queries), 0)
     for begin in range(split * share, end, block):
         rows = begin + tl.arange(0, block)

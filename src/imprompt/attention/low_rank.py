@@ -1,9 +1,8 @@
-"""The low-rank part of FaceID adapters: a LoRA (Hu et al. 2021, arXiv 2106.09685) on every
-attention of the base model.
+"""The low-rank part of FaceID adapters: a LoRA on every attention of the base model.
 
-It travels with the image prompt and is added where an attention projects, so that the base model's
-own weights, and the user's own LoRAs, stay as they are, and a call without the prompt is the base
-model's.
+LoRA is due to Hu et al. 2021 (arXiv 2106.09685). The part is passed with the image prompt and added
+in the projections of an attention, so the base model's own weights and the user's own LoRAs do not
+change, and a call without the prompt computes what the base model computes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ Pair = tuple[Tensor, Tensor]  # down (r, in) and up (out, r)
 
 
 class LowRankLayer(nn.Module):
-    """up · down, of rank r: what is added to a matrix (out, in)."""
+    """The product up · down, of rank r, that is added to a matrix (out, in)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
@@ -29,7 +28,7 @@ class LowRankLayer(nn.Module):
 
 
 class LowRank(NamedTuple):
-    """What is added to the projections of one attention."""
+    """Low-rank matrices that are added to the projections of one attention."""
 
     to_q: Pair
     to_k: Pair
@@ -41,20 +40,27 @@ class AttentionLowRank(nn.Module):
     """The low-rank parts of one attention's query, key, value and output projections."""
 
     def __init__(self, sizes: Mapping[str, tuple[int, int, int]]) -> None:
-        """sizes  part -> (in, out, rank)"""
+        """Create the four parts.
+
+        sizes  part -> (in, out, rank)
+        """
         super().__init__()
         for part in PARTS:
             setattr(self, part, LowRankLayer(*sizes[part]))
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build the parts for tensors of these shapes, by their names in a checkpoint."""
         downs, ups = (
             {part: shapes[f"{part}.{end}.weight"] for part in PARTS} for end in ("down", "up")
         )
         return cls({part: (downs[part][1], ups[part][0], downs[part][0]) for part in PARTS})
 
     def weights(self, strength: float, dtype: torch.dtype) -> LowRank:
-        """At this strength; the module's own tensors where nothing is to be changed."""
+        """Return the matrices at this strength and precision.
+
+        They are the module's own tensors where nothing has to be changed.
+        """
         pairs = [
             (layer.down.weight.to(dtype), layer.up.weight.to(dtype))
             for layer in (getattr(self, part) for part in PARTS)
@@ -67,19 +73,19 @@ class AttentionLowRank(nn.Module):
 
 
 class ModelLowRank(nn.ModuleList):
-    """An `AttentionLowRank` for every attention of a base model, self-attentions too, in the order
-    of the published checkpoints.
+    """An `AttentionLowRank` for every attention of a base model, self-attentions too.
 
-    `strength` multiplies what it adds, in image prompts that are made after it was set.
+    They are in the order of the published checkpoints. `strength` multiplies what they add, in
+    image prompts that are made after it was set.
     """
 
     strength = 1.0
 
     def weights(self, dtype: torch.dtype) -> tuple[LowRank, ...]:
-        """By attention.
+        """Return the matrices of every attention.
 
-        The very same tuple as long as nothing has changed, so that several prompts of one adapter
-        add it once.
+        The result is the identical tuple as long as nothing has changed, so that several prompts of
+        one adapter add it once.
         """
         versions = (
             self.strength,
@@ -103,12 +109,15 @@ class ModelLowRank(nn.ModuleList):
 
 
 def version(tensor: Tensor) -> int | None:
-    """How often it was changed in place; None where that is not counted (torch.inference_mode)."""
+    """Return how often the tensor was changed in place.
+
+    The result is None where that is not counted (torch.inference_mode).
+    """
     return None if tensor.is_inference() else tensor._version
 
 
 def summed(loras: Sequence[LowRank]) -> LowRank:
-    """The sum of several, as one of higher rank."""
+    """Add several low-rank parts: the result is one part of higher rank."""
     if len(loras) == 1:
         return loras[0]
     parts = zip(*loras, strict=True)
@@ -121,13 +130,14 @@ def summed(loras: Sequence[LowRank]) -> LowRank:
 
 
 def project(layer: Any, x: Tensor, pair: Pair | None) -> Tensor:
-    """What the layer makes of x (B, L, in), with the low-rank part added -> (B, L, out)."""
+    """Apply the layer to x (B, L, in) and add the low-rank part -> (B, L, out)."""
     return layer(x) if pair is None else layer(x) + F.linear(F.linear(x, pair[0]), pair[1])
 
 
 def project_text(attention: Any, text: Tensor, lora: LowRank | None) -> KV:
-    """Keys and values of a text (B, T, D), or of a self-attention's own hidden states, each (B, H,
-    T, d).
+    """Project a text (B, T, D) to keys and values, each (B, H, T, d).
+
+    A self-attention gets its own hidden states as the text.
     """
     key = project(attention.to_k, text, lora and lora.to_k)
     value = project(attention.to_v, text, lora and lora.to_v)

@@ -1,7 +1,7 @@
-"""What is kept while a text lives: its keys and values, and what image prompts become beside it.
+"""Cache of what is computed from a text while it lives: keys, values and packed image prompts.
 
-A value is kept together with what it was computed from. It is computed anew when one of these
-objects is another one, or a tensor was changed in place, or a fact differs.
+A value is stored together with its sources. It is computed again if one of these objects is another
+object, or a tensor was changed in place, or a fact differs.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from imprompt.attention.low_rank import version
 
-LIMIT = 1 << 30  # bytes of projected text that a model keeps; more is projected in every step
-OFFLOADERS = ("_hf_hook", "_diffusers_hook")  # of those that leave what a layer computes as it is
+LIMIT = 1 << 30  # bytes of projected text that a model caches; more is projected in every step
+OFFLOADERS = ("_hf_hook", "_diffusers_hook")  # of tools that do not change what a layer computes
 
 Sources = tuple[list[Any], Any]  # objects that must be the very same, and facts that must be equal
 
 
 class CachedValue:
-    """A value, and what it was computed from.
+    """A cached value and its sources.
 
-    It is replaced at once, so that threads may share it.
+    Both are replaced in one assignment, so that threads may share it.
     """
 
     def __init__(self) -> None:
@@ -31,33 +31,36 @@ class CachedValue:
 
     @property
     def value(self) -> Any:
-        """Return what is kept, or None."""
+        """The cached value, or None."""
         return self.found[1]
 
     def get(self, sources: Callable[[Any], Sources], compute: Callable[[], Any]) -> Any:
-        """Return the value for these sources, which may depend on the value that there is."""
+        """Return the value for these sources, computed again if they have changed.
+
+        sources  the cached value, or None -> the sources, which may depend on it
+        """
         found = self.found
         if not unchanged(versioned(*sources(found[1])), found[0]):
             value = compute()
-            # Asked again: to compute brings offloaded weights, and leaves others in their place.
+            # The sources are read again: computing may replace offloaded weights by loaded ones.
             found = self.found = (versioned(*sources(value)), value)
         return found[1]
 
 
 def versioned(objects: list[Any], facts: Any) -> Sources:
-    """Return the sources with how often each tensor was changed in place among the facts."""
+    """Return the sources; the facts count how often each tensor was changed in place."""
     return objects, (facts, [version(one) for one in objects if isinstance(one, Tensor)])
 
 
 def unchanged(new: Sources, old: Sources | None) -> bool:
-    """Return whether the sources are those of before."""
+    """Return whether the new sources equal the old ones."""
     if old is None or new[1] != old[1] or len(new[0]) != len(old[0]):
         return False
     return all(a is b for a, b in zip(new[0], old[0], strict=True))
 
 
 class TextEntry:
-    """What is kept for one text tensor."""
+    """Cached values for one text tensor."""
 
     def __init__(self) -> None:
         self.states = CachedValue()  # keys and values of the text by layer
@@ -67,7 +70,7 @@ class TextEntry:
 
     @property
     def bytes(self) -> int:
-        """Return the size of the text's keys and values, and of image prompts that were copied."""
+        """Size in bytes of the text's keys and values, and of image prompts that were copied."""
         _, packed, _ = self.images.value or ((), (), ())
         copies = [s for layer in packed if len(layer.tokens) > 1 for s in (layer.key, layer.value)]
         pairs = (*(self.states.value or ()), copies)
@@ -75,17 +78,17 @@ class TextEntry:
 
 
 class TextCache:
-    """Entries by text tensor, which do not keep it alive. Copies and pickles begin empty."""
+    """Entries by text tensor, which they do not keep alive. Copies and pickles are empty."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Remove all entries."""
         self.entries, self.lock = WeakTensorKeyDictionary(), Lock()
 
     def entry(self, text: Tensor) -> TextEntry:
-        """Return the entry of that text."""
+        """Return the entry of that text; it is created if there is none."""
         with self.lock:
             found = self.entries.get(text)
             if found is None:
@@ -94,7 +97,7 @@ class TextCache:
 
     @property
     def bytes(self) -> int:
-        """Return the size of all entries."""
+        """Size of all entries in bytes."""
         with self.lock:
             entries = list(self.entries.values())
         return sum(entry.bytes for entry in entries)
@@ -107,10 +110,10 @@ class TextCache:
 
 
 def can_cache(*tensors: Tensor) -> bool:
-    """Return whether what is computed from these can be kept.
+    """Return whether what is computed from these tensors can be cached.
 
-    Changes must leave a mark on the tensors, no gradient is to flow, and nothing records what is
-    computed now to run it again.
+    In-place changes must be counted on the tensors, no gradient may be needed, and nothing may
+    record the computation to run it again.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or recorded(tensors[0]):
         return False
@@ -118,7 +121,7 @@ def can_cache(*tensors: Tensor) -> bool:
 
 
 def recorded(text: Tensor) -> bool:
-    """Return whether what happens now is recorded to be run again, or not done at all."""
+    """Return whether operations are being recorded to run again, or are not executed at all."""
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
     traced = torch._C._get_tracing_state() is not None
     dispatched = any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
@@ -126,9 +129,9 @@ def recorded(text: Tensor) -> bool:
 
 
 def plain_weight(layer: Any, width: int) -> Tensor | None:
-    """Return what the layer multiplies a text of that width by, if that is all that it does.
+    """Return the weight of a layer that only multiplies a text of that width by it, else None.
 
-    A LoRA that is not fused does more, a hook may.
+    A LoRA that is not fused does more, and a hook may.
     """
     own: dict[str, Any] = layer.__dict__  # read in every step: a module's attribute access is slow
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
@@ -141,15 +144,16 @@ def plain_weight(layer: Any, width: int) -> Tensor | None:
 
 
 def autocast_dtype(text: Tensor) -> torch.dtype | None:
-    """Return what autocast makes of the text, where it is on."""
+    """Return the precision that autocast converts the text to; None if it is off."""
     device = text.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
 def can_call(weight: Tensor | None, text: Tensor) -> bool:
-    """Return whether the layer can be called now: its weight is where the text is.
+    """Return whether the layer can be called now.
 
-    Or it comes when the layer is called, as under sequential offload.
+    Its weight is on the text's device, or is loaded when the layer is called, as under sequential
+    offload.
     """
     return weight is not None and (weight.device == text.device or weight.is_meta)

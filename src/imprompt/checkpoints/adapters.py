@@ -1,8 +1,8 @@
-"""Adapter files: safetensors with named keys and a JSON header, and the older layouts, both ways.
+"""Adapter files: safetensors with named keys and a JSON header, and the older layouts.
 
-`read_adapter` takes a file apart and checks it whole, `write_adapter` writes it in any layout,
-`load_adapter` and `save_adapter` do the same for a live adapter. How layouts name their tensors
-stands in `imprompt.checkpoints.layouts`. Shape letters as in `imprompt.adapter`.
+`read_adapter` reads and checks a file, `write_adapter` writes it in any layout, `load_adapter` and
+`save_adapter` do the same for a live adapter. `imprompt.checkpoints.layouts` defines how layouts
+name their tensors. Shape letters as in `imprompt.adapter`.
 """
 
 import json
@@ -29,17 +29,20 @@ from imprompt.variants import BY_NAME, CheckpointEvidence, Variant, bearing, fin
 
 FORMAT = 1
 METADATA_KEY = "imprompt"
-# What is read of a folder: an adapter of ours, accelerate's training states, an adapter with its
-# encoder's name beside it.
+# Files that are read from a folder: an adapter of ours, accelerate's training states, an adapter
+# that is stored with its encoder's name.
 IN_FOLDERS = ("adapter.safetensors", "model.safetensors", "pytorch_model.bin", "ip_adapter.bin")
 
 
 class Origin(BaseModel):
-    """Where an adapter comes from: what its tensors cannot say. An empty string means unknown."""
+    """Origin of an adapter: facts that its tensors do not determine.
+
+    An empty string means unknown.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = ""  # the model that it was trained for
+    base: str = ""  # the model that the adapter was trained for
     encoder: str = ""  # the image encoder whose features it reads
     encoder_fingerprint: str = ""
     prediction_type: Literal["epsilon", "v_prediction", "flow", ""] = ""
@@ -48,7 +51,7 @@ class Origin(BaseModel):
 
 
 class Header(Origin):
-    """What a file of ours says about itself, as JSON in the safetensors metadata.
+    """Header of a file in the imprompt layout, stored as JSON in the safetensors metadata.
 
     feature  what it reads of the image encoder, where that is not the variant's own feature
     """
@@ -60,7 +63,7 @@ class Header(Origin):
     tokens: int | None  # None: one per patch
     token_dim: int
     feature_dim: int
-    # the packaged adapters' files still say `sites`
+    # the packaged adapters' files still name the field `sites`
     layers: tuple[str, ...] = Field(validation_alias=AliasChoices("layers", "sites"))
 
     def as_json(self) -> str:
@@ -72,14 +75,14 @@ class Header(Origin):
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """An adapter taken apart, as it stands in a file.
+    """Contents of an adapter file.
 
     projection  tensors by the names that the projection's module uses
     kv          W'_k and W'_v of every layer, each (H·d, D), in the base model's order
-    layers      module names of the cross-attentions; None where the file only numbers them
-    header      None where the file has none
+    layers      module names of the cross-attentions; None if the file only numbers them
+    header      None if the file has none
     lora        low-rank parts of every attention, self-attentions too, by the names that
-                `AttentionLowRank` uses: None where there are none
+                `AttentionLowRank` uses; None if there are none
     """
 
     variant: Variant
@@ -92,13 +95,13 @@ class AdapterFile:
 
     @property
     def feature_dim(self) -> int:
-        """E; where a face embedding goes with it, of the hidden states."""
+        """Width E of the features; of the hidden states if a face embedding is read too."""
         return self.projection[self.variant.feature_key].shape[-1]
 
     @property
     def face_dim(self) -> int | None:
-        """Of the face embedding; None where it reads none."""
-        # the first where hidden states go beside it
+        """Width of the face embedding; None if the variant reads none."""
+        # the first if hidden states are read too
         keys = ("proj.0.weight", self.variant.feature_key)
         return (
             self.projection[next(key for key in keys if key in self.projection)].shape[-1]
@@ -108,22 +111,22 @@ class AdapterFile:
 
     @property
     def token_dim(self) -> int:
-        """D"""
+        """Token width D, which the added projections read."""
         return self.kv[0][0].shape[1]
 
     @property
     def tokens(self) -> int | None:
-        """N, or None where every patch becomes a token."""
+        """Number of image tokens N, or None if every patch becomes a token."""
         return self.variant.token_shape(shapes_of(self.projection))[0]
 
     @property
     def token_width(self) -> int:
-        """Of the image tokens: D, but for Kolors' FaceID."""
+        """Width of the projection's image tokens: D, except in Kolors' FaceID."""
         return self.variant.token_shape(shapes_of(self.projection))[1]
 
     @property
     def ranks(self) -> list[int]:
-        """Of the low-rank parts, lowest and highest."""
+        """Lowest and highest rank of the low-rank parts; empty if there are none."""
         found = [
             len(tensor)
             for parts in self.lora or ()
@@ -134,25 +137,30 @@ class AdapterFile:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """All tensors of the file: of the projection, of the layers, and low-rank parts."""
         lora = [tensor for attention in self.lora or () for tensor in attention.values()]
         return [*self.projection.values(), *(tensor for pair in self.kv for tensor in pair), *lora]
 
     @property
     def parameters(self) -> int:
+        """Number of parameters in all tensors."""
         return sum(tensor.numel() for tensor in self.tensors)
 
     def suits(self) -> str:
-        """The base model and image encoder that it was probably made for, judged by its sizes."""
+        """Return the base model and image encoder that the adapter was probably made for.
+
+        They are inferred from its sizes.
+        """
         return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
 
 
 def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> AdapterFile:
     """Read an adapter of any known layout from a file, or from a folder that holds one.
 
-    `variant` says what the tensors of some files cannot: faceid-plus or faceid-plus-v2,
+    `variant` is needed where the tensors do not determine it: faceid-plus or faceid-plus-v2,
     portrait-unnorm or InstantID. Raises CheckpointError, one line, if the file is missing, damaged,
-    unsafe, of another kind, not told by its tensors, or not whole: then every missing, unexpected
-    and misshapen tensor is named at once. SettingError if `variant` contradicts the file.
+    unsafe, of another kind, ambiguous, or incomplete: then every missing, unexpected and misshapen
+    tensor is named at once. Raises SettingError if `variant` contradicts the file.
     """
     file = _file_at(Path(path))
     tensors, metadata = read_tensors(file, layouts.adapter_keys)
@@ -161,7 +169,7 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
     layout = layouts.layout_of(tensors)
     if layout is None:
         raise CheckpointError(
-            f"{file} is no image-prompt adapter of a known layout; it holds "
+            f"{file} is not an image-prompt adapter of a known layout; it holds "
             f"{some(tensors) or 'no tensors'}"
         )
     check_plain(file, tensors)
@@ -196,11 +204,11 @@ def write_adapter(
     layout: str = "imprompt",
     layers: Sequence[str] | None = None,
 ) -> None:
-    """Write an adapter, tensors bit for bit; the file appears whole or not at all.
+    """Write an adapter, tensors bit for bit; the file appears completely or not at all.
 
-    The imprompt layout needs the names of the sites: `sites`, else the file's own, else those of a
-    known base model. Raises CheckpointError for an unknown layout or suffix, unknown sites, or a
-    file that cannot be written.
+    The imprompt layout needs the names of the layers: `layers`, else the file's own, else those of
+    a known base model. Raises CheckpointError for an unknown layout or suffix, for unknown layers,
+    or if the file cannot be written.
     """
     path = Path(path)
     form = layouts.layout_to_write(layout, path.suffix)
@@ -219,11 +227,12 @@ def write_adapter(
 def load_adapter(
     path: str | os.PathLike[str], model: nn.Module, variant: str | None = None
 ) -> IPAdapter:
-    """Read a file's adapter for that base model; `adapter.attach(model)` joins them.
+    """Load an adapter for that base model from a file; `adapter.attach(model)` attaches it.
 
     variant  as for `read_adapter`
 
-    Errors as `read_adapter` and `build_adapter`; MismatchError if it does not fit the model.
+    Raises the errors of `read_adapter` and `build_adapter`, and MismatchError if it does not fit
+    the model.
     """
     adapter = build_adapter(read_adapter(path, variant), family_of(model))
     adapter.check_fits(model)
@@ -231,11 +240,11 @@ def load_adapter(
 
 
 def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
-    """The live adapter of a file, its weights in float32 on the CPU.
+    """Build the live adapter of a file, its weights in float32 on the CPU.
 
     Raises MismatchError if it was made for another family of base models.
     """
-    made_for = file.header.family if file.header else OLDEST  # the older layouts know no other
+    made_for = file.header.family if file.header else OLDEST  # the only one of older layouts
     if made_for != family.name:
         raise MismatchError(
             f"this adapter is for base models of the {made_for} family; this one is of the "
@@ -256,9 +265,9 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
 def adapter_file(
     adapter: IPAdapter, variant: Variant, layers: Sequence[str], origin: Origin | None = None
 ) -> AdapterFile:
-    """A live adapter as a file would hold it; the tensors are the adapter's own, not copies.
+    """Return a live adapter in the form of a file; the tensors are the adapter's own, not copies.
 
-    `sites` are the names of the cross-attentions that it joins: `adapter.family.layers(model)`.
+    layers  names of the cross-attentions that it is for: `adapter.family.layers(model)`
     """
     pairs: list[Any] = list(adapter.image_kv)
     kv = [(pair.to_k.weight.detach(), pair.to_v.weight.detach()) for pair in pairs]
@@ -287,15 +296,15 @@ def save_adapter(
     layers: Sequence[str],
     origin: Origin | None = None,
 ) -> None:
-    """Write a live adapter in our own layout.
+    """Write a live adapter in the imprompt layout.
 
-    See `adapter_file` for the arguments, `write_adapter` for the errors.
+    The arguments are those of `adapter_file`, the errors those of `write_adapter`.
     """
     write_adapter(path, adapter_file(adapter, variant, layers, origin))
 
 
 def describe(file: AdapterFile) -> list[tuple[str, str]]:
-    """Labels and values that tell a person what a file is."""
+    """Return labels and values that describe a file to a person."""
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors})
     rows = [
         ("layout", file.layout),
@@ -319,7 +328,7 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
         ("suits", file.suits()),
     ]
     if file.header is None:
-        return [*rows, ("header", "none: this file does not say where it comes from")]
+        return [*rows, ("header", "none: this file does not state its origin")]
     facts = [(name.replace("_", " "), getattr(file.header, name)) for name in Origin.model_fields]
     return [
         *rows,
@@ -332,13 +341,13 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
 
 
 def _variant_rows(row: Variant) -> list[tuple[str, str]]:
-    """What is to be known of a variant beside its name."""
+    """Return labels and values that describe a variant beyond its name."""
     equivalent_to = (
         [
             (
-                "alike",
-                f"{', '.join(row.equivalent_to)}: its tensors cannot tell, and it makes no "
-                "difference",
+                "equivalent to",
+                f"{', '.join(row.equivalent_to)}: its tensors do not distinguish them, and "
+                "the result is the same",
             )
         ]
         if row.equivalent_to
@@ -357,7 +366,7 @@ def _variant_rows(row: Variant) -> list[tuple[str, str]]:
 
 
 def _file_at(path: Path) -> Path:
-    """The file to read for `path`, which may be a folder."""
+    """Return the file to read for `path`, which may be a folder."""
     if not path.is_dir():
         return path
     found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
@@ -392,21 +401,21 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} has a header that is no JSON: {first_line(error)}"
+            f"{path} has a header that is not valid JSON: {first_line(error)}"
         ) from error
 
 
 def _variant_of(
     path: Path, seen: CheckpointEvidence, header: Header | None, variant_name: str | None
 ) -> Variant:
-    """The row that the tensors, the header and the user speak of.
+    """Return the variant that the tensors, the header and the user determine.
 
-    The tensors come first, and what they cannot tell is asked.
+    The tensors take precedence; the header and the user resolve what they leave open.
     """
     wanted = find_variant(variant_name) if variant_name else None
     stated = BY_NAME.get(header.variant) if header else None
     if wanted and stated and wanted is not stated:
-        raise SettingError(f"{path}: its header says {stated.name}, not {wanted.name}")
+        raise SettingError(f"{path}: its header states {stated.name}, not {wanted.name}")
     rows = bearing(seen.projection)
     if wanted and rows and wanted not in rows:
         raise SettingError(
@@ -427,7 +436,8 @@ def _variant_of(
     ]
     if len(names) > 1 and header is None:
         raise CheckpointError(
-            f"{path} is {' or '.join(names)}, its tensors cannot tell: say which with variant="
+            f"{path} is {' or '.join(names)}, its tensors do not distinguish them: "
+            "give one as variant="
         )
     return likely[0]
 
@@ -441,14 +451,14 @@ def _reading(path: Path, row: Variant, header: Header | None) -> Variant:
 
 
 def _layer_labels(layout: Layout, keys: Iterable[str], header: Header | None) -> tuple[str, ...]:
-    """What the layout calls the sites, in the base model's order."""
+    """Return the layout's names of the layers, in the base model's order."""
     if header is None:
         return layout.layers_in(keys)
     return numbered_layers(len(header.layers)) if layout.numbered else header.layers
 
 
 def _check_header(path: Path, file: AdapterFile) -> None:
-    """Raise CheckpointError if the header says otherwise than the tensors."""
+    """Raise CheckpointError if the header contradicts the tensors."""
     stated = file.header.model_dump() if file.header else {}
     wrong = [
         f"{name} {stated[name]}, the tensors {fact}"
@@ -456,11 +466,11 @@ def _check_header(path: Path, file: AdapterFile) -> None:
         if stated and stated[name] != fact
     ]
     if wrong:
-        raise CheckpointError(f"{path}: its header says {'; '.join(wrong)}")
+        raise CheckpointError(f"{path}: its header states {'; '.join(wrong)}")
 
 
 def _facts(file: AdapterFile) -> dict[str, Any]:
-    """The fields of a header that the tensors tell."""
+    """Return the fields of a header that the tensors determine."""
     return {
         "variant": file.variant.name,
         "tokens": file.tokens,
@@ -470,17 +480,17 @@ def _facts(file: AdapterFile) -> dict[str, Any]:
 
 
 def _named_header(file: AdapterFile, layers: Sequence[str] | None) -> Header:
-    """The file's header, or a new one, with the names of the sites."""
+    """Return the file's header, or a new one, with the names of the layers."""
     names = layers or file.layers or known_layers(file.token_dim, len(file.kv))
     if names is None:
         raise CheckpointError(
             f"this adapter only numbers its {len(file.kv)} cross-attentions, and no known model "
-            "has so many "
+            "has that many "
             f"with {file.token_dim}-wide text: name the base model that it was trained for"
         )
     if len(set(names)) != len(file.kv):
         raise CheckpointError(
-            f"this adapter joins {len(file.kv)} cross-attentions; {len(set(names))} are named"
+            f"this adapter is for {len(file.kv)} cross-attentions; {len(set(names))} are named"
         )
     if file.header:
         return file.header.model_copy(update={"layers": tuple(names)})

@@ -1,7 +1,7 @@
-"""Whether a file holds a whole adapter: what its variant must have, judged by the sizes of what is
-there.
+"""Checks that a file holds a complete adapter.
 
-Shape letters as in `imprompt.adapter`.
+The tensors that its variant must have are derived from the sizes of those that it has. Shape
+letters as in `imprompt.adapter`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,14 @@ Expected = tuple[int | None, ...] | None  # None: any size, or any shape
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor by its key."""
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def blank_projection(row: Variant, shapes: Shapes) -> nn.Module:
-    """The projection of these sizes on the meta device: no memory, and no random start is
-    computed.
+    """Build the projection of these sizes on the meta device.
+
+    It takes no memory, and no random initialisation is computed.
     """
     with torch.device("meta"):
         return row.projection.from_shapes(shapes)
@@ -35,8 +37,9 @@ def blank_projection(row: Variant, shapes: Shapes) -> nn.Module:
 def check_whole(
     path: Path, row: Variant, layout: Layout, layers: Sequence[str], shapes: Shapes
 ) -> None:
-    """Raise CheckpointError, naming every missing, unexpected and misshapen tensor, unless `shapes`
-    are all of this variant's.
+    """Raise CheckpointError unless `shapes` are exactly those of this variant.
+
+    The message names the missing, unexpected and misshapen tensors.
     """
     own = {
         key.removeprefix(layout.projection): shape
@@ -45,7 +48,7 @@ def check_whole(
     }
     projection, token_dim = _expected_projection(row, own)
     if token_dim is None or row.widened:
-        # then the added projections are held against the first of them
+        # the added projections are then compared with the first of them
         token_dim = text_dim(layout, layers, shapes)
     expected = {layout.projection + key: shape for key, shape in projection.items()}
     expected |= _expected_kv(layout, layers or ("*",), shapes, token_dim)
@@ -65,21 +68,21 @@ def check_whole(
         feature = own.get(row.feature_key)
         made_for = layouts.suits(row, feature[-1] if feature else None, token_dim, len(layers))
         raise CheckpointError(
-            f"{path} is no whole {row.name} adapter ({layout.name} layout). {faults}. It seems "
-            f"made for {made_for}"
+            f"{path} is not a complete {row.name} adapter ({layout.name} layout). {faults}. It was "
+            f"probably made for {made_for}"
         )
 
 
 def text_dim(layout: Layout, layers: Sequence[str], shapes: Shapes) -> int | None:
-    """D: what the first W' that is there reads."""
+    """Return D, the width that the first W' in the file reads; None if there is none."""
     keys = [shape for layer in layers if len(shape := shapes.get(layout.key(layer, "k"), ())) == 2]
     return keys[0][1] if keys else None
 
 
 class _Sizes(dict[str, tuple[int, ...]]):
-    """Shapes for `from_shapes` that notes what it is asked for, and stands in for what is missing.
+    """Shapes for `from_shapes` that record the keys that are read, with defaults for missing ones.
 
-    So a projection can be built, and all its keys be known, even where a tensor that tells a size
+    So a projection can be built, and all its keys be known, even if a tensor that determines a size
     is missing.
     """
 
@@ -93,7 +96,10 @@ class _Sizes(dict[str, tuple[int, ...]]):
 
 
 def _expected_projection(row: Variant, shapes: Shapes) -> tuple[dict[str, Expected], int | None]:
-    """Key -> shape that this variant's projection must have, and D if it can be told."""
+    """Return the shape of every key that this variant's projection must have, and D.
+
+    D is None if the shapes do not determine it.
+    """
     sizes = _Sizes(shapes)
     try:
         needed = shapes_of(blank_projection(row, sizes).state_dict())
@@ -101,16 +107,16 @@ def _expected_projection(row: Variant, shapes: Shapes) -> tuple[dict[str, Expect
             return dict.fromkeys(needed), None
         return dict(needed), row.token_shape(needed)[1]
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError):
-        # together they make no such module
+        # these sizes do not fit together in such a module
         return dict.fromkeys(shapes) | dict.fromkeys(sizes.asked, ()), None
 
 
 def _expected_kv(
     layout: Layout, layers: Sequence[str], shapes: Shapes, token_dim: int | None
 ) -> dict[str, Expected]:
-    """Key -> (H·d, D) of W'_k and W'_v of every site.
+    """Return the shape (H·d, D) of the keys of W'_k and W'_v of every layer.
 
-    Both have the rows that the first of them has.
+    Both have as many rows as the first of them.
     """
     expected: dict[str, Expected] = {}
     for layer in layers:
@@ -122,11 +128,11 @@ def _expected_kv(
 def _expected_lora(
     layout: Layout, layers: Sequence[str], shapes: Shapes, token_dim: int | None
 ) -> dict[str, Expected]:
-    """Key -> shape of the low-rank parts of every site and of the self-attention before it: down
-    (r, in), up (out, r).
+    """Return the shape of the keys of all low-rank parts: down (r, in), up (out, r).
 
-    The hidden states are as wide as the site's keys; a site's own keys and values are made of the
-    text. A rank is what the first of its pair says.
+    They are those of every cross-attention layer and of the self-attention before it. The hidden
+    states are as wide as the layer's keys; the layer's own keys and values are projected from the
+    text. The first of a pair determines the rank.
     """
     expected: dict[str, Expected] = {}
     for number, attention in enumerate(layout.attentions(layers)):
@@ -149,7 +155,7 @@ def _expected_lora(
 
 
 def _rows(keys: Sequence[str], shapes: Shapes) -> int | None:
-    """Of the first matrix among them."""
+    """Return the number of rows of the first matrix among these keys, or None."""
     return next((shapes[key][0] for key in keys if len(shapes.get(key, ())) == 2), None)
 
 

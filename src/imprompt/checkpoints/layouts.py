@@ -1,5 +1,7 @@
-"""Facts about adapter files: how each layout names its tensors, which files are something else,
-what the sizes speak of.
+"""Layouts of adapter files.
+
+For each layout, how its tensors are named; for other files, how they are recognised; for sizes,
+which base model and image encoder they belong to.
 """
 
 import re
@@ -24,12 +26,12 @@ from imprompt.variants import Feature, Variant
 class Layout:
     """One way to name an adapter's tensors, for reading and for writing.
 
-    projection  what stands before the names that the projection's own module uses
+    projection  prefix of the names that the projection's own module uses
     kv          key of one added projection: {part} is k or v, {layer} the layer's name or number
     lora        key of one low-rank part: {part} is q, k, v or out, {half} is down or up, {layer}
                 any attention's name or number
-    numbered    layers are called by number: see `imprompt.families.unet_layers`
-    suffixes    of the files that are written so; none where the layout is only read
+    numbered    layers are identified by number: see `imprompt.families.unet_layers`
+    suffixes    of the files that are written in this layout; none if it is only read
     """
 
     name: str
@@ -41,7 +43,7 @@ class Layout:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        # doubled backslash: it is used as a replacement
+        # doubled backslash: the string is a replacement in `re.sub`
         layer = r"([1-9]\\d{0,2})" if self.numbered else "(.+)"
         return re.compile(
             re.sub(r"\\{layer\\}", layer, re.escape(self.kv)).replace(r"\{part\}", "[kv]")
@@ -53,11 +55,13 @@ class Layout:
         return re.compile(re.sub(r"\\{(\w+)\\}", lambda hole: holes[hole[1]], re.escape(self.lora)))
 
     def key(self, layer: str, part: str) -> str:
+        """Return the key of a layer's added projection; `part` is k or v."""
         return self.kv.format(layer=layer, part=part)
 
     def lora_keys(self, attention: str) -> dict[str, str]:
-        """Names by which `attention.low_rank.AttentionLowRank` knows its tensors -> keys, at that
-        attention.
+        """Return the keys of an attention's low-rank part, by the names of its tensors.
+
+        The names are those in `attention.low_rank.AttentionLowRank`.
         """
         return {
             f"to_{part}.{half}.weight": self.lora.format(layer=attention, part=part, half=half)
@@ -66,14 +70,21 @@ class Layout:
         }
 
     def has_lora(self, keys: Iterable[str]) -> bool:
+        """Return whether a low-rank part is among these keys."""
         return any(self._of_lora.fullmatch(key) for key in keys)
 
     def attentions(self, layers: Sequence[str]) -> tuple[str, ...]:
-        """Return what it calls all attentions, self-attentions too, in the base model's order."""
+        """Return the layout's names of all attentions, self-attentions too.
+
+        They are in the base model's order.
+        """
         return numbered_attentions(len(layers)) if self.numbered else with_self_attentions(layers)
 
     def layers_in(self, keys: Iterable[str]) -> tuple[str, ...]:
-        """The names or numbers of all layers that should be there, judged by those that are."""
+        """Return the names or numbers of all layers that a file with these keys should have.
+
+        A numbered layout has all layers up to the highest number that occurs.
+        """
         found = {match[1] for key in keys if (match := self._pattern.fullmatch(key))}
         return (
             numbered_layers((max(map(int, found), default=0) + 1) // 2)
@@ -82,8 +93,8 @@ class Layout:
         )
 
 
-# In the order in which they are tried. "modules" is one layout in two dresses: flat, and nested in
-# a pickle.
+# In the order in which they are tried. "modules" is one layout in two forms: flat, and nested in a
+# pickle.
 LAYOUTS = (
     Layout(
         "imprompt",
@@ -128,7 +139,7 @@ LAYOUTS = (
 )
 ALIASES = {"diffusers": "paper"}
 
-# (what it is, patterns that all occur among its keys), most telling first.
+# (what the file is, patterns that all occur among its keys), the most specific first.
 FOREIGN = (
     ("a CSGO adapter: not supported yet", (r"content_image_proj\.|to_[kv]_ip_content",)),
     ("an IP-Adapter-Instruct adapter: not supported yet", (r"proj_(new|prompt)_input\.",)),
@@ -145,7 +156,7 @@ FOREIGN = (
         (r"^ip_?adapter(_modules)?\.0\.to_k_ip\.",),
     ),
 )
-# The same of files without an image projection.
+# Files without an image projection, in the form of `FOREIGN`.
 NO_ADAPTERS = (
     ("a LoRA, not an image-prompt adapter", (r"(?i)lora",)),
     ("an image encoder, not an adapter", (r"^(vision_model|visual)\.",)),
@@ -163,21 +174,22 @@ FEATURES: dict[Feature, str] = {
     "face": "face embedding (ArcFace, of unit length)",
     "raw face": "face embedding (ArcFace, not normalised)",
     "face and crop": (
-        "penultimate hidden states of the aligned face, beside a face embedding (ArcFace, of unit "
+        "penultimate hidden states of the aligned face, and a face embedding (ArcFace, of unit "
         "length)"
     ),
     "raw face and square": (
-        "penultimate hidden states of the face's square, beside a face embedding (ArcFace, not "
+        "penultimate hidden states of the face's square, and a face embedding (ArcFace, not "
         "normalised)"
     ),
 }
 
 
 def adapter_keys(keys: Collection[str]) -> list[str]:
-    """The keys without the frozen base model that accelerate's training states carry along.
+    """Return the keys without those of the frozen base model in accelerate's training states.
 
     Such a state may hold the adapter twice, as `adapter_modules.*` and inside the base model: the
-    former is kept. So is a LoRA without one, by which a file that is no adapter is known.
+    former is kept. A LoRA is kept too if there is no image projection, because it identifies a file
+    that is not an adapter.
     """
     twice, alone = any(key.startswith("adapter_modules.") for key in keys), not projects(keys)
     return [
@@ -190,13 +202,14 @@ def adapter_keys(keys: Collection[str]) -> list[str]:
 
 
 def projects(keys: Collection[str]) -> bool:
-    """Whether there is an image projection of any layout among them."""
+    """Return whether an image projection of any layout is among these keys."""
     return any(key.startswith(tuple(layout.projection for layout in LAYOUTS)) for key in keys)
 
 
 def foreign(keys: Collection[str]) -> str | None:
-    """What a file with these keys is, if it is a known thing that is not an adapter which is read
-    here.
+    """Return what a file with these keys is, if it is a known kind that cannot be read here.
+
+    Returns None for any other file.
     """
     for what, patterns in FOREIGN if projects(keys) else (*FOREIGN, *NO_ADAPTERS):
         if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
@@ -205,7 +218,7 @@ def foreign(keys: Collection[str]) -> str | None:
 
 
 def layout_of(keys: Collection[str]) -> Layout | None:
-    """The layout that these keys speak of most, None if no layout knows any of them."""
+    """Return the layout that fits these keys best; None if no layout fits any of them."""
 
     def known_halves(layout: Layout) -> int:
         return any(key.startswith(layout.projection) for key in keys) + bool(layout.layers_in(keys))
@@ -215,7 +228,10 @@ def layout_of(keys: Collection[str]) -> Layout | None:
 
 
 def layout_to_write(name: str, suffix: str) -> Layout:
-    """The row for that name and file suffix; CheckpointError, with what there is, if none."""
+    """Return the layout of that name and file suffix.
+
+    Raises CheckpointError, with the possible ones, if there is none.
+    """
     name = ALIASES.get(name, name)
     suffixes = {
         suffix: layout for layout in LAYOUTS if layout.name == name for suffix in layout.suffixes
@@ -232,8 +248,9 @@ def layout_to_write(name: str, suffix: str) -> Layout:
 
 
 def suits(row: Variant, feature_dim: int | None, token_dim: int | None, layers: int) -> str:
-    """Which base model and image encoder an adapter of these sizes was probably made for, in
-    words.
+    """Return which base model and image encoder an adapter of these sizes was probably made for.
+
+    The result is a phrase for messages.
     """
     model = (
         MODELS[token_dim, layers][0] if token_dim and (token_dim, layers) in MODELS else "a model"

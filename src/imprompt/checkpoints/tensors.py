@@ -1,4 +1,4 @@
-"""Files of tensors: read without running anything they hold, and written whole or not at all."""
+"""Tensor files: read without executing code in them, and written completely or not at all."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ from imprompt.files import atomic_write
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *PICKLES)
-# How torch's weights-only unpickler words that it met a function or class, and not merely damage.
+# Words by which torch's weights-only unpickler reports a function or class, and not mere damage.
 CODE_SIGNS = (
     "GLOBAL",
     "Can only create new object",
@@ -30,11 +30,11 @@ Choice = Callable[[Collection[str]], Collection[str]]  # all keys of a file -> t
 
 
 def read_tensors(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a safetensors file or of a (nested) pickle by flat key, on the CPU, and the
-    file's metadata.
+    """Read the tensors of a safetensors file or of a (nested) pickle by flat key, on the CPU.
 
-    Raises CheckpointError if the file is missing, empty or damaged, or holds code. A pickle can
-    also hold values that are no tensors; they are given as they are: see `check_plain`.
+    Returns them with the file's metadata. Raises CheckpointError if the file is missing, empty or
+    damaged, or holds code. A pickle can also hold values that are not tensors; they are returned
+    unchanged: see `check_plain`.
     """
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f"{path}: weights are read from {', '.join(SUFFIXES)} files")
@@ -53,32 +53,33 @@ def read_tensors(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, 
 
 
 def check_plain(path: Path, held: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless all that a file holds are dense tensors of finite floating-point
-    numbers.
+    """Raise CheckpointError unless all values of a file are plain tensors.
+
+    These are dense tensors of finite floating-point numbers.
     """
     if odd := [key for key, tensor in held.items() if not _is_plain(tensor)]:
         raise CheckpointError(
-            f"{path} holds what is no plain tensor of floating-point numbers: {some(odd)}"
+            f"{path} holds values that are not plain tensors of floating-point numbers: {some(odd)}"
         )
     if broken := [key for key, tensor in held.items() if not tensor.float().isfinite().all()]:
         raise CheckpointError(
-            f"{path} is corrupt, or of a training that diverged: NaN or infinite numbers in "
+            f"{path} is corrupt, or from a training run that diverged: NaN or infinite numbers in "
             f"{some(broken)}"
         )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors by flat key: with their metadata as safetensors, without it as a nested pickle,
-    by the suffix.
+    """Write tensors by flat key, as safetensors or as a pickle, depending on the suffix.
 
-    The file is written aside and then takes its name, so that a reader or a crash never meets a
-    part of it. Raises CheckpointError if that fails; what had the name before is then untouched.
+    Safetensors hold the metadata, the nested pickle does not. The tensors are written to a
+    temporary file that is then renamed, so nobody reads an incomplete file, even after a crash.
+    Raises CheckpointError if that fails; an older file of that name is then unchanged.
     """
     ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     try:
         with atomic_write(path) as temporary:
             temporary.touch()
-            # as the umask says; safetensors makes files that only their owner can read
+            # the umask's mode; safetensors creates files that only their owner can read
             mode = temporary.stat().st_mode
             if path.suffix in PICKLES:
                 torch.save(nested(ready), temporary)
@@ -96,14 +97,14 @@ def _mapped(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, str]]
 
 def _unpickled(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, str]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about unusual pickles, which are sound or refused here
+        warnings.simplefilter("ignore")  # about unusual pickles, which are checked here
         try:
             held = dict(flat(torch.load(path, map_location="cpu", weights_only=True)))
         except Exception as error:
             if any(sign in str(error) for sign in CODE_SIGNS):
                 message = (
                     f"{path} holds code, not only tensors; refused. Convert it to safetensors "
-                    "where you trust it"
+                    "if you trust it"
                 )
                 raise CheckpointError(message) from error
             if isinstance(error, pickle.UnpicklingError):
@@ -115,8 +116,9 @@ def _unpickled(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, st
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether this is a dense tensor whose numbers are all there; a pickle can hold others: sparse,
-    empty, endlessly repeated.
+    """Return whether this is a dense tensor with all its numbers.
+
+    A pickle can hold others: sparse, empty, or with numbers repeated endlessly.
     """
     if (
         not isinstance(tensor, Tensor)
@@ -128,7 +130,7 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def flat(held: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{"a": {"b": x}} -> ("a.b", x), to any depth"""
+    """Yield the leaves of a nested dictionary: {"a": {"b": x}} -> ("a.b", x), to any depth."""
     if not isinstance(held, Mapping):
         yield prefix, held
         return
@@ -137,7 +139,7 @@ def flat(held: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{"a.b.c": x} -> {"a": {"b.c": x}}"""
+    """Group tensors by the first part of their key: {"a.b.c": x} -> {"a": {"b.c": x}}."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         outer, inner = key.split(".", 1)
@@ -146,7 +148,7 @@ def nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def some(names: Collection[str], most: int = 8) -> str:
-    """The first names, and how many more there are."""
+    """Return the first `most` names, and the number of the others, as text."""
     return ", ".join(list(names)[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""
     )

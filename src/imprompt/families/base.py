@@ -1,7 +1,7 @@
-"""The seam: what a family of base models tells the rest of the package, and how it is found.
+"""Interface of a family of base models, and the registry of families.
 
-A family is a row of `FAMILIES`. Its module is imported when a model may be of it, so that neither
-this file nor `imprompt.adapter` depends on diffusers.
+A family is a row of `FAMILIES`. Its module is imported when a model may belong to it, so that
+neither this file nor `imprompt.adapter` depends on diffusers.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from imprompt.errors import MismatchError, SettingError
 from imprompt.prompt import KEY, ImagePrompt
 
-ROUNDING = 1e-2  # of a point: progress is computed in float32
+ROUNDING = 1e-2  # tolerance in points: progress is computed in float32
 FAMILIES = {  # name -> module and attribute that hold it
     "unet": ("imprompt.families.unet", "UNET"),
     "pixart": ("imprompt.families.transformers", "PIXART"),
@@ -25,7 +25,7 @@ FAMILIES = {  # name -> module and attribute that hold it
 
 
 class LayerSize(NamedTuple):
-    """The widths of one cross-attention: what W' reads, what it gives, and in how many heads."""
+    """Sizes of one cross-attention layer: the width that W' reads, that it gives, and the heads."""
 
     text: int
     inner: int
@@ -33,11 +33,11 @@ class LayerSize(NamedTuple):
 
 
 class ModelCall(NamedTuple):
-    """What a base model is called with, as far as image prompts need to know.
+    """What image prompts need to know of one call of a base model.
 
     rows      of the batch, as attentions see it
     text      text states (B, T, D); the same tensor in every step of a picture
-    place     gives the call's place, () or (B,), in a table of so many points over the schedule,
+    place     gives the call's place, () or (B,), in a table of that many points over the schedule,
               from noise to the picture; between two points it is the later one
     grids     gives the sizes, rows and columns, in which layers see the latents
     """
@@ -57,25 +57,27 @@ class Tasks(NamedTuple):
 
 
 class TaskTable(NamedTuple):
-    """What one class of saved pipelines can do, and the same beside a ControlNet."""
+    """Tasks of one class of saved pipelines, plain and with a ControlNet."""
 
     plain: Tasks | None = None
     controlled: Tasks | None = None
 
 
 def schedule_place(progress: Tensor, points: int) -> Tensor:
-    """Return the place, see `ModelCall`, at a progress from 0 to 1."""
+    """Return the place, see `ModelCall`, for a progress from 0 to 1."""
     return (progress * (points - 1) - ROUNDING).ceil().long()
 
 
 Conditions = Mapping[str, Tensor]
-"""What a model reads beside latents and timestep, for training: "text" (B, T, D), and by family
-"pooled" (B, P), "text_mask" (B, T), and "time_ids" (B, 6), sizes as `imprompt.training.buckets.fit`
-gives them."""
+"""Inputs of a model in training other than latents and timestep.
+
+They are "text" (B, T, D), and by family "pooled" (B, P), "text_mask" (B, T), and "time_ids" (B, 6),
+sizes as `imprompt.training.buckets.fit` gives them.
+"""
 
 
 class Injection(Protocol):
-    """What joins adapters to one base model."""
+    """Injection of adapters into one base model."""
 
     layers: dict[str, Any]
     sizes: dict[str, LayerSize]
@@ -83,7 +85,7 @@ class Injection(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the precision that the layers compute in."""
+        """Precision that the layers compute in."""
         ...
 
     def widen(self, tokens: Tensor) -> Tensor:
@@ -92,47 +94,47 @@ class Injection(Protocol):
 
     def using(self, prompts: Sequence[ImagePrompt],
               image_guidance: float | None = None) -> AbstractContextManager[None]:  # fmt: skip
-        """Condition the model's calls of this thread on the prompts, inside."""
+        """Condition this thread's calls of the model on the prompts in a `with` block."""
         ...
 
     def eject(self) -> None:
-        """Take one adapter off; the last one gives the base model back as it was."""
+        """Remove one adapter; the last one to be removed restores the base model."""
         ...
 
     def cached_bytes(self) -> int:
-        """Return the size of what is kept of texts."""
+        """Return the size of the cached text states in bytes."""
         ...
 
     def clear_cache(self) -> None:
-        """Drop what is kept of texts."""
+        """Remove the cached text states."""
         ...
 
 
 class Family(ABC):
-    """How one kind of base model is joined."""
+    """A kind of base models: where and how adapters are injected into them."""
 
     name: str
     classes: tuple[str, ...]  # names of diffusers' models that can be built from a configuration
     pipelines: Mapping[str, TaskTable]  # by the class that a model was saved with
-    channel: str | None  # keyword by which the model hands arguments to its attentions, if it does
+    channel: str | None  # keyword by which the model passes arguments to its attentions, if it does
     arguments: tuple[str, str, str]  # names of latents, timestep and text in the forward pass
-    component: str  # of a pipeline: the base model
+    component: str  # name of the base model in a pipeline
     shared: tuple[str, ...] = ()  # arguments that are for all rows
     text_arguments: tuple[str, ...] = ()  # those that hold the text, which guidance leaves empty
-    separate_branches = False  # whether pipelines run each branch of guidance in a call of its own
+    separate_branches = False  # whether pipelines run each branch of guidance in a separate call
     text_widths: Mapping[int, str] = {}  # of known models -> their name
-    text_tokens: int | None = None  # that its pipelines encode; None: as the text encoder says
-    grain = 1  # latents a side, of which a picture's must be a multiple
+    text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
+    grain = 1  # a picture's side, in latents, must be a multiple of it
     call_options: Mapping[str, Any] = {}  # what its pipelines are always called with
     no_words: str | None = None  # the negative text that its pipelines need where none is given
 
     def __reduce__(self) -> Any:
-        """Copy and pickle it by name: there is one of each family."""
+        """Copy and pickle the family by name: there is one object of each family."""
         return find_family, (self.name,)
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
-        """Return whether `model` is of this family."""
+        """Return whether `model` belongs to this family."""
 
     @abstractmethod
     def layers(self, model: nn.Module) -> dict[str, Any]:
@@ -140,26 +142,26 @@ class Family(ABC):
 
     @abstractmethod
     def size(self, layer: Any) -> LayerSize:
-        """Return the widths of one of the layers."""
+        """Return the sizes of one of the layers."""
 
     @abstractmethod
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
-        """Fill W'_k and W'_v, each (inner, text), of a new adapter at that layer."""
+        """Initialise W'_k and W'_v, each (inner, text), of a new adapter at that layer."""
 
     @abstractmethod
     def inject(self, model: nn.Module, low_rank: bool) -> Injection:
-        """Join one adapter more; with `low_rank` it acts on self-attentions too."""
+        """Inject one more adapter; with `low_rank` it acts on self-attentions too."""
 
     @abstractmethod
     def call(self, model: nn.Module, given: Mapping[str, Any], timesteps: int) -> ModelCall:
-        """Return what image prompts need of a call with these arguments, by name.
+        """Return what image prompts need to know of a call with these arguments, by name.
 
         timesteps  of the schedule that the model was trained with
         """
 
     @abstractmethod
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the text part of `Conditions` for captions, as its pipelines encode them."""
+        """Return the text part of `Conditions`, as the family's pipelines encode captions."""
 
     @abstractmethod
     def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
@@ -173,32 +175,33 @@ class Family(ABC):
     def condition_shapes(
         self, config: Mapping[str, Any], tokens: int
     ) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of one sample's `Conditions`, with a text of so many tokens."""
+        """Return the shapes of one sample's `Conditions` for a text of that many tokens."""
 
     def latent_channels(self, config: Mapping[str, Any]) -> int:
         """Return C of the latents (B, C, h, w) that a model of this configuration reads."""
         return config["in_channels"]
 
     def native_latents(self, config: Mapping[str, Any]) -> int:
-        """Return the latents a side of the pictures that a model of this configuration was made
-        for.
+        """Return the side, in latents, of the pictures that a model was made for.
+
+        Its configuration states it, or it is 64.
         """
-        return config.get("sample_size") or 64  # where it does not say
+        return config.get("sample_size") or 64  # 64 if the configuration states none
 
     def native_side(self, pipeline: Any) -> int:
-        """Return the pixels a side of the pictures that the pipeline's model was made for."""
+        """Return the side, in pixels, of the pictures that the pipeline's model was made for."""
         model = getattr(pipeline, self.component)
         return self.native_latents(model.config) * pipeline.vae_scale_factor
 
     def guided(self, pipeline: Any, guidance: float, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
-        """Return whether the pipeline runs a negative branch, called so."""
+        """Return whether the pipeline runs a negative branch with these arguments."""
         return guidance > 1
 
     def quicken(self, model: Any) -> None:  # noqa: B027 - most train as they are
-        """Let the model train faster on a CPU, its results the same up to rounding."""
+        """Make the model train faster on a CPU; its results are equal up to rounding."""
 
     def channel_kwargs(self, prompt: ImagePrompt) -> dict[str, Any]:
-        """Return the keyword that hands an image prompt to a call of a model that has a channel."""
+        """Return the keyword that passes an image prompt to a model that has a channel."""
         assert self.channel is not None
         return {self.channel: {KEY: prompt}}
 
@@ -213,7 +216,7 @@ class Family(ABC):
         return dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
 
     def known_by_text(self, width: int) -> str:
-        """Return " (the model)" whose text is so wide, or nothing."""
+        """Return " (the model)" whose text has that width, or an empty string."""
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
 
 
@@ -226,35 +229,35 @@ def find_family(name: str) -> Family:
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family that `model` is of; MismatchError if none."""
+    """Return the family that `model` belongs to; MismatchError if none."""
     for name in FAMILIES:
         if (found := find_family(name)).matches(model):
             return found
     raise MismatchError(
-        f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}): "
-        "it has no text cross-attention that image prompts could join"
+        f"{type(model).__name__} is not of a known family ({', '.join(FAMILIES)}): "
+        "it has no text cross-attention for image prompts"
     )
 
 
 def families() -> Iterator[Family]:
-    """Return every family."""
+    """Return an iterator over all families."""
     return map(find_family, FAMILIES)
 
 
 def base_of(pipeline: Any) -> Any:
-    """Return the base model of a pipeline; MismatchError if it has none that is known."""
+    """Return the base model of a pipeline; MismatchError if it has no known one."""
     for known in families():
         if (model := getattr(pipeline, known.component, None)) is not None:
             return model
     raise MismatchError(
-        f"a {type(pipeline).__name__} has no base model that image prompts could join"
+        f"a {type(pipeline).__name__} has no base model that supports image prompts"
     )
 
 
 def pipeline_family(kind: str) -> Family:
-    """Return the family that a class of pipelines is of; SettingError if none."""
+    """Return the family that a class of pipelines belongs to; SettingError if none."""
     for known in families():
         if kind in known.pipelines:
             return known
     names = [name for known in families() for name in known.pipelines]
-    raise SettingError(f"image prompts are known for {', '.join(names)}; this is a {kind}")
+    raise SettingError(f"image prompts are supported for {', '.join(names)}; this is a {kind}")

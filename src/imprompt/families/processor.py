@@ -1,9 +1,10 @@
-"""One processor for every transformer: it runs the processor that it replaced, and adds the image.
+"""Attention processor for transformers: it runs the original processor and adds the image prompts.
 
 diffusers computes an attention by calling `attention.processor(attention, ...)`. Here the original
 processor is called with a view of the attention, in which two things differ: the query tap, whose
-result is recorded, and the output tap, whose input gets the image prompts' attention added first.
-So no attention is written anew, and what other tools did to it (LoRA, fused projections) stays.
+result is recorded, and the output tap, to whose input the image prompts' attention is added. So no
+attention is implemented again, and changes by other tools (LoRA, fused projections) keep their
+effect.
 
 Shape letters: B batch, L rows of the query, H heads, d head width; P image prompts.
 """
@@ -19,15 +20,15 @@ from torch import Tensor
 from imprompt.adapter import ImageStates, add_image_attention
 
 Layout = Literal["BLHd", "BHLd", "BLD"]
-FORWARDED = ("_attention_backend", "_parallel_config")  # what diffusers sets on processors
+FORWARDED = ("_attention_backend", "_parallel_config")  # attributes set by diffusers
 
 
 class LayerConditioning(NamedTuple):
-    """What one layer is conditioned on in one call of the model.
+    """Conditioning of one layer in one call of the model.
 
     images   K' and V' (B or 1, H, N, d) of every prompt, and its bias
     weights  (P, B or 1, 1, L or 1, 1)
-    rows     of the query that are the picture's
+    rows     rows of the query that belong to the picture
     """
 
     images: tuple[ImageStates, ...]
@@ -36,11 +37,11 @@ class LayerConditioning(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Where a layer's query is recorded and where the image is added.
+    """Where a layer's query is recorded and where the image's attention is added.
 
     query   attribute whose result is the query
     layout  of that query
-    out     attribute of the output layer, or None: the image is added to what is returned
+    out     attribute of the output layer; None if the image's attention is added to the result
     """
 
     query: str
@@ -49,7 +50,7 @@ class Taps(NamedTuple):
 
 
 class AttentionView:
-    """An attention as its own processor sees it, but for some attributes."""
+    """View of an attention for its own processor, with some attributes replaced."""
 
     def __init__(self, attention: Any, replaced: dict[str, Any]) -> None:
         self.__dict__["_attention"] = attention
@@ -61,7 +62,10 @@ class AttentionView:
 
 
 class OutputTap:
-    """Stands for an output layer, or a list that begins with one: `add` goes before it."""
+    """Replacement of an output layer, or of a list that begins with one.
+
+    It applies `add` before that layer.
+    """
 
     def __init__(self, layer: Any, add: Callable[[Tensor], Tensor]) -> None:
         self.layer, self.add = layer, add
@@ -73,11 +77,12 @@ class OutputTap:
         return len(self.layer)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Compute the output layer after `add`."""
         return self.layer(self.add(x))
 
 
 class ImageProcessor:
-    """A processor that runs the original one, and adds the image prompts' attention.
+    """Processor that runs the original one, and adds the image prompts' attention.
 
     It holds no weights. `conditioning` is set before a call of the model, for that call.
     """
@@ -85,10 +90,10 @@ class ImageProcessor:
     def __init__(self, original: Any, taps: Taps, heads: int) -> None:
         self.original, self.taps, self.heads = original, taps, heads
         self.conditioning: LayerConditioning | None = None
-        self.added = False  # in the last call: a layer that was passed by is told
+        self.added = False  # in the last call: layers that added nothing are reported
 
     def run(self, attention: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compute the attention, with the image if there is one."""
+        """Compute the attention, and add the image prompts' attention if there is one."""
         conditioning = self.conditioning
         if conditioning is None:
             return self.original(attention, *args, **kwargs)
@@ -121,7 +126,7 @@ def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
 
 
 def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Tensor:
-    """Add the image's attention to x (B, rows, width of the heads and perhaps more).
+    """Add the image prompts' attention to x (B, rows, width of the heads or more).
 
     The query (B, H, L, d) has the rows of x, or those of a text before them as well.
     """
@@ -131,14 +136,14 @@ def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Ten
     added = added.transpose(1, 2).flatten(2).to(x.dtype)  # (B, H, L, d) -> (B, L, H·d)
     start = rows.indices(query.shape[2])[0] - (query.shape[2] - x.shape[1])
     after = x.shape[1] - start - added.shape[1]
-    wider = x.shape[-1] - added.shape[-1]  # of fused layers, whose first columns are the heads'
+    wider = x.shape[-1] - added.shape[-1]  # in fused layers, whose first columns are the heads'
     if (start, after, wider) != (0, 0, 0):
         added = F.pad(added, (0, wider, start, after))
     return x + added
 
 
 def processor_for(original: Any, taps: Taps, heads: int) -> ImageProcessor:
-    """Return a processor in the place of `original`."""
+    """Return a processor that replaces `original`."""
     return processor_class(type(original))(original, taps, heads)
 
 
@@ -158,7 +163,7 @@ def processor_class(original: type) -> type[ImageProcessor]:
 
 
 def forwarded(name: str) -> property:
-    """Return a property that is the original processor's."""
+    """Return a property that reads and writes the original processor's attribute."""
 
     def read(self: ImageProcessor) -> Any:
         return getattr(self.original, name)

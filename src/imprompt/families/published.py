@@ -1,5 +1,6 @@
-"""Sizes of published models, so that what depends on sizes alone needs no download: plans, checks
-and tests.
+"""Sizes of published models.
+
+What depends on sizes alone needs no download: plans, checks and tests.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from imprompt.families.base import Family, pipeline_family
 from imprompt.models import BIG_G, VIT_H, KnownModel, Location, index_of, part_config
 from imprompt.variants import Feature, image_feature
 
-# What the configurations of the published UNets say beyond diffusers' defaults.
+# Settings of the published UNets that differ from diffusers' defaults.
 SD1: dict[str, Any] = {
     "cross_attention_dim": 768,
     "block_out_channels": (320, 640, 1280, 1280),
@@ -39,7 +40,7 @@ SDXL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class BaseStructure:
-    """A base model's configuration, and the sizes of what it reads."""
+    """A base model's configuration, and the sizes of its inputs."""
 
     config: Mapping[str, Any]
     side: int  # pixels of the pictures that it was made for
@@ -50,8 +51,10 @@ class BaseStructure:
 
 @dataclass(frozen=True)
 class PublishedEncoder:
-    """`alone`: no other encoder that adapters were made for has these widths, so that they tell
-    which it is.
+    """A published image encoder.
+
+    alone  whether no other encoder that adapters were made for has these widths, so that the widths
+           identify it
     """
 
     name: str
@@ -62,7 +65,7 @@ class PublishedEncoder:
 
 BASES = {"sd15": BaseStructure(SD1, 512), "sdxl": BaseStructure(SDXL, 1024)}
 ENCODERS = (
-    # There is another for pictures of 336 px.
+    # Another encoder for pictures of 336 px has these widths.
     PublishedEncoder(
         "CLIP ViT-L/14",
         Location("openai/clip-vit-large-patch14"),
@@ -89,9 +92,9 @@ ENCODERS = (
 
 
 def published_encoder(feature: Feature, width: int) -> PublishedEncoder | None:
-    """The encoder whose feature is so wide.
+    """Return the encoder whose feature has that width.
 
-    None for a face embedding, which is of no such encoder.
+    Returns None for a face embedding, which comes from none of these encoders.
     """
     read = image_feature(feature)
     return next(
@@ -105,8 +108,10 @@ def published_encoder(feature: Feature, width: int) -> PublishedEncoder | None:
 
 
 def base_structure(model: KnownModel) -> BaseStructure:
-    """Of a published model from the table, of another from its configuration, on this disk or from
-    the Hub.
+    """Return the structure of a base model.
+
+    It is taken from the table for a published model, and from the configuration for another one, on
+    this disk or from the Hub.
     """
     if model.name in BASES:
         return BASES[model.name]
@@ -121,9 +126,7 @@ def base_structure(model: KnownModel) -> BaseStructure:
 
 
 def model_parts(model: KnownModel) -> tuple[list[str], Family]:
-    """Return the names of a model's components, and its family, read from its configuration
-    alone.
-    """
+    """Read the names of a model's components, and its family, from its index alone."""
     saved = index_of(model)
     return [name for name in saved if not name.startswith("_")], pipeline_family(
         saved["_class_name"]
@@ -131,6 +134,6 @@ def model_parts(model: KnownModel) -> tuple[list[str], Family]:
 
 
 def encoder_structure(place: Location) -> EncoderStructure:
-    """Return the sizes of the image encoder there, read without its weights."""
+    """Return the sizes of the image encoder at that location, read without its weights."""
     known = next((row for row in ENCODERS if row.place == place), None)
     return known.structure if known else describe_encoder(place).structure

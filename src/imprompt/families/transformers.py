@@ -1,4 +1,4 @@
-"""Diffusion transformers: a row says where a class of them is tapped; the rest is common to all.
+"""Diffusion transformers: a row describes one class of them; all other code is common.
 
 Shape letters as in `imprompt.adapter`.
 """
@@ -35,7 +35,7 @@ from imprompt.families.processor import (
 )
 from imprompt.prompt import ImagePrompt
 
-GUIDANCE = 3.5  # that guidance-distilled models are told while they train, as in diffusers' scripts
+GUIDANCE = 3.5  # input of guidance-distilled models in training, as in diffusers' scripts
 TIMESTEPS = 1000  # into which Flux divides its time
 Given = Mapping[str, Any]  # arguments of a call of the model, by name
 
@@ -45,17 +45,17 @@ class TransformerRow:
     """What is particular to one class of transformers.
 
     model              name of the class
-    layers             pattern of the names of the attentions that image prompts join
+    layers             pattern of the names of the attentions that are conditioned on image prompts
     layout             of the query
     arguments          names of latents, timestep and text in the forward pass
-    channel            keyword by which the model hands arguments to its attentions, if it does
+    channel            keyword by which the model passes arguments to its attentions, if it does
     query              attribute whose result is the query
     out                attribute of the output layer
     returns            layers that have no output layer: the image is added to what they return
-    picture            (layer's name, arguments) -> which rows of the query are the picture's
+    picture            (layer's name, arguments) -> which rows of the query belong to the picture
     grids              (model, arguments) -> sizes, rows and columns, of the picture's rows
-    progress           timestep, as the model is told it, and timesteps -> progress
-    separate_branches  whether pipelines run each branch of guidance in a call of its own
+    progress           timestep, as the model gets it, and timesteps -> progress
+    separate_branches  whether pipelines run each branch of guidance in a separate call
     shared             arguments that are for all rows of a batch
     text_arguments     those that hold the text
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
@@ -65,9 +65,9 @@ class TransformerRow:
     output             (its output, latents) -> the prediction, shaped as the latents
     condition_shapes   (configuration, text tokens) -> shapes of one sample's `Conditions`
     latent_channels    of a configuration
-    native_latents     of a configuration: latents a side of the pictures that it was made for
+    native_latents     of a configuration: side, in latents, of the pictures that it was made for
     text_tokens        that its pipelines encode
-    grain              latents a side, of which a picture's must be a multiple
+    grain              a picture's side, in latents, must be a multiple of it
     call_options       what its pipelines are always called with
     negative           option of a pipeline's call that turns on a negative branch when above 1
     """
@@ -101,7 +101,10 @@ class TransformerRow:
 
 
 class TransformerInjection(ModelInjection):
-    """See `imprompt.families.base.Injection`. Calls of one model wait for each other."""
+    """Injection into a transformer: see `imprompt.families.base.Injection`.
+
+    Calls of one model run one after the other.
+    """
 
     def __init__(self, model: nn.Module, family: "TransformerFamily") -> None:
         super().__init__(model, family)
@@ -113,15 +116,18 @@ class TransformerInjection(ModelInjection):
             made = processor_for(layer.processor, taps, self.sizes[name].heads)
             self.processors[name] = made
         self.replace(self.layers, dict(self.processors))
-        self.busy = threading.RLock()  # what layers are conditioned on stands in their processors
+        self.busy = threading.RLock()  # the processors hold the conditioning of a call
 
     def attentions(self) -> dict[str, Any]:
+        """Return the cross-attention layers: no others are injected."""
         return self.layers
 
     def classes(self) -> Collection[type]:
+        """Return the classes of our processors, one per class of the original ones."""
         return {type(processor) for processor in self.processors.values()}
 
     def idle(self, arguments: Arguments) -> Arguments:
+        """Remove all conditioning, and hold the model for this call until `release`."""
         self.busy.acquire()
         self.local.holds = True
         for processor in self.processors.values():
@@ -137,7 +143,7 @@ class TransformerInjection(ModelInjection):
         for prompt in prompts:
             check_widths(prompt, self.sizes)
         dtype = prompts[0].keys[0].dtype
-        masked = any(prompt.mask is not None for prompt in prompts)  # only then sizes are told
+        masked = any(prompt.mask is not None for prompt in prompts)  # only masks need the sizes
         grids = call.grids() if masked else ()
         masks = masks_at([prompt.mask for prompt in prompts], grids, dtype)
         scales = [prompt.scale for prompt in prompts]
@@ -150,7 +156,7 @@ class TransformerInjection(ModelInjection):
         return arguments
 
     def release(self, model: nn.Module, ended: bool) -> None:
-        """Tell of layers that the image prompts did not reach."""
+        """Release the model; MismatchError if the image prompts did not reach some layers."""
         if not getattr(self.local, "holds", False):
             return
         try:
@@ -178,7 +184,7 @@ class TransformerInjection(ModelInjection):
 
 
 class TransformerFamily(Family):
-    """See `imprompt.families.base.Family`."""
+    """A family of transformers, described by its row: see `imprompt.families.base.Family`."""
 
     def __init__(self, name: str, row: TransformerRow) -> None:
         self.name, self.row, self.component = name, row, "transformer"
@@ -191,9 +197,11 @@ class TransformerFamily(Family):
         self.pattern = re.compile(row.layers)
 
     def matches(self, model: nn.Module) -> bool:
+        """Return whether `model` is of the class that the row names, or a subclass."""
         return any(kind.__name__ == self.row.model for kind in type(model).__mro__)
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
+        """Return the attentions whose names match the row's pattern."""
         return {
             name: module
             for name, module in model.named_modules()
@@ -201,12 +209,13 @@ class TransformerFamily(Family):
         }
 
     def size(self, layer: Any) -> LayerSize:
+        """Return the sizes of a layer; the text's width is the row's or that of its W_k."""
         width = self.row.text_width
         text = layer.to_k.in_features if width is None else width(layer)
         return LayerSize(text, layer.to_q.out_features, layer.heads)
 
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
-        """Start from the layer's own W_k and W_v where it reads text, else from a silent value."""
+        """Start from the layer's own W_k and W_v if it reads text, else with a small W'_v."""
         if key.shape == layer.to_k.weight.shape and self.row.text_width is None:
             key.copy_(layer.to_k.weight.data)
             value.copy_(layer.to_v.weight.data)
@@ -214,6 +223,7 @@ class TransformerFamily(Family):
             value.mul_(1e-2)
 
     def inject(self, model: nn.Module, low_rank: bool) -> TransformerInjection:
+        """Inject one more adapter; MismatchError if it has a low-rank part."""
         if low_rank:
             raise MismatchError(
                 f"FaceID's low-rank part is for UNets, not for {type(model).__name__}"
@@ -221,6 +231,7 @@ class TransformerFamily(Family):
         return TransformerInjection.of(model, lambda: TransformerInjection(model, self))
 
     def call(self, model: Any, given: Given, timesteps: int) -> ModelCall:
+        """Return rows, text, place and grids of a call, as the row computes them."""
         latents, timestep, text = (given[name] for name in self.arguments)
         progress = self.row.progress
         return ModelCall(
@@ -231,46 +242,51 @@ class TransformerFamily(Family):
         )
 
     def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:  # noqa: ARG002
-        """Return whether the pipeline runs a negative branch, called so."""
+        """Return whether the row's option turns on a negative branch."""
         return {"guidance_scale": guidance, **options}.get(self.row.negative, 1) > 1
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the text part of `Conditions`, as the row encodes it."""
         return self.row.encode_text(pipeline, list(captions))
 
     def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
+        """Return the prediction, shaped as `noisy`, with the row's inputs and output."""
         inputs = self.row.inputs(model, noisy.to(model.dtype), timestep, conditions)
         return self.row.output(model(**inputs, **self.channel_kwargs(prompt)).sample, noisy)
 
     def condition_shapes(self, config: Given, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one sample's `Conditions`, as the row states them."""
         return self.row.condition_shapes(config, tokens)
 
     def latent_channels(self, config: Given) -> int:
+        """Return C of the latents (B, C, h, w), as the row states it."""
         return self.row.latent_channels(config)
 
     def native_latents(self, config: Given) -> int:
+        """Return the side of the pictures in latents, as the row states it."""
         return self.row.native_latents(config)
 
 
 def by_timestep(timestep: Tensor, timesteps: int) -> Tensor:
-    """Return progress where the model is told the training timestep."""
+    """Return the progress for a model that gets the training timestep."""
     return 1 - timestep / (timesteps - 1)
 
 
 def by_sigma(sigma: Tensor, _timesteps: int) -> Tensor:
-    """Return progress where the model is told sigma, from 1 to 0."""
+    """Return the progress for a model that gets sigma, from 1 to 0."""
     return 1 - sigma
 
 
 def patches(model: Any, given: Given) -> list[tuple[int, int]]:
-    """Return the grid of latents (B, C, h, w) cut into patches."""
+    """Return the grid of latents (B, C, h, w) that are cut into patches."""
     height, width = given["hidden_states"].shape[-2:]
     side = model.config.patch_size
     return [(height // side, width // side)]
 
 
 def by_ids(_model: Any, given: Given) -> list[tuple[int, int]]:
-    """Return the grid of packed latents (B, L, C), told by the ids (L, 3) of their places."""
+    """Return the grid of packed latents (B, L, C) from the ids (L, 3) of their places."""
     ids = given["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
     return [(int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1)]
@@ -283,7 +299,7 @@ def after_text(name: str, given: Given) -> slice:
 
 
 def pixart_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
-    """Return T5's states and which of them are the caption's."""
+    """Return T5's states, and the mask of those that belong to the caption."""
     text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device)
     return {"text": text, "text_mask": mask}
 
@@ -325,7 +341,7 @@ def flux_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions
 
 
 def unpacked(out: Tensor, latents: Tensor) -> Tensor:
-    """Return packed (B, L, 4 · C) as the latents (B, C, h, w) lie."""
+    """Unpack an output (B, L, 4 · C) to the shape of the latents (B, C, h, w)."""
     height, width = latents.shape[2:]
     return F.pixel_shuffle(out.mT.unflatten(2, (height // 2, width // 2)), 2)
 

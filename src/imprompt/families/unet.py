@@ -1,8 +1,8 @@
 """The UNets of Stable Diffusion 1.x, 2.x, SDXL and Kolors.
 
 Their `attn2` layers are the text cross-attentions (section 3.2.2 of the paper). The text's keys and
-values are projected once and kept while the text lives, and a Triton kernel computes text and image
-attention together where it is faster.
+values are projected once and cached while the text lives, and a Triton kernel computes text and
+image attention together where it is faster.
 
 Shape letters as in `imprompt.adapter`; C is the width of the hidden states.
 """
@@ -51,12 +51,12 @@ from imprompt.prompt import KEY, ImagePrompt
 
 
 class StepConditioning(NamedTuple):
-    """What the attentions are conditioned on in one call of the model.
+    """Conditioning of the attentions in one call of the model.
 
     source    (B, T, D): the text that `text` was projected from
     text      keys and values by layer; None where the layer projects it itself
     images    by layer, then prompt
-    packed    by layer, the same for the kernel (`fused.Packed`); empty where it cannot run
+    packed    by layer, `images` packed for the kernel (`fused.Packed`); empty if it cannot run
     weights   scale × mask: see `imprompt.attention.conditioning`
     fused     by layer, whether the kernel is used, None if not known yet; empty as `packed`
     low_rank  by attention, self-attentions too: what is added to its projections
@@ -86,15 +86,15 @@ class StepConditioning(NamedTuple):
 
     @property
     def undecided(self) -> bool:
-        """Return whether a layer has still to time the kernel, which a compiled graph cannot."""
+        """Whether a layer still has to time the kernel, which a compiled graph cannot do."""
         return None in self.fused
 
 
 class DecoupledAttention:
-    """diffusers' attention processor with the image's attention added. It holds no weights.
+    """Attention processor of diffusers with the image prompts' attention added.
 
-    At a self-attention, where `layer` is None, it is diffusers' own attention, with the low-rank
-    part that an adapter may have.
+    It holds no weights. For a self-attention, where `layer` is None, it computes diffusers' own
+    attention, with an adapter's low-rank part if there is one.
     """
 
     def __init__(self, number: int, layer: int | None) -> None:
@@ -105,11 +105,14 @@ class DecoupledAttention:
                  attention_mask: Tensor | None = None,
                  temb: Tensor | None = None,  # noqa: ARG002 - diffusers passes it
                  ip_hidden_states: StepConditioning | None = None) -> Tensor:  # fmt: skip
-        """hidden_states (B, L, C), text (B, T, D), mask (B·H, 1, T) or None -> (B, L, C)"""
+        """Compute the attention of one layer, with the image prompts' if the call has some.
+
+        hidden_states (B, L, C), text (B, T, D), mask (B·H, 1, T) or None -> (B, L, C).
+        """
         if not isinstance(ip_hidden_states, StepConditioning | None):
             raise MismatchError(
-                "give cross_attention_kwargs by name: else the hook that prepares image prompts "
-                "does not find them"
+                "give cross_attention_kwargs by name: the hook that prepares image prompts "
+                "does not find them otherwise"
             )
         step = ip_hidden_states
         text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -133,20 +136,22 @@ class DecoupledAttention:
 
 
 class UNetInjection(ModelInjection):
-    """See `imprompt.families.base.Injection`."""
+    """Injection into a UNet: see `imprompt.families.base.Injection`."""
 
     def __init__(self, model: nn.Module, family: "UNetFamily") -> None:
         super().__init__(model, family)
         self.every = family.attentions(model)
         self.text_projection = getattr(model, "encoder_hid_proj", None)  # Kolors'
         self.cache = TextCache()
-        self.fused: dict[Any, list[bool | None]] = {}  # by all that speed depends on
+        self.fused: dict[Any, list[bool | None]] = {}  # by everything that the speed depends on
         self.inject(self.layers)
 
     def attentions(self) -> dict[str, Any]:
+        """Return cross- and self-attentions by name."""
         return self.every
 
     def classes(self) -> Collection[type]:
+        """Return the class of our processors."""
         return (DecoupledAttention,)
 
     def inject(self, names: Collection[str]) -> None:
@@ -160,7 +165,10 @@ class UNetInjection(ModelInjection):
         self.replace(self.every, processors)
 
     def widen(self, tokens: Tensor) -> Tensor:
-        """Return image tokens (B, N, D) as wide as the text: Kolors' go through its projection."""
+        """Return image tokens (B, N, D) as wide as the text.
+
+        Kolors' tokens are passed through the model's text projection.
+        """
         text = next(iter(self.sizes.values())).text
         projection = self.text_projection
         if tokens.shape[-1] == text or getattr(projection, "in_features", None) != tokens.shape[-1]:
@@ -168,21 +176,23 @@ class UNetInjection(ModelInjection):
         return projection(tokens.to(self.dtype))  # pyright: ignore[reportOptionalCall]
 
     def cached_bytes(self) -> int:
+        """Return the size of the cached text states in bytes."""
         return self.cache.bytes
 
     def clear_cache(self) -> None:
+        """Remove the cached text states."""
         self.cache.clear()
 
     def hand_over(self, arguments: Arguments, call: ModelCall,
                   prompts: tuple[ImagePrompt, ...]) -> Arguments:  # fmt: skip
-        """Put what this step is conditioned on in the image prompts' place."""
+        """Replace the image prompts in the call's keyword by the step's conditioning."""
         args, kwargs = arguments
         step = self.step(call, prompts) if prompts else None
         channel_kwargs = kwargs.get("cross_attention_kwargs") or {}
         return args, {**kwargs, "cross_attention_kwargs": {**channel_kwargs, KEY: step}}
 
     def step(self, call: ModelCall, prompts: tuple[ImagePrompt, ...]) -> StepConditioning:
-        """Return the conditioning of one call; what is as in the call before is kept."""
+        """Return the conditioning of one call; parts that have not changed come from the cache."""
         scales = [prompt.scale for prompt in prompts]
         masks = [prompt.mask for prompt in prompts]
         biases = [prompt.bias for prompt in prompts if prompt.bias is not None]
@@ -210,7 +220,7 @@ class UNetInjection(ModelInjection):
             )
             projected = self.text_states(entry, text, low_rank)
             seen = entry.masks.get(lambda _: (masks, (grids, dtype)), sized) if given else {}
-            # What time changes is made in every step.
+            # Scales that change over time are computed in every step.
             sources = (scales + masks, (grids, dtype)) if steady else ([object()], None)
             weights = entry.weights.get(
                 lambda _: sources, lambda: weights_at(scales, seen, call.place, dtype)
@@ -223,7 +233,7 @@ class UNetInjection(ModelInjection):
 
     def text_states(self, entry: TextEntry, text: Tensor,
                     low_rank: tuple[LowRank, ...]) -> tuple[KV | None, ...]:  # fmt: skip
-        """Return keys and values of the text (B, T, D) at every layer where they can be kept."""
+        """Return keys and values of the text (B, T, D) by layer; None where they are not cached."""
         width = text.shape[-1]
 
         def sources(states: Any) -> tuple[list[Any], Any]:
@@ -231,7 +241,7 @@ class UNetInjection(ModelInjection):
                 layer._modules[name] for layer in self.layers.values() for name in ("to_k", "to_v")
             ]
             weights = [plain_weight(projection, width) for projection in projections]
-            waits = states is None or None in states  # for weights that may have come since
+            waits = states is None or None in states  # for weights that may have been loaded since
             at_hand = waits and [can_call(weight, text) for weight in weights]
             return [*weights, low_rank], (text._version, autocast_dtype(text), at_hand)
 
@@ -239,7 +249,7 @@ class UNetInjection(ModelInjection):
 
     def _project(self, entry: TextEntry, text: Tensor,
                  low_rank: tuple[LowRank, ...]) -> tuple[KV | None, ...]:  # fmt: skip
-        entry.states.found = None, None  # what is made anew needs the room
+        entry.states.found = None, None  # frees the memory for the new states
         left, width = LIMIT - self.cache.bytes, text.shape[-1]
         added = dict(zip(self.every, low_rank, strict=True)) if low_rank else {}
         states: list[KV | None] = []
@@ -261,7 +271,7 @@ class UNetInjection(ModelInjection):
 
 
 def task_table(prefix: str) -> TaskTable:
-    """Return the table for pipelines whose names begin so."""
+    """Return the table for pipelines whose names begin with `prefix`."""
     return TaskTable(
         *(
             Tasks(f"{start}Pipeline", f"{start}Img2ImgPipeline", f"{start}InpaintPipeline")
@@ -271,14 +281,14 @@ def task_table(prefix: str) -> TaskTable:
 
 
 def packed_for(images: Sequence[Sequence[ImageStates]]) -> tuple[Any, ...]:
-    """Return the image prompts' states by layer as the kernel reads them."""
+    """Pack the image prompts' keys and values by layer for the kernel."""
     from imprompt.attention import fused
 
     return tuple(map(fused.pack_images, images))
 
 
 class UNetFamily(Family):
-    """See `imprompt.families.base.Family`."""
+    """The family of UNets: see `imprompt.families.base.Family`."""
 
     name = "unet"
     component = "unet"
@@ -295,12 +305,13 @@ class UNetFamily(Family):
     text_widths: Mapping[int, str] = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 
     def matches(self, model: nn.Module) -> bool:
+        """Return whether `model` has the blocks of a UNet, and text cross-attentions."""
         blocks = hasattr(model, "attn_processors") and hasattr(model, "down_blocks")
         return blocks and bool(self.layers(model))
 
     def attentions(self, model: Any) -> dict[str, Any]:
         """Return cross- and self-attentions by name, in the order of published checkpoints."""
-        # attn_processors walks down blocks, up blocks, then the middle: the published numbers.
+        # attn_processors lists down blocks, up blocks, then the middle: the published numbers.
         names = [name.removesuffix(".processor") for name in model.attn_processors]
         return {
             name: model.get_submodule(name)
@@ -309,39 +320,44 @@ class UNetFamily(Family):
         }
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
+        """Return the `attn2` layers by name, in the order of published checkpoints."""
         found = self.attentions(model)
         return {name: layer for name, layer in found.items() if name.endswith("attn2")}
 
     def size(self, layer: Any) -> LayerSize:
+        """Return the sizes of a layer, read from its own W_k."""
         return LayerSize(layer.to_k.in_features, layer.to_k.out_features, layer.heads)
 
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
-        """Start from the text's own W_k and W_v."""
+        """Start from the layer's own W_k and W_v, which read the text."""
         key.copy_(layer.to_k.weight.data)
         value.copy_(layer.to_v.weight.data)
 
     def inject(self, model: nn.Module, low_rank: bool) -> UNetInjection:
+        """Inject one more adapter; with `low_rank` it acts on self-attentions too."""
         injection = UNetInjection.of(model, lambda: UNetInjection(model, self))
         if low_rank:
             injection.inject(injection.every)
         return injection
 
     def guided(self, pipeline: Any, guidance: float, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
-        """Return whether the pipeline runs a negative branch, called so."""
+        """Return whether the pipeline runs a negative branch; guidance-distilled UNets run none."""
         return guidance > 1 and pipeline.unet.config.time_cond_proj_dim is None
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the captions' text states and, if the pipeline has them, the pooled ones."""
         found = pipeline.encode_prompt(
             list(captions),
             device=pipeline.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
-        names = ("text", None, "pooled", None)  # None: of the negative branch
+        names = ("text", None, "pooled", None)  # None: results for the negative branch
         return {name: part for name, part in zip(names, found, strict=False) if name}
 
     def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
+        """Return the UNet's prediction (B, C, h, w) for noisy latents of that shape."""
         added = None
         if "pooled" in conditions:
             added = {"text_embeds": conditions["pooled"], "time_ids": conditions["time_ids"]}
@@ -352,7 +368,7 @@ class UNetFamily(Family):
         ).sample
 
     def quicken(self, model: Any) -> None:
-        """Let self-attentions keep no whole score matrices."""
+        """Replace the processors of self-attentions by ones that keep no whole score matrices."""
         own, quick = model.attn_processors, SelfAttention()
         quicker = {name: quick if ".attn1." in name else one for name, one in own.items()}
         model.set_attn_processor(quicker)
@@ -360,6 +376,7 @@ class UNetFamily(Family):
     def condition_shapes(
         self, config: Mapping[str, Any], tokens: int
     ) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one sample's text and, in SDXL, pooled text and sizes."""
         shapes = {"text": (tokens, config["cross_attention_dim"])}
         if config.get("addition_embed_type") != "text_time":  # pooled text and six sizes
             return shapes
@@ -371,6 +388,10 @@ class UNetFamily(Family):
         }
 
     def call(self, model: Any, given: Mapping[str, Any], timesteps: int) -> ModelCall:
+        """Return rows, text, place and grids of a call with these arguments.
+
+        The frames of a video count as rows.
+        """
         latents, timestep, text = (given[name] for name in self.arguments)
         frames = latents.shape[2] if latents.ndim == 5 else 1  # a video's frames are rows
         height, width = latents.shape[-2:]

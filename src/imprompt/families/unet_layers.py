@@ -1,23 +1,23 @@
-"""Names and numbers of a UNet's attentions in published adapter files, and which UNets are known.
+"""Names and numbers of a UNet's attentions in published adapter files, and known UNets.
 
-Files call a text cross-attention by its module's name, or by its place among all attention
-processors: number i of the cross-attentions is 2·i + 1 there, for a self-attention stands before
-each.
+Files identify a text cross-attention by its module's name, or by its place among all attention
+processors: cross-attention i has the number 2·i + 1, because a self-attention precedes each.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-OLDEST = "unet"  # the family of adapter files that name none
-STATE_PREFIX = "unet."  # of the base model's names in training states of accelerate
-# of diffusers' UNets: the middle comes last
+OLDEST = "unet"  # the family of adapter files that do not name one
+STATE_PREFIX = "unet."  # prefix of the base model's names in training states of accelerate
+# order in which diffusers registers a UNet's blocks: the middle is last
 REGISTRATION_ORDER = ("down_blocks", "up_blocks", "mid_block")
 
 
 class UNetBlocks(NamedTuple):
-    """Where a UNet has text cross-attentions: (attentions, transformer blocks in each) of every
-    block.
+    """Positions of a UNet's text cross-attentions.
+
+    They are (attentions, transformer blocks in each) of every block.
     """
 
     down: tuple[tuple[int, int], ...]
@@ -39,17 +39,17 @@ MODELS = {
 
 
 def numbered_layers(count: int) -> tuple[str, ...]:
-    """Return the numbers of so many cross-attentions."""
+    """Return the numbers of that many cross-attentions."""
     return tuple(str(2 * layer + 1) for layer in range(count))
 
 
 def numbered_attentions(layers: int) -> tuple[str, ...]:
-    """Return the numbers of all attentions of a UNet with so many cross-attentions."""
+    """Return the numbers of all attentions of a UNet with that many cross-attentions."""
     return tuple(str(number) for number in range(2 * layers))
 
 
 def with_self_attentions(layers: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of all attentions, before each cross-attention its self-attention."""
+    """Return the names of all attentions, each cross-attention after its self-attention."""
     return tuple(
         name for layer in layers for name in (layer.removesuffix("attn2") + "attn1", layer)
     )
@@ -72,8 +72,9 @@ def in_model_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def layer_names(blocks: UNetBlocks) -> tuple[str, ...]:
-    """Return the module names of the text cross-attentions, in the order of diffusers'
-    `attn_processors`.
+    """Return the module names of the text cross-attentions.
+
+    They are in the order of diffusers' `attn_processors`.
     """
 
     def of_block(block: str, attentions: int, depth: int) -> Iterator[str]:
@@ -92,8 +93,9 @@ def layer_names(blocks: UNetBlocks) -> tuple[str, ...]:
 
 
 def known_layers(token_dim: int, count: int) -> tuple[str, ...] | None:
-    """Return the layer names of the known model with so many cross-attentions to text of that
-    width.
+    """Return the layer names of the known model of that text width and number of layers.
+
+    Returns None if no such model is known.
     """
     model = MODELS.get((token_dim, count))
     return layer_names(model[1]) if model else None

@@ -1,7 +1,7 @@
-"""Presets of block maps that were published for UNets, under their names: which cross-attentions
-hear an image prompt.
+"""Published presets of block maps for UNets.
 
-A preset without a table, by depth alone, is for any model.
+They define which cross-attentions are conditioned on an image prompt, and how strongly. A preset
+without a table, by depth alone, is for any model.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ NOTHING: Map = MappingProxyType({})
 
 
 class Strengths(NamedTuple):
-    """What a preset says.
+    """Factors of a preset.
 
-    factors  pattern -> factor
-    boosted  the same, times the caller's boost
-    away     pattern -> 1 or 0: see `imprompt.generation.blocks.BlockMap`
+    factors   pattern -> factor
+    boosted   pattern -> factor, multiplied by the caller's boost
+    negative  pattern -> 1 or 0: see `imprompt.generation.blocks.BlockMap`
     """
 
     factors: Map
@@ -26,14 +26,14 @@ class Strengths(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """A preset whose blocks are known for two structures of base model."""
+    """Factors of a preset whose blocks are known for two structures of base model."""
 
     sd: Strengths
     sdxl: Strengths
 
 
 class Preset(NamedTuple):
-    """One row.
+    """A preset: its meaning, and its strengths.
 
     A function of depth, 0 at the first transformer and 1 after the last, is for any model.
     """
@@ -42,8 +42,8 @@ class Preset(NamedTuple):
     strengths: Strengths | Callable[[float], float] | Tables
 
 
-# What the node packs found: in SDXL layout and style live in one transformer each, in SD 1.x they
-# are spread.
+# Findings of the node packs: in SDXL, layout and style are in one transformer each; in SD 1.x they
+# are spread over several.
 LAYOUT, STYLE = "down_blocks.2.attentions.1", "up_blocks.0.attentions.1"
 SD_LAYOUT = {"down_blocks.2.attentions.0": 0.25, "down_blocks.2.attentions.1": 1.0}
 SD_STYLE = {
@@ -106,7 +106,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     # InstantStyle's (arXiv 2404.02733); those for SD 1.x are its authors' experiment. InvokeAI
-    # calls them style and composition.
+    # names them style and composition.
     "instantstyle style": Preset(
         "InstantStyle's style blocks",
         Tables(sd=Strengths({"up_blocks.1": 1.0}), sdxl=Strengths({STYLE: 1.0})),

@@ -1,1 +1,1 @@
-"""Image features -> image tokens."""
+"""Projections of image features to image tokens."""

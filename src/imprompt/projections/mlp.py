@@ -1,4 +1,7 @@
-"""Projections by a plain MLP. Shape letters as in `imprompt.adapter`; P patches."""
+"""Projections by a plain MLP.
+
+Shape letters as in `imprompt.adapter`; P patches.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -7,10 +10,9 @@ from torch import Tensor, nn
 
 
 class FullProjection(nn.Module):
-    """The full variant: every patch of the penultimate layer becomes one image token, (B, P, E) ->
-    (B, P, D).
+    """Projection of the full variant: every patch becomes one image token, (B, P, E) -> (B, P, D).
 
-    Parameters are named as in the published full-face checkpoint.
+    It reads the penultimate layer. Parameters are named as in the published full-face checkpoint.
     """
 
     def __init__(self, feature_dim: int, token_dim: int) -> None:
@@ -24,15 +26,17 @@ class FullProjection(nn.Module):
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build a projection for tensors of these shapes, by their names in a checkpoint."""
         token_dim, feature_dim = shapes["proj.2.weight"]
         return cls(feature_dim, token_dim)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Project patches (B, P, E) to image tokens (B, P, D)."""
         return self.proj(features)
 
 
 class FaceTokens(nn.Module):
-    """A face embedding becomes N image tokens.
+    """Projection of a face embedding to N image tokens.
 
     Parameters are named as in the published FaceID checkpoints.
     """
@@ -49,18 +53,20 @@ class FaceTokens(nn.Module):
         self.norm = nn.LayerNorm(token_dim)
 
     def of_face(self, face: Tensor) -> Tensor:
-        """(B, E) -> (B, N, D)"""
+        """Project a face embedding (B, E) to image tokens (B, N, D)."""
         return self.norm(self.proj(face).unflatten(-1, (self.tokens, -1)))
 
 
 class FaceProjection(FaceTokens):
-    """The faceid and portrait variants: these tokens alone, (B, E) -> (B, N, D)."""
+    """Projection of the faceid and portrait variants: a face embedding alone."""
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build a projection for tensors of these shapes, by their names in a checkpoint."""
         hidden, face_dim = shapes["proj.0.weight"]
         (token_dim,) = shapes["norm.weight"]
         return cls(face_dim, token_dim, shapes["proj.2.weight"][0] // token_dim, hidden)
 
     def forward(self, face: Tensor) -> Tensor:
+        """Project a face embedding (B, E) to image tokens (B, N, D)."""
         return self.of_face(face)

@@ -1,8 +1,7 @@
-"""Queries read the patch grid (after Flamingo's perceiver resampler): learned ones in plus, a
-face's own in faceid-plus.
+"""Projections whose queries attend to the patches (after Flamingo's perceiver resampler).
 
-Shape letters as in `imprompt.adapter`; P patches, W width inside. Parameters are named as in the
-published checkpoints.
+The queries are learned in plus, and a face's own tokens in faceid-plus. Shape letters as in
+`imprompt.adapter`; P patches, W width inside. Parameters are named as in the published checkpoints.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,15 @@ from torch import Tensor, nn
 from imprompt.adapter import split_heads
 from imprompt.projections.mlp import FaceTokens
 
-HEAD_DIM = 64  # of every published checkpoint; not readable from the shapes
+HEAD_DIM = 64  # of every published checkpoint; the shapes do not determine it
 WIDEST = 1280  # of the published resamplers; SDXL's tokens are wider
 
 
 class PerceiverAttention(nn.Module):
-    """The queries attend to the patches and to themselves: (B, P, W) and (B, N, W) -> (B, N, W)."""
+    """Attention of the queries to the patches and to themselves.
+
+    Patches (B, P, W) and queries (B, N, W) -> (B, N, W).
+    """
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -32,6 +34,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, width, bias=False)
 
     def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
+        """Compute the attention of latents (B, N, W) to patches (B, P, W) and latents."""
         patches, latents = self.norm1(patches), self.norm2(latents)
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([patches, latents], 1)).chunk(2, -1)
@@ -42,8 +45,9 @@ class PerceiverAttention(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """N queries (B, N, W) read the penultimate hidden states of the image encoder (B, P, E) -> N
-    image tokens (B, N, D).
+    """Stack of attention and feed-forward layers, by which queries read the image encoder's states.
+
+    Queries (B, N, W) and penultimate hidden states (B, P, E) -> image tokens (B, N, D).
     """
 
     def __init__(
@@ -52,7 +56,8 @@ class Perceiver(nn.Module):
         super().__init__()
         if inner % HEAD_DIM:
             raise ValueError(
-                f"the resampler's attention is {inner} wide, no multiple of its heads' {HEAD_DIM}"
+                f"the resampler's attention is {inner} wide, which is not a multiple "
+                f"of its heads' {HEAD_DIM}"
             )
         self.proj_in = nn.Linear(feature_dim, width)
         self.layers = nn.ModuleList(
@@ -63,6 +68,7 @@ class Perceiver(nn.Module):
         self.norm_out = nn.LayerNorm(token_dim)
 
     def read(self, queries: Tensor, features: Tensor) -> Tensor:
+        """Project queries (B, N, W) and features (B, P, E) to image tokens (B, N, D)."""
         patches = self.proj_in(features)
         for attention, feed in self.layers:  # pyright: ignore[reportGeneralTypeIssues]
             queries = queries + attention(patches, queries)
@@ -71,7 +77,10 @@ class Perceiver(nn.Module):
 
 
 def perceiver_sizes(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> dict[str, Any]:
-    """What `Perceiver` takes, of a checkpoint's shapes: its names begin with `prefix`."""
+    """Return the arguments of `Perceiver` for the shapes of a checkpoint.
+
+    prefix  what the names of its tensors begin with
+    """
     layers = [key.removeprefix(prefix) for key in shapes if key.startswith(f"{prefix}layers.")]
     width, feature_dim = shapes[f"{prefix}proj_in.weight"]
     return {
@@ -85,9 +94,9 @@ def perceiver_sizes(shapes: Mapping[str, Sequence[int]], prefix: str = "") -> di
 
 
 class Resampler(Perceiver):
-    """The plus variant: learned queries. (B, P, E) -> (B, N, D).
+    """Projection of the plus variant: learned queries read the patches, (B, P, E) -> (B, N, D).
 
-    Portrait-unnorm gives it a face embedding, (B, E).
+    In portrait-unnorm it reads a face embedding, (B, E).
     """
 
     def __init__(
@@ -111,18 +120,19 @@ class Resampler(Perceiver):
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build a projection for tensors of these shapes, by their names in a checkpoint."""
         _, tokens, width = shapes["latents"]
         return cls(**perceiver_sizes(shapes) | {"tokens": tokens, "width": width})
 
     def forward(self, features: Tensor) -> Tensor:
+        """Project patches (B, P, E), or a face embedding (B, E), to image tokens (B, N, D)."""
         if features.ndim == 2:  # one face embedding is read as one patch
             features = features[:, None]
         return self.read(self.latents.expand(len(features), -1, -1), features)
 
 
 class FacePlusProjection(FaceTokens):
-    """The faceid-plus variant: the tokens of a face embedding read the hidden states of that face's
-    picture.
+    """Projection of the faceid-plus variant: a face embedding's tokens read that face's picture.
 
     Parameters are named as in the published FaceID-Plus checkpoints.
     """
@@ -147,6 +157,7 @@ class FacePlusProjection(FaceTokens):
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build a projection for tensors of these shapes, by their names in a checkpoint."""
         face_hidden, face_dim = shapes["proj.0.weight"]
         (token_dim,) = shapes["norm.weight"]
         tokens = shapes["proj.2.weight"][0] // token_dim
@@ -155,18 +166,21 @@ class FacePlusProjection(FaceTokens):
         return cls(**own, face_dim=face_dim, tokens=tokens, face_hidden=face_hidden)
 
     def forward(self, face: Tensor, states: Tensor) -> Tensor:
-        """face (B, 512), states (B, P, E) -> (B, N, D)"""
+        """Project face (B, 512) and hidden states (B, P, E) to image tokens (B, N, D)."""
         return self.perceiver_resampler.read(self.of_face(face), states)
 
 
 class FacePlusV2Projection(FacePlusProjection):
-    """The faceid-plus-v2 variant, and Kolors': what was read is added to the face's own tokens."""
+    """Projection of the faceid-plus-v2 variant, and of Kolors.
+
+    The result of the perceiver is added to the face's own tokens.
+    """
 
     def forward(self, face: Tensor, states: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """As above.
+        """Project face (B, 512) and hidden states (B, P, E) to image tokens (B, N, D).
 
-        `strength`, one number or one per item, says how much the face's picture counts beside its
-        embedding.
+        strength  one number or one per item: the weight of the face's picture relative to its
+                  embedding
         """
         tokens = self.of_face(face)
         if isinstance(strength, Tensor):
@@ -175,6 +189,7 @@ class FacePlusV2Projection(FacePlusProjection):
 
 
 def feed_forward(width: int, hidden: int) -> nn.Sequential:
+    """Return the feed-forward layers of a perceiver: a layer norm and an MLP without bias."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, hidden, bias=False),
