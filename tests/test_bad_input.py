@@ -750,8 +750,8 @@ BAD_FILES = [
     ),
     ("train nothing", "train none.toml", "no recipe none.toml (No such file or directory)"),
     ("train a folder", "train {here}", "(Is a directory)"),
-    ("train no TOML", "train {here}/no.toml", "no.toml is no TOML"),
-    ("train binary", "train {here}/binary.toml", "binary.toml is no TOML"),
+    ("train no TOML", "train {here}/no.toml", "no.toml is not valid TOML"),
+    ("train binary", "train {here}/binary.toml", "binary.toml is not valid TOML"),
     ("train half a recipe", "train {here}/short.toml", "short.toml: output: Field required"),
     (
         "train no steps",

@@ -636,7 +636,7 @@ def test_features_that_are_no_numbers_are_bad(
     monkeypatch.setattr(Quick, "image", overflowing)
     fill(tmp_path, Noise(4), Quick(), settings(max_bad=0.5))
     (row,) = read_manifest(tmp_path)["bad"]
-    assert (row["why"], row["kind"]) == ("its features are no finite numbers", "not finite")
+    assert (row["why"], row["kind"]) == ("its features are not finite numbers", "not finite")
 
 
 def test_readers_travel(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

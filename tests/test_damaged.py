@@ -57,7 +57,7 @@ def shards(at: Path, samples: list[Item]) -> tuple[Data, Reasons]:
     last = PER_SHARD * (CUT_SHARD + 1) - 1
     return made, why | {
         f"{last:04} in {cut}": "cut off",
-        str(no_tar): "is no tar file",
+        str(no_tar): "is not a tar file",
         str(absent): "does not exist",
     }
 
@@ -213,14 +213,14 @@ def no_tar_encoded(at: Path) -> Data:
     ("make", "words"),
     [
         (empty, ["1 of 20 samples cannot be used, .*0002.png: the file is empty"]),
-        (no_tar, ["2 of 20 samples cannot be used, .*0001.tar: is no tar file"]),
+        (no_tar, ["2 of 20 samples cannot be used, .*0001.tar: is not a tar file"]),
         (
             no_tar_encoded,
             [
                 r"2 of 20 samples are bad \(1 no tar\), .*manifest.json, the first: .*0001.tar: is "
-                r"no tar file",
+                r"not a tar file",
                 # the same command again
-                "2 of 20 samples cannot be used, .*bad.jsonl, the first: .*0001.tar: is no tar "
+                "2 of 20 samples cannot be used, .*bad.jsonl, the first: .*0001.tar: is not a tar "
                 "file",
             ],
         ),

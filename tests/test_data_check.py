@@ -71,7 +71,7 @@ def test_bad_references_and_shards_are_found(tmp_path: Path) -> None:
     report = check_set(open_source(data.model_copy(update={"source": str(tmp_path / "*.tar")})))
     assert report.usable == 1
     assert report.bad_shards.count == 1
-    assert "0002.tar: is no tar file" in report.bad_shards.examples[0]
+    assert "0002.tar: is not a tar file" in report.bad_shards.examples[0]
     assert "reference.1.png is not a picture" in report.unusable["no picture"].examples[0]
 
 

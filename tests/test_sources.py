@@ -244,7 +244,7 @@ def test_a_mask_that_is_no_file_name_is_refused_with_its_line(tmp_path: Path) ->
     (tmp_path / "metadata.jsonl").write_bytes(
         GOOD_LINE + b'{"file_name": "0000.png", "text": "a", "mask": ["a.png"]}'
     )
-    with pytest.raises(SettingError, match="line 2: mask is no file name"):
+    with pytest.raises(SettingError, match="line 2: mask is not a file name"):
         open_source(Data(source=str(tmp_path), **MASKS))
 
 
@@ -306,21 +306,21 @@ def test_a_listing_of_another_editor_is_read(tmp_path: Path) -> None:
 def test_half_an_emoji_is_no_caption(tmp_path: Path) -> None:
     data = make_folder(tmp_path, 1)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0000.png", "text": "\\ud83d"}')
-    with pytest.raises(BadSample, match="its caption is no Unicode text"):
+    with pytest.raises(BadSample, match="its caption is not Unicode text"):
         open_source(data).read(0)
 
 
 GOOD_LINE = b'{"file_name": "0000.png", "text": "a"}\n'
 # The second line of metadata.jsonl -> words of the refusal
 BAD_LINES = [
-    (b"\xff\xfe", "line 2: no UTF-8 text"),
-    (b'{"file_name": ', "line 2: no JSON"),
-    (b"[1, 2]", "line 2: a list where an object is due"),
-    (b"7", "line 2: a int where an object is due"),
+    (b"\xff\xfe", "line 2: not UTF-8 text"),
+    (b'{"file_name": ', "line 2: not valid JSON"),
+    (b"[1, 2]", "line 2: found list instead of an object"),
+    (b"7", "line 2: found int instead of an object"),
     (b'{"text": "a"}', "line 2: no text under file_name"),
     (b'{"file_name": ""}', "line 2: no text under file_name"),
     (b'{"file_name": 7}', "line 2: no text under file_name"),
-    (b'{"file_name": "a.png", "text": ["a"]}', "line 2: text is no text"),
+    (b'{"file_name": "a.png", "text": ["a"]}', "line 2: text is not a string"),
     (b'{"file_name": "a.png", "reference": {"a": 1}}', "is neither a file name nor a list of them"),
     (
         b'{"file_name": "a.png", "references": ["a", null]}',
@@ -345,13 +345,13 @@ def test_a_malformed_listing_is_refused_with_its_line(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"", "line 1: no JSON"),
+        (b"", "line 1: not valid JSON"),
         (b"[]", "lists no pictures"),
         (b'{"image_file": "a.png"}', "holds a dict, not a list of pictures"),
-        (b'[\n{"image_file": "a.png"},\n{"image_file" "b.png"}]', "line 3: no JSON"),
+        (b'[\n{"image_file": "a.png"},\n{"image_file" "b.png"}]', "line 3: not valid JSON"),
         (b'[{"image_file": "a.png"}, {"file_name": "b.png"}]', "entry 2: no text under image_file"),
-        (b'["a.png"]', "entry 1: a str where an object is due"),
-        (b"[\n\xff]", "line 2: no UTF-8 text"),
+        (b'["a.png"]', "entry 1: found str instead of an object"),
+        (b"[\n\xff]", "line 2: not UTF-8 text"),
     ],
 )
 def test_a_malformed_list_is_refused_with_its_place(
@@ -379,7 +379,7 @@ def test_an_unknown_source_is_reported_the_known_forms(form: str, tmp_path: Path
         ("{0}/absent.tar", "absent.tar: does not exist"),
         ("{0}/{{a,b}}.tar", "none of its 2 shards can be read"),
         ("{0}/{{a.tar", "Unbalanced braces"),
-        ("s3://bucket/a.tar", "s3: is not read (known: ais"),
+        ("s3://bucket/a.tar", "s3: is not supported (known: ais"),
         ("hub:{0}", "cannot be opened"),
         ("hub:{0}:validation", "cannot be opened"),
     ],
@@ -585,7 +585,7 @@ def test_a_caption_in_another_encoding_is_refused(tmp_path: Path) -> None:
         tmp_path / "a.tar",
         [("0000.png", png(noise_picture(0))), ("0000.txt", "é".encode("latin-1"))],
     )
-    with pytest.raises(BadSample, match="the txt is no UTF-8 text"):
+    with pytest.raises(BadSample, match="the txt is not UTF-8 text"):
         open_source(Data(source=str(tmp_path / "a.tar"))).read(0)
 
 
@@ -726,8 +726,8 @@ def test_a_remote_shard_is_fetched_once_and_whole(tmp_path: Path) -> None:
     [
         ("cat {0}/far/0000.tar; exit 3", "ended with code 3"),
         ("head -c 1000 {0}/far/0000.tar | grep -q nothing", "ended with code 1"),
-        ("echo no tar at all", "is no tar file"),
-        ("true", "is no tar file"),
+        ("echo no tar at all", "is not a tar file"),
+        ("true", "is not a tar file"),
     ],
 )
 def test_a_fetch_that_fails_leaves_nothing(command: str, words: str, tmp_path: Path) -> None:
@@ -882,10 +882,10 @@ def test_an_index_that_is_wrong(far: Far) -> None:
         index: made[n].text for index, n in good.items()
     }
     words = {
-        4: "holds 4 samples, its index tells of 6",
+        4: "holds 4 samples, its index states 6",
         5: "holds 4 samples",
-        9: "is no tar file",
-        12: "is no tar file",
+        9: "is not a tar file",
+        12: "is not a tar file",
         13: "ended with code 22",
     }
     for index, why in words.items():

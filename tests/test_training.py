@@ -339,7 +339,7 @@ def test_a_diverged_run_stops_with_step_samples_and_state(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 3}, "was begun with seed = 0 .now 3."),
+        ({"seed": 3}, "was started with seed = 0 .now 3."),
         ({"optimization": {"batch_size": 2}}, "optimization.batch_size = 3 .now 2."),
         ({"variant": "plus"}, "variant = 'base' .now 'plus'."),
     ],
@@ -358,7 +358,7 @@ def test_another_set_does_not_go_on(folder: Path, tmp_path: Path) -> None:
     whole = listing.read_text()
     listing.write_text("\n".join(whole.splitlines()[:-1]))
     try:
-        with pytest.raises(ImpromptError, match="begun with 7 samples, the set has 6 now"):
+        with pytest.raises(ImpromptError, match="started with 7 samples, the set has 6 now"):
             loop.train(recipe(folder, tmp_path, 4))
     finally:
         listing.write_text(whole)

@@ -1,1 +1,1 @@
-"""Training an adapter on pictures: one loop for all variants and families."""
+"""Training of adapters on pictures: one loop for all variants and families."""

@@ -1,6 +1,6 @@
-"""Samples -> the batches that a step takes.
+"""Batches of a training step, made from samples.
 
-All that is random about a showing is drawn here, from its own seed.
+Everything random about one draw of a sample is drawn here, from a seed for that draw.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -33,37 +33,39 @@ class SampleReader(Protocol):
     """Samples by number, from pictures or from encoded features."""
 
     bucket: np.ndarray  # of every sample
-    bad_shards: Sequence[BadSample]  # the source's
+    bad_shards: Sequence[BadSample]  # of the source
 
     @property
     def shards(self) -> Sequence[int]:
-        """How many samples each shard holds, in order."""
+        """Number of samples in each shard, in order."""
         ...
 
     def __len__(self) -> int: ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """Return the sample's name for messages."""
+        ...
 
     def read(self, index: int, flip: bool, pick: float) -> Item:
-        """The sample, mirrored or not, with the reference that `pick` in [0, 1) chooses.
+        """Return the sample, mirrored or not, with the reference that `pick` in [0, 1) selects.
 
-        BadSample.
+        Raise BadSample if it cannot be used.
         """
         ...
 
     def blank(self, index: int) -> Item:
-        """The same keys and shapes, holding nothing."""
+        """Return an item with the keys and shapes of `read` but without content."""
         ...
 
 
 class PictureReader:
-    """Pictures as they are, to be encoded in the step that trains on them."""
+    """Pictures that are encoded in the step that trains on them."""
 
     def __init__(
         self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int
     ) -> None:
         self.source, self.sizes, self.processor = source, sizes, processor
-        self.unit, self.channels = unit, channels  # pixels per latent, and C
+        self.unit, self.channels = unit, channels  # pixels a side per latent, and C
         self.shards, self.bad_shards = source.shards, source.bad_shards
         self.bucket = np.array([bucket_of(source, index, sizes) for index in range(len(source))])
 
@@ -71,11 +73,14 @@ class PictureReader:
         return len(self.source)
 
     def name(self, index: int) -> str:
+        """Return the sample's name in the source."""
         return self.source.name(index)
 
     def read(self, index: int, flip: bool, pick: float) -> Item:
-        """ "pixels" (3, H, W) in [-1, 1], "mask" (1, h, w) of 8 bits, "reference" (3, S, S),
-        "caption" and "time_ids" (6,).
+        """Read a sample's pictures, caption and size conditions.
+
+        "pixels" (3, H, W) in [-1, 1], "mask" (1, h, w) of 8 bits, "reference" (3, S, S), "caption",
+        "time_ids" (6,), and "latent", the shape (C, h, w) of its latents. Raise BadSample.
         """
         example = read_example(
             self.source.read(index), self.sizes[self.bucket[index]], self.unit, self.processor, pick
@@ -84,6 +89,7 @@ class PictureReader:
         return self._item(pixels, mask, example.references[0], example.text, example.time_ids)
 
     def blank(self, index: int) -> Item:
+        """Return zeros and an empty caption, with the keys and shapes of `read`."""
         (wide, high), side = self.sizes[self.bucket[index]], side_of(self.processor)
         reference = torch.zeros(3, side, side)
         mask = torch.zeros(1, high // self.unit, wide // self.unit, dtype=torch.uint8)
@@ -103,13 +109,13 @@ class PictureReader:
 
 
 def sample_rng(seed: int, draw: SampleIndex) -> torch.Generator:
-    """The generator of one showing of a sample, whoever draws it and whenever."""
+    """Return the random generator of one draw, a function of seed, epoch and sample alone."""
     digest = hashlib.blake2b(f"{seed} {draw.epoch} {draw.sample}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 class AugmentedSamples(Dataset[Item]):
-    """One showing of a sample: what is read of it, and what is drawn for it."""
+    """Samples with everything that is drawn at random for them, by `SampleIndex`."""
 
     def __init__(self, reader: SampleReader, data: Data, seed: int) -> None:
         self.reader, self.data, self.seed = reader, data, seed
@@ -140,7 +146,7 @@ class AugmentedSamples(Dataset[Item]):
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """Tensors are stacked, numbers become tensors, the rest becomes lists."""
+    """Stack tensors, turn numbers into tensors and everything else into lists."""
     return {key: _together([item[key] for item in items]) for key in items[0]}
 
 
@@ -151,13 +157,14 @@ def _together(values: list[Any]) -> Any:
 
 
 class RankSlice(NamedTuple):
-    """Which part of every step's batch a process takes, and in how many parts."""
+    """The part of every step's batch that a process takes, and its number of parts."""
 
     rank: int = 0
     ranks: int = 1
     parts: int = 1
 
     def of(self, draws: list[SampleIndex]) -> list[list[SampleIndex]]:
+        """Return this process's parts of a batch."""
         size = len(draws) // (self.ranks * self.parts)
         mine = [draws[start : start + size] for start in range(0, len(draws), size)]
         return mine[self.rank :: self.ranks]
@@ -166,8 +173,9 @@ class RankSlice(NamedTuple):
 def loader(
     augmented: AugmentedSamples, steps: Iterator[list[SampleIndex]], share: RankSlice, workers: int
 ) -> Iterator[Item]:
-    """This process's parts of the batches, `share.parts` to a step, read ahead by `workers`
-    processes.
+    """Return an iterator over this process's parts of the batches.
+
+    Each step has `share.parts` of them; `workers` processes read ahead.
     """
     parts = (part for draws in steps for part in share.of(draws))
     reading: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
@@ -184,7 +192,7 @@ def loader(
 
 
 class _Once:
-    """A sampler that is passed through once."""
+    """A sampler that is iterated once."""
 
     def __init__(self, parts: Iterator[list[SampleIndex]]) -> None:
         self.parts = parts
@@ -195,23 +203,22 @@ class _Once:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the loss takes, on the device."""
+    """Input of the loss, on the device."""
 
     names: list[str]
     weight: Tensor  # (B,) 0 for a sample that could not be read
     latents: Tensor  # (B, C, h, w) scaled
     noise: Tensor  # (B, C, h, w)
     offset: Tensor  # (B, C, 1, 1)
-    u: Tensor  # (B,) in [0, 1): which timestep
+    u: Tensor  # (B,) in [0, 1): selects the timestep
     image: Tensor  # image features
-    # what else the base model reads: `imprompt.families.base.Conditions`
+    # other inputs of the base model: `imprompt.families.base.Conditions`
     conditions: dict[str, Tensor]
-    mask: Tensor | None = (
-        None  # (B, 1, h, w) in [0, 1]: where an error counts more; None of features without masks
-    )
+    # (B, 1, h, w) in [0, 1]: where an error counts more; None for features without masks
+    mask: Tensor | None = None
 
     def samples(self) -> Iterator["Batch"]:
-        """Every sample as a batch of its own."""
+        """Yield every sample as a batch of one."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for row, name in enumerate(self.names):
             one = tree_map_only(Tensor, itemgetter(slice(row, row + 1)), values)
@@ -222,8 +229,9 @@ Encode = Callable[[Item], Item]
 
 
 class Composer:
-    """Items -> batches on the device: pictures encoded, latents drawn from their posterior, dropped
-    parts replaced.
+    """Converter of items into batches on the device.
+
+    It encodes pictures, draws latents from their posterior and replaces dropped parts.
     """
 
     def __init__(self, nulls: dict[str, Tensor], device: torch.device, scaling: float, shift: float,
@@ -232,6 +240,7 @@ class Composer:
         self.device, self.scaling, self.shift, self.encoder = device, scaling, shift, encoder
 
     def __call__(self, item: Item) -> Batch:
+        """Return the batch of a collated item."""
         item = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in item.items()
@@ -259,6 +268,6 @@ class Composer:
         )
 
     def _dropped(self, item: Item, key: str, which: Tensor) -> Tensor:
-        """The feature, and where it is dropped what stands for nothing."""
+        """Return the feature (B, …), replaced by the null feature where it is dropped."""
         value = item[key].float()
         return torch.where(which.view(-1, *[1] * (value.ndim - 1)), self.nulls[key], value)

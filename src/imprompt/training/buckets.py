@@ -17,8 +17,10 @@ Size = tuple[int, int]
 
 
 def bucket_sizes(data: Data, size: int) -> tuple[Size, ...]:
-    """The sizes that pictures are brought to: the square alone, or with `data.buckets` every width
-    in steps with the height that keeps within the square's area, up to `data.max_aspect`.
+    """Return the sizes that pictures are resized to.
+
+    That is the square alone, or with `data.buckets` every width in steps of `data.bucket_step`,
+    with the height that keeps within the square's area, up to `data.max_aspect`.
     """
     if not data.buckets:
         return ((size, size),)
@@ -31,9 +33,9 @@ def bucket_sizes(data: Data, size: int) -> tuple[Size, ...]:
 
 
 def training_size(data: Data, native: int, unit: int) -> int:
-    """Pixels a side of training pictures: the recipe's, or the model's own.
+    """Return the side of training pictures in pixels: the recipe's, or the model's own.
 
-    SettingError unless the VAE takes all buckets.
+    Raise SettingError unless the VAE accepts the sizes of all buckets.
     """
     size = data.size or native
     for wide, high in bucket_sizes(data, size):
@@ -45,24 +47,20 @@ def training_size(data: Data, native: int, unit: int) -> int:
 
 
 def nearest(sizes: Sequence[Size], buckets: Sequence[Size]) -> np.ndarray:
-    """For every picture the number of the bucket whose aspect ratio is nearest to its own
-    (samples,).
-    """
+    """Return for every picture the number of the bucket nearest in aspect ratio (samples,)."""
     own, theirs = (np.log([width / height for width, height in part]) for part in (sizes, buckets))
     return np.abs(own[:, None] - theirs[None]).argmin(1)
 
 
 def fit(picture: Image.Image, bucket: Size) -> tuple[Image.Image, Tensor]:
-    """Cover the bucket and cut the middle out.
+    """Resize a picture to cover the bucket, and crop the middle.
 
-    And SDXL's micro-conditioning of that (section 2.2 of arXiv 2307.01952):
-
-    original height and width, top and left of the cut in the resized picture, the bucket's height
-    and width (6,).
+    Return it with SDXL's micro-conditioning (6,) (section 2.2 of arXiv 2307.01952): original height
+    and width, top and left of the crop in the resized picture, height and width of the bucket.
     """
     (width, height), (wide, high) = picture.size, bucket
     scale = max(wide / width, high / height)
-    # in the original, so that it is resized once
+    # the crop in the original picture, so that it is resized only once
     left, top = ((width - wide / scale) / 2, (height - high / scale) / 2)
     box = (left, top, left + wide / scale, top + high / scale)
     cut = picture.resize(bucket, Image.Resampling.LANCZOS, box)
@@ -72,12 +70,13 @@ def fit(picture: Image.Image, bucket: Size) -> tuple[Image.Image, Tensor]:
 
 
 def to_pixels(picture: Image.Image) -> Tensor:
-    """RGB -> (3, H, W) in [-1, 1], as the VAE takes it."""
+    """Convert an RGB picture to (3, H, W) in [-1, 1], the VAE's input."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_latents(mask: Image.Image, unit: int) -> Tensor:
-    """Grey (W, H) -> (1, h, w) of 8 bits: for each latent the mean of the `unit` × `unit` pixels
-    that it stands for.
+    """Average a grey mask (W, H) over the pixels of each latent: (1, h, w) of 8 bits.
+
+    A latent stands for `unit` × `unit` pixels.
     """
     return torch.from_numpy(np.array(mask.reduce(unit)))[None]

@@ -1,14 +1,14 @@
-"""Features encoded once: a folder of tar shards, each there whole or not at all, and the reading of
-them.
+"""Reader of encoded features: a folder of tar shards, each complete or absent.
 
-    plan.json           what the features depend on and how they are cut into shards: a folder holds
-                        those of one plan
-    nulls.safetensors   what stands in for dropped images and captions
-    shard-000012.tar    of each sample NUMBER.safetensors and NUMBER.json, as the webdataset library
+    plan.json           what the features depend on and how they are split into shards; a folder
+                        has one plan
+    nulls.safetensors   features that replace dropped images and captions
+    shard-000012.tar    NUMBER.safetensors and NUMBER.json of each sample, as the webdataset library
                         reads them
-    shard-000012.json   where in it each sample lies, and which are bad: a shard is there when both
-                        its files are
-    manifest.json       the plan, all shards and all bad samples: there when every shard is
+    shard-000012.json   where each sample lies in the tar, and which are bad; a shard is complete
+                        when both its files exist
+    manifest.json       the plan, all shards and all bad samples; written when every shard is
+                        complete
 
 `imprompt.training.encoding` writes it. Shape letters as in `imprompt.training.features`; R the
 references of a sample.
@@ -37,22 +37,24 @@ Table = dict[str, Any]  # what a JSON file holds
 
 
 def shard_file(folder: Path, number: int, suffix: str) -> Path:
+    """Return the path of one file of a shard, such as `shard-000012.tar`."""
     return folder / f"shard-{number:06d}{suffix}"
 
 
 def shard_sizes(plan: Mapping[str, Any]) -> list[int]:
-    """How many samples each shard has."""
+    """Return the number of samples in each shard."""
     samples, size = plan["samples"], plan["shard"]
     return [min(size, samples - start) for start in range(0, samples, size)]
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_facts(plan: Mapping[str, Any]) -> Table:
-    """What must be the same for features to be of use, by name."""
+    """Return, by name, what must be equal for features to be usable."""
     cut = {
         "samples": plan["samples"],
         "samples a shard": plan["shard"],
@@ -80,6 +82,7 @@ def _short(value: Any) -> str:
 
 
 def read_table(path: Path) -> Table:
+    """Read a JSON file of the folder; raise SettingError if it cannot be read."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -90,6 +93,7 @@ def read_table(path: Path) -> Table:
 
 
 def read_manifest(folder: Path) -> Table:
+    """Read the manifest; raise SettingError if the folder is not finished."""
     if not (folder / "manifest.json").exists():
         raise SettingError(
             f"{folder} does not hold all its features yet: imprompt data encode RECIPE goes on "
@@ -99,7 +103,10 @@ def read_manifest(folder: Path) -> Table:
 
 
 def verify_folder(folder: Path) -> list[str]:
-    """One line for every file that is not what was written. Reads all of them."""
+    """Return one line for every file that differs from what was written.
+
+    All files are read.
+    """
     manifest = read_manifest(folder)
     rows = [manifest["nulls"], *manifest["shards"], *(row["table"] for row in manifest["shards"])]
     return [f"{folder / row['file']} {fault}" for row in rows if (fault := _fault(folder, row))]
@@ -115,7 +122,9 @@ def _fault(folder: Path, row: Mapping[str, Any]) -> str | None:
 
 
 def open_features(folder: Path, wanted: Mapping[str, Any]) -> "FeatureReader":
-    """The features in `folder`; SettingError if they are not all there, or others than is wanted.
+    """Open the features in `folder`.
+
+    Raise SettingError if they are incomplete or differ from what is wanted.
 
     wanted  any of their `plan_facts`: `features.wanted_identity`, and `encoding.source_origin`
     """
@@ -124,19 +133,19 @@ def open_features(folder: Path, wanted: Mapping[str, Any]) -> "FeatureReader":
 
 
 class FeatureReader:
-    """Encoded samples by number: those of the source, bad ones included.
+    """Encoded samples by number: all samples of the source, bad ones included.
 
-    Copies travel to reading processes.
+    Copies are sent to reading processes.
 
-    shards      how many samples each shard holds
-    bad_shards  those of the source that could not be opened
+    shards      number of samples in each shard
+    bad_shards  shards of the source that could not be opened
     bucket      of every sample (samples,)
     nulls       "image" (1, …), and the text part of `imprompt.families.base.Conditions`
     identity    what the features depend on: `FeatureEncoder.identity`
     """
 
     def __init__(self, folder: Path) -> None:
-        """SettingError unless the folder is finished and its tables can be read."""
+        """Raise SettingError unless the folder is finished and its tables can be read."""
         self.folder, self._plan = folder, read_manifest(folder)
         self.identity: Table = self._plan["identity"]
         self.shards = shard_sizes(self._plan)
@@ -147,10 +156,9 @@ class FeatureReader:
             ]
             self.nulls = load_file(folder / "nulls.safetensors")
             self.bucket = np.concatenate([table["buckets"] for table in tables])
-            # (samples, 3): offset, bytes, crc32; 0: bad
+            # (samples, 3): offset, bytes, crc32; 0 for a bad sample
             self._places = np.concatenate([table["places"] for table in tables])
-            # An array of strings is a fraction of a list's memory, and is not copied where
-            # processes fork.
+            # An array of strings takes less memory than a list, and forked processes share it.
             self._names = np.concatenate(
                 [np.array(table["names"], np.dtypes.StringDType()) for table in tables]
             )
@@ -174,16 +182,18 @@ class FeatureReader:
         return len(self.bucket)
 
     def name(self, index: int) -> str:
+        """Return the sample's name in the source."""
         return str(self._names[index])
 
     def read(self, index: int, flip: bool, pick: float) -> dict[str, Tensor]:
-        """What training takes of a sample: "mean" and "spread" (C, h, w), mirrored or not.
+        """Return a sample's features for training, mirrored or not.
 
-        "image" (E,) or (patches, E) of the reference that `pick` in [0, 1) chooses; the text's
-        conditions; all float16. "time_ids" (6,) float32. "mask" (1, h, w) of 8 bits, mirrored or
-        not, if they were encoded with masks.
+        "mean" and "spread" (C, h, w); "image" (E,) or (patches, E) of the reference that `pick` in
+        [0, 1) selects; the text's conditions; all in float16. "time_ids" (6,) in float32. "mask"
+        (1, h, w) of 8 bits if the features were encoded with masks.
 
-        BadSample if it was bad when it was encoded, or its bytes are not those that were written.
+        Raise BadSample if it was bad when it was encoded, or its bytes are not those that were
+        written.
         """
         offset, size, checksum = self._places[index].tolist()
         if not size:
@@ -217,7 +227,7 @@ class FeatureReader:
         }
 
     def blank(self, index: int) -> dict[str, Tensor]:
-        """The same keys and shapes as `read` gives, all zeros."""
+        """Return zeros with the keys and shapes of `read`."""
         wide, high = (
             side // self._plan["unit"] for side in self.identity["buckets"][self.bucket[index]]
         )
@@ -241,7 +251,7 @@ class FeatureReader:
 
 
 class _Shard:
-    """An open file, read without a position: processes that fork may share it."""
+    """An open file that is read by offset, so that forked processes may share it."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

@@ -1,6 +1,4 @@
-"""What is wrong with a training set, found before training: every sample is read once, as training
-would read it.
-"""
+"""Check of a training set before training: every sample is read once, as training reads it."""
 
 import hashlib
 import os
@@ -15,43 +13,43 @@ from typing import Self
 
 from imprompt.training.samples import BadSample, Size, Source
 
-CHUNK = 1024  # samples handed to the threads at a time
-# pixels: where one row of the histogram ends and the next begins
+CHUNK = 1024  # samples given to the threads at a time
+# pixels: the edges between rows of the histogram
 SHORT_SIDES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 SIDE_ROWS = [
     f"below {SHORT_SIDES[0]}",
     *(f"{low} to {high - 1}" for low, high in pairwise(SHORT_SIDES)),
     f"{SHORT_SIDES[-1]} and more",
 ]
-ASPECTS = (1 / 2, 3 / 4, 4 / 3, 2 / 1)  # width:height, likewise
+ASPECTS = (1 / 2, 3 / 4, 4 / 3, 2 / 1)  # width:height: the edges between rows
 ASPECT_ROWS = ["narrower than 1:2", "1:2 to 3:4", "3:4 to 4:3", "4:3 to 2:1", "2:1 and wider"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How many samples something is true of, and the first of them."""
+    """Number of samples that have one property, and the first of them."""
 
     count: int
     examples: list[str]
 
     @classmethod
     def of(cls, lines: Iterable[str], most: int) -> Self:
+        """Count the lines, and keep the first `most` as examples."""
         lines = list(lines)
         return cls(len(lines), lines[:most])
 
 
 @dataclass(frozen=True)
 class SetReport:
-    """What `check_set` found.
+    """Findings of `check_set`.
 
-    Sizes are of the upright target pictures that can be used, in pixels.
+    Sizes are those of the usable upright target pictures, in pixels.
     """
 
     samples: int  # in the shards that could be opened
     usable: int
-    every_pixel: (
-        bool  # else only headers were read: damage behind them and duplicates were not looked for
-    )
+    # else only headers were read, which show neither damage after them nor duplicates
+    every_pixel: bool
     unusable: dict[str, Finding]  # by kind
     bad_shards: Finding
     uncaptioned: Finding  # usable, as captions are optional
@@ -60,8 +58,8 @@ class SetReport:
     short_sides: dict[str, int]  # histogram
     aspects: dict[str, int]  # histogram of width:height
     too_small: Finding | None  # with a short side below the training size, if one was given
-    duplicates: Finding | None  # all pixels are an earlier picture's
-    repeated_captions: Finding  # an earlier sample has the same
+    duplicates: Finding | None  # all pixels equal those of an earlier picture
+    repeated_captions: Finding  # an earlier sample has the same caption
 
     @property
     def fine(self) -> bool:
@@ -71,7 +69,7 @@ class SetReport:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is noted of one sample."""
+    """Facts about one sample."""
 
     name: str
     text: str = ""
@@ -81,6 +79,7 @@ class Look:
 
     @property
     def short_side(self) -> int:
+        """Shorter side of the picture in pixels."""
         return min(self.size)
 
     def __str__(self) -> str:
@@ -105,14 +104,15 @@ def look_at(source: Source, index: int, every_pixel: bool) -> Look:
 
 
 def looks(source: Source, every_pixel: bool) -> Iterator[Look]:
-    """All samples in their order, read by several threads (Pillow decodes outside the interpreter's
-    lock).
+    """Yield the facts about all samples in order, read by several threads.
+
+    Pillow decodes outside the interpreter's lock.
     """
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool,
     ):
-        # the threads share the filters, which opening a picture sets and sets back
+        # opening a picture changes and restores the filters, which the threads share
         warnings.simplefilter("ignore")
         for start in range(0, len(source), CHUNK):
             part = range(start, min(start + CHUNK, len(source)))
@@ -129,7 +129,7 @@ def check_set(
 ) -> SetReport:
     """Read the whole set and report on it, with up to `examples` names for each finding.
 
-    `on_sample` is told (done, in all).
+    `on_sample` is called with (samples done, samples in all).
     """
     bad: list[BadSample] = []
     good: list[Look] = []
@@ -161,7 +161,7 @@ def check_set(
 
 
 def by_kind(bad: Sequence[BadSample]) -> dict[str, list[BadSample]]:
-    """The commonest kind first."""
+    """Group bad samples by kind, the most frequent kind first."""
     counts = Counter(error.kind for error in bad)
     return {
         kind: [error for error in bad if error.kind == kind] for kind, _ in counts.most_common()
@@ -171,13 +171,13 @@ def by_kind(bad: Sequence[BadSample]) -> dict[str, list[BadSample]]:
 def histogram(
     values: Iterable[float], edges: Sequence[float], rows: Sequence[str]
 ) -> dict[str, int]:
-    """How many values fall into each row; those that none falls into are left out."""
+    """Count the values that fall into each row; rows without a value are left out."""
     counts = Counter(bisect_right(edges, value) for value in values)
     return {row: counts[number] for number, row in enumerate(rows) if counts[number]}
 
 
 def duplicates(good: Iterable[Look]) -> Iterator[str]:
-    """A line for every picture that an earlier one equals in all pixels."""
+    """Yield a line for every picture whose pixels all equal those of an earlier one."""
     first: dict[bytes, Look] = {}
     for seen in good:
         if (same := first.setdefault(seen.digest, seen)) is not seen:
@@ -185,7 +185,10 @@ def duplicates(good: Iterable[Look]) -> Iterator[str]:
 
 
 def repeated_captions(good: Iterable[Look], examples: int) -> Finding:
-    """How many samples have the caption of an earlier one; the commonest captions as examples."""
+    """Count the samples that have the caption of an earlier one.
+
+    The examples are the most frequent captions.
+    """
     repeated = [
         (text, count)
         for text, count in Counter(seen.text for seen in good if seen.text).most_common()

@@ -1,10 +1,10 @@
-"""Refuse a compiled base model that gives the adapter other gradients than the same model
-uncompiled.
+"""Check that a compiled base model gives the adapter the gradients of the uncompiled model.
 
-A compiler's mistake is silent: the loss is right, and falls a little by what the other weights
-learn. PyTorch 2.13 makes one on CPUs: fusing loops, its scheduler forgets that a buffer is written
-by scattering (github.com/pytorch/pytorch/pull/185873), and may run the loop that reads the buffer
-first. In bfloat16 that is so at every upsampling, and what lies below has a gradient of zeros.
+A wrong gradient is not reported: the loss is right, and falls a little because the other weights
+learn. PyTorch 2.13 computes some on CPUs: when it fuses loops, its scheduler ignores that a buffer
+is written by scattering (github.com/pytorch/pytorch/pull/185873), and may run the loop that reads
+the buffer first. In bfloat16 this happens at every upsampling, and the layers below get a gradient
+of zeros.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-# distance of two gradients of a weight, as a share of their norm; bfloat16 alone makes a few
-# hundredths
+# relative distance of two gradients of a weight; bfloat16 alone gives a few hundredths
 TOLERANCE = 0.5
-# norm of a weight's gradient, as a share of the whole gradient's: below it, rounding may decide
+# norm of a weight's gradient, relative to the whole gradient's: below it, rounding dominates
 NEGLIGIBLE = 1e-4
 
 
 def compare_backward(
     model: nn.Module, backward: Callable[[], None], eager: Iterable[Callable[[], None]]
 ) -> Tensor:
-    """Return [how many weights of `model` get a wrong gradient when compiled, how many could be
-    compared] (2,), on their device.
+    """Return how many weights get a wrong gradient when compiled, and how many were compared (2,).
+
+    The result is on the device of the weights.
 
     backward  takes one step's backward pass
-    eager     take the same in parts, here uncompiled: of one sample each, they need no more memory
-              than the compiled pass
+    eager     takes the same pass in parts, here uncompiled; with one sample each they need no more
+              memory than the compiled pass
 
     No weight can be compared if a gradient is not finite. `model` has no gradients before and
     after.
@@ -41,9 +41,9 @@ def compare_backward(
 
 
 def taken_gradients(model: nn.Module) -> list[Tensor]:
-    """Take the gradients off the weights.
+    """Return the gradients of the weights and remove them from the weights.
 
-    Of sharded weights this process's part, zeros where there is none.
+    A weight without a gradient gives zeros. A sharded weight gives this process's part.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = [
@@ -54,7 +54,7 @@ def taken_gradients(model: nn.Module) -> list[Tensor]:
 
 
 def compare_gradients(compiled: Sequence[Tensor], eager: Sequence[Tensor]) -> Tensor:
-    """Gradients of the same weights -> [wrong, compared] (2,)."""
+    """Compare gradients of the same weights; return the counts [wrong, compared] (2,)."""
     norms = torch.stack([gradient.norm() for gradient in eager])
     distances = torch.stack(
         [(one - other).norm() for one, other in zip(compiled, eager, strict=True)]
@@ -66,7 +66,7 @@ def compare_gradients(compiled: Sequence[Tensor], eager: Sequence[Tensor]) -> Te
 
 
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this process holds of them, sharing their memory."""
+    """Return this process's parts of the tensors, sharing their memory."""
     from torch.distributed.tensor import DTensor
 
     return [(one.to_local() if isinstance(one, DTensor) else one).detach() for one in tensors]

@@ -1,6 +1,6 @@
-"""What a run reads: a set's pictures, or their features encoded once.
+"""Data of a run: a set's pictures, or their features encoded once.
 
-Which are trained on, which are held out, which are bad.
+It decides which samples are trained on and which are held out, and records which are bad.
 """
 
 import json
@@ -33,12 +33,12 @@ from imprompt.training.recipe import Data, Recipe
 from imprompt.training.samples import BadSample, Source
 from imprompt.training.shards import KEEP
 
-# fetched shards mixed at a time: slower processes still read those before while others go on
+# remote shards mixed at a time: slow processes may still read the window before
 REMOTE_WINDOW = KEEP // 2
 
 
 def have_features(recipe: Recipe) -> bool:
-    """Whether all features are encoded, so that the models that make them are not needed."""
+    """Return whether all features are encoded, so that their models are not needed."""
     return recipe.data.features is not None and (recipe.data.features / "manifest.json").exists()
 
 
@@ -49,7 +49,7 @@ def encode_features(
     share: RankSlice,
     on_done: Callable[[int, int], None],
 ) -> None:
-    """Fill the recipe's features folder, this process's part of it."""
+    """Encode this process's part of the recipe's features folder."""
     assert recipe.data.features is not None
     sizes = bucket_sizes(recipe.data, frozen.size(recipe.data))
     examples = Examples(source, sizes, frozen.unit, frozen.encoder.processor)
@@ -66,7 +66,7 @@ def encode_features(
 
 
 def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
-    """The recipe's features; SettingError if those in its folder are others."""
+    """Open the recipe's features; raise SettingError if its folder holds different ones."""
     assert recipe.data.features is not None
     place = str(encoder_place(recipe))
     variant = recipe.adapter_variant
@@ -77,6 +77,7 @@ def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
 def read_pictures(
     recipe: Recipe, source: Source, measured: Measures, frozen: FeatureEncoder
 ) -> PictureReader:
+    """Return a reader of the source's pictures in the sizes of the recipe's buckets."""
     sizes = bucket_sizes(recipe.data, measured.size)
     return PictureReader(source, sizes, frozen.encoder.processor, measured.unit, measured.channels)
 
@@ -102,7 +103,7 @@ class DataPipeline:
                 "none is left"
             )
         ends, window = np.cumsum(self.reader.shards), self._window()
-        # Of remote shards few hold them: they are wanted at every state.
+        # Few remote shards hold the held-out samples, because every saved state reads them.
         pool = count if window is None else int(ends[np.searchsorted(ends, min(2 * kept, count))])
         self.held_out = np.sort(np.random.default_rng((self.seed, count)).permutation(pool)[:kept])
         shards = [
@@ -125,11 +126,11 @@ class DataPipeline:
 
     @property
     def samples(self) -> int:
-        """How many are trained on in an epoch."""
+        """Number of samples that are trained on in an epoch."""
         return len(self.reader) - len(self.held_out)
 
     def items(self, start: int) -> Iterator[Item]:
-        """This process's parts of the batches from step `start` on."""
+        """Return an iterator over this process's parts of the batches from step `start` on."""
         return loader(
             AugmentedSamples(self.reader, self.data, self.seed),
             self.order.steps(start),
@@ -138,8 +139,9 @@ class DataPipeline:
         )
 
     def held_out_items(self) -> Iterator[tuple[np.ndarray, Item]]:
-        """The held-out samples as they are, undropped and unmirrored, with noise that is always the
-        same, and their numbers.
+        """Yield batches of held-out samples with their numbers among the held-out ones.
+
+        Nothing is dropped or mirrored, and the noise is always the same.
         """
         plain = self.data.model_copy(
             update={"flip": False, "drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
@@ -162,15 +164,17 @@ class DataPipeline:
 
 
 class Bad:
-    """What could not be used: in RUN/bad.jsonl, each sample and each shard once, with the step at
-    which it was found.
+    """Samples and shards that could not be used, listed in RUN/bad.jsonl.
+
+    Each is listed once, with the step at which it was found.
     """
 
     def __init__(
         self, run: Path, allowed: float, reader: SampleReader, step: int, *, write: bool
     ) -> None:
-        """A run that goes on after `step` finds what it had found later once more, if that is still
-        bad.
+        """Read what was found up to `step`.
+
+        A run that resumes after `step` finds later ones again, if they are still bad.
 
         allowed  share of the samples
         write    whether this process writes the file
@@ -183,13 +187,13 @@ class Bad:
 
     @property
     def count(self) -> int:
-        """Of samples."""
+        """Number of bad samples, including those of bad shards."""
         return sum(row["samples"] for row in self.known.values())
 
     def add(self, found: Iterable[BadSample], step: int) -> list[BadSample]:
-        """Take in what all processes found up to `step`; give what is new.
+        """Add what all processes found up to `step`, and return what is new.
 
-        ImpromptError, with names, if it is too much.
+        Raise ImpromptError, with names, if more samples are bad than is allowed.
         """
         new = {error.name: error for error in found if error.name not in self.known}
         self.known |= {
@@ -219,4 +223,5 @@ class Bad:
 
 
 def bad_of(items: Sequence[Item]) -> list[BadSample]:
+    """Return the errors of the samples that could not be read."""
     return [error for item in items for error in item["bad"] if error is not None]

@@ -1,9 +1,8 @@
-"""A source's samples -> the folder that `imprompt.training.cache` reads, by any number of
-processes.
+"""Encoder of a source's samples into a folder of features, by any number of processes.
 
-What a shard holds is a function of the plan and the shard's number alone: it is the same whoever
-encodes it, and however often encoding was stopped. Shape letters as in
-`imprompt.training.features`; R the references of a sample.
+`imprompt.training.cache` reads the folder. The content of a shard depends only on the plan and the
+shard's number: not on which process encodes it, nor on how often encoding was stopped. Shape
+letters as in `imprompt.training.features`; R the references of a sample.
 """
 
 import io
@@ -40,9 +39,9 @@ from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Source
 
-SHARD = 256  # samples
+SHARD = 256  # samples in a shard
 AT_ONCE = 16  # pictures that the models take at a time
-TEMPORARY = re.compile(r"\..+\.(\d+)\.part")  # of the process of that rank
+TEMPORARY = re.compile(r"\..+\.(\d+)\.part")  # a temporary file, with the rank of its process
 
 
 def encode_set(
@@ -57,16 +56,17 @@ def encode_set(
     on_done: Callable[[int, int], None] = lambda _done, _total: None,
     shard: int = SHARD,
 ) -> None:
-    """Make those of this process's shards that are not in `folder` yet.
+    """Encode this process's shards that are not in `folder` yet.
 
-    Who sees that all are there finishes the folder.
+    The process that finds all shards complete writes the manifest.
 
-    examples  by the sample's number, or BadSample; it travels to `data.workers` reading processes
+    examples  returns the sample of a number or raises BadSample; it is sent to `data.workers`
+              reading processes
     on_done   (samples done, samples in all) of this process
-    shard     samples of a shard
+    shard     samples in a shard
 
-    SettingError if the folder holds features of another plan; ImpromptError if it is finished and
-    more of its samples are bad than `data.max_bad` allows.
+    Raise SettingError if the folder holds features of another plan; ImpromptError if it is finished
+    and more of its samples are bad than `data.max_bad` allows.
     """
     plan = plan_of(source, encoder, data, shard)
     start_folder(folder, plan, encoder, rank, ranks)
@@ -101,13 +101,13 @@ def encode_set(
         check_bad(folder, manifest, data.max_bad)
 
 
-# The folder: its plan first, its manifest last.
+# The folder: the plan is written first, the manifest last.
 
 
 def source_origin(data: Data) -> Table:
-    """Which samples features are of, as plain values.
+    """Return the settings that select the samples of features, as plain values.
 
-    Folders from before there were masks have no "mask", which is as None.
+    Folders written before there were masks have no "mask", which is equivalent to None.
     """
     columns = data.columns.model_dump(exclude={"mask"})
     return data.model_dump(mode="json", include={"source", "root", "captions"}) | {
@@ -117,6 +117,7 @@ def source_origin(data: Data) -> Table:
 
 
 def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> Table:
+    """Return the plan of a features folder: identity, source and split into shards."""
     return {
         "identity": encoder.identity(data),
         "source": source_origin(data),
@@ -137,9 +138,9 @@ def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> 
 
 
 def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, ranks: int) -> None:
-    """Write plan and null features unless they are there; SettingError if another plan is.
+    """Write the plan and the null features unless they exist.
 
-    Remove what killed processes left.
+    Raise SettingError if there is another plan. Remove the temporary files of killed processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".*.part"):
@@ -148,7 +149,7 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
     plan_file, nulls_file = folder / "plan.json", folder / "nulls.safetensors"
     filled = any(folder.glob("shard-*"))
     if plan_file.exists() or filled:
-        # asked in this order: another process may be starting the folder
+        # shards are looked for before the plan: another process may be starting the folder
         refuse_others(folder, plan_facts(read_table(plan_file)), plan_facts(plan))
     else:
         write_table(plan_file, plan, rank)
@@ -158,7 +159,7 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
 
 
 def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
-    """Write the manifest if every shard is there, and give it."""
+    """Write the manifest and return it if every shard is complete; else return None."""
     tables = [shard_table(folder, number) for number in range(len(shard_sizes(plan)))]
     whole = [table for table in tables if table is not None]
     if len(whole) < len(tables):
@@ -186,8 +187,9 @@ def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
 
 
 def check_bad(folder: Path, manifest: Table, most: float) -> None:
-    """Raise ImpromptError, with the list, if a larger share of the samples than `most` is bad, or
-    all are.
+    """Raise ImpromptError if a larger share of the samples than `most` is bad, or all are.
+
+    The error lists the first of them.
     """
     shards, bad = manifest["bad_shards"], manifest["bad"]
     missing = sum(shard["samples"] for shard in shards)
@@ -207,11 +209,12 @@ def check_bad(folder: Path, manifest: Table, most: float) -> None:
 
 
 def described(path: Path) -> Table:
+    """Return a file's name, size and SHA-256, as tables and manifest hold them."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def shard_table(folder: Path, number: int) -> Table | None:
-    """The shard's table; None unless the shard is there, of its right length."""
+    """Return the shard's table, or None unless the shard exists with the right length."""
     try:
         table = json.loads(shard_file(folder, number, ".json").read_bytes())
         return (
@@ -221,11 +224,11 @@ def shard_table(folder: Path, number: int) -> Table | None:
         return None
 
 
-# A shard.
+# One shard.
 
 
 class EncodedRow(NamedTuple):
-    """A sample in its bucket: its features, or why it has none."""
+    """A sample with its bucket, and its features or the reason why it has none."""
 
     sample: int
     bucket: int
@@ -236,9 +239,9 @@ class EncodedRow(NamedTuple):
 def write_shard(
     folder: Path, number: int, names: Mapping[int, str], rows: Iterable[EncodedRow], rank: int
 ) -> None:
-    """Write the tar, then its table. `names` are of all its samples, in order.
+    """Write a shard's tar, then its table.
 
-    Their rows come in any order.
+    `names` are those of all its samples, in order. The rows may come in any order.
     """
     path = shard_file(folder, number, ".tar")
     buckets: dict[int, int] = {}
@@ -280,10 +283,10 @@ def append(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 @contextmanager
 def temporary_file(path: Path, rank: int) -> Iterator[BinaryIO]:
-    """A file that takes its name when it is whole and on the disk.
+    """Yield a temporary file that is flushed to disk and renamed to `path` when it is complete.
 
-    Until then its name tells the process, so that what a killed one left is told from what others
-    are writing.
+    Its name holds the rank, so that files left over by a killed process can be distinguished from
+    those that other processes are writing.
     """
     with atomic_write(path, str(rank)) as part, part.open("wb") as file:
         yield file
@@ -291,16 +294,18 @@ def temporary_file(path: Path, rank: int) -> Iterator[BinaryIO]:
 
 
 def write_table(path: Path, table: Table, rank: int) -> None:
+    """Write a table as JSON, through a temporary file."""
     with temporary_file(path, rank) as file:
         file.write(json.dumps(table).encode())
 
 
-# Its samples.
+# The samples of a shard.
 
 
 class Read(NamedTuple):
-    """A batch of one bucket, as a reading process hands it over: few tensors, since each crosses as
-    an open file.
+    """A batch of one bucket, as a reading process sends it.
+
+    It has few tensors, because each is sent as an open file.
     """
 
     bucket: int
@@ -316,7 +321,7 @@ BatchIndex = tuple[int, list[int]]  # a bucket and samples of it
 
 
 class Reading(Dataset[Read]):
-    """What the reading processes do."""
+    """Dataset of the batches that reading processes read."""
 
     def __init__(self, examples: Callable[[int], Example]) -> None:
         self.examples = examples
@@ -340,7 +345,7 @@ class Reading(Dataset[Read]):
 
 
 def stacked_tensors(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """The tensors of a `Read`; none if all are bad."""
+    """Return the tensors of a `Read`; empty if there are no examples."""
     if not examples:
         return {}
     return {
@@ -354,7 +359,7 @@ def stacked_tensors(examples: Sequence[Example]) -> dict[str, Tensor]:
 def batches_of(
     samples: Sequence[int], source: Source, sizes: Sequence[Size]
 ) -> Iterator[BatchIndex]:
-    """All samples of a shard, in batches of one bucket."""
+    """Yield all samples of a shard in batches of one bucket."""
     members: dict[int, list[int]] = {}
     for index in samples:
         members.setdefault(bucket_of(source, index, sizes), []).append(index)
@@ -366,24 +371,26 @@ def batches_of(
 def read_ahead(
     examples: Callable[[int], Example], batches: Iterator[BatchIndex], workers: int
 ) -> Iterator[Read]:
-    """The batches in order, read by `workers` processes while the models are busy."""
+    """Yield the batches in order, read by `workers` processes while the models compute."""
     yield from DataLoader(
         Reading(examples),
         batch_size=None,
         sampler=batches,  # pyright: ignore[reportArgumentType] - any iterable will do
         num_workers=workers,
         collate_fn=as_read,  # pyright: ignore[reportArgumentType] - batches are what is asked for
-        generator=torch.Generator(),  # the shared one stays as it is
+        generator=torch.Generator(),  # so that PyTorch's global generator is not used
     )
 
 
 def as_read(read: Read) -> Read:
+    """Return a batch unchanged, in place of the loader's own conversion."""
     return read
 
 
 def encoded_rows(
     reads: Iterable[Read], encoder: FeatureEncoder, data: Data
 ) -> Iterator[EncodedRow]:
+    """Yield every sample of the batches with its features or its error."""
     for read in reads:
         for index, error in read.bad.items():
             yield EncodedRow(index, read.bucket, "", error)
@@ -392,12 +399,12 @@ def encoded_rows(
                 read.good, read.texts, encoded(read, encoder, data), strict=True
             ):
                 finite = all(tensor.isfinite().all() for tensor in features.values())
-                trouble = BadSample("", "its features are no finite numbers", "not finite")
+                trouble = BadSample("", "its features are not finite numbers", "not finite")
                 yield EncodedRow(index, read.bucket, text, features if finite else trouble)
 
 
 def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[str, Tensor]]:
-    """The features of every good sample of a batch."""
+    """Yield the features of every good sample of a batch."""
     pixels = read.tensors["pixels"]
     parts = {**encoder.latents(pixels), **encoder.text(read.texts)}
     if data.flip:
@@ -415,12 +422,14 @@ def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[st
 
 
 def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert tensors to the stored form: float16, contiguous, on the CPU."""
     return {key: tensor.to("cpu", torch.float16).contiguous() for key, tensor in tensors.items()}
 
 
 def with_progress(
     rows: Iterable[EncodedRow], done: int, total: int, on_done: Callable[[int, int], None]
 ) -> Iterator[EncodedRow]:
+    """Yield the rows, and call `on_done` with (samples done, samples in all) for each."""
     for row in rows:
         done += 1
         on_done(done, total)

@@ -1,4 +1,4 @@
-"""What ends a training run before its last step, and how that is told.
+"""Early ends of a training run, reported as errors that say how to resume.
 
 A run's folder has one process that writes.
 """
@@ -19,19 +19,19 @@ from imprompt.training.step import Diverged
 
 
 class Terminated(BaseException):
-    """SIGTERM came; no error that the step at hand could deal with."""
+    """Arrival of SIGTERM; a BaseException, so that the current step does not handle it."""
 
 
 @contextmanager
 def explained_termination(output: Path) -> Iterator[None]:
-    """What ends a run before its last step, as an error that says how to go on.
+    """Turn what ends a run before its last step into an error that says how to resume.
 
-    Launchers send SIGTERM to the processes that are left when one has ended, schedulers before they
-    take the machine.
+    Launchers send SIGTERM to the remaining processes when one has ended; schedulers send it before
+    they take the machine.
     """
 
     def end(*_: object) -> NoReturn:
-        # the first is enough: what follows is told in peace
+        # ignore further signals, so that the error is reported
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
@@ -52,16 +52,15 @@ def explained_termination(output: Path) -> Iterator[None]:
 
 
 def resume_hint(output: Path) -> str:
-    """What there is to go on from."""
+    """Return a sentence that names the state from which the run can resume."""
     latest = output / "latest"
     if not latest.exists():
         return "No state was saved yet; the same command starts again"
     return f"The last good state is {latest.resolve()}; the same command goes on from there"
 
 
-TERMINATED = "this process was told to end (SIGTERM), as when another of its run has"
-# How gloo, NCCL and the store that processes meet in say that the process at the other end is gone
-# or silent.
+TERMINATED = "this process was told to end (SIGTERM), as when another process of its run has ended"
+# messages of gloo, NCCL and the rendezvous store for a process that has ended or does not answer
 LOST = re.compile(
     r"connection (was likely )?(closed|reset|refused)|broken pipe|remote "
     r"p(rocess|eer)|aborted|time(d |-)?out",
@@ -70,12 +69,12 @@ LOST = re.compile(
 
 
 def end_of_another(error: RuntimeError) -> str | None:
-    """Which process ended, if `error` says that one did.
+    """Return which process ended, if `error` means that one did.
 
-    Gloo's errors have no type of their own, but name its source.
+    Gloo's errors have no special type, but name their source file.
     """
     message = str(error)
-    # without gloo's source and guesses
+    # without gloo's source file and guesses
     why = re.sub(r"^\[\S+\] |\. This is typically .*|\. ?$", "", first_line(error))
     if message.startswith("DataLoader worker"):
         return (
@@ -92,7 +91,10 @@ def end_of_another(error: RuntimeError) -> str | None:
 
 
 def lock_output(output: Path) -> FileLock:
-    """The sole right to write into a run's folder, which ends with this process at the latest."""
+    """Acquire the sole right to write into a run's folder.
+
+    It ends with this process at the latest. Raise SettingError if another process has it.
+    """
     output.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(output / ".lock", blocking=False).acquire().lock

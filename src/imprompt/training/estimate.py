@@ -1,9 +1,7 @@
-"""What a run will take, told before it starts: parameters, arithmetic, memory, time.
+"""Estimate of what a run takes: parameters, arithmetic, memory, time.
 
-No weights are read.
-
-What the run trains goes through one step on the meta device, where tensors have sizes and no
-contents. Shape letters as in `imprompt.training.features`.
+No weights are read. The trained model takes one step on the meta device, where tensors have sizes
+but no contents. Shape letters as in `imprompt.training.features`.
 """
 
 import time
@@ -32,13 +30,12 @@ from imprompt.training.model import DTYPES, encoder_place, precision, start_adap
 from imprompt.training.muon import weight_matrices
 from imprompt.training.recipe import Recipe
 
-# Of the measured matrix rate what a whole step reaches. Assumed on GPUs. On 2 CPU cores, SD 1.5 had
-# 0.45 in float32 and 0.3 in
-# bfloat16, the emoji model less.
+# Share of the measured matrix rate that a whole step reaches; that of GPUs is assumed. On 2 CPU
+# cores, SD 1.5 reached 0.45 in float32 and 0.3 in bfloat16, the emoji model less.
 CPU_SHARE, GPU_SHARE = 0.3, 0.45
 EIGHT_BIT = 2 + 2 * 4 / 256  # bytes of two numbers in 8 bits, with a scale for every 256
-# What an optimizer keeps of a parameter, in bytes: of a weight matrix, of another. AdamW two
-# numbers, Muon one of a matrix.
+# Bytes that an optimizer keeps per parameter, in weight matrices and elsewhere: AdamW keeps two
+# numbers, Muon one in matrices.
 STATES = {"adamw": (8, 8), "adamw8bit": (EIGHT_BIT, EIGHT_BIT), "muon": (4, 8)}
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
@@ -54,16 +51,19 @@ class Sizes:
     conditions: Mapping[str, tuple[int, ...]]  # of `imprompt.families.base.Conditions`
 
     def encoded(self, flip: bool, masked: bool) -> int:
-        """Bytes of the sample's features: in float16 latents as mean and spread, mirrored too with
-        `flip`, image and text; a mask in 8 bits.
+        """Return the bytes of the sample's encoded features.
+
+        Latents as mean and spread, mirrored too with `flip`, image and text are in float16; a mask
+        is in 8 bits.
         """
         texts = sum(prod(shape) for name, shape in self.conditions.items() if name != "time_ids")
         features = 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + texts)
         return features + masked * prod(self.latents[1:])
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Return noisy latents, timesteps, image features and conditions of `size` samples, without
-        contents.
+        """Return noisy latents, timesteps, image features and conditions of `size` samples.
+
+        They are on the meta device.
         """
         with torch.device("meta"):
             noisy, image = (torch.empty(size, *shape) for shape in (self.latents, self.image))
@@ -75,9 +75,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one process. `memory` is in bytes, by what it is for, at the peak of a step.
+    """What one process of a run takes.
 
-    `flops` are a sample's: forward, backward, and what checkpointing computes again.
+    `memory` is in bytes, by purpose, at the peak of a step. `flops` are those of one sample:
+    forward, backward, and what checkpointing computes again.
     """
 
     trained: int  # parameters
@@ -89,22 +90,23 @@ class Estimate:
     # bytes of a sample's features on disk; None where they are computed in every step
     encoded: int | None
     device: torch.device
-    rate: float  # of matrix products there, in FLOP/s
+    rate: float  # of matrix products on the device, in FLOP/s
 
     @property
     def share(self) -> float:
+        """Share of the matrix rate that a whole step reaches."""
         return CPU_SHARE if self.device.type == "cpu" else GPU_SHARE
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds that a step takes."""
         return self.a_step * self.flops / (self.rate * self.share)
 
 
 def estimate_run(recipe: Recipe, device: torch.device, processes: int = 1) -> Estimate:
-    """What `recipe` takes on each of `processes` devices of that kind.
+    """Estimate what `recipe` takes on each of `processes` devices of that kind.
 
-    SettingError or CheckpointError as a run would raise.
+    Raise SettingError or CheckpointError as a run would.
 
     The configuration of a base model that is neither published (`imprompt.families.published`) nor
     on this disk comes from the Hub.
@@ -150,15 +152,15 @@ def estimate_run(recipe: Recipe, device: torch.device, processes: int = 1) -> Es
 
 
 def blank_base(structure: BaseStructure, dtype: torch.dtype) -> Any:
-    """The base model, frozen, without contents."""
+    """Return the frozen base model on the meta device."""
     with torch.device("meta"):
         base: Any = find_family(structure.family).build(structure.config)
-    # diffusers' own `to` warns of what does not matter here
+    # diffusers' `to` gives warnings that do not matter here
     return nn.Module.to(base, dtype).requires_grad_(False)
 
 
 def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
-    """A new adapter of the recipe beside the base model, attached, without contents."""
+    """Return a new adapter of the recipe on the meta device, attached to the base model."""
     with torch.device("meta"):
         return start_adapter(
             recipe.model_copy(update={"start": None}), base, sizes.image[-1]
@@ -166,6 +168,7 @@ def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
 
 
 def sizes_of(recipe: Recipe, base: Any, structure: BaseStructure) -> Sizes:
+    """Return the shapes of one sample's inputs for the recipe and its base model."""
     of, unit = find_family(structure.family), structure.unit
     side = training_size(recipe.data, structure.side, unit * of.grain) // unit
     image = encoder_structure(encoder_place(recipe)).shape(recipe.adapter_variant.feature)
@@ -174,11 +177,11 @@ def sizes_of(recipe: Recipe, base: Any, structure: BaseStructure) -> Sizes:
 
 
 def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool) -> tuple[int, int]:
-    """FLOPs of a forward and backward pass, and the most bytes that it holds beside weights and
-    their gradients.
+    """Return the FLOPs of a forward and backward pass, and its peak memory in bytes.
 
-    `fused`: attention does not keep its L×T scores. The kernel computes them again for the backward
-    pass, which is not counted: it depends on the kernel.
+    The memory excludes weights and their gradients. With `fused`, attention does not keep its L×T
+    scores. The kernel computes them again for the backward pass, which is not counted because it
+    depends on the kernel.
     """
     noisy, timestep, image, conditions = batch
     for parameter in adapter.parameters():
@@ -186,7 +189,7 @@ def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool)
     given = [weight for model in (base, adapter) for weight in model.parameters()]
     live = LiveBytes([*given, *(weight.grad for weight in given if weight.grad is not None)])
     counter = FlopCounterMode(display=False, custom_mapping={FLASH_BACKWARD: flash_backward})
-    # on meta torch would choose
+    # on the meta device torch would choose the implementation
     attend = mock.patch.object(F, "scaled_dot_product_attention", flash if fused else written_out)
     with counter, live, attend:
         prompt = adapter.prompt(adapter.tokens(image))
@@ -198,12 +201,12 @@ def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool)
 
 
 def flash_backward(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
-    """Four products of L×T×d; shapes (B, H, L, d) and (B, H, T, d)."""
+    """Return the FLOPs of four products of L×T×d; shapes (B, H, L, d) and (B, H, T, d)."""
     return 4 * 2 * prod(query) * key[2]
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """Attention by one kernel, as on a GPU.
+    """Compute attention by one kernel, as on a GPU.
 
     (B, H, L, d), (B, H, T, d) and (B, H, T, d) -> (B, H, L, d).
     """
@@ -211,16 +214,19 @@ def flash(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
 
 
 def written_out(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-    """The same as training has it on a CPU, where only long score matrices are not kept."""
+    """Compute attention as training does on a CPU, where only long score matrices are not kept.
+
+    (B, H, L, d), (B, H, T, d) and (B, H, T, d) -> (B, H, L, d).
+    """
     if key.shape[2] >= LONG:
         return flash(query, key, value)
     return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1) @ value
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors alive beside the `given` ones, and the most there have been.
+    """Counter of the bytes of all live tensors except the `given` ones, with their peak.
 
-    Views count nothing.
+    Views are not counted.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -245,12 +251,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of matrix products on that device, measured in about so many seconds."""
+    """Return the FLOP/s of matrix products on the device, measured for about `seconds`."""
     side, wait = (
         (1024, lambda: None) if device.type == "cpu" else (4096, torch.accelerator.synchronize)
     )
     left, right = torch.ones(2, side, side, dtype=dtype, device=device)
-    product = left @ right  # the first one sets the library up
+    product = left @ right  # the first product initializes the library
     wait()
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -261,7 +267,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
 
 def estimate_rows(found: Estimate) -> list[tuple[str, str]]:
-    """Labels and values that tell a person what a run takes."""
+    """Return labels and values that show the estimate to a person."""
     name, there, caveat = "CPU", "", ""
     if found.device.type != "cpu":
         name, caveat = found.device.type.upper(), " (assumed)"
@@ -285,8 +291,7 @@ def estimate_rows(found: Estimate) -> list[tuple[str, str]]:
         ("arithmetic", f"{si(found.flops, 'FLOP')} a sample, forward and backward"),
         (
             "memory",
-            f"{si(sum(found.memory.values()), 'B')}{there}, beside what CUDA and the libraries "
-            "take",
+            f"{si(sum(found.memory.values()), 'B')}{there}, not counting CUDA and the libraries",
         ),
         *((f"  {part}", si(size, "B")) for part, size in found.memory.items()),
         ("step", f"{found.seconds:,.2f} s for {found.a_step} samples, {reached}"),
@@ -295,11 +300,12 @@ def estimate_rows(found: Estimate) -> list[tuple[str, str]]:
 
 
 def si(value: float, unit: str) -> str:
-    """Four digits and a prefix: 1.663 TFLOP."""
+    """Format a value with four digits and an SI prefix, such as 1.663 TFLOP."""
     step, prefix = next(((step, prefix) for step, prefix in PREFIXES if value >= step), (1, ""))
     return f"{value / step:.4g} {prefix}{unit}"
 
 
 def span(seconds: float) -> str:
+    """Format a duration, in days if it is two days or longer."""
     days = seconds / 86400
     return f"{days:,.1f} days" if days >= 2 else str(timedelta(seconds=round(seconds)))

@@ -1,5 +1,4 @@
-"""A sample -> what the models take of it: its picture cut to a bucket, the image encoder's input,
-SDXL's conditions.
+"""Model inputs of a sample: cropped picture, image encoder's input, SDXL's conditions.
 
 Shape letters as in `imprompt.training.features`; H and W the bucket's height and width, R the
 references.
@@ -19,9 +18,9 @@ from imprompt.training.samples import BadSample, Sample, Source
 
 @dataclass(frozen=True)
 class Example:
-    """The mirrored example has `pixels.flip(-1)` and `mask.flip(-1)`.
+    """Model inputs of one sample.
 
-    Its references are not mirrored.
+    The mirrored example has `pixels.flip(-1)` and `mask.flip(-1)`. Its references are not mirrored.
     """
 
     name: str
@@ -35,9 +34,9 @@ class Example:
 def read_example(
     sample: Sample, bucket: Size, unit: int, processor: Any, pick: float | None = None
 ) -> Example:
-    """Open and cut a sample's pictures: all references, or the one that `pick` in [0, 1) chooses.
+    """Open and crop a sample's pictures: all references, or the one that `pick` in [0, 1) selects.
 
-    BadSample.
+    Raise BadSample if one of them cannot be used.
 
     unit  pixels a side that one latent stands for
     """
@@ -62,9 +61,9 @@ def read_example(
 
 
 def bucket_of(source: Source, index: int, sizes: Sequence[Size]) -> int:
-    """The number of a sample's bucket.
+    """Return the number of a sample's bucket.
 
-    0 if its size cannot be read, which is told when the picture is.
+    0 if its size cannot be read; reading the picture raises the error.
     """
     if len(sizes) == 1:
         return 0
@@ -76,7 +75,7 @@ def bucket_of(source: Source, index: int, sizes: Sequence[Size]) -> int:
 
 @dataclass(frozen=True)
 class Examples:
-    """A source's samples as examples, by number. It travels to reading processes."""
+    """A source's samples as examples, by number; it is sent to reading processes."""
 
     source: Source
     sizes: Sequence[Size]
@@ -84,5 +83,6 @@ class Examples:
     processor: Any
 
     def __call__(self, index: int) -> Example:
+        """Return the example of a sample number; raise BadSample if it cannot be used."""
         bucket = self.sizes[bucket_of(self.source, index, self.sizes)]
         return read_example(self.source.read(index), bucket, self.unit, self.processor)

@@ -1,4 +1,4 @@
-"""Pictures and captions -> what training reads of them: latents, image features, text embeddings.
+"""Encoder of pictures and captions into latents, image features and text embeddings.
 
 Shape letters as in `imprompt.adapter`; C latent channels, h and w their height and width, S the
 encoder's input side, P the width of a pooled text.
@@ -21,7 +21,7 @@ from imprompt.variants import Variant
 
 @dataclass(frozen=True)
 class FeatureEncoder:
-    """The frozen models beside the one that is adapted: VAE, image encoder and text encoders."""
+    """The frozen models around the adapted one: VAE, image encoder and text encoders."""
 
     pipeline: Any
     encoder: VisionEncoder
@@ -30,7 +30,7 @@ class FeatureEncoder:
 
     @cached_property
     def family(self) -> Family:
-        """The base model's family."""
+        """Family of the base model."""
         return pipeline_family(type(self.pipeline).__name__)
 
     @property
@@ -39,15 +39,16 @@ class FeatureEncoder:
         return self.pipeline.vae_scale_factor
 
     def size(self, data: Data) -> int:
-        """Pixels a side of a training picture."""
+        """Return the side of a training picture in pixels."""
         return training_size(
             data, self.family.native_side(self.pipeline), self.unit * self.family.grain
         )
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> "mean" and "spread" (B, C, h, w) of the VAE's posterior,
-        unscaled.
+        """Encode pixels (B, 3, H, W) in [-1, 1] to the VAE's posterior.
+
+        Return its "mean" and "spread" (B, C, h, w), unscaled.
         """
         vae = self.pipeline.vae
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
@@ -55,7 +56,7 @@ class FeatureEncoder:
 
     @torch.no_grad()
     def image(self, pixels: Tensor) -> Tensor:
-        """The encoder's input (B, 3, S, S) -> image features (B, E) or (B, patches, E)."""
+        """Encode preprocessed pictures (B, 3, S, S) to features (B, E) or (B, patches, E)."""
         network = self.encoder.model
         return self.encoder.features_of(
             pixels.to(network.device, network.dtype), self.variant.feature
@@ -67,14 +68,16 @@ class FeatureEncoder:
         return self.family.encode_text(self.pipeline, captions)
 
     def nulls(self) -> dict[str, Tensor]:
-        """Return what stands in for what is dropped: "image" (1, …), and the empty caption's
-        conditions.
+        """Return the features that replace dropped ones.
+
+        They are "image" (1, …) and the conditions of the empty caption.
         """
         return {"image": self.encoder.null_features(self.variant), **self.text([""])}
 
     def identity(self, data: Data) -> dict[str, Any]:
-        """What features depend on, as plain values: others were made for another model, encoder or
-        size.
+        """Return what features depend on, as plain values.
+
+        Features with another identity were made for another model, encoder or size.
         """
         texts = (
             part
@@ -92,7 +95,7 @@ class FeatureEncoder:
 def wanted_identity(
     model: str, encoder: str, variant: Variant, data: Data, size: int
 ) -> dict[str, Any]:
-    """The part of the identity that can be told without loading anything."""
+    """Return the part of the identity that is known without loading a model."""
     return {
         "model": model,
         "encoder": encoder,

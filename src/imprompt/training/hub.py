@@ -1,6 +1,4 @@
-"""Training pictures in a dataset of the Hub, or of a local folder that the datasets library
-reads.
-"""
+"""Training pictures in a Hub dataset, or a local folder that the datasets library reads."""
 
 import os
 from collections.abc import Sequence
@@ -26,14 +24,18 @@ TEXT_TYPES = ("string", "large_string", "null")
 
 
 class HubSource:
-    """A split of a Hub dataset, as the datasets library keeps it: memory-mapped files, pictures
-    undecoded.
+    """A split of a Hub dataset, as the datasets library stores it.
+
+    Its files are memory-mapped, its pictures undecoded.
     """
 
     bad_shards: Sequence[BadSample] = ()
 
     def __init__(self, source: str, rows: Any, names: Names, captions_required: bool) -> None:
-        """rows: a datasets.Dataset; SettingError if its columns are not what is needed."""
+        """Find the columns of `rows`, a datasets.Dataset.
+
+        Raise SettingError if a needed column is missing or holds something else.
+        """
         self.source, self.captions_required = source, captions_required
         columns = rows.column_names
         self.image, self.text, self.reference, self.mask = (
@@ -46,7 +48,7 @@ class HubSource:
             ("mask", bool(names.mask)),
         ):
             if needed and not getattr(self, part):
-                held = f"it has {', '.join(columns)}; data.columns.{part} says which it is"
+                held = f"it has {', '.join(columns)}; data.columns.{part} says which column to use"
                 raise SettingError(
                     f"data.source = {source!r} has no column {' or '.join(getattr(names, part))}: "
                     f"{held}"
@@ -62,9 +64,11 @@ class HubSource:
         return len(self.rows)
 
     def name(self, index: int) -> str:
+        """Return the row's number and the dataset's name."""
         return f"row {index} of {self.source}"
 
     def read(self, index: int) -> Sample:
+        """Read a row; raise BadSample without a picture or a required caption."""
         row, name = self.rows[index], self.name(index)
         text = caption(name, row[self.text] if self.text else None, self.captions_required)
         target = self._picture(index, row)
@@ -83,6 +87,7 @@ class HubSource:
         return Sample(name, target, tuple(others) or (target,), text, mask)
 
     def size(self, index: int) -> Size:
+        """Return (width, height) from the set's columns, else from the picture's header."""
         given = given_size(self.sizes[index]) if self.sizes is not None else None
         return given or self._picture(index, self.rows[index]).size()
 
@@ -92,7 +97,11 @@ class HubSource:
         )
 
     def _place(self, index: int, value: Any) -> Path | bytes:
-        """A picture's value: bytes, a path, or imagefolder's {"bytes": …, "path": …}."""
+        """Return a picture's bytes or path.
+
+        Its value is one of them, or imagefolder's {"bytes": …, "path": …}. Raise BadSample if it
+        holds neither.
+        """
         if isinstance(value, dict):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if not isinstance(value, bytes | str):
@@ -101,8 +110,9 @@ class HubSource:
 
 
 def undecoded(rows: Any) -> Any:
-    """The dataset with its pictures as the bytes or files that they are: they are decoded where all
-    others are.
+    """Return the dataset with its pictures as bytes or paths.
+
+    They are decoded in the same place as the pictures of other sources.
     """
     import datasets
 
@@ -116,7 +126,10 @@ def undecoded(rows: Any) -> Any:
 
 
 def open_hub(data: Data) -> Source:
-    """hub:owner/name, hub:owner/name:split, or a local folder in the owner's place."""
+    """Open hub:owner/name or hub:owner/name:split; a local folder may replace owner/name.
+
+    Raise SettingError if it cannot be opened.
+    """
     try:
         import datasets
     except ImportError as error:

@@ -1,6 +1,4 @@
-"""Training pictures in files, named by a listing: a folder's metadata.jsonl, or the paper's JSON
-list.
-"""
+"""Training pictures in files, listed in a folder's metadata.jsonl or the paper's JSON list."""
 
 import json
 import os
@@ -27,7 +25,7 @@ from imprompt.training.samples import (
 
 @dataclass(frozen=True, slots=True)
 class ListingRow:
-    """One picture of a listing; what the user wrote, joined to the folder."""
+    """One picture of a listing; its paths are joined to the folder."""
 
     picture: str
     references: tuple[str, ...]
@@ -37,7 +35,7 @@ class ListingRow:
 
 
 class Listing:
-    """Pictures in files, named by a listing; it holds one row each."""
+    """Pictures in files that a listing names; it holds one row for each."""
 
     bad_shards: Sequence[BadSample] = ()
 
@@ -49,14 +47,16 @@ class Listing:
         return len(self.rows)
 
     def name(self, index: int) -> str:
+        """Return the path of the target picture."""
         return self.rows[index].picture
 
     def read(self, index: int) -> Sample:
+        """Read a row; raise BadSample without the picture or a required caption."""
         row, name = self.rows[index], self.name(index)
         text = caption(name, row.text, self.captions_required)
         target = self._target(index)
         if not os.path.exists(row.picture):
-            target()  # says what is wrong
+            target()  # raises BadSample with the reason
         references = tuple(
             PictureOpener(name, f"the reference {path}", Path(path)) for path in row.references
         )
@@ -68,6 +68,7 @@ class Listing:
         return Sample(name, target, references or (target,), text, mask)
 
     def size(self, index: int) -> Size:
+        """Return (width, height) from the listing, else from the picture's header."""
         return self.rows[index].size or self._target(index).size()
 
     def _target(self, index: int) -> PictureOpener:
@@ -75,16 +76,16 @@ class Listing:
 
 
 def parse_row(item: Any, names: Names, root: str) -> ListingRow:
-    """One entry of a listing; ValueError with words for what is wrong with its form."""
+    """Parse one entry of a listing; raise ValueError that says what is wrong with its form."""
     if not isinstance(item, dict):
-        raise ValueError(f"a {type(item).__name__} where an object is due")
+        raise ValueError(f"found {type(item).__name__} instead of an object")
     parts = (names.image, names.text, names.reference, names.mask)
     picture, text, references, mask = (first_of(item, part) for part in parts)
     references = [references] if isinstance(references, str) else references or []
     if not (isinstance(picture, str) and picture):
         raise ValueError(f"no text under {' or '.join(names.image)}, which names the picture")
     if not isinstance(text, str | None):
-        raise ValueError(f"{' or '.join(names.text)} is no text")
+        raise ValueError(f"{' or '.join(names.text)} is not a string")
     if not (
         isinstance(references, list) and all(isinstance(path, str) and path for path in references)
     ):
@@ -92,7 +93,7 @@ def parse_row(item: Any, names: Names, root: str) -> ListingRow:
             f"{' or '.join(names.reference)} is neither a file name nor a list of them"
         )
     if mask is not None and not (isinstance(mask, str) and mask):
-        raise ValueError(f"{' or '.join(names.mask)} is no file name")
+        raise ValueError(f"{' or '.join(names.mask)} is not a file name")
     target, *others = (os.path.join(root, path) for path in (picture, *references))
     return ListingRow(
         target, tuple(others), text, given_size(item), mask and os.path.join(root, mask)
@@ -106,7 +107,11 @@ def read_listing(
     names: Names,
     root: Path,
 ) -> list[ListingRow]:
-    """All rows of a listing; SettingError, with the place in it, if one is not of the form."""
+    """Read all rows of a listing.
+
+    Raise SettingError, with the place in it, if one is malformed; also if it names no pictures, or
+    none of the masks that the recipe needs.
+    """
     rows = []
     for place, item in entries(path):
         try:
@@ -124,14 +129,14 @@ def read_listing(
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every line that is not blank."""
+    """Yield (place, value) of every line that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield f"line {number}", parse_json(line, path, number)
 
 
 def json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of every element."""
+    """Yield (place, value) of every element; raise SettingError if it is not a list."""
     items = parse_json(read_text(path), path)
     if not isinstance(items, list):
         raise SettingError(f"{path} holds a {type(items).__name__}, not a list of pictures")
@@ -139,21 +144,26 @@ def json_list(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_text(path: Path) -> str:
+    """Read a file as UTF-8; raise SettingError, with the line, if it is not UTF-8."""
     data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig")  # some editors begin a file with a mark
+        return data.decode("utf-8-sig")  # some editors write a byte order mark first
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise SettingError(f"{path}, line {line}: no UTF-8 text") from error
+        raise SettingError(f"{path}, line {line}: not UTF-8 text") from error
 
 
 def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """The value of a text that begins at `line` of the file."""
+    """Parse JSON text that begins at `line` of the file.
+
+    Raise SettingError, with the line, if it is not valid.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise SettingError(
-            f"{path}, line {line + error.lineno - 1}: no JSON ({error.msg} at column {error.colno})"
+            f"{path}, line {line + error.lineno - 1}: not valid JSON "
+            f"({error.msg} at column {error.colno})"
         ) from error
     except RecursionError as error:
         raise SettingError(f"{path}, line {line}: nested too deep") from error
@@ -164,7 +174,7 @@ LIST_FORM = '{"image_file": "0001.png", "text": "a cat"}'
 
 
 def open_folder(data: Data) -> Source:
-    """The Hub's imagefolder: pictures and a metadata.jsonl."""
+    """Open a folder in the Hub's imagefolder layout: pictures and a metadata.jsonl."""
     root = Path(data.source)
     listing = root / "metadata.jsonl"
     if not listing.is_file():
@@ -172,7 +182,7 @@ def open_folder(data: Data) -> Source:
         raise SettingError(
             f"{root} holds no metadata.jsonl with a line like {FOLDER_FORM} per picture; {others}"
         )
-    # the latter two are imagefolder's own
+    # the last two names are imagefolder's
     references = "reference,references,reference_file_name,reference_file_names"
     names = Names.of(data.columns, "file_name", "text", references)
     return Listing(
@@ -181,7 +191,7 @@ def open_folder(data: Data) -> Source:
 
 
 def open_list(data: Data) -> Source:
-    """The paper's list of pictures."""
+    """Open the paper's list of pictures."""
     listing = Path(data.source)
     if not listing.is_file():
         raise SettingError(f"data.source = {data.source!r}: there is no such file")

@@ -1,5 +1,6 @@
-"""The training run: one for all variants and families, alone or on many processes (`accelerate
-launch`, `torchrun`).
+"""The training run, for all variants and families, on one process or many.
+
+Several processes are started by `accelerate launch` or `torchrun`.
 """
 
 from collections.abc import Callable
@@ -39,9 +40,9 @@ HELD_OUT_DRAWS = 4  # timesteps at which every held-out sample's loss is measure
 
 
 def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
-    """Train to the end, from the latest state of `recipe.output` if there is one.
+    """Train to the last step, from the latest state of `recipe.output` if there is one.
 
-    Give the folder of the last state.
+    Return the folder of the last state.
     """
     with explained_termination(recipe.output):
         watcher = watcher or Watcher()
@@ -54,7 +55,7 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
 
 
 class Run:
-    """The steps of a run, and what is written and told on the way."""
+    """The steps of a run, with its log, saved states and validation."""
 
     def __init__(self, setup: Setup, watcher: Watcher) -> None:
         self.setup, self.watcher = setup, watcher
@@ -65,10 +66,10 @@ class Run:
         self.lock: FileLock | None = None
         first_step = setup.state.step if setup.state else 0
         self.bad = Bad(recipe.output, recipe.data.max_bad, reader, first_step, write=setup.main)
-        self.seen: list[BadSample] = [*reader.bad_shards]  # and not told of yet
+        self.seen: list[BadSample] = [*reader.bad_shards]  # found, but not reported yet
 
     def go(self) -> None:
-        """Every step from the state on."""
+        """Take every step after the latest state."""
         recipe, plan = self.setup.recipe, self.setup.recipe.optimization
         if self.setup.main:
             self.lock = lock_output(recipe.output)
@@ -101,18 +102,19 @@ class Run:
             with clock.paused():
                 if validating:
                     self._validate(step + 1)
-                if saving:  # last: what a state does not cover is told again when the run goes on
+                # saved last: a resumed run reports again what its state does not include
+                if saving:
                     self._save(step + 1)
 
     def _resume(self) -> int:
-        """Take up the latest state; give the steps done."""
+        """Load the latest state; return the number of steps done."""
         if (state := self.setup.state) is None:
             return 0
         adapter = build_adapter(read_adapter(state.folder), self.setup.cpu_copy.family)
         self.trainer.load(adapter.state_dict(), state.training)
         if state.facts["samples"] != len(self.data_pipeline.reader):
             raise ImpromptError(
-                f"{self.setup.recipe.output} was begun with {state.facts['samples']:,} samples, "
+                f"{self.setup.recipe.output} was started with {state.facts['samples']:,} samples, "
                 "the set has "
                 f"{len(self.data_pipeline.reader):,} now: give another output, and start = "
                 f"{str(state.folder)!r} to go on from there"
@@ -126,9 +128,9 @@ class Run:
         )
 
     def _count(self, step: int) -> int:
-        """Tell of the bad samples that all processes met since the last time.
+        """Report the bad samples that all processes found since the last call.
 
-        Give how many there are up to `step`.
+        Return how many there are up to `step`.
         """
         met, self.seen = gathered(self.seen), []
         for error in self.bad.add(met, step):
@@ -157,7 +159,7 @@ class Run:
         self.watcher.stepped(row)
 
     def _save(self, step: int) -> None:
-        """All processes together: their parts are put together, and the first one writes."""
+        """Save a state: all processes gather their parts, and the first one writes."""
         facts: dict[str, Any] = {
             "recipe": self.setup.recipe.model_dump(mode="json"),
             "samples": len(self.data_pipeline.reader),
@@ -194,8 +196,9 @@ class Run:
         return self.setup.cpu_copy
 
     def held_out_loss(self) -> float:
-        """The same on every process, which all take all samples: sharded weights are gathered in
-        every forward pass.
+        """Return the mean loss of the held-out samples, equal on every process.
+
+        Every process takes all samples, because sharded weights are gathered in every forward pass.
         """
 
         def losses(batch: Batch, u: Tensor) -> Tensor:
@@ -232,6 +235,7 @@ class Run:
             tracker.log({f"validation/{name}": value for name, value in scores.items()}, step)
 
     def close(self) -> None:
+        """Close the trackers and release the lock on the output folder."""
         for tracker in self.trackers:
             tracker.close()
         if self.lock is not None:

@@ -1,5 +1,4 @@
-"""What a run trains: a new or given adapter beside a frozen base model, and the frozen models
-around that.
+"""Models of a run: an adapter, new or given, the frozen base model and the frozen models around it.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -26,11 +25,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AdaptedModel(nn.Module):
-    """The frozen base model heard through the adapter. Only the adapter is registered: it alone is
-    trained and saved.
+    """The frozen base model, conditioned through the adapter.
 
-    The base computes in its own precision, the adapter in float32 (its resampler's values leave
-    float16's range).
+    Only the adapter is registered, so only the adapter is trained and saved. The base computes in
+    its configured precision, the adapter in float32 (its resampler's values exceed float16's
+    range).
     """
 
     def __init__(self, base: nn.Module, adapter: IPAdapter) -> None:
@@ -41,8 +40,9 @@ class AdaptedModel(nn.Module):
     def forward(
         self, noisy: Tensor, timestep: Tensor, image: Tensor, conditions: Conditions
     ) -> Tensor:
-        """Return the prediction (B, C, h, w) for noisy latents of that shape, timesteps (B,) and
-        image features.
+        """Predict (B, C, h, w) from noisy latents, timesteps, image features and conditions.
+
+        Noisy latents are (B, C, h, w), timesteps (B,).
         """
         with torch.autocast(noisy.device.type, enabled=False):
             prompt = self.adapter.prompt(self.adapter.tokens(image))
@@ -50,9 +50,9 @@ class AdaptedModel(nn.Module):
 
 
 def open_base(recipe: Recipe, device: torch.device, *, whole: bool) -> Any:
-    """The recipe's model as a pipeline in the precision of the run.
+    """Open the recipe's model as a pipeline in the precision of the run.
 
-    `whole` with all that features come from.
+    With `whole`, it includes all models that encode features.
     """
     dtype = DTYPES[precision(recipe, device)]
     model = find_model(recipe.model)
@@ -63,12 +63,12 @@ def open_base(recipe: Recipe, device: torch.device, *, whole: bool) -> Any:
     pipeline = open_pipeline(model, device, dtype=dtype, without=without)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and vae.config.get("force_upcast") and dtype == torch.float16:
-        vae.float()  # SDXL's overflows in float16
+        vae.float()  # SDXL's VAE overflows in float16
     return pipeline
 
 
 def open_frozen(recipe: Recipe, pipeline: Any) -> FeatureEncoder:
-    """The frozen models around the base, where the pipeline's others are."""
+    """Open the frozen models around the base, on the device of the pipeline's VAE."""
     device: torch.device = pipeline.vae.device
     dtype = pipeline.vae.dtype if device.type == "cuda" else torch.float32
     encoder = open_encoder(encoder_place(recipe), device, dtype)
@@ -76,7 +76,7 @@ def open_frozen(recipe: Recipe, pipeline: Any) -> FeatureEncoder:
 
 
 def prepare_base(base: Any, plan: Optimization, device: torch.device) -> Any:
-    """The base model on the device, as it trains fastest there."""
+    """Move the base model to the device, in the form that trains fastest there."""
     base.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         family_of(base).quicken(base)
@@ -90,9 +90,10 @@ def prepare_base(base: Any, plan: Optimization, device: torch.device) -> Any:
 
 
 def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
-    """The adapter that training starts from: `recipe.start`, or a new one.
+    """Return the adapter that training starts from: `recipe.start`, or a new one.
 
-    In float32, attached to nothing.
+    It is in float32 and not attached. Raise MismatchError if `recipe.start` does not fit the
+    recipe.
     """
     family, row = family_of(base), recipe.adapter_variant
     layers = family.layers(base)
@@ -119,8 +120,10 @@ def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
 
 
 def encoder_place(recipe: Recipe) -> Location:
-    """The recipe's image encoder, or that of the model's first adapter, or the one beside the
-    model.
+    """Return the location of the image encoder.
+
+    It is the recipe's, else the first that the model's adapters name, else the model's folder
+    "image_encoder".
     """
     model = find_model(recipe.model)
     if recipe.encoder is not None:
@@ -131,17 +134,17 @@ def encoder_place(recipe: Recipe) -> Location:
 
 @dataclass(frozen=True)
 class Measures:
-    """What a recipe's pictures become, told by the model's configuration alone."""
+    """Sizes of a recipe's pictures and latents, by the model's configuration alone."""
 
     size: int  # pixels a side
     unit: int  # pixels a side that one latent stands for
     channels: int  # C
-    scaling: float  # latents are (what the VAE gives - shift) · scaling
+    scaling: float  # latents are (the VAE's output - shift) · scaling
     shift: float
 
 
 def measure_model(recipe: Recipe) -> Measures:
-    """SettingError if the model cannot take pictures of the recipe's size."""
+    """Return the sizes of a recipe; raise SettingError if they do not fit the model."""
     model = find_model(recipe.model)
     vae, family = part_config(model, "vae"), model_parts(model)[1]
     unit = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -156,15 +159,19 @@ def measure_model(recipe: Recipe) -> Measures:
 
 
 def best_device() -> torch.device:
-    """The accelerator if there is one that computes, else the CPU: torch built for CUDA names one
-    on machines without a driver.
+    """Return the accelerator if one is available, else the CPU.
+
+    PyTorch built for CUDA names an accelerator also on machines without a driver.
     """
     there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return there or torch.device("cpu")
 
 
 def precision(recipe: Recipe, device: torch.device) -> str:
-    """Of the frozen base: bf16 where the machine is fast at it, if the recipe leaves it open."""
+    """Return the precision of the frozen base: the recipe's, or for "auto" bf16 where it is fast.
+
+    Raise SettingError for fp16 on a CPU.
+    """
     wanted = recipe.optimization.precision
     if wanted == "fp16" and device.type == "cpu":
         raise SettingError(
@@ -174,7 +181,7 @@ def precision(recipe: Recipe, device: torch.device) -> str:
 
 
 def bf16_is_fast() -> bool:
-    """On any recent GPU, and on CPUs with its instructions."""
+    """Return whether bf16 is fast: on any recent GPU, and on CPUs with instructions for it."""
     return torch.cuda.is_available() or bool(
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     )

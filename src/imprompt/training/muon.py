@@ -1,10 +1,11 @@
-"""Muon: momentum made orthogonal for weight matrices, AdamW for everything else (Jordan et al.
-2024, https://kellerjordan.github.io/posts/muon/), scaled as by Liu et al. 2025 (arXiv
-2502.16982, section 2.2).
+"""Muon: orthogonalized momentum for weight matrices, AdamW for everything else.
 
-Not `torch.optim.Muon`, which torch 2.6 lacks and 2.13 has for 2-D parameters only, one at a time:
-this one takes convolutions too, matrices of one shape in one multiplication, and AdamW for the rest
-under the same learning rate.
+By Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/), scaled as by Liu et al. 2025
+(arXiv 2502.16982, section 2.2).
+
+`torch.optim.Muon` is not used: torch 2.6 lacks it, and that of 2.13 takes 2-D parameters only, one
+at a time. This one also takes convolutions, multiplies matrices of one shape together, and uses
+AdamW for the other parameters under the same learning rate.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,26 +17,28 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
-# Coefficients of the quintic whose repeated use drives all singular values towards 1, and how often
-# it is used.
+# Coefficients of the quintic whose iteration moves all singular values towards 1, and the number
+# of iterations.
 QUINTIC, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-ADAMW_SHARE = (
-    0.4  # of the learning rate, for what is no matrix: 1 was slower in trials on an autoencoder
-)
-UPDATE_RMS = 0.2  # of a matrix's update, as a share of the learning rate: about what AdamW's is
+# AdamW's share of the learning rate: with 1, trials on an autoencoder learned more slowly
+ADAMW_SHARE = 0.4
+# root mean square of a matrix's update, relative to the learning rate: about that of AdamW
+UPDATE_RMS = 0.2
 
 
 def weight_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of linear layers and convolutions: no biases, norms, embeddings, latents
-    or positions.
+    """Return the weights of linear layers and convolutions.
+
+    They exclude biases, norms, embeddings, latents and positions.
     """
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [layer.get_parameter("weight") for layer in module.modules() if isinstance(layer, kinds)]
 
 
 def orthogonal(matrices: Tensor, precision: torch.dtype = torch.bfloat16) -> Tensor:
-    """Bring the singular values of matrices (N, rows, columns) near 1, by a Newton-Schulz iteration
-    in that precision.
+    """Bring the singular values of matrices (N, rows, columns) near 1.
+
+    A Newton-Schulz iteration in that precision.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).to(precision)
@@ -52,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     momentum   of the matrices' gradients, Nesterov's
     betas      of AdamW
-    precision  of `orthogonal`, which makes of a gradient's rounding errors up to 500 times as much
+    precision  of `orthogonal`, which amplifies a gradient's rounding errors up to 500 times
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

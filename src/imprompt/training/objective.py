@@ -1,4 +1,4 @@
-"""What the adapted model is trained to predict, of latents how noisy, and what each error weighs.
+"""Training objective: what the model predicts, at which noise, and what each error weighs.
 
 Shape letters as in `imprompt.training.features`; S timesteps of the noise schedule, numbered from
 the least noisy.
@@ -30,14 +30,18 @@ TARGETS: dict[Prediction, Coefficients] = {
 
 
 class Schedule(NamedTuple):
+    """A noise schedule: α, σ and timestep of every row."""
+
     alpha: Tensor  # (S,)
     sigma: Tensor  # (S,)
-    timesteps: Tensor  # (S,) as the model is told them
+    timesteps: Tensor  # (S,) as the model takes them
 
 
 class Losses(NamedTuple):
-    """Of every sample (B,), in float32: the mean squared error weighted for training (by timestep
-    and mask), and as it is.
+    """Losses of every sample (B,), in float32.
+
+    `weighted` is the mean squared error weighted for training (by timestep and mask), `plain` the
+    same error without weights.
     """
 
     weighted: Tensor
@@ -45,9 +49,9 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The loss of a base model's scheduler, as tables over the timesteps. It has no weights.
+    """The loss of a base model's scheduler, as tables over the timesteps.
 
-    `to(device)` moves the tables.
+    It has no weights; `to(device)` moves the tables.
 
     Raises SettingError for a scheduler that training does not know, or a zero terminal SNR that the
     model cannot learn at.
@@ -80,26 +84,27 @@ class Objective(nn.Module):
             self.register_buffer(name, table, persistent=False)
 
     def draw(self, u: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) (B,) -> the timesteps to train at (B,): rows, bent towards the
-        noisier by `noise.power`.
+        """Return the timesteps to train at (B,), as rows, for uniform numbers in [0, 1) (B,).
+
+        `noise.power` above 1 makes noisier timesteps more frequent.
         """
         return self.row(u if self.power == 1 else 1 - (1 - u) ** self.power)
 
     def row(self, u: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) (B,) -> timesteps as rows of the tables (B,).
+        """Return timesteps as rows of the tables (B,) for uniform numbers in [0, 1) (B,).
 
         Diffusion draws them evenly. Flow matching draws those in the middle more often:
         logit-normal, the best of those compared by Esser et al. 2024 (arXiv 2403.03206, section
         3.1) and what diffusers trains with.
         """
         share = torch.special.ndtri(u).sigmoid() if self.prediction_type == "flow" else u
-        # a rounded u may be 1
+        # u may be rounded to 1
         return (share * len(self.alpha)).long().clamp_max(len(self.alpha) - 1)
 
     def shift(self, noise: Tensor, offset: Tensor) -> Tensor:
-        """Noise (B, C, h, w) moved by one number a channel, offset (B, C, 1, 1) standard normal, of
-        strength `noise.offset`:
+        """Shift noise (B, C, h, w) by one random number per channel, of strength `noise.offset`.
 
+        `offset` (B, C, 1, 1) is standard normal.
         https://www.crosslabs.org/blog/diffusion-with-offset-noise
         """
         return noise + self.offset * offset
@@ -107,8 +112,10 @@ class Objective(nn.Module):
     def corrupt(
         self, latents: Tensor, noise: Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents and noise (B, C, h, w), timesteps as rows (B,) -> noisy latents, the model's
-        timesteps (B,), the target.
+        """Add noise to latents at timesteps given as rows (B,).
+
+        Latents and noise are (B, C, h, w). Return noisy latents, the model's timesteps (B,) and the
+        target.
         """
         latents, noise = latents.float(), noise.float()
         alpha, sigma, of_latents, of_noise = (
@@ -124,8 +131,9 @@ class Objective(nn.Module):
     def losses(
         self, prediction: Tensor, target: Tensor, index: Tensor, mask: Tensor | None = None
     ) -> Losses:
-        """Prediction and target (B, C, h, w), timesteps as rows (B,), mask (B, 1, h, w) in [0, 1]
-        -> losses (B,).
+        """Return the losses (B,) of a prediction.
+
+        Prediction and target are (B, C, h, w), timesteps rows (B,), mask (B, 1, h, w) in [0, 1].
         """
         errors = (prediction.float() - target.float()).square()
         plain = errors.mean((1, 2, 3))
@@ -138,21 +146,22 @@ class Objective(nn.Module):
 
 
 def emphasis(mask: Tensor, weight: float) -> Tensor:
-    """Mask (B, 1, h, w) in [0, 1] -> weights of that shape: 1 + weight where it is white to 1 where
-    it is black, of mean 1.
+    """Convert a mask (B, 1, h, w) in [0, 1] to weights of that shape.
 
-    The mean is each sample's own. So a sample counts as much as another however much of it is
-    white, one without a mask as ever, and the loss does not depend on which samples share a batch,
-    a part of it or a process.
+    Before division by their mean they are 1 + weight where the mask is white, 1 where it is black.
+
+    The mean is that of each sample. So every sample counts equally, however much of it is white and
+    also without a mask, and the loss does not depend on which samples share a batch, a part of it
+    or a process.
     """
     weights = 1 + weight * mask
     return weights / weights.mean((1, 2, 3), keepdim=True)
 
 
 def prediction_type(scheduler: Any) -> Prediction:
-    """What the model of that diffusers scheduler predicts.
+    """Return what the model of a diffusers scheduler predicts.
 
-    SettingError if training does not know it.
+    Raise SettingError if training does not know it.
     """
     config, name = scheduler.config, type(scheduler).__name__
     stated = config.get("prediction_type")
@@ -170,10 +179,10 @@ def prediction_type(scheduler: Any) -> Prediction:
 
 
 def diffusion(scheduler: Any, noise: NoiseSettings) -> Schedule:
-    """α = √ᾱ and σ = √(1 - ᾱ) (Ho et al. 2020, equation 4), told by number.
+    """Return the schedule with α = √ᾱ and σ = √(1 - ᾱ) (Ho et al. 2020, equation 4).
 
-    With zero terminal SNR the betas are rescaled as Lin et al. 2023 do (arXiv 2305.08891, algorithm
-    1).
+    The model takes a timestep as its number. With zero terminal SNR the betas are rescaled as Lin
+    et al. 2023 do (arXiv 2305.08891, algorithm 1).
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -182,7 +191,7 @@ def diffusion(scheduler: Any, noise: NoiseSettings) -> Schedule:
         raise SettingError(
             "zero terminal SNR (noise.zero_terminal_snr, or the model's own "
             "rescale_betas_zero_snr) needs a model that predicts v: "
-            "at SNR 0 all that this one is given is epsilon, which it predicts"
+            "at SNR 0 the input of this one is epsilon alone, which is what it predicts"
         )
     schedule: Any = DDPMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=rescale)
     signal: Tensor = schedule.alphas_cumprod
@@ -190,11 +199,11 @@ def diffusion(scheduler: Any, noise: NoiseSettings) -> Schedule:
 
 
 def flow(scheduler: Any, _: NoiseSettings) -> Schedule:
-    """α = 1 - σ with diffusers' σ, shifted as the scheduler says, told as σ times the number of
-    timesteps.
+    """Return the schedule of flow matching, α = 1 - σ with diffusers' σ.
 
-    A shift that depends on the picture's size (`use_dynamic_shifting`) is for sampling only, as in
-    diffusers. The last timestep is pure noise: its SNR is zero in any case.
+    σ is shifted as the scheduler's configuration states. The model takes a timestep as σ times the
+    number of timesteps. A shift that depends on the picture's size (`use_dynamic_shifting`) is for
+    sampling only, as in diffusers. The last timestep is pure noise: its SNR is zero in any case.
     """
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
         FlowMatchEulerDiscreteScheduler,
@@ -213,11 +222,11 @@ def flow(scheduler: Any, _: NoiseSettings) -> Schedule:
 def min_snr(
     alpha: Tensor, sigma: Tensor, of_latents: Tensor, of_noise: Tensor, gamma: float
 ) -> Tensor:
-    """Weights (S,) of Hang et al. 2023 (arXiv 2303.09556, section 3.4): min(SNR, γ) on the error in
-    x0, whatever is predicted.
+    """Return the weights (S,) of Hang et al. 2023 (arXiv 2303.09556, section 3.4).
 
-    An error in the target l · x0 + n · ε is σ / (n · α - l · σ) times as large in x0, for x_t is
-    known. For ε that gives min(SNR, γ) / SNR, for v min(SNR, γ) / (SNR + 1).
+    They are min(SNR, γ) on the error in x0, whatever the model predicts. An error in the target
+    l · x0 + n · ε is σ / (n · α - l · σ) times as large in x0, because x_t is known. For ε that
+    gives min(SNR, γ) / SNR, for v min(SNR, γ) / (SNR + 1).
     """
     alpha, sigma, of_latents, of_noise = (
         table.double() for table in (alpha, sigma, of_latents, of_noise)
@@ -231,8 +240,8 @@ class ByTimestep(nn.Module):
 
     Adding never waits for the device.
 
-    `totals` (2, BUCKETS), losses and samples, is all its state: summed over the ranks it speaks for
-    all of them.
+    `totals` (2, BUCKETS), losses and samples, is its whole state; summed over the ranks, it is that
+    of all of them.
     """
 
     totals: Tensor
@@ -251,16 +260,22 @@ class ByTimestep(nn.Module):
         ]
 
     def bucket(self, index: Tensor) -> Tensor:
+        """Return the part of the schedule (B,) for timesteps given as rows (B,)."""
         return index * BUCKETS // self.timesteps
 
     @torch.no_grad()
     def add(self, losses: Tensor, index: Tensor, count: Tensor) -> None:
-        """Losses and timesteps as rows (B,); count (B,) is 0 for what is no sample, else 1."""
+        """Add losses (B,) at timesteps given as rows (B,).
+
+        `count` (B,) is 1 for a sample, 0 for one that could not be read.
+        """
         self.totals.index_add_(1, self.bucket(index), torch.stack([losses * count, count]))
 
     def read(self) -> dict[str, float]:
-        """ "loss/100-199" and so on, and "snr_db/100-199": the power of the signal over that of the
-        noise there, in decibels.
+        """Return loss and signal-to-noise ratio of every part that has samples.
+
+        "loss/100-199" and so on, and "snr_db/100-199": the power of the signal over that of the
+        noise, in decibels.
         """
         rows = zip(self.names, *self.totals.tolist(), self.decibels, strict=True)
         seen = [(name, total / count, decibels) for name, total, count, decibels in rows if count]
@@ -269,4 +284,5 @@ class ByTimestep(nn.Module):
         }
 
     def reset(self) -> None:
+        """Set the totals to zero."""
         self.totals.zero_()

@@ -1,8 +1,7 @@
-"""Which samples make which step: a function of seed and step alone, whatever processes and workers
-read them.
+"""Order of training: which samples make which step, a function of seed and step alone.
 
-So a run goes on exactly where it stopped, also with another number of processes, and no position
-has to be saved but the step.
+It does not depend on the processes and workers that read them. So a run resumes exactly where it
+stopped, also with another number of processes, and only the step has to be saved.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,9 @@ import numpy as np
 
 
 class SampleIndex(NamedTuple):
-    """One showing of a sample: what is random about it (noise, drops, …) is drawn from these two
-    and the seed.
+    """One draw of a sample.
+
+    What is random about it (noise, drops, …) is drawn from these two numbers and the seed.
     """
 
     epoch: int
@@ -22,16 +22,16 @@ class SampleIndex(NamedTuple):
 
 
 class Order:
-    """Every epoch all samples once, in a new order; every batch of one bucket.
+    """Batches of one bucket each; an epoch takes all samples once, in a new order.
 
-    A sample waits until its bucket has a whole batch, if need be into the next epoch: none is left
-    out or shown twice.
+    A sample waits until its bucket has a complete batch, if necessary into the next epoch: none is
+    left out or drawn twice.
 
     shards   the samples' numbers, shard by shard
-    batch    samples a step, over all processes
-    buckets  the bucket of every sample number; None: all alike
-    window   how many shards are mixed at a time (all if None), so that of remote shards only these
-             are needed at once
+    batch    samples in a step, over all processes
+    buckets  the bucket of every sample number; None: all have one
+    window   number of shards mixed at a time (all if None), so that only these remote shards are
+             needed at once
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Order:
         self.window = window or len(shards)
 
     def epoch(self, number: int) -> np.ndarray:
-        """The samples in the order of that epoch (samples,)."""
+        """Return the samples in the order of that epoch (samples,)."""
         random = np.random.default_rng((self.seed, number))
         order = random.permutation(len(self.shards))
         windows = [
@@ -60,7 +60,7 @@ class Order:
         )
 
     def steps(self, start: int = 0) -> Iterator[list[SampleIndex]]:
-        """The batches from step `start` on, without end."""
+        """Yield the batches from step `start` on, without end."""
         waiting: dict[int, np.ndarray] = {}  # bucket -> rows of (epoch, index)
         passed = 0
         for number in count():
@@ -70,15 +70,14 @@ class Order:
             passed += len(batches)
 
     def _fill(self, waiting: dict[int, np.ndarray], number: int) -> list[np.ndarray]:
-        """The batches that an epoch completes, each when its last sample comes.
+        """Return the batches that an epoch completes, in the order in which they become complete.
 
-        What is left over stays in `waiting`.
+        Samples that are left over stay in `waiting`.
         """
         order = self.epoch(number)
         of = np.zeros_like(order) if self.buckets is None else self.buckets[order]
-        found: list[
-            tuple[int, np.ndarray]
-        ] = []  # (place in the epoch at which the batch is full, its rows)
+        # (position in the epoch at which the batch is complete, its rows)
+        found: list[tuple[int, np.ndarray]] = []
         for bucket in np.unique(of).tolist():
             places = np.flatnonzero(of == bucket)
             fresh = np.stack([np.full(len(places), number), order[places]], 1)

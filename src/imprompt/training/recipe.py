@@ -1,4 +1,4 @@
-"""A training run as a TOML file."""
+"""The recipe of a training run, read from a TOML file."""
 
 import difflib
 import tomllib
@@ -16,34 +16,33 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Part(BaseModel):
+    """A group of keys; unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Columns(Part):
-    """What the parts of a sample are called: keys of metadata.jsonl or a JSON list, columns of a
-    Hub dataset, or file endings in tar shards (several with commas). None: the format's own
-    names.
+    """Names of a sample's parts in the training set.
+
+    They are keys of metadata.jsonl or a JSON list, columns of a Hub dataset, or file endings in tar
+    shards (several are separated by commas). None: the format's own names.
     """
 
     image: str | None = None
     text: str | None = None
-    reference: str | None = (
-        # the image prompt's picture, or a list of them; the target picture itself where there is
-        # none
-        None
-    )
-    mask: str | None = (
-        # a picture that is white where an error counts more: noise.mask_weight; None: there are no
-        # masks
-        None
-    )
+    # picture or pictures of the image prompt; a sample without one is prompted by its target
+    reference: str | None = None
+    # picture that is white where an error counts more (noise.mask_weight); None: no masks
+    mask: str | None = None
 
 
 class Data(Part):
-    """What is trained on. `source` is one of
+    """The training set and how its samples are drawn.
 
-    a folder with metadata.jsonl     a line per picture: {"file_name": "0001.png", "text": "a cat",
-    "reference": "0002.png"}
+    `source` is one of
+
+    folder with metadata.jsonl       a line per picture: {"file_name": "0001.png", "text": "a cat",
+                                     "reference": "0002.png"}
     list.json                        the paper's list: [{"image_file": "0001.png", "text": "a cat"},
                                      …]
     shards/{0000..0099}.tar          WebDataset tar shards, local or behind a URL
@@ -52,29 +51,24 @@ class Data(Part):
     """
 
     source: str
-    root: Path | None = None  # where the pictures of a JSON list are; beside the list if not given
+    root: Path | None = None  # of a JSON list's pictures; the folder of the list if not given
     columns: Columns = Columns()
-    captions: Literal["required", "optional"] = (
-        "required"  # whether a sample without a caption is a bad one
-    )
-    features: Path | None = (
-        # folder of encoded features: filled first if it is not, then read in place of the pictures
-        None
-    )
-    size: Annotated[int, Field(ge=8)] | None = (
-        None  # pixels a side, or of a bucket's square; the model's own if not given
-    )
-    buckets: bool = (
-        False  # keep the aspect ratio, in steps of `bucket_step`, at the area of size × size
-    )
+    # whether a sample without a caption is bad
+    captions: Literal["required", "optional"] = "required"
+    # folder of encoded features: encoded first if necessary, then read instead of the pictures
+    features: Path | None = None
+    # pixels a side, or a side of the square with a bucket's area; the model's own if not given
+    size: Annotated[int, Field(ge=8)] | None = None
+    # keep the aspect ratio, in steps of `bucket_step`, at the area of size × size
+    buckets: bool = False
     bucket_step: Annotated[int, Field(ge=8)] = 64  # pixels
-    max_aspect: Annotated[float, Field(ge=1)] = 2.0  # of a bucket
+    max_aspect: Annotated[float, Field(ge=1)] = 2.0  # largest aspect ratio of a bucket
     flip: bool = False  # mirror every other draw of a picture
-    drop_text: Share = 0.05  # the paper's drops (section 4.1): each alone, and both
+    drop_text: Share = 0.05  # the paper's drop rates (section 4.1): each alone, and both
     drop_image: Share = 0.05
     drop_both: Share = 0.05
-    held_out: Annotated[int, Field(ge=0)] = 0  # samples kept for measuring, never trained on
-    max_bad: Share = 0.01  # of the samples; with more that cannot be read, training stops
+    held_out: Annotated[int, Field(ge=0)] = 0  # samples for validation, never trained on
+    max_bad: Share = 0.01  # share of bad samples above which training stops
     workers: Annotated[int, Field(ge=0)] = 2  # processes that read ahead, in each training process
 
     @model_validator(mode="after")
@@ -88,58 +82,53 @@ class Data(Part):
 
 
 class Optimization(Part):
-    """How the adapter's weights are changed.
+    """How the adapter's weights are trained.
 
-    AdamW with the paper's settings if nothing is given.
+    The defaults are AdamW with the paper's settings.
     """
 
     steps: Count
-    batch_size: Count = 8  # samples a step, over all processes and accumulated parts
-    accumulate: Count = 1  # parts that a step's batch is taken in
-    # adamw8bit needs the extra 8bit; muon is for weight matrices, under it AdamW for all else:
-    # `imprompt.training.muon`.
+    batch_size: Count = 8  # samples in a step, over all processes and accumulated parts
+    accumulate: Count = 1  # parts into which a step's batch is divided
+    # adamw8bit needs the extra 8bit; muon trains weight matrices, and AdamW all else with it
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest norm of the gradient
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = (
-        None  # decay of the weights' moving average; none is kept if not given
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # of the frozen base; auto: bf16 where the machine is fast at it
-    )
-    checkpointing: bool = (
-        False  # compute activations again instead of keeping them: less memory, a third slower
-    )
+    # decay of the weights' moving average; none is kept if not given
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # of the frozen base; auto: bf16 where the machine computes it fast
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # compute activations again instead of keeping them: less memory, a third slower
+    checkpointing: bool = False
     compile: bool = False  # torch.compile the base: minutes at the start, faster steps
 
 
 class NoiseSettings(Part):
-    """Beyond the plain loss; what is predicted (noise, v or flow) is the base model's affair."""
+    """Additions to the plain loss.
 
-    min_snr: Annotated[float, Field(gt=0)] | None = (
-        None  # gamma (Hang et al. 2023, arXiv 2303.09556); 5 is usual
-    )
-    zero_terminal_snr: bool = (
-        False  # rescale the schedule (Lin et al. 2023, arXiv 2305.08891); for v prediction
-    )
-    # Above 1, noisier timesteps are drawn more often, t = 1 - u^power: there it is decided what is
-    # where (Mou et al. 2023,
-    # arXiv 2302.08453, section 3.4, with power 3).
+    What is predicted (noise, v or flow) depends on the base model.
+    """
+
+    # gamma (Hang et al. 2023, arXiv 2303.09556); 5 is usual
+    min_snr: Annotated[float, Field(gt=0)] | None = None
+    # rescale the schedule (Lin et al. 2023, arXiv 2305.08891); for v prediction
+    zero_terminal_snr: bool = False
+    # Above 1, noisier timesteps, which decide the layout, are drawn more often: t = 1 - u^power
+    # (Mou et al. 2023, arXiv 2302.08453, section 3.4, with power 3).
     power: Annotated[float, Field(gt=0)] = 1.0
-    offset: Annotated[float, Field(ge=0)] = (
-        0.0  # strength of noise that is equal over a channel; 0.05 is usual
-    )
-    # Where the mask (data.columns.mask) is white, an error weighs 1 + mask_weight times what it
-    # weighs where it is black.
+    # strength of noise that is equal over a channel; 0.05 is usual
+    offset: Annotated[float, Field(ge=0)] = 0.0
+    # An error weighs 1 + mask_weight times as much where the mask is white as where it is black.
     mask_weight: Annotated[float, Field(ge=0)] = 0.0
 
 
 class Validation(Part):
-    """A grid of pictures every `every` steps: every image prompt (row) with every text and scale
-    (columns), from fixed noise.
+    """A grid of pictures every `every` steps, from fixed noise.
+
+    Its rows are image prompts, its columns texts and scales.
     """
 
     every: Count | None = None  # steps; none is made if not given
@@ -149,37 +138,35 @@ class Validation(Part):
     steps: Count = 25
     guidance: Annotated[float, Field(ge=0)] = 7.5
     seed: int = 0
-    clip: str | None = (
-        # folder or Hub id of a whole CLIP for CLIP-I and CLIP-T; else CLIP-I by the adapter's
-        # encoder
-        None
-    )
+    # folder or Hub id of a CLIP for CLIP-I and CLIP-T; else CLIP-I by the adapter's encoder
+    clip: str | None = None
 
 
 class Logging(Part):
+    """How often the numbers of a run are logged, and to which trackers."""
+
     every: Count = 25  # steps
-    # beside metrics.jsonl; wandb needs the extra of that name
+    # in addition to metrics.jsonl; wandb needs the extra of that name
     to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
 
 class Recipe(Part):
-    """One run: what is trained, on what, how, and where its states go."""
+    """One run: what is trained, on what, how, and where its states are saved."""
 
     model: str
     variant: str = "base"
     tokens: Count | None = None  # the variant's own if not given
     depth: Count | None = None  # layers of the resampler (plus)
     encoder: str | None = None  # CLIP, SigLIP or DINOv2; the model's default if not given
-    # what plus and full read of it: "penultimate" (if not given), "last", or several levels side by
-    # side, as "levels 7,13,26": level 0 is what the first layer reads, level n what layer n gives
+    # what plus and full read of it: "penultimate" (if not given), "last", or several levels
+    # concatenated, as "levels 7,13,26": level 0 is the first layer's input, n the nth's output
     feature: Feature | None = None
-    start: str | None = (
-        None  # adapter to go on from: a name, file, state folder or Hub file; fresh if not given
-    )
+    # adapter to start from: a name, file, state folder or Hub file; a new one if not given
+    start: str | None = None
     output: Path
     seed: int = 0
     save_every: Count = 1000  # steps
-    keep: Count = 2  # states, beside the best
+    keep: Count = 2  # newest states; the best one is kept as well
     licence: str = ""
     data: Data
     optimization: Optimization
@@ -196,7 +183,7 @@ class Recipe(Part):
         except SettingError as error:
             raise ValueError(str(error)) from error
         if self.depth is not None and self.variant != "plus":
-            raise ValueError("depth is of the plus variant's resampler")
+            raise ValueError("depth is an option of the plus variant only")
         if self.tokens is not None and self.variant == "full":
             raise ValueError("the full variant has one token per patch: leave tokens out")
         if self.noise.mask_weight and not self.data.columns.mask:
@@ -219,9 +206,9 @@ class Recipe(Part):
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with `key.sub=value` overrides.
+    """Read the recipe in a TOML file, with `key.sub=value` overrides.
 
-    SettingError with one line that names the key.
+    Raise SettingError with one line that names the key.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -233,7 +220,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"no recipe {path} ({first_line(error)}); give a TOML file such as those in recipes/"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingError(f"{path} is no TOML: {error}") from error
+        raise SettingError(f"{path} is not valid TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "recipe"
@@ -255,17 +242,17 @@ def _set(table: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a text
+        value = text  # a word without quotes is a string
     groups, _, name = key.strip().rpartition(".")
     for group in filter(None, groups.split(".")):
         table = table.setdefault(group, {})
         if not isinstance(table, dict):
-            raise SettingError(f"--set {override}: {group} is no group of keys")
+            raise SettingError(f"--set {override}: {group} is not a group of keys")
     table[name] = value
 
 
 def _meant(loc: tuple[str | int, ...]) -> str:
-    """What an unknown key was probably meant to be; `loc` is (key,) or (group, key) or longer."""
+    """Return a hint for an unknown key; `loc` is (key,) or (group, key) or longer."""
     group: Any = Recipe
     for name in loc[:-1]:
         group = group.model_fields[str(name)].annotation

@@ -1,6 +1,4 @@
-"""A training sample, and what every source of samples gives: samples by number, so that one order
-serves them all.
-"""
+"""A training sample, and the interface of every source: samples by number."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,21 +11,21 @@ from imprompt.errors import ImpromptError
 from imprompt.images import UnusableImage, image_size, open_image
 from imprompt.training.recipe import Columns
 
-Opener = Callable[[], Image.Image]  # gives upright RGB, of a mask 8-bit grey; raises BadSample
+Opener = Callable[[], Image.Image]  # returns upright RGB, 8-bit grey for masks; raises BadSample
 Size = tuple[int, int]  # width, height in pixels
-SIDES = ["width", "height"]  # keys and columns that may tell it
+SIDES = ["width", "height"]  # keys and columns that may hold the size
 T = TypeVar("T")
 
 
 class BadSample(ImpromptError):
-    """A sample that cannot be used: `name` is how a person finds it, `why` one line, `kind` the
-    sort of trouble.
+    """A sample that cannot be used.
 
-    A shard that cannot be opened stands for as many `samples` as the others hold on average.
+    `name` is how a person finds it, `why` one line, `kind` the type of problem. A shard that cannot
+    be opened counts as many `samples` as the others hold on average.
     """
 
     def __init__(self, name: str, why: str, kind: str = "other", samples: int = 1) -> None:
-        # as they are, so that it can be pickled: it crosses from the reading processes
+        # the original arguments, because reading processes send the error by pickle
         super().__init__(name, why, kind, samples)
         self.name, self.why, self.kind, self.samples = name, why, kind, samples
 
@@ -37,30 +35,30 @@ class BadSample(ImpromptError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A target picture, the pictures that may prompt it (one of them is drawn each time), a caption
-    and perhaps a mask.
+    """A target picture, the pictures that may prompt it, a caption and perhaps a mask.
+
+    One of the references is drawn each time.
     """
 
     name: str
     picture: Opener
-    # never empty: the target picture itself where the set names none
+    # never empty: the target picture itself if the set names no reference
     references: tuple[Opener, ...]
     text: str
-    mask: Opener | None = (
-        None  # white where an error in the target counts more; None: it counts evenly
-    )
+    # white where an error in the target counts more; None: it counts evenly
+    mask: Opener | None = None
 
     def checked_mask(self, picture: Image.Image) -> Image.Image | None:
-        """Open the mask of the target picture, which is given.
+        """Open the mask of the given target picture, if there is one.
 
-        BadSample if it is of another shape than that.
+        Raise BadSample if its aspect ratio is not the picture's.
         """
         if self.mask is None:
             return None
         mask = self.mask()
         (wide, high), (width, height) = mask.size, picture.size
         if abs(wide * height - high * width) > max(width, height):
-            # more than rounding when it was made smaller
+            # more than what rounding of a smaller mask explains
             why = (
                 f"the mask has {wide}×{high} pixels, the picture {width}×{height}: another aspect "
                 "ratio"
@@ -72,45 +70,53 @@ class Sample:
 class Source(Protocol):
     """A training set.
 
-    Copies of it travel to reading processes (pickle), so open files are not kept across.
+    Copies of it are sent to reading processes (pickle), without open files.
     """
 
-    # how many samples each shard holds, in order; a set without shards is one
+    # number of samples in each shard, in order; a set without shards is one shard
     shards: Sequence[int]
-    # what shards that are no tar, or cut off, probably held beyond `shards`
+    # unreadable or cut-off shards, with the estimated number of samples missing from `shards`
     bad_shards: Sequence[BadSample]
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """How a person finds the sample: a file, or a shard and a key."""
+        """Return how a person finds the sample: a file, or a shard and a key."""
         ...
 
     def read(self, index: int) -> Sample:
-        """BadSample if it is not there, or has no caption where captions are required."""
+        """Read a sample.
+
+        Raise BadSample if it is absent, or has no caption where captions are required.
+        """
         ...
 
     def size(self, index: int) -> Size:
-        """(width, height) of the upright target picture, from its header alone; BadSample."""
+        """Return (width, height) of the upright target picture, from its header alone.
+
+        Raise BadSample if it cannot be read.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class PictureOpener:
-    """The opener of one picture of a sample. `part` says which: "the file", "the reference …", "the
-    mask …".
+    """Opener of one picture of a sample.
+
+    `part` names the picture: "the file", "the reference …", "the mask …".
     """
 
     sample: str
     part: str
-    place: Path | bytes | Callable[[], bytes]  # the latter raises BadSample
-    opened: Callable[..., Image.Image] = open_image  # how
+    place: Path | bytes | Callable[[], bytes]  # the function raises BadSample
+    opened: Callable[..., Image.Image] = open_image  # how to open it
 
     def __call__(self) -> Image.Image:
+        """Open the picture; raise BadSample if it cannot be used."""
         return self._do(self.opened)
 
     def size(self) -> Size:
-        """From the header alone."""
+        """Return (width, height) from the header alone; raise BadSample."""
         return self._do(image_size)
 
     def _do(self, work: Callable[..., T]) -> T:
@@ -121,7 +127,10 @@ class PictureOpener:
 
 
 def caption(name: str, text: str | None, required: bool) -> str:
-    """The caption to train with; BadSample if there has to be one and is not."""
+    """Return the caption to train with.
+
+    Raise BadSample if it is required and absent, or not Unicode text.
+    """
     text = (text or "").strip()
     if required and not text:
         raise BadSample(
@@ -129,23 +138,24 @@ def caption(name: str, text: str | None, required: bool) -> str:
         )
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half an emoji, as JSON's \ud83d: no tokenizer takes it
-        raise BadSample(name, "its caption is no Unicode text", "damaged") from error
+    except UnicodeEncodeError as error:
+        # half an emoji, such as JSON's \ud83d, which no tokenizer takes
+        raise BadSample(name, "its caption is not Unicode text", "damaged") from error
     return text
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the parts of a sample may be called, in the order in which they are looked for."""
+    """Possible names of a sample's parts, in the order in which they are tried."""
 
     image: tuple[str, ...]
     text: tuple[str, ...]
     reference: tuple[str, ...]
-    mask: tuple[str, ...]  # empty: masks are not asked for
+    mask: tuple[str, ...]  # empty: masks are not used
 
     @classmethod
     def of(cls, columns: Columns, image: str, text: str, reference: str) -> "Names":
-        """The recipe's names, or the format's own; several with commas."""
+        """Return the recipe's names, or the format's own; several are separated by commas."""
         pairs = (
             (columns.image, image),
             (columns.text, text),
@@ -161,12 +171,12 @@ class Names:
 
 
 def first_of(item: dict[str, Any], names: Sequence[str]) -> Any:
-    """The first value that is there under one of the names, or None."""
+    """Return the first value that is present under one of the names, or None."""
     return next((item[name] for name in names if item.get(name) is not None), None)
 
 
 def given_size(item: dict[str, Any]) -> Size | None:
-    """A picture's size where the set says it, so that the picture need not be opened for that."""
+    """Return a picture's size if the set states it, so that its file need not be opened."""
     match [item.get(side) for side in SIDES]:
         case [int(width), int(height)] if width > 0 and height > 0:
             return width, height

@@ -1,4 +1,4 @@
-"""Everything that a training run is put together from, by its recipe.
+"""Setup of a training run by its recipe.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -44,20 +44,20 @@ from imprompt.training.state import State, load_state
 from imprompt.training.step import Trainer
 from imprompt.training.validation import Validator
 
-# with a process at work alone: the first one validates, or one has more to encode than others
+# how long processes wait for one that works alone: it validates, or has more to encode
 PATIENCE = timedelta(hours=2)
 OnEncoded = Callable[[int, int], None]  # (samples done, samples in all)
 
 
 @dataclass
 class Setup:
-    """What a run holds.
+    """The parts of a run.
 
-    state      that it goes on from; None: it starts
+    state      the state that it resumes from; None: it starts
     frozen     the models around the base, as far as this run needs them
     base       the frozen model that is adapted
-    twin       an adapter on the CPU: what is saved, and what validation hears with
-    layers     names of the base's cross-attentions
+    cpu_copy   an adapter on the CPU: the copy that is saved, and that validation uses
+    layers     names of the base's cross-attention layers
     validator  None where this process does not validate
     """
 
@@ -75,20 +75,20 @@ class Setup:
 
     @property
     def main(self) -> bool:
-        """Return whether this process writes."""
+        """Whether this process writes."""
         return self.accelerator.is_main_process
 
     @property
     def device(self) -> torch.device:
-        """Return where it trains."""
+        """Device of the training."""
         return self.accelerator.device
 
 
 def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
-    """Put a run together; whatever is wrong with the recipe is told here, the cheapest first."""
+    """Assemble a run; raise what is wrong with the recipe, the cheapest checks first."""
     check_folder(recipe.output)
     measured = measure_model(recipe)
-    # What is wrong with the set is told before the models are loaded.
+    # errors in the set are raised before the models are loaded
     source = None if have_features(recipe) else open_source(recipe.data)
     state = load_state(recipe.output, recipe)
     accelerator = open_accelerator(recipe)
@@ -144,9 +144,9 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
 
 
 def open_accelerator(recipe: Recipe) -> Any:
-    """Open accelerate's Accelerator, by which processes work together.
+    """Open accelerate's Accelerator, which coordinates the processes.
 
-    SettingError for an engine that does not fit.
+    Raise SettingError for an engine that does not fit.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -156,14 +156,14 @@ def open_accelerator(recipe: Recipe) -> Any:
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    # one that ended sooner, of a wrong recipe, would break the others' start
+    # a process that ended earlier, because of a wrong recipe, would break the start of the others
     accelerator.wait_for_everyone()
     check_engine(accelerator)
     return accelerator
 
 
 def check_engine(accelerator: Any) -> None:
-    """SettingError for a launcher's engine whose states could not be put together here."""
+    """Raise SettingError for a launcher's engine whose states could not be gathered here."""
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise SettingError(
@@ -174,7 +174,10 @@ def check_engine(accelerator: Any) -> None:
 
 
 def share_of(recipe: Recipe, accelerator: Any) -> RankSlice:
-    """Return this process's share of every batch."""
+    """Return this process's share of every batch.
+
+    Raise ImpromptError if the batch cannot be divided equally.
+    """
     plan, ranks = recipe.optimization, accelerator.num_processes
     if plan.batch_size % (ranks * plan.accumulate):
         raise ImpromptError(
@@ -187,8 +190,9 @@ def share_of(recipe: Recipe, accelerator: Any) -> RankSlice:
 
 def open_models(recipe: Recipe, source: Source | None, accelerator: Any, share: RankSlice,
                 on_encoded: OnEncoded) -> tuple[Any, FeatureEncoder | None]:  # fmt: skip
-    """Open the base model's pipeline, and the frozen models around it as far as this run needs
-    them; encode what is not yet.
+    """Open the base model's pipeline, and the frozen models around it that this run needs.
+
+    Encode the features that are not encoded yet.
     """
     device, cached = accelerator.device, recipe.data.features is not None
     if cached and any(gathered([source is not None])):
@@ -208,7 +212,7 @@ def gathered(mine: list[Any]) -> list[Any]:
 
 
 def pictures(source: Source, numbers: list[int]) -> Iterator[Image.Image]:
-    """Open the first reference of those samples that can be read."""
+    """Yield the first reference of those samples that can be read."""
     for index in numbers:
         try:
             yield source.read(index).references[0]()

@@ -1,8 +1,7 @@
-"""Tar shards (the WebDataset layout) as samples by number: each shard's headers are read once, a
-member by its place.
+"""Tar shards (the WebDataset layout) as samples by number.
 
-The webdataset library says which shards are meant, how members group into samples, and how remote
-shards are read.
+The headers of each shard are read once, and each member by its position. The webdataset library
+defines which shards are meant, how members group into samples, and how remote shards are read.
 """
 
 import glob
@@ -35,16 +34,15 @@ from imprompt.training.samples import BadSample, Names, PictureOpener, Sample, S
 
 IMAGES = "jpg,jpeg,png,webp,gif,avif,tiff,tif,bmp,ppm,jp2"  # file endings, the likeliest first
 HEADER = 65536  # bytes that hold the header of nearly every picture
-NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # members that the library passes over
+NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # members that the library skips
 FETCHES = 4  # shards fetched at once
 KEEP = 16  # streamed shards of a set that stay on the disk
 T = TypeVar("T")
 Counts = dict[str, int]  # of samples, by the shard's file name or URL
 
-# Files that may lie beside remote shards and tell how many samples each holds -> these counts.
-# OpenCLIP reads the first,
-# {"0000.tar": 1000}; wids, the webdataset library's sister, the second, {"shardlist": [{"url":
-# "0000.tar", "nsamples": 1000}]}.
+# Files next to remote shards that may give the number of samples in each -> these counts.
+# OpenCLIP reads the first, {"0000.tar": 1000}; wids, which belongs to webdataset, the second,
+# {"shardlist": [{"url": "0000.tar", "nsamples": 1000}]}.
 INDEXES: Mapping[str, Callable[[Any], Counts]] = {
     "sizes.json": lambda table: table,
     "index.json": lambda table: {row["url"]: row["nsamples"] for row in table["shardlist"]},
@@ -52,25 +50,25 @@ INDEXES: Mapping[str, Callable[[Any], Counts]] = {
 
 
 class TarIndex:
-    """Where the members of a tar file are, by sample: neighbours that are called alike but for the
-    ending are one.
+    """Positions of a tar file's members, by sample.
+
+    Neighbours whose names differ only in the ending form one sample.
 
     It keeps no file open, so that it can be pickled, forked and read from several threads.
     """
 
     def __init__(self, place: "Path | Streamed", label: str | None = None) -> None:
-        """`label` is what messages call it, the path if not given.
+        """Read the headers; `label` is its name in messages, by default the path.
 
-        BadSample if there is no tar file, or nothing in it.
+        Raise BadSample if it is absent, is not a tar file, or holds no samples.
         """
         from webdataset.tariterators import base_plus_ext
 
         self.place, self.label = place, label or str(place)
         self.keys: list[str] = []
-        self.whole = (
-            False  # whether the tar ends as it should; if not, its last sample may lack something
-        )
-        self.endings: dict[str, int] = {}  # of all members, each with its number
+        # whether the tar ends properly; if not, its last sample may be incomplete
+        self.whole = False
+        self.endings: dict[str, int] = {}  # ending of any member -> its number
         first, spans, numbers = array("q"), array("q"), array("l")
         for name, start, size in self._headers():
             key, ending = base_plus_ext(name)
@@ -91,12 +89,14 @@ class TarIndex:
         return len(self.keys)
 
     def name(self, number: int) -> str:
+        """Return the sample's key and the shard."""
         return f"{self.keys[number]} in {self.label}"
 
     def members(self, number: int) -> dict[str, tuple[int, int]]:
-        """{file ending: (start, size) in bytes} of a sample; BadSample if it may not be all of it.
+        """Return {file ending: (start, size) in bytes} of a sample.
 
-        Of members that are called alike the last counts, as in tar.
+        Raise BadSample if the sample may be incomplete. Of members with equal names the last
+        counts, as in tar.
         """
         if number == len(self) - 1 and not self.whole:
             why = "the tar is cut off or damaged here, so this may not be all of it"
@@ -109,7 +109,7 @@ class TarIndex:
         }
 
     def read(self, number: int, ending: str, most: int | None = None) -> bytes:
-        """A member's bytes, or its first `most`; BadSample if they are not there."""
+        """Return a member's bytes, or its first `most`; raise BadSample if they are absent."""
         start, size = self.members(number)[ending]
         wanted = size if most is None else min(size, most)
         try:
@@ -127,9 +127,9 @@ class TarIndex:
         return data
 
     def _headers(self) -> Iterator[tuple[str, int, int]]:
-        """(name, start, size) of every file in the tar up to its end or its first damage.
+        """Yield (name, start, size) of every file in the tar up to its end or its first damage.
 
-        BadSample if it is no tar.
+        Raise BadSample if it is not a tar file.
         """
         try:
             with self.place.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -141,7 +141,7 @@ class TarIndex:
                 self.label, f"cannot be read ({first_line(error)})", "not readable"
             ) from error
         except (tarfile.TarError, ValueError) as error:
-            why = f"is no tar file, or a compressed one ({first_line(error)})"
+            why = f"is not a tar file, or is a compressed one ({first_line(error)})"
             raise BadSample(self.label, why, "no tar") from error
 
     def _walk(self, tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
@@ -150,7 +150,7 @@ class TarIndex:
         try:
             while (member := tar.next()) is not None:
                 if not 0 <= member.size <= length:
-                    # damaged; below 0 the next header would be one that was read before
+                    # damaged; a negative size would lead back to a header that was read before
                     return
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
@@ -163,30 +163,33 @@ class TarIndex:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A remote tar file of so many samples: fetched when one is read, and again if it had to make
-    room since.
+    """A remote tar file with a known number of samples.
 
-    Samples are called by their number, so that a name does not depend on what has been fetched.
+    It is fetched when one of them is read, and again if its copy was removed to make room. Samples
+    are named by their number, so that a name does not depend on what has been fetched.
     """
 
     url: str
-    samples: int  # as its index tells: others that it may hold are left out
-    path: Path  # of its copy, beside those of the same set
+    samples: int  # as its index states; samples beyond that are left out
+    path: Path  # of its copy, in the folder of its set
 
     def __len__(self) -> int:
         return self.samples
 
     def name(self, number: int) -> str:
+        """Return the sample's number and the URL."""
         return f"sample {number} of {self.url}"
 
     def members(self, number: int) -> dict[str, tuple[int, int]]:
+        """Return {file ending: (start, size) in bytes} of a sample; raise BadSample."""
         return self._answer(number, lambda tar: tar.members(number))
 
     def read(self, number: int, ending: str, most: int | None = None) -> bytes:
+        """Return a member's bytes, or its first `most`; raise BadSample if they are absent."""
         return self._answer(number, lambda tar: tar.read(number, ending, most))
 
     def open(self, mode: Literal["rb"]) -> BinaryIO:
-        """The copy, marked as the one that was used last; BadSample if it cannot be fetched."""
+        """Open the copy and mark it as used last; raise BadSample if it cannot be fetched."""
         while True:
             try:
                 os.utime(self.path)
@@ -200,7 +203,7 @@ class Streamed:
             tar = recent_index(self)
             if number >= len(tar):
                 why = (
-                    f"is not there: the shard holds {len(tar):,} samples, its index tells of "
+                    f"is not there: the shard holds {len(tar):,} samples, its index states "
                     f"{self.samples:,}"
                 )
                 raise BadSample(self.url, why, "absent")
@@ -211,20 +214,26 @@ class Streamed:
 
 @lru_cache(KEEP)
 def recent_index(shard: Streamed) -> TarIndex:
+    """Return the index of a streamed shard; those of the last KEEP shards are cached."""
     return TarIndex(shard, shard.url)
 
 
 class ShardSource:
     """Samples in tar shards.
 
-    Remote shards that an index beside them counts (INDEXES) are streamed: nothing is fetched at
-    opening, each when a sample of it is read, and the KEEP of a set that were used last stay.
-    `size`, too, reads the file, so that aspect buckets fetch every shard once. All other remote
-    shards (without an index, or `pipe:`) are fetched at opening to be counted, and stay.
+    Remote shards are streamed if an index next to them (INDEXES) counts their samples. Nothing is
+    fetched when the source is opened; a shard is fetched when one of its samples is read, and the
+    KEEP shards of a set that were used last stay on the disk. `size` also reads the file, so that
+    aspect buckets fetch every shard once. All other remote shards (without an index, or `pipe:`)
+    are fetched when the source is opened, to be counted, and stay.
     """
 
     def __init__(self, data: Data) -> None:
-        """SettingError if there are no shards, or none that can be read."""
+        """Open the shards.
+
+        Raise SettingError if there are none, none can be read, or none can have the masks that the
+        recipe needs.
+        """
         urls = expand_braces(data.source)
         self.remote = any(map(is_remote, urls))
         self.names = Names.of(data.columns, IMAGES, "txt,text,caption", "reference")
@@ -242,7 +251,7 @@ class ShardSource:
         self.shards: Sequence[int] = tuple(map(len, self.tars))
         cut = [tar for tar in self.tars if isinstance(tar, TarIndex) and not tar.whole]
         sound = [len(tar) for tar in self.tars if tar not in cut] or self.shards
-        held = round(sum(sound) / len(sound))  # by what the others hold
+        held = round(sum(sound) / len(sound))  # estimated from the other shards
         self.bad_shards: Sequence[BadSample] = [
             *(BadSample(bad.name, bad.why, bad.kind, held) for bad in troubles),
             *(
@@ -265,10 +274,12 @@ class ShardSource:
         return self._ends[-1]
 
     def name(self, index: int) -> str:
+        """Return the sample's key or number, and its shard."""
         tar, number = self._find(index)
         return tar.name(number)
 
     def read(self, index: int) -> Sample:
+        """Read a sample; raise BadSample if it is damaged or lacks a required part."""
         tar, number = self._find(index)
         name, members = tar.name(number), tar.members(number)
         text = caption(name, self._text(tar, number, members), self.captions_required)
@@ -286,15 +297,16 @@ class ShardSource:
         return Sample(name, target, tuple(references) or (target,), text, mask)
 
     def size(self, index: int) -> Size:
+        """Return (width, height) of the target picture, from its first bytes if possible."""
         tar, number = self._find(index)
         ending = self._target(tar.name(number), tar.members(number))
         try:
             return image_size(tar.read(number, ending, HEADER))
-        except ImageError:  # of a format whose header is longer, or anywhere
+        except ImageError:  # its header is longer, or not at the start of the file
             return self._picture(tar, number, ending).size()
 
     def _find(self, index: int) -> tuple[TarIndex | Streamed, int]:
-        """The shard of a sample and its number there."""
+        """Return the shard of a sample and its number there."""
         shard = bisect_right(self._ends, index)
         return self.tars[shard], index - self._ends[shard] + self.shards[shard]
 
@@ -327,13 +339,14 @@ class ShardSource:
             return None if ending is None else tar.read(number, ending).decode()
         except UnicodeDecodeError as error:
             raise BadSample(
-                tar.name(number), f"the {ending} is no UTF-8 text", "damaged"
+                tar.name(number), f"the {ending} is not UTF-8 text", "damaged"
             ) from error
 
 
 def fitting(members: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The endings that are one of the names, or go on from it after a dot: "reference" has
-    reference.png and reference.2.png.
+    """Return the endings that are one of the names, or continue it after a dot.
+
+    "reference" has reference.png and reference.2.png.
     """
     return [
         ending
@@ -344,7 +357,7 @@ def fitting(members: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def expand_braces(source: str) -> list[str]:
-    """The files and URLs of braces and patterns; SettingError if there are none."""
+    """Return the files and URLs of braces and patterns; raise SettingError if there are none."""
     from webdataset.shardlists import expand_urls
 
     try:
@@ -361,11 +374,15 @@ def expand_braces(source: str) -> list[str]:
 
 
 def is_remote(url: str) -> bool:
+    """Return whether a shard comes from a URL or a command, not from a local file."""
     return url.startswith("pipe:") or ("://" in url and not url.startswith("file:"))
 
 
 def tar_or_trouble(url: str, samples: int | None, folder: Path) -> TarIndex | Streamed | BadSample:
-    """A shard, streamed to the folder if the number of its samples is known."""
+    """Open a shard; return the BadSample if it cannot be opened.
+
+    If the number of its samples is known, it is streamed to `folder`.
+    """
     if samples is not None:
         return Streamed(url, samples, folder / f"{hashed(url)}.tar")
     try:
@@ -377,7 +394,7 @@ def tar_or_trouble(url: str, samples: int | None, folder: Path) -> TarIndex | St
 
 
 def known_counts(urls: Iterable[str]) -> Counts:
-    """How many samples the remote shards hold, those of which an index beside them tells."""
+    """Return the numbers of samples of those remote shards that an index counts."""
     places = {
         url: re.split("[?#]", url)[0].rpartition("/")
         for url in urls
@@ -394,9 +411,9 @@ def known_counts(urls: Iterable[str]) -> Counts:
 
 
 def folder_counts(folder: str) -> Counts:
-    """By file name, from the first index that is there and of its form; empty if none is.
+    """Return counts by file name, from the first valid index in a remote folder.
 
-    It is asked for once.
+    It is fetched once. Empty if there is none.
     """
     for name, form in INDEXES.items():
         try:
@@ -407,42 +424,47 @@ def folder_counts(folder: str) -> Counts:
 
 
 def read_counts(path: Path, form: Callable[[Any], Counts]) -> Counts:
+    """Return an index's counts by file name; raise BadSample if it has another form."""
     try:
         counts = TypeAdapter(dict[str, NonNegativeInt]).validate_python(
             form(from_json(path.read_bytes()))
         )
     except (ValueError, LookupError, TypeError) as error:
-        # a page that says there is none, or another program's index.json
-        raise BadSample(str(path), "is no index of shards") from error
+        # an error page, or the index.json of another program
+        raise BadSample(str(path), "is not an index of shards") from error
     return {url.rpartition("/")[2]: count for url, count in counts.items()}
 
 
 def fetched(url: str, ending: str, read: Callable[[Path], T]) -> T:
-    """What `read` makes of the local copy; BadSample."""
+    """Return what `read` makes of the local copy of a URL.
+
+    Raise BadSample if it cannot be fetched or read.
+    """
     path = fetch(url, cache_folder() / f"{hashed(url)}{ending}")
     try:
         return read(path)
     except BadSample:
-        path.unlink(missing_ok=True)  # what came was something else: the next run asks again
+        path.unlink(missing_ok=True)  # the download was something else: the next run fetches again
         raise
 
 
 def cache_folder() -> Path:
-    """Where fetched shards are kept: IMPROMPT_CACHE/shards.
+    """Return the folder of fetched shards: IMPROMPT_CACHE/shards.
 
-    Streamed ones in a folder of their set.
+    Streamed ones are in a folder of their set.
     """
     return Path(os.environ.get("IMPROMPT_CACHE") or Path.home() / ".cache" / "imprompt") / "shards"
 
 
 def hashed(text: str) -> str:
+    """Return a name for a text, of 32 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def fetch(url: str, final: Path) -> Path:
-    """Make `final` a copy of what is remote, whole, if there is none yet.
+    """Fetch a complete copy of a remote file to `final`, unless there is one already.
 
-    Other processes that want it wait. BadSample.
+    Other processes that want it wait. Raise BadSample if it cannot be fetched.
     """
     from filelock import FileLock
 
@@ -450,7 +472,7 @@ def fetch(url: str, final: Path) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(final.with_suffix(".lock")):
             if not final.exists():
-                for torn in final.parent.glob(f".{final.name}.*"):  # of a process that was killed
+                for torn in final.parent.glob(f".{final.name}.*"):  # left over by a killed process
                     torn.unlink()
                 with atomic_write(final) as temporary:
                     download(url, temporary)
@@ -460,8 +482,9 @@ def fetch(url: str, final: Path) -> Path:
 
 
 def make_room(new: Path) -> None:
-    """Remove from a streamed shard's folder what was not used for longest, until KEEP are left with
-    the new one.
+    """Remove the streamed shards of a folder that were used longest ago.
+
+    KEEP are left, including the new one.
     """
     from filelock import FileLock
 
@@ -474,7 +497,10 @@ def make_room(new: Path) -> None:
 
 
 def download(url: str, path: Path) -> None:
-    """BadSample if the command that reads the URL fails, OSError if the file cannot be written."""
+    """Download a URL to a file.
+
+    Raise BadSample if the command that reads the URL fails, OSError if the file cannot be written.
+    """
     from webdataset.gopen import gopen, gopen_schemes, set_options
 
     scheme = url.partition(":")[0]
@@ -482,12 +508,12 @@ def download(url: str, path: Path) -> None:
         known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
         raise BadSample(
             url,
-            f"{scheme}: is not read (known: {known}); pipe:COMMAND reads what a command writes",
+            f"{scheme}: is not supported (known: {known}); pipe:COMMAND reads a command's output",
             "absent",
         )
     stream: Any = gopen(url)
     with path.open("wb") as file, stream:
-        set_options(stream, ignore_errors=True)  # it is looked at below, when all has been read
+        set_options(stream, ignore_errors=True)  # the status is checked below, after all is read
         shutil.copyfileobj(stream, file, 1 << 20)
     if stream.status:
         raise BadSample(

@@ -1,4 +1,4 @@
-"""Where training pictures come from: SOURCES is the table of all kinds."""
+"""Kinds of training sets: SOURCES is the table of all of them."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from imprompt.training.shards import ShardSource
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of source: how it is written, how that is told from others, what opens it."""
+    """A kind of source: how it is written, how it is recognized, what opens it."""
 
     form: str
     fits: Callable[[str], bool]
@@ -34,15 +34,15 @@ SOURCES = (
 
 
 def open_source(data: Data) -> Source:
-    """The recipe's training set.
+    """Open the recipe's training set.
 
-    SettingError with one line if it is of no known form, or malformed.
+    Raise SettingError with one line if its form is unknown or it is malformed.
     """
     for row in SOURCES:
         if row.fits(data.source):
             return row.open(data)
     forms = ", ".join(row.form for row in SOURCES)
     raise SettingError(
-        f"data.source = {data.source!r} is no folder that exists and of no known form; known: "
+        f"data.source = {data.source!r} is not an existing folder and has no known form; known: "
         f"{forms}"
     )

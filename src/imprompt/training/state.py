@@ -1,8 +1,8 @@
-"""A training state on disk: a folder that is whole or absent, and is also a loadable adapter.
+"""Training states on disk: folders that are complete or absent, and are also loadable adapters.
 
-RUN/step-0001000/adapter.safetensors   the adapter to use: of the averaged weights where a moving
+RUN/step-0001000/adapter.safetensors   the adapter to use: of the averaged weights if a moving
                                        average is kept
-                 training.pt           what else a run needs to go on: optimizer, gradient scaler,
+                 training.pt           what else a run needs to resume: optimizer, gradient scaler,
                                        weights not averaged
                  state.json            the step, the recipe, the held-out loss
 RUN/latest, RUN/best                   links to the newest state and to that of the lowest held-out
@@ -22,8 +22,7 @@ from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import flush
 from imprompt.training.recipe import Recipe
 
-# What a run keeps from its first step to its last; everything else of a recipe may change when it
-# is resumed.
+# Keys of a recipe that a run keeps from first to last step; others may change when it resumes.
 FIXED = (
     *("model", "variant", "tokens", "depth", "encoder", "feature", "start", "seed"),
     *(
@@ -45,18 +44,20 @@ class State:
 
     @property
     def step(self) -> int:
+        """Number of steps done."""
         return self.facts["step"]
 
 
 def save_state(
     run: Path, step: int, files: Mapping[str, Write], facts: dict[str, Any], keep: int
 ) -> Path:
-    """Write RUN/step-N beside, flush it to disk, rename it, point RUN/latest to it.
+    """Save a state as RUN/step-N, and return that folder.
 
-    Only then drop the oldest states.
+    Write it to a temporary folder, flush it to disk, rename it, and link RUN/latest to it. Only
+    then remove the oldest states. Raise CheckpointError if it cannot be written.
     """
     final, temporary = run / f"step-{step:07d}", run / f".step-{step:07d}.part"
-    for torn in run.glob(".step-*.part"):  # of a process that was killed
+    for torn in run.glob(".step-*.part"):  # left over by a killed process
         shutil.rmtree(torn, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -65,11 +66,11 @@ def save_state(
         (temporary / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
         for path in (*temporary.iterdir(), temporary):
             flush(path)
-        if final.exists():  # of a run that was stopped before it could point to it
+        if final.exists():  # left over by a run that stopped before it linked the state
             _drop(final)
         temporary.rename(final)
         flush(run)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own writer
+    except (OSError, RuntimeError) as error:  # RuntimeError: PyTorch's file writer
         raise CheckpointError(
             f"cannot write {final}: {first_line(error)}; the state before it is whole"
         ) from error
@@ -88,16 +89,17 @@ def save_state(
 
 
 def _drop(folder: Path) -> None:
-    """Remove a state; what a kill leaves of it does not look like one."""
+    """Remove a state; if a kill interrupts it, what remains does not look like a state."""
     temporary = folder.with_name(f".{folder.name}.old.part")
     folder.rename(temporary)
     shutil.rmtree(temporary)
 
 
 def load_state(run: Path, recipe: Recipe) -> State | None:
-    """The latest state of a run; None if there is none yet.
+    """Read the latest state of a run; return None if there is none yet.
 
-    SettingError, naming the keys, if another recipe began it.
+    Raise SettingError, naming the keys, if it was started with another recipe; CheckpointError if
+    it is damaged.
     """
     folder = run / "latest"
     if not folder.exists():
@@ -106,7 +108,7 @@ def load_state(run: Path, recipe: Recipe) -> State | None:
         facts = json.loads((folder / "state.json").read_text())
         training = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
         stored = facts["recipe"]
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle may raise any error
         raise CheckpointError(
             f"{folder} is damaged ({first_line(error)}); remove it and point latest to an older "
             "step"
@@ -119,7 +121,7 @@ def load_state(run: Path, recipe: Recipe) -> State | None:
     ]
     if changed:
         raise SettingError(
-            f"{run} was begun with {', '.join(changed)}: give another output, or the old values"
+            f"{run} was started with {', '.join(changed)}: give another output, or the old values"
         )
     return State(folder, facts, training)
 

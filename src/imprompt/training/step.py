@@ -1,5 +1,4 @@
-"""One optimizer step, alone or on many processes, and what is kept beside the weights that it
-changes.
+"""One optimizer step, on one process or many, and the state that is kept with the weights.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -35,12 +34,14 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def build_adamw(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+    """Return AdamW for all parameters of the model."""
     return torch.optim.AdamW(
         model.parameters(), plan.learning_rate, weight_decay=plan.weight_decay, fused=True
     )
 
 
 def build_adamw_8bit(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+    """Return bitsandbytes' 8-bit AdamW; raise SettingError if it is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
@@ -51,25 +52,25 @@ def build_adamw_8bit(model: nn.Module, plan: Optimization) -> torch.optim.Optimi
 
 
 def build_muon(model: nn.Module, plan: Optimization) -> torch.optim.Optimizer:
+    """Return Muon for the model's weight matrices, with AdamW for its other parameters."""
     matrices = weight_matrices(model)
     taken = {*map(id, matrices)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    # Bfloat16 is quicker, but in it the last bits of a gradient, which depend on the number of
-    # processes, show in the weights.
+    # Bfloat16 is faster, but amplifies gradient rounding, which depends on the number of processes.
     precision = torch.bfloat16 if torch.accelerator.is_available() else torch.float32
     return Muon(
         matrices, others, plan.learning_rate, weight_decay=plan.weight_decay, precision=precision
     )
 
 
-# Of the parameters of a module, all of which are trained.
+# Builders of the optimizer of a module, all of whose parameters are trained.
 OPTIMIZERS: dict[str, Callable[[nn.Module, Optimization], torch.optim.Optimizer]] = {
     "adamw": build_adamw,
     "adamw8bit": build_adamw_8bit,
     "muon": build_muon,
 }
 
-# Share of the learning rate, by the share of the steps that is done.
+# Share of the learning rate, by the share of the steps that are done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda _done: 1.0,
     "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -77,15 +78,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(step: int, plan: Optimization) -> float:
-    """Linear warm-up, then the schedule."""
+    """Return the learning rate of a step: a linear warm-up, then the schedule."""
     warm = min(1.0, (step + 1) / (plan.warmup + 1))
     return plan.learning_rate * warm * SCHEDULES[plan.schedule](step / plan.steps)
 
 
 class Stepped(NamedTuple):
-    """A step's mean loss over all processes, and the norm of its gradient before clipping.
+    """Result of a step, on the device.
 
-    On the device.
+    `loss` is the mean over all processes, `norm` that of the gradient before clipping.
     """
 
     loss: Tensor
@@ -116,7 +117,7 @@ class Trainer:
         self.checked: set[torch.Size] = set()
 
     def losses(self, batch: Batch, index: Tensor) -> Losses:
-        """The adapted model's loss (B,) at timesteps given as rows of the schedule (B,)."""
+        """Return the adapted model's losses (B,) at timesteps given as schedule rows (B,)."""
         noise = self.objective.shift(batch.noise, batch.offset)
         noisy, t, target = self.objective.corrupt(batch.latents, noise, index)
         prediction = self.model(noisy, t, batch.image, batch.conditions)
@@ -147,11 +148,11 @@ class Trainer:
         )
 
     def _check_compiled(self, batch: Batch) -> None:
-        """SettingError if compiling the base has made a gradient wrong.
+        """Raise SettingError if compiling the base has made a gradient wrong.
 
         Every new size of pictures may be compiled anew.
 
-        All processes must ask together, before the step has a gradient.
+        All processes must call it together, before the step has a gradient.
         """
 
         def backward(part: Batch) -> None:
@@ -172,9 +173,9 @@ class Trainer:
             self.checked.add(batch.latents.shape)
 
     def _backward(self, batch: Batch) -> Tensor:
-        """Add the gradient of one part; give its share of the step's loss.
+        """Add the gradient of one part; return its share of the step's loss.
 
-        A sample that could not be read weighs nothing.
+        A sample that could not be read has no weight.
         """
         index = self.objective.draw(batch.u)
         losses = self.losses(batch, index)
@@ -193,8 +194,10 @@ class Trainer:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Around forward passes without a backward pass, after which FSDP2 leaves the weights of
-        all processes together.
+        """Allow forward passes without a backward pass.
+
+        After such passes FSDP2 leaves the weights of all processes gathered; they are sharded again
+        at the end.
         """
         try:
             yield
@@ -203,8 +206,9 @@ class Trainer:
                 self.model.reshard()
 
     def read_losses(self) -> tuple[float, float, dict[str, float]]:
-        """Mean weighted and plain loss and losses by timestep since the last time, over all
-        processes: all must ask together.
+        """Return the mean weighted loss, plain loss and losses by timestep since the last call.
+
+        They are over all processes, which must call it together.
         """
         weighted, plain, samples = self.accelerator.reduce(self.sums, "sum").tolist()
         self.by_timestep.totals.copy_(self.accelerator.reduce(self.by_timestep.totals, "sum"))
@@ -214,15 +218,15 @@ class Trainer:
         return weighted / max(samples, 1), plain / max(samples, 1), by_timestep
 
     def weights(self) -> dict[str, Tensor]:
-        """The adapter's weights as they are now, whole, on the CPU.
+        """Return the adapter's current weights, unsharded, on the CPU.
 
-        All processes must ask together.
+        All processes must call it together.
         """
         state: Any = get_model_state_dict(self.model, options=WHOLE)
         return {name.removeprefix("adapter."): value.clone() for name, value in state.items()}
 
     def state(self) -> dict[str, Any]:
-        """What else is needed to go on; all processes must ask together."""
+        """Return what else a run needs to resume; all processes must call it together."""
         scaler = self.accelerator.scaler
         return {
             "optimizer": get_optimizer_state_dict(
@@ -237,7 +241,7 @@ class Trainer:
         }
 
     def load(self, adapter: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from a state's adapter and what `state` gave."""
+        """Resume from a state's adapter and what `state` returned."""
         self._load_weights(adapter)
         if self.average:
             self.average.start(self.model.parameters(), state["average_steps"])
@@ -255,7 +259,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights in the model for a while, where an average is kept."""
+        """Put the averaged weights into the model temporarily, if an average is kept."""
         if self.average is None:
             yield
             return
@@ -268,7 +272,7 @@ class Average:
 
     It follows faster in the first steps, as in diffusers and TensorFlow.
 
-    Of sharded weights every process averages its own part.
+    Every process averages its own part of sharded weights.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
@@ -276,17 +280,18 @@ class Average:
         self.start(parameters, 0)
 
     def start(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
-        """Take these for the average of so many steps."""
+        """Set the average to the parameters, as after `steps` steps."""
         self.steps, self.means = steps, [own.clone() for own in own_parts(parameters)]
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Update the average with the parameters of one more step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         get_ema_multi_avg_fn(decay)(self.means, own_parts(parameters), self.steps)
 
     @contextmanager
     def swapped_into(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """The averages in place of these for a while."""
+        """Put the averages into the parameters temporarily."""
         parts = own_parts(parameters)
         kept = [part.clone() for part in parts]
         try:
@@ -299,30 +304,32 @@ class Average:
 
 
 class Diverged(ImpromptError):
-    """The loss or its gradient is no number any more."""
+    """A loss or gradient that is not a finite number any more."""
 
 
 class NaNGuard:
-    """Stops a run whose loss is NaN or infinite, at the step that made it so.
+    """Check that stops a run whose loss is NaN or infinite, at the step that made it so.
 
-    A GPU's numbers are looked at a step late, when they are there anyway, so that it is never
-    waited for.
+    A GPU's numbers are checked one step late, when they have arrived, so that the CPU never waits
+    for them.
     """
 
     def __init__(self, gather: Callable[[list[str]], list[str]], scaled: bool) -> None:
-        """gather: this process's sample names -> all processes'. scaled: a gradient scaler deals
-        with infinite gradients.
+        """Set up the check.
+
+        gather  returns the sample names of all processes, given those of this process
+        scaled  whether a gradient scaler handles infinite gradients
         """
         self._gather, self._scaled = gather, scaled
         self._pending: tuple[int, list[str], Tensor, Any] | None = None
 
     def watch(self, step: int, names: list[str], stepped: Stepped) -> None:
-        """Look at the step before, and keep this one for later; on a CPU look at once.
+        """Check the previous step and store this one for later; on a CPU check it at once.
 
-        All processes must look together.
+        All processes must call it together.
         """
         self.check()
-        # NaN or infinite if either is
+        # NaN or infinite if the loss or the norm is
         value = stepped.loss if self._scaled else stepped.loss + 0 * stepped.norm
         there = torch.cuda.Event() if value.is_cuda else None
         self._pending = step, names, value.to("cpu", non_blocking=True), there
@@ -332,13 +339,13 @@ class NaNGuard:
             there.record()
 
     def check(self) -> None:
-        """Look now."""
+        """Raise Diverged if the stored step's loss is not finite."""
         if self._pending is None:
             return
         (step, names, value, there), self._pending = self._pending, None
         if there is not None:
             while not there.query():
-                # a wait inside CUDA would hear no signal, as when another process has ended
+                # a wait inside CUDA would block signals, as when another process has ended
                 time.sleep(1e-3)
         if not math.isfinite(value.item()):
             raise Diverged(

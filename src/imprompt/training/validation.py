@@ -1,5 +1,6 @@
-"""What the adapter makes of fixed image prompts, texts, scales and noise: a grid of pictures, and
-numbers to compare over steps.
+"""Validation of an adapter over the steps of a run: a grid of pictures, and scores.
+
+Image prompts, texts, scales and noise are fixed, so that steps can be compared.
 """
 
 import copy
@@ -30,12 +31,12 @@ from imprompt.training.objective import prediction_type
 from imprompt.training.recipe import Recipe
 from imprompt.variants import Variant
 
-PROMPTS = 4  # held-out pictures that stand in for image prompts where the recipe names none
+PROMPTS = 4  # number of held-out pictures that are image prompts if the recipe names none
 MADE_AT_ONCE = 4  # pictures
 CELL = (128, 512)  # least and most pixels a side of a picture in the grid
 GAP, MARGIN = 6, 12  # pixels
 INK, FAINT = (20, 20, 20), (130, 130, 130)
-TEXT_LINES = 3  # of a text above its columns
+TEXT_LINES = 3  # lines of a text above its columns
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 Scores = dict[str, float]
@@ -45,9 +46,9 @@ Scores = dict[str, float]
 def on_device(
     modules: Iterable[nn.Module], device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[None]:
-    """The modules on `device`, their floating-point tensors in `dtype`, for a while.
+    """Move the modules to `device`, and floating-point tensors to `dtype`, temporarily.
 
-    Then with their own tensors again.
+    Afterwards they have their original tensors.
     """
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     own: list[tuple[Tensor, Tensor]] = []
@@ -57,13 +58,13 @@ def on_device(
             tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else None)
         yield
     finally:
-        for tensor, data in reversed(own):  # one that two modules share was moved twice
+        for tensor, data in reversed(own):  # a tensor that two modules share was moved twice
             tensor.data = data
 
 
 @contextmanager
 def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The modules in eval mode for a while; then every part of them in the mode that it was in."""
+    """Set the modules to eval mode temporarily; restore the mode of every submodule."""
     parts = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for part, _ in parts:
@@ -75,9 +76,9 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class OwnEncoder:
-    """Measures pictures by the encoder that conditions the adapter.
+    """Measure of pictures by the encoder that conditions the adapter.
 
-    It knows no texts, and is partial to the adapter.
+    It cannot measure texts, and favours the adapter.
     """
 
     name = "clip_i (conditioning encoder)"
@@ -87,19 +88,20 @@ class OwnEncoder:
         self.encoder, self.model = encoder, encoder.model
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures -> embeddings (B, E)."""
+        """Return embeddings (B, E) of pictures."""
         return self.encoder.features(pictures, "pooled")
 
 
 class Clip:
-    """Measures pictures and texts by a whole CLIP, loaded to the CPU in float32 from a folder or
-    the Hub.
+    """Measure of pictures and texts by a complete CLIP.
+
+    It is loaded to the CPU in float32 from a folder or the Hub.
     """
 
     name = "clip_i"
 
     def __init__(self, source: str) -> None:
-        """CheckpointError if there is none."""
+        """Load the model; raise CheckpointError if there is none or it is incomplete."""
         from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         try:
@@ -109,17 +111,17 @@ class Clip:
                 source, dtype=torch.float32, output_loading_info=True
             )
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(source)
-        except Exception as error:  # a folder can be wrong in any way
+        except Exception as error:  # a damaged folder may raise any error
             raise CheckpointError(
                 f"validation.clip = {source!r}: no CLIP can be loaded ({first_line(error)})"
             ) from error
         self.model, report = loaded
         words, vocabulary = len(self.tokenizer), self.model.config.text_config.vocab_size
-        # transformers loads an empty one then
+        # transformers loads an empty tokenizer if its files are missing
         absent = [] if vocabulary // 2 < words <= vocabulary else ["the tokenizer"]
         if missing := sorted(report["missing_keys"]) + absent:
             raise CheckpointError(
-                f"validation.clip = {source!r} is no whole CLIP: {some(missing, 3)} missing"
+                f"validation.clip = {source!r} is not a complete CLIP: {some(missing, 3)} missing"
             )
         self.model.eval().requires_grad_(False)
         side = self.model.config.vision_config.image_size
@@ -128,13 +130,13 @@ class Clip:
         self.processor = CLIPImageProcessorPil(size=shortest, crop_size=square)
 
     def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Pictures -> embeddings (B, E)."""
+        """Return embeddings (B, E) of pictures."""
         return self.model.get_image_features(
             preprocess(self.processor, pictures).to(self.model.device)
         ).pooler_output
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> embeddings (B, E)."""
+        """Return embeddings (B, E) of texts."""
         longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             list(texts),
@@ -152,10 +154,10 @@ def similarities(
     columns: Sequence[Settings],
     made: Sequence[Sequence[Image.Image]],
 ) -> Scores:
-    """Mean cosines of results and their image prompts (CLIP-I) and their texts (CLIP-T), in all and
-    by scale.
+    """Return mean cosines of results with their image prompts (CLIP-I) and their texts (CLIP-T).
 
-    `made` holds every column's results, one per prompt. Columns without a text have no CLIP-T.
+    Each is the mean of all and, if there are several scales, of each scale. `made` holds every
+    column's results, one per prompt. Columns without a text have no CLIP-T.
     """
     wanted = unit(measure.images(prompts))
     got = torch.stack([unit(measure.images(column)) for column in made])  # (columns, prompts, E)
@@ -175,11 +177,12 @@ def similarities(
 
 
 def unit(embeddings: Tensor) -> Tensor:
+    """Scale embeddings (…, E) to length 1, in float32."""
     return F.normalize(embeddings.float(), dim=-1)
 
 
 def by_scale(name: str, scales: Sequence[float], values: Sequence[float]) -> Scores:
-    """The columns' mean, and where there are several scales, that of each."""
+    """Return the columns' mean and, if there are several scales, the mean of each."""
     groups: dict[float, list[float]] = {}
     for scale, value in zip(scales, values, strict=True):
         groups.setdefault(scale, []).append(value)
@@ -190,12 +193,11 @@ def by_scale(name: str, scales: Sequence[float], values: Sequence[float]) -> Sco
 
 
 class Validator:
-    """Makes the recipe's grid with the adapter as it is, beside the training that uses the same
-    models.
+    """Validation of the current adapter, on the models that training uses.
 
-    The models that only validation needs may rest on the CPU: while a grid is made they are on the
-    base model's device, the pipeline's in its precision. Modes, weights, processors, scheduler and
-    random state are afterwards as they were.
+    The models that only validation needs may stay on the CPU: while a grid is made they are on the
+    base model's device, the pipeline's in its precision. Afterwards, modes, weights, processors,
+    scheduler and random state are as before.
     """
 
     def __init__(
@@ -207,10 +209,12 @@ class Validator:
         adapter: IPAdapter,
         held_out: Iterable[Image.Image] = (),
     ) -> None:
-        """`adapter` must be attached to the pipeline's base model. `held_out`: pictures to prompt
-        with where the recipe names none.
+        """Check all settings of the validation.
 
-        All that the recipe asks is checked here: SettingError, ImageError or CheckpointError.
+        Raise SettingError, ImageError or CheckpointError if one is wrong.
+
+        `adapter` must be attached to the pipeline's base model. `held_out` are pictures to prompt
+        with if the recipe names none.
         """
         plan, side, training = recipe.validation, recipe.data.size, recipe.optimization
         self.folder = recipe.output / "validation"
@@ -220,7 +224,7 @@ class Validator:
                 "validation has no image prompts: name pictures in validation.images, or set "
                 "data.held_out"
             )
-        own = copy.copy(pipeline)  # the same models, with a scheduler of its own
+        own = copy.copy(pipeline)  # the same models, with another scheduler
         own.scheduler = sampling_scheduler(pipeline.scheduler, recipe.noise.zero_terminal_snr)
         self.pipe = ImagePromptPipeline(own, Attached(adapter, Reader(encoder, variant)))
         common = {
@@ -238,14 +242,14 @@ class Validator:
         for column in self.columns:
             self.pipe.resolve(column)
         self.measure = Clip(plan.clip) if plan.clip else OwnEncoder(encoder)
-        # where training fits, so does this
+        # no more than training, which fits into memory
         self.at_once = min(MADE_AT_ONCE, training.batch_size // training.accumulate)
         self.compiled = training.compile
 
     def grid(self, step: int) -> tuple[Path, Scores]:
         """Make RUN/validation/step-N.png: a row per image prompt, a column per text and scale.
 
-        Row i from noise of seed + i.
+        Row i starts from noise of seed + i. Return the path and the scores.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._models_ready():
@@ -268,7 +272,7 @@ class Validator:
             if isinstance(part, nn.Module) and part is not base
         ]
         measuring = [self.pipe.first.reader.encoder.model, self.measure.model]
-        # Other batch sizes than training's would be compiled anew, for minutes.
+        # Compiling for batch sizes that differ from training's would take minutes.
         stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with (
             stance,
@@ -281,9 +285,10 @@ class Validator:
 
 
 def sampling_scheduler(scheduler: Any, zero_terminal_snr: bool) -> Any:
-    """A fresh scheduler like the pipeline's.
+    """Return a new scheduler like the pipeline's.
 
-    After training down to no signal, DDIM that starts there (arXiv 2305.08891).
+    After training of v prediction with zero terminal SNR, return DDIM that starts at pure noise
+    (arXiv 2305.08891).
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -300,8 +305,9 @@ def sheet(
     made: Sequence[Sequence[Image.Image]],
     step: int,
 ) -> Image.Image:
-    """The pictures in a grid: image prompts in the first column, then the columns `made` under
-    their text and scale.
+    """Arrange the pictures in a grid with captions.
+
+    Image prompts are in the first column, then the columns `made` under their text and scale.
     """
     size = cell_size(made[0][0].size)
     originals = [
@@ -338,16 +344,17 @@ def sheet(
             font,
             spacing=line // 4,
         )
-        # over all columns of the text
+        # a line over all columns of the text
         draw.line((left, rule, left + count * (size[0] + GAP) - GAP, rule), FAINT)
         first += count
     return canvas
 
 
 def cell_size(size: tuple[int, int]) -> tuple[int, int]:
-    """A picture's size in the grid: whole multiples of small ones, so that no pixel is invented.
+    """Return a picture's size in the grid.
 
-    Large ones shrunk.
+    Small ones are enlarged by a whole number, so that no pixel is interpolated; large ones are
+    shrunk.
     """
     least, most = CELL
     factor = max(1, -(-least // max(size))) if max(size) <= most else most / max(size)
@@ -355,13 +362,14 @@ def cell_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def cell(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize a picture to `size`; when enlarging it, repeat pixels."""
     return picture.resize(
         size, Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST
     )
 
 
 def wrapped(text: str, width: int, font: Any) -> list[str]:
-    """The text in lines of at most `width` pixels; what is beyond TEXT_LINES is left out."""
+    """Break the text into at most TEXT_LINES lines of `width` pixels; leave out the rest."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -375,7 +383,7 @@ def wrapped(text: str, width: int, font: Any) -> list[str]:
 
 
 def shortened(line: str, width: int, font: Any) -> str:
-    """The line, with an ellipsis in place of what does not fit."""
+    """Return the line, with an ellipsis in place of what exceeds `width` pixels."""
     if font.getlength(line) <= width:
         return line
     line = line.removesuffix("…").rstrip()
@@ -384,21 +392,22 @@ def shortened(line: str, width: int, font: Any) -> str:
     return f"{line}…"
 
 
-# (batch, u (B,)) -> plain losses of its samples; those that cannot be read left out
+# (batch, u (B,)) -> plain losses of its samples, without those that cannot be read
 Losses = Callable[[Any, Tensor], Tensor]
 
 
 @torch.no_grad()
 def held_out_loss(batches: Iterable[tuple[Tensor, Any]], losses: Losses, draws: int = 4,
                   together: Callable[[Tensor], Tensor] = lambda sums: sums) -> float:  # fmt: skip
-    """Mean plain loss over held-out samples, each at `draws` fixed places of the noise schedule:
-    comparable over steps.
+    """Return the mean plain loss over held-out samples, comparable over steps.
+
+    Each sample is measured at `draws` fixed places of the noise schedule. NaN if there are no
+    samples.
 
     batches   (numbers (B,) of the samples among the held-out ones, what `losses` takes); its noise
               must be fixed too
-    losses    u in [0, 1) says which timestep, as in training
-    together  sums a tensor over processes, each of which has its own batches; NaN if none has a
-              sample
+    losses    u in [0, 1) selects the timestep, as in training
+    together  sums a tensor over processes, each of which has different batches
     """
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, and how many
     for numbers, batch in batches:
@@ -410,11 +419,10 @@ def held_out_loss(batches: Iterable[tuple[Tensor, Any]], losses: Losses, draws: 
 
 
 def schedule_places(numbers: Tensor, draws: int) -> Tensor:
-    """Sample numbers (B,) -> u (B, draws) in [0, 1): one in each of `draws` equal parts of the
-    schedule.
+    """Return u (B, draws) in [0, 1) for sample numbers (B,).
 
-    Within the parts, multiples of the golden ratio spread any run of samples evenly, however many
-    there are.
+    One lies in each of `draws` equal parts of the schedule. Within the parts, multiples of the
+    golden ratio spread any run of samples evenly, however many there are.
     """
     within = (numbers.double().cpu() * GOLDEN + 0.5) % 1
     return (within[:, None] + torch.arange(draws, dtype=torch.float64)) / draws

@@ -1,6 +1,4 @@
-"""What a run tells while it goes: the numbers of every logged step in a file, on trackers' pages
-and in the terminal.
-"""
+"""Progress of a run: the numbers of logged steps in a file, in trackers and in the terminal."""
 
 import json
 import math
@@ -27,32 +25,33 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GB = 1e9
-LISTED_BAD = 10  # bad samples with a line of their own in the terminal; all are counted
+LISTED_BAD = 10  # bad samples that are printed in the terminal; all are counted
 
 
 @dataclass(frozen=True)
 class LogRow:
-    """A logged step. Losses are means over the steps since the row before.
+    """Numbers of a logged step.
 
-    Times are of those steps.
+    Losses are means over the steps since the previous row. Times are those of these steps.
     """
 
     step: int
     epoch: float
-    loss: float  # what is minimised: weighted, where the recipe weights
+    loss: float  # what is minimised: weighted if the recipe sets weights
     plain_loss: float  # without weights
     grad_norm: float  # before clipping
     learning_rate: float
     samples_per_second: float  # over all processes
     step_seconds: float
-    data_wait: float  # share of the time
+    data_wait: float  # share of the time spent waiting for data
     peak_memory_gb: float  # since the start
     bad: int  # samples that could not be read, so far
     by_timestep: dict[str, float] = field(default_factory=dict)  # by bucket, such as "loss/100-199"
 
     def scalars(self) -> dict[str, float]:
-        """The numbers by the names that trackers show them under: "train/loss", and those by
-        timestep.
+        """Return the numbers by their names in trackers.
+
+        These are "train/loss" and so on, and the losses by timestep.
         """
         own = {
             f"train/{name}": value
@@ -63,7 +62,7 @@ class LogRow:
 
 
 class Metrics:
-    """RUN/metrics.jsonl: a JSON object with its "step" per line.
+    """The file RUN/metrics.jsonl: a JSON object with its "step" per line.
 
     Only the main process writes it.
     """
@@ -72,9 +71,9 @@ class Metrics:
         self.path = run / "metrics.jsonl"
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Append a line. Numbers keep all their digits.
+        """Append a line; raise ImpromptError if it cannot be written.
 
-        Those that JSON does not know (NaN, infinity) become null.
+        Numbers keep all their digits. Those that JSON does not know (NaN, infinity) become null.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,13 +83,14 @@ class Metrics:
             raise ImpromptError(f"cannot write {self.path}: {first_line(error)}") from error
 
     def read(self) -> list[dict[str, Any]]:
-        """The whole rows, without a last line that a kill has torn."""
+        """Return the complete rows, without a last line that a kill has cut off."""
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         return [row for line in text.split("\n") if (row := whole(line)) is not None]
 
     def cut(self, step: int) -> None:
-        """Keep the rows up to `step`: what the run wrote after its latest state it will write
-        again.
+        """Keep the rows up to `step`; raise ImpromptError if the file cannot be written.
+
+        The resumed run writes later rows again.
         """
         if not self.path.exists():
             return
@@ -103,8 +103,9 @@ class Metrics:
 
 
 def as_json(value: Any) -> Any:
-    """What JSON can say: tensors and NumPy's numbers as floats, None where a number is not
-    finite.
+    """Convert a value to JSON types.
+
+    Tensors and NumPy's numbers become floats, numbers that are not finite None.
     """
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
@@ -114,7 +115,7 @@ def as_json(value: Any) -> Any:
 
 
 def whole(line: str) -> dict[str, Any] | None:
-    """The row on a line of metrics.jsonl; None for a part of one."""
+    """Return the row on a line of metrics.jsonl, or None if the line is incomplete."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -123,7 +124,7 @@ def whole(line: str) -> dict[str, Any] | None:
 
 
 class Pace(NamedTuple):
-    """How fast an interval's steps went; the names are those of `LogRow`."""
+    """Speed of an interval's steps; its names are those of `LogRow`."""
 
     samples_per_second: float
     step_seconds: float
@@ -131,10 +132,9 @@ class Pace(NamedTuple):
 
 
 class Clock:
-    """Times steps by the wall, over whole logging intervals, so that a GPU is never waited for on
-    account of it.
+    """Clock of wall times over whole logging intervals, so that it never has to wait for a GPU.
 
-    `now` gives seconds. What runs in `paused()` (saving, validating) counts for no step.
+    `now` returns seconds. What runs in `paused()` (saving, validating) counts for no step.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -147,25 +147,25 @@ class Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for data."""
+        """Count the time inside as waiting for data."""
         began = self._now()
         yield
         self._waited += self._now() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training."""
+        """Exclude the time inside from that of the steps."""
         began = self._now()
         yield
         self._paused += self._now() - began
 
     def step(self, samples: int) -> None:
-        """A step over `samples`, of all processes, is done."""
+        """Count a completed step over `samples` of all processes."""
         self._steps += 1
         self._samples += samples
 
     def lap(self) -> Pace:
-        """The pace of the steps since the last lap, one at least."""
+        """Return the pace of the steps since the last lap, which must be one or more."""
         seconds = max(self._now() - self._began - self._paused, 1e-9)
         pace = Pace(self._samples / seconds, seconds / self._steps, self._waited / seconds)
         self._restart()
@@ -173,8 +173,9 @@ class Clock:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that this process has held at once: PyTorch's on a CUDA device, else the
-    resident set, in 1e9 bytes.
+    """Return the most memory that this process has held at once, in 1e9 bytes.
+
+    It is PyTorch's on a CUDA device, else the resident set.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
@@ -186,13 +187,19 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Tracker(Protocol):
-    """A page with curves and pictures. Only the main process has one."""
+    """A page with curves and pictures; only the main process has one."""
 
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to the curve of every name."""
+        ...
 
-    def log_image(self, name: str, picture: Image.Image, step: int) -> None: ...
+    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+        """Add a picture under its name."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is buffered and end the connection."""
+        ...
 
 
 class TensorBoard:
@@ -211,22 +218,25 @@ class TensorBoard:
             self._writer.add_text("recipe", f"```json\n{recipe.model_dump_json(indent=2)}\n```", 0)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Add one point to the curve of every name, and flush the file."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a kill loses nothing that is on disk
+        self._writer.flush()  # so that a kill loses nothing
 
     def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+        """Add an RGB picture under its name, and flush the file."""
         self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases, gone on with at resume.
+    """A run of Weights & Biases, continued when training resumes.
 
-    It ignores steps that it has seen, so none is doubled.
+    It ignores steps that it has already logged, so none is doubled.
     """
 
     def __init__(self, recipe: Recipe, start: int) -> None:
@@ -247,16 +257,19 @@ class WandB:
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send one point for the curve of every name."""
         self._run.log(dict(values), step=step)
 
     def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+        """Send a picture under its name."""
         self._run.log({name: self._image(picture)}, step=step)
 
     def close(self) -> None:
+        """Finish the W&B run."""
         self._run.finish()
 
 
-# Name in recipes -> the tracker, and the extra that brings what it needs.
+# Name in recipes -> the tracker, and the extra that installs what it needs.
 TRACKERS: dict[str, tuple[Callable[[Recipe, int], Tracker], str]] = {
     "tensorboard": (TensorBoard, "train"),
     "wandb": (WandB, "wandb"),
@@ -264,11 +277,11 @@ TRACKERS: dict[str, tuple[Callable[[Recipe, int], Tracker], str]] = {
 
 
 def open_trackers(recipe: Recipe, start: int, warn: Callable[[str], None]) -> list[Tracker]:
-    """The recipe's trackers, for a run that goes on after step `start`.
+    """Open the recipe's trackers, for a run that resumes after step `start`.
 
     One that is not installed is left out with a warning.
 
-    Raises SettingError if one cannot start, as W&B without a login.
+    Raise SettingError if one cannot start, such as W&B without a login.
     """
     trackers = []
     for name in recipe.logging.to:
@@ -278,45 +291,45 @@ def open_trackers(recipe: Recipe, start: int, warn: Callable[[str], None]) -> li
         except ImportError:
             warn(
                 f"{name} is not installed, so nothing is logged to it; pip install "
-                f"'imprompt[{extra}]' brings it"
+                f"'imprompt[{extra}]' installs it"
             )
-        except Exception as error:  # another library's, of any kind
+        except Exception as error:  # another library's error, of any type
             raise SettingError(
-                f"{name} cannot be started ({first_line(error)}); mend that, or leave it out of "
+                f"{name} cannot be started ({first_line(error)}); fix that, or leave it out of "
                 "logging.to"
             ) from error
     return trackers
 
 
 class Watcher:
-    """What the loop tells as it goes; this one is silent."""
+    """Receiver of a run's events; this one ignores them."""
 
     def encoded(self, done: int, total: int) -> None:
-        """So many samples' features are encoded."""
+        """Receive how many samples' features are encoded, and how many there are."""
 
     def advanced(self, step: int) -> None:
-        """A step is done (on a GPU: on its way)."""
+        """Receive the number of steps done (on a GPU: queued)."""
 
     def stepped(self, row: LogRow) -> None:
-        """A step was logged."""
+        """Receive the numbers of a logged step."""
 
     def saved(self, folder: Path) -> None:
-        """A state was written."""
+        """Receive the folder of a saved state."""
 
     def validated(self, path: Path, scores: Mapping[str, float]) -> None:
-        """A grid of pictures was made and measured."""
+        """Receive the path of a grid of pictures, and its scores."""
 
     def bad(self, sample: BadSample) -> None:
-        """A sample could not be used."""
+        """Receive a sample that could not be used."""
 
     def warned(self, line: str) -> None:
-        """Something is not as the user may think."""
+        """Receive a warning of one line."""
 
 
 class ProgressWatcher(Watcher):
     """Progress in a terminal: a bar above a line of numbers.
 
-    Plain lines where the output is no terminal.
+    Plain lines where the output is not a terminal.
 
     >>> with ProgressWatcher(steps=1000) as watcher:
     ...     train(recipe, watcher)
@@ -342,6 +355,7 @@ class ProgressWatcher(Watcher):
             self._progress.stop()
 
     def encoded(self, done: int, total: int) -> None:
+        """Update the encoding bar, or print a line at every tenth."""
         self._progress.update(self._encoding, completed=done, total=total, visible=done < total)
         tenths = 10 * done // total
         if not self.console.is_interactive and tenths > self._tenths:
@@ -349,18 +363,22 @@ class ProgressWatcher(Watcher):
         self._tenths = tenths
 
     def advanced(self, step: int) -> None:
+        """Update the training bar."""
         self._progress.update(self._training, completed=step, visible=True)
 
     def stepped(self, row: LogRow) -> None:
+        """Update the numbers under the bar, or print them in a line."""
         self.advanced(row.step)
         self._progress.update(self._training, numbers=numbers(row, self.steps))
         if not self.console.is_interactive:
             self._say(f"step {row.step} of {self.steps}  {numbers(row, self.steps)}")
 
     def saved(self, folder: Path) -> None:
+        """Print the folder of a saved state."""
         self._say(f"saved {folder}")
 
     def validated(self, path: Path, scores: Mapping[str, float]) -> None:
+        """Print the path of the grid, and its scores."""
         self._say(
             "  ".join(
                 [f"validated {path}", *(f"{name} {value:.4f}" for name, value in scores.items())]
@@ -368,6 +386,7 @@ class ProgressWatcher(Watcher):
         )
 
     def bad(self, sample: BadSample) -> None:
+        """Print the first LISTED_BAD samples that could not be used."""
         self._bad += 1
         if self._bad <= LISTED_BAD:
             self._say(
@@ -376,6 +395,7 @@ class ProgressWatcher(Watcher):
             )
 
     def warned(self, line: str) -> None:
+        """Print a warning."""
         self._say(f"warning: {line}")
 
     def _say(self, line: str) -> None:
@@ -383,8 +403,9 @@ class ProgressWatcher(Watcher):
 
 
 def bars(console: "Console") -> Any:
-    """rich's progress, with the task's numbers on a line of their own: they do not fit beside a
-    bar.
+    """Return rich's progress, with the task's numbers on a separate line.
+
+    They do not fit next to a bar.
     """
     from rich.console import RenderableType
     from rich.progress import (
@@ -415,7 +436,7 @@ def bars(console: "Console") -> Any:
 
 
 def numbers(row: LogRow, steps: int) -> str:
-    """A row in a line, for a person; the time that is left is that of the steps alone."""
+    """Format a row as one line for a person; the time left is that of the steps alone."""
     left = timedelta(seconds=round((steps - row.step) * row.step_seconds))
     seconds, rate = row.step_seconds, row.samples_per_second
     parts = [
