@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks import stand_ins
 from benchmarks.setting import TrainingSetting
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.training.batches import AugmentedSamples, Composer, Item, RankSlice, loader
+from imprompt.training.augmented import AugmentedSamples, FeatureContent
+from imprompt.training.batches import Composer, RankSlice, loader
 from imprompt.training.model import AdaptedModel, prepare_base
 from imprompt.training.objective import Objective
 from imprompt.training.order import Order
@@ -65,7 +66,7 @@ class OurLoop:
         """Take so many steps, and read what a log line tells; give their mean loss."""
         for item in islice(self.items, steps):
             stepped = self.trainer.update(self.step, map(self.compose, [item]))
-            self.sentry.watch(self.step + 1, item["name"], stepped)
+            self.sentry.watch(self.step + 1, item.names, stepped)
             self.step += 1
         self.sentry.check()
         return self.trainer.read_losses()[0]
@@ -85,19 +86,23 @@ class MemoryReader:
         of, count = setting.stand_in, setting.samples
         latent, embedding = (4, setting.side, setting.side), (of.vision["projection_dim"],)
         text = (of.base.text_tokens, of.base.config["cross_attention_dim"])
+        self.latent = latent
         self.features: dict[str, Tensor] = {
             "mean": torch.randn(count, *latent),
             "spread": torch.rand(count, *latent),
             "image": torch.randn(count, *embedding),
-            "text": torch.randn(count, *text),
         }
+        self.conditions: dict[str, Tensor] = {"text": torch.randn(count, *text)}
         self.nulls = {"image": torch.zeros(1, *embedding), "text": torch.randn(1, *text)}
         if of.pooled:
-            self.features["pooled"] = torch.randn(count, of.pooled)
+            self.conditions["pooled"] = torch.randn(count, of.pooled)
             self.nulls["pooled"] = torch.randn(1, of.pooled)
-        self.features = {key: value.half() for key, value in self.features.items()}
+        self.features, self.conditions = (
+            {key: value.half() for key, value in part.items()}
+            for part in (self.features, self.conditions)
+        )
         if of.pooled:
-            self.features["time_ids"] = torch.tensor(
+            self.conditions["time_ids"] = torch.tensor(
                 [[setting.pixels, setting.pixels, 0, 0] + 2 * [setting.pixels]] * count
             ).float()
         self.bucket, self.shards, self.bad_shards = np.zeros(count, int), [count], ()
@@ -108,8 +113,14 @@ class MemoryReader:
     def name(self, index: int) -> str:
         return str(index)
 
-    def read(self, index: int, flip: bool, pick: float) -> Item:  # noqa: ARG002 - nothing is mirrored, one reference
-        return {key: value[index] for key, value in self.features.items()}
+    def latent_shape(self, index: int) -> tuple[int, int, int]:  # noqa: ARG002 - all have one
+        return self.latent
 
-    def blank(self, index: int) -> Item:
+    def read(self, index: int, flip: bool, pick: float) -> FeatureContent:  # noqa: ARG002 - nothing is mirrored, one reference
+        conditions = {key: value[index] for key, value in self.conditions.items()}
+        return FeatureContent(
+            **{key: value[index] for key, value in self.features.items()}, conditions=conditions
+        )
+
+    def blank(self, index: int) -> FeatureContent:
         return self.read(index, False, 0.0)

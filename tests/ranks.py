@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from imprompt.cli.console import fail
 from imprompt.errors import ImpromptError
 from imprompt.training import loop, setup
-from imprompt.training.batches import AugmentedSamples, Batch, Item
+from imprompt.training.augmented import AugmentedSample, AugmentedSamples
+from imprompt.training.batches import Batch
 from imprompt.training.order import SampleIndex
 from imprompt.training.recipe import Recipe
 from imprompt.training.step import Stepped, Trainer
@@ -113,9 +114,9 @@ def note(file: Path) -> None:
     """Write down what every step trains on: a line [step, [[epoch, sample], …]]."""
     show, update = AugmentedSamples.__getitem__, Trainer.update
 
-    def named(self: AugmentedSamples, draw: SampleIndex) -> Item:
-        item = show(self, draw)
-        return item | {"name": f"{item['name']} {draw.epoch} {draw.sample}"}
+    def named(self: AugmentedSamples, draw: SampleIndex) -> AugmentedSample:
+        sample = show(self, draw)
+        return replace(sample, names=[f"{sample.names[0]} {draw.epoch} {draw.sample}"])
 
     def updated(self: Trainer, step: int, parts: Iterable[Batch]) -> Stepped:
         seen = list(parts)

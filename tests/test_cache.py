@@ -33,7 +33,7 @@ from imprompt import files
 from imprompt.cli import app, commands
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.training import encoding
-from imprompt.training.batches import PictureReader
+from imprompt.training.augmented import FeatureContent, PictureReader
 from imprompt.training.buckets import bucket_sizes, fit, to_pixels
 from imprompt.training.cache import FeatureReader, open_features, read_manifest, verify_folder
 from imprompt.training.encoding import encode_set, source_origin
@@ -217,17 +217,24 @@ def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) 
                 **encoder.text([example.text]),
                 "image": encoder.image(example.references),
             }
-            assert read.keys() == direct.keys() | {"time_ids"}
+            given = tensors_of(read)
+            assert given.keys() == direct.keys() | {"time_ids"}
             for key, value in direct.items():
-                assert read[key].dtype == torch.float16
-                torch.testing.assert_close(read[key].float(), value[0], rtol=2e-3, atol=2e-3)
-            assert torch.equal(read["time_ids"], example.time_ids)
-            assert {k: (v.shape, v.dtype) for k, v in reader.blank(index).items()} == {
-                k: (v.shape, v.dtype) for k, v in read.items()
+                assert given[key].dtype == torch.float16
+                torch.testing.assert_close(given[key].float(), value[0], rtol=2e-3, atol=2e-3)
+            assert torch.equal(given["time_ids"], example.time_ids)
+            assert {k: (v.shape, v.dtype) for k, v in tensors_of(reader.blank(index)).items()} == {
+                k: (v.shape, v.dtype) for k, v in given.items()
             }
     for key, value in encoder.nulls().items():
         torch.testing.assert_close(reader.nulls[key].float(), value, rtol=2e-3, atol=2e-3)
     assert verify_folder(tmp_path) == []
+
+
+def tensors_of(content: FeatureContent) -> dict[str, Tensor]:
+    """Return all tensors of a sample's features, by name."""
+    named = {name: getattr(content, name) for name in ("mean", "spread", "image", "mask")}
+    return {key: value for key, value in named.items() if value is not None} | content.conditions
 
 
 MASKED = {"columns": Columns(mask="mask"), "buckets": True, "bucket_step": 8}
@@ -243,24 +250,18 @@ def test_masks_are_encoded_with_their_pictures(flip: bool, tmp_path: Path) -> No
     )
     for index in range(len(source)):
         read, blank = features.read(index, flip, 0), features.blank(index)
-        assert read["mask"].any() == (index % 2 == 1)
-        assert torch.equal(read["mask"], pictures.read(index, flip, 0)["mask"])
-        plain = pictures.read(index, False, 0)["mask"]
-        assert torch.equal(read["mask"], plain.flip(-1) if flip else plain)
+        assert read.mask.any() == (index % 2 == 1)
+        assert torch.equal(read.mask, pictures.read(index, flip, 0).mask)
+        plain = pictures.read(index, False, 0).mask
+        assert torch.equal(read.mask, plain.flip(-1) if flip else plain)
         for reader in (features, pictures):
-            assert (
-                reader.blank(index)["mask"].shape
-                == read["mask"].shape
-                == (1, *read["mean"].shape[1:])
-            )
-        assert {key: value.dtype for key, value in blank.items()} == {
-            key: value.dtype for key, value in read.items()
+            assert reader.blank(index).mask.shape == read.mask.shape == (1, *read.mean.shape[1:])
+        assert {key: value.dtype for key, value in tensors_of(blank).items()} == {
+            key: value.dtype for key, value in tensors_of(read).items()
         }
-    without = fill(tmp_path / "without", source, encoder, settings())
-    assert not {"mask"} & {
-        *FeatureReader(without).read(1, False, 0),
-        *FeatureReader(without).blank(1),
-    }
+    without = FeatureReader(fill(tmp_path / "without", source, encoder, settings()))
+    assert without.read(1, False, 0).mask is None
+    assert without.blank(1).mask is None
 
 
 def test_features_with_and_without_masks_are_distinguished(tmp_path: Path) -> None:
@@ -290,8 +291,8 @@ def test_features_from_before_there_were_masks_are_read_and_completed(tmp_path: 
         (tmp_path / name).write_text(json.dumps(table))
     wanted_now = encoder.identity(data) | source_origin(data)
     assert (
-        open_features(tmp_path, wanted_now).blank(0).keys()
-        == open_features(tmp_path, wanted_now).read(0, False, 0).keys()
+        tensors_of(open_features(tmp_path, wanted_now).blank(0)).keys()
+        == tensors_of(open_features(tmp_path, wanted_now).read(0, False, 0)).keys()
     )
     (tmp_path / "shard-000001.json").unlink()
     fill(tmp_path, source, encoder, data)
@@ -338,7 +339,7 @@ def test_shards_are_what_webdataset_reads(filled: Path) -> None:
         assert json.loads(sample["json"]) == about
         assert torch.equal(
             safetensors.torch.load(sample["safetensors"])["mean"],
-            reader.read(index, False, 0)["mean"],
+            reader.read(index, False, 0).mean,
         )
 
 
@@ -461,7 +462,7 @@ def test_every_sample_has_one_place(count: int, shard: int, ranks: int, bad: set
                 with pytest.raises(BadSample, match=rf"{index}\.png: is empty"):
                     reader.read(index, False, 0)
             else:
-                assert int(reader.read(index, False, 0)["text"][0, 0]) == index
+                assert int(reader.read(index, False, 0).conditions["text"][0, 0]) == index
         assert [row["sample"] for row in read_manifest(Path(name))["bad"]] == sorted(source.bad)
 
 
@@ -643,10 +644,10 @@ def test_readers_travel(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("imprompt.training.cache.OPEN_SHARDS", 2)
     reader = FeatureReader(filled)
     good = [index for index in range(23) if index not in BAD]
-    first = [reader.read(index, False, 0) for index in good]
+    first = [tensors_of(reader.read(index, False, 0)) for index in good]
     copy = pickle.loads(pickle.dumps(reader))
     for index, held in zip(good, first, strict=True):
-        again = copy.read(index, False, 0)
+        again = tensors_of(copy.read(index, False, 0))
         assert all(torch.equal(value, again[key]) for key, value in held.items())
 
 

@@ -84,7 +84,7 @@ def test_every_size_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         check(batch)
 
     monkeypatch.setattr(run.trainer, "_check_compiled", noted)
-    items = run.data_pipeline.items(0)
+    items = run.data_pipeline.samples_from(0)
     first, second = (run.data_pipeline.compose(next(items)) for _ in range(2))
     for step, batch in enumerate((first, second, next(second.samples()))):
         run.trainer.update(step, [batch])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imprompt.errors import SettingError
-from imprompt.training.batches import RankSlice, sample_rng
+from imprompt.training.augmented import sample_rng
+from imprompt.training.batches import RankSlice
 from imprompt.training.buckets import bucket_sizes, fit, nearest, training_size
 from imprompt.training.order import Order, SampleIndex
 from imprompt.training.recipe import Data

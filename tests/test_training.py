@@ -309,8 +309,8 @@ def test_the_best_state_is_kept(folder: Path, tmp_path: Path) -> None:
 
 def test_held_out_samples_are_never_trained_on(folder: Path, tmp_path: Path) -> None:
     run = begun(recipe(folder, tmp_path, 10, data={"held_out": 3}))
-    items = run.data_pipeline.items(0)
-    shown = {name for _ in range(10) for name in next(items)["name"]}
+    items = run.data_pipeline.samples_from(0)
+    shown = {name for _ in range(10) for name in next(items).names}
     kept = {run.data_pipeline.reader.name(int(index)) for index in run.data_pipeline.held_out}
     assert (len(shown), len(kept), shown & kept) == (4, 3, set())
     assert run.held_out_loss() == run.held_out_loss()

@@ -1,159 +1,26 @@
-"""Batches of a training step, made from samples.
-
-Everything random about one draw of a sample is drawn here, from a seed for that draw.
+"""Batches of a training step, made from augmented samples.
 
 Shape letters as in `imprompt.training.features`.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from itertools import accumulate
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from imprompt.encoders.preparation import side_of
-from imprompt.training.buckets import Size
-from imprompt.training.examples import bucket_of, read_example
+from imprompt.training.augmented import (
+    AugmentedSample,
+    AugmentedSamples,
+    Content,
+    FeatureContent,
+)
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.order import SampleIndex
-from imprompt.training.recipe import Data
-from imprompt.training.samples import BadSample, Source
-
-Item = dict[str, Any]
-
-
-class SampleReader(Protocol):
-    """Samples by number, from pictures or from encoded features."""
-
-    bucket: np.ndarray  # of every sample
-    bad_shards: Sequence[BadSample]  # of the source
-
-    @property
-    def shards(self) -> Sequence[int]:
-        """Number of samples in each shard, in order."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """Return the sample's name for messages."""
-        ...
-
-    def read(self, index: int, flip: bool, pick: float) -> Item:
-        """Return the sample, mirrored or not, with the reference that `pick` in [0, 1) selects.
-
-        Raise BadSample if it cannot be used.
-        """
-        ...
-
-    def blank(self, index: int) -> Item:
-        """Return an item with the keys and shapes of `read` but without content."""
-        ...
-
-
-class PictureReader:
-    """Pictures that are encoded in the step that trains on them."""
-
-    def __init__(
-        self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int
-    ) -> None:
-        self.source, self.sizes, self.processor = source, sizes, processor
-        self.unit, self.channels = unit, channels  # pixels a side per latent, and C
-        self.shards, self.bad_shards = source.shards, source.bad_shards
-        self.bucket = np.array([bucket_of(source, index, sizes) for index in range(len(source))])
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        """Return the sample's name in the source."""
-        return self.source.name(index)
-
-    def read(self, index: int, flip: bool, pick: float) -> Item:
-        """Read a sample's pictures, caption and size conditions.
-
-        "pixels" (3, H, W) in [-1, 1], "mask" (1, h, w) of 8 bits, "reference" (3, S, S), "caption",
-        "time_ids" (6,), and "latent", the shape (C, h, w) of its latents. Raise BadSample.
-        """
-        example = read_example(
-            self.source.read(index), self.sizes[self.bucket[index]], self.unit, self.processor, pick
-        )
-        pixels, mask = (part.flip(-1) if flip else part for part in (example.pixels, example.mask))
-        return self._item(pixels, mask, example.references[0], example.text, example.time_ids)
-
-    def blank(self, index: int) -> Item:
-        """Return zeros and an empty caption, with the keys and shapes of `read`."""
-        (wide, high), side = self.sizes[self.bucket[index]], side_of(self.processor)
-        reference = torch.zeros(3, side, side)
-        mask = torch.zeros(1, high // self.unit, wide // self.unit, dtype=torch.uint8)
-        return self._item(torch.zeros(3, high, wide), mask, reference, "", torch.zeros(6))
-
-    def _item(
-        self, pixels: Tensor, mask: Tensor, reference: Tensor, caption: str, time_ids: Tensor
-    ) -> Item:
-        item = {
-            "pixels": pixels,
-            "mask": mask,
-            "reference": reference,
-            "caption": caption,
-            "time_ids": time_ids,
-        }
-        return item | {"latent": (self.channels, *mask.shape[1:])}
-
-
-def sample_rng(seed: int, draw: SampleIndex) -> torch.Generator:
-    """Return the random generator of one draw, a function of seed, epoch and sample alone."""
-    digest = hashlib.blake2b(f"{seed} {draw.epoch} {draw.sample}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
-
-
-class AugmentedSamples(Dataset[Item]):
-    """Samples with everything that is drawn at random for them, by `SampleIndex`."""
-
-    def __init__(self, reader: SampleReader, data: Data, seed: int) -> None:
-        self.reader, self.data, self.seed = reader, data, seed
-
-    def __getitem__(self, draw: SampleIndex) -> Item:
-        random = sample_rng(self.seed, draw)
-        mirror, pick, drop, u = torch.rand(4, generator=random, dtype=torch.float64).tolist()
-        bad = None
-        try:
-            item = self.reader.read(draw.sample, self.data.flip and mirror < 0.5, pick)
-        except BadSample as error:
-            item, bad = self.reader.blank(draw.sample), error
-        shape = item.pop("latent", None) or item["mean"].shape
-        image, both, text = accumulate(
-            [self.data.drop_image, self.data.drop_both, self.data.drop_text]
-        )
-        return item | {
-            "name": self.reader.name(draw.sample),
-            "weight": float(bad is None),
-            "bad": bad,
-            "u": u,
-            "no_image": drop < both,
-            "no_text": image <= drop < text,
-            "offset": torch.randn(shape[0], 1, 1, generator=random),
-            "posterior": torch.randn(*shape, generator=random),
-            "noise": torch.randn(*shape, generator=random),
-        }
-
-
-def collate(items: Sequence[Item]) -> Item:
-    """Stack tensors, turn numbers into tensors and everything else into lists."""
-    return {key: _together([item[key] for item in items]) for key in items[0]}
-
-
-def _together(values: list[Any]) -> Any:
-    if isinstance(values[0], Tensor):
-        return torch.stack(values)
-    return torch.tensor(values) if isinstance(values[0], (bool, float)) else values
 
 
 class RankSlice(NamedTuple):
@@ -172,7 +39,7 @@ class RankSlice(NamedTuple):
 
 def loader(
     augmented: AugmentedSamples, steps: Iterator[list[SampleIndex]], share: RankSlice, workers: int
-) -> Iterator[Item]:
+) -> Iterator[AugmentedSample]:
     """Return an iterator over this process's parts of the batches.
 
     Each step has `share.parts` of them; `workers` processes read ahead.
@@ -184,7 +51,7 @@ def loader(
             augmented,
             batch_sampler=_Once(parts),  # pyright: ignore[reportArgumentType] - it takes any iterable of lists
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=AugmentedSample.stack,
             pin_memory=torch.cuda.is_available(),
             **reading,
         )
@@ -225,11 +92,8 @@ class Batch:
             yield Batch(**one | {"names": [name]})
 
 
-Encode = Callable[[Item], Item]
-
-
 class Composer:
-    """Converter of items into batches on the device.
+    """Converter of stacked samples into batches on the device.
 
     It encodes pictures, draws latents from their posterior and replaces dropped parts.
     """
@@ -239,35 +103,40 @@ class Composer:
         self.nulls = {key: value.to(device).float() for key, value in nulls.items()}
         self.device, self.scaling, self.shift, self.encoder = device, scaling, shift, encoder
 
-    def __call__(self, item: Item) -> Batch:
-        """Return the batch of a collated item."""
-        item = {
-            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
-            for key, value in item.items()
-        }
-        if self.encoder is not None:
-            features = {
-                **self.encoder.latents(item["pixels"]),
-                **self.encoder.text(item["caption"]),
-            }
-            item |= features | {"image": self.encoder.image(item["reference"])}
-        no_image, no_text = item["no_image"], item["no_text"]
-        texts = [key for key in self.nulls if key != "image"]
-        sizes = {key: item[key] for key in ("time_ids",) if key in item}
-        latents = item["mean"].float() + item["spread"].float() * item["posterior"]
+    def __call__(self, samples: AugmentedSample) -> Batch:
+        """Return the batch of stacked samples."""
+        samples = samples.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True))
+        read = self._encoded(samples.content)
+        latents = read.mean.float() + read.spread.float() * samples.posterior
         return Batch(
-            names=item["name"],
-            weight=item["weight"].float(),
+            names=samples.names,
+            weight=samples.weight,
             latents=(latents - self.shift) * self.scaling,
-            noise=item["noise"],
-            offset=item["offset"],
-            u=item["u"].float(),
-            image=self._dropped(item, "image", no_image),
-            conditions={key: self._dropped(item, key, no_text) for key in texts} | sizes,
-            mask=item["mask"].float() / 255 if "mask" in item else None,
+            noise=samples.noise,
+            offset=samples.offset,
+            u=samples.u,
+            image=self._dropped("image", read.image, samples.no_image),
+            conditions={
+                key: self._dropped(key, value, samples.no_text) if key in self.nulls else value
+                for key, value in read.conditions.items()
+            },
+            mask=None if read.mask is None else read.mask.float() / 255,
         )
 
-    def _dropped(self, item: Item, key: str, which: Tensor) -> Tensor:
+    def _encoded(self, content: Content) -> FeatureContent:
+        """Return the content's features, made from its pictures where it holds those."""
+        if isinstance(content, FeatureContent):
+            return content
+        encoder = self.encoder
+        assert encoder is not None
+        return FeatureContent(
+            **encoder.latents(content.pixels),
+            image=encoder.image(content.reference),
+            conditions=encoder.text(content.captions) | content.conditions,
+            mask=content.mask,
+        )
+
+    def _dropped(self, key: str, value: Tensor, which: Tensor) -> Tensor:
         """Return the feature (B, …), replaced by the null feature where it is dropped."""
-        value = item[key].float()
+        value = value.float()
         return torch.where(which.view(-1, *[1] * (value.ndim - 1)), self.nulls[key], value)

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
-from torch import Tensor
 
 from imprompt.errors import SettingError, first_line
+from imprompt.training.augmented import FeatureContent
 from imprompt.training.samples import BadSample
 
 OPEN_SHARDS = 64  # files that a reading process keeps open
@@ -185,12 +185,16 @@ class FeatureReader:
         """Return the sample's name in the source."""
         return str(self._names[index])
 
-    def read(self, index: int, flip: bool, pick: float) -> dict[str, Tensor]:
-        """Return a sample's features for training, mirrored or not.
+    def latent_shape(self, index: int) -> tuple[int, int, int]:
+        """Return (C, h, w) of a sample's latent."""
+        wide, high = self.identity["buckets"][self.bucket[index]]
+        unit = self._plan["unit"]
+        return self._plan["channels"], high // unit, wide // unit
 
-        "mean" and "spread" (C, h, w); "image" (E,) or (patches, E) of the reference that `pick` in
-        [0, 1) selects; the text's conditions; all in float16. "time_ids" (6,) in float32. "mask"
-        (1, h, w) of 8 bits if the features were encoded with masks.
+    def read(self, index: int, flip: bool, pick: float) -> FeatureContent:
+        """Return a sample's features, mirrored or not, with the reference that `pick` selects.
+
+        All are float16, except "time_ids" in float32.
 
         Raise BadSample if it was bad when it was encoded, or its bytes are not those that were
         written.
@@ -212,33 +216,33 @@ class FeatureReader:
             )
         tensors = load(held)
         side = "_flip" if flip else ""
-        if flip and "mask" in tensors:
-            tensors["mask"] = tensors["mask"].flip(-1)
-        references = tensors.pop("image")
-        return {
-            "mean": tensors.pop("mean" + side),
-            "spread": tensors.pop("spread" + side),
-            "image": references[int(pick * len(references))],
-            **{
+        mask, references = tensors.pop("mask", None), tensors.pop("image")
+        return FeatureContent(
+            mean=tensors["mean" + side],
+            spread=tensors["spread" + side],
+            image=references[int(pick * len(references))],
+            conditions={
                 key: value
                 for key, value in tensors.items()
                 if not key.startswith(("mean", "spread"))
             },
-        }
+            mask=mask if mask is None or not flip else mask.flip(-1),
+        )
 
-    def blank(self, index: int) -> dict[str, Tensor]:
-        """Return zeros with the keys and shapes of `read`."""
-        wide, high = (
-            side // self._plan["unit"] for side in self.identity["buckets"][self.bucket[index]]
-        )
-        latent = torch.zeros(self._plan["channels"], high, wide, dtype=torch.float16)
-        rest = {key: torch.zeros_like(null[0]) for key, null in self.nulls.items()}
-        masks = (
-            {"mask": torch.zeros(1, high, wide, dtype=torch.uint8)}
+    def blank(self, index: int) -> FeatureContent:
+        """Return zeros with the shapes of `read`."""
+        shape = self.latent_shape(index)
+        latent = torch.zeros(shape, dtype=torch.float16)
+        conditions = {key: torch.zeros_like(null[0]) for key, null in self.nulls.items()}
+        return FeatureContent(
+            mean=latent,
+            spread=latent,
+            image=conditions.pop("image"),
+            conditions={**conditions, "time_ids": torch.zeros(6)},
+            mask=torch.zeros(1, *shape[1:], dtype=torch.uint8)
             if self._plan["source"].get("mask")
-            else {}
+            else None,
         )
-        return {"mean": latent, "spread": latent, **masks, **rest, "time_ids": torch.zeros(6)}
 
     def _shard(self, number: int) -> "_Shard":
         if number not in self._open:

@@ -7,21 +7,19 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from imprompt.errors import ImpromptError
 from imprompt.files import atomic_write
-from imprompt.training.batches import (
+from imprompt.training.augmented import (
+    AugmentedSample,
     AugmentedSamples,
-    Composer,
-    Item,
     PictureReader,
-    RankSlice,
     SampleReader,
-    collate,
-    loader,
 )
+from imprompt.training.batches import Composer, RankSlice, loader
 from imprompt.training.buckets import bucket_sizes
 from imprompt.training.cache import FeatureReader, open_features
 from imprompt.training.encoding import encode_set, source_origin
@@ -129,7 +127,7 @@ class DataPipeline:
         """Number of samples that are trained on in an epoch."""
         return len(self.reader) - len(self.held_out)
 
-    def items(self, start: int) -> Iterator[Item]:
+    def samples_from(self, start: int) -> Iterator[AugmentedSample]:
         """Return an iterator over this process's parts of the batches from step `start` on."""
         return loader(
             AugmentedSamples(self.reader, self.data, self.seed),
@@ -138,7 +136,7 @@ class DataPipeline:
             self.data.workers,
         )
 
-    def held_out_items(self) -> Iterator[tuple[np.ndarray, Item]]:
+    def held_out_samples(self) -> Iterator[tuple[np.ndarray, AugmentedSample]]:
         """Yield batches of held-out samples with their numbers among the held-out ones.
 
         Nothing is dropped or mirrored, and the noise is always the same.
@@ -146,21 +144,15 @@ class DataPipeline:
         plain = self.data.model_copy(
             update={"flip": False, "drop_text": 0.0, "drop_image": 0.0, "drop_both": 0.0}
         )
-        augmented, size = (
-            AugmentedSamples(self.reader, plain, self.seed),
-            max(1, self.batch // (self.share.ranks * self.share.parts)),
-        )
+        augmented = AugmentedSamples(self.reader, plain, self.seed)
+        size = max(1, self.batch // (self.share.ranks * self.share.parts))
         numbers = np.arange(len(self.held_out))
         of = self.reader.bucket[self.held_out]
         for bucket in np.unique(of):
             here = numbers[of == bucket]
             for part in np.split(here, range(size, len(here), size)):
-                yield (
-                    part,
-                    collate(
-                        [augmented[SampleIndex(-1, int(self.held_out[number]))] for number in part]
-                    ),
-                )
+                drawn = [SampleIndex(-1, int(self.held_out[number])) for number in part]
+                yield part, AugmentedSample.stack([augmented[index] for index in drawn])
 
 
 class Bad:
@@ -182,7 +174,9 @@ class Bad:
         self.file, self.allowed, self.write = run / "bad.jsonl", allowed, write
         self.samples = len(reader) + sum(shard.samples for shard in reader.bad_shards)
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self._written: dict[str, Item] = {row["name"]: row for row in map(json.loads, lines)}
+        self._written: dict[str, dict[str, Any]] = {
+            row["name"]: row for row in map(json.loads, lines)
+        }
         self.known = {name: row for name, row in self._written.items() if row["step"] <= step}
 
     @property
@@ -222,6 +216,6 @@ class Bad:
         self._written = dict(self.known)
 
 
-def bad_of(items: Sequence[Item]) -> list[BadSample]:
+def bad_of(samples: Sequence[AugmentedSample]) -> list[BadSample]:
     """Return the errors of the samples that could not be read."""
-    return [error for item in items for error in item["bad"] if error is not None]
+    return [error for part in samples for error in part.bad]

@@ -17,7 +17,8 @@ from torch import Tensor
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter, save_adapter
 from imprompt.errors import ImpromptError
-from imprompt.training.batches import Batch, Item
+from imprompt.training.augmented import AugmentedSample
+from imprompt.training.batches import Batch
 from imprompt.training.data_pipeline import Bad, bad_of
 from imprompt.training.endings import explained_termination, lock_output
 from imprompt.training.recipe import Recipe
@@ -81,12 +82,12 @@ class Run:
         self._count(done)
         clock = Clock()
         guard = NaNGuard(gathered, scaled=self.setup.accelerator.scaler is not None)
-        items = self.data_pipeline.items(done) if done < plan.steps else iter(())
+        samples = self.data_pipeline.samples_from(done) if done < plan.steps else iter(())
         for step in range(done, plan.steps):
             with clock.waiting():
-                parts = list(islice(items, plan.accumulate))
+                parts = list(islice(samples, plan.accumulate))
             self.seen += bad_of(parts)
-            names = [name for part in parts for name in part["name"]]
+            names = [name for part in parts for name in part.names]
             stepped = self.trainer.update(step, map(self.data_pipeline.compose, parts))
             guard.watch(step + 1, names, stepped)
             clock.step(plan.batch_size)
@@ -205,13 +206,13 @@ class Run:
             index = self.trainer.objective.row(u.to(self.setup.device).float())
             return self.trainer.losses(batch, index).plain[batch.weight > 0]
 
-        def composed(item: Item) -> Batch:
-            self.seen += bad_of([item])
-            return self.data_pipeline.compose(item)
+        def composed(samples: AugmentedSample) -> Batch:
+            self.seen += bad_of([samples])
+            return self.data_pipeline.compose(samples)
 
         batches = (
-            (torch.from_numpy(numbers), composed(item))
-            for numbers, item in self.data_pipeline.held_out_items()
+            (torch.from_numpy(numbers), composed(samples))
+            for numbers, samples in self.data_pipeline.held_out_samples()
         )
         with self.trainer.measuring():
             return held_out_loss(batches, losses, HELD_OUT_DRAWS)

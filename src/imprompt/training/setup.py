@@ -17,7 +17,8 @@ from imprompt.checkpoints.adapters import Origin
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.families.base import base_of, family_of
 from imprompt.files import check_folder
-from imprompt.training.batches import Composer, RankSlice, SampleReader
+from imprompt.training.augmented import SampleReader
+from imprompt.training.batches import Composer, RankSlice
 from imprompt.training.data_pipeline import (
     DataPipeline,
     encode_features,
