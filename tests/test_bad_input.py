@@ -489,12 +489,12 @@ BAD_REQUESTS = [
     (
         "several adapters",
         "generate {here}/cat.png --adapter base --adapter plus",
-        "say which of them hears which picture in a request",
+        "state in a request file which adapter each picture is for",
     ),
     (
         "two negatives",
         "generate {here}/cat.png --noise fade --negative-image {here}/cat.png",
-        "both say what to keep away from",
+        "both set what to keep away from",
     ),
     (
         "weights alone",
@@ -526,7 +526,7 @@ BAD_REQUESTS = [
     (
         "like, newer",
         "generate --like {here}/newer.png",
-        "of another imprompt (unknown setting 'warp'",
+        "from another version of imprompt (unknown setting 'warp'",
     ),
     (
         "like, poisoned",

@@ -272,23 +272,23 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     (
         {"up_block.0": 1},
         {},
-        "blocks 'up_block.0': no cross-attention's name begins so; near: up_blocks.0",
+        "blocks 'up_block.0': no cross-attention layer's name begins with it; near: up_blocks.0",
     ),
-    ({"output": 1}, {}, "blocks 'output': no cross-attention's name begins so"),
+    ({"output": 1}, {}, "blocks 'output': no cross-attention layer's name begins with it"),
     ({"mid_block": "much"}, {}, "blocks 'mid_block' = 'much': give a number"),
     (float("nan"), {}, "blocks = nan: give a number"),
     (True, {}, "blocks = True: give a number"),
     (
         {"up": {"block_2": 1.0}},
         {},
-        "blocks 'up': no cross-attention in 'block_2', there are in block_0, block_1",
+        "blocks 'up': no cross-attention in 'block_2'; blocks that have one: block_0, block_1",
     ),
     ({"up": {"block_0": [1, 2]}}, {}, "2 factors for the 3 attentions up_blocks.0.attentions.0"),
     ({"mid": [1, 2]}, {}, "2 factors for the 1 attentions mid_block.attentions.0"),
     (
         {"up": 1.0, "up_blocks.0": 1.0},
         {},
-        "blocks 'up_blocks.0' beside up: known are down, mid, up",
+        "blocks 'up_blocks.0' together with up: known are down, mid, up",
     ),
     (
         {"up": {"block_0": [[1, 2], 0, 0]}},

@@ -222,7 +222,7 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
         (
             BLUE,
             {"pipeline_options": {"guidance_scale": 2}},
-            "pipeline_options['guidance_scale']: say it as guidance",
+            "pipeline_options['guidance_scale']: give it as guidance",
         ),
         (
             BLUE,
@@ -234,7 +234,7 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
         (
             BLUE,
             {"image_guidance": 2, "guidance": 1},
-            "image_guidance goes beside the text's guidance, which is off at 1.0",
+            "image_guidance needs the text's guidance, which is off at 1.0",
         ),
         ([], {}, "no image prompt was given"),
     ],
@@ -261,7 +261,7 @@ def test_wrong_use_is_one_line(
         ({"combine": "mix"}, "combine = 'mix': unknown; "),
         ({"embeds_scaling": "V"}, "embeds_scaling = 'V': unknown; known: V only"),
         ({"negative": []}, "name at least one picture"),
-        ({"images": 3}, "a int is no picture"),
+        ({"images": 3}, "a int is not a picture"),
         ({"mask": {"path": "a.png", "sha": ""}}, "unknown setting 'sha'; near: sha256"),
         ({"wieghts": [1, 2]}, "unknown setting 'wieghts'; near: weights"),
     ],
@@ -311,8 +311,8 @@ def test_a_request_file_is_what_the_picture_says(pipe: ImagePromptPipeline, tmp_
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.toml", "images = [", "is no TOML"),
-        ("a.json", "[1]", "holds no request"),
+        ("a.toml", "images = [", "is not valid TOML"),
+        ("a.json", "[1]", "does not hold a request"),
         (
             "a.json",
             '{"images": ["a.png"], "modle": "emoji"}',
@@ -512,7 +512,9 @@ def test_several_adapters_say_their_own() -> None:
         ImagePromptPipeline.from_pretrained(
             "emoji", adapter=["base", "plus"], encoder="elsewhere", device="cpu"
         )
-    with pytest.raises(SettingError, match="two adapters are called 'base': name them apart"):
+    with pytest.raises(
+        SettingError, match="two adapters are called 'base': give each its own name"
+    ):
         ImagePromptPipeline.from_pretrained("emoji", adapter=["base", "base"], device="cpu")
 
 
@@ -714,7 +716,7 @@ def test_windows_need_training_timesteps(pipe: ImagePromptPipeline) -> None:
     )
     edm.scheduler = diffusers.EDMEulerScheduler()
     other = ImagePromptPipeline(edm, pipe.first)
-    with pytest.raises(SettingError, match="this EDM scheduler has not"):
+    with pytest.raises(SettingError, match="this EDM scheduler has none"):
         other(Reference(images=BLUE, end=0.5), **QUICK)
 
 

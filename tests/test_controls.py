@@ -508,7 +508,7 @@ def test_what_can_be_a_mask() -> None:
         (torch.ones(0, 4), "mask of shape [0, 4]"),
         (
             np.full((4, 4), 255, np.uint8),
-            "mask with values from 255 to 255: give 0 (not heard) to 1",
+            "mask with values from 255 to 255: give 0 (no effect) to 1",
         ),
         (torch.full((4, 4), float("nan")), "mask with values from nan"),
         (torch.zeros(4, 4), "a mask that is 0 everywhere"),

@@ -280,14 +280,14 @@ def test_two_ranks_make_the_same_bytes(place: Path) -> None:
 def test_a_folder_of_other_settings_is_refused(place: Path) -> None:
     with pytest.raises(
         SettingError,
-        match=r"was begun with protocol.scale = 0.5 \(now 0.25\): give another --out, or the old",
+        match=r"was started with protocol.scale = 0.5 \(now 0.25\): give another --out, or the old",
     ):
         evaluate(plan(place, "whole", protocol={"scale": 0.25}))
     with pytest.raises(
         SettingError,
         match=(
-            r"begun with judges.dino.key = 'dino' \(now None\), judges.dino.name = .* and 2 more: "
-            r"give"
+            r"started with judges.dino.key = 'dino' \(now None\), judges.dino.name = .* "
+            r"and 2 more: give"
         ),
     ):
         evaluate(plan(place, "whole", dino=None))
@@ -313,7 +313,7 @@ def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
     (headless / "run.json").unlink()
     with pytest.raises(
         SettingError,
-        match=r"holds parts of a run, but no run.json says of which: give another --out",
+        match=r"holds parts of a run, but no run.json that describes it: give another --out",
     ):
         evaluate(plan(place, "headless", protocol={}))
     for text in ("{}", "[]", "{"):
@@ -365,7 +365,7 @@ def test_another_schedule_is_another_run(place: Path) -> None:
     config = model / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("0.012", "0.011"))
     with pytest.raises(
-        SettingError, match=r"begun with model.scheduler_config.beta_end = 0.012 \(now 0.011\)"
+        SettingError, match=r"started with model.scheduler_config.beta_end = 0.012 \(now 0.011\)"
     ):
         evaluate(one)
 

@@ -76,14 +76,14 @@ def test_coco_by_image_id_with_the_first_caption(tmp_path: Path) -> None:
 def test_coco_that_is_none(tmp_path: Path) -> None:
     coco(tmp_path)
     (tmp_path / "annotations" / "captions_val2017.json").write_text('{"images": []}')
-    with pytest.raises(SettingError, match="holds no COCO captions: lists images"):
+    with pytest.raises(SettingError, match="does not hold COCO captions: it needs lists images"):
         open_set(tmp_path)
     told = {
         "images": [{"id": 1, "file_name": 5}],
         "annotations": [{"id": 1, "image_id": 1, "caption": "a"}],
     }
     (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(told))
-    with pytest.raises(SettingError, match="holds no COCO captions: lists images"):
+    with pytest.raises(SettingError, match="does not hold COCO captions: it needs lists images"):
         open_set(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_half_an_emoji_is_no_caption(tmp_path: Path) -> None:
         {"file_name": "0.png", "text": "a cat"},
         {"file_name": "1.png", "text": "a \ud83d"},
     )
-    with pytest.raises(ImageError, match=r"^1: its caption is no Unicode text; --skip-bad"):
+    with pytest.raises(ImageError, match=r"^1: its caption is not Unicode text; --skip-bad"):
         open_set(tmp_path)
     assert [item.name for item in open_set(tmp_path, skip_bad=True).items] == ["0"]
 
@@ -221,7 +221,7 @@ def test_the_hash_is_of_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("auto", "is no set: it should hold metadata.jsonl, or annotations/"),
+        ("auto", "is not a set: it should hold metadata.jsonl, or annotations/"),
         ("coco", "it should hold annotations/captions_val2017"),
         ("cooc", "unknown kind of set 'cooc'; near: coco"),
     ],

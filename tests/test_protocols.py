@@ -58,7 +58,7 @@ def test_protocols_and_sweeps() -> None:
         (["scale=a"], "give numbers with commas between"),
         (["scale="], "give its values"),
         (["scale=1", "scale=2"], "given twice"),
-        (["scale=1,1.0"], "scale=1 is there 2 times"),
+        (["scale=1,1.0"], "scale=1 is given 2 times"),
         (["scale=11"], "scale = 11.0: input should be less than"),
         (["steps=0"], "steps = 0: input should be greater"),
     ],

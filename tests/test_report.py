@@ -344,7 +344,7 @@ def test_facts_are_lines() -> None:
 
 
 def test_a_folder_that_holds_no_finished_run(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"is no finished run: it has no summary\.json"):
+    with pytest.raises(SettingError, match=r"is not a finished run: it has no summary\.json"):
         write_report(tmp_path)
     folder = run_folder(tmp_path / "run")
     (folder / "rows.jsonl").write_text('{"setting": ')

@@ -1,4 +1,4 @@
-"""The command line.
+"""Define the command line.
 
 Commands import what they need when they run, so that `imprompt --help` is quick.
 """
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 class Command(NamedTuple):
-    """One command: its name, and the function of a module of this package that it is.
+    """One command: its name, and the module of this package and the function that implement it.
 
     help  of a command whose function is made when it is used: see
           `imprompt.cli.console.LateCommand`
@@ -57,14 +57,14 @@ COMMANDS = {  # group -> its commands; "" is the program itself
             "run",
             "evaluate",
             "evaluate_command",
-            "Make pictures for every item of a set and measure them. The same command again goes "
-            "on; torchrun shares the work.",
+            "Make pictures for every item of a set and measure them. The same command again "
+            "resumes; torchrun shares the work.",
         ),
         Command("report", "evaluate", "report"),
         Command("compare", "evaluate", "compare"),
     ),
 }
-GROUPS = {  # what each is about
+GROUPS = {  # group -> its help text
     "data": "Training sets: check them, encode their features.",
     "evaluate": "Measure a model and adapter over a set of pictures.",
 }
@@ -90,7 +90,7 @@ def main() -> None:
     commands()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # a name that the terminal cannot show is no reason to fail
+            # a name that the terminal cannot show must not fail the command
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -105,19 +105,18 @@ def main() -> None:
 
 
 def shell() -> None:
-    """What a shell starts: `main`, and at its end the process is gone.
+    """Run `main` as a shell's program, and end the process without Python's cleanup.
 
-    Python would take its modules apart first, one by one: after torch and diffusers that is a
-    second of nothing. What libraries registered with atexit runs before, for the first registered
-    runs last.
+    After torch and diffusers were imported, Python would spend a second on unloading modules.
+    Functions that libraries registered with atexit run before: the first registered runs last.
     """
-    code = 1  # of an exception that nobody caught
+    code = 1  # exit code of an uncaught exception
 
     def leave() -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        finally:  # also where nobody reads any more
+        finally:  # also if the reader of the output is gone
             os._exit(code)
 
     atexit.register(leave)

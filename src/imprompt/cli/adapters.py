@@ -1,4 +1,4 @@
-"""`imprompt inspect` and `imprompt convert`: adapter files."""
+"""Define `imprompt inspect` and `imprompt convert`, for adapter files."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -8,13 +8,16 @@ import typer
 
 
 class LayoutName(StrEnum):
+    """Layouts in which an adapter file can be written."""
+
     imprompt = "imprompt"
     paper = "paper"
     diffusers = "diffusers"
 
 
 Answer = Annotated[
-    str | None, typer.Option(help="What the file's tensors cannot tell, such as faceid-plus-v2.")
+    str | None,
+    typer.Option(help="Variant, if the file's tensors do not show it, such as faceid-plus-v2."),
 ]
 
 
@@ -27,9 +30,9 @@ def inspect(
     ],
     variant: Answer = None,
 ) -> None:
-    """Say what an adapter file is: for which model and image encoder, how many parameters.
+    """Describe an adapter file: for which model and image encoder, how many parameters.
 
-    Of a PNG print its request, as JSON.
+    For a PNG, print its request as JSON.
     """
     from imprompt.checkpoints.adapters import describe, read_adapter
     from imprompt.cli.console import print_rows
@@ -53,7 +56,7 @@ def convert(
     ] = LayoutName.imprompt,
     model: Annotated[
         str | None,
-        typer.Option(help="The base model, where the file only numbers an unknown one's layers."),
+        typer.Option(help="The base model, if the file only numbers the layers of an unknown one."),
     ] = None,
     variant: Answer = None,
 ) -> None:
@@ -72,7 +75,7 @@ def convert(
 
 
 def layers_of(model: str) -> list[str]:
-    """Return the names of a base model's cross-attentions, from its configuration alone."""
+    """Return the names of a base model's cross-attention layers, read from its configuration."""
     import torch
 
     from imprompt.errors import CheckpointError, first_line

@@ -1,6 +1,4 @@
-"""What commands share: loading without the libraries' notices, rows of text, one line for a
-mistake.
-"""
+"""Provide what commands share: quiet loading, rows of text, one line for a mistake."""
 
 import atexit
 import gc
@@ -16,13 +14,13 @@ from typer.core import TyperCommand
 
 
 class LateCommand(TyperCommand):
-    """Stands for a command whose schemas are imported when it is used: `imprompt --help` is quick.
+    """A command whose schemas are imported when it is used: `imprompt --help` is quick.
 
-    Its callback returns the function that the command is.
+    Its callback returns the function that implements the command.
     """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        """Make the command, and parse the words for it."""
+        """Make the command, and parse the arguments for it."""
         assert self.callback is not None
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command(self.name, help=self.help)(self.callback())
@@ -31,16 +29,16 @@ class LateCommand(TyperCommand):
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Around imports and weights.
+    """Suspend garbage collection while imports and weights are loaded.
 
-    The cyclic collector waits, and later leaves out what there is by then: it stays to the end.
+    Later collections skip the objects that exist by then, because these stay to the end.
     """
     from imprompt.models import collector_waits
 
     with collector_waits():
         yield
         gc.freeze()
-        atexit.register(gc.unfreeze)  # extension modules complain of what is left then
+        atexit.register(gc.unfreeze)  # extension modules warn of objects that are left then
 
 
 def quiet() -> None:
@@ -57,17 +55,18 @@ def quiet() -> None:
     for log in (diffusers_log, transformers_log):
         log.set_verbosity_error()
         log.disable_progress_bar()
-    # read when datasets is imported, which not every run does
+    # datasets reads it when it is imported, which not every run does
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Labels and values in two columns."""
+    """Print labels and values in two columns."""
     wide = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:{wide}}  {value}")
 
 
 def fail(message: str) -> None:
+    """Print a message as one line on standard error and exit with code 2."""
     print("imprompt: " + " ".join(message.split()), file=sys.stderr)
     raise SystemExit(2)

@@ -1,4 +1,4 @@
-"""`imprompt data`: training sets, looked at and encoded before training."""
+"""Define `imprompt data check`, which reads a training set before training."""
 
 import json
 from dataclasses import asdict
@@ -16,6 +16,8 @@ Row = tuple[str, str, list[str]]  # what, how many, examples
 
 
 class Captions(StrEnum):
+    """Rule for samples without a caption."""
+
     required = "required"
     optional = "optional"
 
@@ -24,12 +26,12 @@ def check(
     source: Annotated[
         str,
         typer.Argument(
-            help="What data.source of a recipe names (a folder, list.json, …), or a recipe.toml."
+            help="A source as in a recipe's data.source (a folder, list.json, …), or a recipe.toml."
         ),
     ],
     root: Annotated[
         Path | None,
-        typer.Option(help="Where the pictures of a JSON list are; beside it if not given."),
+        typer.Option(help="Where the pictures of a JSON list are; its own folder if not given."),
     ] = None,
     captions: Annotated[
         Captions | None, typer.Option(help="Whether a sample without a caption is unusable.")
@@ -44,8 +46,7 @@ def check(
     examples: Annotated[int, typer.Option(min=0, help="Names to show for each finding.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Read a training set and say what cannot be used, which sizes there are, and what is there
-    twice.
+    """Read a training set and report unusable samples, picture sizes and duplicates.
 
     Exit code 0 if all of it can be used, 1 if not.
     """
@@ -79,14 +80,14 @@ def check(
 
 
 def data_of(source: str) -> "Data":
-    """The recipe's data, or that of a bare source."""
+    """Return the data of a recipe, or the data for a bare source."""
     from imprompt.training.recipe import Data, read_recipe
 
     return read_recipe(Path(source)).data if source.endswith(".toml") else Data(source=source)
 
 
 def finding_rows(report: "SetReport", size: int | None) -> list[Row]:
-    """The report line by line."""
+    """Return the report line by line."""
 
     def row(what: str, finding: "Finding | None") -> Row:
         return (
@@ -118,6 +119,7 @@ def finding_rows(report: "SetReport", size: int | None) -> list[Row]:
 
 
 def table(lines: list[Row]) -> str:
+    """Return rows as text in columns, with examples below each."""
     wide = max(len(what) for what, _, _ in lines)
     return "\n".join(
         "\n".join(

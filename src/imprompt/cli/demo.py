@@ -1,4 +1,4 @@
-"""`imprompt demo`: one sheet of what the packaged model does with image prompts."""
+"""Define `imprompt demo`: one sheet of what the packaged model does with image prompts."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ SEED, RESULTS = 7, 4
 TEXT = "an octopus"
 ENLARGED = 2  # times
 
-LABELS = {  # what a row shows -> the pictures that go in
+LABELS = {  # what a row shows -> its input pictures
     "the image prompt alone": ("demo.png",),
     f'with the text "{TEXT}", scale 0.5': ("demo.png",),
     "two image prompts, each in its half": ("demo.png", "demo-other.png"),
@@ -22,9 +22,7 @@ LABELS = {  # what a row shows -> the pictures that go in
 
 
 def demo(out: Annotated[Path, typer.Option(help="Folder for the sheet.")] = Path("out")) -> None:
-    """Make a sheet with the packaged model: an image prompt alone, with a text, in a region, with
-    outlines.
-    """
+    """Make a sheet with the packaged model: image prompts alone, with text, regions, outlines."""
     from imprompt.cli.console import loading, quiet
     from imprompt.files import check_folder
     from imprompt.generation.pipeline import ImagePromptPipeline
@@ -55,7 +53,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the sheet.")] = Path
 
 
 def calls(pictures: "dict[str, Image.Image]") -> list[dict[str, Any]]:
-    """What the pipeline is asked for, row by row."""
+    """Return the arguments of the pipeline's calls, row by row."""
     from PIL import Image
 
     from imprompt.generation.references import Reference
@@ -77,7 +75,7 @@ def calls(pictures: "dict[str, Image.Image]") -> list[dict[str, Any]]:
 
 
 def demo_sheet(rows: "list[tuple[list[Image.Image], list[Image.Image]]]") -> "Image.Image":
-    """Rows of what goes in and what came out, enlarged, under a line that says what they show."""
+    """Draw rows of inputs and results, enlarged, each under a line that states what it shows."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(20)

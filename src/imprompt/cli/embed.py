@@ -1,4 +1,4 @@
-"""`imprompt embed`: image features as a file."""
+"""Define `imprompt embed`, which writes image features to a file."""
 
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -18,28 +18,33 @@ def embed(
     ] = "emoji",
     adapter: Annotated[
         str | None,
-        typer.Option(help="The adapter that is to read them: base, plus, a file, or a Hub file."),
+        typer.Option(help="The adapter that will read them: base, plus, a file, or a Hub file."),
     ] = None,
     variant: Annotated[
         str | None,
-        typer.Option(help="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
+        typer.Option(
+            help="Variant, if the adapter's tensors do not show it, such as faceid-plus-v2."
+        ),
     ] = None,
     encoder: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of the image encoder, if the adapter does not say."),
+        typer.Option(
+            help="Folder or Hub id of the image encoder, if the adapter does not name it."
+        ),
     ] = None,
     crop: Annotated[
         str | None,
         typer.Option(
             help=(
-                "What of a picture is seen: center, top, bottom, left, right, pad, 'pad black', "
-                "squash, tiles; as the image encoder does it if not given."
+                "Which part of a picture is used: center, top, bottom, left, right, pad, "
+                "'pad black', squash or tiles; the image encoder's own way if not given."
             )
         ),
     ] = None,
     sharpening: Annotated[float, typer.Option(help="Sharpen at the encoder's size, 0 to 1.")] = 0.0,
     ignore: Annotated[
-        Path | None, typer.Option(help="A mask: what is white there is not seen.")
+        Path | None,
+        typer.Option(help="Mask: parts of a picture that are white in it are left out."),
     ] = None,
     face: Annotated[
         str | None,
@@ -52,9 +57,7 @@ def embed(
         str | None, typer.Option(help="float32, float16 or bfloat16; by the device if not given.")
     ] = None,
 ) -> None:
-    """Encode pictures once, into a file that is taken wherever a picture is taken as an image
-    prompt.
-    """
+    """Encode pictures into a file that can be used as an image prompt in their place."""
     from rich.console import Console
 
     from imprompt.cli.console import loading, quiet
@@ -100,7 +103,7 @@ def open_reader(
     device: str | None,
     dtype: str | None,
 ) -> Any:
-    """What reads pictures for an adapter."""
+    """Load the image encoder for an adapter and return their `Reader`; SettingError."""
     import torch
 
     from imprompt.checkpoints.adapters import read_adapter

@@ -1,4 +1,4 @@
-"""`imprompt data encode`."""
+"""Define `imprompt data encode`, which encodes a training set before training."""
 
 import time
 from datetime import timedelta
@@ -12,7 +12,7 @@ from imprompt.errors import ImpromptError, SettingError
 if TYPE_CHECKING:
     from imprompt.training.recipe import Recipe
 
-PATIENCE = timedelta(days=7)  # of a process for those that have more to encode
+PATIENCE = timedelta(days=7)  # how long a process waits for those with more to encode
 
 
 def encode(
@@ -30,18 +30,17 @@ def encode(
         ),
     ] = False,
 ) -> None:
-    """Run the VAE, the image encoder and the text encoders over the pictures once, for training to
-    read what they give.
+    """Encode the pictures and captions of a training set once, as features for training.
 
-    The same command again goes on where it stopped. On several GPUs: torchrun --nproc-per-node 8
-    --no-python imprompt data encode RECIPE.
+    The same command again resumes. On several GPUs: torchrun --nproc-per-node 8 --no-python
+    imprompt data encode RECIPE.
     """
     from imprompt.training.recipe import read_recipe
 
     plan = read_recipe(recipe, overrides or [])
     if plan.data.features is None:
         raise SettingError(
-            f"{recipe} does not say where the features go: give --set data.features=FOLDER"
+            f"{recipe} does not state where the features go: give --set data.features=FOLDER"
         )
     if check:
         verify(plan.data.features)
@@ -62,7 +61,7 @@ def verify(folder: Path) -> None:
 
 
 def fill(plan: "Recipe", folder: Path) -> None:
-    """Encode what is not there yet, with the other processes of this launch."""
+    """Encode what is missing, together with the other processes of this launch."""
     import torch
     from accelerate import PartialState
     from rich.console import Console
@@ -79,7 +78,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
     start = time.monotonic()
     quiet()
     check_folder(folder)
-    source = open_source(plan.data)  # what is wrong with it is told before the models are loaded
+    source = open_source(plan.data)  # its errors are raised before the models are loaded
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     device: Any = processes.device
     frozen = open_frozen(plan, open_base(plan, device, whole=True))

@@ -1,4 +1,4 @@
-"""`imprompt evaluate`: how well an adapter does, measured."""
+"""Define `imprompt evaluate`, which measures an adapter."""
 
 import os
 from collections.abc import Callable
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from imprompt.cli.flags import GivenFields
 
 
-WITHOUT_FLAG = {  # fields that are no flags of their own, and why
+WITHOUT_FLAG = {  # fields that have no flag, and why
     "Plan": {
         "path": "it is the command's argument",
         "out": "it is a parameter of the command",
-        "protocol_name": "--protocol says it",
+        "protocol_name": "--protocol gives it",
         "protocol": "its own fields are flags",
         "sweep": "--sweep is read first",
     },
@@ -51,7 +51,7 @@ def evaluate_set(
         typer.Option(help="default, paper, paper-captioned or subjects; other options change it."),
     ] = "default",
     out: Annotated[
-        Path, typer.Option(help="The run's folder; the same command again goes on with it.")
+        Path, typer.Option(help="The run's folder; the same command again resumes it.")
     ] = Path("evaluation"),
     sweep: Annotated[
         list[str] | None,
@@ -73,14 +73,14 @@ def evaluate_set(
     if twice := next((axis for axis in points if axis in given), ""):
         raise SettingError(f"--{twice} and --sweep {twice} are both given: give one of them")
     how = find_protocol(protocol, **given_fields[Protocol])
-    settings_of(how, points)  # what is wrong with it is told before torch is there
+    settings_of(how, points)  # its errors are raised before torch is imported
     points_and_protocol = {"protocol_name": protocol, "protocol": how, "sweep": points}
     plan = Plan(path=pictures, out=out, **points_and_protocol, **given_fields[Plan])
     with loading():
         from imprompt.evaluation.run import evaluate
 
         quiet()
-    main = not int(os.environ.get("RANK", "0"))  # of several processes one tells
+    main = not int(os.environ.get("RANK", "0"))  # only one process prints
     console = Console(stderr=True)
     visible = main and console.is_terminal
     with Progress(console=console, transient=True, disable=not visible) as progress:
@@ -96,7 +96,7 @@ def evaluate_set(
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """A row for every setting, a column for every metric."""
+    """Print a row for every setting, with a column for every metric."""
     from rich.console import Console
     from rich.table import Table
 
@@ -118,7 +118,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def interval_text(interval: dict[str, float | None] | None, digits: int) -> str:
-    """A value, and half its interval's width."""
+    """Return a value and half the width of its interval as text."""
     if interval is None or interval["value"] is None:
         return ""
     value, low, high = interval["value"], interval["low"], interval["high"]
@@ -135,12 +135,10 @@ def report(out: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
 
 def compare(
     first: Annotated[Path, typer.Argument(help="A run's folder.")],
-    second: Annotated[Path, typer.Argument(help="Another's.")],
+    second: Annotated[Path, typer.Argument(help="Another run's folder.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("comparison.html"),
 ) -> None:
-    """Write a page on the differences of two runs over the items that both have, with their
-    intervals.
-    """
+    """Write a page that compares two runs over the items that both have, with intervals."""
     from imprompt.evaluation.report import write_comparison
 
     print(write_comparison(first, second, out))

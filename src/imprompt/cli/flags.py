@@ -1,7 +1,7 @@
-"""Command-line flags made from schemas: a field says its name, type, default and help once.
+"""Make command-line flags from schemas: a field states its name, type, default and help once.
 
-A command is a function that takes, beside parameters of its own, `given_fields`: for each schema
-the fields that the user gave, by name. Nothing here knows what the schemas are about.
+A command is a function with parameters of its own and `given_fields`: for each schema the fields
+that the user gave, by name. This module does not depend on any particular schema.
 """
 
 import inspect
@@ -17,11 +17,14 @@ from imprompt.errors import SettingError
 from imprompt.validation import Flag
 
 GivenFields = dict[type[BaseModel], dict[str, Any]]
-VALUES = (bool, int, float, Path)  # what a flag can take; all else is given as text
+VALUES = (bool, int, float, Path)  # types of flags; a value of any other type is given as text
 
 
 class FieldFlag(NamedTuple):
-    """One flag of a schema's field. `own`: its default is the field's; else what it depends on."""
+    """One flag of a schema's field.
+
+    `own`: whether its default is the field's; otherwise the default depends on other options.
+    """
 
     schema: type[BaseModel]
     field: str
@@ -30,12 +33,12 @@ class FieldFlag(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the flag's name, such as "--num-images"."""
+        """Name of the flag, such as "--num-images"."""
         return self.flag.name or "--" + self.field.replace("_", "-")
 
     @property
     def parameter(self) -> str:
-        """Return the name of the command's parameter."""
+        """Name of the command's parameter."""
         return self.name.split("/")[0].strip("-").replace("-", "_")
 
     def option(self) -> inspect.Parameter:
@@ -54,7 +57,7 @@ class FieldFlag(NamedTuple):
 
 
 def flags_of(schema: type[BaseModel], without: Mapping[str, str]) -> Iterator[FieldFlag]:
-    """Yield the flags of a schema's fields. `without`: fields that have none, and why."""
+    """Yield the flags of a schema's fields; `without` maps fields that have none to the reason."""
     for name, field in schema.model_fields.items():
         if name not in without:
             own_flags = [mark for mark in field.metadata if isinstance(mark, Flag)]
@@ -62,7 +65,7 @@ def flags_of(schema: type[BaseModel], without: Mapping[str, str]) -> Iterator[Fi
 
 
 def with_flags(work: Callable[..., None], flags: Sequence[FieldFlag]) -> Callable[..., None]:
-    """Return the command that runs `work`: `given_fields` becomes flags, others are kept."""
+    """Return the command that runs `work`: `given_fields` becomes flags, others stay."""
     own = inspect.signature(work).parameters
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     options = [context, *(flag.option() for flag in flags)]
@@ -86,7 +89,7 @@ def is_given(context: typer.Context, parameter: str) -> bool:
 
 
 def fields_given(given: Sequence[FieldFlag], values: Mapping[str, Any]) -> GivenFields:
-    """Return the fields that flags say, by schema; SettingError if two say the same field."""
+    """Return the fields that flags set, by schema; SettingError if two set the same field."""
     given_fields: GivenFields = defaultdict(dict)
     first_flags: dict[tuple[type[BaseModel], str], FieldFlag] = {}
     for one in given:
@@ -94,6 +97,6 @@ def fields_given(given: Sequence[FieldFlag], values: Mapping[str, Any]) -> Given
         if first is not one:
             what = str(one.schema.model_fields[one.field].description).rstrip(".")
             what = what[0].lower() + what[1:]
-            raise SettingError(f"{first.name} and {one.name} both say {what}: give one")
+            raise SettingError(f"{first.name} and {one.name} both set {what}: give one")
         given_fields[one.schema][one.field] = one.flag.read(values[one.parameter])
     return given_fields

@@ -1,4 +1,4 @@
-"""`imprompt generate`, `imprompt models` and `imprompt blocks`."""
+"""Define `imprompt generate`, `imprompt models` and `imprompt blocks`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ def generate(
     ] = None,
     offload: Annotated[
         str | None,
-        typer.Option(help="model or sequential: weights leave the GPU while they wait."),
+        typer.Option(help="model or sequential: weights leave the GPU while they are not in use."),
     ] = None,
     keep_features: Annotated[
         Path | None,
@@ -83,7 +83,7 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Make the pictures of a request that a command line says."""
+    """Make the pictures of the request that a command line gives."""
     from imprompt.generation.request import read_request
 
     named = images or []
@@ -96,7 +96,7 @@ def generate(
 
 
 def new_request(images: Sequence[Path], given_fields: "GivenFields") -> "Request":
-    """Return a request for these pictures with what flags say; SettingError."""
+    """Return a request for these pictures with the fields that flags set; SettingError."""
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
     from imprompt.generation.settings import Settings
@@ -115,7 +115,10 @@ def new_request(images: Sequence[Path], given_fields: "GivenFields") -> "Request
 def changed_request(
     request: "Request", images: Sequence[Path], given_fields: "GivenFields"
 ) -> "Request":
-    """Return a request with other pictures, if any are given, and what flags say; SettingError."""
+    """Return a request with other pictures, if any are given, and the fields that flags set.
+
+    Raise SettingError if they do not fit the request.
+    """
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
     from imprompt.generation.settings import Settings
@@ -126,7 +129,7 @@ def changed_request(
     items = [[dict(one) for one in item] for item in request.images]
     if "adapter" in given_fields[Request] and any(one["adapter"] for item in items for one in item):
         raise SettingError(
-            "--adapter names one for all image prompts, and those of the file name theirs: "
+            "--adapter names one for all image prompts, but those of the file name their own: "
             "change it in the file (`imprompt inspect` prints a PNG's)"
         )
     if images:
@@ -139,9 +142,10 @@ Items = list[list[dict[str, Any]]]  # fields of the references that each result 
 
 
 def with_pictures(items: Items, images: Sequence[Path], combined: bool) -> Items:
-    """Return image prompts with other pictures, as many as there are, which take places in turn.
+    """Return image prompts with other pictures, which take the places of the old ones in turn.
 
-    What is said of a single picture is said of any number; `combined` they are one image prompt.
+    Fields of a single picture apply to any number of new ones; `combined` makes them one image
+    prompt. Raise SettingError if the numbers differ.
     """
     places = [place for item in items for one in item for place in one.get("images", [None])]
     if len(places) == 1:
@@ -160,7 +164,11 @@ def with_pictures(items: Items, images: Sequence[Path], combined: bool) -> Items
 
 
 def with_fields(items: Items, fields: dict[str, Any]) -> "list[list[Reference]]":
-    """Return the references of image prompts, with what flags say of each; regions go by turns."""
+    """Return the references of image prompts with the fields that flags set for each.
+
+    Each takes the next region, if there are several. Raise SettingError if their number does not
+    fit.
+    """
     from imprompt.generation.references import Reference
 
     count = sum(map(len, items))
@@ -180,7 +188,7 @@ def with_fields(items: Items, fields: dict[str, Any]) -> "list[list[Reference]]"
 
 
 def carry_out(request: "Request", out: Path, **machine: Any) -> list[Path]:
-    """Check, load, make, write each picture as it is done; say what was made.
+    """Check and load a request, write each of its pictures when it is made, and print their paths.
 
     `machine`: see `Request.load`.
     """

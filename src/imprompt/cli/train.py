@@ -1,4 +1,4 @@
-"""`imprompt train`."""
+"""Define `imprompt train`."""
 
 import os
 from pathlib import Path
@@ -20,9 +20,9 @@ def train_command(
         ),
     ] = False,
 ) -> None:
-    """Train an adapter. The same command again resumes.
+    """Train an adapter.
 
-    RUN/latest is a loadable adapter at any time.
+    The same command again resumes. RUN/latest is a loadable adapter at any time.
     """
     from imprompt.training.recipe import read_recipe
 
@@ -40,7 +40,7 @@ def train_command(
     from imprompt.training.watch import ProgressWatcher, Watcher
 
     quiet()
-    if int(os.environ.get("RANK", "0")):  # of several processes one tells
+    if int(os.environ.get("RANK", "0")):  # only one process prints
         train(plan, Watcher())
         return
     with ProgressWatcher(plan.optimization.steps) as watcher:

@@ -1,3 +1,1 @@
-"""Measuring what an adapter does: sets, protocols, judges, metrics, and runs that can be stopped
-and gone on with.
-"""
+"""Measure an adapter: sets, protocols, metric encoders, metrics, and runs that can be resumed."""

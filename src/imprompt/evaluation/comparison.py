@@ -1,6 +1,4 @@
-"""Two finished runs side by side: over the items that both have, with the interval of their
-difference.
-"""
+"""Compare two finished runs over the items that both have, with intervals of the differences."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ NOTHING = Interval(float("nan"), None, None)
 
 @dataclass(frozen=True)
 class Compared:
-    """A metric of both runs, and what B has more than A."""
+    """A metric of runs A and B, and B minus A."""
 
     key: str
     a: Interval
@@ -48,9 +46,10 @@ class Compared:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" for B where the interval leaves out 0 and one side is better.
+        """Verdict for B: "better", "worse", "differs" or "".
 
-        "differs" where neither is.
+        It is "better" or "worse" if the interval excludes 0 and the metric has a better side,
+        "differs" if neither side is better, and "" if the interval includes 0 or is missing.
         """
         _, low, high = self.more
         if low is None or high is None or low <= 0 <= high:
@@ -67,9 +66,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Pair:
-    """A setting that both runs have: the metrics, the items that differ most, and how many items
-    both have.
-    """
+    """A setting that both runs have: its shared items, and the metrics over them."""
 
     label: str
     a: Setting
@@ -79,9 +76,9 @@ class Pair:
 
 
 def write_comparison(a: Path, b: Path, out: Path) -> Path:
-    """Write a page on the finished runs in folders `a` and `b`.
+    """Write a page that compares the finished runs in folders `a` and `b`.
 
-    SettingError where they share no setting, item or metric.
+    Raise SettingError if they share no setting, item or metric.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise SettingError(f"--out {out}: a page is written, so give a name that ends in .html")
@@ -113,9 +110,9 @@ def write_comparison(a: Path, b: Path, out: Path) -> Path:
 
 
 def _settings(a: Results, b: Results) -> list[tuple[Setting, Setting]]:
-    """Those of the same name.
+    """Return the pairs of settings with the same name; SettingError if there are none.
 
-    The only ones of two runs that have one each, whatever their names.
+    If each run has only one setting, these are a pair whatever their names.
     """
     others = {setting["name"]: setting for setting in b.settings}
     found = [
@@ -142,7 +139,7 @@ def _pair(first: Results, second: Results, a: Setting, b: Setting) -> Pair:
         for key, metric in METRICS.items()
         if metric.per_picture
     ]
-    # those of the whole set cannot be had for a part of it
+    # distances between whole sets cannot be computed for a part of the items
     whole = len(shared) == len(ours) == len(theirs)
     compared += [
         _of_sets(key, a, b) for key, metric in METRICS.items() if not metric.per_picture and whole
@@ -174,8 +171,9 @@ def _compared(
 def _values(
     key: str, rows: Mapping[str, list[Row]], shared: list[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A metric of every picture of the shared items, (N,), and the numbers of its item and of its
-    cluster, each (N,).
+    """Return a metric of every picture of the shared items, and its item and cluster, (N,) each.
+
+    Items and clusters are given by their numbers.
     """
     number = {
         name: n
@@ -198,8 +196,9 @@ def _values(
 
 
 def _of_sets(key: str, a: Setting, b: Setting) -> Compared:
-    """A distance between sets of pictures: it belongs to no single one, so that items cannot be
-    paired.
+    """Compare a distance between sets of pictures.
+
+    It belongs to no single picture, so items cannot be paired and there is no interval.
     """
     ours, theirs = (
         Interval(**one["metrics"][key]) if key in one["metrics"] else NOTHING for one in (a, b)
@@ -231,13 +230,13 @@ def _warnings(a: Results, b: Results, pairs: list[Pair]) -> Iterator[str]:
 
 
 def _names(a: Path, b: Path) -> tuple[str, str]:
-    """The folders' names, or their paths where those are equal."""
+    """Return the folders' names, or their paths if the names are equal."""
     names = a.resolve().name, b.resolve().name
     return names if names[0] != names[1] else (str(a), str(b))
 
 
 def _merged(pairs: list[Pair], names: tuple[str, str]) -> list[Setting]:
-    """Both runs' settings as of one sweep, the run a further axis."""
+    """Return the settings of both runs as those of one sweep, with the run as a further axis."""
     return [
         {
             "name": f"{pair.label} {name}",
@@ -251,7 +250,7 @@ def _merged(pairs: list[Pair], names: tuple[str, str]) -> list[Setting]:
 
 
 def differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(dotted name, A's value, B's value) of what is not equal in two run.json."""
+    """Return (dotted name, A's value, B's value) of what differs between two run.json."""
     ours, theirs = dotted(a), dotted(b)
     return [
         (key, ours.get(key, "–"), theirs.get(key, "–"))
@@ -263,7 +262,10 @@ def differs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, 
 def _most(
     first: Results, second: Results, pair: Pair, thumbnail: Thumbnails
 ) -> tuple[str, list[Card], list[Card]]:
-    """(metric, items where B is most above A, items where it is most below), the farthest first."""
+    """Return (metric, items where B is most above A, items where B is most below A).
+
+    The items with the greatest difference come first.
+    """
     ours, theirs = first.rows[pair.a["name"]], second.rows[pair.b["name"]]
     key = next((one.key for one in pair.metrics if METRICS[one.key].per_picture), "clip_i")
     both = ((item, mean_of(ours[item], key), mean_of(theirs[item], key)) for item in pair.items)

@@ -1,6 +1,6 @@
-"""The pictures of a page: which are shown, small, and inside it.
+"""Choose the pictures of a page and embed them in it as thumbnails.
 
-The choice follows fixed rules, which the page tells.
+The choice follows fixed rules, which the page states.
 """
 
 import base64
@@ -14,20 +14,21 @@ from imprompt.errors import ImageError
 from imprompt.evaluation.results import Results, Row, Setting, label_of, mean_of
 from imprompt.images import open_image
 
-SIDE = 160  # pixels of a picture's longer side, at most
-ITEMS = 24  # of a contact sheet, at most
-PICTURES = 600  # of a contact sheet, at most
-COLUMNS = 48  # settings of a contact sheet, at most
+SIDE = 160  # most pixels of a picture's longer side
+ITEMS = 24  # most items of a contact sheet
+PICTURES = 600  # most pictures of a contact sheet
+COLUMNS = 48  # most settings of a contact sheet
 # best and worst items of a setting, settings, pictures of an item
 EXTREMES, DETAILED, SEEDS = (4, 6, 4)
-MISSING = 50  # that a page names
+MISSING = 50  # most missing pictures that a page names
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CardPicture:
-    """A small picture as a data URI (None where it cannot be read), its label, a number below, and
-    what it shows in words.
+    """A thumbnail as a data URI, with its label, a note below, and a description in words.
+
+    `uri` is None if the picture cannot be read.
     """
 
     uri: str | None
@@ -39,7 +40,7 @@ class CardPicture:
 
 @dataclass(frozen=True)
 class Card:
-    """An item: the picture to prompt with, then what became of it."""
+    """An item: its image prompt, then the pictures that were made from it."""
 
     name: str
     group: str
@@ -50,12 +51,13 @@ class Card:
 
 @dataclass
 class Thumbnails:
-    """Makes pictures small; `missing` holds why each that cannot be shown is not, by its path."""
+    """Thumbnails of files, each made once; `missing` holds, by path, why one cannot be shown."""
 
     missing: dict[str, str] = field(default_factory=dict)
     made: dict[Path, str | None] = field(default_factory=dict)
 
     def __call__(self, path: Path) -> str | None:
+        """Return the thumbnail of a file as a data URI, or None if it cannot be read."""
         if path not in self.made:
             try:
                 self.made[path] = _data_uri(path)
@@ -73,13 +75,13 @@ def _data_uri(path: Path) -> str:
 
 
 def evenly_spread(things: Sequence[T], count: int) -> list[T]:
-    """At most `count` of them at even distances, the first among them."""
+    """Return at most `count` of the things at even distances, including the first."""
     count = min(count, len(things))
     return [things[index * len(things) // count] for index in range(count)]
 
 
 def prompt_picture(row: Row, thumbnail: Thumbnails) -> CardPicture:
-    """The first picture that an item was prompted with."""
+    """Return the first image prompt of an item."""
     return CardPicture(
         thumbnail(Path(row["reference"])),
         "image prompt",
@@ -89,6 +91,7 @@ def prompt_picture(row: Row, thumbnail: Thumbnails) -> CardPicture:
 
 
 def result_picture(results: Results, row: Row, label: str, thumbnail: Thumbnails) -> CardPicture:
+    """Return the picture of a row under a label, with its CLIP-I as a note."""
     note = f"CLIP-I {row['clip_i']:.3f}" if mean_of([row], "clip_i") is not None else ""
     return CardPicture(
         thumbnail(results.folder / row["image"]),
@@ -99,22 +102,22 @@ def result_picture(results: Results, row: Row, label: str, thumbnail: Thumbnails
 
 
 def make_card(row: Row, pictures: Iterable[CardPicture], note: str = "") -> Card:
-    """`row`: any of the item's."""
+    """Return the card of an item; `row` is any of its rows."""
     return Card(row["item"], row.get("group") or "", row.get("caption") or "", list(pictures), note)
 
 
 def sheet_items(settings: int) -> int:
-    """How many items a contact sheet shows, so that it stays of a bearable size."""
+    """Return how many items a contact sheet shows, so that its size stays limited."""
     return max(1, min(ITEMS, PICTURES // (min(settings, COLUMNS) + 1)))
 
 
 def sheet_seeds(settings: int) -> int:
-    """How many pictures of an item it shows by each setting: more where there are few settings."""
+    """Return how many pictures of an item each setting shows: more if there are few settings."""
     return max(1, 6 // settings)
 
 
 def contact_sheet(results: Results, thumbnail: Thumbnails) -> list[Card]:
-    """Items spread evenly over the set, by every setting with the first seeds."""
+    """Return items spread evenly over the set, with every setting's pictures of the first seeds."""
     settings = evenly_spread(results.settings, COLUMNS)
     items = list(
         dict.fromkeys(item for setting in settings for item in results.rows[setting["name"]])
@@ -143,7 +146,7 @@ def _card(results: Results, settings: list[Setting], item: str, thumbnail: Thumb
 
 
 def ranked(rows: Mapping[str, list[Row]], key: str = "clip_i") -> list[tuple[float, str]]:
-    """(mean of the metric, item), the best first."""
+    """Return (mean of the metric, item) of all items that have the metric, the highest first."""
     means = [(mean_of(of_item, key), item) for item, of_item in rows.items()]
     return sorted(
         ((mean, item) for mean, item in means if mean is not None),
@@ -154,9 +157,9 @@ def ranked(rows: Mapping[str, list[Row]], key: str = "clip_i") -> list[tuple[flo
 def extremes(
     results: Results, setting: Setting, thumbnail: Thumbnails
 ) -> tuple[list[Card], list[Card]]:
-    """The items with the highest and with the lowest mean CLIP-I, the extreme first.
+    """Return the items with the highest and those with the lowest mean CLIP-I, extremes first.
 
-    None is in both.
+    No item is in both.
     """
     rows = results.rows[setting["name"]]
     order = ranked(rows)

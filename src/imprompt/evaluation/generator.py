@@ -1,4 +1,4 @@
-"""The model that makes an evaluation's pictures."""
+"""Load the model that makes an evaluation's pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +20,12 @@ from imprompt.generation.references import Reference
 from imprompt.generation.settings import Settings
 from imprompt.models import find_model
 
-# bytes of image prompts' features: the pictures of an item are made one after the other
+# bytes of image prompts' features to keep: all pictures of an item use the same ones
 KEPT = 2**28
 
 
 class Generator:
-    """The model that makes the pictures, with one adapter at a time."""
+    """A base model, with one adapter at a time, that makes the pictures."""
 
     def __init__(self, plan: Plan, device: str) -> None:
         self.plan, self.worn = plan, plan.sweep.get("adapter", (plan.adapter,))[0]
@@ -38,7 +38,7 @@ class Generator:
         if plan.protocol.scheduler == "ddim":
             from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-            # latents are not clipped, whatever DDIM's default: it is for pixels
+            # DDIM clips by default, which is for pixels and not for latents
             own = base.scheduler.config
             latent: Any = {
                 "clip_sample": own.get("clip_sample", False),
@@ -51,7 +51,7 @@ class Generator:
         return {**options, "keep_features": self.memory}
 
     def swap_in(self, adapter: str | None) -> None:
-        """Attach another adapter to the same base model."""
+        """Replace the adapter on the base model by another one."""
         if adapter is None or adapter == self.worn:
             return
         self.pipe.detach()
@@ -61,13 +61,14 @@ class Generator:
         )
 
     def check(self, setting: Setting) -> None:
-        """SettingError if this model cannot make the setting's pictures."""
+        """Raise SettingError if this model cannot make the setting's pictures."""
         self.pipe.resolve(Settings(steps=setting.protocol.steps))
         block_map(list(self.pipe.first.adapter.injection.layers), blocks_of(setting))
 
     def make(self, setting: Setting, items: Sequence[Item], first: int) -> list[Image]:
-        """The pictures of `items`, the first of which is number `first` of the set: all of an item,
-        then all of the next.
+        """Make the pictures of `items`: all of an item, then all of the next.
+
+        `first` is the number of the first item in the set.
         """
         self.swap_in(setting.adapter)
         how = setting.protocol
@@ -90,7 +91,7 @@ class Generator:
         ).images
 
     def facts(self) -> dict[str, Any]:
-        """What a run's record says of the models."""
+        """Return what a run's record states about the models."""
         base, plan = self.pipe.pipeline, self.plan
         known, adapters = find_model(plan.model), []
         for name in plan.sweep.get("adapter", (plan.adapter,)):
@@ -101,7 +102,7 @@ class Generator:
                 "fingerprint": worn.reader.encoder.fingerprint(),
             }
             if processor := getattr(worn.reader.encoder, "processor", None):
-                # faces are found otherwise
+                # a face encoder has no processor
                 encoder["preprocessing"] = describe_preprocessing(processor)
             adapters.append(
                 {
@@ -131,6 +132,7 @@ class Generator:
 
 
 def blocks_of(setting: Setting) -> Any:
+    """Return the blocks of a setting: a number if it is one, otherwise a preset's name."""
     options = setting.axes.get("blocks", "linear")
     try:
         return float(options)
@@ -139,4 +141,5 @@ def blocks_of(setting: Setting) -> Any:
 
 
 def reference_of(item: Item, number: int) -> Path:
+    """Return the image prompt for picture `number` of an item; references take turns."""
     return item.references[number % len(item.references)]

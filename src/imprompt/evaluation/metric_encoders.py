@@ -1,8 +1,6 @@
-"""The encoders that measure: CLIP for pictures and texts, DINO for pictures, Inception for FID.
+"""Load the encoders that measure: CLIP for pictures and texts, DINO for pictures, Inception.
 
-Each says what exactly it is.
-
-They compute in float32. Shape letters as in `metrics`.
+Each records exactly what it is. They compute in float32. Shape letters as in `metrics`.
 """
 
 import hashlib
@@ -32,9 +30,9 @@ Encode = Callable[[Sequence[Any]], Tensor]
 class MetricEncoder:
     """An encoder that measures.
 
-    sha256         of its weights as they are used: names, shapes and values
+    sha256         hash of its weights as they are used: names, shapes and values
     preprocessing  of pictures, in words
-    images, texts  -> embeddings (N, E), on the CPU; `texts` is None where it knows none
+    images, texts  encode to embeddings (N, E), on the CPU; `texts` is None if it encodes none
     """
 
     key: str
@@ -45,7 +43,7 @@ class MetricEncoder:
     texts: Encode | None = None
 
     def facts(self) -> dict[str, str]:
-        """What a run's record says of it."""
+        """Return what a run's record states about the encoder."""
         return {
             "key": self.key,
             "name": Path(self.source).name if Path(self.source).exists() else self.source,
@@ -56,13 +54,13 @@ class MetricEncoder:
 
 
 def cpu(encode: Callable[[Any], Tensor]) -> Encode:
-    """`encode` without gradients, its result on the CPU."""
+    """Return `encode` without gradients, with its result in float32 on the CPU."""
     return torch.no_grad()(lambda inputs: encode(inputs).float().cpu())
 
 
 @collector_waits()
 def open_clip(source: str, device: str) -> MetricEncoder:
-    """A whole CLIP, or one's vision tower, which knows no texts; CheckpointError."""
+    """Load a whole CLIP, or a vision tower, which encodes no texts; CheckpointError."""
     if is_tower(source):
         encoder = open_encoder(Location.parse(source), device, torch.float32)
         pictures = cpu(lambda images: encoder.features(images, "pooled"))
@@ -91,9 +89,9 @@ def open_clip(source: str, device: str) -> MetricEncoder:
 
 
 def is_tower(source: str) -> bool:
-    """Whether it is the vision tower of a CLIP alone.
+    """Return whether `source` is only the vision tower of a CLIP.
 
-    What cannot be read is told of when it is opened.
+    Return False if it cannot be read: the error is raised when it is opened.
     """
     from transformers import CLIPVisionConfig
 
@@ -109,9 +107,9 @@ def is_tower(source: str) -> bool:
 
 @collector_waits()
 def open_dino(source: str, device: str) -> MetricEncoder:
-    """A vision transformer of DINO's or DINOv2's kind, of which the class token is taken.
+    """Load a vision transformer like DINO or DINOv2, whose class token is the embedding.
 
-    CheckpointError.
+    Raise CheckpointError if it cannot be loaded.
     """
     from transformers import AutoImageProcessor, AutoModel
 
@@ -129,7 +127,7 @@ def open_dino(source: str, device: str) -> MetricEncoder:
         raise refused(
             "dino", source, f"no vision transformer can be loaded ({first_line(error)})"
         ) from error
-    # DINO has none; its head is not asked
+    # DINO has no pooler, and its output is not used
     unread = {key for key in report["missing_keys"] if key.startswith("pooler.")}
     if missing := sorted({*report["missing_keys"]} - unread):  # these would be random
         raise refused("dino", source, f"{some(missing, 3)} missing")
@@ -149,17 +147,17 @@ def open_dino(source: str, device: str) -> MetricEncoder:
 
 
 def open_inception(source: str, device: str) -> MetricEncoder:
-    """Inception-v3 as the TorchScript file that StyleGAN's and clean-fid's authors publish
-    (inception-2015-12-05.pt).
+    """Load Inception-v3 from the TorchScript file of StyleGAN's and clean-fid's authors.
 
-    It takes 8-bit RGB, resizes by itself, and gives 2048 features. CheckpointError.
+    The file is inception-2015-12-05.pt. It takes 8-bit RGB, resizes by itself, and gives 2048
+    features. Raise CheckpointError if it cannot be loaded.
     """
     path = Path(source)
     if not path.is_file():
         raise refused("inception", source, "there is no such file")
     try:
         with warnings.catch_warnings():
-            # torch would rather have other formats; this is the published one
+            # torch deprecates TorchScript, but this is the published format
             warnings.simplefilter("ignore", DeprecationWarning)
             network = torch.jit.load(path, map_location=device).eval()
     except Exception as error:  # a file can be wrong in any way
@@ -192,11 +190,12 @@ GIVE = {
 
 
 def refused(key: str, source: str, why: str) -> CheckpointError:
+    """Return the error for a source that cannot be used, with what to give instead."""
     return CheckpointError(f"--{key} {source}: {why}; {GIVE[key]}")
 
 
 def open_judges(sources: Mapping[str, str | None], device: str) -> dict[str, MetricEncoder]:
-    """The judges of these sources, by key; those of None are left out. CheckpointError."""
+    """Load the metric encoders of these sources, by key, except those of None; CheckpointError."""
     for key, source in sources.items():
         if source is not None and Path(source).is_absolute() and not Path(source).exists():
             raise refused(
@@ -210,7 +209,7 @@ def open_judges(sources: Mapping[str, str | None], device: str) -> dict[str, Met
 
 
 def weights_hash(state: Mapping[str, Tensor], leave_out: Collection[str] = ()) -> str:
-    """sha256 over the names, shapes, types and values of weights, in the order of their names."""
+    """Return the SHA-256 of names, shapes, types and values of weights, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted({*state} - {*leave_out}):
         weight = state[name].detach().cpu().contiguous()
@@ -220,8 +219,9 @@ def weights_hash(state: Mapping[str, Tensor], leave_out: Collection[str] = ()) -
 
 
 def describe_preprocessing(processor: Any) -> str:
-    """An image processor's kind and its steps: sizes in pixels, Pillow's number of the resampling
-    filter, mean and deviation.
+    """Describe an image processor: its kind and its steps.
+
+    The steps are sizes in pixels, Pillow's number of the resampling filter, mean and deviation.
     """
     fields = processor.to_dict()
     steps = {
@@ -238,6 +238,7 @@ def describe_preprocessing(processor: Any) -> str:
 
 
 def as_words(value: Any) -> str:
+    """Return a processor's value as text, without the entries that are None."""
     if isinstance(value, Mapping):
         return " ".join(f"{name} {number}" for name, number in value.items() if number is not None)
     return (

@@ -1,4 +1,4 @@
-"""What is measured, and how: pure functions on tensors; the models that see are in `judges`.
+"""Compute metrics with pure functions on tensors; the models are in `metric_encoders`.
 
 Shape letters: N pictures, R real ones, I items of a set, K pictures of one item, E and D widths of
 an embedding.
@@ -13,20 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RESAMPLES = 2000
-SUBSETS, SUBSET_SIZE = 100, 1000  # of the kernel distance, as its users take them
+SUBSETS, SUBSET_SIZE = 100, 1000  # the usual ones for the kernel distance
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is called, what it is in one sentence, which way is better (None: neither) and
-    its digits.
+    """A metric's title, its definition in one sentence, its better side and its digits.
+
+    `higher_is_better` is None if neither side is better.
     """
 
     title: str
     about: str
     higher_is_better: bool | None
     digits: int
-    per_picture: bool = True  # has a column of its own in rows.jsonl
+    per_picture: bool = True  # it has a column in rows.jsonl
 
 
 TARGET = "the picture that it should be like: its image prompt, where the set names no other"
@@ -68,41 +69,38 @@ METRICS = {
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine likeness along the last dimension; the others broadcast."""
+    """Return the cosine similarity along the last dimension; the others broadcast."""
     return F.cosine_similarity(a.double(), b.double(), dim=-1)
 
 
 def clip_score(likeness: Tensor) -> Tensor:
-    """2.5 · max(cos, 0) of CLIP-T, any shape (Hessel et al., arXiv 2104.08718, section 3)."""
+    """Return 2.5 · max(CLIP-T, 0), any shape (Hessel et al., arXiv 2104.08718, section 3)."""
     return 2.5 * likeness.clamp(min=0)
 
 
 def diversity(embeddings: Tensor) -> Tensor:
-    """How unlike each picture of an item is to the others: (K, E) -> (K,), the mean of 1 − cos.
+    """Return how unlike each picture of an item is to the others: (K, E) -> (K,).
 
-    NaN for a lone picture.
-
-    Its mean is that of all pairs.
+    It is the mean of 1 − cos to the others, NaN for a single picture. The mean over the pictures is
+    the mean over all pairs.
     """
     apart = 1 - cosine(embeddings[:, None], embeddings[None])
     return apart.fill_diagonal_(0).sum(1) / (len(embeddings) - 1)
 
 
-# Fréchet and kernel distance are written out, as torchmetrics' would bring a package for twenty
-# lines, want a module that takes
-# pictures, draw subsets from torch's global seed and keep their values to themselves. Tests hold
-# these against torchmetrics'.
+# Fréchet and kernel distance do not use torchmetrics: it would add a package for twenty lines,
+# needs a module that takes pictures, draws subsets with torch's global seed and hides their values.
+# Tests compare both.
 
 
 def frechet_distance(real: Tensor, made: Tensor) -> float:
-    """|μ − μ'|² + tr(Σ + Σ' − 2 (Σ Σ')^½) of features (R, D) and (N, D).
+    """Return |μ − μ'|² + tr(Σ + Σ' − 2 (Σ Σ')^½) of features (R, D) and (N, D).
 
-    Heusel et al., arXiv 1706.08500, equation 6.
-
-    With fewer pictures than D it comes out far too high. ValueError for fewer than two.
+    Heusel et al., arXiv 1706.08500, equation 6. With fewer pictures than D it is far too high.
+    Raise ValueError for fewer than two.
     """
     if min(len(real), len(made)) < 2:
-        raise ValueError("a covariance takes two pictures at least")
+        raise ValueError("a covariance needs at least two pictures")
     (mean, root), (other_mean, other_root) = (
         _moments(features.double()) for features in (real, made)
     )
@@ -118,7 +116,10 @@ def frechet_distance(real: Tensor, made: Tensor) -> float:
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, D) -> the mean (D,) and A (D, min(N, D)) with A Aᵀ the unbiased covariance."""
+    """Return the mean (D,) of features (N, D), and a root A (D, min(N, D)) of their covariance.
+
+    A Aᵀ is the unbiased covariance.
+    """
     mean = features.mean(0)
     centred = (features - mean) / (len(features) - 1) ** 0.5
     return mean, (
@@ -129,15 +130,14 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 def kernel_distances(
     real: Tensor, made: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
 ) -> Tensor:
-    """MMD² of features (R, D) and (N, D), unbiased, of random subsets of both: (subsets,)
-    (Bińkowski et al., arXiv 1801.01401).
+    """Return the unbiased MMD² of random subsets of features (R, D) and (N, D): (subsets,).
 
-    The kernel is (x·y / D + 1)³. Their mean is KID. `size` is cut to what there is; ValueError for
-    fewer than two.
+    Bińkowski et al., arXiv 1801.01401. The kernel is (x·y / D + 1)³, and the mean of the result is
+    KID. `size` is limited to the number of pictures; ValueError for fewer than two.
     """
     size = min(size, len(real), len(made))
     if size < 2:
-        raise ValueError("an unbiased kernel distance takes two pictures at least")
+        raise ValueError("an unbiased kernel distance needs at least two pictures")
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(features: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def kernel_distances(
 
 
 def _mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased MMD² of (M, D) and (M, D): the paper's equation 4, with the cubic kernel."""
+    """Return the unbiased MMD² of (M, D) and (M, D): the paper's equation 4, cubic kernel."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -160,7 +160,7 @@ def _mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval; with none where there is but one item."""
+    """A mean with its 95 % interval; low and high are None if there is only one item."""
 
     value: float
     low: float | None
@@ -168,8 +168,9 @@ class Interval(NamedTuple):
 
 
 def bootstrap_interval(values: Tensor, items: Tensor, *, seed: int = 0) -> Interval:
-    """The mean of `values` (N,), and a bootstrap interval over items: the pictures of one item are
-    resampled together.
+    """Return the mean of `values` (N,) and its bootstrap interval over items.
+
+    The pictures of one item are resampled together.
 
     items  (N,) of integers: which item each value is of
     """
@@ -185,15 +186,14 @@ def bootstrap_interval(values: Tensor, items: Tensor, *, seed: int = 0) -> Inter
 def difference(
     a: Tensor, a_items: Tensor, b: Tensor, b_items: Tensor, *, seed: int = 0
 ) -> Interval:
-    """mean(a) − mean(b) over the items that both have, and its bootstrap interval: the same items
-    are drawn for both.
+    """Return mean(a) − mean(b) over the items that both have, and its bootstrap interval.
 
-    a, a_items and b, b_items as in `bootstrap_interval`; equal integers are equal items. ValueError
-    if there is none.
+    The same items are drawn for both. a, a_items and b, b_items as in `bootstrap_interval`; equal
+    integers are equal items. Raise ValueError if there is no such item.
     """
     shared = torch.as_tensor(sorted({*a_items.tolist()} & {*b_items.tolist()}), dtype=torch.long)
     if not len(shared):
-        raise ValueError("there is no item that both have")
+        raise ValueError("no item is in both")
     pair = []
     for values, items in ((a, a_items), (b, b_items)):
         kept = torch.isin(items, shared)
@@ -211,7 +211,7 @@ def difference(
 
 
 def _by_item(values: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and count of the values of every item that is there, (I,) each."""
+    """Return sum and count of the values of every item that occurs, (I,) each."""
     _, place = items.unique(return_inverse=True)
     empty = values.new_zeros(int(place.max()) + 1, dtype=torch.float64)
     return empty.index_add(0, place, values.double()), empty.index_add(
@@ -220,8 +220,9 @@ def _by_item(values: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _resamples(count: int, seed: int) -> Iterator[Tensor]:
-    """Indices of items drawn with replacement, (200, I) at a time: all at once could take
-    gigabytes.
+    """Yield indices of items drawn with replacement, (200, I) at a time.
+
+    All of them at once could take gigabytes.
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(RESAMPLES // 200):
@@ -229,6 +230,6 @@ def _resamples(count: int, seed: int) -> Iterator[Tensor]:
 
 
 def _central(means: Tensor) -> tuple[float, float]:
-    """The percentiles between which 95 % lie."""
+    """Return the percentiles between which 95 % of the means lie."""
     low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
     return low, high

@@ -1,17 +1,18 @@
-"""Names that go into files' names."""
+"""Make names for files."""
 
 import hashlib
 import re
 from collections.abc import Iterable
 from itertools import count
 
-# bytes: a file's name has at most 255 nearly everywhere, and a seed and a suffix come behind
+# bytes: most file systems allow 255, and a seed and a suffix are appended
 LONGEST = 150
 
 
 def unique_names(names: Iterable[str]) -> list[str]:
-    """Names as parts of files' names, each another, also where capitals do not count: one that is
-    taken gets a number.
+    """Return names as parts of file names, all different even if case is ignored.
+
+    A name that is taken gets a number.
     """
     taken: set[str] = set()
     apart = []
@@ -26,9 +27,9 @@ def unique_names(names: Iterable[str]) -> list[str]:
 
 
 def filed(name: str) -> str:
-    """With nothing but letters, digits and _ . + = , - in it.
+    """Replace all characters except letters, digits and _ . + = , - in a name.
 
-    Cut to LONGEST, with a hash of the whole.
+    A name longer than LONGEST bytes is cut and ends in a hash of the whole.
     """
     plain = re.sub(r"[^\w.+=,-]+", "-", name)
     data = plain.encode()

@@ -1,4 +1,4 @@
-"""What the pages share: the templates, numbers as text, and a run's facts as lines."""
+"""Fill the templates of the pages: numbers as text, plots, and a run's facts as lines."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,16 +23,16 @@ DRAWN = (*HEADLINE, "dino", "diversity", "fid", "kid")  # the others follow CLIP
 
 
 class Figure(NamedTuple):
-    """Plots that are seen together, under a title."""
+    """Plots that are shown together, under a title."""
 
     title: str
     panels: list[Markup]
 
 
 def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any) -> Path:
-    """Fill a template of `pages/`; everything that is not SVG of ours is escaped.
+    """Write a page from a template of `pages/`; everything except our own SVG is escaped.
 
-    SettingError where it cannot be written.
+    Raise SettingError if the page cannot be written.
     """
     environment = Environment(
         loader=PackageLoader("imprompt.evaluation", "pages"),
@@ -59,24 +59,24 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
 
 
 def metric_text(value: object, key: str) -> str:
-    """A metric's value with its digits; a dash where there is none, or no number."""
+    """Return a metric's value with its digits, or a dash if it is missing or not a number."""
     return f"{value:.{METRICS[key].digits}f}" if known(value) else NONE
 
 
 def change(value: object, key: str) -> str:
-    """The same with its sign, a real minus."""
+    """Return a metric's difference with its sign (a real minus) and digits, or a dash."""
     return f"{value:+.{METRICS[key].digits}f}".replace("-", "−") if known(value) else NONE
 
 
 def measured(settings: list[Setting]) -> list[str]:
-    """The metrics that at least one setting has, in the order of the table."""
+    """Return the metrics that at least one setting has, in the order of the table."""
     return [key for key in METRICS if drawable(settings, key)]
 
 
 def figures(settings: list[Setting]) -> list[Figure]:
-    """Along every numeric axis the curves, and CLIP-T against CLIP-I.
+    """Return curves of the metrics along every numeric axis, and CLIP-T against CLIP-I.
 
-    By setting where nothing is numeric; none of one setting.
+    If no axis is numeric, return the metrics by setting; for one setting, nothing.
     """
     drawn = [key for key in DRAWN if drawable(settings, key)]
     if len(settings) < 2:
@@ -99,9 +99,9 @@ def figures(settings: list[Setting]) -> list[Figure]:
 
 
 def _parts(settings: list[Setting], axis: str) -> Iterator[tuple[list[str], list[Setting]]]:
-    """Settings of which one axis is left for the lines of a plot, the last.
+    """Yield groups of settings for one plot each, with the values that they share.
 
-    With the values of all further ones.
+    The lines of a plot vary in the last axis other than `axis`; all further axes are fixed.
     """
     further = [name for name in axes_of(settings) if name != axis][:-1]
     for values in product(*(axis_values(settings, name) for name in further)):
@@ -123,7 +123,7 @@ def _along(settings: list[Setting], drawn: list[str], axis: str, first: bool) ->
 
 
 def run_facts(run: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
-    """What was run: a title -> lines of names and values."""
+    """Return what was run: a title -> lines of names and values."""
     rows = {
         name: lines_of(value)
         for name, value in run.items()
@@ -134,6 +134,7 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
 
 
 def lines_of(value: Any) -> list[dict[str, str]]:
+    """Return nested values as lines of names and values."""
     if isinstance(value, list):
         return [line for one in value for line in lines_of(one)]
     if isinstance(value, Mapping):
@@ -142,11 +143,12 @@ def lines_of(value: Any) -> list[dict[str, str]]:
 
 
 def as_text(value: Any) -> str:
+    """Return a value as text: a string as it is, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def dotted(value: Any, name: str = "") -> dict[str, str]:
-    """Nested settings -> a value by its dotted name."""
+    """Flatten nested settings to a mapping from dotted name to value."""
     parts = (
         value.items()
         if isinstance(value, Mapping)
@@ -163,7 +165,7 @@ def dotted(value: Any, name: str = "") -> dict[str, str]:
 
 
 def display_name(value: Any) -> str:
-    """What a model, an adapter or a set is called."""
+    """Return the name of a model, an adapter or a set, or of several."""
     if isinstance(value, list):
         return ", ".join(map(display_name, value))
     title = (

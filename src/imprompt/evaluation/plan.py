@@ -1,4 +1,4 @@
-"""What is evaluated: a plan as a user gives it, and the chunks that its work is taken in."""
+"""Define what is evaluated: a user's plan, and the chunks into which the work is split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ from imprompt.validation import Flag, Validated
 if TYPE_CHECKING:
     from imprompt.evaluation.sets import Item
 
-CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vits16"  # that measure, if not told
+CLIP, DINO = "openai/clip-vit-large-patch14", "facebook/dino-vits16"  # metric encoders by default
 
 
 def unless_none(source: str) -> str | None:
-    """Return a judge's source as a flag gives it; None for the word "none"."""
+    """Return a metric encoder's source from a flag; None for the word "none"."""
     return None if source == "none" else source
 
 
 class Plan(Validated, frozen=True):
-    """An evaluation as a user asks for it. `protocol_name`: what `protocol` was before it was
-    changed.
+    """An evaluation as a user configures it.
+
+    `protocol_name` names the protocol that `protocol` was before it was changed.
     """
 
     path: Path
@@ -51,9 +52,7 @@ class Plan(Validated, frozen=True):
     ] = DINO
     inception: Annotated[
         str | None,
-        Field(
-            description="TorchScript file of Inception, for FID and KID; else of CLIP's features."
-        ),
+        Field(description="TorchScript file of Inception, for FID and KID; else CLIP's features."),
     ] = None
     device: Annotated[
         str | None, Field(description="cuda, mps or cpu; the best there is if not given.")
@@ -70,7 +69,7 @@ class Plan(Validated, frozen=True):
         int | None,
         Field(
             ge=1,
-            description="Of each process on a CPU; another number changes results by rounding.",
+            description="CPU threads of each process; another number changes results by rounding.",
         ),
     ] = None
 
@@ -79,7 +78,7 @@ class Plan(Validated, frozen=True):
 class Chunk:
     """Items of one setting that are made and measured together.
 
-    `first` is the number of the first in the set.
+    `first` is the number of its first item in the set.
     """
 
     setting: Setting
@@ -89,19 +88,22 @@ class Chunk:
 
     @property
     def pictures(self) -> int:
+        """Number of pictures in the chunk."""
         return len(self.items) * self.setting.protocol.seeds
 
     @property
     def rows(self) -> Path:
+        """File of the chunk's rows."""
         return self.stem.with_suffix(".jsonl")
 
     @property
     def embeddings(self) -> Path:
+        """File of the embeddings of its pictures and their targets."""
         return self.stem.with_suffix(".safetensors")
 
 
 def chunks_of(plan: Plan, settings: Sequence[Setting], items: "Sequence[Item]") -> list[Chunk]:
-    """All chunks, setting by setting."""
+    """Return all chunks, setting by setting."""
     size = max(1, plan.protocol.batch_size // plan.protocol.seeds)
     return [
         Chunk(

@@ -1,8 +1,7 @@
-"""Plots as SVG for a page: one panel each, so that the page can set them side by side or below each
-other.
+"""Draw plots as SVG for a page, one panel each, so that the page can arrange them.
 
-Colours and font are the page's (CSS variables), so that a plot follows its light and dark look;
-text stays text.
+Colours and font are the page's (CSS variables), so a plot follows its light and dark look; text
+stays text.
 """
 
 import io
@@ -20,20 +19,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 4.4, 3.3  # inches of 72 units; the page scales it to its column
-# What matplotlib draws with -> what the page makes of it.
+# matplotlib's colours -> the page's
 INK, FAINT = "#010101", "#020202"
 LINES = [f"#0{number}0{number}0{number}" for number in range(3, 9)]
 COLORS = {INK: "var(--ink)", FAINT: "var(--line)"} | {
     line: f"var(--plot-{number})" for number, line in enumerate(LINES)
 }
-# of labels: lines often lie close
+# offsets of labels, as lines are often close to each other
 CORNERS = [{"xytext": (5, 4), "ha": "left"}, {"xytext": (-5, -11), "ha": "right"}]
 DASHES, MARKERS = ("-", "--", ":", "-."), "osD^vP"
 STYLE: Any = {
-    "font.family": ["DejaVu Sans"],  # matplotlib's own: what it measures with
+    "font.family": ["DejaVu Sans"],  # matplotlib's own, with which it measures text
     "font.size": 10,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name with dollar signs is no formula
+    "text.parse_math": False,  # a name with dollar signs is not a formula
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -57,9 +56,9 @@ Line = tuple[str, list[Setting]]  # its name, its settings along the axis
 
 
 def curve(settings: list[Setting], key: str, axis: str) -> str:
-    """A metric over a numeric axis, with the band of its intervals.
+    """Draw a metric over a numeric axis, with the band of its intervals, as SVG.
 
-    A line for each value of the other axes. SVG.
+    There is a line for each combination of the other axes' values.
     """
 
     def draw(axes: "Axes") -> None:
@@ -89,9 +88,9 @@ def curve(settings: list[Setting], key: str, axis: str) -> str:
 
 
 def trade(settings: list[Setting], across: str, up: str, axis: str) -> str:
-    """One metric against another, with both intervals.
+    """Draw one metric against another, with both intervals, as SVG.
 
-    The points joined and labelled along a numeric axis. SVG.
+    The points are joined and labelled along a numeric axis.
     """
 
     def draw(axes: "Axes") -> None:
@@ -113,7 +112,7 @@ def trade(settings: list[Setting], across: str, up: str, axis: str) -> str:
             )
             corner: dict[str, Any] = CORNERS[number % 2]
             for x, y, setting in zip(xs, ys, line, strict=True) if number < 2 else ():
-                # more would hide each other
+                # labels of more lines would overlap
                 axes.annotate(
                     word(setting["axes"][axis]),
                     (x, y),
@@ -130,7 +129,7 @@ def trade(settings: list[Setting], across: str, up: str, axis: str) -> str:
 
 
 def dots(settings: list[Setting], key: str) -> str:
-    """A metric of every setting as a dot with its interval, the first setting on top. SVG."""
+    """Draw a metric of every setting as a dot with its interval, the first on top, as SVG."""
     having = [setting for setting in settings if _has(setting, key)]
 
     def draw(axes: "Axes") -> None:
@@ -164,7 +163,7 @@ def dots(settings: list[Setting], key: str) -> str:
 
 
 def drawable(settings: list[Setting], key: str) -> bool:
-    """Whether at least one setting has the metric."""
+    """Return whether at least one setting has the metric."""
     return any(_has(setting, key) for setting in settings)
 
 
@@ -173,7 +172,7 @@ def _has(setting: Setting, key: str) -> bool:
 
 
 def _lines(settings: list[Setting], axis: str) -> Iterator[Line]:
-    """The settings along an axis, in its order, for each combination of the others' values."""
+    """Yield the settings along an axis, in its order, for each combination of the other axes."""
     others = [name for name in axes_of(settings) if name != axis]
     for values in product(*(axis_values(settings, name) for name in others)):
         wanted = dict(zip(others, values, strict=True))
@@ -188,7 +187,7 @@ def _lines(settings: list[Setting], axis: str) -> Iterator[Line]:
 
 
 def _stroke(number: int) -> dict[str, Any]:
-    """Colour, dash and marker of a line: told apart without colours too."""
+    """Return colour, dash and marker of a line, so that lines also differ without colours."""
     return {
         "color": LINES[number % len(LINES)],
         "linestyle": DASHES[number // len(LINES) % len(DASHES)],
@@ -197,9 +196,9 @@ def _stroke(number: int) -> dict[str, Any]:
 
 
 def _reaches(settings: list[Setting], key: str) -> list[list[float]]:
-    """(2, settings): how far the interval reaches below and above the value.
+    """Return how far the interval reaches below and above each value, (2, settings).
 
-    0 where there is none.
+    It is 0 if there is no interval.
     """
     found = [setting["metrics"][key] for setting in settings]
     bounds = [(one["value"], one["low"], one["high"]) for one in found]
@@ -210,7 +209,7 @@ def _reaches(settings: list[Setting], key: str) -> list[list[float]]:
 
 
 def _ticks(axes: "Axes", values: list[float]) -> None:
-    """A tick at every value that was run, where they are few and not crowded."""
+    """Put a tick at every value that was run, if they are few and not crowded."""
     values = sorted(values)
     closest = min(after - before for before, after in pairwise(values))
     if len(values) <= 11 and closest >= (values[-1] - values[0]) / 14:
@@ -220,7 +219,10 @@ def _ticks(axes: "Axes", values: list[float]) -> None:
 def _panel(
     title: str, description: str, draw: "Callable[[Axes], None]", height: float = HEIGHT
 ) -> str:
-    """What `draw` draws, as an SVG that the page colours, with `says` for who cannot see it."""
+    """Return what `draw` draws as an SVG that the page colours.
+
+    `description` is its text for readers who cannot see it.
+    """
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -231,7 +233,7 @@ def _panel(
         ) from error
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": description}), warnings.catch_warnings():
-        # an emoji in a name: the browser has a font for it
+        # an emoji in a name: the browser has a font for it, matplotlib has none
         warnings.filterwarnings("ignore", "Glyph")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -250,7 +252,7 @@ def _panel(
 
 
 def _for_page(svg: str, description: str) -> str:
-    """Without a size, names and a font of its own; its colours the page's."""
+    """Adapt an SVG to the page: remove its size, ids and font, and use the page's colours."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]
@@ -259,7 +261,7 @@ def _for_page(svg: str, description: str) -> str:
         r"\1",
         re.sub(r'(<svg [^>]*?) width="[\d.]+pt"', r"\1", svg),
     )
-    # a style would act on the whole page
+    # a style element would apply to the whole page
     svg = re.sub(r"<(metadata|style).*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # the same in every plot: figure_1, axes_1, …
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", svg)

@@ -1,5 +1,6 @@
-"""How pictures are made for an evaluation: named protocols, each a row of values that can be
-changed, and sweeps over some.
+"""Define how pictures are made for an evaluation: named protocols and sweeps.
+
+A protocol is a row of values that can be changed; a sweep varies some of them.
 """
 
 from collections import Counter
@@ -19,10 +20,10 @@ SchedulerName = Literal["default", "ddim"]
 
 
 class Protocol(Validated, frozen=True):
-    """What is the same for every item. `steps` and `guidance` of None are the model's own.
+    """Values that are equal for every item; `steps` and `guidance` of None are the model's own.
 
-    The caption is measured against whether it is given as the text or not. Picture k of item i has
-    seed + i · seeds + k.
+    The caption is used for the metrics whether it is given as the text or not. Picture k of item i
+    has seed + i · seeds + k.
     """
 
     captions: Annotated[
@@ -40,12 +41,14 @@ class Protocol(Validated, frozen=True):
     steps: Annotated[int | None, Field(ge=1, description="Sampling steps.")] = None
     guidance: Annotated[float | None, Field(ge=0, le=1000, description="Guidance scale.")] = None
     negative_prompt: Annotated[
-        Text, Flag("--negative"), Field(description="Text that guidance goes away from.")
+        Text, Flag("--negative"), Field(description="Text that guidance moves away from.")
     ] = ""
     limit: Annotated[int | None, Field(ge=1, description="Items, the first of the set.")] = None
     seed: Annotated[
         int,
-        Field(ge=0, lt=2**62, description="Of the first picture; item i has seed + i × seeds."),
+        Field(
+            ge=0, lt=2**62, description="Seed of the first picture; item i has seed + i × seeds."
+        ),
     ] = 0
     batch_size: Annotated[
         int,
@@ -54,8 +57,7 @@ class Protocol(Validated, frozen=True):
 
 
 # Section 4.1 of the paper (arXiv 2308.06721): COCO 2017 val, four pictures for each of 5,000, DDIM
-# with 50 steps, guidance 7.5; the
-# image prompt alone at scale 1. With a text it advises about 0.5.
+# with 50 steps, guidance 7.5; the image prompt alone at scale 1. With a text it advises about 0.5.
 PAPER = Protocol(
     captions=False, scale=1.0, seeds=4, scheduler="ddim", steps=50, guidance=7.5, limit=5000
 )
@@ -69,9 +71,9 @@ PROTOCOLS = {
 
 
 def find_protocol(name: str, **changes: Any) -> Protocol:
-    """The protocol of that name, with the values that are not None in place of its own.
+    """Return the protocol of that name, with the changes that are not None applied.
 
-    SettingError.
+    Raise SettingError for an unknown name or a wrong value.
     """
     if name not in PROTOCOLS:
         raise SettingError(f"unknown protocol {name!r}{suggestions(name, PROTOCOLS)}")
@@ -81,12 +83,12 @@ def find_protocol(name: str, **changes: Any) -> Protocol:
 
 
 def changed(plan: Protocol, values: Mapping[str, Any]) -> Protocol:
-    """The protocol with other values; SettingError."""
+    """Return the protocol with other values; SettingError."""
     whole: dict[str, Any] = {**plan.model_dump(), **values}
     return Protocol(**whole)
 
 
-# What can be swept, and what a value is read as. The first three are the protocol's.
+# Axes of a sweep, and the type of their values. The first three are fields of the protocol.
 AXES: dict[str, Callable[[str], Any]] = {
     "scale": float,
     "guidance": float,
@@ -98,7 +100,7 @@ Sweep = Mapping[str, tuple[Any, ...]]
 
 
 def read_sweep(lines: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """["scale=0,0.5,1", "steps=25,50"] -> the values of every axis; SettingError."""
+    """Read ["scale=0,0.5,1", "steps=25,50"] as the values of every axis; SettingError."""
     sweep = {}
     for line in lines:
         name, _, values = line.partition("=")
@@ -123,7 +125,7 @@ def read_sweep(lines: Sequence[str]) -> dict[str, tuple[Any, ...]]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of a sweep. Its name goes into file names."""
+    """One point of a sweep; its name is part of file names."""
 
     name: str
     axes: Mapping[str, Any]
@@ -131,19 +133,20 @@ class Setting:
 
     @property
     def adapter(self) -> str | None:
+        """Adapter of the setting, None if the sweep does not vary it."""
         return self.axes.get("adapter")
 
 
 def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
-    """All points of a sweep, the last axis fastest; a single one, called "all", without a sweep.
+    """Return all points of a sweep, the last axis fastest.
 
-    SettingError.
+    Without a sweep there is one point, called "all". Raise SettingError if a value is given twice.
     """
     for axis, values in sweep.items():
         value, often = Counter(values).most_common(1)[0]
         if often > 1:
             raise SettingError(
-                f"--sweep: {axis}={value_name(value)} is there {often} times; give each value once"
+                f"--sweep: {axis}={value_name(value)} is given {often} times; give each value once"
             )
     points = [dict(zip(sweep, values, strict=True)) for values in product(*sweep.values())]
     names = unique_names(
@@ -158,8 +161,9 @@ def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
 
 
 def value_name(value: Any) -> str:
-    """A value in a setting's name: a number as short as it can be told, a path without its first
-    slash.
+    """Return a value as a part of a setting's name.
+
+    A number is as short as is exact, a path has no first slash.
     """
     if isinstance(value, float):
         return short if float(short := f"{value:g}") == value else repr(value)

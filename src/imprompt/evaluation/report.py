@@ -1,4 +1,4 @@
-"""A finished run as one page, and as a table for the terminal."""
+"""Write a finished run as one page, and as a table for the terminal."""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ __all__ = ["report_table", "write_comparison", "write_report"]
 def write_report(folder: Path) -> Path:
     """Write `folder`/report.html, which needs no other file.
 
-    SettingError if `folder` holds no finished run.
+    Raise SettingError if `folder` does not hold a finished run.
     """
     results = read_results(folder)
     thumbnails = Thumbnails()
@@ -50,7 +50,7 @@ def write_report(folder: Path) -> Path:
 
 
 def title_of(results: Results) -> str:
-    """ "emoji + base on scenes"; the folder's name where the run does not say."""
+    """Return a title such as "emoji + base on scenes", or the folder's name if nothing is known."""
     run = results.run
     what = " + ".join(
         filter(
@@ -66,7 +66,7 @@ def title_of(results: Results) -> str:
 
 
 def best(settings: list[Setting]) -> dict[str, float]:
-    """The best value of each metric that has a better side, where settings can be compared."""
+    """Return the best value of each metric that has a better side and more than one value."""
     found: dict[str, float] = {}
     for key, metric in METRICS.items():
         values = [
@@ -80,7 +80,7 @@ def best(settings: list[Setting]) -> dict[str, float]:
 
 
 def sheet_rule(results: Results) -> str:
-    """Which pictures the contact sheet shows."""
+    """Return a sentence that states which pictures the contact sheet shows."""
     settings = len(results.settings)
     items = len({item for rows in results.rows.values() for item in rows})
     sheet_count = min(items, contact.sheet_items(settings))
@@ -102,7 +102,10 @@ def sheet_rule(results: Results) -> str:
 def all_extremes(
     results: Results, thumbnails: Thumbnails
 ) -> list[tuple[str, list[Card], list[Card]]]:
-    """(label, best, worst) of settings spread evenly over those that have CLIP-I and two items."""
+    """Return (label, best cards, worst cards) of settings that have CLIP-I and two items.
+
+    At most DETAILED settings are shown, evenly spread.
+    """
     with_both = [
         one for one in results.settings if len(contact.ranked(results.rows[one["name"]])) > 1
     ]
@@ -113,8 +116,9 @@ def all_extremes(
 
 
 def report_table(summary: Mapping[str, Any]) -> str:
-    """Settings and metrics in Markdown, each value with its 95 % interval, in columns that a
-    terminal shows straight.
+    """Return settings and metrics as a Markdown table with aligned columns.
+
+    Each value has its 95 % interval.
     """
     settings = summary["settings"]
     keys = measured(settings)
@@ -133,7 +137,7 @@ def report_table(summary: Mapping[str, Any]) -> str:
 
 
 def _straight(cells: list[str], widths: list[int]) -> list[str]:
-    """The first to the left of its column, numbers to the right."""
+    """Align the first cell to the left of its column and the others to the right."""
     return [
         cells[0].ljust(widths[0]),
         *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),

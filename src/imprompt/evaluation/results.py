@@ -1,4 +1,4 @@
-"""A finished run's folder, as the pages read it."""
+"""Read a finished run's folder for the pages."""
 
 import json
 import math
@@ -10,14 +10,15 @@ from typing import Any
 
 from imprompt.errors import SettingError, first_line
 
-Row = dict[str, Any]  # one picture, as it stands in rows.jsonl
-Setting = dict[str, Any]  # name, axes, count, items, metrics, as it stands in summary.json
+Row = dict[str, Any]  # one picture, as in rows.jsonl
+Setting = dict[str, Any]  # name, axes, count, items, metrics, as in summary.json
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a run's folder says: `run` is run.json, `rows` are by setting and by item, in the order
-    of the files.
+    """Contents of a run's folder.
+
+    `run` is run.json; `rows` are by setting and by item, in the order of the files.
     """
 
     folder: Path
@@ -28,7 +29,7 @@ class Results:
 
 
 def read_results(folder: Path) -> Results:
-    """SettingError unless it is the folder of a finished run."""
+    """Read the folder of a finished run; SettingError if it is not one."""
     summary = _read(folder, "summary.json", json.loads)
     lines = _read(
         folder, "rows.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line]
@@ -54,14 +55,14 @@ def read_results(folder: Path) -> Results:
     results = Results(folder, summary["run"], summary["settings"], summary.get("notes", []), rows)
     if unmade or not results.settings:
         raise SettingError(
-            f"{folder} is no finished run: no pictures of {unmade[0] if unmade else 'any setting'} "
-            "are in rows.jsonl"
+            f"{folder} is not a finished run: "
+            f"no pictures of {unmade[0] if unmade else 'any setting'} are in rows.jsonl"
         )
     return results
 
 
 def _check(name: str, content: Any, kinds: Mapping[str, type], folder: Path) -> None:
-    """SettingError unless `told`, of the file `name`, holds values of these kinds."""
+    """Raise SettingError unless `content`, of the file `name`, holds values of these kinds."""
     wrong = [
         key
         for key, kind in kinds.items()
@@ -69,7 +70,8 @@ def _check(name: str, content: Any, kinds: Mapping[str, type], folder: Path) -> 
     ]
     if wrong:
         raise SettingError(
-            f"{folder} is no finished run: its {name} lacks {wrong[0]!r}; run the evaluation again"
+            f"{folder} is not a finished run: its {name} lacks {wrong[0]!r}; "
+            "run the evaluation again"
         )
 
 
@@ -78,8 +80,8 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
         return parse((folder / name).read_text("utf-8"))
     except FileNotFoundError as error:
         raise SettingError(
-            f"{folder} is no finished run: it has no {name}; `imprompt evaluate run` writes it at "
-            "its end"
+            f"{folder} is not a finished run: it has no {name}; `imprompt evaluate run` writes it "
+            "at its end"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise SettingError(
@@ -88,25 +90,26 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
 
 
 def known(value: object) -> bool:
-    """Whether it is a number that can be shown."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cluster(row: Row) -> str:
-    """What is resampled together: the pictures of a subject, where the set has subjects, else those
-    of an item.
+    """Return the key of the pictures that are resampled together.
+
+    They are the pictures of a subject if the set has subjects, otherwise those of an item.
     """
     return row.get("group") or row["item"]
 
 
 def mean_of(rows: list[Row], key: str) -> float | None:
-    """The mean of a metric over an item's pictures; None if none has it."""
+    """Return the mean of a metric over an item's pictures; None if none has it."""
     values = [row[key] for row in rows if known(row.get(key))]
     return fmean(values) if values else None
 
 
 def axis_values(settings: list[Setting], axis: str) -> list[Any]:
-    """The values of an axis in the order in which they come, each once."""
+    """Return the values of an axis in the order in which they occur, each once."""
     return list(
         {
             word(setting["axes"].get(axis)): setting["axes"].get(axis) for setting in settings
@@ -115,19 +118,22 @@ def axis_values(settings: list[Setting], axis: str) -> list[Any]:
 
 
 def axes_of(settings: list[Setting]) -> list[str]:
-    """The axes on which settings differ."""
+    """Return the axes on which the settings differ."""
     names = list(dict.fromkeys(name for setting in settings for name in setting["axes"]))
     return [name for name in names if len(axis_values(settings, name)) > 1]
 
 
 def numeric_axes(settings: list[Setting]) -> list[str]:
-    """Those that can be drawn along; the scale first, which most people ask about."""
+    """Return the axes that can be the x axis of a plot; the scale first."""
     found = [name for name in axes_of(settings) if all(map(known, axis_values(settings, name)))]
     return sorted(found, key=lambda name: name != "scale")
 
 
 def word(value: Any, longest: int = 40) -> str:
-    """A value of an axis as a label. The end of a long one tells more: it is mostly a path."""
+    """Return a value of an axis as a label.
+
+    A long one, which is usually a path, is cut at its start.
+    """
     if known(value):
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -135,7 +141,7 @@ def word(value: Any, longest: int = 40) -> str:
 
 
 def label_of(setting: Mapping[str, Any]) -> str:
-    """ "scale 0.5 · guidance 3", or the setting's name where nothing was swept."""
+    """Return a label such as "scale 0.5 · guidance 3", or the name if nothing was swept."""
     return " · ".join(f"{name} {word(value)}" for name, value in setting["axes"].items()) or word(
         setting["name"]
     )

@@ -1,16 +1,17 @@
-"""An evaluation: pictures made and measured chunk by chunk, on one process or many, from wherever
-an earlier one ended.
+"""Run an evaluation: make and measure pictures chunk by chunk, on one process or many.
+
+The same command again resumes a run that ended early.
 
 OUT/run.json       what is run: everything that the numbers depend on
-    parts/         of every setting's chunks the rows, and the embeddings of its pictures and of
-                   their targets
+    parts/         for the chunks of every setting: the rows, and the embeddings of its pictures
+                   and of their targets
     images/        the pictures
     rows.jsonl     all rows
     summary.json   means and intervals
 
-A chunk holds the same items and is made in the same batches whoever makes it, so that neither a
-kill nor the number of processes changes a number. Its rows are written last: a chunk with rows is
-whole.
+A chunk has the same items and the same batches in whichever process it is made, so neither a kill
+nor the number of processes changes a number. Its rows are written last: a chunk with rows is
+complete.
 """
 
 import json
@@ -41,18 +42,17 @@ from imprompt.generation.settings import Settings
 from imprompt.images import open_image
 from imprompt.training.endings import end_of_another
 
-PATIENCE = timedelta(hours=2)  # that processes wait for the slowest
-DIGITS = 6  # digits of a row's numbers
-OnDone = Callable[[int, int], None]  # (chunks of this process that are there, all of them)
+PATIENCE = timedelta(hours=2)  # how long processes wait for the slowest
+DIGITS = 6  # decimal places of a row's numbers
+OnDone = Callable[[int, int], None]  # (finished chunks of this process, all of its chunks)
 
 
 def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
-    """Make and measure what is not there yet.
+    """Make and measure what is missing, and return the summary.
 
-    Give the summary, which the first process writes at the end (others give {}).
-
-    What is wrong is told before anything is made: SettingError, also if `plan.out` holds a run of
-    other settings, ImageError, CheckpointError or MismatchError.
+    The first process writes the summary at the end; others return {}. Errors are raised before
+    anything is made: SettingError, also if `plan.out` holds a run of other settings, ImageError,
+    CheckpointError or MismatchError.
     """
     from accelerate import PartialState
 
@@ -63,7 +63,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     ranks = PartialState(cpu=device_name == "cpu", timeout=PATIENCE)
     device = str(ranks.device) if device_name == "cuda" and ranks.num_processes > 1 else device_name
     if threads := plan.threads or (read_record(plan.out) or {}).get("threads"):
-        # as the run was begun: sums in another number of parts are rounded otherwise
+        # as the run was started: another number of threads changes the rounding of sums
         torch.set_num_threads(threads)
     sources = {"clip": plan.clip, "dino": plan.dino, "inception": plan.inception}
     judges = open_judges(sources, check_device(plan.judge_device) if plan.judge_device else device)
@@ -75,9 +75,9 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     run = record(plan, whole, maker, judges, device)
     check_same(plan.out, run)
     with explained_interruption(plan.out):
-        ranks.wait_for_everyone()  # so that all have looked before the first writes
+        ranks.wait_for_everyone()  # all processes check before the first one writes
         lock = lock_folder(plan.out, run) if ranks.is_main_process else None
-        # nobody's unfinished file is taken for one that an earlier run left
+        # left-over files are removed before any process writes new ones
         ranks.wait_for_everyone()
         try:
             chunks = chunks_of(plan, settings, whole.items)
@@ -95,7 +95,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
 def work(
     mine: Sequence[Chunk], plan: Plan, maker: Generator, measure: "Measure", on_done: OnDone | None
 ) -> None:
-    """Make, measure and write what is not there; chunks of one adapter after another."""
+    """Make, measure and write the chunks that are missing, grouped by adapter."""
     missing = sorted(
         (chunk for chunk in mine if not chunk.rows.exists()),
         key=lambda chunk: chunk.setting.adapter or "",
@@ -116,9 +116,9 @@ def work(
 
 
 class Measure:
-    """Rows and embeddings of a chunk.
+    """Computation of rows and embeddings of chunks.
 
-    A target is embedded once, by itself, so that no number depends on what came before.
+    A target is embedded once, alone, so that no number depends on what came before.
     """
 
     def __init__(self, judges: Mapping[str, MetricEncoder]) -> None:
@@ -128,6 +128,7 @@ class Measure:
     def __call__(
         self, chunk: Chunk, pictures: Sequence[Image]
     ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """Return the rows of a chunk's pictures, and embeddings of pictures and targets by name."""
         each = len(pictures) // len(chunk.items)
         made = {key: judge.images(pictures) for key, judge in self.judges.items()}
         targets = {key: [self.targets(key, item) for item in chunk.items] for key in self.judges}
@@ -153,7 +154,7 @@ class Measure:
         return rows, made | {f"{key}.targets": torch.cat(of) for key, of in targets.items()}
 
     def targets(self, key: str, item: Item) -> Tensor:
-        """(T, E) of an item's targets."""
+        """Return the embeddings (T, E) of an item's targets."""
         for path in item.targets:
             if (key, path) not in self._targets:
                 self._targets[key, path] = self.judges[key].images([open_image(path)])
@@ -162,8 +163,9 @@ class Measure:
     def columns(
         self, item: Item, made: Mapping[str, Tensor], targets: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The numbers of an item's K pictures, (K,) each, as far as there are judges and a caption
-        for them.
+        """Return the metrics of an item's K pictures, (K,) each.
+
+        A metric is left out if its encoder or the caption is missing.
         """
         scores = {}
         for name, key in (("clip_i", "clip"), ("dino", "dino")):
@@ -186,7 +188,7 @@ def record(
     judges: Mapping[str, MetricEncoder],
     device: str,
 ) -> dict[str, Any]:
-    """run.json: all that the numbers depend on."""
+    """Return the content of run.json: everything that the numbers depend on."""
     import diffusers
     import transformers
 
@@ -215,7 +217,7 @@ def record(
 
 
 def read_record(out: Path) -> dict[str, Any] | None:
-    """run.json, if there is one."""
+    """Return the content of run.json, or None if there is none; SettingError if it is damaged."""
     path = out / "run.json"
     if not path.exists():
         return None
@@ -230,12 +232,12 @@ def read_record(out: Path) -> dict[str, Any] | None:
 
 
 def check_same(out: Path, run: Mapping[str, Any]) -> None:
-    """Raise SettingError, naming what differs, if `out` was begun with other settings."""
+    """Raise SettingError, naming what differs, if `out` was started with other settings."""
     stored = read_record(out)
     if stored is None:
         if (out / "parts").exists():
             raise SettingError(
-                f"{out} holds parts of a run, but no run.json says of which: give another --out"
+                f"{out} holds parts of a run, but no run.json that describes it: give another --out"
             )
         return
     was, now = dict(flat(by_name(stored))), dict(flat(by_name(json.loads(json.dumps(run)))))
@@ -246,20 +248,24 @@ def check_same(out: Path, run: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise SettingError(
-            f"{out} was begun with {some(changed, 3)}: give another --out, or the old values"
+            f"{out} was started with {some(changed, 3)}: give another --out, or the old values"
         )
 
 
 def by_name(run: Mapping[str, Any]) -> dict[str, Any]:
-    """run.json with its lists of judges and adapters as mappings, for a difference to have a short
-    name.
+    """Return run.json with its lists of judges and adapters as mappings.
+
+    So a difference between two records has a short name.
     """
     lists = {"judges": "key", "adapters": "name"}
     return {**run, **{part: {one[name]: one for one in run[part]} for part, name in lists.items()}}
 
 
 def lock_folder(out: Path, run: Mapping[str, Any]) -> Any:
-    """The sole right to write into the folder, which ends with this process at the latest."""
+    """Take the lock for writing into the folder; SettingError if another process holds it.
+
+    It ends with this process at the latest. Files that a killed process left over are removed.
+    """
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(out / ".lock", blocking=False).acquire().lock
@@ -267,7 +273,7 @@ def lock_folder(out: Path, run: Mapping[str, Any]) -> Any:
         raise SettingError(
             f"another process is evaluating into {out}: wait for it, or give another --out"
         ) from error
-    for left in out.rglob(".*.part"):  # of a killed process
+    for left in out.rglob(".*.part"):  # left over from a killed process
         left.unlink()
     if read_record(out) is None:
         write_text(out / "run.json", json.dumps(run, indent=1))
@@ -276,7 +282,7 @@ def lock_folder(out: Path, run: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def explained_interruption(out: Path) -> Iterator[None]:
-    """The end of another process of the run as one line."""
+    """Raise ImpromptError, with one line, if another process of the run ended."""
     try:
         yield
     except RuntimeError as error:

@@ -1,6 +1,6 @@
-"""What is evaluated on: items with their image prompts, the pictures to compare with, and captions.
+"""Read sets to evaluate on: items with image prompts, pictures to compare with, and captions.
 
-Every kind of set is read from local files; SETS is the table of all.
+Every kind of set is read from local files; SETS lists all kinds.
 """
 
 import hashlib
@@ -34,8 +34,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", "
 class Item:
     """One thing to make pictures of.
 
-    references  files that prompt it; its picture k hears the k-th of them, and from the last on the
-                first again
+    references  files that prompt it; its picture k is conditioned on the k-th of them, in turn
     targets     files that a result should be like
     group       what it belongs to, such as a subject
     """
@@ -49,9 +48,9 @@ class Item:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The items of a set in their order.
+    """Items of a set in their order.
 
-    sha256   of the names, captions and groups, and of what the files hold
+    sha256   of the names, captions and groups, and of the contents of the files
     skipped  what is wrong with the items that were left out
     """
 
@@ -66,7 +65,10 @@ class EvaluationSet:
 
 
 def folder_items(root: Path) -> Iterator[Item]:
-    """As for training: a line {"file_name": …, "text": …, "reference": …} per picture."""
+    """Yield the items of a folder with metadata.jsonl, in the format for training.
+
+    Each line is {"file_name": …, "text": …, "reference": …}, for one picture.
+    """
     names = Names.of(
         Columns(),
         "file_name",
@@ -85,18 +87,21 @@ def folder_items(root: Path) -> Iterator[Item]:
 
 
 def captions_file(root: Path) -> Path | None:
-    """The newest annotations/captions_val*.json whose pictures are there."""
+    """Return the newest annotations/captions_val*.json whose pictures exist, or None."""
     found = (root / "annotations").glob("captions_val*.json")
     return max((path for path in found if pictures_of(path).is_dir()), default=None)
 
 
 def pictures_of(captions: Path) -> Path:
+    """Return the folder of pictures that belongs to a captions file."""
     return captions.parents[1] / captions.stem.removeprefix("captions_")
 
 
 def coco_items(root: Path) -> Iterator[Item]:
-    """val2017/ and annotations/captions_val2017.json: by image id, each with its first caption by
-    annotation id.
+    """Yield the items of COCO, by image id, each with its first caption by annotation id.
+
+    They are in val2017/ and annotations/captions_val2017.json. Raise SettingError for another
+    content.
     """
     path = captions_file(root)
     assert path is not None
@@ -112,7 +117,8 @@ def coco_items(root: Path) -> Iterator[Item]:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SettingError(
-            f"{path} holds no COCO captions: lists images (id, file_name) and annotations are due"
+            f"{path} does not hold COCO captions: it needs lists images "
+            "(id, file_name) and annotations"
         ) from error
     for number, file in files:
         yield Item(file.stem, (file,), (file,), first[number])
@@ -122,12 +128,14 @@ def coco_items(root: Path) -> Iterator[Item]:
 
 
 def subject_items(root: Path) -> Iterator[Item]:
+    """Yield the items of subjects, listed in dataset.json or found as folders."""
     return (listed_subjects if (root / "dataset.json").is_file() else subject_folders)(root)
 
 
 def listed_subjects(root: Path) -> Iterator[Item]:
-    """CustomConcept101's dataset.json: a list of {"class_prompt", "instance_data_dir",
-    "prompt_filename"}.
+    """Yield the items of CustomConcept101's dataset.json; SettingError for another content.
+
+    It is a list of {"class_prompt", "instance_data_dir", "prompt_filename"}.
     """
     subjects = []
     for place, entry in json_list(root / "dataset.json"):
@@ -151,9 +159,9 @@ def listed_subjects(root: Path) -> Iterator[Item]:
 
 
 def subject_folders(root: Path) -> Iterator[Item]:
-    """A folder of pictures per subject, with a prompts.txt in it or one for all beside.
+    """Yield the items of folders of pictures, one folder per subject.
 
-    The folder's name is its class.
+    Each has a prompts.txt, or there is one for all next to them. The folder's name is its class.
     """
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and pictures_in(path)):
         own = folder / "prompts.txt"
@@ -166,11 +174,12 @@ def subject_folders(root: Path) -> Iterator[Item]:
 
 
 def subject(top: Path, folder: Path, prompts: Path, kind: str) -> Iterator[Item]:
-    """An item per prompt; {} in it is the class.
+    """Yield an item per prompt of a subject; {} in the prompt is the class.
 
-    All pictures of the subject prompt in turn, and are compared with.
+    All pictures of the subject are its image prompts, in turn, and its targets. Raise SettingError
+    if folder, pictures or prompts are missing.
 
-    top  a folder above, from which the subject is named
+    top  a folder above; the subject is named by its path from there
     """
     if not folder.is_dir():
         raise SettingError(
@@ -190,15 +199,17 @@ def subject(top: Path, folder: Path, prompts: Path, kind: str) -> Iterator[Item]
 
 
 def name_in(root: Path, path: Path) -> str:
-    """A path as it is told in the set's folder."""
+    """Return a path relative to the set's folder, if it is inside, without a first slash."""
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix().lstrip("/")
 
 
 def pictures_in(folder: Path) -> list[Path]:
+    """Return the picture files of a folder, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
 
 
 def has_subjects(root: Path) -> bool:
+    """Return whether a folder looks like a set of subjects."""
     return any(
         next(root.glob(name), None) for name in ("dataset.json", "prompts.txt", "*/prompts.txt")
     )
@@ -209,7 +220,7 @@ def has_subjects(root: Path) -> bool:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of set: how it looks, how that is told from others, what reads it."""
+    """A kind of set: a description of its form, a test for it, and its reader."""
 
     form: str
     fits: Callable[[Path], bool]
@@ -236,9 +247,9 @@ SETS = {
 def open_set(
     path: Path, kind: str = "auto", limit: int | None = None, *, skip_bad: bool = False
 ) -> EvaluationSet:
-    """The first `limit` items of the set in a folder, every file of them read.
+    """Return the first `limit` items of the set in a folder, after all their files were read.
 
-    SettingError if it is of no known kind or malformed; ImageError, naming the first file, if
+    Raise SettingError if it is of no known kind or malformed; ImageError, naming the first file, if
     pictures cannot be used. `skip_bad` leaves their items out.
     """
     if not path.is_dir():
@@ -248,7 +259,7 @@ def open_set(
     known = {kind: SETS[kind]} if kind != "auto" else SETS
     found = next((name for name, one in known.items() if one.fits(path)), None)
     if found is None:
-        raise SettingError(f"{path} is no set: it should hold {forms(known)}")
+        raise SettingError(f"{path} is not a set: it should hold {forms(known)}")
     items = named_apart(SETS[found].items(path.absolute()))[:limit]
     if not items:
         raise SettingError(f"{path} lists nothing to evaluate on")
@@ -256,11 +267,12 @@ def open_set(
 
 
 def forms(known: dict[str, Kind] = SETS) -> str:
+    """Return the forms of the kinds of sets as text for a message."""
     return ", or ".join(kind.form for kind in known.values())
 
 
 def named_apart(items: Iterator[Item]) -> list[Item]:
-    """With names that go into a file's name, each another."""
+    """Return the items with unique names that can be parts of file names."""
     all_of = list(items)
     return [
         replace(item, name=name)
@@ -269,7 +281,7 @@ def named_apart(items: Iterator[Item]) -> list[Item]:
 
 
 def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
-    """The set with its hash, after every picture was decoded once."""
+    """Return the set with its hash after every picture was decoded once; ImageError."""
     held: dict[Path, str] = {}  # file -> sha256, or what is wrong with it after a space
     good, bad, digest = [], [], hashlib.sha256()
     for item in whole.items:
@@ -285,7 +297,7 @@ def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
             "",
         )
         if wrong := wrong or (
-            "" if is_unicode(item.caption) else f"{item.name}: its caption is no Unicode text"
+            "" if is_unicode(item.caption) else f"{item.name}: its caption is not Unicode text"
         ):
             bad.append(wrong)
             continue
@@ -299,7 +311,10 @@ def read_through(whole: EvaluationSet, skip_bad: bool) -> EvaluationSet:
 
 
 def is_unicode(text: str) -> bool:
-    """Not so half an emoji, as JSON's \\ud83d: no tokenizer takes it."""
+    r"""Return whether a text can be encoded.
+
+    Half an emoji, such as JSON's \ud83d, cannot: no tokenizer takes it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -308,6 +323,7 @@ def is_unicode(text: str) -> bool:
 
 
 def looked_at(path: Path) -> str:
+    """Return the SHA-256 of a picture file, or what is wrong with it after a space."""
     try:
         open_image(path)
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -316,7 +332,7 @@ def looked_at(path: Path) -> str:
 
 
 def set_facts(whole: EvaluationSet, limit: int | None) -> dict[str, Any]:
-    """What a run's record says of the set."""
+    """Return what a run's record states about the set."""
     facts = {
         "kind": whole.kind,
         "path": str(whole.path),

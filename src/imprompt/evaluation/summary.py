@@ -1,4 +1,4 @@
-"""Rows and embeddings of all chunks -> rows.jsonl and summary.json: means, intervals, distances."""
+"""Write rows.jsonl and summary.json from all chunks: means, intervals, distances."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -26,8 +26,9 @@ from imprompt.files import atomic_write
 
 
 def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str, Any]:
-    """Write rows.jsonl and summary.json of a run whose chunks are all there, in the order of its
-    settings; give the summary.
+    """Write rows.jsonl and summary.json of a run whose chunks are complete; return the summary.
+
+    They are in the order of the run's settings.
     """
     rows, settings, notes = [], [], {}
     for setting, group in groupby(chunks, key=lambda chunk: chunk.setting):
@@ -57,6 +58,7 @@ def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str,
 
 
 def read_rows(chunk: Chunk) -> list[Row]:
+    """Return the rows of a chunk; SettingError if its file is missing or damaged."""
     try:
         rows = [json.loads(line) for line in chunk.rows.read_text("utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
@@ -67,13 +69,14 @@ def read_rows(chunk: Chunk) -> list[Row]:
 
 
 def damaged(path: Path, chunk: Chunk) -> SettingError:
+    """Return the error for a missing or damaged file of a chunk."""
     return SettingError(
         f"{path} is gone or damaged: delete {chunk.rows}, and the same command makes both again"
     )
 
 
 def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
-    """The mean of every metric that pictures have of their own, over those that have it."""
+    """Yield the mean of every metric of single pictures, over the pictures that have it."""
     number = {name: index for index, name in enumerate(dict.fromkeys(map(cluster, rows)))}
     for name, metric in METRICS.items():
         scored = [(row[name], number[cluster(row)]) for row in rows if name in row]
@@ -86,7 +89,7 @@ def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
 
 
 def features_of(chunks: Sequence[Chunk], key: str) -> tuple[Tensor, Tensor]:
-    """Features of all targets (R, D), each file's once, and of all pictures (N, D)."""
+    """Return features of all targets (R, D), of each file once, and of all pictures (N, D)."""
     real: dict[Path, Tensor] = {}
     made = []
     for chunk in chunks:
@@ -101,20 +104,22 @@ def features_of(chunks: Sequence[Chunk], key: str) -> tuple[Tensor, Tensor]:
 
 
 def distances(real: Tensor, made: Tensor) -> Iterable[tuple[str, Interval]]:
-    """FID, which resampling would raise so that it has no interval, and KID × 1000 with where 95 %
-    of its subsets' values lie.
+    """Yield FID and KID × 1000, if there are two pictures of each.
+
+    FID has no interval, because resampling would raise it. KID's is where 95 % of its subsets'
+    values lie.
     """
     if min(len(real), len(made)) < 2:
         return
     yield "fid", Interval(frechet_distance(real, made), None, None)
     apart = 1000 * kernel_distances(real, made)
-    whole = min(len(real), len(made)) <= SUBSET_SIZE  # then a subset is all of the one or the other
+    whole = min(len(real), len(made)) <= SUBSET_SIZE  # a subset is then a whole set
     low, high = (None, None) if whole else apart.quantile(apart.new_tensor([0.025, 0.975])).tolist()
     yield "kid", Interval(apart.mean().item(), low, high)
 
 
 def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
-    """What a reader of FID and KID has to know."""
+    """Yield notes on how FID and KID may be read."""
     if key != "inception":
         yield (
             f"FID and KID are of {key.upper()}'s features: not to be compared with published "
@@ -129,6 +134,6 @@ def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a text file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

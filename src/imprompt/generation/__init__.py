@@ -1,1 +1,1 @@
-"""Adapted model -> images."""
+"""Generate images with an adapted model."""

@@ -1,9 +1,11 @@
-"""Which cross-attentions hear an image prompt: a map, pattern -> factor, and the presets that are
-known by name on top of it.
+"""Factors that set how strongly an image prompt applies in each cross-attention layer.
 
-A pattern is a dotted beginning of a site's name, with `*` for any one part:
-"up_blocks.0.attentions.1", "down_blocks", "*". Of the patterns that match a site the longest
-counts, in parts; then the one of the fewest stars. What none matches hears nothing.
+They are a map from patterns to factors, or a preset: a map that is known by name.
+
+A pattern is a dotted beginning of a layer's name, with `*` for any one part:
+"up_blocks.0.attentions.1", "down_blocks", "*". Of the patterns that match a layer, the one with the
+most parts counts; among equals, the one with the fewest stars. A layer that no pattern matches has
+factor 0.
 """
 
 import math
@@ -25,27 +27,28 @@ Blocks = str | float | Mapping[str, Any]
 
 
 class BlockMap(NamedTuple):
-    """How strongly each site hears an image prompt, and in which half of guidance."""
+    """Factor of an image prompt in each layer, and whether guidance moves away from it there."""
 
-    factors: Tensor  # (sites,)
-    # (sites,) bool: the unconditional half hears the picture instead, so that guidance pushes away
-    # from it
+    factors: Tensor  # (layers,)
+    # (layers,) bool: the picture conditions the unconditional half instead, so that guidance moves
+    # away from it
     negative: Tensor
 
 
 def presets() -> dict[str, str]:
-    """name -> what it means, in a line"""
+    """Return a mapping from each preset's name to a one-line description."""
     return {name: row.meaning for name, row in PRESETS.items()}
 
 
 def block_map(layers: Sequence[str], blocks: Blocks = "linear", boost: float = 1.0) -> BlockMap:
-    """How strongly each of these sites (names of cross-attentions, in the base model's order) hears
-    an image prompt.
+    """Return how strongly an image prompt applies in each of these layers.
 
-    `blocks` is a preset's name, one factor for all, a map, or diffusers' nested dictionary of
-    "down", "mid" and "up" (a list has a factor for each `attentions.j`; what is not named is 0).
-    `boost` multiplies what `presets()` says. SettingError for an unknown preset, one without a
-    table for this model or without a use for `boost`, and for a pattern that matches no site.
+    `layers` are names of cross-attention layers, in the base model's order. `blocks` is a preset's
+    name, one factor for all, a map, or diffusers' nested dictionary of "down", "mid" and "up" (a
+    list has a factor for each `attentions.j`; what is not named is 0). `boost` multiplies the
+    factors that `presets()` describes as boosted. Raise SettingError for an unknown preset, a
+    preset without a table for this model or without a use for `boost`, and a pattern that matches
+    no layer.
     """
     strengths = (
         preset_for(blocks, layers)
@@ -70,7 +73,7 @@ def block_map(layers: Sequence[str], blocks: Blocks = "linear", boost: float = 1
 
 
 def for_layers(pattern_map: Map, layers: Sequence[str]) -> Tensor:
-    """The number that the pattern which counts gives each site, 0 where none matches: (sites,)"""
+    """Return for each layer the number of its best pattern, (layers,); 0 where none matches."""
     ranked = sorted(pattern_map, key=rank, reverse=True)
     return torch.tensor(
         [
@@ -83,12 +86,13 @@ def for_layers(pattern_map: Map, layers: Sequence[str]) -> Tensor:
 
 
 def rank(pattern: str) -> tuple[int, int, list[bool]]:
-    """Of the patterns that match one site the greatest counts; no two are equal."""
+    """Return a sort key: of all patterns that match a layer, the one with the greatest counts."""
     named = [part != "*" for part in pattern.split(".")]
     return len(named), sum(named), named
 
 
 def matches(pattern: str, layer: str) -> bool:
+    """Return whether a layer's name begins with a pattern, part by part."""
     parts, own = pattern.split("."), layer.split(".")
     return len(parts) <= len(own) and all(
         part in ("*", name) for part, name in zip(parts, own, strict=False)
@@ -96,8 +100,9 @@ def matches(pattern: str, layer: str) -> bool:
 
 
 def transformers(layers: Iterable[str]) -> list[str]:
-    """The transformers that the sites stand in, such as "mid_block.attentions.0", in the order in
-    which the model runs them.
+    """Return the transformers that contain the layers, such as "mid_block.attentions.0".
+
+    They are in the order in which the model runs them.
     """
     found = dict.fromkeys(layer.split(".transformer_blocks.")[0] for layer in layers)
     # down, mid, up; registered as down, up, mid
@@ -105,7 +110,7 @@ def transformers(layers: Iterable[str]) -> list[str]:
 
 
 def preset_for(name: str, layers: Sequence[str]) -> Strengths:
-    """What the preset of that name says about these sites."""
+    """Return the factors of the preset of that name for these layers; SettingError."""
     if name not in PRESETS:
         raise SettingError(f"unknown blocks {name!r}{suggestions(name, PRESETS)}")
     strengths, found = PRESETS[name].strengths, transformers(layers)
@@ -125,15 +130,15 @@ def preset_for(name: str, layers: Sequence[str]) -> Strengths:
 
 
 def checked_map(blocks: float | Mapping[str, Any], layers: Sequence[str]) -> Map:
-    """A user's own map, after its patterns and numbers were looked at."""
+    """Return a user's blocks as a map with checked patterns and numbers; SettingError."""
     if not isinstance(blocks, Mapping):
         return {"*": finite_number("blocks", blocks)}
     own = unnested(blocks, layers) if NESTED.keys() & blocks else blocks
     for pattern in own:
         if not any(matches(pattern, layer) for layer in layers):
             raise SettingError(
-                f"blocks {pattern!r}: no cross-attention's name begins "
-                f"so{suggestions(pattern, beginnings(layers))}"
+                f"blocks {pattern!r}: no cross-attention layer's name begins "
+                f"with it{suggestions(pattern, beginnings(layers))}"
             )
     return {
         pattern: finite_number(f"blocks {pattern!r}", factor) for pattern, factor in own.items()
@@ -144,15 +149,15 @@ NESTED = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 
 
 def unnested(blocks: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
-    """diffusers' nested dictionary as a map from transformers.
+    """Convert diffusers' nested dictionary to a map from transformers to factors.
 
-    Its meaning is that of `set_ip_adapter_scale`.
+    It means what it means in diffusers' `set_ip_adapter_scale`.
     """
     flat: dict[str, Any] = {}
     for part, given in blocks.items():
         if part not in NESTED:
             raise SettingError(
-                f"blocks {part!r} beside {' and '.join(NESTED.keys() & blocks)}: known are "
+                f"blocks {part!r} together with {' and '.join(NESTED.keys() & blocks)}: known are "
                 f"{', '.join(NESTED)}"
             )
         members: dict[str, list[str]] = {}
@@ -165,14 +170,15 @@ def unnested(blocks: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]
         ).items():
             if block not in members:
                 raise SettingError(
-                    f"blocks {part!r}: no cross-attention in {block!r}, there are in "
-                    f"{', '.join(members) or 'none'}"
+                    f"blocks {part!r}: no cross-attention in {block!r}; blocks that "
+                    f"have one: {', '.join(members) or 'none'}"
                 )
             flat |= dict(zip(members[block], one_each(factors, members[block]), strict=True))
     return flat
 
 
 def one_each(factors: Any, names: Sequence[str]) -> Sequence[Any]:
+    """Return one factor for each name: a single factor is repeated; SettingError."""
     given = factors if isinstance(factors, list | tuple) else [factors]
     if len(given) not in (1, len(names)):
         raise SettingError(
@@ -182,6 +188,7 @@ def one_each(factors: Any, names: Sequence[str]) -> Sequence[Any]:
 
 
 def finite_number(what: str, value: Any) -> float:
+    """Return `value` as a float; SettingError, naming `what`, unless it is a finite number."""
     try:
         if not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value):
             return float(value)
@@ -191,7 +198,7 @@ def finite_number(what: str, value: Any) -> float:
 
 
 def beginnings(layers: Iterable[str]) -> dict[str, None]:
-    """All that a pattern could be, without stars and transformer blocks."""
+    """Return every possible pattern without stars and transformer blocks, in order."""
     parts = [name.split(".") for name in transformers(layers)]
     return dict.fromkeys(
         ".".join(name[:length]) for name in parts for length in range(1, len(name) + 1)

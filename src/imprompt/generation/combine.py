@@ -1,7 +1,6 @@
-"""The algebra of image prompts: several pictures as one prompt, how strongly it is heard by site
-and time, and where.
+"""Combine image prompts: several pictures as one prompt, and its strength by layer, time and place.
 
-All of it is worked out when a prompt is made; what is done in a step stays one attention for each
+All of this is computed when a prompt is made; a sampling step still runs one attention for each
 prompt.
 
 Shape letters as in `imprompt.adapter`; K pictures, T timesteps of the noise schedule that the base
@@ -30,33 +29,32 @@ from imprompt.validation import suggestions
 
 Curve = Sequence[Sequence[float]]  # [[progress, factor], ...]
 
-# name -> factor at x, 0 where the window begins and 1 where it ends. The first two add up to 1, so
-# do the last two: two pictures
-# that are eased so fade into one another.
+# name -> factor at x, 0 where the window begins and 1 where it ends. "ease in" and "ease out" add
+# up to 1, as do the last two: two pictures with these easings fade into one another.
 EASINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": np.ones_like,
-    # comes in: from 0 slowly, then faster, slowly to 1
+    # from 0 to 1: slow at both ends
     "ease in": lambda x: np.sin(np.pi / 2 * x) ** 2,
-    "ease out": lambda x: np.cos(np.pi / 2 * x) ** 2,  # goes out: from 1 to 0
-    "ease in-out": lambda x: np.sin(np.pi * x) ** 2,  # comes in and goes out again: 1 in the middle
-    # goes out and comes in again: 0 in the middle
+    "ease out": lambda x: np.cos(np.pi / 2 * x) ** 2,  # from 1 to 0
+    "ease in-out": lambda x: np.sin(np.pi * x) ** 2,  # 1 in the middle, 0 at both ends
+    # 0 in the middle, 1 at both ends
     "reverse in-out": lambda x: np.cos(np.pi * x) ** 2,
 }
 
 
-POINTS = 1000  # of the schedule, at which a scale that changes with progress is given
+POINTS = 1000  # points of the schedule at which a scale that changes with time is given
 
 
 def over_time(
     start: float = 0, end: float = 1, easing: str | Curve = "constant", points: int = POINTS
 ) -> Tensor:
-    """Return how strongly a prompt applies at each of `points` points of progress from 0 to 1,
-    (points,).
+    """Return how strongly a prompt applies at `points` points of progress from 0 to 1, (points,).
 
-    Progress is 0 at the noisiest timestep and 1 at the last, so that any scheduler and number of
-    steps reads it off. A prompt applies while start <= progress < end; at an end of 1 to the last.
-    `easing` is one of EASINGS, over that window, or points (progress of the whole schedule,
-    factor), joined by straight lines and level before the first and after the last. SettingError.
+    Progress is 0 at the noisiest timestep and 1 at the last, so the table fits any scheduler and
+    any number of steps. A prompt applies while start <= progress < end; with an end of 1, until the
+    last point. `easing` is one of EASINGS, over that window, or points (progress of the whole
+    schedule, factor), joined by straight lines and constant before the first and after the last.
+    Raise SettingError for other values.
     """
     if not 0 <= finite_number("start", start) < finite_number("end", end) <= 1:
         raise SettingError(
@@ -74,7 +72,7 @@ def over_time(
 
 
 def checked_points(points: Curve) -> tuple[list[float], list[float]]:
-    """All progresses, all factors."""
+    """Return all progresses and all factors of an easing given as points; SettingError."""
     if not points or not all(isinstance(point, Sequence) and len(point) == 2 for point in points):
         raise SettingError(f"easing = {points!r}: give a name, or points [[progress, factor], ...]")
     times, factors = (
@@ -97,8 +95,9 @@ def scale_table(
     easing: str | Curve = "constant",
     points: int = POINTS,
 ) -> tuple[BlockMap, Tensor]:
-    """scale × block × time, for `ImagePrompt.scale`: (sites, 1), or (sites, 1, T) where time
-    matters; and the blocks.
+    """Return the blocks, and scale × block × time as the table for `ImagePrompt.scale`.
+
+    The table is (layers, 1), or (layers, 1, T) where the strength changes with time.
     """
     block = block_map(layers, blocks, boost)
     table = finite_number("scale", scale) * block.factors[:, None]
@@ -111,20 +110,21 @@ def scale_table(
 
 
 class Combined(NamedTuple):
-    """What is left of several pictures: features of one or more, and a weight for each."""
+    """Features of one or more pictures after they were combined, and a weight for each."""
 
     features: Tensor | tuple[Tensor, ...]
     weights: list[float]
 
 
 def mean(features: Tensor, weights: Tensor) -> Tensor:
-    """features (K, ...), weights (K, 1, ...) -> (1, ...)"""
+    """Return the weighted mean (1, ...) of features (K, ...) with weights (K, 1, ...)."""
     return (features * (weights / weights.sum())).sum(0, keepdim=True)
 
 
 def norm_average(features: Tensor, weights: Tensor) -> Tensor:
-    """The mean direction at the mean length: a plain average of different features is shorter than
-    each.
+    """Return the mean direction at the mean length.
+
+    A plain average of different features is shorter than each of them.
     """
     lengths = features.norm(dim=-1, keepdim=True)
     return F.normalize(mean(F.normalize(features, dim=-1), weights), dim=-1) * mean(
@@ -132,10 +132,10 @@ def norm_average(features: Tensor, weights: Tensor) -> Tensor:
     )
 
 
-# how -> (features (K, ..., E), positive weights (K, 1, ...)) -> (1, ..., E). Max and min ask of a
-# weight only whether it is 0.
+# how -> (features (K, ..., E), positive weights (K, 1, ...)) -> (1, ..., E). Max and min only use
+# whether a weight is 0.
 COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    # all tokens beside each other, weighed in the attention: see `concat`
+    # all tokens are concatenated and weighted in the attention: see `concat`
     "concat": lambda features, _: features,
     "add": lambda features, weights: (features * weights).sum(0, keepdim=True),
     "subtract": lambda features, weights: (
@@ -146,7 +146,7 @@ COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "max": lambda features, _: features.amax(0, keepdim=True),
     "min": lambda features, _: features.amin(0, keepdim=True),
 }
-SIGNED = ("add",)  # take weights below 0
+SIGNED = ("add",)  # these allow weights below 0
 
 
 def combine(
@@ -154,12 +154,12 @@ def combine(
     how: str = "concat",
     weights: Sequence[float] | None = None,
 ) -> Combined:
-    """Several pictures' features (K, ..., E) -> fewer: one, or for "concat" all those that have a
-    weight, with their weights.
+    """Combine features (K, ..., E) of several pictures to one, or for "concat" to several.
 
-    Of a tuple each is combined alike. Weight 0 is as absent, whatever `how` is. SettingError for an
-    unknown `how`, another number of weights than of pictures, all of them 0, or one below 0 where
-    that has no meaning.
+    "concat" keeps all pictures that have a weight, and returns their weights. Each part of a tuple
+    is combined in the same way. A picture of weight 0 counts as absent for every `how`. Raise
+    SettingError for an unknown `how`, a number of weights that is not that of the pictures, all
+    weights 0, or a weight below 0 where that has no meaning.
     """
     if how not in COMBINE:
         raise SettingError(f"combine = {how!r} is unknown{suggestions(how, COMBINE)}")
@@ -176,11 +176,11 @@ def combine(
 
 
 def concat(tokens: Tensor, weights: Sequence[float] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Image tokens of K pictures (K, N, D) -> (1, K·N, D), and for `ImagePrompt.bias` the
-    logarithms of their weights, (1, K·N).
+    """Join image tokens (K, N, D) of K pictures to (1, K·N, D), and return their bias or None.
 
-    A picture of weight 2 is heard as if it were given twice, one of weight 0 as if it were not.
-    Alike ones need no bias.
+    The bias, for `ImagePrompt.bias`, holds the logarithms of the weights, (1, K·N); equal weights
+    need none. A picture of weight 2 counts as if it were given twice, one of weight 0 as if it were
+    not given.
     """
     given = checked_weights(len(tokens), weights, signed=False, of="concat")
     present = [i for i, weight in enumerate(given) if weight]
@@ -196,6 +196,7 @@ def concat(tokens: Tensor, weights: Sequence[float] | None = None) -> tuple[Tens
 def checked_weights(
     pictures: int, weights: Sequence[float] | None, signed: bool, of: str
 ) -> list[float]:
+    """Return one weight for each picture, 1 if none is given; SettingError."""
     if weights is None:
         return [1.0] * pictures
     if len(weights) != pictures:
@@ -218,25 +219,27 @@ def checked_weights(
 
 
 class Scaling(NamedTuple):
-    """Where the weight w of a prompt goes: into its keys, its values, or its values' mean alone."""
+    """Rule for what a prompt's weight multiplies: keys and values, or keys and the values' mean."""
 
     apply: Callable[[Tensor, Tensor, Tensor], KV]
-    penalty: bool  # narrow sites hear less: w·C/1280, C the width of the site
+    penalty: bool  # narrow layers get less: w·C/1280, C the width of the layer
 
 
 def by_both(key: Tensor, value: Tensor, weight: Tensor) -> KV:
+    """Multiply keys and values by the weight."""
     return key * weight, value * weight
 
 
 def by_mean(key: Tensor, value: Tensor, weight: Tensor) -> KV:
+    """Multiply the keys and the mean of the values over tokens by the weight."""
     average = value.mean(2, keepdim=True)
     return key * weight, value - average + average * weight
 
 
-WIDEST = 1280  # of the sites of SD 1.x and SDXL
+WIDEST = 1280  # width of the widest layers of SD 1.x and SDXL
 
-# The embeds scalings of ComfyUI_IPAdapter_plus. "V only" is equation 8, the scale of the
-# attention's result: nothing to do.
+# The embeds scalings of ComfyUI_IPAdapter_plus. "V only" is the paper's equation 8, which scales
+# the attention's result: nothing to do.
 SCALINGS: dict[str, Scaling | None] = {
     "V only": None,
     "K+V": Scaling(by_both, penalty=False),
@@ -246,10 +249,10 @@ SCALINGS: dict[str, Scaling | None] = {
 
 
 def scaled(prompt: ImagePrompt, how: str) -> ImagePrompt:
-    """The prompt with its scale worked into keys and values, by one of SCALINGS; SettingError.
+    """Return the prompt with its scale moved into keys and values by one of SCALINGS; SettingError.
 
-    A scale that changes with time keeps doing so on what is heard: its greatest over time goes into
-    keys and values, the ratio to that stays. At a scale of 0 nothing is heard.
+    A scale that changes with time still does: its greatest magnitude over time goes into keys and
+    values, and the ratio to that remains as the scale. At a scale of 0 the prompt has no effect.
     """
     if how not in SCALINGS:
         raise SettingError(f"unknown scaling {how!r}{suggestions(how, SCALINGS)}")
@@ -275,11 +278,11 @@ def scaled(prompt: ImagePrompt, how: str) -> ImagePrompt:
 
 
 def with_negative_layers(prompt: ImagePrompt, negative: Tensor, guided: bool) -> ImagePrompt:
-    """At the sites `away` (sites,) the unconditional half hears what the conditional one would
-    have, and that hears nothing.
+    """Return the prompt so that guidance moves away from it at the layers `negative` (layers,).
 
-    Without guidance there are no halves, and these sites are silent. Mask and bias stay: they are
-    to be alike in both halves.
+    There the unconditional half is conditioned on what the conditional half would have been, and
+    the conditional half on nothing. Without guidance there are no halves, and these layers are
+    inactive. Mask and bias stay, because they must be equal in both halves.
     """
     if not negative.any():
         return prompt
@@ -302,7 +305,10 @@ def with_negative_layers(prompt: ImagePrompt, negative: Tensor, guided: bool) ->
 
 
 def guidance_halves(x: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
-    """The unconditional and the conditional half of a batch; one for all is both."""
+    """Split a batch into its unconditional and its conditional half.
+
+    A batch of one counts as both halves.
+    """
     if x.shape[axis] == 1:
         return x, x
     first, second = x.chunk(2, axis)
@@ -313,8 +319,10 @@ def guidance_halves(x: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def as_mask(mask: Any) -> Tensor:
-    """A picture (white is heard), a file, an array or a tensor, (h, w) or (1, h, w), 0 to 1 -> (1,
-    h, w); MismatchError.
+    """Return a mask (1, h, w) with values from 0 to 1 from any kind of mask; MismatchError.
+
+    `mask` is a picture (the prompt applies where it is white), a file, or an array or tensor (h, w)
+    or (1, h, w) with values from 0 to 1.
     """
     if isinstance(mask, str | Path | Image.Image):
         mask = np.asarray(open_mask(mask), dtype=np.float32) / 255
@@ -330,18 +338,18 @@ def as_mask(mask: Any) -> Tensor:
     found = found.view(1, *found.shape[-2:])
     if not (found.min() >= 0 and found.max() <= 1):
         raise MismatchError(
-            f"mask with values from {found.min():g} to {found.max():g}: give 0 (not heard) to 1"
+            f"mask with values from {found.min():g} to {found.max():g}: give 0 (no effect) to 1"
         )
     if not found.any():
-        raise MismatchError("a mask that is 0 everywhere: the image prompt would be heard nowhere")
+        raise MismatchError("a mask that is 0 everywhere: the image prompt would apply nowhere")
     return found
 
 
 def regions(masks: Sequence[Any], overlap: str = "add") -> list[Tensor | None]:
-    """The masks of several prompts, each (1, h, w) as `as_mask` gives it, None for everywhere.
+    """Return the masks of several prompts, each (1, h, w) as from `as_mask`, None for everywhere.
 
-    Where they overlap each is heard in full ("add"), or they share ("normalise": divided by their
-    sum where that is above 1).
+    Where they overlap, each prompt applies in full ("add"), or they share ("normalise": divided by
+    their sum where that is above 1). Raise SettingError for another `overlap`.
     """
     if overlap not in OVERLAPS:
         raise SettingError(f"unknown overlap {overlap!r}{suggestions(overlap, OVERLAPS)}")

@@ -1,8 +1,8 @@
-"""The base model's forward pass compiled whole: one graph, which no new prompt, scale, mask or seed
-compiles again.
+"""Compile the base model's forward pass as one graph that new prompts, scales and masks reuse.
 
-The hook that prepares image prompts (`imprompt.attention.injection`) stays outside the graph, which
-so projects queries only. What was compiled is kept on the disk: a second start reads it.
+A new seed reuses it too. The hook that prepares image prompts (`imprompt.attention.injection`)
+stays outside the graph, so the graph projects queries only. Compiled code is kept on disk: a second
+start reads it.
 """
 
 import functools
@@ -20,10 +20,10 @@ from imprompt.errors import SettingError
 from imprompt.families.base import family_of
 from imprompt.prompt import KEY
 
-# a variable of PyTorch's; by default it is a folder of /tmp, lost at the next boot
+# PyTorch's variable; its default is a folder of /tmp, which is lost at the next boot
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 GRAPHS = 64
-MISSING = {  # what PyTorch says when it cannot compile here, and what to do
+MISSING = {  # PyTorch's error -> what compiling needs, and what to do
     "InvalidCxxCompiler": "a C++ compiler, and none was found: install g++",
     "CppCompileError": "a C++ compiler with Python's headers: install g++ and python3-dev",
     "TritonMissing": "Triton, and it is not installed: pip install triton",
@@ -33,10 +33,9 @@ MISSING = {  # what PyTorch says when it cannot compile here, and what to do
 def compile_base(model: nn.Module, **options: Any) -> None:
     """Compile the forward pass of `model` at its first call; `options` as for `torch.compile`.
 
-    On a GPU it runs as CUDA graphs.
-
-    Another size, batch or number of prompts is compiled anew, GRAPHS times at most; then it runs as
-    it is. SettingError, at that call, where nothing can be compiled.
+    On a GPU it runs as CUDA graphs. Another size, batch or number of prompts is compiled again, at
+    most GRAPHS times; after that it runs uncompiled. Raise SettingError, at that first call, where
+    compiling is not possible.
     """
     cache = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imprompt" / "compiled"
@@ -57,10 +56,10 @@ def compile_base(model: nn.Module, **options: Any) -> None:
             torch.compiler.cudagraph_mark_step_begin()
         channel = kwargs.get(family.channel) or {} if family.channel else {}
         if getattr(channel.get(KEY), "undecided", False):
-            # the layers choose a kernel, which cannot be done while compiling
+            # the layers time kernels first, which is not possible inside a graph
             return forward(*args, **kwargs)
         given = family.given(args, kwargs)
-        # some pipelines lay it out otherwise: no new graph for that
+        # some pipelines use another memory layout, which would compile a new graph
         given[latents] = given[latents].contiguous()
         try:
             out = run(**given)
@@ -68,9 +67,9 @@ def compile_base(model: nn.Module, **options: Any) -> None:
             return forward(*args, **kwargs)
         except TorchDynamoException as error:
             if needed := MISSING.get(type(getattr(error, "inner_exception", None)).__name__):
-                raise SettingError(f"compiling needs {needed}, or do not compile") from error
+                raise SettingError(f"compiling needs {needed}, or turn compiling off") from error
             raise
-        # a graph's next run writes where its last one did
+        # the next run of a CUDA graph overwrites the output of this one
         return tree_map_only(Tensor, Tensor.clone, out) if graphs else out
 
     model.forward = compiled

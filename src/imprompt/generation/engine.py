@@ -1,10 +1,10 @@
-"""The engine: it alone calls the base model, for all requests that run at the same time.
+"""Run the base model for all requests that are active at the same time; only the engine calls it.
 
-A request is a call of diffusers' own pipeline, in which a `Seat` stands for the base model. The
-calls that seats make at the same time become one call of the model, row after row, each with its
-own timestep, text and image prompts; each seat gets its rows back. So requests with other
-schedulers, steps, guidance and texts share batches, and join and leave between two steps, while
-schedulers, tasks and pipelines stay diffusers'.
+A request is a call of diffusers' own pipeline in which a `Seat` stands for the base model. Calls
+that seats make at the same time become one call of the model: their rows are concatenated, each
+with its own timestep, text and image prompts, and each seat gets its rows back. So requests with
+other schedulers, steps, guidance and texts share batches, and can start and end between two steps,
+while schedulers, tasks and pipelines stay diffusers'.
 
 Shape letters: B rows of a call, C channels, h and w of the latents.
 """
@@ -27,11 +27,11 @@ from imprompt.errors import MismatchError
 from imprompt.families.base import Family, Injection
 from imprompt.prompt import ImagePrompt, stack
 
-PATIENCE = 0.2  # seconds that a call waits for others that are between two steps
+PATIENCE = 0.2  # seconds that a call waits for requests that are between two steps
 
 
 class Seat:
-    """Stands for the base model in the pipeline of one request.
+    """Stand-in for the base model in the pipeline of one request.
 
     prompts         image prompts for the rows of its calls
     image_guidance  a guidance scale for the image: see `imprompt.attention.image_guidance`; the
@@ -43,16 +43,16 @@ class Seat:
         self.engine = engine
         self.scope = Scope(prompts, image_guidance)
         self.calls = 0
-        self.outside = False  # whether it holds the engine's lock of that name
+        self.outside = False  # whether it holds the engine's lock `outside`
         self.waiting: SeatCall | None = None
-        self.group: Hashable = None  # of its last call, while it is in its loop
-        self.read: dict[str, CachedValue] = {}  # what tensors hold that are the same in every step
+        self.group: Hashable = None  # group of its last call, while it is in its loop
+        self.read: dict[str, CachedValue] = {}  # values of tensors that no step changes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine.model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base model for this request, together with whoever else waits."""
+        """Run the base model for this request, together with other requests that wait."""
         given = self.engine.family.given(args, kwargs)
         whole = given.pop("return_dict", True)
         scale = self.scope.image_guidance
@@ -75,12 +75,12 @@ class Seat:
         return engine.submit(self, SeatCall(given, call.rows, prompts))
 
     def signature(self, call: "SeatCall") -> Hashable:
-        """Return what of a call's arguments must be equal in another that shares its batch."""
+        """Return what must be equal in the arguments of two calls that share a batch."""
         family = self.engine.family
 
         def part(value: Any, name: str) -> Hashable:
             if name == family.arguments[1]:
-                return None  # a timestep for each row
+                return None  # each row has its own timestep
             if isinstance(value, Mapping):
                 return tuple((key, part(own, key)) for key, own in sorted(value.items()))
             if isinstance(value, list | tuple):
@@ -96,25 +96,25 @@ class Seat:
         return part(call.given, "")
 
     def keep_others_out(self) -> None:
-        """Encode or decode: nobody else does meanwhile."""
+        """Take the lock for encoding and decoding, which one request at a time may do."""
         if not self.outside:
             self.engine.outside.acquire()
             self.outside = True
 
     def let_others_in(self) -> None:
-        """End what `keep_others_out` began."""
+        """Release the lock that `keep_others_out` took."""
         if self.outside:
             self.outside = False
             self.engine.outside.release()
 
     def end_loop(self) -> None:
-        """Let nobody wait for this seat any more: what follows is outside of its loop."""
+        """Leave the engine's batches and take the lock: what follows is after the sampling loop."""
         self.engine.leave(self)
         self.keep_others_out()
 
 
 class SeatCall:
-    """One call of the base model that a seat waits for."""
+    """One call of the base model whose output a seat waits for."""
 
     def __init__(self, given: dict[str, Any], rows: int, prompts: Sequence[ImagePrompt]) -> None:
         self.given, self.rows, self.prompts = given, rows, list(prompts)
@@ -123,30 +123,30 @@ class SeatCall:
 
     @property
     def done(self) -> bool:
-        """Return whether it was run."""
+        """Whether the call was run."""
         return self.out is not None or self.error is not None
 
 
 class Engine:
-    """Runs a base model for all seats. Threads may share it."""
+    """Runner of a base model for all seats; several threads may share it."""
 
     def __init__(self, model: nn.Module, family: Family, injection: Injection) -> None:
         self.model, self.family, self.injection = model, family, injection
         self.changed = threading.Condition()
-        self.seats: list[Seat] = []  # in their loops, in the order in which they came
+        self.seats: list[Seat] = []  # in their loops, in the order of arrival
         self.busy = False
-        self.kept: dict[Hashable, CachedValue] = {}  # what several calls have in common over steps
+        self.kept: dict[Hashable, CachedValue] = {}  # merged values that stay the same over steps
         self.outside = threading.RLock()  # encoding and decoding: one request at a time
 
     @property
     def device(self) -> torch.device:
-        """Return where the model computes."""
+        """Device on which the model computes."""
         return next(self.model.parameters()).device
 
     def submit(self, seat: Seat, call: SeatCall) -> Tensor:
-        """Wait for the output of a call.
+        """Submit a call and wait for its output.
 
-        The thread that finds the model free runs all that wait.
+        The thread that finds the model free runs all waiting calls of its group.
         """
         with self.changed:
             if seat not in self.seats:
@@ -169,11 +169,11 @@ class Engine:
         return call.out
 
     def complete(self, group: Hashable) -> bool:
-        """Return whether all seats of the group wait, so that there is nobody to wait for."""
+        """Return whether all seats of the group wait, so that no other call is to come."""
         return all(seat.waiting for seat in self.seats if seat.group == group)
 
     def lead(self, seats: Sequence[Seat]) -> None:
-        """Run the calls of these seats, without holding the lock meanwhile."""
+        """Run the calls of these seats without holding the lock in the meantime."""
         calls = [seat.waiting for seat in seats if seat.waiting]
         self.busy = True
         self.changed.release()
@@ -188,7 +188,7 @@ class Engine:
             self.changed.notify_all()
 
     def leave(self, seat: Seat) -> None:
-        """Let nobody wait for that seat: its loop has ended."""
+        """Remove a seat whose loop has ended, so that no call waits for it."""
         with self.changed:
             if seat in self.seats:
                 self.seats.remove(seat)
@@ -196,12 +196,12 @@ class Engine:
                 self.changed.notify_all()
 
     def group(self, seat: Seat, call: SeatCall) -> Hashable:
-        """Return what must be equal for calls to be one."""
+        """Return what must be equal for calls to be run as one."""
         kinds = {id(prompt.low_rank) for prompt in call.prompts if prompt.low_rank}
         return frozenset(kinds), seat.signature(call)
 
     def tick(self, calls: Sequence[SeatCall]) -> None:
-        """Run calls as one; if that fails, each by itself, so that only the guilty one fails."""
+        """Run calls as one; if that fails, run each alone, so that only the faulty one fails."""
         try:
             outs = self.run(calls)
         except Exception as error:
@@ -227,12 +227,12 @@ class Engine:
         return self.model_output(given, prompts).split(rows)
 
     def model_output(self, given: Mapping[str, Any], prompts: Sequence[ImagePrompt]) -> Tensor:
-        """Call the model."""
+        """Call the model with these arguments and image prompts, without gradients."""
         with torch.no_grad(), self.injection.using(prompts):
             return self.model(**given, return_dict=False)[0]
 
     def merged(self, path: str, values: Sequence[Any], rows: Sequence[int]) -> Any:
-        """Return the arguments of several calls as those of one."""
+        """Merge the arguments of several calls into those of one call."""
         first = values[0]
         if isinstance(first, Mapping):
             return {
@@ -243,7 +243,7 @@ class Engine:
             several = zip(*values, strict=True)
             return [self.merged(f"{path}.{n}", own, rows) for n, own in enumerate(several)]
         name = path.rpartition(".")[2]
-        if name == self.family.arguments[1]:  # a timestep for each row
+        if name == self.family.arguments[1]:  # each row has its own timestep
             times = [torch.as_tensor(v, device=self.device) for v in values]
             return torch.cat([t.reshape(-1).expand(n) for t, n in zip(times, rows, strict=True)])
         if isinstance(first, Tensor) and name not in self.family.shared:
@@ -251,7 +251,7 @@ class Engine:
         return first
 
     def keep(self, path: str, sources: list[Any], compute: Callable[[], Any]) -> Any:
-        """Return what was computed from the very same sources in the step before, or compute it."""
+        """Return what the step before computed from the same sources, or compute it."""
         if path == "." + self.family.arguments[0]:  # latents are new in every step
             return compute()
         value = self.kept.setdefault(path, CachedValue())
@@ -259,9 +259,10 @@ class Engine:
 
     @contextmanager
     def request(self, pipeline: Any, seat: Seat) -> Iterator[Any]:
-        """Give a pipeline like this one whose base model is the seat, with a scheduler of its own.
+        """Yield a copy of the pipeline with the seat as its base model and a scheduler of its own.
 
-        What it does before and after its loop is done for one request at a time.
+        Its work before and after the sampling loop is done for one request at a time. Raise
+        MismatchError if the pipeline has image prompts and never called the base model.
         """
         own = copy.copy(pipeline)
         own.__dict__[self.family.component] = seat

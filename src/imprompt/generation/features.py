@@ -1,5 +1,4 @@
-"""References -> the features that an adapter's variant reads: pictures made ready and encoded,
-faces found, files of features read.
+"""Read the features of references: prepare and encode pictures, find faces, load feature files.
 
 Shape letters as in `imprompt.adapter`; K pictures.
 """
@@ -24,15 +23,15 @@ from imprompt.images import open_image
 from imprompt.projections.resampler import FacePlusV2Projection
 from imprompt.variants import Variant
 
-Features = Tensor | tuple[Tensor, ...]  # (K, ...), of what the variant reads
+Features = Tensor | tuple[Tensor, ...]  # (K, ...), as the variant reads them
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """`encoder` is an image encoder, or what gives a face's features.
+    """Reader of the features that an adapter's variant takes, with an image or a face encoder.
 
-    name   of the adapter that is read for, in messages
-    reads  what features of a file are checked against
+    name   name of the adapter in messages
+    reads  specification that the features of a file must match
     """
 
     encoder: Encoder
@@ -41,11 +40,11 @@ class Reader:
     reads: FeatureSpec | None = None
 
     def features(self, reference: Reference) -> tuple[Features, list[float] | None]:
-        """(K, ...), of each picture and each row of a file of features, and their weights, if there
-        are any.
+        """Return the features (K, ...) of a reference's pictures, and their weights if it has any.
 
-        Of a picture in tiles each tile is a row with the picture's weight where tokens are put
-        beside each other; else it is their average.
+        Each picture, and each row of a file of features, is a row. If tokens are concatenated, each
+        tile of a picture in tiles is a row with the picture's weight; otherwise the average of its
+        tiles is one row.
         """
         self.check(reference)
         found = [self.features_of(image, reference) for image in reference.images]
@@ -56,10 +55,10 @@ class Reader:
         for image, features in zip(reference.images, found, strict=True):
             rows = count(features)
             weights += islice(own, rows) if is_features(image) else [*islice(own, 1)] * rows
-        return rows_of(found), [*weights, *own]  # too few or too many are told where they are used
+        return rows_of(found), [*weights, *own]  # a wrong number is reported where they are used
 
     def check(self, reference: Reference) -> None:
-        """Raise SettingError if it asks what this kind of adapter has no use for."""
+        """Raise SettingError if a reference has options that this kind of adapter cannot use."""
         name, faces = self.name or "the adapter", bool(self.variant.faces)
         if not faces and (reference.face is not None or any(map(is_face, reference.images))):
             raise SettingError(
@@ -84,6 +83,7 @@ class Reader:
             )
 
     def features_of(self, image: Any, reference: Reference) -> Features:
+        """Return the features (K, ...) of one image of a reference."""
         if is_features(image):
             embedding = load_embedding(image.path)
             if self.reads is not None:
@@ -99,6 +99,7 @@ class Reader:
         return features if reference.combine == "concat" else combine(features, "average").features
 
     def made_ready(self, picture: Image.Image, reference: Reference) -> list[Image.Image]:
+        """Return a picture cropped, sharpened and masked as the reference states."""
         made = Preparation(
             crop=reference.crop,
             sharpening=reference.sharpening,
@@ -107,11 +108,11 @@ class Reader:
         return prepare(picture, made, self.encoder)
 
     def null_features(self) -> Features:
-        """What stands for "no image", (1, ...)."""
+        """Return the features (1, ...) that stand for "no image"."""
         return self.encoder.null_features(self.variant)
 
     def noise_features(self, reference: Reference, noise: Noise, seed: int) -> Features:
-        """(1, ...), of noise made of the first image that is a picture."""
+        """Return the features (1, ...) of noise made from the first image that is a picture."""
         pictures = [image for image in reference.images if not is_features(image)]
         first = (
             self.made_ready(open_image(plain_picture(pictures[0])), reference)[0]
@@ -121,17 +122,20 @@ class Reader:
         return self.picture_features([noise_negative(first, noise, self.encoder, seed)])
 
     def picture_features(self, pictures: Sequence[Image.Image]) -> Features:
-        """Of pictures as they are, (K, ...)."""
+        """Encode prepared pictures to features (K, ...)."""
         return self.encoder.features(pictures, self.variant.feature)
 
 
 def count(features: Features) -> int:
-    """K"""
+    """Return the number K of rows."""
     return len(features[0] if isinstance(features, tuple) else features)
 
 
 def rows_of(features: Sequence[Features]) -> Features:
-    """Several (K, ...) -> one, on the device of the first that was not read from a file."""
+    """Concatenate several features (K, ...) along K.
+
+    The result is on the first device that is not the CPU: features from a file are on the CPU.
+    """
     parts = [of if isinstance(of, tuple) else (of,) for of in features]
     device = next(
         (part[0].device for part in parts if part[0].device.type != "cpu"), parts[0][0].device

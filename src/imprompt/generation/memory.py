@@ -1,9 +1,8 @@
-"""Less GPU memory: the base model's matrices in 8 bits, pictures decoded in tiles, weights on the
-GPU only while they compute.
+"""Save GPU memory: 8-bit matrices of the base model, tiled decoding, weights offloaded when idle.
 
-What saves is the libraries' own (torchao, diffusers, accelerate); here is which of it, for which
-part, and in which order: open the pipeline on the CPU, `lighten` it, attach the adapter, `place`
-both.
+The methods are the libraries' own (torchao, diffusers, accelerate). This module chooses which of
+them is used for which part, and in which order: open the pipeline on the CPU, call
+`quantize_and_tile`, attach the adapter, then `place` both.
 """
 
 from collections.abc import Callable
@@ -24,7 +23,7 @@ GROUP = (
 def _int8() -> Any:
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup
 
-    # By groups torchao scales the weights before it multiplies. By rows it scales the product,
+    # With groups, torchao scales the weights before it multiplies. With rows it scales the product,
     # which overflows in float16.
     return Int8WeightOnlyConfig(granularity=PerGroup(GROUP), set_inductor_config=False)
 
@@ -44,15 +43,15 @@ OFFLOADS: dict[str, Callable[[Any, str], None]] = {  # (pipeline, device)
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What is done to save memory on `device`, where the pictures are made."""
+    """Options that save memory on `device`, where the pictures are made."""
 
     device: str
     offload: str | None = (
         None  # "model": one network at a time on the device; "sequential": one layer at a time
     )
-    tiling: bool = False  # pictures are decoded one by one, large ones in tiles
+    tiling: bool = False  # decode pictures one by one, large ones in tiles
     quantize: str | None = (
-        # the base model's matrices as "int8" or "fp8", the arithmetic in the pipeline's precision
+        # "int8" or "fp8": the base model's matrices; arithmetic stays in the pipeline's precision
         None
     )
 
@@ -64,8 +63,9 @@ class MemoryOptions:
         tiling: bool = False,
         quantize: str | None = None,
     ) -> Self:
-        """SettingError for an unknown name, or what cannot be done on `device`, before any weights
-        are read.
+        """Return checked options, before any weights are read.
+
+        Raise SettingError for an unknown name, or for what `device` cannot do.
         """
         for name, value, known in (
             ("offload", offload, OFFLOADS),
@@ -84,24 +84,26 @@ class MemoryOptions:
 
     @property
     def opens_on(self) -> str:
-        """The device to open the pipeline on: the CPU, if weights are to change before the device
-        gets them.
+        """Device to open the pipeline on.
+
+        It is the CPU if weights are changed before they go to the device.
         """
         return "cpu" if self.offload or self.quantize else self.device
 
     def quantize_and_tile(self, pipeline: Any) -> None:
-        """What changes the pipeline itself; before the adapter is attached."""
+        """Quantize the base model and set tiling; call it before the adapter is attached."""
         if self.quantize is not None:
-            # One matrix at a time: the device never holds the model in full precision, and under
-            # offload none of it.
+            # One matrix at a time: the device never holds the whole model in full precision, and
+            # under offload it holds none of it.
             quantize(base_of(pipeline), self.quantize, None if self.offload else self.device)
         if self.tiling:
             pipeline.vae.enable_slicing()
             pipeline.vae.enable_tiling()
 
     def place(self, pipeline: Any, *adapters: Any) -> None:
-        """Put the pipeline and its adapters where they compute, or let them come there when they
-        do.
+        """Move the pipeline and its adapters to the device.
+
+        Under offload, make each part move there only while it computes.
         """
         if self.offload is None:
             for part in (pipeline, *adapters):
@@ -112,37 +114,38 @@ class MemoryOptions:
             for part in (adapter.projection, *adapter.image_kv):
                 visit(part, self.device)
             if adapter.low_rank is not None:
-                adapter.low_rank.to(self.device)  # it is heard at every attention of every step
+                adapter.low_rank.to(self.device)  # every attention layer uses it in every step
 
     def to_device(self, network: nn.Module) -> None:
-        """A network beside the pipeline's own, such as ControlNet: put it where it computes, or let
-        it come there when it does.
+        """Move a network that is not the pipeline's own, such as a ControlNet, to the device.
+
+        Under offload, make it move there only while it computes.
         """
         if self.offload is None:
             network.to(self.device)
-        elif self.offload == "sequential":  # "model" finds it in the pipeline that has it: `again`
+        elif self.offload == "sequential":  # "model" is set up for its pipeline by `again`
             visit(network, self.device)
 
     def again(self, pipeline: Any) -> None:
-        """For another pipeline over the same networks: it needs to know which to send away when it
-        is done.
+        """Set up "model" offload for another pipeline over the same networks.
+
+        That pipeline must know which networks to offload when it is done.
         """
         if self.offload == "model":
             OFFLOADS[self.offload](pipeline, self.device)
 
     def offload_encoder(self, encoder: nn.Module) -> None:
-        """Under offload, let the image encoder's network be on the device only while it encodes."""
+        """Keep the image encoder on the device only while it encodes, under offload."""
         if self.offload is not None:
             visit(encoder, self.device)
 
 
 def quantize(model: nn.Module, how: str, device: str | None = None) -> None:
-    """Keep the matrices of a base model's attentions in 8 bits.
+    """Convert the matrices of a base model's attention layers to 8 bits.
 
-    Each goes to `device`, if one is given, before it is rounded.
-
-    They are 86 % of SDXL's weights and 28 % of SD 1.5's, whose convolutions, like the layers of the
-    timestep, stay as they are. A matrix tells the precision that it computes in as its dtype.
+    Each goes to `device`, if one is given, before it is rounded. These matrices are 86 % of SDXL's
+    weights and 28 % of SD 1.5's; convolutions and the layers of the timestep stay as they are. A
+    matrix reports the precision that it computes in as its dtype.
     """
     from torchao.quantization import quantize_
 
@@ -150,6 +153,7 @@ def quantize(model: nn.Module, how: str, device: str | None = None) -> None:
 
 
 def in_attentions(module: nn.Module, name: str) -> bool:
+    """Return whether a module is a matrix of an attention layer that can be quantized."""
     return (
         isinstance(module, nn.Linear)
         and "attentions" in name.split(".")
@@ -158,8 +162,9 @@ def in_attentions(module: nn.Module, name: str) -> bool:
 
 
 def check_quantizer(how: str, device: str) -> None:
-    """SettingError unless torchao is there and a matrix so kept can be multiplied on `device`: one
-    is.
+    """Raise SettingError unless torchao can quantize and multiply a matrix on `device`.
+
+    A small matrix is multiplied to find out.
     """
     try:
         from torchao.quantization import quantize_
@@ -174,7 +179,7 @@ def check_quantizer(how: str, device: str) -> None:
         matrix = nn.Linear(GROUP, 1, device=device, dtype=torch.float16).requires_grad_(False)
         quantize_(matrix, config)
         matrix(torch.ones(1, GROUP, device=device, dtype=torch.float16)).item()
-    except Exception as error:  # a device can be unfit in any way
+    except Exception as error:  # a device can fail in any way
         others = " or ".join(repr(name) for name in QUANTIZERS if name != how)
         raise SettingError(
             f"quantize = {how!r} does not work on {device} ({first_line(error)}): try {others}"
@@ -182,9 +187,9 @@ def check_quantizer(how: str, device: str) -> None:
 
 
 def visit(module: nn.Module, device: str) -> None:
-    """Keep a module's weights in main memory but for its forward pass.
+    """Keep a module's weights in main memory except during its forward pass.
 
-    What that gives stays on `device`.
+    Its output stays on `device`.
     """
     from accelerate import cpu_offload_with_hook
 

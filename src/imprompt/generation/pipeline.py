@@ -1,4 +1,4 @@
-"""The façade: a picture in, pictures out, on a diffusers pipeline that stays diffusers' own."""
+"""Make pictures from pictures: image prompts on an unchanged diffusers pipeline."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +41,9 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures, the seed of each (picture i of a call has seed + i), and the settings with every
-    default filled in.
+    """Pictures of a call, the seed of each, and the settings with every default filled in.
+
+    Picture i of a call has seed + i.
     """
 
     images: list[Image.Image]
@@ -73,7 +74,7 @@ class ImagePromptPipeline:
         """Join a pipeline and adapters that are attached to its base model.
 
         compile  as in `from_pretrained`
-        savers   that were applied to the pipeline
+        savers   options that were applied to the pipeline
         """
         several = [adapters] if isinstance(adapters, Attached) else list(adapters)
         self.pipeline = pipeline
@@ -98,7 +99,7 @@ class ImagePromptPipeline:
 
     @property
     def first(self) -> Attached:
-        """The adapter that hears references which name none."""
+        """Adapter for references that name none."""
         return next(iter(self.adapters.values()))
 
     @classmethod
@@ -120,13 +121,13 @@ class ImagePromptPipeline:
         keep_features: str | Path | Store | None = None,
         **options: Any,
     ) -> Self:
-        """Load a model by name ("emoji", "sd15", "sdxl"), folder or Hub id, with an adapter by
-        name, file, folder or Hub file.
+        """Load a model and its adapters.
 
-        That adapter, image encoder and base model were made for each other is checked before
-        anything runs (MismatchError). Several adapters are a list, of names, files or
-        `AdapterChoice`s. `encoder` and `variant` are what a single adapter does not say; `faces`
-        encodes faces for FaceID (insightface if not given): see `imprompt.encoders.face`.
+        `model` is a name ("emoji", "sd15", "sdxl"), a folder or a Hub id; `adapter` is a name, a
+        file or a Hub file, an `AdapterChoice`, or a list of them for several adapters. Raise
+        MismatchError before anything runs if adapter, image encoder and base model were not made
+        for each other. `encoder` and `variant` are for what a single adapter does not state;
+        `faces` encodes faces for FaceID (insightface if not given): see `imprompt.encoders.face`.
         `controlnet` is one that the model knows by name, a folder or a Hub id, for calls with a
         `control_image`. `compile` makes the first steps of a new size slow and all others faster
         (on a GPU). `offload` ("model", "sequential"), `tiling` and `quantize` ("int8", "fp8") save
@@ -150,7 +151,7 @@ class ImagePromptPipeline:
             savers.place(pipeline, *(one.adapter for one in attached))
         if device.startswith("cuda") and offload is None:
             for part in (base_of(pipeline), pipeline.vae):
-                # as convolutions in low precision read it
+                # the layout that low-precision convolutions read
                 part.to(memory_format=torch.channels_last)
         net = (
             None if controlnet is None else open_controlnet(str(controlnet), known, pipeline, dtype)
@@ -171,17 +172,16 @@ class ImagePromptPipeline:
         faces: Any = None,
         keep_features: str | Path | Store | None = None,
     ) -> Self:
-        """Attach adapters to a pipeline of diffusers that is loaded already, such as one with
-        ControlNet.
+        """Attach adapters to a diffusers pipeline that is already loaded, such as a ControlNet one.
 
-        `model` is the name of the base model that it was made from, if its adapters are to be said
+        `model` is the name of the base model that it was made from; it is needed to give adapters
         by name. The pipeline keeps its device and precision.
         """
         known = (
             find_model(model) if model else KnownModel(type(pipeline).__name__, "", Location(""))
         )
         keep = store_of(keep_features)
-        # under offload it is not where the weights wait
+        # under offload the weights are on another device than the one that computes
         device, dtype = (str(pipeline._execution_device), base_of(pipeline).dtype)
         savers = MemoryOptions(device)
         opened = [
@@ -194,7 +194,7 @@ class ImagePromptPipeline:
         return cls(pipeline, attached, model=known, savers=savers)
 
     def detach(self) -> None:
-        """Give the base model back as it was."""
+        """Detach all adapters and restore the base model."""
         for attached in self.adapters.values():
             attached.adapter.detach()
 
@@ -213,15 +213,14 @@ class ImagePromptPipeline:
         pipeline_options: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Result:
-        """Make pictures that follow `image`: a picture, a file of features, or a `Reference`, which
-        says more about it.
+        """Make pictures that follow `image`: a picture, a file of features, or a `Reference`.
 
         A list of them gives one result each (× num_images); with `together=True` they all prompt
         the same result, as do those of a list in the list. Each item has its own references,
-        scales, masks and windows; its own text if `prompt` is a list. `init_image` starts from a
-        picture (`strength` of it is redrawn); `mask_image` redraws its white part only;
-        `control_image` is what ControlNet reads (`control_scale` says how strongly). Picture i
-        depends on seed and i alone: another `batch_size` changes it by rounding at most, and
+        scales, masks and windows, and its own text if `prompt` is a list. `init_image` is a picture
+        to start from (`strength` of it is redrawn); `mask_image` limits that to its white part;
+        `control_image` is the picture for the ControlNet (`control_scale` is its strength). Picture
+        i depends on seed and i alone: another `batch_size` changes it by rounding at most, and
         `only=i` makes picture i of the call again bit for bit (on the same machine). Other
         settings: see `Settings`; `pipeline_options` go to the call of diffusers' pipeline.
         """
@@ -249,9 +248,9 @@ class ImagePromptPipeline:
         only: int | None = None,
         pipeline_options: dict[str, Any] | None = None,
     ) -> "Job":
-        """Check a call and encode its image prompts: all that is done before the first step.
+        """Check a call and encode its image prompts: all work before the first step.
 
-        Any thread may.
+        Any thread may call it.
         """
         if base_of(self.pipeline) is not self.engine.model:
             raise MismatchError(
@@ -279,7 +278,7 @@ class ImagePromptPipeline:
         guided = self.family.guided(self.pipeline, chosen.guidance, extra)
         if chosen.image_guidance is not None and not guided:
             raise SettingError(
-                "image_guidance goes beside the text's guidance, which is off at "
+                "image_guidance needs the text's guidance, which is off at "
                 f"{chosen.guidance}: give more than 1"
             )
         for item in items:
@@ -289,7 +288,7 @@ class ImagePromptPipeline:
             references = [self.prepare_item(item, call) for item in items]
         total = len(items) * chosen.num_images
         rounds = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
-        # a smaller last batch would be compiled anew
+        # a smaller last batch would be compiled again
         filled = len(rounds[0]) if self.compiled else 0
         if only is not None:
             if only not in range(total):
@@ -310,16 +309,14 @@ class ImagePromptPipeline:
         )
 
     def make_all(self, job: "Job", on_step: OnStep | None = None) -> Result:
-        """Make the pictures of a job: `make` to its end."""
+        """Make all pictures of a job and return them with their seeds."""
         made = dict(self.make(job, on_step))
         seeds = [job.settings.seed + number for number in made]
         return Result(list(made.values()), seeds, job.settings)
 
     @torch.no_grad()
     def make(self, job: "Job", on_step: OnStep | None = None) -> Iterator[tuple[int, Image.Image]]:
-        """Make the pictures of a job, round by round: the number of each in the call, and the
-        picture.
-        """
+        """Yield the pictures of a job, round by round, each after its number in the call."""
         chosen, begin = job.settings, job.start.init
         steps = chosen.steps if begin is None else int(chosen.steps * chosen.strength)
         for number, chunk in enumerate(job.rounds):
@@ -337,7 +334,7 @@ class ImagePromptPipeline:
     def run(
         self, job: "Job", batch: Sequence[int], report: Callable[[int], None]
     ) -> list[Image.Image]:
-        """Make the pictures of these numbers at once, in diffusers' own pipeline."""
+        """Make the pictures of these numbers in one batch, in diffusers' own pipeline."""
         chosen = job.settings
         order = BRANCHES if chosen.image_guidance is not None else (0, -1) if job.guided else (-1,)
         prompts = prompts_for([job.references[i // chosen.num_images] for i in batch], order)
@@ -363,9 +360,9 @@ class ImagePromptPipeline:
         )
 
     def check(self, item: Item) -> None:
-        """Raise SettingError if a reference asks what the pipeline cannot do.
+        """Raise SettingError if a reference asks for what the pipeline cannot do.
 
-        Before anything is encoded.
+        It is called before anything is encoded.
         """
         for reference in item:
             if reference.adapter is not None and reference.adapter not in self.adapters:
@@ -376,15 +373,19 @@ class ImagePromptPipeline:
             self.adapter_for(reference).reader.check(reference)
             if reference.timed and type(self.pipeline.scheduler).__name__.startswith("EDM"):
                 raise SettingError(
-                    "start, end and easing are told by the training timestep, which this EDM "
-                    "scheduler has not"
+                    "start, end and easing need a scheduler with discrete timesteps; this EDM "
+                    "scheduler has none"
                 )
 
     def adapter_for(self, reference: Reference) -> Attached:
+        """Return the adapter that a reference names, or the first."""
         return self.first if reference.adapter is None else self.adapters[reference.adapter]
 
     def prepare_item(self, item: Item, call: CallContext) -> list[PreparedReference]:
-        """What one result hears, encoded. What is silent is left out; a graph keeps its inputs."""
+        """Encode the references of one result.
+
+        Inactive ones are left out, except in a compiled model, whose graph needs the same inputs.
+        """
         ready = normalise_masks(
             [self.adapter_for(reference).prepare(reference, call) for reference in item],
             call.overlap,
@@ -392,12 +393,13 @@ class ImagePromptPipeline:
         return [one for one in ready if one.active or self.compiled]
 
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
-        """Every default filled in: the model's steps, guidance and size, and a seed if none was
-        given.
+        """Return the settings with every default filled in; SettingError.
+
+        Defaults are the model's steps, guidance and size, and a random seed.
         """
         unit = self.pipeline.vae_scale_factor * self.family.grain
         native = self.family.native_side(self.pipeline)
-        # the native area in the first picture's shape
+        # the native area, with the aspect ratio of the picture to start from
         ratio = 1.0 if start is None else (start.width / start.height) ** 0.5
         width, height = (
             min(max(unit, round(native * side / unit) * unit), MAX_SIDE // unit * unit)
@@ -427,16 +429,16 @@ class ImagePromptPipeline:
 def prompts_for(
     batch: Sequence[list[PreparedReference]], order: Sequence[int]
 ) -> list[ImagePrompt]:
-    """What the items of a batch hear. One that several items hear is projected once."""
+    """Project the prompts for the items of a batch; a reference of several items only once."""
     ready = {id(one): one for item in batch for one in item}
     made = {key: one.prompt() for key, one in ready.items()}
     return stack_items([[made[id(one)] for one in item] for item in batch], order)
 
 
 def worded(settings: Resolved, batch: Sequence[int], no_words: str | None) -> dict[str, Any]:
-    """Return the texts of a batch's pictures as diffusers takes them: one for all is encoded once.
+    """Return the texts of a batch as diffusers takes them; one text for all is encoded once.
 
-    no_words  the negative text where none is given; None: left out
+    no_words  negative text if none is given; None leaves it out
     """
     negative: Any = settings.negative_prompt or no_words
     if isinstance(settings.prompt, str):
@@ -448,7 +450,7 @@ def worded(settings: Resolved, batch: Sequence[int], no_words: str | None) -> di
     return {"prompt": texts, "num_images_per_prompt": each, **negatives}
 
 
-OWN_NAMES = {  # of a diffusers pipeline's call: what says it here
+OWN_NAMES = {  # parameter of a diffusers pipeline's call -> its name here
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
     "num_images_per_prompt": "num_images",
@@ -466,16 +468,16 @@ OWN_NAMES = {  # of a diffusers pipeline's call: what says it here
 def own_options(
     options: dict[str, Any] | None, pipeline: Any, settings: Resolved
 ) -> dict[str, Any]:
-    """`pipeline_options` of a call, checked."""
+    """Return the `pipeline_options` of a call, checked; SettingError."""
     options = options or {}
     takes = inspect.signature(pipeline.__call__).parameters
     if unknown := [name for name in options if name not in takes]:
         raise SettingError(
-            f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} takes "
-            f"none{suggestions(unknown[0], takes)}"
+            f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} has "
+            f"no such option{suggestions(unknown[0], takes)}"
         )
     if taken := [name for name in options if name in OWN_NAMES]:
-        raise SettingError(f"pipeline_options[{taken[0]!r}]: say it as {OWN_NAMES[taken[0]]}")
+        raise SettingError(f"pipeline_options[{taken[0]!r}]: give it as {OWN_NAMES[taken[0]]}")
     if settings.image_guidance is not None and options.get("guidance_rescale"):
         raise SettingError(
             "image_guidance and guidance_rescale do not go together: the latter would measure "
@@ -485,8 +487,9 @@ def own_options(
 
 
 def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
-    """The redrawn part of `made` on the untouched rest of the picture it started from, where there
-    is a mask.
+    """Paste the redrawn part of `made` on the picture that it started from.
+
+    Without a mask return `made` as it is.
     """
     if start.init is None or start.mask is None:
         return made
@@ -497,16 +500,16 @@ def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
 
 
 def store_of(place: str | Path | Store | None) -> Store | None:
-    """Return where features are kept: a folder is given by its path."""
+    """Return the store of features; a path becomes a folder that keeps them."""
     return FeatureFolder(place) if isinstance(place, str | Path) else place
 
 
 def check_device(name: str) -> str:
-    """The device's name; SettingError unless it computes."""
+    """Return the device's name; SettingError unless it can compute."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        # unknown, not there, or not in this build of torch
+        # the device is unknown, missing, or not supported by this build of torch
         raise SettingError(
             f"device {name!r} cannot be used here, {default_device()} can ({first_line(error)})"
         ) from error
@@ -514,6 +517,7 @@ def check_device(name: str) -> str:
 
 
 def default_device() -> str:
+    """Return the name of the best available device: cuda, mps or cpu."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -522,8 +526,9 @@ def default_device() -> str:
 def followed(
     pipeline: Any, seat: Seat, report: Callable[[int], None], steps: int
 ) -> dict[str, Any]:
-    """Return the option of a pipeline's call that reports every step, and tells the seat of the
-    last.
+    """Return the options that make a pipeline report every step, and end the seat's loop.
+
+    They are empty if the pipeline has no callback.
     """
 
     def after(step: int, steps: int) -> None:
@@ -542,13 +547,13 @@ def followed(
 
 
 class Job(NamedTuple):
-    """A call that is ready to be made.
+    """A checked call whose image prompts are encoded, ready to be run.
 
-    options  of diffusers' pipeline, beside texts and numbers
-    rounds   numbers of the pictures that are made at once
-    filled   how many a round is filled up to
+    options  for diffusers' pipeline, in addition to texts and numbers
+    rounds   numbers of the pictures that are made in one batch
+    filled   size to which a round is padded
     guided   whether there is classifier-free guidance
-    only     number of the one picture that is wanted; None: all
+    only     number of the one picture to make; None: all
     """
 
     settings: Resolved

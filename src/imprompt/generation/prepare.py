@@ -1,5 +1,4 @@
-"""An adapter attached to a base model, with its image encoder: references -> image tokens -> image
-prompts.
+"""Prepare references: an adapter attached to a base model encodes them to image prompts.
 
 Shape letters as in `imprompt.adapter`; K pictures.
 """
@@ -40,11 +39,11 @@ from imprompt.prompt import ImagePrompt
 
 
 class CallContext(NamedTuple):
-    """What all references of a call share.
+    """Values that all references of a call share.
 
-    scale    of references that say none
+    scale    of references that give none
     size     rows and columns of the latents
-    seed     of noise that a picture is made
+    seed     of noise that is made from a picture
     nulls    image tokens (1, N, D) of "no image", by adapter and `face_scale`: encoded once
     """
 
@@ -58,26 +57,27 @@ class CallContext(NamedTuple):
 
 
 class PreparedReference(NamedTuple):
-    """A reference made ready: all but its keys and values, which are projected when its turn
-    comes.
+    """A reference that is encoded to image tokens.
+
+    Its keys and values are projected later, when its batch is made.
     """
 
     by: "Attached"
     tokens: Tensor  # (1, N, D)
-    null: Tensor | None  # the same of what guidance goes away from; None without guidance
+    null: Tensor | None  # (1, N, D) that guidance moves away from; None without guidance
     bias: Tensor | None  # (1, N)
-    scale: Tensor  # (sites, 1) or (sites, 1, T)
-    negative: Tensor  # (sites,): see `blocks.BlockMap`
+    scale: Tensor  # (layers, 1) or (layers, 1, T)
+    negative: Tensor  # (layers,): see `blocks.BlockMap`
     mask: Tensor | None  # (1, h, w)
     embeds_scaling: str
 
     @property
     def active(self) -> bool:
-        """Whether it has any strength, anywhere, at any time."""
+        """Whether the reference has any strength, in any layer at any time."""
         return bool(self.scale.any())
 
     def prompt(self) -> ImagePrompt:
-        """For one item, its unconditional half first where there is guidance."""
+        """Project the prompt for one item; with guidance its unconditional half comes first."""
         prompt = self.by.adapter.prompt(self.tokens, self.null)
         made = scaled(prompt.with_scale(self.scale), self.embeds_scaling)
         bias = self.bias if self.bias is None or self.null is None else self.bias.expand(2, -1)
@@ -89,17 +89,18 @@ class PreparedReference(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """One adapter of a pipeline, with what reads its features. `name` is the user's for it."""
+    """One adapter of a pipeline, with the reader of its features."""
 
     adapter: IPAdapter
     reader: Reader
 
     @property
     def name(self) -> str:
+        """Name by which references name the adapter."""
         return self.reader.name
 
     def prepare(self, reference: Reference, call: CallContext) -> PreparedReference:
-        """Encode a reference, after what it says was checked."""
+        """Encode a reference after its settings are checked; SettingError."""
         block, table = scale_table(
             list(self.adapter.injection.layers),
             call.scale if reference.scale is None else reference.scale,
@@ -124,8 +125,9 @@ class Attached:
         )
 
     def combined(self, reference: Reference) -> tuple[Tensor, Tensor | None]:
-        """The image tokens of one prompt (1, N, D), and their bias (1, N) if they are not heard
-        alike.
+        """Return the image tokens (1, N, D) of one prompt, and their bias (1, N).
+
+        The bias is None if all tokens have the same weight.
         """
         features, weights = self.reader.features(reference)
         parts = features if isinstance(features, tuple) else (features,)
@@ -133,7 +135,7 @@ class Attached:
         return concat(self.tokens(left, reference), weights)
 
     def tokens(self, features: Features, reference: Reference | None = None) -> Tensor:
-        """Features (K, ...) -> image tokens (K, N, D)."""
+        """Project features (K, ...) to image tokens (K, N, D)."""
         parts = features if isinstance(features, tuple) else (features,)
         device = next(self.adapter.projection.parameters()).device
         if reference is not None and reference.face_scale != 1:
@@ -141,8 +143,9 @@ class Attached:
         return self.adapter.tokens(tuple(part.to(device) for part in parts))
 
     def null_tokens(self, reference: Reference, call: CallContext, count: int) -> Tensor:
-        """So many image tokens (1, count, D) of what guidance goes away from: "no image", or the
-        reference's negative.
+        """Return `count` image tokens (1, count, D) that guidance moves away from.
+
+        They are those of "no image", or of the reference's negative.
         """
         if reference.negative is None:
             which = self, reference.face_scale
@@ -160,13 +163,14 @@ class Attached:
 
 
 def repeated(tokens: Tensor, count: int) -> Tensor:
-    """(1, N, D) -> (1, count, D): pictures together have several pictures' tokens."""
+    """Repeat tokens (1, N, D) to (1, count, D), for prompts with the tokens of several pictures."""
     return tokens.repeat(1, count // tokens.shape[1], 1)
 
 
 def normalise_masks(ready: Sequence[PreparedReference], overlap: str) -> list[PreparedReference]:
-    """What one result hears, where the masks of those overlap that are heard at all: see
-    `controls.regions`.
+    """Return the references of one result with masks that share where active ones overlap.
+
+    See `combine.regions`.
     """
     if overlap == "add" or all(one.mask is None for one in ready):
         return list(ready)
@@ -175,7 +179,7 @@ def normalise_masks(ready: Sequence[PreparedReference], overlap: str) -> list[Pr
 
 
 class LoadedAdapter(NamedTuple):
-    """An adapter's file and its image encoder, before there is a base model."""
+    """An adapter's file and its image encoder, before the base model is loaded."""
 
     choice: AdapterChoice
     file: AdapterFile
@@ -193,7 +197,10 @@ class LoadedAdapter(NamedTuple):
         keep: Store | None,
         memory: MemoryOptions,
     ) -> Self:
-        """See `ImagePromptPipeline.from_pretrained` for the errors."""
+        """Read the adapter's file and load its image encoder.
+
+        `ImagePromptPipeline.from_pretrained` lists the errors.
+        """
         path, location, variant = find_adapter(model, choice.adapter)
         file = read_adapter(path, choice.variant or variant or None)
         encoder = load_encoder(
@@ -210,8 +217,9 @@ class LoadedAdapter(NamedTuple):
         return cls(choice, file, encoder, choice.known_as or next(iter(model.adapters), ""))
 
     def attach(self, model: Any, dtype: torch.dtype) -> Attached:
+        """Build the adapter and attach it to the base model `model`, in precision `dtype`."""
         live = build_adapter(self.file, family_of(model)).attach(model)
-        # the projection stays in float32: a resampler's values leave float16's range
+        # the projection stays in float32: a resampler's values exceed float16's range
         live.image_kv.to(dtype)
         if live.low_rank is not None:
             live.low_rank.to(dtype).strength = self.choice.lora_scale
@@ -224,15 +232,15 @@ class LoadedAdapter(NamedTuple):
 def joined_to(
     model: Any, opened: Sequence[LoadedAdapter], dtype: torch.dtype
 ) -> Iterator[list[Attached]]:
-    """The adapters attached to `model`; it is given back as it was if anything fails inside.
+    """Yield the adapters attached to `model`; detach them again if anything fails inside.
 
-    SettingError for a name twice.
+    Raise SettingError if two have the same name.
     """
     name, often = Counter(one.name for one in opened).most_common(1)[0]
     if often > 1:
         raise SettingError(
-            f"two adapters are called {name!r}: name them apart, by AdapterChoice(adapter=..., "
-            "name=...)"
+            f"two adapters are called {name!r}: give each its own name, by "
+            "AdapterChoice(adapter=..., name=...)"
         )
     with ExitStack() as undo:
         attached = []
@@ -244,13 +252,13 @@ def joined_to(
 
 
 def choices(adapter: Any, encoder: str | Path | None, variant: str | None) -> list[AdapterChoice]:
-    """What a user says of adapters, as a list."""
+    """Return the adapters that a user gave as a list; SettingError."""
     several = adapter if isinstance(adapter, list | tuple) else [adapter]
     if not several:
         raise SettingError("adapter = []: name at least one, or leave it out for the model's first")
     if len(several) > 1 and (encoder or variant):
         raise SettingError(
-            "encoder and variant are for a single adapter: say them for each, with "
+            "encoder and variant are for a single adapter: give them for each, with "
             "AdapterChoice(adapter=..., ...)"
         )
     own: dict[str, Any] = {"encoder": None if encoder is None else str(encoder), "variant": variant}

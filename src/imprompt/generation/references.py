@@ -1,8 +1,8 @@
-"""What a user says of an image prompt: which pictures, how they combine, how strong, where, when.
+"""Define image prompts: which pictures, how they combine, how strong, where and when they apply.
 
-A `Reference` is one image prompt; a result can follow several. It is what a request file and the
-PNG's metadata hold, and it is checked without torch, before any weights are read. Its fields are
-flags of `imprompt generate`.
+A `Reference` is one image prompt; a result can follow several. A request file and the PNG's
+metadata hold references. A reference is checked without torch, before any weights are read. Its
+fields are flags of `imprompt generate`.
 """
 
 import hashlib
@@ -26,28 +26,28 @@ from imprompt.encoders.choices import Crop, Noise, NoiseKind
 from imprompt.errors import ImageError, SettingError
 from imprompt.validation import Flag, Validated, one_line, one_of
 
-FEATURES = (".safetensors", ".ipadpt")  # files of image features, which stand for pictures
+FEATURES = (".safetensors", ".ipadpt")  # endings of files of image features
 
 
 class PictureFile(Validated, frozen=True):
-    """A picture, or image features, by its path, with a hash by which a change is noticed."""
+    """A picture or image features by path, with a hash that reveals a changed file."""
 
     path: Path
     sha256: str = ""
 
     def check(self) -> None:
-        """Raise ImageError if the file cannot be used, or is not what it was."""
+        """Raise ImageError if the file cannot be used or has changed."""
         from imprompt.images import open_image
 
         if not is_features(self):
             open_image(self.path)
         elif not self.path.is_file():
             raise ImageError(f"{self.path}: there is no such file")
-        # Python makes surrogates of bytes that are no text.
+        # Python decodes bytes that are not text as surrogates
         if any("\ud800" <= letter <= "\udfff" for letter in str(self.path.absolute())):
             raise ImageError(
-                f"{str(self.path)!r}: its name is no Unicode text, which a result must keep; "
-                "rename it"
+                f"{str(self.path)!r}: its name is not Unicode text, so a result cannot record "
+                "it; rename the file"
             )
         if self.sha256 and hash_of(self.path) != self.sha256:
             raise ImageError(
@@ -56,22 +56,22 @@ class PictureFile(Validated, frozen=True):
             )
 
     def with_hash(self) -> "PictureFile":
-        """Return the file by its absolute path, with its hash."""
+        """Return the file with its absolute path and its hash."""
         return PictureFile(path=self.path.absolute(), sha256=hash_of(self.path))
 
 
 def is_features(image: Any) -> bool:
-    """Return whether a file holds features and no picture, by its ending."""
+    """Return whether a file holds features instead of a picture, by its ending."""
     return isinstance(image, PictureFile) and image.path.suffix.lower() in FEATURES
 
 
 def plain_picture(picture: Any) -> Any:
-    """Return what `images.open_image` and `open_mask` take."""
+    """Return a picture as `images.open_image` and `open_mask` take it."""
     return picture.path if isinstance(picture, PictureFile) else picture
 
 
 def is_face(image: Any) -> bool:
-    """Return whether it is an `encoders.face.Face`, whose import would bring torch."""
+    """Return whether `image` is an `encoders.face.Face`, without importing torch for its class."""
     return hasattr(image, "embedding")
 
 
@@ -89,7 +89,7 @@ def _picture(value: Any) -> Any:
 
     if isinstance(value, PictureFile | Image.Image) or is_face(value):
         return value
-    message = f"a {type(value).__name__} is no picture: give a path, or a picture of Pillow's"
+    message = f"a {type(value).__name__} is not a picture: give a path, or a Pillow image"
     raise PydanticCustomError("no_picture", "{said}", {"said": message})
 
 
@@ -111,11 +111,11 @@ def _negative(value: Any) -> Any:
     return Noise(**value) if isinstance(value, dict) and "kind" in value else _pictures(value)
 
 
-# A PictureFile, a picture of Pillow's, or a face.
+# A PictureFile, a Pillow image, or a face.
 AnyPicture = Annotated[Any, PlainValidator(_picture)]
 Pictures = Annotated[Any, PlainValidator(_pictures)]  # one or several, as a tuple
 Negative = Annotated[Any, PlainValidator(_negative)]  # Noise, pictures, or None
-# The names that `generation.combine` knows: a wrong one is told before torch and weights are read.
+# The names that `generation.combine` knows: a wrong one is reported before torch is imported.
 CombineName = Literal["concat", "add", "subtract", "average", "norm-average", "max", "min"]
 ScalingName = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 EasingName = Literal["constant", "ease in", "ease out", "ease in-out", "reverse in-out"]
@@ -153,21 +153,21 @@ def _face(value: Any) -> Any:
 
 
 def _easing(value: Any) -> Any:
-    """Check a known name, or points as tuples."""
+    """Check an easing: return a known name, or points as tuples."""
     if isinstance(value, str):
         return TypeAdapter(Annotated[EasingName, one_of(EasingName)]).validate_python(value)
     return TypeAdapter(tuple[tuple[float, float], ...]).validate_python(value)
 
 
 class Reference(Validated, frozen=True):
-    """Pictures that are one image prompt. Its mathematics are those of `generation.combine`.
+    """Pictures that are one image prompt; `generation.combine` defines the mathematics.
 
     images          can also be files that `imprompt embed` wrote, each for the pictures whose
                     features it holds, and for a FaceID adapter a `Face` each
     weights         2 is as if an image were given twice, 0 as if it were not
     adapter, scale  the pipeline's first and the call's own if not given; a FaceID adapter's
-                    low-rank part acts on the whole result, whatever scale, mask, window and blocks
-                    say: `AdapterChoice.lora_scale` is its strength
+                    low-rank part acts on the whole result, independent of scale, mask, window
+                    and blocks: `AdapterChoice.lora_scale` is its strength
     blocks, boost   a preset, or a map of patterns to factors: see `generation.blocks`
     easing          a name, or points (progress of the noise schedule, factor)
     mask            white where the image prompt counts in full, grey in part, black not at all
@@ -189,12 +189,12 @@ class Reference(Validated, frozen=True):
         tuple[Factor, ...] | None,
         BeforeValidator(_weights),
         Flag("--weight", type=list[float]),
-        Field(description="Of each image prompt in turn, where they are combined."),
+        Field(description="Weight of each image prompt in turn, where they are combined."),
     ] = None
     adapter: Annotated[
-        str | None, Field(description="Which of the pipeline's adapters it is for; the first.")
+        str | None, Field(description="Which of the pipeline's adapters it is for; else the first.")
     ] = None
-    scale: Annotated[Factor | None, Field(description="Its strength; the call's scale.")] = None
+    scale: Annotated[Factor | None, Field(description="Strength; else the call's scale.")] = None
     embeds_scaling: Annotated[
         ScalingName, one_of(ScalingName), Field(description="What the scale acts on.")
     ] = "V only"
@@ -251,7 +251,7 @@ class Reference(Validated, frozen=True):
     ignore: Annotated[
         AnyPicture | None,
         Flag(type=Path),
-        Field(description="Mask: leave out what of the image prompt is white there."),
+        Field(description="Mask: parts of the image prompt that are white in it are left out."),
     ] = None
     face: Annotated[
         Any,
@@ -283,14 +283,14 @@ class Reference(Validated, frozen=True):
 
     @property
     def timed(self) -> bool:
-        """Return whether time matters to it."""
+        """Whether the strength changes with time."""
         return (self.start, self.end, self.easing) != (0, 1, "constant")
 
     @property
     def has_features(self) -> bool:
-        """Return whether a file of features is among the images.
+        """Whether a file of features is among the images.
 
-        How many pictures it stands for shows when it is read.
+        How many pictures it stands for is known when it is read.
         """
         return any(map(is_features, self.images))
 
@@ -318,8 +318,8 @@ class AdapterChoice(Validated, frozen=True):
     adapter     one of the model's adapters by name (its first if not given), a file, a folder, or a
                 file on the Hub
     name        by which references name it; the adapter's own, or its file's, if not given
-    encoder     folder or Hub id of the image encoder, if the adapter does not say
-    variant     what the adapter's tensors cannot tell
+    encoder     folder or Hub id of the image encoder, if the adapter does not name it
+    variant     variant of the adapter, if its tensors do not determine it
     lora_scale  strength of the low-rank part that FaceID adapters have
     """
 
@@ -331,13 +331,13 @@ class AdapterChoice(Validated, frozen=True):
 
     @property
     def known_as(self) -> str:
-        """Return the name by which references name it."""
+        """Name by which references name the adapter."""
         file = Path(self.adapter or "").name
         return self.name or file.removesuffix(".safetensors").removesuffix(".bin")
 
 
 def adapters_of(value: Any) -> Any:
-    """Check a field: a name, an `AdapterChoice` or what makes one, or a list of them."""
+    """Check a field: a name, an `AdapterChoice` or its fields, or a list of them."""
     if isinstance(value, list | tuple):
         return [adapters_of(one) for one in value]
     if value is None or isinstance(value, str | AdapterChoice):
@@ -350,7 +350,10 @@ def adapters_of(value: Any) -> Any:
 
 
 def item_as_json(item: Item) -> Any:
-    """Return an item as JSON, without defaults: a lone picture by its path and hash."""
+    """Return an item as JSON without defaults.
+
+    A single picture without settings is only its path and hash.
+    """
     given = [reference.model_dump(mode="json", exclude_defaults=True) for reference in item]
     if len(given) > 1:
         return given
@@ -360,7 +363,7 @@ def item_as_json(item: Item) -> Any:
 
 
 def joined(items: Sequence[Item]) -> Item:
-    """Return one item of all: plain pictures as one image prompt, others each as its own."""
+    """Join items to one: plain pictures as one image prompt, others each as its own."""
     plain = all(len(item) == 1 and item[0] == Reference(images=item[0].images) for item in items)
     if plain:
         return (Reference(images=tuple(image for (only,) in items for image in only.images)),)
@@ -368,7 +371,7 @@ def joined(items: Sequence[Item]) -> Item:
 
 
 def items_of(image: Any, together: bool) -> list[Item]:
-    """Return what each result follows of the image prompts given; SettingError if nothing."""
+    """Return the references of each result; SettingError for none, or invalid ones."""
     given = list(image) if isinstance(image, list | tuple) else [image]
     try:
         items = TypeAdapter(list[AnyItem]).validate_python(given)
@@ -393,7 +396,7 @@ def files_in(value: Any) -> Iterator[PictureFile]:
 
 
 def with_files(value: Any, change: Callable[[PictureFile], PictureFile]) -> Any:
-    """Return a request, or a part of it, with every file changed."""
+    """Return a request, or a part of it, with `change` applied to every file."""
     if isinstance(value, PictureFile):
         return change(value)
     if isinstance(value, BaseModel):

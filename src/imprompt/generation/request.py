@@ -1,4 +1,4 @@
-"""A request as a file or the PNG that it made holds it: enough to repeat a picture bit for bit."""
+"""Store requests in files and PNGs: a request is enough to repeat a picture bit for bit."""
 
 import json
 import tomllib
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
     from imprompt.generation.pipeline import ImagePromptPipeline, Job, OnStep, Result
 
-KEY = "imprompt"  # of the PNG's text
+KEY = "imprompt"  # key of the request in the PNG's text
 
 
 def one_adapter(names: list[str]) -> str:
-    """Read the adapter of a command line, which can give one only."""
+    """Return the one adapter of a command line; SettingError if there are several."""
     if len(names) > 1:
         raise SettingError(
-            "several adapters: say which of them hears which picture in a request file "
+            "several adapters: state in a request file which adapter each picture is for "
             "(--request, docs/compose.md)"
         )
     return names[0]
@@ -58,7 +58,7 @@ class Request(Validated, frozen=True):
 
     adapter  a name, an `AdapterChoice`, or a list of them
     images   each a picture, a reference, or a list of what one result follows together
-    only     the one picture of the call to make
+    only     number of the one picture of the call to make
     """
 
     model: ModelName = "emoji"
@@ -114,7 +114,7 @@ class Request(Validated, frozen=True):
             raise SettingError("no image prompt was given: name at least one picture")
         if self.mask_image and not self.init_image:
             raise SettingError(
-                "a mask says what to redraw of a picture: give that picture too (--init)"
+                "a mask marks what to redraw of a picture: give that picture too (--init)"
             )
         if bool(self.controlnet) != bool(self.control_image):
             raise SettingError(
@@ -129,7 +129,7 @@ class Request(Validated, frozen=True):
 
     @property
     def numbers(self) -> range:
-        """Return the numbers, within the call, of the pictures that the request makes."""
+        """Numbers, within the call, of the pictures that the request makes."""
         if self.only is not None:
             return range(self.only, self.only + 1)
         return range((1 if self.settings.together else len(self.images)) * self.settings.num_images)
@@ -139,13 +139,14 @@ class Request(Validated, frozen=True):
         return list(files_in(self))
 
     def changed(self, told: dict[str, Any]) -> Self:
-        """Return the request with other values of some fields, checked anew; SettingError."""
+        """Return the request with other values of some fields, checked again; SettingError."""
         return type(self).model_validate(dict(self) | told)
 
     def alone(self) -> Self:
-        """Return a call that makes nothing but picture `only`, with that picture's text and seed.
+        """Return a request that makes only picture `only`, with that picture's text and seed.
 
         Another batch changes the picture by rounding, and draws other noise for a noise negative.
+        Raise SettingError if the request makes no such picture.
         """
         if self.only is None:
             return self
@@ -162,10 +163,10 @@ class Request(Validated, frozen=True):
         )
 
     def load(self, **machine: Any) -> "ImagePromptPipeline":
-        """Load the pipeline that it asks for.
+        """Load the pipeline for the request.
 
-        `machine`: what is not of the request, because it changes no pixels: device, offload,
-        keep_features.
+        `machine` holds device, offload and keep_features: they change no pixels, so they are not
+        part of the request.
         """
         import torch
 
@@ -198,15 +199,15 @@ class Request(Validated, frozen=True):
         )
 
     def run(self, pipeline: "ImagePromptPipeline", on_step: "OnStep | None" = None) -> "Result":
-        """Make all its pictures."""
+        """Make all pictures of the request."""
         return pipeline.make_all(self.prepare(pipeline), on_step)
 
     def with_hashes(self) -> Self:
-        """Return the request with every file hashed, for any folder to repeat it from."""
+        """Return the request with absolute paths and hashes, to be repeated from any folder."""
         return with_files(self.resolve_paths(Path()), PictureFile.with_hash)
 
     def resolve_paths(self, folder: Path) -> Self:
-        """Return the request read in `folder`: what it names and is there, by an absolute path."""
+        """Return the request with its files, and names that are paths there, in `folder`."""
 
         def found(name: Any) -> Any:
             if isinstance(name, list):
@@ -234,7 +235,7 @@ class Request(Validated, frozen=True):
 
 
 def read_request(path: Path) -> Request:
-    """Return the request in a TOML or JSON file, or that made a PNG; SettingError or ImageError.
+    """Return the request in a TOML or JSON file or in a PNG; SettingError or ImageError.
 
     Paths in a TOML or JSON file are relative to it.
     """
@@ -250,7 +251,7 @@ def read_request(path: Path) -> Request:
     if text is None:
         raise ImageError(
             f"{path} was not made by imprompt, or its metadata was removed: "
-            "it does not say how to repeat it"
+            "it holds no request to repeat"
         )
     try:
         told = json.loads(text)
@@ -259,7 +260,7 @@ def read_request(path: Path) -> Request:
         raise ImageError(f"{path}: its metadata is damaged") from error
     except SettingError as error:
         raise ImageError(
-            f"{path}: its metadata is damaged, or of another imprompt ({error})"
+            f"{path}: its metadata is damaged, or from another version of imprompt ({error})"
         ) from error
 
 
@@ -274,18 +275,18 @@ def request_file(path: Path) -> Request:
         raise SettingError(f"{path} cannot be read ({first_line(error)})") from error
     except (ValueError, RecursionError) as error:
         raise SettingError(
-            f"{path} is no {path.suffix[1:].upper()}: {first_line(error)}"
+            f"{path} is not valid {path.suffix[1:].upper()}: {first_line(error)}"
         ) from error
     if not isinstance(told, dict):
         raise SettingError(
-            f"{path} holds no request: it is to name settings, such as images = ['cat.png']"
+            f"{path} does not hold a request: it should name settings, such as images = ['cat.png']"
         )
     request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
     return request.resolve_paths(path.parent)
 
 
 def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
-    """Write what `request.run` returned; for names and `out` see `write_results`."""
+    """Write the result of `Request.run`; for names and `out` see `write_results`."""
     numbers = [seed - result.settings.seed for seed in result.seeds]
     made = zip(numbers, result.images, strict=True)
     return [path for path, _ in write_results(made, request, result.settings, out)]
@@ -294,10 +295,10 @@ def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
 def write_results(
     made: Iterable[tuple[int, "Image.Image"]], request: Request, settings: Resolved, out: Path
 ) -> Iterator[tuple[Path, int | None]]:
-    """Write each picture as it is made, its request inside, then a grid of several.
+    """Write each picture when it is made, with its request inside, then a grid of several.
 
-    Gives the path of each with its seed, and of the grid with None. For `out` see `results_at`.
-    Only a file that `out` names itself is replaced: all others get names that are free.
+    Yield the path of each with its seed, and of the grid with None. For `out` see `results_at`.
+    Only a file that `out` itself names is replaced: all others get unused names.
     """
     from imprompt.images import grid
 
@@ -320,7 +321,7 @@ def write_results(
 
 
 def results_at(out: Path) -> tuple[Path, str]:
-    """Return (folder, name without its ending) of results; SettingError.
+    """Return the folder of results and their name without ending; SettingError.
 
     `out` is a folder, then the name is empty, or a name ending in .png.
     """
@@ -332,21 +333,21 @@ def results_at(out: Path) -> tuple[Path, str]:
 
 
 def save_png(picture: "Image.Image", path: Path, text: str | None = None) -> Path:
-    """Write a PNG whole or not at all."""
+    """Write a PNG atomically, with `text` as its request."""
     with told(path), atomic_write(path) as part:
         write_png(picture, part, text)
     return path
 
 
 def save_new(picture: "Image.Image", wanted: Path, text: str | None = None) -> Path:
-    """Write a PNG whole under the wanted name, or the next that is free; return that name."""
+    """Write a PNG atomically under the wanted name or the next unused one; return that name."""
     with told(wanted), temporary(wanted) as part:
         write_png(picture, part, text)
         return written_new(part, wanted)
 
 
 def write_png(picture: "Image.Image", path: Path, text: str | None) -> None:
-    """Write a PNG, with a request as its text."""
+    """Write a PNG, with `text` as its request."""
     from PIL import PngImagePlugin
 
     info = PngImagePlugin.PngInfo()
@@ -357,7 +358,7 @@ def write_png(picture: "Image.Image", path: Path, text: str | None) -> None:
 
 @contextmanager
 def told(path: Path) -> Iterator[None]:
-    """Raise what keeps a file from being written as ImageError."""
+    """Raise errors in writing a file as ImageError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a picture was made with: checked once, kept in the PNG, enough to make it again."""
+"""Define the settings of a call: checked once, stored in the PNG, enough to repeat the picture."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 
 def _text(value: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise PydanticCustomError("no_text", "it is no Unicode text")
+        raise PydanticCustomError("no_text", "it is not Unicode text")
     return value
 
 
@@ -33,11 +33,11 @@ ModelName = Annotated[
 ]
 EncoderName = Annotated[
     str | None,
-    Field(description="Folder or Hub id of the image encoder, if the adapter does not say."),
+    Field(description="Folder or Hub id of the image encoder, if the adapter does not name it."),
 ]
 VariantName = Annotated[
     str | None,
-    Field(description="What the adapter's tensors cannot tell, such as faceid-plus-v2."),
+    Field(description="Variant, if the adapter's tensors do not show it, such as faceid-plus-v2."),
 ]
 PrecisionName = Annotated[
     Precision | None,
@@ -48,7 +48,7 @@ Overlap = Annotated[OverlapName, one_of(OverlapName)]
 
 
 class Settings(Validated, frozen=True):
-    """The numbers and texts of one call, each with its flag of `imprompt generate`.
+    """Numbers and texts of one call, each with its flag of `imprompt generate`.
 
     `steps`, `guidance`, `width` and `height` of None are the model's own. `prompt` is one text for
     all results, or one for each image prompt.
@@ -56,7 +56,7 @@ class Settings(Validated, frozen=True):
 
     prompt: Annotated[Prompt, Field(description="Text that goes with the image prompt.")] = ""
     negative_prompt: Annotated[
-        Text, Flag("--negative"), Field(description="Text that guidance goes away from.")
+        Text, Flag("--negative"), Field(description="Text that guidance moves away from.")
     ] = ""
     scale: Annotated[
         float,
@@ -96,7 +96,7 @@ class Settings(Validated, frozen=True):
         Field(
             ge=0,
             le=1000,
-            description="Guidance scale of the image; --guidance is then of the text alone.",
+            description="Guidance scale of the image; --guidance then applies to the text only.",
         ),
     ] = None
     control_scale: Annotated[
@@ -119,5 +119,5 @@ class Resolved(Settings, frozen=True):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Return (width, height)."""
+        """Width and height in pixels."""
         return self.width, self.height

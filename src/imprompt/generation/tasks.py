@@ -1,5 +1,6 @@
-"""Which of diffusers' pipelines does what, over the networks of one that is loaded: from text, from
-a picture, with ControlNet.
+"""Choose the diffusers pipeline for a task, over the networks of the one that is loaded.
+
+A task starts from text or from a picture, with or without ControlNet.
 """
 
 import inspect
@@ -16,24 +17,24 @@ from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.settings import Resolved
 from imprompt.models import KnownModel, Location, may_be_on_hub
 
-# of a pipeline's constructor, beside its components
+# parameters of a pipeline's constructor that are not components
 FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
 
 
 class InputImages(NamedTuple):
-    """The pictures that a call starts from or keeps to, beside its image prompts."""
+    """Pictures that a call starts from or keeps to, in addition to its image prompts."""
 
     init: Image.Image | None = None
-    mask: Image.Image | None = None  # what of `init` is drawn anew
-    control: Image.Image | None = None  # what ControlNet reads: edges, depth, ...
+    mask: Image.Image | None = None  # white where `init` is redrawn
+    control: Image.Image | None = None  # for ControlNet: edges, depth, ...
 
 
 def task(
     pipeline: Any, start: InputImages, settings: Resolved, controlnet: Any, savers: MemoryOptions
 ) -> tuple[Any, dict[str, Any]]:
-    """The pipeline for the call, over the same networks, and what it takes beside the prompts.
+    """Return the pipeline for the call, over the same networks, and its picture and size options.
 
-    SettingError.
+    Raise SettingError if the pictures, or the strength of the first, do not fit the pipeline.
     """
     if start.control is not None and controlnet is None:
         raise SettingError(
@@ -43,7 +44,7 @@ def task(
         )
     if start.init is None and start.mask is not None:
         raise SettingError(
-            "mask_image says what to redraw of a picture: give that picture as init_image"
+            "mask_image marks what to redraw of a picture: give that picture as init_image"
         )
     if start.init is None:
         control = "image"  # the name by which each of these pipelines takes it
@@ -73,11 +74,15 @@ def task(
 
 
 def resized_to(picture: Image.Image, settings: Resolved) -> Image.Image:
+    """Return the picture in the size of the settings."""
     return picture.resize(settings.size, Image.Resampling.LANCZOS)
 
 
 def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: MemoryOptions) -> Any:
-    """Return the pipeline for a kind of task, named as in `Tasks`, over the same networks."""
+    """Return the pipeline for a kind of task, named as in `Tasks`, over the same networks.
+
+    Raise SettingError if diffusers has none for this pipeline.
+    """
     own = type(pipeline).__name__
     table = family_of(base_of(pipeline)).pipelines.get(own, TaskTable())
     names = table.plain if controlnet is None else table.controlled
@@ -98,10 +103,11 @@ def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: MemoryOptions
 
 
 def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dtype) -> Any:
-    """A ControlNet for the pipeline's base model, on the CPU: one of the model's by name, a folder,
-    or a Hub id.
+    """Load a ControlNet for the pipeline's base model on the CPU.
 
-    CheckpointError, or MismatchError if it was made for another base model.
+    `name` is one of the model's ControlNets, a folder, or a Hub id. Raise SettingError for an
+    unknown name, CheckpointError if it cannot be loaded, or MismatchError if it was made for
+    another base model.
     """
     from diffusers.models.controlnets.controlnet import ControlNetModel
 
@@ -134,5 +140,5 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
 
 
 def listed(value: Any) -> Any:
-    """A configuration's tuple is a list after it was read from a file."""
+    """Return a tuple as a list, as a configuration has it after it was read from a file."""
     return list(value) if isinstance(value, list | tuple) else value
