@@ -20,6 +20,7 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "worlds" / "emoji" / "README.md",
+    ROOT / "studies" / "emoji" / "README.md",
 ]
 
 

@@ -16,11 +16,11 @@ pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
 from imprompt.families.published import base_structure
 from imprompt.models import MODELS, PACKAGED
+from studies.emoji.measures import by_hand, outline_iou, to_tensor
+from studies.emoji.sampler import Heard, Studio
 from worlds.emoji.control import EDGES
 from worlds.emoji.edges import edges
 from worlds.emoji.glyphs import CUSTOM
-from worlds.emoji.measures import by_hand, outline_iou, to_tensor
-from worlds.emoji.studio import Heard, Studio
 from worlds.emoji.style import PLACE
 
 SIDE, STEPS = base_structure(MODELS["emoji"]).side, 8

@@ -16,7 +16,7 @@ from .assemble import SHIPPED, report, tidy
 from .edges import edges
 from .pool import Pool, open_pool
 from .scenes import render
-from .stage import World, fit, rank
+from .train_utils import World, fit, rank
 from .unet import Draw, draw, loss
 
 EDGES = SHIPPED / "controlnets" / "edges"

@@ -18,7 +18,7 @@ from imprompt.training.model import bf16_is_fast
 
 from .glyphs import OWN, Glyphs
 from .scenes import Scenes, captions, figures, render, sample_scenes
-from .stage import World, rank
+from .train_utils import World, rank
 
 CHUNK = 4000  # scenes a file
 # pictures that are encoded together: 50 take three times as long each on a CPU, whose cache they

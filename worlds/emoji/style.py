@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .assemble import SHIPPED, report
 from .control import Frozen
 from .pool import open_pool
-from .stage import World, fit, rank
+from .train_utils import World, fit, rank
 from .unet import TEXT_DROP, loss
 
 PLACE = SHIPPED / "styles"

@@ -5,7 +5,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from .glyphs import english_name, lists
 from .scenes import COLOUR_NAMES, PATTERNS
-from .stage import World
+from .train_utils import World
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 GLUE = "a photo of an and on the at in with background middle top bottom left right small large"

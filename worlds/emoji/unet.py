@@ -16,8 +16,8 @@ from transformers import CLIPTextModel
 from imprompt.training.objective import emphasis
 
 from .pool import Pool, open_pool
-from .stage import World, fit, rank
 from .text import open_tokenizer
+from .train_utils import World, fit, rank
 
 TEXT_DROP = 0.12  # for classifier-free guidance
 # how much more the loss of what is added to the base weighs where the figure is than on the

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .glyphs import STYLES, Glyphs
 from .scenes import render, sample_scenes
-from .stage import World, fit
+from .train_utils import World, fit
 
 KL_WEIGHT = 1e-6
 CROP = 64  # pixels

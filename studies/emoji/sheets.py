@@ -9,8 +9,7 @@ from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval
 from imprompt.images import grid
-
-from .scenes import to_image
+from worlds.emoji.scenes import to_image
 
 CELL = 112  # pixels of a cell of a sheet
 LABEL = 20  # pixels of a line of labels

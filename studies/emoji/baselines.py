@@ -26,12 +26,11 @@ from imprompt.encoders.clip import VisionEncoder
 from imprompt.files import atomic_write
 from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler
-
-from .assemble import weights_in
-from .control import Frozen, build
-from .pool import latents_of
-from .scenes import to_image
-from .stage import World, fit
+from worlds.emoji.assemble import weights_in
+from worlds.emoji.control import Frozen, build
+from worlds.emoji.pool import latents_of
+from worlds.emoji.scenes import to_image
+from worlds.emoji.train_utils import World, fit
 
 TOKENS = 4
 DROP_TEXT, DROP_IMAGE, DROP_BOTH = 0.30, 0.05, 0.05  # as recipes/emoji-base.toml

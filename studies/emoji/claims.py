@@ -17,9 +17,14 @@ from imprompt.families.published import base_structure
 from imprompt.models import find_model
 from imprompt.training.estimate import blank_adapter, blank_base, sizes_of
 from imprompt.training.recipe import read_recipe
+from worlds.emoji.assemble import ADAPTERS, RECIPES
+from worlds.emoji.edges import edges
+from worlds.emoji.glyphs import CUSTOM
+from worlds.emoji.scenes import render
+from worlds.emoji.style import PLACE
 
-from .assemble import ADAPTERS, RECIPES
-from .bench import (
+from .baselines import Base, budget
+from .harness import (
     DIVERSE,
     FIDELITY,
     SCALES,
@@ -31,14 +36,9 @@ from .bench import (
     Claim,
     Table,
 )
-from .edges import edges
-from .glyphs import CUSTOM
 from .measures import by_hand, colour_error, embed, outline_iou
-from .rivals import Base, budget
-from .scenes import render
+from .sampler import Heard, Studio
 from .sheets import draw_curves
-from .studio import Heard, Studio
-from .style import PLACE
 
 
 def parameters_of(module: nn.Module) -> int:

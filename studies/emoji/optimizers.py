@@ -17,13 +17,14 @@ from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.training.loop import train
 from imprompt.training.recipe import read_recipe
 from imprompt.training.watch import Metrics
+from worlds.emoji.assemble import RECIPES, places
+from worlds.emoji.train_utils import World
 
-from .assemble import RECIPES, places
 from .evaluate import SETS, follow
-from .marks import fill, lines
-from .stage import HERE, World
+from .markdown_tables import fill, lines
+from .paths import ROOT
 
-GUIDE = HERE.parents[1] / "docs" / "training.md"
+GUIDE = ROOT / "docs" / "training.md"
 VARIANT = "plus"
 STEPS, EVERY, SEEDS = 300, 75, (1, 2, 3)
 SCENES = 64  # on which results are measured

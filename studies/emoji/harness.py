@@ -21,11 +21,14 @@ from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval, bootstrap_interval, difference
 from imprompt.files import atomic_write
+from worlds.emoji.assemble import SHIPPED
+from worlds.emoji.glyphs import Glyphs
+from worlds.emoji.scenes import Scenes, article, captions, render, sample_scenes, shuffled
+from worlds.emoji.train_utils import World
 
-from . import rivals
-from .assemble import SHIPPED
-from .glyphs import Glyphs
-from .marks import lines
+from . import baselines
+from .baselines import RIVALS, Base, Seen
+from .markdown_tables import lines
 from .measures import (
     RIGHT,
     Namer,
@@ -37,13 +40,11 @@ from .measures import (
     outlines,
     read,
 )
-from .rivals import RIVALS, Base, Seen
-from .scenes import Scenes, article, captions, render, sample_scenes, shuffled
+from .paths import ROOT
+from .sampler import GUIDANCE, Heard, Studio
 from .sheets import draw_sheet
-from .stage import HERE, World
-from .studio import GUIDANCE, Heard, Studio
 
-PAGE = HERE.parents[1] / "docs" / "claims.md"
+PAGE = ROOT / "docs" / "claims.md"
 SHEETS = PAGE.with_suffix("")
 SCENES, SEEDS = 80, 2
 STEPS = 25
@@ -170,7 +171,7 @@ class Bench:
         return self.kept(draw, SHIPPED, name, style and style.name, maps)
 
     def rival(self, name: str) -> Draw:
-        opened = cache(lambda: rivals.load(self.world, self.base, name))
+        opened = cache(lambda: baselines.load(self.world, self.base, name))
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             def part_of(part: range) -> Tensor:
@@ -179,7 +180,7 @@ class Bench:
                 if not RIVALS[name].reads_text and not any(said):
                     text = text[:, :0]
                 seen: Seen = self.base.see(prompts[part.start : part.stop])
-                return rivals.sample(
+                return baselines.sample(
                     self.base,
                     opened(),
                     text,
@@ -193,7 +194,7 @@ class Bench:
             return in_parts(part_of, len(prompts))
 
         return self.kept(
-            draw, *(SHIPPED / part for part in PARTS), rivals.file_of(self.world, name)
+            draw, *(SHIPPED / part for part in PARTS), baselines.file_of(self.world, name)
         )
 
     def kept(self, draw: Draw, *of: object) -> Draw:
@@ -222,7 +223,7 @@ class Bench:
 
     @property
     def trained(self) -> list[str]:
-        return [name for name in RIVALS if rivals.file_of(self.world, name).exists()]
+        return [name for name in RIVALS if baselines.file_of(self.world, name).exists()]
 
     def measure(self, made: Tensor) -> Measured:
         """Against the prompts, and where a text named another glyph, against it."""

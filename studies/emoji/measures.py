@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import ResNetForImageClassification
 
 from imprompt.evaluation.metric_encoders import MetricEncoder, open_clip
+from worlds.emoji.clip import preprocess
+from worlds.emoji.edges import edges
+from worlds.emoji.scenes import Scenes, background, to_image
 
-from .assemble import HANDS, JUDGE, NAMER
-from .clip import preprocess
-from .edges import edges
-from .scenes import Scenes, background, to_image
+from .paths import GLYPH_CLASSIFIER, METRIC_ENCODER, STYLE_CLASSIFIER
 
 # of the mean error to another scene's background, under which a background's colour is right
 RIGHT = 0.25
@@ -33,7 +33,7 @@ FINE = 64  # what measures blur and widen is a share of a picture's side: whole 
 @cache
 def judge() -> MetricEncoder:
     """The measuring encoder: pictures and captions in one space of its own."""
-    return open_clip(str(JUDGE), "cpu")
+    return open_clip(str(METRIC_ENCODER), "cpu")
 
 
 def embed(pictures: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Namer:
 
     @classmethod
     @cache
-    def load(cls, place: Path = NAMER) -> "Namer":
+    def load(cls, place: Path = GLYPH_CLASSIFIER) -> "Namer":
         """Another `place` holds a classifier of something else: of the hand that drew."""
         return cls(ResNetForImageClassification.from_pretrained(place, dtype=torch.float32).eval())
 
@@ -74,7 +74,7 @@ def by_hand(pictures: Tensor, style: str) -> Tensor:
     """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0
     or 1 (N,).
     """
-    hands = Namer.load(HANDS)
+    hands = Namer.load(STYLE_CLASSIFIER)
     number = [*hands.network.config.id2label.values()].index(style)
     return hands.glyph(pictures).eq(number).float()
 

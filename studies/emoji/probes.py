@@ -16,13 +16,13 @@ from torch import Tensor
 
 from imprompt.encoders.clip import VisionEncoder, open_encoder
 from imprompt.models import Location
+from worlds.emoji.assemble import SHIPPED
+from worlds.emoji.clip import loosened
+from worlds.emoji.glyphs import ENCODED, Glyphs
+from worlds.emoji.scenes import Scenes, figures, render, sample_scenes, to_image
+from worlds.emoji.train_utils import World
 
-from .assemble import SHIPPED
-from .clip import loosened
-from .glyphs import ENCODED, Glyphs
-from .marks import fill, lines
-from .scenes import Scenes, figures, render, sample_scenes, to_image
-from .stage import World
+from .markdown_tables import fill, lines
 
 FEATURES = {"embedding": "pooled", "grid": "penultimate"}
 TRAIN, TEST = 3000, 600  # scenes a probe learns from, and is asked on

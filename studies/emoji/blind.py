@@ -1,7 +1,7 @@
 """Sheets for a person who does not know the prompts: what is in these pictures, and in which style
 are those drawn?
 
-`python -m worlds.emoji blind` writes two numbered sheets and, apart, their keys. What the person
+`python -m studies.emoji blind` writes two numbered sheets and, apart, their keys. What the person
 says, one answer a line, goes into glyphs.txt and styles.txt beside them; the stage run again
 compares.
 """
@@ -14,11 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .glyphs import CUSTOM, Glyphs
-from .scenes import article, render, sample_scenes, to_image
-from .stage import World
-from .studio import Heard, Studio
-from .style import PLACE
+from worlds.emoji.glyphs import CUSTOM, Glyphs
+from worlds.emoji.scenes import article, render, sample_scenes, to_image
+from worlds.emoji.style import PLACE
+from worlds.emoji.train_utils import World
+
+from .sampler import Heard, Studio
 
 RESULTS, DRAWN = 48, 20  # results of image prompts; pictures of each style
 COLUMNS, CELL, LABEL = 8, 128, 18

@@ -18,11 +18,11 @@ from imprompt.encoders.clip import open_encoder
 from imprompt.families.base import family_of
 from imprompt.models import Location
 from imprompt.prompt import ImagePrompt
+from worlds.emoji.assemble import SHIPPED
+from worlds.emoji.control import EDGES
+from worlds.emoji.scenes import to_image
 
-from .assemble import SHIPPED
-from .control import EDGES
 from .measures import to_tensor
-from .scenes import to_image
 
 FRONT = "plus"
 STEPS, GUIDANCE = 25, 3.0

@@ -15,10 +15,7 @@ pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 from imprompt.evaluation.metrics import Interval
 from imprompt.families.published import base_structure
 from imprompt.models import MODELS
-from worlds.emoji.bench import Bench, Claim, Table, digest, in_parts
-from worlds.emoji.measures import Namer, embed, judge, read
-from worlds.emoji.page import anchor
-from worlds.emoji.rivals import (
+from studies.emoji.baselines import (
     RIVALS,
     Base,
     Conditioned,
@@ -30,7 +27,10 @@ from worlds.emoji.rivals import (
     sample,
     warped,
 )
-from worlds.emoji.stage import World
+from studies.emoji.harness import Bench, Claim, Table, digest, in_parts
+from studies.emoji.measures import Namer, embed, judge, read
+from studies.emoji.page import anchor
+from worlds.emoji.train_utils import World
 
 SIDE = base_structure(MODELS["emoji"]).side
 

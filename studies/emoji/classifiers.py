@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from .assemble import HANDS, NAMER
-from .clip import CORE, loosened, preprocess
-from .glyphs import OWN, STYLES, Glyphs
-from .scenes import render, sample_scenes
-from .stage import World, fit
+from worlds.emoji.clip import CORE, loosened, preprocess
+from worlds.emoji.glyphs import OWN, STYLES, Glyphs
+from worlds.emoji.scenes import render, sample_scenes
+from worlds.emoji.train_utils import World, fit
+
+from .paths import GLYPH_CLASSIFIER, STYLE_CLASSIFIER
 
 WIDTHS = [32, 64, 128, 192]
 
@@ -53,8 +54,8 @@ def signed(
 
 
 TASKS = {  # name -> what is shown with its label, in which styles, and where the network goes
-    "namer": (named, (OWN,), NAMER),
-    "hands": (signed, tuple(STYLES), HANDS),
+    "glyph-classifier": (named, (OWN,), GLYPH_CLASSIFIER),
+    "style-classifier": (signed, tuple(STYLES), STYLE_CLASSIFIER),
 }
 
 
@@ -83,7 +84,7 @@ def train(world: World, name: str) -> None:
     fit(
         world,
         name,
-        nn.ModuleDict({"namer": network}),
+        nn.ModuleDict({"classifier": network}),
         losses,
         steps=plan["steps"],
         lr=plan["lr"],
@@ -96,4 +97,5 @@ def train(world: World, name: str) -> None:
     print(f"{name}: {right.float().mean():.1%} of 500 new pictures named")
 
 
-train_namer, train_hands = partial(train, name="namer"), partial(train, name="hands")
+train_glyphs = partial(train, name="glyph-classifier")
+train_styles = partial(train, name="style-classifier")

@@ -1,8 +1,8 @@
-"""`python -m worlds.emoji claims`: measure the paper's claims on this world, write docs/claims.md
+"""`python -m studies.emoji claims`: measure the paper's claims on this world, write docs/claims.md
 and its contact sheets.
 
 Everything that the shipped weights can say is measured anew; what needs the rivals is, where
-`python -m worlds.emoji rivals` has trained them.
+`python -m studies.emoji baselines` has trained them.
 """
 
 import os
@@ -19,23 +19,36 @@ import torch
 
 from imprompt.evaluation.metrics import RESAMPLES
 from imprompt.files import atomic_write
+from worlds.emoji.scenes import moved, render
+from worlds.emoji.train_utils import World
 
-from .bench import DIVERSE, FIDELITY, PAGE, SCENES, SEEDS, SHOWN, STEPS, Bench, Claim, Table, shown
 from .claims import CLAIMS, together
-from .scenes import moved, render
-from .stage import HERE, World
-from .studio import GUIDANCE
+from .harness import (
+    DIVERSE,
+    FIDELITY,
+    PAGE,
+    SCENES,
+    SEEDS,
+    SHOWN,
+    STEPS,
+    Bench,
+    Claim,
+    Table,
+    shown,
+)
+from .paths import STUDIES
+from .sampler import GUIDANCE
 
-NOTES = HERE / "notes.toml"  # what a person says of a result, by its number and verdict
+NOTES = STUDIES / "notes.toml"  # what a person says of a result, by its number and verdict
 HEAD = """# The paper's claims, measured
 
 IP-Adapter (arXiv 2308.06721) makes nine claims that can be asked of any base model. Here they are
 asked of the packaged emoji world, whose scenes are known to the last factor; the weights are in the
 package, the rest is a command:
 
-    python -m worlds.emoji scenes            # with `rivals` an hour of one thread, resumable:
-    python -m worlds.emoji rivals            # without them rows 2 to 4 are not measured
-    make claims                              # this page and its pictures again, from our weights
+    python -m worlds.emoji scenes         # with `baselines` an hour of one thread, resumable:
+    python -m studies.emoji baselines     # without them rows 2 to 4 are not measured
+    make claims                           # this page and its pictures again, from our weights
 
 {budget}
 Image prompts of rows 1 to 4, 6 and 8 go with an empty text at scale 1. Which weights were

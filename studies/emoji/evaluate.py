@@ -1,4 +1,4 @@
-"""What the shipped model can do, measured: `python -m worlds.emoji evaluate` prints the table that
+"""What the shipped model can do, measured: `python -m studies.emoji evaluate` prints the table that
 the model card holds.
 
 The judge is an encoder of its own seed and size that never conditioned anything; colours and shapes
@@ -16,22 +16,9 @@ from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval, bootstrap_interval
 from imprompt.generation.pipeline import ImagePromptPipeline
-
-from .assemble import ADAPTERS, SHIPPED, weights_in
-from .glyphs import Glyphs
-from .marks import fill, lines
-from .measures import (
-    RIGHT,
-    Namer,
-    colour_error,
-    embed,
-    figure,
-    middle,
-    outlines,
-    retrieval,
-    to_tensor,
-)
-from .scenes import (
+from worlds.emoji.assemble import ADAPTERS, SHIPPED, weights_in
+from worlds.emoji.glyphs import Glyphs
+from worlds.emoji.scenes import (
     COLOUR_NAMES,
     PALETTE,
     UNSEEN_COLOURS,
@@ -43,12 +30,26 @@ from .scenes import (
     shuffled,
     to_image,
 )
-from .sheets import draw_sheet, sheet
-from .stage import HERE, World
-from .studio import FRONT, Studio
-from .vae import psnr, reconstruct
+from worlds.emoji.train_utils import World
+from worlds.emoji.vae import psnr, reconstruct
 
-DOCS = HERE.parents[1] / "docs" / "emoji"
+from .markdown_tables import fill, lines
+from .measures import (
+    RIGHT,
+    Namer,
+    colour_error,
+    embed,
+    figure,
+    middle,
+    outlines,
+    retrieval,
+    to_tensor,
+)
+from .paths import ROOT
+from .sampler import FRONT, Studio
+from .sheets import draw_sheet, sheet
+
+DOCS = ROOT / "docs" / "emoji"
 COUNT = 128
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt beside a text
 

@@ -19,15 +19,20 @@ from imprompt.training.muon import Muon, weight_matrices
 from .glyphs import OWN, Glyphs, load_glyphs
 
 HERE = Path(__file__).parent
+BUDGETS = HERE / "budgets.toml"
 SAVE_EVERY = 90.0  # seconds
+# what a stage was called when states that may still be resumed were written, and its module in them
+FORMER_NAMES = {"metric-encoder": "judge", "glyph-classifier": "namer", "style-classifier": "hands"}
+FORMER_MODULES = {"namer.": "classifier."}
 # names of layers between a model and data
 ENDS = ("conv_in", "conv_out", "quant_conv", "patch_embedding", "heads", "temperature")
 
 
 @dataclass(frozen=True)
 class World:
-    """A budget of `budgets.toml`, the folder that the stages work in and the machine they run
-    on.
+    """A budget, the folder that the stages work in and the machine they run on.
+
+    budgets  the files that say what a budget is, by its name: `budgets.toml`, and others beside it
     """
 
     budget: str
@@ -37,10 +42,13 @@ class World:
         None  # steps of any stage, for a rehearsal: pools and pictures are then few as well
     )
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    budgets: tuple[Path, ...] = (BUDGETS,)
 
     @cached_property
     def plan(self) -> dict[str, Any]:
-        plan = tomllib.loads((HERE / "budgets.toml").read_text())[self.budget]
+        plan: dict[str, Any] = {}
+        for file in self.budgets:
+            plan |= tomllib.loads(file.read_text())[self.budget]
         return plan if self.most is None else fewer(plan, self.most)
 
     def __getitem__(self, key: str) -> Any:
@@ -122,6 +130,21 @@ def optimizer_of(modules: nn.Module, lr: float, weight_decay: float) -> Muon:
     )
 
 
+def load_state(world: World, name: str) -> dict[str, Any] | None:
+    """Return the last state of a stage, under its name or its former one; None if there is none."""
+    names = [name, FORMER_NAMES.get(name, name)]
+    files = [path for one in names if (path := world.folder / f"{one}.state").exists()]
+    if not files:
+        return None
+    state = torch.load(files[0], weights_only=True, map_location=world.device)
+    for former, now in FORMER_MODULES.items():
+        state["modules"] = {
+            now + key.removeprefix(former) if key.startswith(former) else key: value
+            for key, value in state["modules"].items()
+        }
+    return state
+
+
 def fit(
     world: World,
     name: str,
@@ -146,8 +169,7 @@ def fit(
     optimizer = optimizer_of(modules, lr, weight_decay)
     mean = {k: v.detach().clone() for k, v in modules.state_dict().items()} if average else {}
     start = 0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=world.device)
+    if (state := load_state(world, name)) is not None:
         modules.load_state_dict(state["modules"])
         optimizer.load_state_dict(state["optimizer"])
         mean, start = state["mean"], state["step"]

@@ -1,5 +1,5 @@
 """What prompts, regions, block maps, the ControlNet and the other base do together: `python -m
-worlds.emoji compose`.
+studies.emoji compose`.
 
 Draws the contact sheets of docs/compose from the shipped weights and writes their numbers to
 results.json there. Shape letters: N pictures, S pixels a side.
@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .edges import edges
-from .glyphs import Glyphs
-from .marks import fill, table
+from worlds.emoji.edges import edges
+from worlds.emoji.glyphs import Glyphs
+from worlds.emoji.scenes import PATTERNS, PORTRAIT, Scenes, article, render, sample_scenes, shuffled
+from worlds.emoji.style import PLACE
+from worlds.emoji.train_utils import World
+
+from .markdown_tables import fill, table
 from .measures import (
     Namer,
     bars,
@@ -29,13 +33,11 @@ from .measures import (
     outline_iou,
     rims,
 )
-from .scenes import PATTERNS, PORTRAIT, Scenes, article, render, sample_scenes, shuffled
+from .paths import ROOT
+from .sampler import Heard, Studio
 from .sheets import draw_sheet
-from .stage import HERE, World
-from .studio import Heard, Studio
-from .style import PLACE
 
-DOCS = HERE.parents[1] / "docs" / "compose"
+DOCS = ROOT / "docs" / "compose"
 COUNT = 32  # scenes that a number is measured on
 SHOWN = 5  # rows of a sheet
 SWEEP_STEPS = 10
