@@ -1,4 +1,4 @@
-"""The emoji world's rivals of the adapter, and how its claims are judged and told.
+"""The emoji world's baselines of the adapter, and how its claims are judged and written.
 
 No font is needed.
 """
@@ -16,10 +16,10 @@ from imprompt.evaluation.metrics import Interval
 from imprompt.families.published import base_structure
 from imprompt.models import MODELS
 from studies.emoji.baselines import (
-    RIVALS,
+    BASELINES,
     Base,
     Conditioned,
-    Seen,
+    ImageFeatures,
     budget,
     file_of,
     load,
@@ -27,8 +27,8 @@ from studies.emoji.baselines import (
     sample,
     warped,
 )
-from studies.emoji.harness import Bench, Claim, Table, digest, in_parts
-from studies.emoji.measures import Namer, embed, judge, read
+from studies.emoji.harness import Claim, Harness, Table, digest, in_parts
+from studies.emoji.measures import Classifier, embed_pictures, embed_texts, metric_encoder
 from studies.emoji.page import anchor
 from worlds.emoji.train_utils import World
 
@@ -40,16 +40,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return Base(World("cpu", tmp_path_factory.mktemp("world"), device="cpu"))
 
 
-@pytest.fixture(params=RIVALS)
+@pytest.fixture(params=BASELINES)
 def method(base: Base, request: pytest.FixtureRequest) -> Iterator[Conditioned]:
     torch.manual_seed(0)
-    built = RIVALS[request.param].build(base)
+    built = BASELINES[request.param].build(base)
     yield built
     if hasattr(built, "adapter"):
         built.adapter.detach()
 
 
-def inputs(base: Base) -> tuple[Tensor, Tensor, Tensor, Seen]:
+def inputs(base: Base) -> tuple[Tensor, Tensor, Tensor, ImageFeatures]:
     generator = torch.Generator().manual_seed(1)
     patches = torch.rand(2, 3, 4, 4, generator=generator) * torch.tensor([0.2, 1.0]).view(
         2, 1, 1, 1
@@ -58,13 +58,18 @@ def inputs(base: Base) -> tuple[Tensor, Tensor, Tensor, Seen]:
     x = torch.randn(
         2, 4, base.unet.config.sample_size, base.unet.config.sample_size, generator=generator
     )
-    return x, torch.tensor([300, 800]), base.read(["a cow", ""]), base.see(pictures)
+    return (
+        x,
+        torch.tensor([300, 800]),
+        base.encode_texts(["a cow", ""]),
+        base.encode_images(pictures),
+    )
 
 
-def test_every_rival_learns_and_the_base_does_not(base: Base, method: Conditioned) -> None:
-    x, t, text, seen = inputs(base)
+def test_every_baseline_learns_and_the_base_does_not(base: Base, method: Conditioned) -> None:
+    x, t, text, image = inputs(base)
     before = {name: weight.clone() for name, weight in base.unet.state_dict().items()}
-    method(x, t, text, seen).square().mean().backward()
+    method(x, t, text, image).square().mean().backward()
     assert sum(float(p.grad.abs().sum()) for p in method.parameters() if p.grad is not None) > 0
     assert all(p.grad is None for p in base.unet.parameters())
     assert all(torch.equal(before[name], weight) for name, weight in base.unet.state_dict().items())
@@ -75,9 +80,9 @@ def test_the_picture_is_heard(base: Base, method: Conditioned) -> None:
     if type(method).__name__ == "Shuffle":  # its last layers start at zero
         for layer in (*method.net.controlnet_down_blocks, method.net.controlnet_mid_block):
             torch.nn.init.normal_(layer.weight, std=0.1)
-    x, t, text, seen = inputs(base)
+    x, t, text, image = inputs(base)
     with torch.no_grad():
-        one, other = method(x, t, text, seen), method(x, t, text, seen[[1, 0]])
+        one, other = method(x, t, text, image), method(x, t, text, image[[1, 0]])
     assert (one - other).abs().amax((1, 2, 3)).min() > 1e-4
 
 
@@ -94,32 +99,32 @@ SILENT = {
 def test_scale_0_is_the_base_only_where_image_tokens_do_not_stand_in_the_texts_softmax(
     base: Base, name: str
 ) -> None:
-    method, (x, t, text, seen) = RIVALS[name].build(base), inputs(base)
+    method, (x, t, text, image) = BASELINES[name].build(base), inputs(base)
     with torch.no_grad():
         plain = base.unet(x, t, text, return_dict=False)[0]
-        assert torch.equal(method(x, t, text, seen, 0.0), plain) == SILENT[name]
+        assert torch.equal(method(x, t, text, image, 0.0), plain) == SILENT[name]
     if hasattr(method, "adapter"):
         method.adapter.detach()
 
 
 def test_no_picture_is_the_base_under_shuffle(base: Base) -> None:
-    method, (x, t, text, seen) = RIVALS["ControlNet shuffle"].build(base), inputs(base)
+    method, (x, t, text, image) = BASELINES["ControlNet shuffle"].build(base), inputs(base)
     torch.nn.init.normal_(method.net.controlnet_mid_block.weight)
     with torch.no_grad():
-        plain, heard = base.unet(x, t, text, return_dict=False)[0], method(x, t, text, seen)
-        assert torch.equal(method(x, t, text, seen.where(torch.tensor([False, False]))), plain)
+        plain, heard = base.unet(x, t, text, return_dict=False)[0], method(x, t, text, image)
+        assert torch.equal(method(x, t, text, image.where(torch.tensor([False, False]))), plain)
     assert not torch.equal(heard, plain)
 
 
 def test_a_whole_fine_tuning_costs_more_than_the_adapter(base: Base) -> None:
-    cost = {name: operations(base, RIVALS[name]) for name in ("decoupled", "tuned")}
+    cost = {name: operations(base, BASELINES[name]) for name in ("decoupled", "tuned")}
     assert 0.5 < cost["decoupled"] / cost["tuned"] < 0.9
 
 
-def test_a_saved_rival_draws_what_it_drew(base: Base) -> None:
+def test_a_saved_baseline_draws_what_it_drew(base: Base) -> None:
     from safetensors.torch import save_file
 
-    method = RIVALS["simple"].build(base)
+    method = BASELINES["simple"].build(base)
     place: Path = file_of(base.world, "simple")
     place.parent.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -134,9 +139,9 @@ def test_a_saved_rival_draws_what_it_drew(base: Base) -> None:
     method.load_state_dict(
         {key: value.half().float() for key, value in method.state_dict().items()}
     )
-    text, seen = base.read(["", ""]), inputs(base)[3]
+    text, image = base.encode_texts(["", ""]), inputs(base)[3]
     one, other = (
-        sample(base, m, text, seen, steps=2) for m in (method, load(base.world, base, "simple"))
+        sample(base, m, text, image, steps=2) for m in (method, load(base.world, base, "simple"))
     )
     assert torch.equal(one, other)
     assert one.shape == (2, 3, SIDE, SIDE)
@@ -149,27 +154,27 @@ def test_what_was_drawn_is_kept_until_what_it_comes_from_changes(
     drawn, weights = [], tmp_path / "weights" / "unet.json"
     weights.parent.mkdir()
     weights.write_text("one")
-    bench: Bench = object.__new__(Bench)  # no font is needed for this
-    bench.world, bench.drawn = base.world, {}
+    harness: Harness = object.__new__(Harness)  # no font is needed for this
+    harness.world, harness.drawn = base.world, {}
 
     def draw(prompts: Tensor, _: object, scale: float) -> Tensor:
         drawn.append(scale)
         return (prompts * scale).to(memory_format=torch.channels_last)  # as the models give them
 
     prompts = torch.rand(2, 3, 8, 8)
-    kept = bench.kept(draw, weights.parent, "plus")
-    assert torch.allclose(kept(prompts, ["", ""], 0.5), prompts / 2, atol=1 / 255)
+    cached = harness.cached(draw, weights.parent, "plus")
+    assert torch.allclose(cached(prompts, ["", ""], 0.5), prompts / 2, atol=1 / 255)
     assert torch.equal(
-        kept(prompts, ["", ""], 0.5),
-        bench.kept(draw, weights.parent, "plus")(prompts, ("", ""), 0.5),
+        cached(prompts, ["", ""], 0.5),
+        harness.cached(draw, weights.parent, "plus")(prompts, ("", ""), 0.5),
     )
     assert drawn == [0.5]
-    kept(prompts, ["", "a cow"], 0.5)
-    kept(prompts[[1, 0]], ["", ""], 0.5)
-    bench.kept(draw, weights.parent, "base")(prompts, ["", ""], 0.5)
+    cached(prompts, ["", "a cow"], 0.5)
+    cached(prompts[[1, 0]], ["", ""], 0.5)
+    harness.cached(draw, weights.parent, "base")(prompts, ["", ""], 0.5)
     weights.write_text("two")
-    bench.kept(draw, weights.parent, "plus")(prompts, ["", ""], 0.5)
-    assert len(drawn) == len(bench.drawn) == 5
+    harness.cached(draw, weights.parent, "plus")(prompts, ["", ""], 0.5)
+    assert len(drawn) == len(harness.drawn) == 5
     assert digest(weights) == digest(weights.parent) != digest(prompts)
 
 
@@ -184,11 +189,14 @@ def test_warping_moves_content_and_keeps_colours() -> None:
 
 def test_the_judge_puts_pictures_and_captions_in_one_space() -> None:
     pictures = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    seen, said = embed(pictures), read(["a cow", "a red apple on a blue background"])
-    assert torch.allclose(seen.norm(dim=1), torch.ones(3), atol=1e-5)
-    assert seen.shape[1] == said.shape[1]
-    assert len(judge().sha256) == 64
-    assert Namer.load().glyph(pictures).shape == (3,)
+    image, said = (
+        embed_pictures(pictures),
+        embed_texts(["a cow", "a red apple on a blue background"]),
+    )
+    assert torch.allclose(image.norm(dim=1), torch.ones(3), atol=1e-5)
+    assert image.shape[1] == said.shape[1]
+    assert len(metric_encoder().sha256) == 64
+    assert Classifier.load().classify(pictures).shape == (3,)
 
 
 def test_a_verdict_needs_the_whole_interval() -> None:
@@ -204,7 +212,7 @@ def test_a_verdict_needs_the_whole_interval() -> None:
     assert verdict(above, about, below) == "no"
     assert verdict(about, margin=-0.03) == "yes"
     assert verdict() == "not measured"
-    assert Claim("", "", [], said="yes").verdict == "yes"
+    assert Claim("", "", [], stated="yes").verdict == "yes"
 
 
 def test_a_table_and_its_heading() -> None:
@@ -219,7 +227,7 @@ def test_a_table_and_its_heading() -> None:
         "| far | 12.2 |  |",
     ]
     assert (
-        anchor(4, Claim("Decoupled beats the simple adapter", "", [], said="no"))
+        anchor(4, Claim("Decoupled beats the simple adapter", "", [], stated="no"))
         == "4-decoupled-beats-the-simple-adapter-no"
     )
 

@@ -1,9 +1,9 @@
 """Other ways to give the world's base an image prompt, trained as the adapter is: same pictures,
 same number of samples.
 
-Each is a module that predicts a velocity from what it hears, so that one training and one sampling
-serve them all. Shape letters: N samples, T text tokens, D their width, E width of the image
-embedding, P patches, S pixels a side, h latent pixels a side.
+Each is a module that predicts a velocity from what it is given, so that one training and one
+sampling serve them all. Shape letters: N samples, T text tokens, D their width, E width of the
+image embedding, P patches, S pixels a side, h latent pixels a side.
 """
 
 import json
@@ -27,7 +27,7 @@ from imprompt.files import atomic_write
 from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler
 from worlds.emoji.assemble import weights_in
-from worlds.emoji.control import Frozen, build
+from worlds.emoji.control import FrozenBase, build
 from worlds.emoji.pool import latents_of
 from worlds.emoji.scenes import to_image
 from worlds.emoji.train_utils import World, fit
@@ -38,22 +38,22 @@ BATCH, STEPS = 32, 1000
 CHUNK = 256  # pictures encoded at once
 
 
-class Seen(NamedTuple):
+class ImageFeatures(NamedTuple):
     """Pictures as the methods see them."""
 
     embedding: Tensor  # (N, E) of the world's image encoder; zeros for no picture
     patches: Tensor  # (N, P, W) its last hidden states but one; zeros for no picture
     pixels: Tensor  # (N, 3, S, S) in [0, 1]; black for no picture
 
-    def where(self, kept: Tensor) -> "Seen":
-        """No picture where `kept` (N,) is False."""
-        return Seen(*(part * kept.view(-1, *[1] * (part.ndim - 1)) for part in self))
+    def where(self, present: Tensor) -> "ImageFeatures":
+        """No picture where `present` (N,) is False."""
+        return ImageFeatures(*(part * present.view(-1, *[1] * (part.ndim - 1)) for part in self))
 
-    def __getitem__(self, index: Any) -> "Seen":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Seen(*(part[index] for part in (self.embedding, self.patches, self.pixels)))
+    def __getitem__(self, index: Any) -> "ImageFeatures":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ImageFeatures(*(part[index] for part in (self.embedding, self.patches, self.pixels)))
 
 
-class Base(Frozen):
+class Base(FrozenBase):
     """The frozen base model, and the image encoder that conditions every method."""
 
     def __init__(self, world: World) -> None:
@@ -64,9 +64,9 @@ class Base(Frozen):
         )
 
     @torch.no_grad()
-    def see(self, pictures: Tensor) -> Seen:
+    def encode_images(self, pictures: Tensor) -> ImageFeatures:
         images = [to_image(picture) for picture in pictures.cpu()]
-        return Seen(
+        return ImageFeatures(
             *(
                 self.encoder.features(images, feature).float()
                 for feature in ("pooled", "penultimate")
@@ -75,7 +75,7 @@ class Base(Frozen):
         )
 
     @torch.no_grad()
-    def read(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: list[str]) -> Tensor:
         """(N, T, D)"""
         ids = self.pipe.tokenizer(
             texts, padding="max_length", truncation=True, return_tensors="pt"
@@ -89,12 +89,12 @@ class Method(Protocol):
     """
 
     def __call__(
-        self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0
+        self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
     ) -> Tensor: ...
 
 
 class Conditioned(nn.Module):
-    """A method with the base beside it, not registered in it."""
+    """A method that uses the base without registering it."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -123,9 +123,11 @@ class Decoupled(Conditioned):
         )
         self.adapter = IPAdapter.for_model(base.unet, projection).attach(base.unet)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
+    ) -> Tensor:
         prompt = self.adapter.prompt(
-            self.adapter.tokens(seen.patches if self.plus else seen.embedding), scale=scale
+            self.adapter.tokens(image.patches if self.plus else image.embedding), scale=scale
         )
         return self.velocity(x, t, text, cross_attention_kwargs={"ip_hidden_states": prompt})
 
@@ -139,8 +141,10 @@ class Simple(Conditioned):
         super().__init__(base)
         self.projection = ImageProjection(base.encoder.feature_dim("pooled"), width(base), TOKENS)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
-        return self.velocity(x, t, torch.cat([text, scale * self.projection(seen.embedding)], 1))
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
+    ) -> Tensor:
+        return self.velocity(x, t, torch.cat([text, scale * self.projection(image.embedding)], 1))
 
 
 class Tuned(Conditioned):
@@ -153,12 +157,14 @@ class Tuned(Conditioned):
         self.projection = ImageProjection(base.encoder.feature_dim("pooled"), width(base), TOKENS)
         self.unet = deepcopy(base.unet).requires_grad_(True)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
+    ) -> Tensor:
         """It knows no text.
 
         Where a text is given (not by training) it stands before the image tokens.
         """
-        tokens = scale * self.projection(seen.embedding)
+        tokens = scale * self.projection(image.embedding)
         return self.unet(
             x, t, torch.cat([text, tokens], 1) if text.shape[1] else tokens, return_dict=False
         )[0]
@@ -180,9 +186,11 @@ class Style(Conditioned):
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.project = nn.Parameter(wide**-0.5 * torch.randn(wide, width(base)))
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
+    ) -> Tensor:
         queries = self.queries.expand(len(x), -1, -1)
-        read = self.layers(self.norm_in(torch.cat([seen.patches, queries], 1)))[
+        read = self.layers(self.norm_in(torch.cat([image.patches, queries], 1)))[
             :, -queries.shape[1] :
         ]
         return self.velocity(x, t, torch.cat([text, scale * self.norm_out(read) @ self.project], 1))
@@ -198,17 +206,19 @@ class Shuffle(Conditioned):
         self.net = build(base)
         self.net.register_to_config(global_pool_conditions=True)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, seen: Seen, scale: float = 1.0) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
+    ) -> Tensor:
         down, mid = self.net(
             x,
             t,
             text,
-            controlnet_cond=warped(seen.pixels),
+            controlnet_cond=warped(image.pixels),
             conditioning_scale=scale,
             return_dict=False,
         )
         # without a picture there is no control
-        there = (seen.pixels.flatten(1).amax(1) > 0).to(x)[:, None, None, None]
+        there = (image.pixels.flatten(1).amax(1) > 0).to(x)[:, None, None, None]
         return self.velocity(
             x,
             t,
@@ -237,7 +247,7 @@ def warped(pictures: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """How a method is built and trained."""
 
     build: Callable[[Base], Conditioned]
@@ -246,40 +256,40 @@ class Rival:
     equal: str = ""  # trained for as many operations as this one, not for as many samples
 
 
-RIVALS = {
-    "decoupled": Rival(Decoupled),
-    "simple": Rival(Simple),
-    "tuned": Rival(Tuned, lr=3e-4, reads_text=False),
-    "tuned, equal compute": Rival(Tuned, lr=3e-4, reads_text=False, equal="decoupled"),
-    "T2I style": Rival(Style),
-    "ControlNet shuffle": Rival(Shuffle),
-    "decoupled, plus": Rival(partial(Decoupled, plus=True)),
+BASELINES = {
+    "decoupled": Baseline(Decoupled),
+    "simple": Baseline(Simple),
+    "tuned": Baseline(Tuned, lr=3e-4, reads_text=False),
+    "tuned, equal compute": Baseline(Tuned, lr=3e-4, reads_text=False, equal="decoupled"),
+    "T2I style": Baseline(Style),
+    "ControlNet shuffle": Baseline(Shuffle),
+    "decoupled, plus": Baseline(partial(Decoupled, plus=True)),
 }
 
 
 def file_of(world: World, name: str) -> Path:
-    return world.folder / "rivals" / f"{name.replace(', ', '-').replace(' ', '-')}.safetensors"
+    return world.folder / "baselines" / f"{name.replace(', ', '-').replace(' ', '-')}.safetensors"
 
 
 class Training(NamedTuple):
     """The adapters' training pictures, encoded once."""
 
     latents: Tensor  # (N, C, h, h)
-    seen: Seen
+    image: ImageFeatures
     texts: list[str]
 
 
 def training_set(world: World, base: Base) -> Training:
     """The folder of the stage `scenes`, which the adapters' recipes read.
 
-    Kept in the world's folder.
+    Encoded once, into the world's folder.
     """
     rows = [
         json.loads(line)
         for line in (world.folder / "scenes" / "metadata.jsonl").read_text().splitlines()
     ]
-    kept = world.folder / "rivals" / "pictures.safetensors"
-    if not kept.exists():
+    cache = world.folder / "baselines" / "pictures.safetensors"
+    if not cache.exists():
         parts: dict[str, list[Tensor]] = {
             "latents": [],
             "embedding": [],
@@ -298,24 +308,24 @@ def training_set(world: World, base: Base) -> Training:
                 ]
             )
             pixels = bytes_.permute(0, 3, 1, 2).float() / 255
-            seen = base.see(pixels)
+            image = base.encode_images(pixels)
             values = (
                 latents_of(base.pipe.vae, pixels.to(world.device)),
-                seen.embedding,
-                seen.patches,
+                image.embedding,
+                image.patches,
                 bytes_.permute(0, 3, 1, 2),
             )
             for part, value in zip(parts.values(), values, strict=True):
                 part.append(value.half() if value.is_floating_point() else value)
-        kept.parent.mkdir(exist_ok=True)
-        with atomic_write(kept) as aside:
+        cache.parent.mkdir(exist_ok=True)
+        with atomic_write(cache) as temporary:
             save_file(
-                {name: torch.cat(values).contiguous() for name, values in parts.items()}, aside
+                {name: torch.cat(values).contiguous() for name, values in parts.items()}, temporary
             )
-    held = load_file(kept)
+    encoded = load_file(cache)
     return Training(
-        held["latents"],
-        Seen(held["embedding"], held["patches"], held["pixels"]),
+        encoded["latents"],
+        ImageFeatures(encoded["embedding"], encoded["patches"], encoded["pixels"]),
         [row["text"] for row in rows],
     )
 
@@ -325,9 +335,9 @@ def train(world: World, name: str) -> None:
     torch.manual_seed(world.seed + 9)
     if file_of(world, name).exists():
         return
-    rival, base = RIVALS[name], Base(world)
-    method, data = rival.build(base), training_set(world, base)
-    none = base.read([""])
+    baseline, base = BASELINES[name], Base(world)
+    method, data = baseline.build(base), training_set(world, base)
+    none = base.encode_texts([""])
 
     def losses(step: int) -> dict[str, Tensor]:
         generator = world.generator(95, step)
@@ -335,13 +345,13 @@ def train(world: World, name: str) -> None:
         coin = torch.rand(BATCH, generator=generator)
         no_text = coin < DROP_TEXT + DROP_BOTH
         no_image = (coin >= DROP_TEXT) & (coin < DROP_TEXT + DROP_BOTH + DROP_IMAGE)
-        seen = Seen(
-            data.seen.embedding[rows].float(),
-            data.seen.patches[rows].float(),
-            data.seen.pixels[rows].float() / 255,
+        image = ImageFeatures(
+            data.image.embedding[rows].float(),
+            data.image.patches[rows].float(),
+            data.image.pixels[rows].float() / 255,
         )
-        seen = Seen(*(part.to(world.device) for part in seen.where(~no_image)))
-        text = base.read(
+        image = ImageFeatures(*(part.to(world.device) for part in image.where(~no_image)))
+        text = base.encode_texts(
             [
                 "" if drop else data.texts[i]
                 for i, drop in zip(rows.tolist(), no_text.tolist(), strict=True)
@@ -356,50 +366,52 @@ def train(world: World, name: str) -> None:
             base.scheduler.add_noise(x, noise, t),
             base.scheduler.get_velocity(x, noise, t),
         )
-        v = method(noisy, t, text if rival.reads_text else none[:, :0].expand(BATCH, -1, -1), seen)
+        v = method(
+            noisy, t, text if baseline.reads_text else none[:, :0].expand(BATCH, -1, -1), image
+        )
         return {"v": F.mse_loss(v.float(), target)}
 
     steps = (
         STEPS
-        if not rival.equal
-        else round(STEPS * operations(base, RIVALS[rival.equal]) / operations(base, rival))
+        if not baseline.equal
+        else round(STEPS * operations(base, BASELINES[baseline.equal]) / operations(base, baseline))
     )
     fit(
         world,
-        f"rival-{file_of(world, name).stem}",
+        f"baseline-{file_of(world, name).stem}",
         nn.ModuleDict({"method": method}),
         losses,
         steps=steps,
-        lr=rival.lr,
+        lr=baseline.lr,
         batch=BATCH,
     )
-    with atomic_write(file_of(world, name)) as aside:
+    with atomic_write(file_of(world, name)) as temporary:
         save_file(
             {key: value.half().contiguous() for key, value in method.state_dict().items()},
-            aside,
+            temporary,
             {"steps": str(steps)},
         )
 
 
-def operations(base: Base, rival: Rival) -> int:
+def operations(base: Base, baseline: Baseline) -> int:
     """Floating-point operations of one training sample: forward, and backward to what is
     trained.
     """
-    method = rival.build(base)
-    none = base.read([""])
-    seen = base.see(torch.rand(1, 3, base.world.side, base.world.side))
+    method = baseline.build(base)
+    none = base.encode_texts([""])
+    image = base.encode_images(torch.rand(1, 3, base.world.side, base.world.side))
     x = torch.randn(
         1, base.unet.config.in_channels, base.unet.config.sample_size, base.unet.config.sample_size
     )
     with FlopCounterMode(display=False) as counter:
         method(
-            x, torch.tensor([500]), none if rival.reads_text else none[:, :0], seen
+            x, torch.tensor([500]), none if baseline.reads_text else none[:, :0], image
         ).sum().backward()
     return counter.get_total_flops()
 
 
 def load(world: World, base: Base, name: str) -> Conditioned:
-    method = RIVALS[name].build(base)
+    method = BASELINES[name].build(base)
     method.load_state_dict(
         {key: value.float() for key, value in load_file(file_of(world, name)).items()}
     )
@@ -417,7 +429,7 @@ def sample(
     base: Base,
     method: Method,
     text: Tensor,
-    seen: Seen,
+    image: ImageFeatures,
     *,
     scale: float = 1.0,
     guidance: float = 3.0,
@@ -428,7 +440,7 @@ def sample(
 
     Picture i has seed + i.
     """
-    count, side = len(seen.embedding), base.unet.config.sample_size
+    count, side = len(image.embedding), base.unet.config.sample_size
     shape = base.unet.config.in_channels, side, side
     x = torch.stack(
         [
@@ -436,9 +448,9 @@ def sample(
             for i in range(count)
         ]
     )
-    none = base.read([""])[:, : text.shape[1]].expand(count, -1, -1)
-    nothing = seen.where(torch.zeros(count, dtype=torch.bool))
-    both = Seen(*(torch.cat(pair) for pair in zip(nothing, seen, strict=True)))
+    none = base.encode_texts([""])[:, : text.shape[1]].expand(count, -1, -1)
+    nothing = image.where(torch.zeros(count, dtype=torch.bool))
+    both = ImageFeatures(*(torch.cat(pair) for pair in zip(nothing, image, strict=True)))
     context = torch.cat([none, text])
     base.scheduler.set_timesteps(steps)
     for t in base.scheduler.timesteps:
@@ -452,5 +464,5 @@ def sample(
 
 
 def train_all(world: World) -> None:
-    for name in RIVALS:
+    for name in BASELINES:
         train(world, name)

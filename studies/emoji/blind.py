@@ -2,7 +2,7 @@
 are those drawn?
 
 `python -m studies.emoji blind` writes two numbered sheets and, apart, their keys. What the person
-says, one answer a line, goes into glyphs.txt and styles.txt beside them; the stage run again
+says, one answer a line, goes into glyphs.txt and styles.txt in the same folder; the stage run again
 compares.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from worlds.emoji.glyphs import CUSTOM, Glyphs
 from worlds.emoji.scenes import article, render, sample_scenes, to_image
-from worlds.emoji.style import PLACE
+from worlds.emoji.style import STYLES_FOLDER
 from worlds.emoji.train_utils import World
 
-from .sampler import Heard, Studio
+from .sampler import Condition, Sampler
 
 RESULTS, DRAWN = 48, 20  # results of image prompts; pictures of each style
 COLUMNS, CELL, LABEL = 8, 128, 18
@@ -40,7 +40,7 @@ def numbered(pictures: Tensor, path: Path) -> None:
 def prompted(world: World, glyphs: Glyphs) -> tuple[Tensor, list[str]]:
     """Results of image prompts of core glyphs, no text; and the glyphs' names."""
     scenes = sample_scenes(glyphs, RESULTS, world.generator(54), pairs=0, core=1.0)
-    made = Studio().draw(RESULTS, Heard(render(scenes, glyphs, world.side)))
+    made = Sampler().sample(RESULTS, Condition(render(scenes, glyphs, world.side)))
     return made, [glyphs.names[g] for g in scenes.glyph[:, 0].tolist()]
 
 
@@ -50,7 +50,7 @@ def in_styles(world: World, glyphs: Glyphs) -> tuple[Tensor, list[str]]:
     for number, style in enumerate(CUSTOM):
         chosen = torch.randperm(glyphs.core, generator=world.generator(55, number))[:DRAWN].tolist()
         made.append(
-            Studio(PLACE / style).draw(
+            Sampler(STYLES_FOLDER / style).sample(
                 DRAWN, texts=[article(glyphs.names[g]) for g in chosen], seed=100 * number
             )
         )
@@ -69,13 +69,13 @@ def blind(world: World) -> None:
             pictures, truth = show(world, glyphs)
             numbered(pictures, folder / f"{name}.png")
             key.write_text(json.dumps(truth))
-        said = folder / f"{name}.txt"
-        if not said.exists():
+        answers_file = folder / f"{name}.txt"
+        if not answers_file.exists():
             print(
-                f"look at {folder / f'{name}.png'}, write what you see into {said}, a line a "
-                "picture, and run this again"
+                f"look at {folder / f'{name}.png'}, write what you see into {answers_file}, "
+                "a line a picture, and run this again"
             )
             continue
-        truth, answers = json.loads(key.read_text()), said.read_text().splitlines()
+        truth, answers = json.loads(key.read_text()), answers_file.read_text().splitlines()
         for number, (true, answer) in enumerate(zip(truth, answers, strict=True), 1):
             print(f"{number:3d}  {true:32s} {answer}")

@@ -1,5 +1,5 @@
 """Classifiers for measuring only, small ResNets trained apart: which of the seen glyphs a picture
-shows, and by whose hand.
+shows, and in which drawing style.
 """
 
 from functools import partial
@@ -62,7 +62,7 @@ TASKS = {  # name -> what is shown with its label, in which styles, and where th
 def train(world: World, name: str) -> None:
     torch.manual_seed(world.seed)
     plan = world[name]
-    show, names, place = TASKS[name]
+    show, names, folder = TASKS[name]
     styles = [world.glyphs(style) for style in names]
     labels = names if len(names) > 1 else styles[0].names[: styles[0].seen]
     config = ResNetConfig(
@@ -90,7 +90,7 @@ def train(world: World, name: str) -> None:
         lr=plan["lr"],
         batch=plan["batch"],
     )
-    network.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(place)
+    network.to("cpu", torch.float16, memory_format=torch.contiguous_format).save_pretrained(folder)
     pictures, truth = show(world, styles, 500, world.generator(92))
     with torch.no_grad():
         right = network.float().eval()(preprocess(pictures.cpu())).logits.argmax(1).eq(truth)

@@ -16,25 +16,25 @@ from torch import Tensor
 from worlds.emoji.edges import edges
 from worlds.emoji.glyphs import Glyphs
 from worlds.emoji.scenes import PATTERNS, PORTRAIT, Scenes, article, render, sample_scenes, shuffled
-from worlds.emoji.style import PLACE
+from worlds.emoji.style import STYLES_FOLDER
 from worlds.emoji.train_utils import World
 
-from .markdown_tables import fill, table
+from .markdown_tables import fill_sections, number_table
 from .measures import (
-    Namer,
+    Classifier,
     bars,
-    by_hand,
     colour_error,
     correlation,
     figure,
     hue,
+    in_style,
     iou,
     middle,
     outline_iou,
     rims,
 )
 from .paths import ROOT
-from .sampler import Heard, Studio
+from .sampler import Condition, Sampler
 from .sheets import draw_sheet
 
 DOCS = ROOT / "docs" / "compose"
@@ -87,13 +87,15 @@ def ground_error(pictures: Tensor, scenes: Scenes, *, left: bool) -> Tensor:
     return (band.median(2).values - scenes.shade[:, 0]).abs().mean(1) * 255
 
 
-def regions(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Two image prompts, one heard in the left half, one in the right."""
+def regions(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """Two image prompts, one applied in the left half, one in the right."""
     one, other = (plain_scenes(glyphs, world, salt, COUNT) for salt in (1, 2))
     a, b = render(one, glyphs, world.side), render(other, glyphs, world.side)
     left, right = half(world.side, left=True), half(world.side, left=False)
-    made = studio.draw(COUNT, Heard(a, mask=left), Heard(b, mask=right))
-    swapped = studio.draw(SHOWN, Heard(a[:SHOWN], mask=right), Heard(b[:SHOWN], mask=left))
+    made = sampler.sample(COUNT, Condition(a, mask=left), Condition(b, mask=right))
+    swapped = sampler.sample(
+        SHOWN, Condition(a[:SHOWN], mask=right), Condition(b[:SHOWN], mask=left)
+    )
     rows = [("", [a[i], b[i], made[i], swapped[i]]) for i in range(SHOWN)]
     draw_sheet(
         DOCS / "regions.jpg", ["prompt A", "prompt B", "A left, B right", "B left, A right"], rows
@@ -108,21 +110,23 @@ def regions(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     }
 
 
-# Which sites of this UNet are heard: name of the map -> the blocks that are on
+# Which layers of this UNet an image prompt applies to: name of the map -> the blocks that are on
 GROUPS = {
-    "every site": ("",),
+    "every layer": ("",),
     "none": (),
     "down_blocks.1 (8x8)": ("down_blocks.1",),
     "up_blocks.1 (8x8)": ("up_blocks.1",),
-    "the 4x4 sites": ("down_blocks.2", "mid_block", "up_blocks.0"),
+    "the 4x4 layers": ("down_blocks.2", "mid_block", "up_blocks.0"),
     "all but up_blocks.1": ("down_blocks", "mid_block", "up_blocks.0"),
 }
 STYLE, LAYOUT = GROUPS["up_blocks.1 (8x8)"], GROUPS["all but up_blocks.1"]
 
 
-def block_map(sites: Sequence[str], blocks: Sequence[str]) -> Tensor:
-    """1 for sites whose names begin so, else 0 (sites,)."""
-    return torch.tensor([float(any(site.startswith(block) for block in blocks)) for site in sites])
+def block_map(layers: Sequence[str], blocks: Sequence[str]) -> Tensor:
+    """1 for layers whose names begin so, else 0 (layers,)."""
+    return torch.tensor(
+        [float(any(layer.startswith(block) for block in blocks)) for layer in layers]
+    )
 
 
 def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
@@ -142,8 +146,8 @@ def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
     }
 
 
-def blocks(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Which sites carry what.
+def blocks(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """Which layers carry what.
 
     Then the style of one picture with the layout of another, as far as that goes here.
     """
@@ -152,7 +156,9 @@ def blocks(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     real = render(scenes, glyphs, world.side)
     ways = {
         name: carried(
-            studio.draw(len(real), Heard(real, block_map(studio.sites, on)), steps=SWEEP_STEPS),
+            sampler.sample(
+                len(real), Condition(real, block_map(sampler.layers, on)), steps=SWEEP_STEPS
+            ),
             real,
             scenes,
         )
@@ -160,12 +166,12 @@ def blocks(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     }
     return {
         "what the maps carry": ways,
-        "style and layout": style_and_layout(studio, glyphs, world),
+        "style and layout": style_and_layout(sampler, glyphs, world),
     }
 
 
-def style_and_layout(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Palette of B by a map of the style's sites.
+def style_and_layout(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
+    """Palette of B by a map of the style's layers.
 
     Layout of A by a map of all others, and by its outlines.
     """
@@ -176,14 +182,14 @@ def style_and_layout(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, 
     )
     a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
     palette, layout = (
-        Heard(b, block_map(studio.sites, STYLE)),
-        Heard(a, block_map(studio.sites, LAYOUT)),
+        Condition(b, block_map(sampler.layers, STYLE)),
+        Condition(a, block_map(sampler.layers, LAYOUT)),
     )
     results = {
-        "B, style map": studio.draw(COUNT, palette),
-        "A, layout map": studio.draw(COUNT, layout),
-        "both maps": studio.draw(COUNT, palette, layout),
-        "A's edges, B's style": studio.draw(COUNT, palette, maps=edges(a)),
+        "B, style map": sampler.sample(COUNT, palette),
+        "A, layout map": sampler.sample(COUNT, layout),
+        "both maps": sampler.sample(COUNT, palette, layout),
+        "A's edges, B's style": sampler.sample(COUNT, palette, maps=edges(a)),
     }
     shown = [*range(2), *range(COUNT // 2, COUNT // 2 + SHOWN - 2)]
     rows = [("", [a[i], b[i], *(made[i] for made in results.values())]) for i in shown]
@@ -207,7 +213,7 @@ def joined(one: Scenes, other: Scenes) -> Scenes:
     )
 
 
-def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+def outlines(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
     """The ControlNet holds A's outline, the image prompt gives B's palette.
 
     The two never met in training.
@@ -217,11 +223,11 @@ def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     maps, true = edges(a), figure(a, form)
     results = {
         **{
-            f"edges + B, scale {scale}": studio.draw(COUNT, Heard(b, scale), maps=maps)
+            f"edges + B, scale {scale}": sampler.sample(COUNT, Condition(b, scale), maps=maps)
             for scale in (1.0, 0.5, 0.35)
         },
-        "B without edges": studio.draw(COUNT, Heard(b)),
-        "edges alone": studio.draw(COUNT, maps=maps),
+        "B without edges": sampler.sample(COUNT, Condition(b)),
+        "edges alone": sampler.sample(COUNT, maps=maps),
     }
     rows = [
         ("", [maps[i], b[i], *(made[i] for made in results.values())]) for i in range(SHOWN + 2)
@@ -240,19 +246,19 @@ def outlines(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     }
 
 
-def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+def styles(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
     """The other base, the same adapter, the same prompts and seeds."""
-    other = Studio(PLACE / STYLE_SHOWN)
+    other = Sampler(STYLES_FOLDER / STYLE_SHOWN)
     scenes = plain_scenes(glyphs, world, 8, COUNT)
     real, redrawn = (
         render(scenes, drawn, world.side) for drawn in (glyphs, world.glyphs(STYLE_SHOWN))
     )
     names = [article(glyphs.names[g]) for g in scenes.glyph[:, 0].tolist()]
     results = {
-        "base": studio.draw(COUNT, Heard(real)),
-        STYLE_SHOWN: other.draw(COUNT, Heard(real)),
-        f"{STYLE_SHOWN}, text alone": other.draw(COUNT, texts=names),
-        f"{STYLE_SHOWN} + edges": other.draw(COUNT, Heard(real), maps=edges(real)),
+        "base": sampler.sample(COUNT, Condition(real)),
+        STYLE_SHOWN: other.sample(COUNT, Condition(real)),
+        f"{STYLE_SHOWN}, text alone": other.sample(COUNT, texts=names),
+        f"{STYLE_SHOWN} + edges": other.sample(COUNT, Condition(real), maps=edges(real)),
     }
     rows = [
         ("", [real[i], redrawn[i], *(made[i] for made in results.values())])
@@ -262,7 +268,7 @@ def styles(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     real_ones = {"real scenes": real, f"real scenes as {STYLE_SHOWN}": redrawn}
     return {
         name: means(
-            drawn_by_that_hand=by_hand(made, STYLE_SHOWN),
+            drawn_by_that_hand=in_style(made, STYLE_SHOWN),
             colour_error=colour_error(made, scenes),
             colour_error_to_another=colour_error(made, shuffled(scenes)),
         )
@@ -274,17 +280,18 @@ SCALES = (0.0, 0.1, 0.25, 0.5, 1.0)
 TEXTS = ("", "a red apple", "a frog on a blue background", "a sunflower on red and white stripes")
 
 
-def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
+def sweep(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
     """Scale × text: one image prompt under several texts.
 
-    And over many pairs, how much of each is heard.
+    And over many pairs, how much of each shows.
     """
     scenes = plain_scenes(glyphs, world, 9, COUNT)
     real = render(scenes, glyphs, world.side)
     rows = []
     for text in TEXTS:
         cells = [
-            studio.draw(1, Heard(real[:1], scale), texts=[text], seed=3)[0] for scale in SCALES
+            sampler.sample(1, Condition(real[:1], scale), texts=[text], seed=3)[0]
+            for scale in SCALES
         ]
         rows.append((f"text: {text or '(none)'}", [real[0], *cells]))
     draw_sheet(
@@ -294,16 +301,16 @@ def sweep(studio: Studio, glyphs: Glyphs, world: World) -> dict[str, Any]:
     texts = [article(glyphs.names[g]) for g in named.tolist()]
     table = {}
     for scale in SCALES:
-        made = studio.draw(COUNT, Heard(real, scale), texts=texts, steps=SWEEP_STEPS)
+        made = sampler.sample(COUNT, Condition(real, scale), texts=texts, steps=SWEEP_STEPS)
         table[f"scale {scale}"] = means(
-            text_glyph_named=Namer.load().glyph(made).eq(named).float(),
+            text_glyph_named=Classifier.load().classify(made).eq(named).float(),
             colour_error=colour_error(made, scenes),
             colour_error_shuffled=colour_error(made, shuffled(scenes)),
         )
     return table
 
 
-PICTURES: dict[str, Callable[[Studio, Glyphs, World], dict[str, Any]]] = {
+PICTURES: dict[str, Callable[[Sampler, Glyphs, World], dict[str, Any]]] = {
     "regions": regions,
     "blocks": blocks,
     "outlines": outlines,
@@ -314,10 +321,13 @@ PICTURES: dict[str, Callable[[Studio, Glyphs, World], dict[str, Any]]] = {
 
 def compose(world: World) -> None:
     world = replace(world, device="cpu")  # small enough, and the same pictures everywhere
-    glyphs, studio, results = world.glyphs(), Studio(), {}
+    glyphs, sampler, results = world.glyphs(), Sampler(), {}
     for name, picture in PICTURES.items():
-        results[name] = picture(studio, glyphs, world)
+        results[name] = picture(sampler, glyphs, world)
         print(name, json.dumps(results[name], indent=1), flush=True)
     (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     blocks = results.pop("blocks")
-    fill(DOCS.with_suffix(".md"), {name: table(rows) for name, rows in (blocks | results).items()})
+    fill_sections(
+        DOCS.with_suffix(".md"),
+        {name: number_table(rows) for name, rows in (blocks | results).items()},
+    )

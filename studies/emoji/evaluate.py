@@ -1,8 +1,8 @@
 """What the shipped model can do, measured: `python -m studies.emoji evaluate` prints the table that
 the model card holds.
 
-The judge is an encoder of its own seed and size that never conditioned anything; colours and shapes
-are measured against the scenes' own factors. Shape letters: N scenes, S pixels a side.
+The metric encoder has a seed and a size of its own and never conditioned anything; colours and
+shapes are measured against the scenes' own factors. Shape letters: N scenes, S pixels a side.
 """
 
 import json
@@ -33,12 +33,12 @@ from worlds.emoji.scenes import (
 from worlds.emoji.train_utils import World
 from worlds.emoji.vae import psnr, reconstruct
 
-from .markdown_tables import fill, lines
+from .markdown_tables import fill_sections, markdown_table
 from .measures import (
     RIGHT,
-    Namer,
+    Classifier,
     colour_error,
-    embed,
+    embed_pictures,
     figure,
     middle,
     outlines,
@@ -46,12 +46,12 @@ from .measures import (
     to_tensor,
 )
 from .paths import ROOT
-from .sampler import FRONT, Studio
+from .sampler import FRONT, Sampler
 from .sheets import draw_sheet, sheet
 
 DOCS = ROOT / "docs" / "emoji"
 COUNT = 128
-SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt beside a text
+SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt with a text
 
 
 class Kind(NamedTuple):
@@ -113,17 +113,17 @@ def measured(
 ) -> dict[str, Tensor]:
     """What results (N, 3, S, S) took from their prompts (N, 3, S, S), by picture (N,).
 
-    NaN where it cannot be told.
+    NaN where it cannot be measured.
     """
     other = shuffled(scenes)
     # The ceiling: another real picture of the same scene.
     again = render(moved(scenes, generator), glyphs, prompts.shape[-1])
     shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(again)
-    named = Namer.load().glyph(made)[:, None].eq(scenes.glyph).any(1).float()
-    alone = (scenes.glyph[:, 1] < 0) & (scenes.pattern == 0)  # where a figure's middle can be told
+    named = Classifier.load().classify(made)[:, None].eq(scenes.glyph).any(1).float()
+    alone = (scenes.glyph[:, 1] < 0) & (scenes.pattern == 0)  # where a figure's middle can be found
     place = (middle(figure(made, scenes)) - middle(figure(prompts, scenes))).norm(dim=1)
     return {
-        "retrieval": retrieval(embed(made), embed(prompts)),
+        "retrieval": retrieval(embed_pictures(made), embed_pictures(prompts)),
         "own glyph": named.where((scenes.glyph < glyphs.seen).all(1), torch.nan),
         "colour error": colour_error(made, scenes),
         "another's": colour_error(made, other),
@@ -155,7 +155,7 @@ def with_text(
         pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images
     )
     error, other = colour_error(made, scenes), colour_error(made, shuffled(scenes))
-    found = Namer.load().glyph(made)
+    found = Classifier.load().classify(made)
     glyph, palette = found.eq(named), error < RIGHT * other.mean()
     values = {
         "text's glyph": glyph,
@@ -168,7 +168,7 @@ def with_text(
 
 def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
     """The base alone: is what the text names there, on the background that it names?"""
-    studio, rows, count = Studio(), {}, count_of(world)
+    sampler, rows, count = Sampler(), {}, count_of(world)
     for label, ids in {
         "core glyphs": range(glyphs.core),
         "other seen glyphs": range(glyphs.core, glyphs.seen),
@@ -182,13 +182,13 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
         ]
         parts = {start: texts[start : start + 32] for start in range(0, count, 32)}
         made = torch.cat(
-            [studio.draw(len(part), texts=part, seed=start) for start, part in parts.items()]
+            [sampler.sample(len(part), texts=part, seed=start) for start, part in parts.items()]
         )
         ground = torch.tensor(list(PALETTE.values()))[colours]
         edge = torch.cat([made[:, :, :6].flatten(2), made[:, :, -6:].flatten(2)], 2).mean(2)
         rows[label] = means(
             {
-                "text's glyph": Namer.load().glyph(made).eq(named).float(),
+                "text's glyph": Classifier.load().classify(made).eq(named).float(),
                 "colour error to the text's": (edge - ground).abs().mean(1) * 255,
             }
         )
@@ -200,16 +200,23 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
     return rows
 
 
-def check_judge(glyphs: Glyphs, world: World) -> Row:
-    """The ruler itself, on real scenes: can it find a scene drawn again, and name its glyph?"""
+def check_metric_encoder(glyphs: Glyphs, world: World) -> Row:
+    """Measure what measures on real scenes: is a scene drawn again found, and its glyph named?"""
     generator = world.generator(44)
     scenes = sample_scenes(glyphs, count_of(world), generator, pairs=0)
     pictures, redrawn = (
         render(drawn, glyphs, world.side) for drawn in (scenes, moved(scenes, generator))
     )
     return {
-        "scene drawn again found": retrieval(embed(redrawn), embed(pictures)).mean().item(),
-        "glyph named": Namer.load().glyph(pictures).eq(scenes.glyph[:, 0]).float().mean().item(),
+        "scene drawn again found": retrieval(embed_pictures(redrawn), embed_pictures(pictures))
+        .mean()
+        .item(),
+        "glyph named": Classifier.load()
+        .classify(pictures)
+        .eq(scenes.glyph[:, 0])
+        .float()
+        .mean()
+        .item(),
     }
 
 
@@ -217,7 +224,7 @@ def evaluate(world: World) -> None:
     world = replace(world, device="cpu")  # small enough, and the same numbers everywhere
     glyphs = world.glyphs()
     DOCS.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Row] = {"judge": check_judge(glyphs, world)}
+    results: dict[str, Row] = {"metric encoder": check_metric_encoder(glyphs, world)}
     vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
     for number, (label, kind) in enumerate(SETS.items()):
         pictures = render(kind.scenes(glyphs, 256, world.generator(41, number)), glyphs, world.side)
@@ -244,7 +251,7 @@ def evaluate(world: World) -> None:
             if scale == 0.5:
                 sheet(prompts, made, DOCS / f"{name}-with-text.jpg")
     (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    fill(SHIPPED / "README.md", {"parts": parts(), "measured": table(results)})
+    fill_sections(SHIPPED / "README.md", {"parts": parts(), "measured": table(results)})
     print(table(results))
 
 
@@ -278,7 +285,7 @@ def shown(measure: str, value: Interval | float) -> str:
     numbers = (
         [value] if isinstance(value, float) else [number for number in value if number is not None]
     )
-    if numbers[0] != numbers[0]:  # not a number: the namer knows the seen glyphs only
+    if numbers[0] != numbers[0]:  # not a number: the classifier knows the seen glyphs only
         return "–"
     form = (
         "{:.1%}"
@@ -298,4 +305,4 @@ def table(results: Mapping[str, Row]) -> str:
         tables.setdefault(tuple(row), {})[label] = [
             shown(measure, value) for measure, value in row.items()
         ]
-    return "\n\n".join(lines(columns, rows) for columns, rows in tables.items())
+    return "\n\n".join(markdown_table(columns, rows) for columns, rows in tables.items())

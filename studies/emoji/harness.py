@@ -1,8 +1,8 @@
 """What the claims are measured with: scenes as image prompts, everything that draws, the measures,
 and tables of intervals.
 
-What was drawn is kept in the world's folder: a run that was stopped goes on, and no claim draws
-what another has drawn.
+Samples are cached in the world's folder: a stopped run goes on, and no claim samples what another
+has sampled.
 
 Shape letters: N pictures, I scenes, K seeds of each, S pixels a side.
 """
@@ -27,21 +27,21 @@ from worlds.emoji.scenes import Scenes, article, captions, render, sample_scenes
 from worlds.emoji.train_utils import World
 
 from . import baselines
-from .baselines import RIVALS, Base, Seen
-from .markdown_tables import lines
+from .baselines import BASELINES, Base, ImageFeatures
+from .markdown_tables import markdown_table
 from .measures import (
     RIGHT,
-    Namer,
+    Classifier,
     background_error,
     colour_error,
-    embed,
+    embed_pictures,
+    embed_texts,
     figure,
     middle,
     outlines,
-    read,
 )
 from .paths import ROOT
-from .sampler import GUIDANCE, Heard, Studio
+from .sampler import GUIDANCE, Condition, Sampler
 from .sheets import draw_sheet
 
 PAGE = ROOT / "docs" / "claims.md"
@@ -51,22 +51,22 @@ STEPS = 25
 DIVERSE = 6  # seeds of a scene where diversity is asked
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = 6  # rows of a sheet
-# of the package, that a rival is made of
+# of the package, that a baseline is made of
 PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")
 # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
-Draw = Callable[[Tensor, Sequence[str], float], Tensor]
+Generate = Callable[[Tensor, Sequence[str], float], Tensor]
 Measured = dict[str, Tensor]  # name -> a value a picture (N,), or a vector (N, …)
 
 
 @dataclass
 class Table:
-    """Rows of intervals under named columns, and what is said of them."""
+    """Rows of intervals under named columns, with confidence intervals."""
 
     columns: list[str]
     rows: dict[str, list[Interval | float | str]] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        return lines(
+        return markdown_table(
             self.columns,
             {name: [shown(cell) for cell in cells] for name, cells in self.rows.items()},
         )
@@ -94,14 +94,14 @@ class Claim:
     pictures: tuple[str, ...] = ()  # names of files in SHEETS
     decides: Mapping[str, Interval] = field(default_factory=dict)  # differences
     above: float = 0.0  # what their whole intervals are above if the claim holds
-    said: str = ""  # the verdict where no interval decides
+    stated: str = ""  # the verdict where no interval decides
     # names of what was drawn for it -> seconds that it took
     drawn: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        if self.said or not self.decides:
-            return self.said or "not measured"
+        if self.stated or not self.decides:
+            return self.stated or "not measured"
         if all(gap.low is not None and gap.low > self.above for gap in self.decides.values()):
             return "yes"
         return (
@@ -111,14 +111,14 @@ class Claim:
         )
 
 
-class Bench:
+class Harness:
     """Scenes as image prompts, everything that draws, and what is measured on what was drawn."""
 
     def __init__(self, world: World) -> None:
         self.world = replace(world, device="cpu")
         self.drawn: dict[str, float] = {}
         self.glyphs: Glyphs = self.world.glyphs()
-        self.namer = Namer.load()
+        self.classifier = Classifier.load()
         generator = self.world.generator(101)
         self.scenes = repeated(
             sample_scenes(self.glyphs, SCENES, generator, pairs=0, core=1.0), SEEDS
@@ -131,8 +131,8 @@ class Bench:
         ).repeat_interleave(SEEDS)
         self.named = (self.scenes.glyph[:, 0] + other) % self.glyphs.core
         self.texts = [article(self.glyphs.names[g]) for g in self.named.tolist()]
-        self.names = read([article(name) for name in self.glyphs.names[: self.glyphs.core]])
-        self.silent = [""] * len(self.scenes)
+        self.names = embed_texts([article(name) for name in self.glyphs.names[: self.glyphs.core]])
+        self.no_texts = [""] * len(self.scenes)
         self.another = shuffled(self.scenes, SEEDS)
         self.too_wrong = RIGHT * colour_error(self.pictures, self.another).mean()
 
@@ -144,22 +144,22 @@ class Bench:
     def of_prompts(self) -> Measured:
         """What is measured on the prompts themselves, for results to be compared with."""
         return {
-            "image": embed(self.pictures),
-            "caption": read(self.captions),
+            "image": embed_pictures(self.pictures),
+            "caption": embed_texts(self.captions),
             "outlines": outlines(self.pictures),
             "middle": middle(figure(self.pictures, self.scenes)),
         }
 
-    def shipped(self, name: str, style: Path | None = None, maps: Tensor | None = None) -> Draw:
+    def shipped(self, name: str, style: Path | None = None, maps: Tensor | None = None) -> Generate:
         """By the packaged parts; maps (N, 3, S, S): outlines to hold."""
-        opened = cache(lambda: Studio(style, name))  # not for what is kept
+        opened = cache(lambda: Sampler(style, name))  # not for cached samples
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             def part_of(part: range) -> Tensor:
                 rows = slice(part.start, part.stop)
-                return opened().draw(
+                return opened().sample(
                     len(part),
-                    Heard(prompts[rows], scale),
+                    Condition(prompts[rows], scale),
                     texts=texts[rows],
                     maps=None if maps is None else maps[rows],
                     seed=part.start,
@@ -168,18 +168,18 @@ class Bench:
 
             return in_parts(part_of, len(prompts))
 
-        return self.kept(draw, SHIPPED, name, style and style.name, maps)
+        return self.cached(draw, SHIPPED, name, style and style.name, maps)
 
-    def rival(self, name: str) -> Draw:
+    def baseline(self, name: str) -> Generate:
         opened = cache(lambda: baselines.load(self.world, self.base, name))
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             def part_of(part: range) -> Tensor:
-                said = texts[part.start : part.stop]
-                text = self.base.read(said)
-                if not RIVALS[name].reads_text and not any(said):
+                part_texts = texts[part.start : part.stop]
+                text = self.base.encode_texts(part_texts)
+                if not BASELINES[name].reads_text and not any(part_texts):
                     text = text[:, :0]
-                seen: Seen = self.base.see(prompts[part.start : part.stop])
+                seen: ImageFeatures = self.base.encode_images(prompts[part.start : part.stop])
                 return baselines.sample(
                     self.base,
                     opened(),
@@ -193,29 +193,29 @@ class Bench:
 
             return in_parts(part_of, len(prompts))
 
-        return self.kept(
+        return self.cached(
             draw, *(SHIPPED / part for part in PARTS), baselines.file_of(self.world, name)
         )
 
-    def kept(self, draw: Draw, *of: object) -> Draw:
+    def cached(self, draw: Generate, *of: object) -> Generate:
         """`draw`, its results as bytes in files that are named by the weights `of` which they come
         and all else that decides.
         """
 
         def drawn(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             name = digest(*of, prompts, list(texts), float(scale), STEPS, GUIDANCE)
-            place = self.world.folder / "claims" / f"{name}.safetensors"
-            if not place.exists():
-                place.parent.mkdir(parents=True, exist_ok=True)
+            path = self.world.folder / "claims" / f"{name}.safetensors"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
                 started = time.monotonic()
                 pictures = (draw(prompts, texts, scale) * 255).round().byte()
-                with atomic_write(place) as aside:
+                with atomic_write(path) as temporary:
                     save_file(
                         {"pictures": pictures.contiguous()},
-                        aside,
+                        temporary,
                         {"seconds": f"{time.monotonic() - started:.1f}"},
                     )
-            with safe_open(place, "pt") as file:
+            with safe_open(path, "pt") as file:
                 self.drawn[name] = float(file.metadata()["seconds"])
                 return file.get_tensor("pictures").float() / 255
 
@@ -223,11 +223,11 @@ class Bench:
 
     @property
     def trained(self) -> list[str]:
-        return [name for name in RIVALS if baselines.file_of(self.world, name).exists()]
+        return [name for name in BASELINES if baselines.file_of(self.world, name).exists()]
 
     def measure(self, made: Tensor) -> Measured:
         """Against the prompts, and where a text named another glyph, against it."""
-        seen, named = embed(made), self.namer.glyph(made)
+        seen, named = embed_pictures(made), self.classifier.classify(made)
         prompts = self.of_prompts
         place = (middle(figure(made, self.scenes)) - prompts["middle"]).norm(dim=1)
         colour = colour_error(made, self.scenes)
@@ -243,8 +243,8 @@ class Bench:
             "outline likeness": (outlines(made) * prompts["outlines"]).sum(1),
             "place error": torch.where(self.scenes.pattern == 0, place, torch.nan),
             "text's glyph": text,
-            "text's glyph, judge": likest.eq(self.named).float(),
-            "own glyph, judge": likest.eq(self.scenes.glyph[:, 0]).float(),
+            "text's glyph, metric encoder": likest.eq(self.named).float(),
+            "own glyph, metric encoder": likest.eq(self.scenes.glyph[:, 0]).float(),
             "image's palette": palette,
             "both": palette * text,
         }
@@ -281,7 +281,7 @@ FIDELITY = (
     "colour error",
     "background error",
     "own glyph",
-    "own glyph, judge",
+    "own glyph, metric encoder",
     "outline likeness",
     "place error",
 )

@@ -1,4 +1,4 @@
-"""Tables put between marks in the documents, so that no number there is typed by hand."""
+"""Markdown tables, and putting them between comments of a document, so that no number is typed."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,10 +7,10 @@ from pathlib import Path
 from imprompt.files import atomic_write
 
 
-def fill(page: Path, sections: Mapping[str, str]) -> None:
+def fill_sections(page: Path, sections: Mapping[str, str]) -> None:
     """Put each section between `<!-- name -->` and `<!-- /name -->`.
 
-    A page without the marks is a ValueError.
+    A page without these comments is a ValueError.
     """
     text = page.read_text()
     for name, section in sections.items():
@@ -19,15 +19,15 @@ def fill(page: Path, sections: Mapping[str, str]) -> None:
             pattern, lambda m, s=section: f"{m[1]}{s}\n{m[2]}", text, flags=re.DOTALL
         )
         if not found:
-            raise ValueError(f"{page} has no marks <!-- {name} --> and <!-- /{name} -->")
-    with atomic_write(page) as aside:
-        aside.write_text(text)
+            raise ValueError(f"{page} has no comments <!-- {name} --> and <!-- /{name} -->")
+    with atomic_write(page) as temporary:
+        temporary.write_text(text)
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Numbers under the names of the first row's values, as Markdown."""
+def number_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Write numbers under the names of the first row's values, as Markdown."""
     columns = next(iter(rows.values()))
-    return lines(
+    return markdown_table(
         columns,
         {
             name: [f"{value:.1f}" if abs(value) >= 2 else f"{value:.2f}" for value in row.values()]
@@ -36,7 +36,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
-def lines(columns: Iterable[str], rows: Mapping[str, Sequence[str]]) -> str:
+def markdown_table(columns: Iterable[str], rows: Mapping[str, Sequence[str]]) -> str:
     """A table in Markdown, its first column the rows' names."""
     names = [*columns]
     body = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]

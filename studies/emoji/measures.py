@@ -1,8 +1,8 @@
 """What is measured on results whose scenes are known: colours, places and shapes by their factors,
-likeness by a judge.
+likeness by a metric encoder.
 
-The judge is an encoder of its own seed and size that never conditioned anything; the namer a
-classifier of glyphs, trained apart. Shape letters: N pictures or scenes, S pixels a side, E width
+The metric encoder has a seed and a size of its own and never conditioned anything; the classifiers
+were trained apart. Shape letters: N pictures or scenes, S pixels a side, E width
 of an embedding.
 """
 
@@ -31,52 +31,53 @@ FINE = 64  # what measures blur and widen is a share of a picture's side: whole 
 
 
 @cache
-def judge() -> MetricEncoder:
-    """The measuring encoder: pictures and captions in one space of its own."""
+def metric_encoder() -> MetricEncoder:
+    """Load the metric encoder: pictures and captions in one space of its own."""
     return open_clip(str(METRIC_ENCODER), "cpu")
 
 
-def embed(pictures: Tensor) -> Tensor:
-    """(N, 3, S, S) in [0, 1] -> the judge's unit embeddings (N, E)"""
-    return F.normalize(judge().images([to_image(picture) for picture in pictures]), dim=1)
+def embed_pictures(pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, S, S) in [0, 1] -> the metric encoder's unit embeddings (N, E)."""
+    return F.normalize(metric_encoder().images([to_image(picture) for picture in pictures]), dim=1)
 
 
-def read(texts: Sequence[str]) -> Tensor:
-    """N captions -> the judge's unit embeddings (N, E)"""
-    said = judge().texts
-    assert said is not None  # it is a whole CLIP
-    return F.normalize(said(texts), dim=1)
+def embed_texts(texts: Sequence[str]) -> Tensor:
+    """N captions -> the metric encoder's unit embeddings (N, E)."""
+    encode = metric_encoder().texts
+    assert encode is not None  # it is a whole CLIP
+    return F.normalize(encode(texts), dim=1)
 
 
 @dataclass(frozen=True)
-class Namer:
-    """A classifier of the seen glyphs, trained apart on real scenes of one glyph, some of them
-    blurred or noisy.
+class Classifier:
+    """A classifier of pictures by seen glyph or by drawing style.
+
+    It was trained apart, on real scenes of one glyph, some of them blurred or noisy.
     """
 
     network: ResNetForImageClassification
 
     @classmethod
     @cache
-    def load(cls, place: Path = GLYPH_CLASSIFIER) -> "Namer":
-        """Another `place` holds a classifier of something else: of the hand that drew."""
-        return cls(ResNetForImageClassification.from_pretrained(place, dtype=torch.float32).eval())
+    def load(cls, folder: Path = GLYPH_CLASSIFIER) -> "Classifier":
+        """Load the classifier of glyphs, or the one in another folder."""
+        return cls(ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval())
 
     @torch.no_grad()
-    def glyph(self, pictures: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] -> the likeliest seen glyph (N,)"""
+    def classify(self, pictures: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] -> the likeliest label, a seen glyph or a style (N,)"""
         return torch.cat(
             [self.network(preprocess(part)).logits for part in pictures.split(64)]
         ).argmax(1)
 
 
-def by_hand(pictures: Tensor, style: str) -> Tensor:
+def in_style(pictures: Tensor, style: str) -> Tensor:
     """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0
     or 1 (N,).
     """
-    hands = Namer.load(STYLE_CLASSIFIER)
-    number = [*hands.network.config.id2label.values()].index(style)
-    return hands.glyph(pictures).eq(number).float()
+    classifier = Classifier.load(STYLE_CLASSIFIER)
+    number = [*classifier.network.config.id2label.values()].index(style)
+    return classifier.classify(pictures).eq(number).float()
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:

@@ -17,11 +17,11 @@ from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.training.loop import train
 from imprompt.training.recipe import read_recipe
 from imprompt.training.watch import Metrics
-from worlds.emoji.assemble import RECIPES, places
+from worlds.emoji.assemble import RECIPES, recipe_changes
 from worlds.emoji.train_utils import World
 
 from .evaluate import SETS, follow
-from .markdown_tables import fill, lines
+from .markdown_tables import fill_sections, markdown_table
 from .paths import ROOT
 
 GUIDE = ROOT / "docs" / "training.md"
@@ -62,7 +62,7 @@ def run(world: World, optimizer: str, rate: float, weight: float, seed: int) -> 
     steps = min(STEPS, world.most or STEPS)
     output = world.folder / "optimizers" / f"{optimizer}-{rate:g}-{weight:g}-{seed}-{steps}"
     changes = [
-        *places(world, VARIANT),
+        *recipe_changes(world, VARIANT),
         f'output="{output}"',
         f'optimization.optimizer="{optimizer}"',
         f"optimization.learning_rate={rate}",
@@ -82,7 +82,7 @@ def run(world: World, optimizer: str, rate: float, weight: float, seed: int) -> 
 def curve(world: World, folder: Path, step_seconds: float = 0.0) -> Curve:
     """What a run's log says, its seconds as if every step had taken so many."""
     batch = read_recipe(
-        RECIPES / f"emoji-{VARIANT}.toml", places(world, VARIANT)
+        RECIPES / f"emoji-{VARIANT}.toml", recipe_changes(world, VARIANT)
     ).optimization.batch_size
     rows = [row for row in Metrics(folder).read() if "held_out_loss" in row]
     steps = [float(row["step"]) for row in rows]
@@ -165,7 +165,7 @@ def compare(world: World) -> None:
         *MEASURES,
     ]
     draw(curves)
-    fill(GUIDE, {"optimizers": lines(columns, rows)})
+    fill_sections(GUIDE, {"optimizers": markdown_table(columns, rows)})
 
 
 def draw(curves: Mapping[str, list[Curve]]) -> None:

@@ -1,7 +1,7 @@
-"""What the image encoder's features tell of a picture: linear probes of its embedding and of its
+"""What the image encoder's features hold of a picture: linear probes of its embedding and of its
 patch grid.
 
-A probe is a ridge regression on features of new scenes, so that it tells what an adapter's linear
+A probe is a ridge regression on features of new scenes, so that it shows what an adapter's linear
 layers can find. Glyphs that no training has seen are asked for too: from some of their scenes a
 probe learns to name them in others. Shape letters: N scenes, D width of a feature.
 """
@@ -22,7 +22,7 @@ from worlds.emoji.glyphs import ENCODED, Glyphs
 from worlds.emoji.scenes import Scenes, figures, render, sample_scenes, to_image
 from worlds.emoji.train_utils import World
 
-from .markdown_tables import fill, lines
+from .markdown_tables import fill_sections, markdown_table
 
 FEATURES = {"embedding": "pooled", "grid": "penultimate"}
 TRAIN, TEST = 3000, 600  # scenes a probe learns from, and is asked on
@@ -31,7 +31,7 @@ SHAPE = 8  # places a side of a figure's shape
 
 
 def ridge(features: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
-    """Targets (N, K) of features (N, D), as a linear function of them tells those of `asked` (M,
+    """Targets (N, K) of features (N, D), as a linear function of them gives those of `asked` (M,
     D): (M, K).
     """
     mean, level = features.mean(0), targets.mean(0)
@@ -42,7 +42,7 @@ def ridge(features: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
 
 
 def explained(found: Tensor, true: Tensor) -> float:
-    """The share of the targets' variance that is told (R²)."""
+    """The share of the targets' variance that is explained (R²)."""
     return 1 - ((found - true).square().sum() / (true - true.mean(0)).square().sum()).item()
 
 
@@ -95,7 +95,7 @@ class Reader:
 
 
 def answer(features: Tensor, targets: Tensor, score: Callable[[Tensor, Tensor], float]) -> str:
-    """How well a probe of the first `TRAIN` scenes tells the targets of the others."""
+    """How well a probe of the first `TRAIN` scenes predicts the targets of the others."""
     value = score(ridge(features[:TRAIN], targets[:TRAIN], features[TRAIN:]), targets[TRAIN:])
     return f"{value:.1%}" if score is named else f"{value:.3f}"
 
@@ -131,7 +131,7 @@ def of_glyphs(world: World, reader: Reader, seen: bool) -> dict[str, list[str]]:
 
 
 def of_styles(world: World, reader: Reader) -> dict[str, str]:
-    """For each feature, how often it tells which hand drew a scene."""
+    """For each feature, how often it names a scene's drawing style."""
     styles = [world.glyphs(style) for style in ENCODED]
     share = (TRAIN + TEST) // len(styles)
     drawn = [
@@ -139,10 +139,10 @@ def of_styles(world: World, reader: Reader) -> dict[str, str]:
         for number, one in enumerate(styles)
     ]
     parts = [reader.read(scenes, one) for one, scenes in zip(styles, drawn, strict=True)]
-    hands = one_hot(torch.arange(len(styles)).repeat_interleave(share))
-    mixed = torch.randperm(len(hands), generator=world.generator(53))
+    labels = one_hot(torch.arange(len(styles)).repeat_interleave(share))
+    mixed = torch.randperm(len(labels), generator=world.generator(53))
     return {
-        name: answer(torch.cat([part[name] for part in parts])[mixed], hands[mixed], named)
+        name: answer(torch.cat([part[name] for part in parts])[mixed], labels[mixed], named)
         for name in FEATURES
     }
 
@@ -158,6 +158,6 @@ def probe(world: World) -> None:
     for name, cell in of_styles(world, reader).items():
         rows[f"{name}, seen glyphs"].append(cell)
         rows[f"{name}, unseen glyphs"].append("–")
-    table = lines([*ASKED, "style"], rows)
+    table = markdown_table([*ASKED, "style"], rows)
     print(table)
-    fill(SHIPPED / "README.md", {"probes": table})
+    fill_sections(SHIPPED / "README.md", {"probes": table})

@@ -1,4 +1,4 @@
-"""The shipped parts at work together: `Studio` draws many prompts at once in diffusers' own
+"""The shipped parts at work together: `Sampler` samples many prompts at once in diffusers' own
 pipelines.
 
 Shape letters: N pictures, S pixels a side.
@@ -28,15 +28,15 @@ FRONT = "plus"
 STEPS, GUIDANCE = 25, 3.0
 
 
-class Heard(NamedTuple):
+class Condition(NamedTuple):
     """An image prompt for each of N results."""
 
     pictures: Tensor  # (N, 3, S, S)
-    scale: float | Tensor = 1.0  # or by site (sites,), the raw block map
+    scale: float | Tensor = 1.0  # or by layer (layers,), the raw block map
     mask: Tensor | None = None  # (1, h, w)
 
 
-class Studio:
+class Sampler:
     """A base in diffusers' own pipelines with the shipped adapter attached.
 
     Of another drawing style if `style` is given.
@@ -48,7 +48,7 @@ class Studio:
         if style is not None:
             self.pipe.load_lora_weights(style)
         self.encoder = open_encoder(Location(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
-        self.sites = list(family_of(self.pipe.unet).layers(self.pipe.unet))
+        self.layers = list(family_of(self.pipe.unet).layers(self.pipe.unet))
         self.file = read_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors")
         self.adapter = load_adapter(SHIPPED / "adapters" / f"{adapter}.safetensors", self.pipe.unet)
         self.adapter.attach(self.pipe.unet)
@@ -63,20 +63,20 @@ class Studio:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def prompt(self, heard: Heard) -> ImagePrompt:
+    def prompt(self, condition: Condition) -> ImagePrompt:
         images, feature = (
-            [to_image(picture) for picture in heard.pictures],
+            [to_image(picture) for picture in condition.pictures],
             self.file.variant.feature,
         )
         tokens = self.adapter.tokens(self.encoder.features(images, feature))
         null = self.adapter.tokens(self.encoder.null_features(self.file.variant))
-        return self.adapter.prompt(tokens, null, heard.scale)._replace(mask=heard.mask)
+        return self.adapter.prompt(tokens, null, condition.scale)._replace(mask=condition.mask)
 
     @torch.no_grad()
-    def draw(
+    def sample(
         self,
         count: int,
-        *heard: Heard,
+        *conditions: Condition,
         texts: Sequence[str] = (),
         maps: Tensor | None = None,
         seed: int = 0,
@@ -86,7 +86,9 @@ class Studio:
         hold.
         """
         pipe = self.pipe if maps is None else self.controlled
-        prompts = {"ip_hidden_states": [self.prompt(one) for one in heard]} if heard else None
+        prompts = (
+            {"ip_hidden_states": [self.prompt(one) for one in conditions]} if conditions else None
+        )
         images = pipe(
             list(texts) or [""] * count,
             **({} if maps is None else {"image": maps}),

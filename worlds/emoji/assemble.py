@@ -142,10 +142,10 @@ def write_scenes(world: World, folder: Path, count: int, salt: int) -> None:
 def adapters(world: World) -> None:
     """Train the adapters by their recipes, in this world's folder."""
     for name in ADAPTERS:
-        train(read_recipe(RECIPES / f"emoji-{name}.toml", places(world, name)))
+        train(read_recipe(RECIPES / f"emoji-{name}.toml", recipe_changes(world, name)))
 
 
-def places(world: World, name: str) -> list[str]:
+def recipe_changes(world: World, name: str) -> list[str]:
     """A recipe's folders in this world's, and its steps where fewer are wanted."""
     steps = [] if world.most is None else [f"optimization.steps={world.most}", "data.held_out=16"]
     return [

@@ -26,7 +26,7 @@ from .text import open_tokenizer, text_config
 from .train_utils import World, fit
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
-# pixels a side of what the embedding, and what each patch's feature, must tell of the picture
+# pixels a side of what the embedding, and what each patch's feature, must hold of the picture
 THUMBNAIL, CELL = (16, 4)
 PICTURED = 50  # how much a squared error in them weighs
 CORE = 0.2  # share of the scenes whose glyphs are of the core
@@ -193,7 +193,7 @@ def retrieval(
     world: World, vision: CLIPVisionModelWithProjection, glyphs: Glyphs, *, seen: bool
 ) -> float:
     """How often a scene with noise (sigma 0.1) is nearest to itself among 256: does the embedding
-    tell scenes apart?
+    distinguish scenes?
     """
     generator = world.generator(12, seen)
     pictures = render(

@@ -1,4 +1,4 @@
-"""What every stage of the world's training shares: a budget, a place, a resumable loop."""
+"""What every stage of the world's training shares: a budget, a folder, a resumable loop."""
 
 import time
 import tomllib
@@ -61,16 +61,16 @@ class World:
     def glyphs(self, style: str = OWN) -> Glyphs:
         """The atlas in one drawing style, on this machine's device: scenes are drawn there.
 
-        Drawn once, then kept.
+        Drawn once, then read from the world's folder.
         """
         side = round(self.side * 0.875)
-        kept = self.folder / f"glyphs-{style}-{side}.pt"
-        if not kept.exists():
+        path = self.folder / f"glyphs-{style}-{side}.pt"
+        if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             drawn = load_glyphs(style, side)
-            with atomic_write(kept) as aside:
-                torch.save(vars(drawn) | {"atlas": (drawn.atlas * 255).round().byte()}, aside)
-        glyphs = Glyphs(**torch.load(kept, weights_only=True))
+            with atomic_write(path) as temporary:
+                torch.save(vars(drawn) | {"atlas": (drawn.atlas * 255).round().byte()}, temporary)
+        glyphs = Glyphs(**torch.load(path, weights_only=True))
         return replace(glyphs, atlas=glyphs.atlas.to(self.device).float() / 255)
 
     def generator(self, *salt: int) -> torch.Generator:
@@ -184,8 +184,8 @@ def fit(
             "mean": mean,
             "step": step,
         }
-        with atomic_write(state_file) as aside:
-            torch.save(state, aside)
+        with atomic_write(state_file) as temporary:
+            torch.save(state, temporary)
 
     amp = bf16_is_fast()
     clock = saved = time.monotonic()
