@@ -31,8 +31,8 @@ what this machine can. How each is measured: [benchmarks/README.md](../benchmark
 
 All models have the published sizes or, where it says *narrow*, as many layers at a tenth of the
 width, and random weights: speed and memory depend on nothing else. What is compared runs in one
-run, turn by turn, with the same weights. Numbers are medians with
-the smallest and largest; ratios (×, above 1 is faster) are of neighbouring turns."""
+run, interleaved (A, B, C, A, B, C, …), with the same weights. Numbers are medians with
+the smallest and largest; ratios (×, above 1 is faster) are taken within a round."""
 
 
 def main() -> int:

@@ -48,7 +48,7 @@ package, the rest is a command:
 
     python -m worlds.emoji scenes         # with `baselines` an hour of one thread, resumable:
     python -m studies.emoji baselines     # without them rows 2 to 4 are not measured
-    make claims                           # this page and its pictures again, from the shipped weights
+    make claims                           # this page and its pictures again, as shipped
 
 {budget}
 Image prompts of rows 1 to 4, 6 and 8 go with an empty text at scale 1. Which weights were

@@ -33,7 +33,7 @@ NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085
 
 
 @dataclass(frozen=True)
-class StandIn:
+class RandomModels:
     """A family's models as arguments of diffusers' and transformers' classes."""
 
     base: BaseStructure
@@ -102,11 +102,11 @@ NARROW_SDXL = {
     "addition_time_embed_dim": 32,
     "projection_class_embeddings_input_dim": 6 * 32 + 64,
 }
-STAND_INS = {
-    "sd15": StandIn(BASES["sd15"], VAE | {"scaling_factor": 0.18215}, (CLIP_L,), VIT_H),
-    "sdxl": StandIn(BASES["sdxl"], VAE | {"scaling_factor": 0.13025}, (CLIP_L, BIG_G), VIT_H),
+RANDOM_MODELS = {
+    "sd15": RandomModels(BASES["sd15"], VAE | {"scaling_factor": 0.18215}, (CLIP_L,), VIT_H),
+    "sdxl": RandomModels(BASES["sdxl"], VAE | {"scaling_factor": 0.13025}, (CLIP_L, BIG_G), VIT_H),
     # As many layers as the published ones, so as many operators, and a tenth of their width.
-    "sd15-narrow": StandIn(
+    "sd15-narrow": RandomModels(
         BaseStructure(
             SD1 | {"block_out_channels": (32, 64, 128, 128), "attention_head_dim": 4}, 128
         ),
@@ -115,7 +115,7 @@ STAND_INS = {
         NARROW_VISION,
         image_side=28,
     ),
-    "sdxl-narrow": StandIn(
+    "sdxl-narrow": RandomModels(
         BaseStructure(SDXL | NARROW_SDXL, 128),
         NARROW_VAE | {"scaling_factor": 0.13025},
         (
@@ -126,7 +126,7 @@ STAND_INS = {
         image_side=28,
     ),
     # For the tests.
-    "tiny": StandIn(
+    "tiny": RandomModels(
         BaseStructure(TINY_UNET, 32),
         VAE
         | {
@@ -142,11 +142,11 @@ STAND_INS = {
 }
 
 
-def vae(of: StandIn, dtype: torch.dtype) -> Any:
+def vae(of: RandomModels, dtype: torch.dtype) -> Any:
     return frozen(AutoencoderKL(**of.vae), dtype)
 
 
-def text_encoders(of: StandIn, dtype: torch.dtype) -> list[Any]:
+def text_encoders(of: RandomModels, dtype: torch.dtype) -> list[Any]:
     """The last one also gives the pooled text where the model takes that."""
     *first, last = (
         CLIPTextConfig(**text, max_position_embeddings=of.base.text_tokens) for text in of.texts
@@ -155,18 +155,18 @@ def text_encoders(of: StandIn, dtype: torch.dtype) -> list[Any]:
     return [*(frozen(CLIPTextModel(config), dtype) for config in first), frozen(kind(last), dtype)]
 
 
-def image_encoder(of: StandIn, dtype: torch.dtype) -> Any:
+def image_encoder(of: RandomModels, dtype: torch.dtype) -> Any:
     return frozen(
         CLIPVisionModelWithProjection(CLIPVisionConfig(**of.vision, image_size=of.image_side)),
         dtype,
     )
 
 
-def unet(of: StandIn, dtype: torch.dtype) -> Any:
+def unet(of: RandomModels, dtype: torch.dtype) -> Any:
     return frozen(UNet2DConditionModel(**of.base.config), dtype)
 
 
-def pipeline(of: StandIn, base: nn.Module, dtype: torch.dtype, *, sees: bool = True) -> Any:
+def pipeline(of: RandomModels, base: nn.Module, dtype: torch.dtype, *, sees: bool = True) -> Any:
     """diffusers' own pipeline around the UNet `base`, with an image encoder if it `sees`.
 
     On the default device.
@@ -193,7 +193,7 @@ def pipeline(of: StandIn, base: nn.Module, dtype: torch.dtype, *, sees: bool = T
     return pipe
 
 
-def image_processor(of: StandIn) -> Any:
+def image_processor(of: RandomModels) -> Any:
     side = of.image_side
     return CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}

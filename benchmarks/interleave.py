@@ -1,6 +1,6 @@
-"""Taking turns: what is compared runs in one run, one after the other, again and again.
+"""Interleaving: what is compared runs in one run, A, B, C, A, B, C, …
 
-Ratios are of neighbouring turns.
+Ratios are taken within a round.
 """
 
 import time
@@ -27,18 +27,18 @@ class Loop(Protocol):
         ...
 
 
-class Turn(Protocol):
-    """What is measured, as the one who takes turns sees it."""
+class Timed(Protocol):
+    """What is measured, as `interleave` calls it."""
 
     def run(self, steps: int) -> tuple[float, float | None]:
         """Take so many steps; give the seconds of one, and a loss, where there is one.
 
-        The first turn warms up.
+        The first run warms up.
         """
         ...
 
     def peak(self) -> tuple[float, float]:
-        """The most memory held since the first turn in 1e9 bytes: `Measured.peak` and `.reserved`.
+        """The most memory held since the first run in 1e9 bytes: `Measured.peak` and `.reserved`.
 
         It ends the loop.
         """
@@ -49,26 +49,26 @@ class Turn(Protocol):
 class Measured:
     """What one of those compared took."""
 
-    seconds: list[float] = field(default_factory=list)  # of a step, one number per turn
-    losses: list[float] = field(default_factory=list)  # one per turn
+    seconds: list[float] = field(default_factory=list)  # of a step, one number per round
+    losses: list[float] = field(default_factory=list)  # one per round
     peak: float = 0.0  # 1e9 bytes: all tensors on a GPU; the resident process on a CPU
     reserved: float = 0.0  # 1e9 bytes: what PyTorch held of the GPU; on a CPU as `peak`
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Of neighbouring turns, smallest first."""
+    """Return the ratios within each round, smallest first."""
     return sorted(a / b for a, b in zip(over, under, strict=True))
 
 
-def take_turns(
-    loops: Mapping[str, Turn], rounds: int, steps: int, on_turn: Callable[[str, float], None]
+def interleave(
+    loops: Mapping[str, Timed], rounds: int, steps: int, on_run: Callable[[str, float], None]
 ) -> dict[str, Measured]:
-    """All in turn, `rounds` times `steps` steps, after a first turn that does not count."""
+    """Run each for `steps` steps, in `rounds` rounds after a first that does not count."""
     found = {name: Measured() for name in loops}
     for number in range(rounds + 1):
         for name, loop in loops.items():
             seconds, loss = loop.run(steps)
-            on_turn(name, seconds)
+            on_run(name, seconds)
             if number:
                 found[name].seconds.append(seconds)
                 found[name].losses += [] if loss is None else [loss]
@@ -94,8 +94,8 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
     return time.perf_counter() - begin, result
 
 
-class Here:
-    """A call in this process; see `Turn`. It knows nothing of its memory, which it shares."""
+class InThisProcess:
+    """A call in this process; see `Timed`. It knows nothing of its memory, which it shares."""
 
     def __init__(self, call: Callable[[], Any], device: str) -> None:
         self.call, self.device = call, torch.device(device)
@@ -112,7 +112,7 @@ class Here:
 
 
 class Worker:
-    """A loop in a process of its own, so that its peak memory is its own; see `Turn`.
+    """A loop in a process of its own, so that its peak memory is its own; see `Timed`.
 
     ImpromptError if it fails.
     """
@@ -156,17 +156,17 @@ def serve(pipe: Any, make: Callable[[Any], Loop], setting: Any) -> None:
     """The worker's side: it is asked for steps until it is asked for none."""
     device = torch.device(setting.device)
     try:
-        steps, turns = pipe.recv(), 0
+        steps, rounds = pipe.recv(), 0
         # now, so that no two loops are made at a time: that takes more memory than to have them
         loop = make(setting)
         while steps:
             seconds, loss = timed(lambda taken=steps: loop.run(taken), device)
             pipe.send((seconds / steps, loss))
-            if not turns:
+            if not rounds:
                 forget_peak(device)
-            steps, turns = pipe.recv(), turns + 1
+            steps, rounds = pipe.recv(), rounds + 1
         pipe.send((peak_memory_gb(device), reserved_gb(device)))
-    except Exception as error:  # whatever it is, it is told where the table is printed
+    except Exception as error:  # whatever it is, it is shown where the table is printed
         name = getattr(make, "func", make).__name__  # partial(...) has none
         pipe.send(ImpromptError(f"{name}: {type(error).__name__}: {first_line(error)}"))
 
@@ -185,17 +185,17 @@ def forget_peak(device: torch.device) -> None:
         file.write_text("5")
 
 
-def held_gb(device: torch.device) -> float:
+def memory_gb(device: torch.device) -> float:
     """What this process holds now, counted as `peak_memory_gb` counts the most that it held."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated() / GB
-    told = Path("/proc/self/status").read_text()
-    return int(told.partition("VmRSS:")[2].split()[0]) * 1024 / GB
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024 / GB
 
 
 def measure(loops: Mapping[str, Callable[[Any], Loop]], setting: Any, rounds: int, steps: int,
-            on_turn: Callable[[str, float], None]) -> dict[str, Measured]:  # fmt: skip
+            on_run: Callable[[str, float], None]) -> dict[str, Measured]:  # fmt: skip
     """The loops at that setting, each in a process of its own."""
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(make, setting)) for name, make in loops.items()}
-        return take_turns(workers, rounds, steps, on_turn)
+        return interleave(workers, rounds, steps, on_run)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import stand_ins
+from benchmarks import random_models
 from benchmarks.setting import PromptedSetting
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.projections.resampler import Resampler
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import find_variant
 
-TEXT, PEER, OURS = "text only", "diffusers + IP-Adapter", "ours"
+TEXT, PEER, IMPROMPT = "text only", "diffusers + IP-Adapter", "ours"
 GUIDANCE = 7.5
 PATCHES = 257  # hidden states of ViT-H: one a patch and one for the picture
 
@@ -38,12 +38,12 @@ class Scene:
     nulls: Tensor  # of the same shape: "no image"
 
     def unet(self) -> Any:
-        """A copy of the base model's modules around the same weights, so that each can be joined in
-        its own way.
+        """A copy of the base model's modules around the same weights, so that each can be given
+        image prompts in its own way.
         """
         return copy.deepcopy(self.base, {id(weight): weight for weight in self.base.parameters()})
 
-    def heard(self) -> list[IPAdapter]:
+    def prompt_adapters(self) -> list[IPAdapter]:
         """The adapter of each prompt."""
         return [
             self.adapters[number % len(self.adapters)] for number in range(self.setting.prompts)
@@ -55,7 +55,7 @@ class Scene:
         return together.repeat_interleave(self.setting.batch, 0)
 
     def prompt(self, adapter: IPAdapter) -> ImagePrompt:
-        """The same for ours; the adapter must be attached."""
+        """Return the scene's image prompt for an adapter of ours, which must be attached."""
         tokens, nulls = (
             adapter.tokens(shown).flatten(0, 1)[None] for shown in (self.features, self.nulls)
         )
@@ -63,8 +63,8 @@ class Scene:
 
 
 @dataclass
-class Contender:
-    """A UNet joined in some way, and what it takes beside latents, timestep and text."""
+class Implementation:
+    """A UNet with some way to give it image prompts, and the arguments of its calls."""
 
     unet: Any
     text: Tensor
@@ -80,9 +80,9 @@ def scene(setting: PromptedSetting, adapters: int = 1, base: Any = None) -> Scen
 
     `adapters`: how many different ones the prompts are for; `base`: a UNet that is there already.
     """
-    of, dtype, double = setting.stand_in, stand_ins.DTYPES[setting.precision], 2 * setting.batch
+    of, dtype, double = setting.models, random_models.DTYPES[setting.precision], 2 * setting.batch
     with torch.device(setting.device):
-        base = stand_ins.unet(of, dtype) if base is None else base
+        base = random_models.unet(of, dtype) if base is None else base
         known = find_variant(setting.variant)
         shape = (
             (of.vision["projection_dim"],)
@@ -102,7 +102,7 @@ def scene(setting: PromptedSetting, adapters: int = 1, base: Any = None) -> Scen
         return Scene(
             setting=setting,
             base=base,
-            adapters=[adapter_beside(base, setting.variant, shape[-1]) for _ in range(adapters)],
+            adapters=[adapter_for(base, setting.variant, shape[-1]) for _ in range(adapters)],
             latents=torch.randn(double, 4, setting.side, setting.side, dtype=dtype),
             text=torch.randn(
                 double, of.base.text_tokens, base.config.cross_attention_dim, dtype=dtype
@@ -113,27 +113,29 @@ def scene(setting: PromptedSetting, adapters: int = 1, base: Any = None) -> Scen
         )
 
 
-def adapter_beside(base: Any, name: str, feature_dim: int) -> IPAdapter:
+def adapter_for(base: Any, name: str, feature_dim: int) -> IPAdapter:
     """An adapter of that variant with random weights, on the default device."""
     kind: Any = Resampler if name == "plus" else ImageProjection
     projection = kind(feature_dim, base.config.cross_attention_dim)
     return IPAdapter.for_model(base, projection).requires_grad_(False)
 
 
-def text_only(of: Scene) -> Contender:
-    return Contender(of.unet(), of.text, {"added_cond_kwargs": dict(of.added)})
+def text_only(of: Scene) -> Implementation:
+    return Implementation(of.unet(), of.text, {"added_cond_kwargs": dict(of.added)})
 
 
-def diffusers_ip_adapter(of: Scene) -> Contender:
+def diffusers_ip_adapter(of: Scene) -> Implementation:
     unet = of.unet()
-    layouts = [paper_layout(adapter) for adapter in of.heard()]
+    layouts = [paper_layout(adapter) for adapter in of.prompt_adapters()]
     with torch.device(of.setting.device):
         unet._load_ip_adapter_weights(layouts, low_cpu_mem_usage=False)
     embeddings = [of.embeddings()] * len(layouts)
-    return Contender(unet, of.text, {"added_cond_kwargs": {**of.added, "image_embeds": embeddings}})
+    return Implementation(
+        unet, of.text, {"added_cond_kwargs": {**of.added, "image_embeds": embeddings}}
+    )
 
 
-def ours(of: Scene) -> Contender:
+def with_imprompt(of: Scene) -> Implementation:
     unet = of.unet()
     if of.setting.device == "cuda":
         # as the package loads it; with weights of its own, for others would see them turned
@@ -141,9 +143,9 @@ def ours(of: Scene) -> Contender:
     for adapter in of.adapters:
         adapter.detach()  # from the UNet of an earlier measurement
         adapter.attach(unet)
-    prompts = [of.prompt(adapter) for adapter in of.heard()]
+    prompts = [of.prompt(adapter) for adapter in of.prompt_adapters()]
     given: Any = prompts[0] if len(prompts) == 1 else prompts
-    return Contender(
+    return Implementation(
         unet,
         of.text,
         {
@@ -153,28 +155,28 @@ def ours(of: Scene) -> Contender:
     )
 
 
-def stepper(of: Scene, contender: Contender) -> Callable[[], Tensor]:
+def stepper(of: Scene, implementation: Implementation) -> Callable[[], Tensor]:
     """A call that predicts the noise of the scene's latents once."""
     timestep = torch.tensor(500, device=of.setting.device)
-    return torch.no_grad()(lambda: contender(of.latents, timestep))
+    return torch.no_grad()(lambda: implementation(of.latents, timestep))
 
 
 @torch.no_grad()
-def prompted(of: Scene, name: str) -> dict[str, Any]:
-    """How diffusers' pipeline around that contender's UNet is given the scene's first image prompt,
-    as an embedding.
+def prompt_arguments(of: Scene, name: str) -> dict[str, Any]:
+    """Return what a pipeline around that implementation's UNet is given for the scene's first image
+    prompt, as an embedding.
     """
     if name == PEER:
         return {"ip_adapter_image_embeds": [torch.stack([of.nulls, of.features]).to(of.base.dtype)]}
     return (
         {"cross_attention_kwargs": {"ip_hidden_states": of.prompt(of.adapters[0])}}
-        if name == OURS
+        if name == IMPROMPT
         else {}
     )
 
 
-def asked(setting: PromptedSetting, steps: int) -> dict[str, Any]:
-    """What every pipeline is asked."""
+def pipeline_arguments(setting: PromptedSetting, steps: int) -> dict[str, Any]:
+    """Return the arguments that every pipeline is called with."""
     return {
         "prompt": "a picture of a thing",
         "num_images_per_prompt": setting.batch,
@@ -185,10 +187,10 @@ def asked(setting: PromptedSetting, steps: int) -> dict[str, Any]:
     }
 
 
-CONTENDERS: dict[str, Callable[[Scene], Contender]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Scene], Implementation]] = {
     TEXT: text_only,
     PEER: diffusers_ip_adapter,
-    OURS: ours,
+    IMPROMPT: with_imprompt,
 }
 
 

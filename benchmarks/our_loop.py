@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from benchmarks import stand_ins
+from benchmarks import random_models
 from benchmarks.setting import TrainingSetting
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.training.batches import AugmentedSamples, Composer, Item, RankSlice, loader
@@ -29,7 +29,7 @@ class OurLoop:
     def __init__(self, setting: TrainingSetting) -> None:
         from accelerate import Accelerator
 
-        of, device = setting.stand_in, torch.device(setting.device)
+        of, device = setting.models, torch.device(setting.device)
         plan = Optimization(
             steps=1_000_000,
             batch_size=setting.batch,
@@ -41,15 +41,15 @@ class OurLoop:
             mixed_precision="fp16" if plan.precision == "fp16" else "no", cpu=device.type == "cpu"
         )
         with device:
-            base = stand_ins.unet(of, stand_ins.DTYPES[setting.precision])
+            base = random_models.unet(of, random_models.DTYPES[setting.precision])
         adapter = IPAdapter.for_model(
             base, ImageProjection(of.vision["projection_dim"], base.config.cross_attention_dim)
         ).float()
-        objective = Objective(DDPMScheduler(**stand_ins.NOISE), NoiseSettings())
+        objective = Objective(DDPMScheduler(**random_models.NOISE), NoiseSettings())
         self.trainer = Trainer(
             accelerator, AdaptedModel(prepare_base(base, plan, device), adapter), objective, plan
         )
-        self.sentry = NaNGuard(list, scaled=accelerator.scaler is not None)
+        self.guard = NaNGuard(list, scaled=accelerator.scaler is not None)
         reader = MemoryReader(setting)
         self.compose = Composer(reader.nulls, device, of.vae["scaling_factor"], 0.0, None)
         order = Order([np.arange(len(reader))], setting.batch, seed=0)
@@ -65,9 +65,9 @@ class OurLoop:
         """Take so many steps, and read what a log line tells; give their mean loss."""
         for item in islice(self.items, steps):
             stepped = self.trainer.update(self.step, map(self.compose, [item]))
-            self.sentry.watch(self.step + 1, item["name"], stepped)
+            self.guard.watch(self.step + 1, item["name"], stepped)
             self.step += 1
-        self.sentry.check()
+        self.guard.check()
         return self.trainer.tell()[0]
 
 
@@ -82,7 +82,7 @@ class MemoryReader:
     """
 
     def __init__(self, setting: TrainingSetting) -> None:
-        of, count = setting.stand_in, setting.samples
+        of, count = setting.models, setting.samples
         latent, embedding = (4, setting.side, setting.side), (of.vision["projection_dim"],)
         text = (of.base.text_tokens, of.base.config["cross_attention_dim"])
         self.features: dict[str, Tensor] = {
