@@ -1,7 +1,7 @@
 # make demo   install what is missing, then make a sheet of what image prompts do
 # make test   install what is missing, then run the fast tests
-# make bench  measure what this machine can (long on a CPU), then write docs/benchmarks.md
-# make claims  measure the paper's claims on the packaged model (under an hour), then write docs/claims.md
+# make bench  measure what this machine can (long on a CPU), then write docs/reports/benchmarks.md
+# make claims  measure the paper's claims on the packaged model (under an hour), then write docs/reports/claims.md
 # make world  make the packaged model from nothing and measure it (hours); BUDGET=gpu: the larger one
 # make rehearse  the same in 20 steps a stage, in a clone: does every stage run?
 PYTHON ?= python3

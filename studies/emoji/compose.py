@@ -1,8 +1,8 @@
 """What prompts, regions, block maps, the ControlNet and the other base do together: `python -m
 studies.emoji compose`.
 
-Draws the contact sheets of docs/compose from the shipped weights and writes their numbers to
-results.json there. Shape letters: N pictures, S pixels a side.
+Draws the contact sheets of docs/reports/compose from the shipped weights and writes their numbers
+to results.json there. Shape letters: N pictures, S pixels a side.
 """
 
 import json
@@ -33,11 +33,11 @@ from .measures import (
     outline_iou,
     rims,
 )
-from .paths import ROOT
+from .paths import DOCS, REPORTS
 from .sampler import Condition, Sampler
 from .sheets import draw_sheet
 
-DOCS = ROOT / "docs" / "compose"
+GUIDE, SHEETS = DOCS / "compose.md", REPORTS / "compose"
 COUNT = 32  # scenes that a number is measured on
 SHOWN = 5  # rows of a sheet
 SWEEP_STEPS = 10
@@ -98,7 +98,7 @@ def regions(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
     )
     rows = [("", [a[i], b[i], made[i], swapped[i]]) for i in range(SHOWN)]
     draw_sheet(
-        DOCS / "regions.jpg", ["prompt A", "prompt B", "A left, B right", "B left, A right"], rows
+        SHEETS / "regions.jpg", ["prompt A", "prompt B", "A left, B right", "B left, A right"], rows
     )
     sides = {"left half": (one, other, True), "right half": (other, one, False)}
     return {
@@ -193,7 +193,7 @@ def style_and_layout(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str
     }
     shown = [*range(2), *range(COUNT // 2, COUNT // 2 + SHOWN - 2)]
     rows = [("", [a[i], b[i], *(made[i] for made in results.values())]) for i in shown]
-    draw_sheet(DOCS / "style-and-layout.jpg", ["layout of A", "style of B", *results], rows)
+    draw_sheet(SHEETS / "style-and-layout.jpg", ["layout of A", "style of B", *results], rows)
     return {
         name: {
             "background colour of B": correlation(
@@ -232,7 +232,7 @@ def outlines(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
     rows = [
         ("", [maps[i], b[i], *(made[i] for made in results.values())]) for i in range(SHOWN + 2)
     ]
-    draw_sheet(DOCS / "outlines.jpg", ["edges of A", "prompt B", *results], rows)
+    draw_sheet(SHEETS / "outlines.jpg", ["edges of A", "prompt B", *results], rows)
     return {
         name: means(
             edge_IoU=outline_iou(made, maps),
@@ -264,7 +264,7 @@ def styles(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
         ("", [real[i], redrawn[i], *(made[i] for made in results.values())])
         for i in range(SHOWN + 1)
     ]
-    draw_sheet(DOCS / "style.jpg", ["prompt", f"(as {STYLE_SHOWN})", *results], rows)
+    draw_sheet(SHEETS / "style.jpg", ["prompt", f"(as {STYLE_SHOWN})", *results], rows)
     real_ones = {"real scenes": real, f"real scenes as {STYLE_SHOWN}": redrawn}
     return {
         name: means(
@@ -295,7 +295,7 @@ def sweep(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
         ]
         rows.append((f"text: {text or '(none)'}", [real[0], *cells]))
     draw_sheet(
-        DOCS / "scale-and-text.jpg", ["prompt", *(f"scale {scale}" for scale in SCALES)], rows
+        SHEETS / "scale-and-text.jpg", ["prompt", *(f"scale {scale}" for scale in SCALES)], rows
     )
     named = (scenes.glyph[:, 0] + 7) % glyphs.core
     texts = [article(glyphs.names[g]) for g in named.tolist()]
@@ -325,9 +325,9 @@ def compose(world: World) -> None:
     for name, picture in PICTURES.items():
         results[name] = picture(sampler, glyphs, world)
         print(name, json.dumps(results[name], indent=1), flush=True)
-    (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (SHEETS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     blocks = results.pop("blocks")
     fill_sections(
-        DOCS.with_suffix(".md"),
+        GUIDE,
         {name: number_table(rows) for name, rows in (blocks | results).items()},
     )

@@ -45,11 +45,11 @@ from .measures import (
     retrieval,
     to_tensor,
 )
-from .paths import ROOT
+from .paths import REPORTS
 from .sampler import FRONT, Sampler
 from .sheets import draw_sheet, sheet
 
-DOCS = ROOT / "docs" / "emoji"
+SHEETS = REPORTS / "emoji"
 COUNT = 128
 SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt with a text
 
@@ -193,7 +193,7 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             }
         )
         draw_sheet(
-            DOCS / f"text-{label.replace(' ', '-')}.jpg",
+            SHEETS / f"text-{label.replace(' ', '-')}.jpg",
             [""] * 8,
             [("", [*made[i : i + 8]]) for i in range(0, min(48, count), 8)],
         )
@@ -223,7 +223,7 @@ def check_metric_encoder(glyphs: Glyphs, world: World) -> Row:
 def evaluate(world: World) -> None:
     world = replace(world, device="cpu")  # small enough, and the same numbers everywhere
     glyphs = world.glyphs()
-    DOCS.mkdir(parents=True, exist_ok=True)
+    SHEETS.mkdir(parents=True, exist_ok=True)
     results: dict[str, Row] = {"metric encoder": check_metric_encoder(glyphs, world)}
     vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
     for number, (label, kind) in enumerate(SETS.items()):
@@ -240,17 +240,17 @@ def evaluate(world: World) -> None:
                 pipe, glyphs, kind.scenes(glyphs, count_of(world), generator), generator
             )
             results[f"{name}: {label}"] = means(values)
-            sheet(prompts, made, DOCS / f"{name}-{label.replace(',', '').replace(' ', '-')}.jpg")
+            sheet(prompts, made, SHEETS / f"{name}-{label.replace(',', '').replace(' ', '-')}.jpg")
             print(name, label, results[f"{name}: {label}"], flush=True)
             if name == FRONT and not number:
-                sheet(prompts, made, DOCS / "prompts-and-results.jpg", pairs=15, columns=5)
+                sheet(prompts, made, SHEETS / "prompts-and-results.jpg", pairs=15, columns=5)
         for scale in SCALES:
             row, prompts, made = with_text(pipe, glyphs, world, scale)
             results[f"{name}: text and image, scale {scale}"] = row
             print(name, "text", scale, row, flush=True)
             if scale == 0.5:
-                sheet(prompts, made, DOCS / f"{name}-with-text.jpg")
-    (DOCS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+                sheet(prompts, made, SHEETS / f"{name}-with-text.jpg")
+    (SHEETS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     fill_sections(SHIPPED / "README.md", {"parts": parts(), "measured": table(results)})
     print(table(results))
 

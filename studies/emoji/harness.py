@@ -40,11 +40,11 @@ from .measures import (
     middle,
     outlines,
 )
-from .paths import ROOT
+from .paths import REPORTS
 from .sampler import GUIDANCE, Condition, Sampler
 from .sheets import draw_sheet
 
-PAGE = ROOT / "docs" / "claims.md"
+PAGE = REPORTS / "claims.md"
 SHEETS = PAGE.with_suffix("")
 SCENES, SEEDS = 80, 2
 STEPS = 25

@@ -22,16 +22,16 @@ from worlds.emoji.train_utils import World
 
 from .evaluate import SETS, follow
 from .markdown_tables import fill_sections, markdown_table
-from .paths import ROOT
+from .paths import DOCS, REPORTS
 
-GUIDE = ROOT / "docs" / "training.md"
+GUIDE = DOCS / "training.md"
 VARIANT = "plus"
 STEPS, EVERY, SEEDS = 300, 75, (1, 2, 3)
 SCENES = 64  # on which results are measured
 RATES = {"adamw": (5e-4, 1e-3, 2e-3, 4e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3)}
 WEIGHTS = {"": 0.0, ", figure weighs 4": 3.0}
 MEASURES = ("own glyph", "colour error", "outline likeness")
-FIGURE = GUIDE.with_suffix("") / "optimizers.png"
+FIGURE = REPORTS / "training" / "optimizers.png"
 
 
 class Curve(NamedTuple):

@@ -1,5 +1,5 @@
-"""`python -m studies.emoji claims`: measure the paper's claims on this world, write docs/claims.md
-and its contact sheets.
+"""`python -m studies.emoji claims`: measure the paper's claims on this world, write
+docs/reports/claims.md and its contact sheets.
 
 Everything that the shipped weights can say is measured anew; what needs the baselines is, where
 `python -m studies.emoji baselines` has trained them.
@@ -51,9 +51,9 @@ package, the rest is a command:
     make claims                           # this page and its pictures again, as shipped
 
 {budget}
-Image prompts of rows 1 to 4, 6 and 8 go with an empty text at scale 1. Which weights were
-trained on how much is said in rows 2 to 4 and, for the packaged ones (*base* and *plus* without a
-further word), in the [model card](../src/imprompt/weights/emoji/README.md). *decoupled* is the base
+Image prompts of rows 1 to 4, 6 and 8 go with an empty text at scale 1. Which weights were trained
+on how much is said in rows 2 to 4 and, for the packaged ones (*base* and *plus* without a further
+word), in the [model card](../../src/imprompt/weights/emoji/README.md). *decoupled* is the base
 variant trained as the baselines are: one run each, on the same samples in the same order, learning
 rates not searched for. Intervals speak of scenes and seeds, not of other trainings. A claim is
 undecided where an interval holds what it would have to leave out.

@@ -9,3 +9,5 @@ METRIC_ENCODER = WEIGHTS / "metric-encoder"
 GLYPH_CLASSIFIER = WEIGHTS / "glyph-classifier"
 STYLE_CLASSIFIER = WEIGHTS / "style-classifier"
 HELD_OUT = STUDIES / "held-out"
+DOCS = ROOT / "docs"
+REPORTS = DOCS / "reports"  # what commands write whole
