@@ -1,4 +1,5 @@
-"""Our training loop at a setting: the package's own step on features encoded beforehand.
+"""Our training loop at a setting: the package's own data pipeline and step, on features that were
+encoded before.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -13,12 +14,12 @@ from torch import Tensor
 from benchmarks import random_models
 from benchmarks.setting import TrainingSetting
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.training.batches import AugmentedSamples, Composer, Item, RankSlice, loader
+from imprompt.training.batches import Composer, Item, RankSlice
 from imprompt.training.model import AdaptedModel, prepare_base
 from imprompt.training.objective import Objective
-from imprompt.training.order import Order
 from imprompt.training.recipe import Data, NoiseSettings, Optimization
 from imprompt.training.step import NaNGuard, Trainer
+from imprompt.training.supply import DataPipeline
 
 
 class OurLoop:
@@ -51,20 +52,21 @@ class OurLoop:
         )
         self.guard = NaNGuard(list, scaled=accelerator.scaler is not None)
         reader = MemoryReader(setting)
-        self.compose = Composer(reader.nulls, device, of.vae["scaling_factor"], 0.0, None)
-        order = Order([np.arange(len(reader))], setting.batch, seed=0)
-        self.items = loader(
-            AugmentedSamples(reader, Data(source="in memory"), seed=0),
-            order.steps(),
-            RankSlice(),
-            workers=0,
+        self.supply = DataPipeline(
+            reader,
+            Data(source="in memory", workers=0),
+            seed=0,
+            share=RankSlice(),
+            batch=setting.batch,
+            compose=Composer(reader.nulls, device, of.vae["scaling_factor"], 0.0, None),
         )
+        self.items = self.supply.items(0)
         self.step = 0
 
     def run(self, steps: int) -> float:
         """Take so many steps, and read what a log line tells; give their mean loss."""
         for item in islice(self.items, steps):
-            stepped = self.trainer.update(self.step, map(self.compose, [item]))
+            stepped = self.trainer.update(self.step, map(self.supply.compose, [item]))
             self.guard.watch(self.step + 1, item["name"], stepped)
             self.step += 1
         self.guard.check()

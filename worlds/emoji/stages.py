@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from imprompt.errors import ImpromptError
+
 from .train_utils import BUDGETS, World
 
 
@@ -72,9 +74,11 @@ def main(
     folder = args.folder or Path("runs") / f"emoji-{args.budget}"
     world = World(args.budget, folder, most=args.steps, budgets=budgets)
     world.folder.mkdir(parents=True, exist_ok=True)
-    if args.stage != "all":
-        stages[args.stage].run(world)
-        return
-    for stage in (*(before or {}).values(), *stages.values()):
-        if stage.in_all:
+    wanted = [stages[args.stage]] if args.stage in stages else []
+    if args.stage == "all":
+        wanted = [one for one in (*(before or {}).values(), *stages.values()) if one.in_all]
+    try:
+        for stage in wanted:
             stage.run(world)
+    except ImpromptError as error:
+        raise SystemExit(str(error)) from error

@@ -3,8 +3,9 @@
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from imprompt.files import atomic_write
+from imprompt.training.endings import explained_termination, lock_output
 from imprompt.training.model import bf16_is_fast
 from imprompt.training.muon import Muon, weight_matrices
+from imprompt.training.state import save_state
+from imprompt.training.step import Average, NaNGuard, Stepped
+from imprompt.training.watch import Clock
 
 from .glyphs import OWN, Glyphs, load_glyphs
 
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets.toml"
-SAVE_EVERY = 90.0  # seconds
+SAVE_EVERY, LOG_EVERY = 90.0, 50  # seconds, steps
+STATE = "training.pt"  # in a state's folder, as in an adapter's
 # what a stage was called when states that may still be resumed were written, and its module in them
 FORMER_NAMES = {"metric-encoder": "judge", "glyph-classifier": "namer", "style-classifier": "hands"}
 FORMER_MODULES = {"namer.": "classifier."}
@@ -130,19 +136,87 @@ def optimizer_of(modules: nn.Module, lr: float, weight_decay: float) -> Muon:
     )
 
 
-def load_state(world: World, name: str) -> dict[str, Any] | None:
-    """Return the last state of a stage, under its name or its former one; None if there is none."""
-    names = [name, FORMER_NAMES.get(name, name)]
-    files = [path for one in names if (path := world.folder / f"{one}.state").exists()]
-    if not files:
-        return None
-    state = torch.load(files[0], weights_only=True, map_location=world.device)
-    for former, now in FORMER_MODULES.items():
-        state["modules"] = {
-            now + key.removeprefix(former) if key.startswith(former) else key: value
-            for key, value in state["modules"].items()
+class Training:
+    """The modules of a stage with their optimizer and moving average: all that a state holds."""
+
+    def __init__(
+        self, modules: nn.ModuleDict, lr: float, weight_decay: float, average: float | None
+    ) -> None:
+        self.modules = modules
+        self.optimizer = optimizer_of(modules, lr, weight_decay)
+        self.average = Average(modules.parameters(), average) if average else None
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Return what a run needs to go on after `step` steps."""
+        names = [name for name, _ in self.modules.named_parameters()]
+        means = self.average.means if self.average else []
+        return {
+            "modules": self.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "mean": dict(zip(names, means, strict=False)),
+            "step": step,
         }
+
+    def load(self, state: dict[str, Any]) -> int:
+        """Go on from a state; return the steps that are done."""
+        if self.average:
+            self.modules.load_state_dict({**state["modules"], **state["mean"]})
+            self.average.start(self.modules.parameters(), state["step"])
+        self.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def step(self, losses: dict[str, Tensor], lr: float) -> Stepped:
+        """Take one optimizer step down the sum of the losses."""
+        total = torch.stack([value.float() for value in losses.values()]).sum()
+        total.backward()
+        if rank()[1] > 1:
+            share_gradients(self.modules)
+        norm = nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.step(self.modules.parameters())
+        return Stepped(total.detach(), norm)
+
+    def finish(self) -> nn.ModuleDict:
+        """Return the modules with their averaged weights, ready for use."""
+        if self.average:
+            with torch.no_grad():
+                for own, mean in zip(self.modules.parameters(), self.average.means, strict=True):
+                    own.copy_(mean)
+        return self.modules.eval()
+
+
+def load_state(world: World, name: str) -> dict[str, Any] | None:
+    """Return the last state of a stage; None if there is none.
+
+    States of before are files in the world's folder, some under a former name of the stage.
+    """
+    former = (world.folder / f"{one}.state" for one in (name, FORMER_NAMES.get(name, name)))
+    files = (states_of(world, name) / "latest" / STATE, *former)
+    file = next((path for path in files if path.exists()), None)
+    if file is None:
+        return None
+    state = torch.load(file, weights_only=True, map_location=world.device)
+    for part in ("modules", "mean"):
+        state[part] = {named_now(key): value for key, value in state[part].items()}
     return state
+
+
+def named_now(key: str) -> str:
+    """Return a weight's name, given the one that a state of before may have for it."""
+    for old, new in FORMER_MODULES.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+def states_of(world: World, name: str) -> Path:
+    """Return the folder of a stage's states."""
+    return world.folder / "states" / name
 
 
 def fit(
@@ -157,74 +231,60 @@ def fit(
     average: float | None = None,
     weight_decay: float = 0.01,
 ) -> nn.ModuleDict:
-    """Minimise the sum of the losses that `loss_of(step)` returns.
+    """Minimise the sum of the losses that `loss_of(step)` returns, from the stage's last state on.
 
-    Resumes from the last state in the world's folder.
-
-    With `average` an exponential moving average of the weights is kept and returned in place of the
-    last ones.
+    Everything random in a step depends on the world's seed and the step alone: a resumed run gives
+    the weights of an uninterrupted one. With `average` the weights returned are their exponential
+    moving average.
     """
-    state_file = world.folder / f"{name}.state"
     modules.to(world.device).train()
-    optimizer = optimizer_of(modules, lr, weight_decay)
-    mean = {k: v.detach().clone() for k, v in modules.state_dict().items()} if average else {}
-    start = 0
-    if (state := load_state(world, name)) is not None:
-        modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
-        mean, start = state["mean"], state["step"]
-        print(f"{name}: resumed at step {start}", flush=True)
+    training = Training(modules, lr, weight_decay, average)
+    folder, first = states_of(world, name), rank()[0] == 0
+    with ExitStack() as stack:
+        stack.enter_context(explained_termination(folder))
+        if first:
+            stack.callback(lock_output(folder).release)
+        start = 0
+        if (state := load_state(world, name)) is not None:
+            start = training.load(state)
+            print(f"{name}: resumed at step {start}", flush=True)
+        clock, guard, log = Clock(), NaNGuard(list, scaled=False), LossLog(name, steps)
+        saved = time.monotonic()
+        for step in range(start, steps):
+            torch.manual_seed(world.generator(96, step, rank()[0]).initial_seed())
+            with torch.autocast(world.device, torch.bfloat16, enabled=bf16_is_fast()):
+                losses = loss_of(step)
+            stepped = training.step(losses, learning_rate(step, steps, lr))
+            guard.watch(step + 1, [f"those that {name} draws for it"], stepped)
+            clock.step(batch)
+            log.add(losses)
+            last = step + 1 == steps
+            if (step + 1) % LOG_EVERY == 0 and first:
+                log.print(step + 1, clock.lap().samples_per_second)
+            if first and (last or time.monotonic() - saved > SAVE_EVERY):
+                guard.check()
+                with clock.paused():
+                    files = {STATE: partial(torch.save, training.state(step + 1))}
+                    save_state(folder, step + 1, files, {}, keep=1)
+                saved = time.monotonic()
+    return training.finish()
 
-    def save(step: int) -> None:
-        if rank()[0]:
-            return
-        state = {
-            "modules": modules.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "mean": mean,
-            "step": step,
-        }
-        with atomic_write(state_file) as temporary:
-            torch.save(state, temporary)
 
-    amp = bf16_is_fast()
-    clock = saved = time.monotonic()
-    counted = start
-    seen: dict[str, float] = {}
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
-        with torch.autocast(world.device, torch.bfloat16, enabled=amp):
-            losses = loss_of(step)
-        total = torch.stack([value.float() for value in losses.values()]).sum()
-        total.backward()
-        if rank()[1] > 1:
-            share_gradients(modules)
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            keep = min(average, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for key, value in modules.state_dict().items():
-                    mean[key].lerp_(value, 1 - keep) if value.is_floating_point() else mean[
-                        key
-                    ].copy_(value)
-        if not total.isfinite():
-            raise RuntimeError(
-                f"{name}: the loss is {total.item()} at step {step}; the last state is {state_file}"
-            )
+class LossLog:
+    """Running means of a stage's losses, printed with its pace."""
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.name, self.steps = name, steps
+        self.means: dict[str, Tensor] = {}
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Take in the losses of a step; they stay on their device."""
         for key, value in losses.items():
-            seen[key] = seen.get(key, value.item()) * 0.98 + value.item() * 0.02
-        if (step + 1) % 50 == 0 and rank()[0] == 0:
-            rate = (step + 1 - counted) * batch / (time.monotonic() - clock)
-            clock, counted = time.monotonic(), step + 1
-            means = "  ".join(f"{key} {value:.4f}" for key, value in seen.items())
-            print(f"{name} {step + 1}/{steps}  {rate:.0f} samples/s  {means}", flush=True)
-        if time.monotonic() - saved > SAVE_EVERY:
-            save(step + 1)
-            saved = time.monotonic()
-    save(steps)
-    if average:
-        modules.load_state_dict(mean)
-    return modules.eval()
+            now = value.detach().float()
+            self.means[key] = self.means.get(key, now).lerp(now, 0.02)
+
+    def print(self, step: int, samples_per_second: float) -> None:
+        """Print a line."""
+        means = "  ".join(f"{key} {value.item():.4f}" for key, value in self.means.items())
+        pace = f"{samples_per_second:.0f} samples/s"
+        print(f"{self.name} {step}/{self.steps}  {pace}  {means}", flush=True)
