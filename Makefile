@@ -1,8 +1,8 @@
 # make demo   install what is missing, then make a sheet of what image prompts do
 # make test   install what is missing, then run the fast tests
-# make bench  measure what this machine can (long on a CPU), then write docs/benchmarks.md
-# make claims  measure the paper's claims on the packaged model (under an hour), then write docs/claims.md
-# make world  make the packaged model from nothing (hours); BUDGET=gpu for the larger one
+# make bench  measure what this machine can (long on a CPU), then write docs/reports/benchmarks.md
+# make claims  measure the paper's claims on the packaged model (under an hour), then write docs/reports/claims.md
+# make world  make the packaged model from nothing and measure it (hours); BUDGET=gpu: the larger one
 # make rehearse  the same in 20 steps a stage, in a clone: does every stage run?
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,16 +21,16 @@ bench: $(DEV_INSTALLED)
 	$(BIN)/python -m benchmarks.all
 
 claims: $(DEV_INSTALLED)
-	$(BIN)/python -m worlds.emoji claims
+	$(BIN)/python -m studies.emoji claims
 
 world: $(DEV_INSTALLED)
-	$(BIN)/python -m worlds.emoji all --budget $(BUDGET)
+	$(BIN)/python -m studies.emoji all --budget $(BUDGET)
 
 rehearse: $(DEV_INSTALLED)
 	rm -rf runs/rehearsal
 	git clone --quiet . runs/rehearsal
 	ln -s ../../../../worlds/emoji/node_modules runs/rehearsal/worlds/emoji/node_modules
-	cd runs/rehearsal && PYTHONPATH=src ../../.venv/bin/python -m worlds.emoji all --budget $(BUDGET) --steps 20 --folder world
+	cd runs/rehearsal && PYTHONPATH=src ../../.venv/bin/python -m studies.emoji all --budget $(BUDGET) --steps 20 --folder world
 
 test: $(DEV_INSTALLED)
 	$(BIN)/python -m pytest

@@ -20,7 +20,7 @@ import torch
 from benchmarks import page
 from benchmarks.record import RESULTS, about, note
 
-# Question, seconds that it may take, and what else it is asked. The most wanted come first.
+# Question, seconds that it may take, and its further options. The most wanted come first.
 STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
     "cuda": (
         ("step", 220, ()),
@@ -74,10 +74,10 @@ def stage(question: str, limit: int, asked: Sequence[str], args: argparse.Namesp
         code = subprocess.run(command, timeout=limit, check=False).returncode
     except subprocess.TimeoutExpired:
         code = None
-    told = {0: "done", None: f"cut off at its limit of {limit} s"}.get(
+    outcome = {0: "done", None: f"cut off at its limit of {limit} s"}.get(
         code, f"failed with exit code {code}"
     )
-    note(f"{question}: {told} after {time.monotonic() - start:.0f} s")
+    note(f"{question}: {outcome} after {time.monotonic() - start:.0f} s")
     return code == 0
 
 

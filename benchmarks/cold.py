@@ -4,7 +4,7 @@ script of diffusers.
     python -m benchmarks.cold
 
 Every number is of a whole process, start and end included. The files it reads are in the system's
-cache: the first turn, which does not count, has read them.
+cache: the first round, which does not count, has read them.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.interleave import interleave
 from benchmarks.record import (
     Bar,
     Outcome,
@@ -29,7 +30,6 @@ from benchmarks.record import (
     table,
     verdicts,
 )
-from benchmarks.turns import take_turns
 from imprompt.checkpoints.adapters import read_adapter, write_adapter
 from imprompt.cli import demo
 from imprompt.errors import ImpromptError
@@ -43,7 +43,7 @@ BARS = {DEMO: 10.0, HELP: 0.3}  # seconds
 
 
 class Process:
-    """A command, run as a process of its own; see `benchmarks.turns.Turn`.
+    """A command, run as a process of its own; see `benchmarks.interleave.Timed`.
 
     ImpromptError if it fails.
     """
@@ -74,16 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImpromptError as error:
         print(error, file=sys.stderr)
         return 1
-    record.tell(section(record.rows))
+    record.show(section(record.rows))
     return 0
 
 
 def run(args: argparse.Namespace) -> Iterator[Outcome]:
     with tempfile.TemporaryDirectory() as folder:
         for what, batch, commands in compared(Path(folder), args.device):
-            turns = {name: Process(command) for name, command in commands.items()}
-            loops = take_turns(
-                turns, args.rounds, 1, lambda name, seconds: note(f"{name}: {seconds:.2f} s")
+            timed = {name: Process(command) for name, command in commands.items()}
+            loops = interleave(
+                timed, args.rounds, 1, lambda name, seconds: note(f"{name}: {seconds:.2f} s")
             )
             yield Outcome(
                 {"device": args.device, "model": "emoji", "what": what, "batch": batch}, loops
@@ -96,7 +96,7 @@ def compared(folder: Path, device: str) -> Iterator[tuple[str, int, dict[str, li
     write_adapter(
         adapter, read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors"), layout="paper"
     )
-    ours = [sys.executable, "-m", "imprompt"]
+    imprompt = [sys.executable, "-m", "imprompt"]
     theirs = [
         sys.executable,
         "-m",
@@ -107,7 +107,7 @@ def compared(folder: Path, device: str) -> Iterator[tuple[str, int, dict[str, li
         device,
     ]
     generate = [
-        *ours,
+        *imprompt,
         "generate",
         str(PICTURE),
         "--seed",
@@ -121,9 +121,9 @@ def compared(folder: Path, device: str) -> Iterator[tuple[str, int, dict[str, li
     yield (
         "the demo",
         demo.RESULTS * len(demo.LABELS),
-        {DEMO: [*ours, "demo", "--out", str(folder / "demo")]},
+        {DEMO: [*imprompt, "demo", "--out", str(folder / "demo")]},
     )
-    yield "the help page", 1, {HELP: [*ours, "--help"]}
+    yield "the help page", 1, {HELP: [*imprompt, "--help"]}
 
 
 def bars_of(found: Outcome) -> list[Bar]:

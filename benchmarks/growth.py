@@ -15,11 +15,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import CONTENDERS, OURS, PEER, Contender, Scene, scene, stepper
+from benchmarks.implementations import (
+    IMPLEMENTATIONS,
+    IMPROMPT,
+    PEER,
+    Implementation,
+    Scene,
+    scene,
+    stepper,
+)
+from benchmarks.interleave import InThisProcess, Measured, forget_peak, interleave, memory_gb
+from benchmarks.random_models import DTYPES, RANDOM_MODELS
 from benchmarks.record import Outcome, Record, join, left_out, note, options, parsed, spread, table
 from benchmarks.setting import PromptedSetting
-from benchmarks.stand_ins import DTYPES, STAND_INS
-from benchmarks.turns import Here, Measured, forget_peak, held_gb, take_turns
 from imprompt.errors import first_line
 from imprompt.training.estimate import LiveBytes
 from imprompt.training.watch import GB, peak_memory_gb
@@ -48,25 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     record = Record("growth", arguments, args.device, args.record)
     model = args.model or MODEL[args.device]
-    start = PromptedSetting(args.device, model, 1, STAND_INS[model].base.side, args.precision)
+    start = PromptedSetting(args.device, model, 1, RANDOM_MODELS[model].base.side, args.precision)
     if args.device == "cpu":
         record.skip(
             "SD 1.5 at its full width", "that many steps are for a GPU; --model sd15 asks for them"
         )
     for found in run(args, start, record):
         record.add(found)
-    record.tell(section(record.rows))
+    record.show(section(record.rows))
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("growth", __doc__, rounds=3)
-    parser.add_argument("--model", choices=STAND_INS, help="sd15; on a CPU its narrow stand-in")
+    parser.add_argument(
+        "--model", choices=RANDOM_MODELS, help="sd15; on a CPU its narrow counterpart"
+    )
     parser.add_argument(
         "--axes", choices=[field for field, *_ in AXES["cuda"]], nargs="+", help="all, if not given"
     )
     parser.add_argument("--most", type=int, help="leave out values beyond it")
-    parser.add_argument("--steps", type=int, default=2, help="in a turn (2)")
+    parser.add_argument("--steps", type=int, default=2, help="in a round (2)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     return parsed(parser, arguments, narrows=("model", "axes", "most", "precision"))
 
@@ -91,35 +101,35 @@ def run(
 
 
 def measured(of: Scene, args: argparse.Namespace) -> dict[str, Measured]:
-    """By contender: the time of a step, and the most memory that it takes beside the weights."""
-    joined = {name: CONTENDERS[name](of) for name in (PEER, OURS)}
-    calls = {name: stepper(of, contender) for name, contender in joined.items()}
-    turns = {name: Here(call, args.device) for name, call in calls.items()}
-    found = take_turns(turns, args.rounds, args.steps, lambda *_: None)
+    """Measure each implementation's time of a step, and the memory it takes beside the weights."""
+    joined = {name: IMPLEMENTATIONS[name](of) for name in (PEER, IMPROMPT)}
+    calls = {name: stepper(of, implementation) for name, implementation in joined.items()}
+    timed = {name: InThisProcess(call, args.device) for name, call in calls.items()}
+    found = interleave(timed, args.rounds, args.steps, lambda *_: None)
     for name, call in calls.items():
-        kept = kept_bytes(of) if name == OURS else 0
-        found[name].peak = taken_gb(call, joined[name], of) + kept / GB
+        prepared = prepared_bytes(of) if name == IMPROMPT else 0
+        found[name].peak = taken_gb(call, joined[name], of) + prepared / GB
     return found
 
 
-def kept_bytes(of: Scene) -> int:
+def prepared_bytes(of: Scene) -> int:
     """Keys and values that ours has prepared: of the text and of every image prompt."""
     return of.adapters[0].injection.cached_bytes() + sum(
-        of.prompt(adapter).bytes for adapter in of.adapters_in_use()
+        of.prompt(adapter).bytes for adapter in of.prompt_adapters()
     )
 
 
-def taken_gb(call: Callable[[], Any], contender: Contender, of: Scene) -> float:
+def taken_gb(call: Callable[[], Any], implementation: Implementation, of: Scene) -> float:
     """The most that one step holds beside what was there before: PyTorch's on a GPU, all tensors'
     on a CPU.
     """
     device = torch.device(of.setting.device)
     if device.type == "cuda":
         forget_peak(device)
-        before = held_gb(device)
+        before = memory_gb(device)
         call()
         return peak_memory_gb(device) - before
-    live = LiveBytes([*contender.unet.parameters(), of.latents, of.text])
+    live = LiveBytes([*implementation.unet.parameters(), of.latents, of.text])
     with live:
         call()
     return live.peak / GB
@@ -132,7 +142,7 @@ def section(rows: Mapping[str, Any]) -> str:
         return left_out(rows)
     first, lines = found[0].setting, []
     for outcome in found:
-        setting, loops = outcome.setting, [outcome.loops[name] for name in (PEER, OURS)]
+        setting, loops = outcome.setting, [outcome.loops[name] for name in (PEER, IMPROMPT)]
         each = (
             spread([1000 * seconds / setting["batch"] for seconds in loop.seconds], ",.1f")
             for loop in loops
@@ -143,7 +153,7 @@ def section(rows: Mapping[str, Any]) -> str:
                 setting["axis"],
                 f"{setting['value']:,}",
                 *each,
-                spread(outcome.times(OURS, PEER), ".2f"),
+                spread(outcome.times(IMPROMPT, PEER), ".2f"),
                 *memory,
             )
         )

@@ -14,12 +14,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import stand_ins
-from benchmarks.contenders import CONTENDERS, OURS, TEXT, asked, ours, prompted, scene
+from benchmarks import random_models
+from benchmarks.implementations import (
+    IMPLEMENTATIONS,
+    IMPROMPT,
+    TEXT,
+    pipeline_arguments,
+    prompt_arguments,
+    scene,
+    with_imprompt,
+)
+from benchmarks.interleave import Measured, Worker, interleave
+from benchmarks.random_models import DTYPES, RANDOM_MODELS
 from benchmarks.record import Outcome, Record, join, left_out, note, options, parsed, table
 from benchmarks.setting import PromptedSetting
-from benchmarks.stand_ins import DTYPES, STAND_INS
-from benchmarks.turns import Measured, Worker, take_turns
 from imprompt.cli.console import quiet
 from imprompt.errors import ImpromptError
 from imprompt.generation.memory import quantize
@@ -76,23 +84,27 @@ MODELS = {"cuda": {"sd15": (PLAIN,), "sdxl": MODES}, "cpu": {"sd15": MODES}}
 class PictureLoop:
     """Pictures through diffusers' pipeline, the image prompt being an embedding.
 
-    A `benchmarks.turns.Loop`.
+    A `benchmarks.interleave.Loop`.
     """
 
     def __init__(self, name: str, setting: MemorySetting) -> None:
         quiet()
         mode, stage = MODES[setting.mode], scene(setting)
         mode.unet(stage.base)
-        stage.base = CONTENDERS[name](stage).unet  # and let go of the one that it was made from
+        stage.base = IMPLEMENTATIONS[name](
+            stage
+        ).unet  # and let go of the one that it was made from
         # diffusers has the weights that it needs in its UNet
-        stage.adapters = stage.adapters if name == OURS else []
+        stage.adapters = stage.adapters if name == IMPROMPT else []
         with torch.device(setting.device):
-            pipe = stand_ins.pipeline(setting.stand_in, stage.base, stage.base.dtype, sees=False)
+            pipe = random_models.pipeline(setting.models, stage.base, stage.base.dtype, sees=False)
         if mode.offloads:
             pipe.to("cpu")
             torch.cuda.empty_cache()
         mode.pipe(pipe)
-        self.call = lambda: pipe(**asked(setting, SAMPLED), **prompted(stage, name))
+        self.call = lambda: pipe(
+            **pipeline_arguments(setting, SAMPLED), **prompt_arguments(stage, name)
+        )
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -103,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     record = Record("memory", arguments, args.device, args.record)
     for model, modes in {args.model: MODES}.items() if args.model else MODELS[args.device].items():
-        pixels = args.pixels or STAND_INS[model].base.side
+        pixels = args.pixels or RANDOM_MODELS[model].base.side
         for name in args.modes or modes:
             setting = MemorySetting(args.device, model, 1, pixels, args.precision, mode=name)
             if MODES[name].offloads and args.device == "cpu":
@@ -112,14 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "models are offloaded from a GPU to the CPU; there is no GPU here",
                 )
             elif loops := measured(setting, args.rounds, record):
-                record.add(Outcome(asdict(setting), loops).row() | {"held": held(setting)})
-    record.tell(section(record.rows))
+                record.add(
+                    Outcome(asdict(setting), loops).row() | {"held": prepared_bytes(setting)}
+                )
+    record.show(section(record.rows))
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("memory", __doc__, rounds=1)
-    parser.add_argument("--model", choices=STAND_INS, help="sd15, on a GPU also sdxl, if not given")
+    parser.add_argument(
+        "--model", choices=RANDOM_MODELS, help="sd15, on a GPU also sdxl, if not given"
+    )
     parser.add_argument("--modes", choices=MODES, nargs="+", help="all, if not given")
     parser.add_argument("--pixels", type=int, help="a side (the model's own)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
@@ -127,17 +143,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measured(setting: MemorySetting, rounds: int, record: Record) -> dict[str, Measured]:
-    """By contender. One that fails is told in the record, and the others go on."""
+    """By implementation. One that fails is noted in the record, and the others go on."""
     found = {}
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(Worker(partial(PictureLoop, name), setting))
-            for name in CONTENDERS
+            for name in IMPLEMENTATIONS
         }
         for name, worker in workers.items():
             what = f"{setting.model}, {setting.mode}, {name}"
             try:
-                found |= take_turns({name: worker}, rounds, 1, lambda *_: None)
+                found |= interleave({name: worker}, rounds, 1, lambda *_: None)
                 note(what, f"{found[name].peak:.2f} GB")
             except ImpromptError as error:
                 record.skip(what, str(error))
@@ -145,14 +161,14 @@ def measured(setting: MemorySetting, rounds: int, record: Record) -> dict[str, M
 
 
 @torch.no_grad()
-def held(setting: PromptedSetting) -> dict[str, int]:
-    """Bytes of the keys and values that ours keeps while a picture is sampled, counted on the meta
+def prepared_bytes(setting: PromptedSetting) -> dict[str, int]:
+    """Bytes of the keys and values that ours holds while a picture is sampled, counted on the meta
     device.
     """
     of = scene(
         PromptedSetting("meta", setting.model, setting.batch, setting.pixels, setting.precision)
     )
-    joined = ours(of)
+    joined = with_imprompt(of)
     joined(of.latents, torch.empty(1, dtype=torch.long, device="meta"))
     prompt = joined.arguments["cross_attention_kwargs"]["ip_hidden_states"]
     return {"text": of.adapters[0].injection.cached_bytes(), "image": prompt.bytes}
@@ -160,11 +176,11 @@ def held(setting: PromptedSetting) -> dict[str, int]:
 
 def section(rows: Mapping[str, Any]) -> str:
     """A record's tables in markdown."""
-    lines, kept = [], {}
+    lines, prepared = [], {}
     for row in rows["outcomes"]:
         found = Outcome.read(row)
         setting = found.setting
-        kept[setting["model"]] = row["held"]
+        prepared[setting["model"]] = row["held"]
         for name, loop in found.loops.items():
             more = f"{loop.peak - found.loops[TEXT].peak:+.2f}" if TEXT in found.loops else "-"
             seconds = f"{loop.seconds[0]:.3g}"
@@ -189,11 +205,11 @@ def section(rows: Mapping[str, Any]) -> str:
         "reserved GB",
         f"s a picture of {SAMPLED} steps",
     )
-    told = "\n".join(
+    sizes = "\n".join(
         f"- {model}: keys and values that ours prepares once for a guided picture: "
         f"{size['text'] / 1e6:.1f} MB of the text, "
         f"{size['image'] / 1e6:.1f} MB of the image prompt"
-        for model, size in kept.items()
+        for model, size in prepared.items()
     )
     spoken_of = [line[1] for line in lines] + [row["what"] for row in rows["skipped"]]
     cut_off = "\n".join(
@@ -201,7 +217,7 @@ def section(rows: Mapping[str, Any]) -> str:
         for mode in MODES
         if not any(mode in what for what in spoken_of)
     )
-    return join(table(heads, lines) if lines else "", told, left_out(rows), cut_off)
+    return join(table(heads, lines) if lines else "", sizes, left_out(rows), cut_off)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,18 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, Contender, Scene, scene
+from benchmarks.implementations import (
+    IMPLEMENTATIONS,
+    IMPROMPT,
+    PEER,
+    TEXT,
+    Implementation,
+    Scene,
+    scene,
+)
+from benchmarks.random_models import RANDOM_MODELS
 from benchmarks.record import Bar, Record, join, left_out, note, options, parsed, table, verdicts
 from benchmarks.setting import PromptedSetting
-from benchmarks.stand_ins import STAND_INS
 from imprompt.attention.low_rank import PARTS, AttentionLowRank, LowRank, ModelLowRank
 from imprompt.families.base import family_of
 from imprompt.training.estimate import flash
@@ -36,7 +44,7 @@ MODELS = ("sd15", "sdxl")
 LARGEST = {"sd15": 711, "sdxl": 1793}  # operators of ours with one image prompt
 FUSED = "ours, fused kernel"  # it is chosen on GPUs where it is faster
 RANK = 128  # of the published FaceID adapters
-CHOICE = {OURS: "never", FUSED: "always"}  # of IMPROMPT_KERNEL
+CHOICE = {IMPROMPT: "never", FUSED: "always"}  # of IMPROMPT_KERNEL
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,9 @@ class Case:
     name: str
     variant: str = "base"
     adapters: int = 1
-    masks: bool = False  # each prompt is heard in a part of the picture
+    masks: bool = False  # each prompt applies to a part of the picture
     blocks: bool = False  # another scale for every cross-attention
-    window: bool = False  # heard from timestep 800 to 200
+    window: bool = False  # applies from timestep 800 to 200
     weighed: bool = False  # its pictures' tokens have weights
     lora: bool = False  # it adds to every attention's projections, by rank 128, as FaceID does
 
@@ -85,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record.skip(FUSED, "Triton is not installed")
     for found in run(args.model or MODELS):
         record.add(found, bars_of(found))
-    record.tell(section(record.rows))
+    record.show(section(record.rows))
     return 0
 
 
@@ -107,7 +115,9 @@ def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
                 name: counts(name, model, case, bases[precision])
                 for name, precision in counted(case).items()
             }
-            note(model, case.name, *(f"{name} {told['operators']}" for name, told in found.items()))
+            note(
+                model, case.name, *(f"{name} {count['operators']}" for name, count in found.items())
+            )
             yield {"model": model, "case": asdict(case), "counts": found}
 
 
@@ -117,13 +127,19 @@ def counted(case: Case) -> dict[str, str]:
     Diffusers has no time windows or weights, its LoRA for faces is PEFT's, and text alone has none
     of all this.
     """
-    names = [TEXT] * (case == BASE) + [PEER] * (case not in (WINDOW, WEIGHED, LORA)) + [OURS]
+    names = [TEXT] * (case == BASE) + [PEER] * (case not in (WINDOW, WEIGHED, LORA)) + [IMPROMPT]
     return dict.fromkeys(names, "fp32") | ({FUSED: "bf16"} if find_spec("triton") else {})
 
 
 def setting_of(model: str, case: Case, precision: str) -> PromptedSetting:
     return PromptedSetting(
-        "meta", model, 1, STAND_INS[model].base.side, precision, case.variant, prompts=case.adapters
+        "meta",
+        model,
+        1,
+        RANDOM_MODELS[model].base.side,
+        precision,
+        case.variant,
+        prompts=case.adapters,
     )
 
 
@@ -138,7 +154,7 @@ def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
         base,
     )
     timestep = torch.empty(1, dtype=torch.long, device="meta")
-    joined = with_case(CONTENDERS.get(name, CONTENDERS[OURS])(of), name, case)
+    joined = with_case(IMPLEMENTATIONS.get(name, IMPLEMENTATIONS[IMPROMPT])(of), name, case)
     with (
         # on the meta device torch would choose another
         mock.patch.object(F, "scaled_dot_product_attention", flash),
@@ -154,7 +170,7 @@ def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
         }
 
 
-def seen_by(mode: Any, joined: Contender, of: Scene, timestep: torch.Tensor) -> Any:
+def seen_by(mode: Any, joined: Implementation, of: Scene, timestep: torch.Tensor) -> Any:
     with mode:
         joined(of.latents, timestep)
     return mode
@@ -167,12 +183,12 @@ def kernel_flops(query: Any, key: Any, _: Any, image_key: Any, *__: Any, **___: 
     return 2 * 2 * prod(query) * (key[2] + image_key[2])
 
 
-def with_case(joined: Contender, name: str, case: Case) -> Contender:
+def with_case(joined: Implementation, name: str, case: Case) -> Implementation:
     """Masks, block maps and windows, as each takes them."""
-    told = joined.arguments.setdefault("cross_attention_kwargs", {})
+    given = joined.arguments.setdefault("cross_attention_kwargs", {})
     if name == PEER:
         if case.masks:
-            told["ip_adapter_masks"] = [torch.ones(1, 1, 64, 64, device="meta")] * case.adapters
+            given["ip_adapter_masks"] = [torch.ones(1, 1, 64, 64, device="meta")] * case.adapters
         layers = [
             processor
             for processor in joined.unet.attn_processors.values()
@@ -181,14 +197,14 @@ def with_case(joined: Contender, name: str, case: Case) -> Contender:
         for number, layer in enumerate(layers if case.blocks else ()):
             layer.scale = [(number + 1) / len(layers)] * case.adapters
     elif name != TEXT:
-        given = told["ip_hidden_states"]
-        told["ip_hidden_states"] = [
-            shaped(prompt, case) for prompt in (given if isinstance(given, list) else [given])
+        prompts = given["ip_hidden_states"]
+        given["ip_hidden_states"] = [
+            shaped(prompt, case) for prompt in (prompts if isinstance(prompts, list) else [prompts])
         ]
         if case.lora:
-            told["ip_hidden_states"] = [
+            given["ip_hidden_states"] = [
                 prompt._replace(low_rank=lora_for(joined.unet))
-                for prompt in told["ip_hidden_states"]
+                for prompt in given["ip_hidden_states"]
             ]
     return joined
 
@@ -209,7 +225,7 @@ def shaped(prompt: Any, case: Case) -> Any:
 
 
 def lora_for(unet: Any) -> tuple[LowRank, ...]:
-    """A low-rank part for every attention of `unet`, which listens to it from now on."""
+    """A low-rank part for every attention of `unet`, which applies it from now on."""
     family = family_of(unet)
     family.inject(unet, True)
     parts = []
@@ -230,24 +246,27 @@ def lora_for(unet: Any) -> tuple[LowRank, ...]:
 
 def bars_of(found: Mapping[str, Any]) -> list[Bar]:
     model, case = found["model"], Case(**found["case"])
-    told = {
+    counts_to_meet = {
         name: count["operators"]
         for name, count in found["counts"].items()
         if name in CHOICE and case in (BASE, PLUS)
     }
     what, most = f"operators of a step, {model}, {case.name}", LARGEST[model]
-    return [Bar(f"{what}, {name}", count, most, most=True) for name, count in told.items()]
+    return [
+        Bar(f"{what}, {name}", count, most, most=True) for name, count in counts_to_meet.items()
+    ]
 
 
 def section(rows: Mapping[str, Any]) -> str:
     """A record's tables in markdown."""
     parts = [
-        told(model, [row for row in rows["outcomes"] if row["model"] == model]) for model in MODELS
+        model_table(model, [row for row in rows["outcomes"] if row["model"] == model])
+        for model in MODELS
     ]
     return join(*parts, verdicts(rows), left_out(rows))
 
 
-def told(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
+def model_table(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
     if not outcomes:
         return ""
     bare = next((row["counts"][TEXT] for row in outcomes if TEXT in row["counts"]), None)
@@ -271,7 +290,7 @@ def told(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
         "TFLOP a step",
     )
     return (
-        f"{model}, {STAND_INS[model].base.side} pixels, one image with guidance (batch "
+        f"{model}, {RANDOM_MODELS[model].base.side} pixels, one image with guidance (batch "
         f"2)\n\n{table(heads, lines)}"
     )
 

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from results/*.json.
+"""docs/reports/benchmarks.md from results/*.json.
 
 python -m benchmarks.page
 """
@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import cold, growth, memory, operators, profile, step, training
 from benchmarks.record import RESULTS, about, join
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reports" / "benchmarks.md"
 QUESTIONS: dict[str, ModuleType] = {
     "operators": operators,
     "step": step,
@@ -27,12 +27,12 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 HEAD = """# Benchmarks
 
 Made from `benchmarks/results/*.json` by `python -m benchmarks.page`; `make bench` measures anew
-what this machine can. How each is measured: [benchmarks/README.md](../benchmarks/README.md).
+what this machine can. How each is measured: [benchmarks/README.md](../../benchmarks/README.md).
 
 All models have the published sizes or, where it says *narrow*, as many layers at a tenth of the
 width, and random weights: speed and memory depend on nothing else. What is compared runs in one
-run, turn by turn, with the same weights. Numbers are medians with
-the smallest and largest; ratios (×, above 1 is faster) are of neighbouring turns."""
+run, interleaved (A, B, C, A, B, C, …), with the same weights. Numbers are medians with
+the smallest and largest; ratios (×, above 1 is faster) are taken within a round."""
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from benchmarks import stand_ins
+from benchmarks import random_models
 from benchmarks.setting import TrainingSetting
 
 TOKENS = 4
@@ -34,15 +34,15 @@ class PaperLoop:
     def __init__(self, setting: TrainingSetting) -> None:
         from accelerate import Accelerator
 
-        of, low = setting.stand_in, stand_ins.DTYPES[setting.precision]
+        of, low = setting.models, random_models.DTYPES[setting.precision]
         self.setting, self.low = setting, low
-        asked = "no" if setting.precision == "fp32" else setting.precision
-        self.accelerator = Accelerator(mixed_precision=asked, cpu=setting.device == "cpu")
+        mixed_precision = "no" if setting.precision == "fp32" else setting.precision
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=setting.device == "cpu")
         with torch.device(setting.device):
-            self.vae = stand_ins.vae(of, torch.float32 if of.pooled else low)
-            self.texts = stand_ins.text_encoders(of, low)
-            self.image_encoder = stand_ins.image_encoder(of, low)
-            model = graft(stand_ins.unet(of, torch.float32), of.vision["projection_dim"])
+            self.vae = random_models.vae(of, torch.float32 if of.pooled else low)
+            self.texts = random_models.text_encoders(of, low)
+            self.image_encoder = random_models.image_encoder(of, low)
+            model = inject(random_models.unet(of, torch.float32), of.vision["projection_dim"])
         optimizer = torch.optim.AdamW(
             [*model.image_proj_model.parameters(), *model.adapter_modules.parameters()], 1e-4
         )
@@ -50,7 +50,7 @@ class PaperLoop:
             PaperData(setting), batch_size=setting.batch, shuffle=True, collate_fn=collate
         )
         self.model, self.optimizer, self.data = self.accelerator.prepare(model, optimizer, data)
-        self.scheduler: Any = DDPMScheduler(**stand_ins.NOISE)
+        self.scheduler: Any = DDPMScheduler(**random_models.NOISE)
         self.batches = self._batches()
 
     def run(self, steps: int) -> float:
@@ -85,11 +85,11 @@ class PaperLoop:
             text, added = self._text(batch)
             prediction = self.model(noisy, t, text, embeds, added)
             loss = F.mse_loss(prediction.float(), noise.float())
-            told = self.accelerator.gather(loss.repeat(self.setting.batch)).mean().item()
+            mean_loss = self.accelerator.gather(loss.repeat(self.setting.batch)).mean().item()
             self.accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return told
+        return mean_loss
 
     @torch.no_grad()
     def _text(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor] | None]:
@@ -134,7 +134,7 @@ class PaperModel(nn.Module):
         return self.unet(noisy, t, together, added_cond_kwargs=added).sample
 
 
-def graft(unet: Any, embedding_dim: int) -> PaperModel:
+def inject(unet: Any, embedding_dim: int) -> PaperModel:
     """The authors' classes in a UNet; W'_k and W'_v start from the text's."""
     package = paper_package()
     processors: dict[str, nn.Module] = {}
@@ -174,7 +174,7 @@ class PaperData(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, setting: TrainingSetting) -> None:
-        of, count = setting.stand_in, setting.samples
+        of, count = setting.models, setting.samples
         self.pixels = torch.rand(count, 3, setting.pixels, setting.pixels) * 2 - 1
         self.reference = torch.randn(count, 3, of.image_side, of.image_side)
         self.ids = torch.randint(1000, (count, of.base.text_tokens))

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.contenders import OURS, scene
-from benchmarks.ours import OurLoop
+from benchmarks.implementations import IMPROMPT, scene
+from benchmarks.our_loop import OurLoop
+from benchmarks.random_models import RANDOM_MODELS
 from benchmarks.record import Record, join, note, options, parsed, table
 from benchmarks.setting import PromptedSetting, TrainingSetting
-from benchmarks.stand_ins import STAND_INS
 from benchmarks.step import unet_steps
 
 TITLE = "Where the time goes"
@@ -35,7 +35,7 @@ OTHER = "the rest, one number at a time"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = options("profile", __doc__, rounds=1)
-    parser.add_argument("--model", choices=STAND_INS, default="sd15")
+    parser.add_argument("--model", choices=RANDOM_MODELS, default="sd15")
     args = parsed(parser, arguments, narrows=("model",))
     record = Record("profile", arguments, args.device, args.record, ("torch", "diffusers"))
     for what, make in STEPS.items():
@@ -44,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(what)
         shares = shares_of(run, args.device, args.rounds)
         record.add({"what": what, "model": args.model, "shares": shares})
-    record.tell(section(record.rows))
+    record.show(section(record.rows))
     return 0
 
 
 def training_step(device: str, model: str) -> Callable[[], Any]:
-    of = STAND_INS[model]
+    of = RANDOM_MODELS[model]
     loop = OurLoop(
         TrainingSetting(device, model, 1 if device == "cpu" else 8, of.base.side, "bf16")
     )
@@ -57,8 +57,8 @@ def training_step(device: str, model: str) -> Callable[[], Any]:
 
 
 def sampling_step(device: str, model: str) -> Callable[[], Any]:
-    of = scene(PromptedSetting(device, model, 1, STAND_INS[model].base.side, "bf16"))
-    return unet_steps(of, 1)[OURS]
+    of = scene(PromptedSetting(device, model, 1, RANDOM_MODELS[model].base.side, "bf16"))
+    return unet_steps(of, 1)[IMPROMPT]
 
 
 STEPS = {
@@ -70,11 +70,11 @@ STEPS = {
 def shares_of(run: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
     """Of the time in operators, a CPU's or a GPU's own, that each kind takes."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities, acc_events=True) as told:
+    with profile(activities=activities, acc_events=True) as profiled:
         for _ in range(rounds):
             run()
     spent: Counter[str] = Counter()
-    for event in told.key_averages():
+    for event in profiled.key_averages():
         spent[kind_of(event.key)] += (
             event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         )

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.stand_ins import DTYPES
-from benchmarks.turns import Measured, ratios
+from benchmarks.interleave import Measured, ratios
+from benchmarks.random_models import DTYPES
 from imprompt.cli.console import quiet
 from imprompt.files import atomic_write
 
@@ -50,7 +50,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A setting's loops, measured in turns. As JSON it is `row()`."""
+    """A setting's loops, measured interleaved. As JSON it is `row()`."""
 
     setting: Mapping[str, Any]  # a `Setting`'s fields, and what else tells it from others
     loops: dict[str, Measured]
@@ -58,7 +58,7 @@ class Outcome:
     ceiling: float = 0.0  # FLOP/s of a large matrix product
 
     def rate(self, name: str) -> float:
-        """Samples or images a second in the median turn."""
+        """Samples or images a second in the median round."""
         return self.setting["batch"] / median(self.loops[name].seconds)
 
     def share(self, name: str) -> float:
@@ -96,10 +96,10 @@ class Record:
         packages: Iterable[str] = PACKAGES,
     ) -> None:
         """`path`: where it is written; None keeps it."""
-        told = sys.argv[1:] if arguments is None else arguments
+        command = sys.argv[1:] if arguments is None else arguments
         self.path = path
         self.rows: dict[str, Any] = {
-            "command": " ".join([f"python -m benchmarks.{question}", *told]),
+            "command": " ".join([f"python -m benchmarks.{question}", *command]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(device),
             "versions": {"python": platform.python_version()}
@@ -122,10 +122,10 @@ class Record:
     def write(self) -> None:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.path) as aside:
-                aside.write_text(json.dumps(self.rows, indent=1) + "\n")
+            with atomic_write(self.path) as temporary:
+                temporary.write_text(json.dumps(self.rows, indent=1) + "\n")
 
-    def tell(self, section: str) -> None:
+    def show(self, section: str) -> None:
         """Print the tables, what the bars say, and where it all is."""
         print(section)
         if self.path is not None:
@@ -145,7 +145,7 @@ def options(question: str, doc: str | None, rounds: int = 5) -> argparse.Argumen
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns that count ({rounds})")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds that count ({rounds})")
     parser.add_argument(
         "--record", type=Path, help=f"where the numbers go ({RESULTS.name}/{question}-DEVICE.json)"
     )
@@ -181,8 +181,8 @@ def machine(device: str) -> dict[str, Any]:
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{os.cpu_count()} cores of {next(names, platform.machine())}"
 

@@ -1,26 +1,26 @@
-"""What is measured: one setting for all that take turns."""
+"""What is measured: one setting for all that are interleaved."""
 
 from dataclasses import dataclass
 
-from benchmarks.stand_ins import STAND_INS, StandIn
+from benchmarks.random_models import RANDOM_MODELS, RandomModels
 
 
 @dataclass(frozen=True)
 class Setting:
     device: str  # "cpu" or "cuda"
-    model: str  # a name in STAND_INS
+    model: str  # a name in RANDOM_MODELS
     batch: int  # samples a step, or images at once: with guidance the UNet sees twice as many
     pixels: int  # a side of the pictures
     precision: str  # "bf16", "fp16" or "fp32": of the frozen models, and of the paper's autocast
 
     @property
-    def stand_in(self) -> StandIn:
-        return STAND_INS[self.model]
+    def models(self) -> RandomModels:
+        return RANDOM_MODELS[self.model]
 
     @property
     def side(self) -> int:
         """h and w of the latents."""
-        return self.pixels // self.stand_in.base.unit
+        return self.pixels // self.models.base.unit
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class PromptedSetting(Setting):
     """Pictures made from image prompts."""
 
     variant: str = "base"
-    prompts: int = 1  # image prompts, each heard by an attention of its own
+    prompts: int = 1  # image prompts, each applied by an attention of its own
     pictures: int = 1  # in each prompt: the base variant makes 4 image tokens of each

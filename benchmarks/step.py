@@ -3,9 +3,9 @@
     python -m benchmarks.step                     # on a GPU if there is one, else on the CPU
     python -m benchmarks.step --model sd15-narrow # a try: printed, not recorded
 
-Three take turns around the same random weights: diffusers without an image prompt, diffusers with
-its own IP-Adapter, ours. All guided. Whole pipelines encode the text, sample and decode; the image
-prompt is given as an embedding, then as a picture.
+Three are interleaved around the same random weights: diffusers without an image prompt, diffusers
+with its own IP-Adapter, ours. All guided. Whole pipelines encode the text, sample and decode; the
+image prompt is given as an embedding, then as a picture.
 """
 
 import argparse
@@ -23,19 +23,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import stand_ins
-from benchmarks.contenders import (
-    CONTENDERS,
+from benchmarks import random_models
+from benchmarks.implementations import (
     GUIDANCE,
-    OURS,
+    IMPLEMENTATIONS,
+    IMPROMPT,
     PEER,
     TEXT,
     Scene,
-    asked,
-    prompted,
+    pipeline_arguments,
+    prompt_arguments,
     scene,
     stepper,
 )
+from benchmarks.interleave import InThisProcess, interleave
+from benchmarks.random_models import DTYPES, RANDOM_MODELS
 from benchmarks.record import (
     Bar,
     Outcome,
@@ -51,8 +53,6 @@ from benchmarks.record import (
     verdicts,
 )
 from benchmarks.setting import PromptedSetting
-from benchmarks.stand_ins import DTYPES, STAND_INS
-from benchmarks.turns import Here, take_turns
 from imprompt.encoders.clip import VisionEncoder
 from imprompt.generation.compile import compile_base
 from imprompt.generation.features import Reader
@@ -76,7 +76,7 @@ class Plan:
     batches: tuple[int, ...]  # images at once
     what: tuple[str, ...] = (STEP, EMBEDDING, PICTURE)
     sampled: int = 50  # UNet steps of an image
-    repeats: int = 1  # UNet steps in a turn
+    repeats: int = 1  # UNet steps in a round
 
 
 PLANS = {
@@ -109,14 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for plan in chosen(args):
         for found in run(plan, args):
             record.add(found.row(), bars_of(found))
-    record.tell(section(record.rows))
+    record.show(section(record.rows))
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("step", __doc__)
     parser.add_argument(
-        "--model", choices=STAND_INS, help="those that suit the device, if not given"
+        "--model", choices=RANDOM_MODELS, help="those that suit the device, if not given"
     )
     parser.add_argument(
         "--batch", type=int, nargs="+", help="images at once (1, 4 and 16; on a CPU 1 for SD 1.5)"
@@ -143,7 +143,7 @@ def chosen(args: argparse.Namespace) -> list[Plan]:
 
 
 def run(plan: Plan, args: argparse.Namespace) -> Iterator[Outcome]:
-    of, base = STAND_INS[plan.model], None
+    of, base = RANDOM_MODELS[plan.model], None
     ceiling = matrix_rate(args.device, args.precision, side=64 if plan.model == "tiny" else 0)
     for batch in plan.batches:
         setting = PromptedSetting(
@@ -154,42 +154,44 @@ def run(plan: Plan, args: argparse.Namespace) -> Iterator[Outcome]:
         for what in plan.what:
             whole = what in (EMBEDDING, PICTURE, FAST)
             steps, repeats = (plan.sampled, 1) if whole else (1, plan.repeats)
-            turns = {
-                name: Here(call, args.device) for name, call in MAKERS[what](stage, steps).items()
+            timed = {
+                name: InThisProcess(call, args.device)
+                for name, call in MAKERS[what](stage, steps).items()
             }
-            loops = take_turns(turns, args.rounds, repeats, teller(f"{plan.model} x{batch} {what}"))
+            loops = interleave(timed, args.rounds, repeats, noting(f"{plan.model} x{batch} {what}"))
             flops = steps * unet_flops(setting) / batch
             yield Outcome({**asdict(setting), "what": what, "steps": steps}, loops, flops, ceiling)
 
 
-def teller(what: str) -> Callable[[str, float], None]:
+def noting(what: str) -> Callable[[str, float], None]:
     return lambda name, seconds: note(what, f"{name}: {seconds:.4f} s")
 
 
 def unet_steps(of: Scene, _: int) -> Calls:
     """By name: one noise prediction."""
-    return {name: stepper(of, make(of)) for name, make in CONTENDERS.items()}
+    return {name: stepper(of, make(of)) for name, make in IMPLEMENTATIONS.items()}
 
 
 def compiled_steps(of: Scene, _: int) -> Calls:
     """The same with the UNet's forward pass compiled as the package compiles it, on a GPU with CUDA
     graphs.
     """
-    joined = {name: make(of) for name, make in CONTENDERS.items()}
-    for contender in joined.values():
-        compile_base(contender.unet)
-    return {name: stepper(of, contender) for name, contender in joined.items()}
+    joined = {name: make(of) for name, make in IMPLEMENTATIONS.items()}
+    for implementation in joined.values():
+        compile_base(implementation.unet)
+    return {name: stepper(of, implementation) for name, implementation in joined.items()}
 
 
 def from_embeddings(of: Scene, steps: int, ready: Callable[[Any], None] = lambda _: None) -> Calls:
     """By name: the scene's images through diffusers' pipeline, the image prompt being an
     embedding.
     """
-    pipes, arguments = pipelines(of, sees=False), asked(of.setting, steps)
+    pipes, arguments = pipelines(of, sees=False), pipeline_arguments(of.setting, steps)
     for pipe in pipes.values():
         ready(pipe.unet)
     return {
-        name: lambda name=name: pipes[name](**arguments, **prompted(of, name)) for name in pipes
+        name: lambda name=name: pipes[name](**arguments, **prompt_arguments(of, name))
+        for name in pipes
     }
 
 
@@ -197,12 +199,12 @@ def from_pictures(of: Scene, steps: int) -> Calls:
     """The same, the image prompt being a picture; ours through the package's own pipeline."""
     pipes, arguments, picture = (
         pipelines(of, sees=True),
-        asked(of.setting, steps),
+        pipeline_arguments(of.setting, steps),
         Image.new("RGB", (256, 256), "orange"),
     )
-    encoder = VisionEncoder(pipes[OURS].image_encoder, pipes[OURS].feature_extractor)
+    encoder = VisionEncoder(pipes[IMPROMPT].image_encoder, pipes[IMPROMPT].feature_extractor)
     whole = ImagePromptPipeline(
-        pipes[OURS], Attached(of.adapters[0], Reader(encoder, find_variant(of.setting.variant)))
+        pipes[IMPROMPT], Attached(of.adapters[0], Reader(encoder, find_variant(of.setting.variant)))
     )
     setting = of.setting
     same: dict[str, Any] = {
@@ -215,7 +217,7 @@ def from_pictures(of: Scene, steps: int) -> Calls:
     return {
         TEXT: lambda: pipes[TEXT](**arguments),
         PEER: lambda: pipes[PEER](**arguments, ip_adapter_image=picture),
-        OURS: lambda: whole(picture, arguments["prompt"], **several, **same),
+        IMPROMPT: lambda: whole(picture, arguments["prompt"], **several, **same),
     }
 
 
@@ -231,9 +233,9 @@ MAKERS: Mapping[str, Callable[[Scene, int], Calls]] = {
 def pipelines(of: Scene, sees: bool) -> dict[str, Any]:
     """By name: diffusers' pipeline around each UNet; they share all other models."""
     with torch.device(of.setting.device):
-        first = stand_ins.pipeline(of.setting.stand_in, of.base, of.base.dtype, sees=sees)
+        first = random_models.pipeline(of.setting.models, of.base, of.base.dtype, sees=sees)
     pipes = {}
-    for name, make in CONTENDERS.items():
+    for name, make in IMPLEMENTATIONS.items():
         pipes[name] = copy.copy(first)
         pipes[name].unet = make(of).unet
     return pipes
@@ -242,15 +244,15 @@ def pipelines(of: Scene, sees: bool) -> dict[str, Any]:
 @cache
 @torch.no_grad()
 def unet_flops(setting: PromptedSetting) -> int:
-    """Of a guided step without an image prompt: what any of the contenders does beside that earns
-    it nothing.
+    """Count a guided step without an image prompt: what an implementation does beside that earns it
+    nothing.
     """
     of = scene(replace(setting, device="meta"))
     with (
         mock.patch.object(F, "scaled_dot_product_attention", flash),
         FlopCounterMode(display=False) as counter,
     ):
-        CONTENDERS[TEXT](of)(of.latents, torch.empty(1, dtype=torch.long, device="meta"))
+        IMPLEMENTATIONS[TEXT](of)(of.latents, torch.empty(1, dtype=torch.long, device="meta"))
     return counter.get_total_flops()
 
 
@@ -258,10 +260,13 @@ def bars_of(found: Outcome) -> list[Bar]:
     setting = found.setting
     what = f"{setting['model']}, batch {setting['batch']}, {setting['what']}"
     over_text = Bar(
-        f"{what}: time, ours over text only", 1 / median(found.times(OURS, TEXT)), 1.0, most=True
+        f"{what}: time, ours over text only",
+        1 / median(found.times(IMPROMPT, TEXT)),
+        1.0,
+        most=True,
     )
     over_peer = Bar(
-        f"{what}: ours over diffusers + IP-Adapter", median(found.times(OURS, PEER)), 1.25
+        f"{what}: ours over diffusers + IP-Adapter", median(found.times(IMPROMPT, PEER)), 1.25
     )
     if setting["device"] == "cpu":
         return [replace(over_peer, bar=1.0)]
@@ -277,14 +282,14 @@ def section(rows: Mapping[str, Any]) -> str:
     found = [Outcome.read(row) for row in rows["outcomes"]]
     models = dict.fromkeys(outcome.setting["model"] for outcome in found)
     tables = (
-        told([outcome for outcome in found if outcome.setting["model"] == model])
+        model_table([outcome for outcome in found if outcome.setting["model"] == model])
         for model in models
     )
     return join(*tables, verdicts(rows), left_out(rows))
 
 
-def told(outcomes: Sequence[Outcome]) -> str:
-    """One model's."""
+def model_table(outcomes: Sequence[Outcome]) -> str:
+    """Write the table of one model."""
     first, lines = outcomes[0].setting, []
     for found in outcomes:
         setting = found.setting

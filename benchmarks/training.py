@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.ours import CompiledLoop, OurLoop
+from benchmarks.interleave import Loop, measure
+from benchmarks.our_loop import CompiledLoop, OurLoop
 from benchmarks.paper import PaperLoop
+from benchmarks.random_models import DTYPES, RANDOM_MODELS
 from benchmarks.record import (
     Bar,
     Outcome,
@@ -33,8 +35,6 @@ from benchmarks.record import (
     verdicts,
 )
 from benchmarks.setting import TrainingSetting
-from benchmarks.stand_ins import DTYPES, STAND_INS
-from benchmarks.turns import Loop, measure
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.errors import ImpromptError
 from imprompt.families.base import find_family
@@ -42,10 +42,10 @@ from imprompt.training.estimate import Sizes, blank_base, one_step
 
 TITLE = "Training"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "ip-adapter")
-PAPER, OURS, COMPILED = "the paper's", "ours", "ours, compiled"
+PAPER, OUR_LOOP, COMPILED = "the paper's", "ours", "ours, compiled"
 LOOPS: dict[str, Callable[[TrainingSetting], Loop]] = {
     PAPER: PaperLoop,
-    OURS: OurLoop,
+    OUR_LOOP: OurLoop,
     COMPILED: CompiledLoop,
 }
 
@@ -59,20 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImpromptError as error:
         print(error, file=sys.stderr)
         return 1
-    record.tell(section(record.rows))
+    record.show(section(record.rows))
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("training", __doc__)
     parser.add_argument(
-        "--model", choices=STAND_INS, help="sd15, and on a GPU SDXL's memory too, if not given"
+        "--model", choices=RANDOM_MODELS, help="sd15, and on a GPU SDXL's memory too, if not given"
     )
     parser.add_argument(
         "--batch", type=int, help="samples a step (8, the paper's script's own; 1 on a CPU)"
     )
     parser.add_argument("--pixels", type=int, help="a side (the model's own)")
-    parser.add_argument("--steps", type=int, help="in a turn (10; 1 on a CPU)")
+    parser.add_argument("--steps", type=int, help="in a round (10; 1 on a CPU)")
     parser.add_argument(
         "--precision",
         choices=DTYPES,
@@ -102,31 +102,31 @@ def run(args: argparse.Namespace) -> Iterator[Outcome]:
         device=args.device,
         model=model,
         batch=args.batch,
-        pixels=args.pixels or STAND_INS[model].base.side,
+        pixels=args.pixels or RANDOM_MODELS[model].base.side,
         precision=args.precision,
         checkpointing=args.checkpointing,
     )
-    names = [PAPER, OURS] + [COMPILED] * args.compile
+    names = [PAPER, OUR_LOOP] + [COMPILED] * args.compile
     yield outcome(setting, names, args.rounds, args.steps)
     if args.device == "cuda" and args.model is None:
         sdxl = TrainingSetting("cuda", "sdxl", 1, 1024, args.precision, args.checkpointing)
-        yield outcome(sdxl, [OURS], args.rounds, args.steps)
+        yield outcome(sdxl, [OUR_LOOP], args.rounds, args.steps)
 
 
 def outcome(setting: TrainingSetting, names: list[str], rounds: int, steps: int) -> Outcome:
-    def told(name: str, seconds: float) -> None:
+    def on_run(name: str, seconds: float) -> None:
         note(setting.model, f"{name}: {seconds:.3f} s a step")
 
     ceiling = matrix_rate(
         setting.device, setting.precision, side=64 if setting.model == "tiny" else 0
     )
-    loops = measure({name: LOOPS[name] for name in names}, setting, rounds, steps, told)
+    loops = measure({name: LOOPS[name] for name in names}, setting, rounds, steps, on_run)
     return Outcome(asdict(setting), loops, flops(setting), ceiling)
 
 
 def flops(setting: TrainingSetting) -> float:
     """Of one sample, whatever loop trains on it; counted on the meta device."""
-    of = setting.stand_in
+    of = setting.models
     base = blank_base(of.base, DTYPES[setting.precision])
     embedding, token_dim = of.vision["projection_dim"], base.config.cross_attention_dim
     with torch.device("meta"):
@@ -138,10 +138,10 @@ def flops(setting: TrainingSetting) -> float:
 
 def bars_of(found: Outcome) -> list[Bar]:
     """What is asked at these sizes, of each of our loops."""
-    setting, ours = found.setting, [name for name in found.loops if name != PAPER]
+    setting, our_loops = found.setting, [name for name in found.loops if name != PAPER]
     device, model, pixels = setting["device"], setting["model"], setting["pixels"]
     bars = []
-    for name in ours:
+    for name in our_loops:
         if (device, model, pixels) == ("cpu", "sd15", 512):
             bars.append(
                 Bar(f"samples/s, {name} over the paper's", median(found.times(name, PAPER)), 1.7)
@@ -178,10 +178,10 @@ def row(found: Outcome) -> dict[str, Any]:
 
 def section(rows: Mapping[str, Any]) -> str:
     """A record's tables in markdown."""
-    return join(*(told(Outcome.read(row)) for row in rows["outcomes"]), verdicts(rows))
+    return join(*(outcome_table(Outcome.read(row)) for row in rows["outcomes"]), verdicts(rows))
 
 
-def told(found: Outcome) -> str:
+def outcome_table(found: Outcome) -> str:
     setting, lines = found.setting, []
     for name, loop in found.loops.items():
         times = spread(found.times(name, PAPER), ".2f") if PAPER in found.loops else "-"

@@ -20,13 +20,13 @@ import torch
 
 from benchmarks import all as everything
 from benchmarks import cold, growth, memory, page, profile, step, training
-from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, scene
-from benchmarks.ours import OurLoop
+from benchmarks.implementations import IMPLEMENTATIONS, IMPROMPT, PEER, TEXT, scene
+from benchmarks.interleave import InThisProcess, Loop, Measured, Worker, interleave, ratios
+from benchmarks.our_loop import OurLoop
 from benchmarks.paper import PaperLoop
 from benchmarks.record import RESULTS, Bar, Outcome, Record, options, parsed
 from benchmarks.setting import PromptedSetting, TrainingSetting
-from benchmarks.training import PAPER, bars_of, main, told
-from benchmarks.turns import Here, Loop, Measured, Worker, ratios, take_turns
+from benchmarks.training import PAPER, bars_of, main, outcome_table
 from imprompt.errors import ImpromptError
 
 TINY = TrainingSetting("cpu", "tiny", batch=2, pixels=32, precision="fp32")
@@ -80,15 +80,18 @@ class Fake:
 
 def test_loops_take_turns_and_the_first_does_not_count() -> None:
     log: list[str] = []
-    found = take_turns(
-        {"a": Fake("a", log), "b": Fake("b", log)}, rounds=2, steps=5, on_turn=lambda *_: None
+    found = interleave(
+        {"a": Fake("a", log), "b": Fake("b", log)}, rounds=2, steps=5, on_run=lambda *_: None
     )
     assert log == ["a5", "b5"] * 3
     assert found["b"] == Measured([3.0, 2.0], [0.5, 0.5], 2.0, 3.0)
 
 
 def outcome(device: str, ours: list[float]) -> Outcome:
-    loops = {PAPER: Measured([10.0, 12.0, 8.0], peak=10.0), training.OURS: Measured(ours, peak=5.0)}
+    loops = {
+        PAPER: Measured([10.0, 12.0, 8.0], peak=10.0),
+        training.OUR_LOOP: Measured(ours, peak=5.0),
+    }
     return Outcome(
         asdict(TrainingSetting(device, "sd15", 8, 512, "bf16")), loops, flops=1e12, ceiling=4e12
     )
@@ -96,11 +99,12 @@ def outcome(device: str, ours: list[float]) -> Outcome:
 
 def test_ratios_are_of_neighbouring_turns() -> None:
     found = outcome("cpu", [5.0, 3.0, 4.0])
-    assert found.times(training.OURS, PAPER) == [2.0, 2.0, 4.0]
-    assert found.rate(training.OURS) == 2.0
-    assert found.share(training.OURS) == 0.5
-    assert "| ours | 4.000 (3.000 to 5.000) | 2.000 | 2.00 (2.00 to 4.00) | 5.00 | 50.0% |" in told(
-        found
+    assert found.times(training.OUR_LOOP, PAPER) == [2.0, 2.0, 4.0]
+    assert found.rate(training.OUR_LOOP) == 2.0
+    assert found.share(training.OUR_LOOP) == 0.5
+    assert (
+        "| ours | 4.000 (3.000 to 5.000) | 2.000 | 2.00 (2.00 to 4.00) | 5.00 | 50.0% |"
+        in outcome_table(found)
     )
     assert ratios([1.0, 6.0], [2.0, 2.0]) == [0.5, 3.0]
 
@@ -127,7 +131,7 @@ def test_the_command(
         setting: TrainingSetting,
         *turns: Any,
     ) -> dict[str, Measured]:
-        return take_turns({name: InProcess(make(setting)) for name, make in loops.items()}, *turns)
+        return interleave({name: InProcess(make(setting)) for name, make in loops.items()}, *turns)
 
     class InProcess(Fake):
         def __init__(self, loop: Loop) -> None:
@@ -168,7 +172,9 @@ SCENES = {
 @torch.no_grad()
 def test_what_is_compared_gives_the_same_noise(name: str) -> None:
     of = scene(SCENES[name])
-    text, theirs, ours = (make(of)(of.latents, torch.tensor(500)) for make in CONTENDERS.values())
+    text, theirs, ours = (
+        make(of)(of.latents, torch.tensor(500)) for make in IMPLEMENTATIONS.values()
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert (ours - text).abs().max() > 1e-3
 
@@ -176,11 +182,11 @@ def test_what_is_compared_gives_the_same_noise(name: str) -> None:
 def test_what_is_compared_gives_the_same_pictures() -> None:
     calls = step.from_embeddings(scene(SCENES["one"]), steps=2)
     pictures = {}
-    for name in (PEER, OURS):
+    for name in (PEER, IMPROMPT):
         torch.manual_seed(0)
         pictures[name] = np.stack([np.asarray(picture, int) for picture in calls[name]().images])
-    assert pictures[OURS].shape == (2, 64, 64, 3)
-    assert abs(pictures[OURS] - pictures[PEER]).max() <= 1
+    assert pictures[IMPROMPT].shape == (2, 64, 64, 3)
+    assert abs(pictures[IMPROMPT] - pictures[PEER]).max() <= 1
 
 
 TRY = ["--device", "cpu", "--model", "tiny", "--rounds", "2", "--precision", "fp32"]
@@ -201,7 +207,7 @@ def test_the_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(
         len(loop["seconds"]) == 2 for row in rows["outcomes"] for loop in row["loops"].values()
     )
-    assert all(set(row["loops"]) == {TEXT, PEER, OURS} for row in rows["outcomes"])
+    assert all(set(row["loops"]) == {TEXT, PEER, IMPROMPT} for row in rows["outcomes"])
     assert [bar["bar"] for bar in rows["bars"]] == [
         1.0
     ] * 3  # never slower than diffusers' IP-Adapter
@@ -213,7 +219,7 @@ def test_the_step_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     [(step.STEP, 1.01, 1.0), (step.COMPILED, 1.02, 1.01), (step.EMBEDDING, 0.9, 1.25)],
 )
 def test_bars_of_steps_on_a_gpu(what: str, seconds: float, bar: float) -> None:
-    loops = {TEXT: Measured([1.0]), PEER: Measured([1.1]), OURS: Measured([seconds])}
+    loops = {TEXT: Measured([1.0]), PEER: Measured([1.1]), IMPROMPT: Measured([seconds])}
     (found,) = step.bars_of(
         Outcome({"device": "cuda", "model": "sd15", "batch": 1, "what": what}, loops)
     )
@@ -249,10 +255,10 @@ def test_the_growth_command(tmp_path: Path) -> None:
 
 
 def test_the_memory_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class InProcess(Here):
+    class InProcess(InThisProcess):
         def __init__(self, make: Callable[[Any], Loop], setting: Any) -> None:
             super().__init__(partial(make(setting).run, 1), "cpu")
-            self.fails = setting.mode == "VAE sliced and tiled" and make.args == (OURS,)  # pyright: ignore
+            self.fails = setting.mode == "VAE sliced and tiled" and make.args == (IMPROMPT,)  # pyright: ignore
 
         def run(self, steps: int) -> tuple[float, None]:
             if self.fails:
@@ -266,7 +272,10 @@ def test_the_memory_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     )
     assert memory.main([*TRY, "--pixels", "32", "--modes", *modes, "--record", str(path)]) == 0
     rows = json.loads(path.read_text())
-    assert [list(row["loops"]) for row in rows["outcomes"]] == [[TEXT, PEER, OURS], [TEXT, PEER]]
+    assert [list(row["loops"]) for row in rows["outcomes"]] == [
+        [TEXT, PEER, IMPROMPT],
+        [TEXT, PEER],
+    ]
     assert [row["what"] for row in rows["skipped"]] == [
         f"tiny, {modes[1]}, ours",
         f"tiny, {modes[2]}",
@@ -309,14 +318,14 @@ def test_a_try_is_not_recorded(tmp_path: Path) -> None:
 def test_a_record_is_written_as_it_grows(tmp_path: Path) -> None:
     record = Record("step", ["--rounds", "1"], "cpu", tmp_path / "new" / "record.json")
     record.skip("this", "that")
-    record.add(Outcome({"batch": 1}, {OURS: Measured([1.0])}).row(), [Bar("speed", 1.0, 2.0)])
+    record.add(Outcome({"batch": 1}, {IMPROMPT: Measured([1.0])}).row(), [Bar("speed", 1.0, 2.0)])
     rows = json.loads((tmp_path / "new" / "record.json").read_text())
     assert rows["command"] == "python -m benchmarks.step --rounds 1"
     assert rows["bars"] == [
         {"what": "speed", "value": 1.0, "bar": 2.0, "most": False, "met": False}
     ]
     assert rows["machine"]["cores"] > 0
-    assert Outcome.read(rows["outcomes"][0]).loops == {OURS: Measured([1.0])}
+    assert Outcome.read(rows["outcomes"][0]).loops == {IMPROMPT: Measured([1.0])}
 
 
 def test_the_page_is_what_the_records_say() -> None:

@@ -16,10 +16,15 @@ from imprompt.cli import commands as register_commands
 from imprompt.generation.blocks import presets
 
 ROOT = Path(__file__).parents[1]
+ROOMS = ("docs", "src", "worlds", "studies", "benchmarks", "recipes", "tests")
 PAGES = [
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "worlds" / "emoji" / "README.md",
+    *(
+        page
+        for room in ROOMS
+        for page in sorted((ROOT / room).rglob("*.md"))
+        if "node_modules" not in page.parts
+    ),
 ]
 
 

@@ -98,6 +98,29 @@ def test_no_import_runs_in_a_circle() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
+# What a room outside the package may not import: how the model is made knows nothing of how it is
+# judged, and the package knows of neither.
+OUTSIDE = {
+    "src/imprompt": {"worlds", "studies", "benchmarks", "tests"},
+    "worlds": {"studies", "benchmarks", "tests"},
+    "studies": {"benchmarks", "tests"},
+}
+
+
+@pytest.mark.parametrize("folder", OUTSIDE)
+def test_a_room_does_not_import_those_that_stand_on_it(folder: str) -> None:
+    told = []
+    for path in (ROOT.parents[1] / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            told += [
+                f"{path}: {name}" for name in names if name.partition(".")[0] in OUTSIDE[folder]
+            ]
+    assert not told
+
+
 def test_no_function_has_too_many_parameters() -> None:
     told = {}
     for module, tree in trees().items():

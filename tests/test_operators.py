@@ -14,7 +14,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from benchmarks import operators
-from benchmarks.contenders import CONTENDERS, OURS, PEER, TEXT, scene
+from benchmarks.implementations import IMPLEMENTATIONS, IMPROMPT, PEER, TEXT, scene
 from benchmarks.operators import (
     BASE,
     BLOCKS,
@@ -66,7 +66,7 @@ def test_an_image_prompt_is_less_than_nothing(model: str) -> None:
 
     The first step projects the text.
     """
-    text, found = counted(TEXT, model, BASE), counted(OURS, model, BASE)
+    text, found = counted(TEXT, model, BASE), counted(IMPROMPT, model, BASE)
     assert found["operators"] <= LARGEST[model]
     assert found["first"] - found["operators"] == 2 * LAYERS[model]
     assert found["flops"] < text["flops"]
@@ -81,29 +81,29 @@ def test_what_a_cross_attention_has_more(case: Case, more: int) -> None:
     """A low-rank part is two products and a sum for every projection that a step does, six of them
     in a transformer block; and our self-attention spares diffusers' division by 1.
     """
-    assert steps(OURS, "sd15", case) == steps(OURS, "sd15", BASE) + more * LAYERS["sd15"]
+    assert steps(IMPROMPT, "sd15", case) == steps(IMPROMPT, "sd15", BASE) + more * LAYERS["sd15"]
 
 
 def test_a_window_is_looked_up_once_a_step() -> None:
-    assert steps(OURS, "sd15", WINDOW) - steps(OURS, "sd15", BASE) <= 3
+    assert steps(IMPROMPT, "sd15", WINDOW) - steps(IMPROMPT, "sd15", BASE) <= 3
     both = Case("two adapters, masks, time window", adapters=2, masks=True, window=True)
     # and multiplied by masks that were resized once
-    assert steps(OURS, "sd15", both) - steps(OURS, "sd15", MASKS) <= 2 * 3 + 3 * 4
+    assert steps(IMPROMPT, "sd15", both) - steps(IMPROMPT, "sd15", MASKS) <= 2 * 3 + 3 * 4
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_the_kernel_is_one_operator() -> None:
     """In place of three; low precision, which it needs, casts the timestep's embedding."""
     fused = steps(FUSED, "sd15", BASE)
-    assert fused == steps(OURS, "sd15", BASE) - 2 * LAYERS["sd15"] + 1
+    assert fused == steps(IMPROMPT, "sd15", BASE) - 2 * LAYERS["sd15"] + 1
     assert steps(FUSED, "sd15", MASKS) == fused
 
 
-@pytest.mark.parametrize("name", [TEXT, PEER, OURS])
+@pytest.mark.parametrize("name", [TEXT, PEER, IMPROMPT])
 @torch.no_grad()
 def test_width_and_contents_do_not_matter(name: str) -> None:
     of = scene(PromptedSetting("cpu", "sd15-narrow", 1, 128, "fp32"))
     of.base.requires_grad_(True)
-    joined, timestep = CONTENDERS[name](of), torch.tensor([5])
+    joined, timestep = IMPLEMENTATIONS[name](of), torch.tensor([5])
     joined(of.latents, timestep)
     assert operators.seen_by(Operators(), joined, of, timestep).count == steps(name, "sd15", BASE)

@@ -19,7 +19,7 @@ from worlds.emoji.scenes import (
     render,
     sample_scenes,
 )
-from worlds.emoji.stage import World, learning_rate
+from worlds.emoji.train_utils import World, learning_rate
 from worlds.emoji.unet import relaxed
 
 

@@ -16,12 +16,12 @@ pytest.importorskip("peft", reason="diffusers loads LoRAs through it")
 
 from imprompt.families.published import base_structure
 from imprompt.models import MODELS, PACKAGED
+from studies.emoji.measures import in_style, outline_iou, to_tensor
+from studies.emoji.sampler import Condition, Sampler
 from worlds.emoji.control import EDGES
 from worlds.emoji.edges import edges
 from worlds.emoji.glyphs import CUSTOM
-from worlds.emoji.measures import by_hand, outline_iou, to_tensor
-from worlds.emoji.studio import Heard, Studio
-from worlds.emoji.style import PLACE
+from worlds.emoji.style import STYLES_FOLDER
 
 SIDE, STEPS = base_structure(MODELS["emoji"]).side, 8
 UNIT = SIDE // 64  # pixels
@@ -53,8 +53,8 @@ PALETTES = drawn(
 
 
 @cache
-def studio(style: str = "") -> Studio:
-    return Studio(PLACE / style if style else None)
+def sampler(style: str = "") -> Sampler:
+    return Sampler(STYLES_FOLDER / style if style else None)
 
 
 def ground(pictures: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def size(folder: object) -> int:
 
 def test_what_ships_is_small() -> None:
     assert size(EDGES) < LIMIT
-    assert size(PLACE) < LIMIT
+    assert size(STYLES_FOLDER) < LIMIT
     assert size(PACKAGED / "emoji") < LIMIT_IN_ALL
 
 
@@ -91,10 +91,10 @@ def test_edges_are_of_colour_and_lie_where_the_shape_ends() -> None:
 
 
 def test_the_controlnet_holds_outlines_and_the_image_prompt_the_palette() -> None:
-    assert isinstance(studio().controlled.controlnet, ControlNetModel)
+    assert isinstance(sampler().controlled.controlnet, ControlNetModel)
     maps = edges(SHAPES)
-    held = studio().draw(4, Heard(PALETTES), maps=maps, steps=STEPS)
-    free = studio().draw(4, Heard(PALETTES), steps=STEPS)
+    held = sampler().sample(4, Condition(PALETTES), maps=maps, steps=STEPS)
+    free = sampler().sample(4, Condition(PALETTES), steps=STEPS)
     assert outline_iou(held, maps).mean() > outline_iou(free, maps).mean() + 0.15
     own, shuffled = ground_errors(held, ground(PALETTES))
     assert own < 0.5 * shuffled
@@ -102,12 +102,14 @@ def test_the_controlnet_holds_outlines_and_the_image_prompt_the_palette() -> Non
 
 @pytest.mark.parametrize("style", CUSTOM)
 def test_a_style_is_another_base_and_the_same_adapter_drives_it(style: str) -> None:
-    plain = studio().draw(4, texts=["a red apple"] * 4, steps=STEPS)
-    styled = studio(style).draw(4, texts=["a red apple"] * 4, steps=STEPS)
+    plain = sampler().sample(4, texts=["a red apple"] * 4, steps=STEPS)
+    styled = sampler(style).sample(4, texts=["a red apple"] * 4, steps=STEPS)
     assert (plain - styled).abs().mean() > 0.02
-    assert by_hand(styled, style).mean() > by_hand(plain, style).mean()
-    silent = studio(style).draw(4, Heard(PALETTES, 0.0), texts=["a red apple"] * 4, steps=STEPS)
+    assert in_style(styled, style).mean() > in_style(plain, style).mean()
+    silent = sampler(style).sample(
+        4, Condition(PALETTES, 0.0), texts=["a red apple"] * 4, steps=STEPS
+    )
     assert torch.equal(styled, silent)  # scale 0 is that base itself
-    made = studio(style).draw(4, Heard(PALETTES), steps=STEPS)
+    made = sampler(style).sample(4, Condition(PALETTES), steps=STEPS)
     own, shuffled = ground_errors(made, ground(PALETTES))
     assert own < 0.5 * shuffled

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from imprompt.checkpoints.adapters import read_adapter, write_adapter
 from imprompt.models import PACKAGED
@@ -21,11 +21,9 @@ from imprompt.training.recipe import read_recipe
 
 from .edges import edges
 from .scenes import captions, figures, portrait, render, sample_scenes, to_image
-from .stage import HERE, World
+from .train_utils import HERE, World
 
 SHIPPED = PACKAGED / "emoji"
-# for measuring: not packaged
-JUDGE, NAMER, HANDS, HELD_OUT = (HERE / name for name in ("judge", "namer", "hands", "held-out"))
 ADAPTERS = ("base", "plus")
 RECIPES = HERE.parents[1] / "recipes"
 DEMO = {
@@ -114,11 +112,6 @@ def scenes(world: World) -> None:
     write_scenes(world, world.folder / "scenes", world["prompts"], 31)
 
 
-def held_out(world: World) -> None:
-    """A set to evaluate on, beside the code: scenes that no training draws."""
-    write_scenes(world, HELD_OUT, 32, 52)
-
-
 def write_scenes(world: World, folder: Path, count: int, salt: int) -> None:
     """Pictures, masks of their figures and metadata.jsonl, as any user's folder would be."""
     glyphs = replace(world, device="cpu").glyphs()
@@ -149,10 +142,10 @@ def write_scenes(world: World, folder: Path, count: int, salt: int) -> None:
 def adapters(world: World) -> None:
     """Train the adapters by their recipes, in this world's folder."""
     for name in ADAPTERS:
-        train(read_recipe(RECIPES / f"emoji-{name}.toml", places(world, name)))
+        train(read_recipe(RECIPES / f"emoji-{name}.toml", recipe_changes(world, name)))
 
 
-def places(world: World, name: str) -> list[str]:
+def recipe_changes(world: World, name: str) -> list[str]:
     """A recipe's folders in this world's, and its steps where fewer are wanted."""
     steps = [] if world.most is None else [f"optimization.steps={world.most}", "data.held_out=16"]
     return [
@@ -164,18 +157,11 @@ def places(world: World, name: str) -> list[str]:
 
 
 def ship(world: World) -> None:
-    """Take the trained adapters into the package, and the judge beside the code that asks it, as
-    float16.
-    """
+    """Take the trained adapters into the package, as float16."""
     for name in ADAPTERS:
         file = read_adapter(world.folder / f"adapter-{name}" / "latest")
         projection = {key: value.half() for key, value in file.projection.items()}
         half = replace(file, projection=projection, kv=[(k.half(), v.half()) for k, v in file.kv])
         (SHIPPED / "adapters").mkdir(exist_ok=True)
         write_adapter(SHIPPED / "adapters" / f"{name}.safetensors", half)
-    CLIPModel.from_pretrained(
-        world.folder / "judge" / "whole", dtype=torch.float16
-    ).save_pretrained(JUDGE)
-    for part in ("tokenizer", "feature_extractor"):
-        shutil.copytree(world.folder / "judge" / part, JUDGE, dirs_exist_ok=True)
     report(SHIPPED)

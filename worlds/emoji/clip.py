@@ -1,8 +1,8 @@
-"""Stage 2: a small CLIP, and the judge: another of its kind, trained apart on other seeds, used for
-measuring only.
+"""Stage 2: a small CLIP, whose image encoder conditions the adapters and whose text encoder is the
+base's first.
 
-Both learn from scenes of several drawing styles, their glyphs of any size and in any place, for
-what an image prompt shows need not be as the base draws. Shape letters: N scenes, S pixels a side,
+It learns from scenes of several drawing styles, their glyphs of any size and in any place, for what
+an image prompt shows need not be as the base draws. Shape letters: N scenes, S pixels a side,
 P patches along a side of the encoder's grid.
 """
 
@@ -22,11 +22,11 @@ from transformers import (
 
 from .glyphs import ENCODED, Glyphs
 from .scenes import Scenes, captions, figures, render, sample_scenes
-from .stage import World, fit
 from .text import open_tokenizer, text_config
+from .train_utils import World, fit
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
-# pixels a side of what the embedding, and what each patch's feature, must tell of the picture
+# pixels a side of what the embedding, and what each patch's feature, must hold of the picture
 THUMBNAIL, CELL = (16, 4)
 PICTURED = 50  # how much a squared error in them weighs
 CORE = 0.2  # share of the scenes whose glyphs are of the core
@@ -104,6 +104,7 @@ def cells(pictures: Tensor, patches: int) -> Tensor:
 
 
 def train(world: World, name: str = "clip") -> None:
+    """Train the CLIP whose sizes the budget has under that name, into the world's folder."""
     torch.manual_seed(world.seed)
     plan = world[name]
     styles = [world.glyphs(style) for style in ENCODED]
@@ -187,16 +188,12 @@ def train(world: World, name: str = "clip") -> None:
         )
 
 
-def train_judge(world: World) -> None:
-    train(world, "judge")
-
-
 @torch.no_grad()
 def retrieval(
     world: World, vision: CLIPVisionModelWithProjection, glyphs: Glyphs, *, seen: bool
 ) -> float:
     """How often a scene with noise (sigma 0.1) is nearest to itself among 256: does the embedding
-    tell scenes apart?
+    distinguish scenes?
     """
     generator = world.generator(12, seen)
     pictures = render(

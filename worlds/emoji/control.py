@@ -16,16 +16,16 @@ from .assemble import SHIPPED, report, tidy
 from .edges import edges
 from .pool import Pool, open_pool
 from .scenes import render
-from .stage import World, fit, rank
-from .unet import Draw, draw, loss
+from .train_utils import World, fit, rank
+from .unet import NoisyBatch, loss, sample_batch
 
 EDGES = SHIPPED / "controlnets" / "edges"
-TEXT_DROP = 0.5  # half of the samples have no text, so that it works beside an image prompt alone
+TEXT_DROP = 0.5  # half of the samples have no text, so that it works with an image prompt alone
 # channels of the map's own convolutions, as many as the autoencoder has levels
 EMBEDDING = (16, 32, 48, 64)
 
 
-class Frozen:
+class FrozenBase:
     """The base model as a teacher of additions to it, and the samples that they learn from."""
 
     def __init__(self, world: World) -> None:
@@ -36,13 +36,13 @@ class Frozen:
         if world.device == "cpu":
             self.pipe.unet.set_attn_processor(AttnProcessor())  # see unet.py
 
-    def draw(
+    def sample_batch(
         self, pool: Pool, count: int, generator: torch.Generator, drop: float, power: float = 1.0
-    ) -> tuple[Draw, Tensor]:
+    ) -> tuple[NoisyBatch, Tensor]:
         """Samples of the pool, and their captions' text states (N, T, D), a share `drop` of which
         is of no text.
         """
-        drawn = draw(
+        batch = sample_batch(
             self.world,
             pool,
             self.pipe.tokenizer,
@@ -53,10 +53,10 @@ class Frozen:
             power=power,
         )
         with torch.no_grad():
-            return drawn, self.pipe.text_encoder(drawn.ids).last_hidden_state
+            return batch, self.pipe.text_encoder(batch.ids).last_hidden_state
 
 
-def build(base: Frozen) -> ControlNetModel:
+def build(base: FrozenBase) -> ControlNetModel:
     """The encoder half of the base, copied. What the map passes starts as large as what comes in:
     the zero convolutions behind it start at nothing, and eight convolutions as they are by
     default would leave nothing of the map.
@@ -74,20 +74,20 @@ def build(base: Frozen) -> ControlNetModel:
 
 def train(world: World) -> None:
     torch.manual_seed(world.seed + 5)
-    plan, base, pool = world["control"], Frozen(world), open_pool(world)
+    plan, base, pool = world["control"], FrozenBase(world), open_pool(world)
     net = build(base)
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
         # Noisier timesteps more often: where a shape lies is decided while there is most noise.
-        drawn, text = base.draw(
+        batch, text = base.sample_batch(
             pool, here, world.generator(61, step, rank()[0]), TEXT_DROP, power=2.0
         )
-        maps = edges(render(pool.scenes[drawn.index], pool.glyphs, world.side)).to(world.device)
-        down, mid = net(drawn.noisy, drawn.t, text, controlnet_cond=maps, return_dict=False)
+        maps = edges(render(pool.scenes[batch.index], pool.glyphs, world.side)).to(world.device)
+        down, mid = net(batch.noisy, batch.t, text, controlnet_cond=maps, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        v = base.pipe.unet(drawn.noisy, drawn.t, text, **residuals).sample
-        return {"v": loss(v, drawn)}
+        v = base.pipe.unet(batch.noisy, batch.t, text, **residuals).sample
+        return {"v": loss(v, batch)}
 
     modules = nn.ModuleDict({"control": net})
     fit(

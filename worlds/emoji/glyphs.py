@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 PACKS = HERE / "node_modules" / "@iconify-json"
 
 
-class Hand(NamedTuple):
+class DrawingStyle(NamedTuple):
     """Who drew a style."""
 
     package: str  # of npm, under @iconify-json
@@ -30,11 +30,11 @@ class Hand(NamedTuple):
 
 
 STYLES = {
-    "noto": Hand("noto"),  # Apache-2.0
-    "blobs": Hand("noto-v1"),  # Apache-2.0
-    "twemoji": Hand("twemoji"),  # CC-BY-4.0
-    "flat": Hand("fluent-emoji-flat"),  # MIT
-    "lines": Hand("fluent-emoji-high-contrast", backed=True),  # MIT
+    "noto": DrawingStyle("noto"),  # Apache-2.0
+    "blobs": DrawingStyle("noto-v1"),  # Apache-2.0
+    "twemoji": DrawingStyle("twemoji"),  # CC-BY-4.0
+    "flat": DrawingStyle("fluent-emoji-flat"),  # MIT
+    "lines": DrawingStyle("fluent-emoji-high-contrast", backed=True),  # MIT
 }
 OWN = "noto"  # what the base draws
 ENCODED = ("noto", "blobs", "twemoji", "flat")  # what image encoders see

@@ -18,7 +18,7 @@ from imprompt.training.model import bf16_is_fast
 
 from .glyphs import OWN, Glyphs
 from .scenes import Scenes, captions, figures, render, sample_scenes
-from .stage import World, rank
+from .train_utils import World, rank
 
 CHUNK = 4000  # scenes a file
 # pictures that are encoded together: 50 take three times as long each on a CPU, whose cache they
@@ -87,14 +87,14 @@ def fill_pool(world: World, style: str = OWN) -> None:
                 )
             )
         scenes, latents, where = zip(*parts, strict=True)
-        with atomic_write(path) as aside:
+        with atomic_write(path) as temporary:
             torch.save(
                 {
                     "scenes": vars(Scenes.cat(scenes)),
                     "latents": torch.cat(latents),
                     "figures": torch.cat(where),
                 },
-                aside,
+                temporary,
             )
         print(f"pool: {number + chunk} scenes in the style {style}", flush=True)
 
@@ -104,13 +104,13 @@ def open_pool(world: World, style: str = OWN) -> Pool:
     fill_pool(world, style)
     if rank()[1] > 1:
         dist.barrier()
-    kept = [
+    parts = [
         torch.load(path, weights_only=True)
         for path in sorted(world.folder.glob(f"pool-{style}-*.pt"))
     ]
     return Pool(
         world.glyphs(style),
-        Scenes.cat([Scenes(**part["scenes"]) for part in kept]),
-        torch.cat([part["latents"] for part in kept]),
-        torch.cat([part["figures"] for part in kept]),
+        Scenes.cat([Scenes(**part["scenes"]) for part in parts]),
+        torch.cat([part["latents"] for part in parts]),
+        torch.cat([part["figures"] for part in parts]),
     )

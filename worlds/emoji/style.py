@@ -1,7 +1,8 @@
 """The base fine-tuned to other drawing styles: "flat" and "lines", the same emoji by other hands
 (see `glyphs.py`).
 
-Each is a LoRA of the UNet, in diffusers' own format: `pipeline.load_lora_weights(PLACE / "flat")`.
+Each is a LoRA of the UNet in diffusers' own format:
+`pipeline.load_lora_weights(STYLES_FOLDER / "flat")`.
 Captions and scenes are as they were, the drawings are not. No image-prompt adapter takes part, and
 none has seen these drawings: that an adapter drives these bases too was never trained.
 """
@@ -15,12 +16,12 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .assemble import SHIPPED, report
-from .control import Frozen
+from .control import FrozenBase
 from .pool import open_pool
-from .stage import World, fit, rank
+from .train_utils import World, fit, rank
 from .unet import TEXT_DROP, loss
 
-PLACE = SHIPPED / "styles"
+STYLES_FOLDER = SHIPPED / "styles"
 LAYERS = [
     "to_q",
     "to_k",
@@ -36,7 +37,7 @@ LAYERS = [
 
 def train(world: World, name: str) -> None:
     torch.manual_seed(world.seed + 7)
-    plan, base, pool = world["style"], Frozen(world), open_pool(world, name)
+    plan, base, pool = world["style"], FrozenBase(world), open_pool(world, name)
     unet = base.pipe.unet
     unet.add_adapter(
         LoraConfig(r=plan["rank"], lora_alpha=plan["rank"], target_modules=LAYERS), name
@@ -44,9 +45,9 @@ def train(world: World, name: str) -> None:
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
-        drawn, text = base.draw(pool, here, world.generator(71, step, rank()[0]), TEXT_DROP)
-        v = unet(drawn.noisy, drawn.t, text).sample
-        return {"v": loss(v, drawn)}
+        batch, text = base.sample_batch(pool, here, world.generator(71, step, rank()[0]), TEXT_DROP)
+        v = unet(batch.noisy, batch.t, text).sample
+        return {"v": loss(v, batch)}
 
     lora = nn.ModuleDict(
         {"lora": nn.ParameterList([p for p in unet.parameters() if p.requires_grad])}
@@ -66,7 +67,7 @@ def train(world: World, name: str) -> None:
             key: value.half()
             for key, value in get_peft_model_state_dict(unet, adapter_name=name).items()
         }
-        StableDiffusionPipeline.save_lora_weights(PLACE / name, unet_lora_layers=layers)
+        StableDiffusionPipeline.save_lora_weights(STYLES_FOLDER / name, unet_lora_layers=layers)
         report(SHIPPED)
 
 

@@ -5,7 +5,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from .glyphs import english_name, lists
 from .scenes import COLOUR_NAMES, PATTERNS
-from .stage import World
+from .train_utils import World
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 GLUE = "a photo of an and on the at in with background middle top bottom left right small large"
@@ -57,10 +57,10 @@ def build_tokenizer(tokens: int) -> CLIPTokenizer:
 
 def open_tokenizer(world: World) -> CLIPTokenizer:
     """The tokenizer in the world's folder, built at first: all of its models read with one."""
-    place = world.folder / "tokenizer"
-    if not place.exists():
-        build_tokenizer(world["text"]["tokens"]).save_pretrained(place)
-    return CLIPTokenizer.from_pretrained(place)
+    folder = world.folder / "tokenizer"
+    if not folder.exists():
+        build_tokenizer(world["text"]["tokens"]).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def text_config(world: World, tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:

@@ -16,8 +16,8 @@ from transformers import CLIPTextModel
 from imprompt.training.objective import emphasis
 
 from .pool import Pool, open_pool
-from .stage import World, fit, rank
 from .text import open_tokenizer
+from .train_utils import World, fit, rank
 
 TEXT_DROP = 0.12  # for classifier-free guidance
 # how much more the loss of what is added to the base weighs where the figure is than on the
@@ -66,7 +66,7 @@ def relaxed(step: int, steps: int, first: float, last: float) -> float:
     return first + (last - first) * min(1.0, max(0.0, 3 * step / steps - 2))
 
 
-class Draw(NamedTuple):
+class NoisyBatch(NamedTuple):
     """What a step of the base, or of something added to it, learns from."""
 
     noisy: Tensor  # (N, C, h, h)
@@ -77,14 +77,14 @@ class Draw(NamedTuple):
     index: Tensor  # (N,), of the scenes in their pool
 
 
-def loss(v: Tensor, drawn: Draw, figure: float = FIGURE) -> Tensor:
+def loss(v: Tensor, batch: NoisyBatch, figure: float = FIGURE) -> Tensor:
     """The mean square error of a predicted velocity (N, C, h, h), where the figure is 1 + `figure`
     times as heavy.
     """
-    return ((v.float() - drawn.velocity).square() * emphasis(drawn.figures, figure)).mean()
+    return ((v.float() - batch.velocity).square() * emphasis(batch.figures, figure)).mean()
 
 
-def draw(
+def sample_batch(
     world: World,
     pool: Pool,
     tokenizer: Any,
@@ -94,7 +94,7 @@ def draw(
     *,
     drop: float = TEXT_DROP,
     power: float = 1.0,
-) -> Draw:
+) -> NoisyBatch:
     """Scenes of the pool with noise of evenly drawn timesteps.
 
     With `power` above 1 noisier ones are drawn more often.
@@ -117,7 +117,7 @@ def draw(
         pool.figures[index].float(),
         ids,
     )
-    return Draw(*(part.to(world.device) for part in parts), index)
+    return NoisyBatch(*(part.to(world.device) for part in parts), index)
 
 
 def train(world: World) -> None:
@@ -133,9 +133,11 @@ def train(world: World) -> None:
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
-        drawn = draw(world, pool, tokenizer, scheduler, here, world.generator(21, step, rank()[0]))
-        v = unet(drawn.noisy, drawn.t, text(drawn.ids).last_hidden_state, return_dict=False)[0]
-        return {"v": loss(v, drawn, relaxed(step, plan["steps"], *plan["figure"]))}
+        batch = sample_batch(
+            world, pool, tokenizer, scheduler, here, world.generator(21, step, rank()[0])
+        )
+        v = unet(batch.noisy, batch.t, text(batch.ids).last_hidden_state, return_dict=False)[0]
+        return {"v": loss(v, batch, relaxed(step, plan["steps"], *plan["figure"]))}
 
     modules = nn.ModuleDict({"unet": unet, "text": text})
     fit(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .glyphs import STYLES, Glyphs
 from .scenes import render, sample_scenes
-from .stage import World, fit
+from .train_utils import World, fit
 
 KL_WEIGHT = 1e-6
 CROP = 64  # pixels
@@ -143,7 +143,7 @@ def train(world: World) -> None:
         )
     vae.register_to_config(scaling_factor=round(1 / std, 4))
     vae.save_pretrained(world.folder / "vae")
-    tell(world, vae, styles[0])
+    report_quality(world, vae, styles[0])
 
 
 def train_decoder(world: World) -> None:
@@ -173,10 +173,10 @@ def train_decoder(world: World) -> None:
         average=0.998,
     )
     vae.save_pretrained(world.folder / "vae")
-    tell(world, vae, styles[0])
+    report_quality(world, vae, styles[0])
 
 
-def tell(world: World, vae: AutoencoderKL, glyphs: Glyphs) -> None:
+def report_quality(world: World, vae: AutoencoderKL, glyphs: Glyphs) -> None:
     """Print what is left of new scenes."""
     for name, seen in (("seen", True), ("unseen", False)):
         scenes = sample_scenes(

@@ -1,0 +1,308 @@
+"""What the shipped model can do, measured: `python -m studies.emoji evaluate` prints the table that
+the model card holds.
+
+The metric encoder has a seed and a size of its own and never conditioned anything; colours and
+shapes are measured against the scenes' own factors. Shape letters: N scenes, S pixels a side.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from imprompt.evaluation.metrics import Interval, bootstrap_interval
+from imprompt.generation.pipeline import ImagePromptPipeline
+from worlds.emoji.assemble import ADAPTERS, SHIPPED, weights_in
+from worlds.emoji.glyphs import Glyphs
+from worlds.emoji.scenes import (
+    COLOUR_NAMES,
+    PALETTE,
+    UNSEEN_COLOURS,
+    Scenes,
+    article,
+    moved,
+    render,
+    sample_scenes,
+    shuffled,
+    to_image,
+)
+from worlds.emoji.train_utils import World
+from worlds.emoji.vae import psnr, reconstruct
+
+from .markdown_tables import fill_sections, markdown_table
+from .measures import (
+    RIGHT,
+    Classifier,
+    colour_error,
+    embed_pictures,
+    figure,
+    middle,
+    outlines,
+    retrieval,
+    to_tensor,
+)
+from .paths import REPORTS
+from .sampler import FRONT, Sampler
+from .sheets import draw_sheet, sheet
+
+SHEETS = REPORTS / "emoji"
+COUNT = 128
+SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt with a text
+
+
+class Kind(NamedTuple):
+    """Which scenes are asked for."""
+
+    glyphs_seen: bool = True
+    look_seen: bool = True
+    core: float = 1.0
+
+    def scenes(
+        self, glyphs: Glyphs, count: int, generator: torch.Generator, pairs: float = 0.1
+    ) -> Scenes:
+        return sample_scenes(
+            glyphs,
+            count,
+            generator,
+            seen_glyphs=self.glyphs_seen,
+            seen_look=self.look_seen,
+            core=self.core,
+            pairs=pairs,
+        )
+
+
+SETS = {
+    "core glyphs, new compositions": Kind(),
+    "other seen glyphs": Kind(core=0.0),
+    "unseen glyphs": Kind(glyphs_seen=False),
+    "unseen glyphs, palettes and pattern": Kind(glyphs_seen=False, look_seen=False),
+}
+Row = dict[str, Interval | float]
+
+
+def means(values: Mapping[str, Tensor]) -> Row:
+    """Of values by picture (N,), those that are there, with their intervals.
+
+    NaN where there is none.
+    """
+    there = {name: value[~value.isnan()] for name, value in values.items()}
+    return {
+        name: bootstrap_interval(value, torch.arange(len(value))) if len(value) else float("nan")
+        for name, value in there.items()
+    }
+
+
+def follow(
+    pipe: ImagePromptPipeline, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Image prompt alone, scale 1: does the result follow its own prompt and not another's? Values
+    by picture (N,).
+    """
+    side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
+    prompts = render(scenes, glyphs, side)
+    made = to_tensor(pipe([to_image(p) for p in prompts], seed=0, batch_size=32).images)
+    return measured(prompts, made, glyphs, scenes, generator), prompts, made
+
+
+def measured(
+    prompts: Tensor, made: Tensor, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What results (N, 3, S, S) took from their prompts (N, 3, S, S), by picture (N,).
+
+    NaN where it cannot be measured.
+    """
+    other = shuffled(scenes)
+    # The ceiling: another real picture of the same scene.
+    again = render(moved(scenes, generator), glyphs, prompts.shape[-1])
+    shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(again)
+    named = Classifier.load().classify(made)[:, None].eq(scenes.glyph).any(1).float()
+    alone = (scenes.glyph[:, 1] < 0) & (scenes.pattern == 0)  # where a figure's middle can be found
+    place = (middle(figure(made, scenes)) - middle(figure(prompts, scenes))).norm(dim=1)
+    return {
+        "retrieval": retrieval(embed_pictures(made), embed_pictures(prompts)),
+        "own glyph": named.where((scenes.glyph < glyphs.seen).all(1), torch.nan),
+        "colour error": colour_error(made, scenes),
+        "another's": colour_error(made, other),
+        "place error": place.where(alone, torch.nan),
+        "outline likeness": (shapes * prompt_shapes).sum(1),
+        "another's outline": (shapes * prompt_shapes.roll(1, 0)).sum(1),
+        "outline drawn again": (ceiling * prompt_shapes).sum(1),
+    }
+
+
+def count_of(world: World) -> int:
+    return COUNT if world.most is None else min(COUNT, 2 * world.most)
+
+
+def with_text(
+    pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float
+) -> tuple[Row, Tensor, Tensor]:
+    """A text that names one glyph, an image prompt that shows another: is the text's glyph there,
+    in the image's palette?
+    """
+    generator, count = world.generator(43), count_of(world)
+    scenes = SETS["core glyphs, new compositions"].scenes(glyphs, count, generator, pairs=0)
+    named = (
+        scenes.glyph[:, 0] + 1 + torch.randint(glyphs.core - 1, (count,), generator=generator)
+    ) % glyphs.core
+    prompts = render(scenes, glyphs, world.side)
+    texts = [article(glyphs.names[g]) for g in named.tolist()]
+    made = to_tensor(
+        pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images
+    )
+    error, other = colour_error(made, scenes), colour_error(made, shuffled(scenes))
+    found = Classifier.load().classify(made)
+    glyph, palette = found.eq(named), error < RIGHT * other.mean()
+    values = {
+        "text's glyph": glyph,
+        "image's glyph": found.eq(scenes.glyph[:, 0]),
+        "image's palette": palette,
+        "both right": glyph & palette,
+    }
+    return means({name: value.float() for name, value in values.items()}), prompts, made
+
+
+def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
+    """The base alone: is what the text names there, on the background that it names?"""
+    sampler, rows, count = Sampler(), {}, count_of(world)
+    for label, ids in {
+        "core glyphs": range(glyphs.core),
+        "other seen glyphs": range(glyphs.core, glyphs.seen),
+    }.items():
+        generator = world.generator(46, len(ids))
+        named = torch.tensor(ids)[torch.randint(len(ids), (count,), generator=generator)]
+        colours = torch.randint(len(PALETTE) - UNSEEN_COLOURS, (count,), generator=generator)
+        texts = [
+            f"{article(glyphs.names[g])} on {article(COLOUR_NAMES[c])} background"
+            for g, c in zip(named.tolist(), colours.tolist(), strict=True)
+        ]
+        parts = {start: texts[start : start + 32] for start in range(0, count, 32)}
+        made = torch.cat(
+            [sampler.sample(len(part), texts=part, seed=start) for start, part in parts.items()]
+        )
+        ground = torch.tensor(list(PALETTE.values()))[colours]
+        edge = torch.cat([made[:, :, :6].flatten(2), made[:, :, -6:].flatten(2)], 2).mean(2)
+        rows[label] = means(
+            {
+                "text's glyph": Classifier.load().classify(made).eq(named).float(),
+                "colour error to the text's": (edge - ground).abs().mean(1) * 255,
+            }
+        )
+        draw_sheet(
+            SHEETS / f"text-{label.replace(' ', '-')}.jpg",
+            [""] * 8,
+            [("", [*made[i : i + 8]]) for i in range(0, min(48, count), 8)],
+        )
+    return rows
+
+
+def check_metric_encoder(glyphs: Glyphs, world: World) -> Row:
+    """Measure what measures on real scenes: is a scene drawn again found, and its glyph named?"""
+    generator = world.generator(44)
+    scenes = sample_scenes(glyphs, count_of(world), generator, pairs=0)
+    pictures, redrawn = (
+        render(drawn, glyphs, world.side) for drawn in (scenes, moved(scenes, generator))
+    )
+    return {
+        "scene drawn again found": retrieval(embed_pictures(redrawn), embed_pictures(pictures))
+        .mean()
+        .item(),
+        "glyph named": Classifier.load()
+        .classify(pictures)
+        .eq(scenes.glyph[:, 0])
+        .float()
+        .mean()
+        .item(),
+    }
+
+
+def evaluate(world: World) -> None:
+    world = replace(world, device="cpu")  # small enough, and the same numbers everywhere
+    glyphs = world.glyphs()
+    SHEETS.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Row] = {"metric encoder": check_metric_encoder(glyphs, world)}
+    vae = AutoencoderKL.from_pretrained(SHIPPED / "vae")
+    for number, (label, kind) in enumerate(SETS.items()):
+        pictures = render(kind.scenes(glyphs, 256, world.generator(41, number)), glyphs, world.side)
+        results[f"autoencoder: {label}"] = means(
+            {"PSNR": psnr(reconstruct(vae, pictures), pictures)}
+        )
+    results |= {f"text alone: {label}": row for label, row in by_text(world, glyphs).items()}
+    for name in ADAPTERS:
+        pipe = ImagePromptPipeline.from_pretrained("emoji", adapter=name)
+        for number, (label, kind) in enumerate(SETS.items()):
+            generator = world.generator(42, number)
+            values, prompts, made = follow(
+                pipe, glyphs, kind.scenes(glyphs, count_of(world), generator), generator
+            )
+            results[f"{name}: {label}"] = means(values)
+            sheet(prompts, made, SHEETS / f"{name}-{label.replace(',', '').replace(' ', '-')}.jpg")
+            print(name, label, results[f"{name}: {label}"], flush=True)
+            if name == FRONT and not number:
+                sheet(prompts, made, SHEETS / "prompts-and-results.jpg", pairs=15, columns=5)
+        for scale in SCALES:
+            row, prompts, made = with_text(pipe, glyphs, world, scale)
+            results[f"{name}: text and image, scale {scale}"] = row
+            print(name, "text", scale, row, flush=True)
+            if scale == 0.5:
+                sheet(prompts, made, SHEETS / f"{name}-with-text.jpg")
+    (SHEETS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    fill_sections(SHIPPED / "README.md", {"parts": parts(), "measured": table(results)})
+    print(table(results))
+
+
+def parts() -> str:
+    """A row per part that ships: class and number of parameters."""
+    rows = []
+    for path in sorted(SHIPPED.rglob("*.safetensors")):
+        config = path.parent / "config.json"
+        facts = json.loads(config.read_text()) if config.exists() else {}
+        bare = "LoRA" if path.parent.parent.name == "styles" else "IPAdapter"
+        kind = facts.get("_class_name") or next(iter(facts.get("architectures", [bare])))
+        label = path.stem if path.parent.name == "adapters" else path.parent.name
+        rows.append(f"| {label} | {kind} | {weights_in(path):,} |")
+    return "\n".join(rows)
+
+
+PERCENT = {
+    "retrieval",
+    "own glyph",
+    "text's glyph",
+    "image's glyph",
+    "image's palette",
+    "both right",
+    "scene drawn again found",
+    "glyph named",
+}
+
+
+def shown(measure: str, value: Interval | float) -> str:
+    """A mean, and in brackets its 95 % interval; a dash where there is none."""
+    numbers = (
+        [value] if isinstance(value, float) else [number for number in value if number is not None]
+    )
+    if numbers[0] != numbers[0]:  # not a number: the classifier knows the seen glyphs only
+        return "–"
+    form = (
+        "{:.1%}"
+        if measure in PERCENT
+        else "{:.2f}"
+        if "outline" in measure or "place" in measure
+        else "{:.1f}"
+    )
+    mean, *ends = (form.format(number) for number in numbers)
+    return f"{mean} ({' to '.join(ends)})" if ends else mean
+
+
+def table(results: Mapping[str, Row]) -> str:
+    """The results as Markdown: a table for each set of measures, a row for each thing measured."""
+    tables: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for label, row in results.items():
+        tables.setdefault(tuple(row), {})[label] = [
+            shown(measure, value) for measure, value in row.items()
+        ]
+    return "\n\n".join(markdown_table(columns, rows) for columns, rows in tables.items())

@@ -1,0 +1,13 @@
+"""A set for `imprompt evaluate`: scenes that no training draws."""
+
+from worlds.emoji.assemble import write_scenes
+from worlds.emoji.train_utils import World
+
+from .paths import HELD_OUT
+
+COUNT = 32
+
+
+def held_out(world: World) -> None:
+    """Write the set beside the code."""
+    write_scenes(world, HELD_OUT, COUNT, 52)

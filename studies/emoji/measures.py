@@ -1,0 +1,190 @@
+"""What is measured on results whose scenes are known: colours, places and shapes by their factors,
+likeness by a metric encoder.
+
+The metric encoder has a seed and a size of its own and never conditioned anything; the classifiers
+were trained apart. Shape letters: N pictures or scenes, S pixels a side, E width
+of an embedding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import ResNetForImageClassification
+
+from imprompt.evaluation.metric_encoders import MetricEncoder, open_clip
+from worlds.emoji.clip import preprocess
+from worlds.emoji.edges import edges
+from worlds.emoji.scenes import Scenes, background, to_image
+
+from .paths import GLYPH_CLASSIFIER, METRIC_ENCODER, STYLE_CLASSIFIER
+
+# of the mean error to another scene's background, under which a background's colour is right
+RIGHT = 0.25
+FINE = 64  # what measures blur and widen is a share of a picture's side: whole numbers of its 64ths
+
+
+@cache
+def metric_encoder() -> MetricEncoder:
+    """Load the metric encoder: pictures and captions in one space of its own."""
+    return open_clip(str(METRIC_ENCODER), "cpu")
+
+
+def embed_pictures(pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, S, S) in [0, 1] -> the metric encoder's unit embeddings (N, E)."""
+    return F.normalize(metric_encoder().images([to_image(picture) for picture in pictures]), dim=1)
+
+
+def embed_texts(texts: Sequence[str]) -> Tensor:
+    """N captions -> the metric encoder's unit embeddings (N, E)."""
+    encode = metric_encoder().texts
+    assert encode is not None  # it is a whole CLIP
+    return F.normalize(encode(texts), dim=1)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A classifier of pictures by seen glyph or by drawing style.
+
+    It was trained apart, on real scenes of one glyph, some of them blurred or noisy.
+    """
+
+    network: ResNetForImageClassification
+
+    @classmethod
+    @cache
+    def load(cls, folder: Path = GLYPH_CLASSIFIER) -> "Classifier":
+        """Load the classifier of glyphs, or the one in another folder."""
+        return cls(ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval())
+
+    @torch.no_grad()
+    def classify(self, pictures: Tensor) -> Tensor:
+        """(N, 3, S, S) in [0, 1] -> the likeliest label, a seen glyph or a style (N,)"""
+        return torch.cat(
+            [self.network(preprocess(part)).logits for part in pictures.split(64)]
+        ).argmax(1)
+
+
+def in_style(pictures: Tensor, style: str) -> Tensor:
+    """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0
+    or 1 (N,).
+    """
+    classifier = Classifier.load(STYLE_CLASSIFIER)
+    number = [*classifier.network.config.id2label.values()].index(style)
+    return classifier.classify(pictures).eq(number).float()
+
+
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    return (
+        torch.stack(
+            [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+        ).float()
+        / 255
+    )
+
+
+def retrieval(found: Tensor, prompts: Tensor) -> Tensor:
+    """Whether a result's nearest prompt, of all, is its own. Embeddings (N, E) -> 0 or 1 (N,)."""
+    return (found @ prompts.T).argmax(1).eq(torch.arange(len(found))).float()
+
+
+def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:
+    """Along the edge of the picture, after a blur: what is there and the true background, (N, 3,
+    places).
+    """
+    side = pictures.shape[-1]
+    width, reach = 3 * side // FINE, 2 * side // FINE
+    rim = torch.ones(side, side, dtype=torch.bool)
+    rim[width:-width, width:-width] = False
+    there, true = (
+        F.avg_pool2d(x, 2 * reach + 1, 1, reach)[..., rim]
+        for x in (pictures, background(scenes, side))
+    )
+    return there, true
+
+
+def background_error(pictures: Tensor, scenes: Scenes) -> Tensor:
+    """Mean absolute difference, of 255, from the true background, place by place (N,)."""
+    there, true = rims(pictures, scenes)
+    return (there - true).abs().mean((1, 2)) * 255
+
+
+def colour_error(pictures: Tensor, scenes: Scenes) -> Tensor:
+    """The same of the mean colour: a pattern that lies otherwise is no error (N,)."""
+    there, true = rims(pictures, scenes)
+    return (there.mean(2) - true.mean(2)).abs().mean(1) * 255
+
+
+def outlines(pictures: Tensor) -> Tensor:
+    """Edge strength by place and direction, (N, 8·8·8) unit vectors: a histogram of oriented
+    gradients.
+    """
+    grey = pictures.mean(1, keepdim=True)
+    dx = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1, 0, 0))
+    dy = F.pad(grey[..., 1:, :] - grey[..., :-1, :], (0, 0, 0, 1))
+    turn = ((torch.atan2(dy, dx) / torch.pi) % 1 * 8).floor().clamp(max=7).long()
+    strength = (dx**2 + dy**2).sqrt()
+    bins = torch.zeros(len(pictures), 8, *grey.shape[-2:]).scatter_(1, turn, strength)
+    return F.normalize(F.adaptive_avg_pool2d(bins, 8).flatten(1), dim=1)
+
+
+def figure(pictures: Tensor, scenes: Scenes) -> Tensor:
+    """What differs from the colour along the picture's edge: (N, S, S) of 0 and 1."""
+    there, _ = rims(pictures, scenes)
+    return ((pictures - there.median(2).values[:, :, None, None]).abs().amax(1) > 0.2).float()
+
+
+def middle(figures: Tensor) -> Tensor:
+    """The mean place of the figure's pixels, x and y in [-1, 1]: (N, 2)"""
+    line = (torch.arange(figures.shape[-1]) + 0.5) / figures.shape[-1] * 2 - 1
+    total = figures.sum((1, 2)).clamp(min=1)
+    return torch.stack(
+        [(figures.sum(1) * line).sum(1) / total, (figures.sum(2) * line).sum(1) / total], 1
+    )
+
+
+def iou(one: Tensor, other: Tensor) -> Tensor:
+    """Intersection over union of masks (N, S, S), per picture (N,)."""
+    return torch.minimum(one, other).sum((1, 2)) / torch.maximum(one, other).sum((1, 2)).clamp(
+        min=1
+    )
+
+
+def outline_iou(pictures: Tensor, maps: Tensor) -> Tensor:
+    """Of the pictures' own edges and the given ones, both widened by a 64th of a side (N,)."""
+    reach = pictures.shape[-1] // FINE
+    there, given = (
+        F.max_pool2d((x[:, 0] > 0.5).float(), 2 * reach + 1, 1, reach)
+        for x in (edges(pictures), maps)
+    )
+    return iou(there, given)
+
+
+def correlation(one: Tensor, other: Tensor) -> float:
+    """Pearson's, over pictures, for each column (N, columns), and the columns' mean."""
+    a, b = (x - x.mean(0) for x in (one.flatten(1), other.flatten(1)))
+    return round((F.cosine_similarity(a, b, dim=0)).mean().item(), 3)
+
+
+def bars(pictures: Tensor) -> Tensor:
+    """How much colour changes along x and along y in the picture's outer eighth (N, 2): what a
+    pattern is there.
+    """
+    band = pictures.shape[-1] // 8
+    rim = torch.ones(pictures.shape[-2:], dtype=torch.bool)
+    rim[band:-band, band:-band] = False
+    along_x, along_y = (
+        F.pad(pictures.diff(dim=d), pad) for d, pad in ((3, (0, 1)), (2, (0, 0, 0, 1)))
+    )
+    return torch.stack([step.abs().amax(1)[:, rim].mean(1) for step in (along_x, along_y)], 1)
+
+
+def hue(pictures: Tensor, figures: Tensor) -> Tensor:
+    """The figure's mean colour (N, 3)."""
+    return (pictures * figures[:, None]).sum((2, 3)) / figures.sum((1, 2)).clamp(min=1)[:, None]

@@ -1,0 +1,13 @@
+"""Where the studies keep what measures, and where their reports go."""
+
+from pathlib import Path
+
+STUDIES = Path(__file__).parent
+ROOT = STUDIES.parents[1]
+WEIGHTS = STUDIES / "weights"
+METRIC_ENCODER = WEIGHTS / "metric-encoder"
+GLYPH_CLASSIFIER = WEIGHTS / "glyph-classifier"
+STYLE_CLASSIFIER = WEIGHTS / "style-classifier"
+HELD_OUT = STUDIES / "held-out"
+DOCS = ROOT / "docs"
+REPORTS = DOCS / "reports"  # what commands write whole

@@ -1,0 +1,84 @@
+"""The stages that make the world, and the command line that they share with the studies'."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from imprompt.errors import ImpromptError
+
+from .train_utils import BUDGETS, World
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A function of a world, named as `module:function`; its module is imported when it runs."""
+
+    function: str
+    seed_offset: int = 0  # of its seed from the world's
+    in_all: bool = True  # whether "all" runs it
+
+    def run(self, world: World) -> None:
+        module, _, function = self.function.partition(":")
+        stage = getattr(import_module(module), function)
+        stage(replace(world, seed=world.seed + self.seed_offset))
+
+
+MAKING = {
+    "vae": Stage("worlds.emoji.vae:train"),
+    "decoder": Stage("worlds.emoji.vae:train_decoder"),
+    "clip": Stage("worlds.emoji.clip:train"),
+    "pool": Stage("worlds.emoji.pool:fill_pool"),
+    "unet": Stage("worlds.emoji.unet:train"),
+    "assemble": Stage("worlds.emoji.assemble:assemble"),
+    "scenes": Stage("worlds.emoji.assemble:scenes"),
+    "adapters": Stage("worlds.emoji.assemble:adapters"),
+    "ship": Stage("worlds.emoji.assemble:ship"),
+    "control": Stage("worlds.emoji.control:train"),
+    "flat": Stage("worlds.emoji.style:train_flat"),
+    "lines": Stage("worlds.emoji.style:train_lines"),
+}
+
+
+def main(
+    program: str,
+    description: str | None,
+    stages: Mapping[str, Stage],
+    *,
+    before: Mapping[str, Stage] | None = None,
+    budgets: tuple[Path, ...] = (BUDGETS,),
+) -> None:
+    """Run the stage that the command line names, or all of `before` and then of `stages`."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("stage", choices=(*stages, "all"))
+    parser.add_argument("--budget", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where states and models go (runs/emoji-BUDGET)"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=None,
+        help="of any stage at most, for a rehearsal: make rehearse",
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:  # started by torchrun
+        dist.init_process_group("gloo")
+    folder = args.folder or Path("runs") / f"emoji-{args.budget}"
+    world = World(args.budget, folder, most=args.steps, budgets=budgets)
+    world.folder.mkdir(parents=True, exist_ok=True)
+    wanted = [stages[args.stage]] if args.stage in stages else []
+    if args.stage == "all":
+        wanted = [one for one in (*(before or {}).values(), *stages.values()) if one.in_all]
+    try:
+        for stage in wanted:
+            stage.run(world)
+    except ImpromptError as error:
+        raise SystemExit(str(error)) from error
