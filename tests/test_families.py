@@ -3,6 +3,7 @@ adapter.
 """
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any, NamedTuple
 
 import pytest
@@ -122,6 +123,20 @@ def test_the_keyword_says_the_same(tiny: Tiny) -> None:
         wanted = run(tiny)
     channel = {adapter.family.channel: {"ip_hidden_states": prompt}}
     assert torch.equal(tiny.model(**tiny.inputs, **channel, return_dict=False)[0], wanted)
+
+
+@torch.no_grad()
+def test_arguments_may_be_positional(tiny: Tiny) -> None:
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    prompt = adapter.prompt(tokens(adapter))
+    over_time = torch.linspace(0, 1, 10).expand(len(adapter.image_kv), 1, -1)
+    names = list(signature(type(tiny.model).forward).parameters)[1:]
+    last = max(index for index, name in enumerate(names) if name in tiny.inputs)
+    defaults = signature(tiny.model.forward).parameters
+    given = [tiny.inputs.get(name, defaults[name].default) for name in names[: last + 1]]
+    for chosen in (prompt, prompt.with_scale(over_time)):
+        with adapter.using(chosen):
+            assert torch.equal(tiny.model(*given, return_dict=False)[0], run(tiny))
 
 
 @torch.no_grad()

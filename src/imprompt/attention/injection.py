@@ -22,7 +22,7 @@ from imprompt.attention.conditioning import (
 from imprompt.attention.image_guidance import BRANCHES, in_halves, in_thirds
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
-from imprompt.families.base import Family, LayerSize, ModelCall
+from imprompt.families.base import Family, LayerSize, ModelCall, arguments_by_name
 from imprompt.prompt import KEY, ImagePrompt
 
 FINE = 2**20  # points of a table fine enough to distinguish the times of calls
@@ -180,10 +180,10 @@ class ModelInjection(ABC):
         names = self.originals if low_rank else self.layers
         check_processors({name: attentions[name] for name in names}, self.classes())
         if scope is not None and scope.image_guidance is not None:
-            given = self.family.given(args, kwargs)
+            given = arguments_by_name(model, args, kwargs)
             args, kwargs = (), in_thirds(self.family, given, scope.text_in_thirds)
             prompts = tuple(prompt.with_branches(BRANCHES) for prompt in prompts)
-        call = self.family.call(model, self.family.given(args, kwargs), self.timesteps)
+        call = self.family.call(model, arguments_by_name(model, args, kwargs), self.timesteps)
         positive = None
         if self.family.separate_branches:
             if scope is None and any(prompt.branches > 1 for prompt in prompts):

@@ -7,7 +7,9 @@ neither this file nor `imprompt.adapter` depends on diffusers.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +37,7 @@ class LayerSize(NamedTuple):
 class ModelCall(NamedTuple):
     """What image prompts need to know of one call of a base model.
 
+    given     its arguments, by name
     rows      of the batch, as attentions see it
     text      text states (B, T, D); the same tensor in every step of a picture
     place     gives the call's place, () or (B,), in a table of that many points over the schedule,
@@ -42,6 +45,7 @@ class ModelCall(NamedTuple):
     grids     gives the sizes, rows and columns, in which layers see the latents
     """
 
+    given: Mapping[str, Any]
     rows: int
     text: Tensor
     place: Callable[[int], Tensor]
@@ -211,13 +215,23 @@ class Family(ABC):
         name = own if own in self.classes else self.classes[0]
         return getattr(import_module("diffusers"), name).from_config(dict(config))
 
-    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call by name."""
-        return dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
-
     def known_by_text(self, width: int) -> str:
         """Return " (the model)" whose text has that width, or an empty string."""
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
+
+
+def arguments_by_name(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a call of the model by the names of its forward pass."""
+    original = getattr(model, "_orig_mod", model)  # inside what torch.compile returns
+    return dict(zip(positional_names(type(original)), args, strict=False)) | dict(kwargs)
+
+
+@cache
+def positional_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names that the forward pass of a class gives its arguments, in order."""
+    return tuple(signature(kind.forward).parameters)[1:]
 
 
 def find_family(name: str) -> Family:

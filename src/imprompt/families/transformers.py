@@ -148,9 +148,9 @@ class TransformerInjection(ModelInjection):
         masks = masks_at([prompt.mask for prompt in prompts], grids, dtype)
         scales = [prompt.scale for prompt in prompts]
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
-        given, images = self.family.given(*arguments), images_of(prompts)
+        images = images_of(prompts)
         for number, (name, processor) in enumerate(self.processors.items()):
-            rows = self.row.picture(name, given)
+            rows = self.row.picture(name, call.given)
             processor.conditioning = LayerConditioning(images[number], weights[number], rows)
             processor.added = False
         return arguments
@@ -235,6 +235,7 @@ class TransformerFamily(Family):
         latents, timestep, text = (given[name] for name in self.arguments)
         progress = self.row.progress
         return ModelCall(
+            given,
             len(latents),
             text,
             lambda points: schedule_place(progress(torch.as_tensor(timestep), timesteps), points),

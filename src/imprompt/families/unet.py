@@ -406,7 +406,7 @@ class UNetFamily(Family):
                 return last - now.long()
             return schedule_place(1 - now / last, points)
 
-        return ModelCall(len(latents) * frames, text, place, lambda: grids)
+        return ModelCall(given, len(latents) * frames, text, place, lambda: grids)
 
 
 UNET = UNetFamily()

@@ -17,7 +17,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_map_only
 
 from imprompt.errors import SettingError
-from imprompt.families.base import family_of
+from imprompt.families.base import arguments_by_name, family_of
 from imprompt.prompt import KEY
 
 # PyTorch's variable; its default is a folder of /tmp, which is lost at the next boot
@@ -58,7 +58,7 @@ def compile_base(model: nn.Module, **options: Any) -> None:
         if getattr(channel.get(KEY), "undecided", False):
             # the layers time kernels first, which is not possible inside a graph
             return forward(*args, **kwargs)
-        given = family.given(args, kwargs)
+        given = arguments_by_name(model, args, kwargs)
         # some pipelines use another memory layout, which would compile a new graph
         given[latents] = given[latents].contiguous()
         try:
