@@ -662,7 +662,7 @@ BAD_MODELS = [
     (
         "encoder half empty",
         WITH_CAT + " --encoder {here}/encoder-part",
-        "encoder-part holds no whole CLIP image encoder: visual_projection.weight missing",
+        "encoder-part holds an incomplete CLIP image encoder: visual_projection.weight missing",
     ),
     (
         "encoder of text",

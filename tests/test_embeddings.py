@@ -260,7 +260,7 @@ REFUSED: list[tuple[str, str, Write, str]] = [
         "holds no image features as imprompt embed writes them",
     ),
     ("other tensors", "safetensors", tensors(told=GOOD, other=ROW), "holds no image features"),
-    ("no JSON", "safetensors", tensors(told="{", features_0=ROW), "a header that is no JSON"),
+    ("no JSON", "safetensors", tensors(told="{", features_0=ROW), "header that is not valid JSON"),
     (
         "another format",
         "safetensors",

@@ -566,7 +566,7 @@ def test_missing_weights_are_an_error(name: str, folder: Path, tmp_path: Path) -
     lost = sorted(weights)[0]
     del weights[lost]
     save_file(weights, place / "model.safetensors", {"format": "pt"})
-    assert f"holds no whole {KINDS[name].name} image encoder: {lost} missing" in refused(place)
+    assert f"holds an incomplete {KINDS[name].name} image encoder: {lost} missing" in refused(place)
     (place / "model.safetensors").unlink()
     assert "no image encoder can be loaded from" in refused(place)
 
@@ -584,7 +584,7 @@ def test_a_processor_that_cannot_serve_is_an_error(name: str, folder: Path, tmp_
         {"do_center_crop": True, "crop_size": {"height": SIDE, "width": 2 * SIDE}},
     ):
         (place / "preprocessor_config.json").write_text(json.dumps(said | changes))
-        assert "its image processor makes no squares of one size" in refused(place)
+        assert "its image processor does not make squares of one size" in refused(place)
     (place / "preprocessor_config.json").write_text("{")
     assert "no image encoder can be loaded from" in refused(place)
 

@@ -423,7 +423,7 @@ def test_what_cannot_be_read(features: FaceFeatures, encoder: VisionEncoder) -> 
     without = FaceFeatures(None, width=FACE_DIM)
     with pytest.raises(MismatchError, match="give the CLIP image encoder"):
         without.features([face_of()], "face and crop")
-    with pytest.raises(SettingError, match="no face encoder is here"):
+    with pytest.raises(SettingError, match="there is no face encoder"):
         without.features([PICTURE], "face")
     for feature in ("face", "face and crop"):
         with pytest.raises(MismatchError, match=f"a CLIP image encoder gives no {feature}"):

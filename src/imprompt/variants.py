@@ -1,6 +1,4 @@
-"""The variants of the adapter: a row says which image feature it reads and which projection makes
-it image tokens.
-"""
+"""Variants of the adapter, a row each: the feature that it reads and its projection to tokens."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,8 +11,7 @@ from imprompt.projections.mlp import FaceProjection, FullProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.validation import suggestions
 
-# Of an image encoder "pooled", "penultimate", "last" or "levels 7,13,26" (see `levels_of`); of a
-# face one of `BESIDE_A_FACE`.
+# Of pictures "pooled", "penultimate", "last" or "levels 7,13,26"; of faces a key of BESIDE_A_FACE.
 Feature = str
 Shapes = Mapping[str, Sequence[int]]
 Projection = (
@@ -26,7 +23,7 @@ Projection = (
     | type[FacePlusV2Projection]
 )
 
-# What of an image encoder goes with a face's embedding.
+# The image encoder's feature that is read together with a face's embedding.
 BESIDE_A_FACE: Mapping[Feature, Feature | None] = {
     "face": None,
     "raw face": None,
@@ -37,15 +34,15 @@ LEVELS = re.compile(r"levels (0|[1-9]\d*)(,(0|[1-9]\d*))*")
 
 
 def image_feature(feature: Feature) -> Feature | None:
-    """Return what of an image encoder a feature needs; None for a face embedding alone."""
+    """Return the image encoder's part of a feature; None for a face embedding alone."""
     return BESIDE_A_FACE.get(feature, feature)
 
 
 def levels_of(feature: Feature) -> tuple[int, ...]:
     """Return the levels that a feature such as "levels 7,13,26" names; () for another feature.
 
-    Level 0 is what the first layer reads, level n what layer n gives, before any last norm. Levels
-    rise, so that one feature has one name; SettingError if they are written otherwise.
+    Level 0 is the first layer's input, level n the output of layer n before any last norm. Levels
+    rise, so that one feature has one name. Raise SettingError if they are written otherwise.
     """
     if not feature.startswith("levels"):
         return ()
@@ -58,41 +55,42 @@ def levels_of(feature: Feature) -> tuple[int, ...]:
 
 
 class CheckpointEvidence(NamedTuple):
-    """What tells variants with the same projection apart."""
+    """Evidence in a file that distinguishes variants with the same projection."""
 
     projection: Shapes
     lora: bool  # whether the file has low-rank parts
-    text_dim: int | None  # what W' reads; None if the file does not tell
+    text_dim: int | None  # width that W' reads; None if it is not known
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row.
+    """Variant of the adapter.
 
-    feature      what its projection reads. Of an image encoder: its pooled embedding (B, E), of
-                 CLIP projected, or the hidden states before its last layer (B, patches, E), in
-                 place of which an adapter may read others: see `reading`. Of a face: its
-                 ArcFace embedding (B, 512), "raw" as the face encoder gives it and else of unit
-                 length; then perhaps, as the second of a pair, the penultimate hidden states of the
-                 aligned face ("crop") or of the square round its box ("square")
-    null         what stands for "no image" in guidance and in training's drops: a zero embedding,
-                 or the features of an all-zero preprocessed picture (the encoder's mean colour). Of
-                 a face the embedding is zero in any case, and this is about the hidden states
-                 beside it
-    projection   features -> image tokens
-    signature    the key by which the paper's checkpoints tell this variant's projection from the
-                 others
-    feature_key  the key whose last dimension is the feature's width; of a pair the hidden states'
-    token_shape  shapes of the projection's tensors -> (N, D) of its image tokens; N is None where
-                 every patch becomes one
-    where        among the variants with that signature it is this one if the file looks so
-    lora         whether its files hold a low-rank part for every attention too
-    widened      whether its tokens go through the base model's own projection of text (Kolors)
-                 before W'
-    alike        published kinds that its tensors cannot tell from it, and that compute the same
-    rivals       others that its tensors cannot tell from it and that do not compute the same,
-                 beside those of the table
-    faces        insightface's package of weights whose embedding it was trained with
+    feature          what its projection reads. Of an image encoder: its pooled embedding (B, E),
+                     projected if it is CLIP's, or the hidden states before its last layer
+                     (B, patches, E), instead of which an adapter may read others: see `reading`.
+                     Of a face: its ArcFace embedding (B, 512), "raw" as the face encoder gives it,
+                     otherwise of unit length; for some variants a pair, whose second part is the
+                     penultimate hidden states of the aligned face ("crop") or of the square around
+                     its box ("square")
+    null             what stands for "no image" in guidance and in training's drops: a zero
+                     embedding, or the features of an all-zero preprocessed picture (the encoder's
+                     mean colour). A face's embedding is always zero then, and `null` describes the
+                     hidden states of the pair
+    projection       features -> image tokens
+    signature        key in the paper's checkpoints that distinguishes this variant's projection
+    feature_key      key whose last dimension is the feature's width; of a pair, the hidden states'
+    token_shape      shapes of the projection's tensors -> (N, D) of its image tokens; N is None if
+                     every patch becomes a token
+    where            whether a file with that signature is of this variant
+    lora             whether its files also hold a low-rank part for every attention
+    widened          whether its tokens pass the base model's own projection of text (Kolors)
+                     before W'
+    equivalent_to    published kinds whose tensors look like this variant's and that compute the
+                     same
+    ambiguous_with   kinds whose tensors look like this variant's but that compute something else,
+                     if they are not in the table
+    faces            insightface's package of weights whose embedding it was trained with
     """
 
     name: str
@@ -111,14 +109,14 @@ class Variant:
 
     @property
     def image_feature(self) -> Feature | None:
-        """What it reads of an image encoder; None where it reads a face's embedding alone."""
+        """Image encoder's part of the feature; None for a face embedding alone."""
         return image_feature(self.feature)
 
     def reading(self, feature: Feature | None) -> "Variant":
-        """Return the row with another feature; None or "" leaves its own.
+        """Return the variant with another feature; None or "" leaves its own.
 
-        What reads hidden states can read the last ones, or those of levels side by side.
-        SettingError if the projection cannot read the feature.
+        A variant that reads hidden states can read the last ones, or those of several levels
+        concatenated. Raise SettingError if the projection cannot read the feature.
         """
         if not feature or feature == self.feature:
             return self
@@ -135,15 +133,17 @@ class Variant:
 
 
 def width(shapes: Shapes, key: str) -> int:
-    """The last dimension of that tensor; 0 if it has none."""
+    """Return the last dimension of the tensor `key`; 0 if there is no such tensor."""
     return tuple(shapes.get(key) or (0,))[-1]
 
 
 def by_norm(shapes: Shapes) -> tuple[int, int]:
+    """Return (N, D) of a face projection: its last layer gives N·D, its norm has the width D."""
     return shapes["proj.2.weight"][0] // shapes["norm.weight"][0], shapes["norm.weight"][0]
 
 
 def by_latents(shapes: Shapes) -> tuple[int, int]:
+    """Return (N, D) of a resampler: N latents, and D the width of its last norm."""
     return shapes["latents"][1], shapes["norm_out.weight"][0]
 
 
@@ -152,14 +152,16 @@ STATES = "perceiver_resampler.proj_in.weight"
 
 
 def of_kolors(seen: CheckpointEvidence) -> bool:
-    """Its tokens are as wide as Kolors' text before the base model's own projection, and W' reads
-    it after.
+    """Return whether a file is of Kolors' FaceID, by its low-rank part and its widths.
+
+    It has no low-rank part. Its tokens are as wide as Kolors' text before the base model's own
+    projection, and W' reads text after it, so that the two widths differ.
     """
     return not seen.lora and width(seen.projection, "norm.weight") != seen.text_dim
 
 
-# Each in the order in which signatures are tried.
-VARIANTS = (  # they read what an image encoder says of the whole picture
+# Both tables are in the order in which signatures are tried.
+VARIANTS = (  # they read features of the whole picture
     Variant(
         "base",
         "pooled",
@@ -194,7 +196,7 @@ VARIANTS = (  # they read what an image encoder says of the whole picture
         equivalent_to=("plus-face", "composition"),
     ),
 )
-FACES = (  # they read a face
+FACES = (  # they read features of a face
     Variant(
         "portrait-unnorm",
         "raw face",
@@ -272,15 +274,16 @@ BY_NAME = {row.name: row for row in (*VARIANTS, *FACES)}
 
 
 def find_variant(name: str) -> Variant:
-    """The row of that name; SettingError, with the names like it, if none."""
+    """Return the variant of that name; SettingError, with similar names, if there is none."""
     if name not in BY_NAME:
         raise SettingError(f"unknown variant {name!r}{suggestions(name, BY_NAME)}")
     return BY_NAME[name]
 
 
 def bearing(keys: Collection[str]) -> tuple[Variant, ...]:
-    """The rows whose projection has tensors of these names, judged by the first signature that is
-    among them.
+    """Return the variants whose projection has tensors of these names.
+
+    The first signature that is among the names decides.
     """
     signature = next((row.signature for row in BY_NAME.values() if row.signature in keys), None)
     return tuple(row for row in BY_NAME.values() if row.signature == signature)

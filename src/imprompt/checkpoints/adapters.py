@@ -67,8 +67,9 @@ class Header(Origin):
     layers: tuple[str, ...] = Field(validation_alias=AliasChoices("layers", "sites"))
 
     def as_json(self) -> str:
-        """Return what stands in the file; without `feature` if that is the variant's own, so that
-        an older imprompt reads it.
+        """Return the header as JSON.
+
+        `feature` is left out if it is the variant's own, so that an older imprompt reads the file.
         """
         return self.model_dump_json(exclude=None if self.feature else {"feature"})
 

@@ -1,1 +1,1 @@
-"""Image -> features."""
+"""Image encoders: prepare pictures and encode them to image features."""

@@ -1,4 +1,7 @@
-"""What can be asked of an image encoder's input, by name. Needs neither numpy nor Pillow."""
+"""Choices for an image encoder's input, by name.
+
+This module needs neither numpy nor Pillow.
+"""
 
 from typing import Annotated, Literal
 
@@ -16,8 +19,8 @@ NoiseKind = Literal["fade", "dissolve", "gaussian", "shuffle"]
 class Noise(Validated, frozen=True):
     """Noise made from a picture, as a negative image prompt.
 
-    kind      by the names of ComfyUI_IPAdapter_plus: see `imprompt.encoders.noise.KINDS`
-    strength  0 (the picture; turned, for "shuffle") to 1
+    kind      a name that ComfyUI_IPAdapter_plus uses too: see `imprompt.encoders.noise.KINDS`
+    strength  0 (the picture; for "shuffle", rotated by 180°) to 1
     blur      radius of a Gaussian blur afterwards, in pixels of the encoder's input
     """
 

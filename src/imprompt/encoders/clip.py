@@ -1,7 +1,7 @@
-"""A picture -> its image features: pooled (B, E), or hidden states (B, patches, E).
+"""Load image encoders and encode pictures: pooled (B, E), or hidden states (B, patches, E).
 
-What differs between kinds of image encoder stands in `imprompt.encoders.kinds`. Shape letters as in
-`imprompt.adapter`; S the encoder's input side.
+`imprompt.encoders.kinds` holds what differs between kinds of image encoder. Shape letters as in
+`imprompt.adapter`; S is the encoder's input side.
 """
 
 import hashlib
@@ -21,13 +21,14 @@ from imprompt.errors import CheckpointError, first_line
 from imprompt.models import Location, collector_waits
 from imprompt.variants import Feature, Variant
 
-# Either may say how pictures are made ready.
+# Either file may hold the settings of the image processor.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class VisionEncoder:
-    """A vision model of one of `imprompt.encoders.kinds` and its image processor, both of
-    transformers, for reading features.
+    """Vision model and image processor of transformers that encode pictures to features.
+
+    The model is of one of `imprompt.encoders.kinds`.
     """
 
     def __init__(self, model: Any, processor: Any, source: str = "") -> None:
@@ -37,27 +38,27 @@ class VisionEncoder:
 
     @cached_property
     def kind(self) -> EncoderKind:
-        """The row of its kind."""
+        """Kind of the encoder, by its `model_type`."""
         return find_kind(self.model.config.model_type)
 
     @cached_property
     def structure(self) -> EncoderStructure:
-        """The sizes of its features."""
+        """Sizes of the encoder's features."""
         return self.kind.structure(self.model.config, side_of(self.processor))
 
     def feature_dim(self, feature: Feature) -> int:
-        """E: the width of that feature; MismatchError if the encoder does not give it."""
+        """Return the width E of a feature; MismatchError if the encoder does not give it."""
         return self.structure.shape(feature)[-1]
 
     def pixels(self, images: Sequence[Image]) -> Tensor:
-        """RGB pictures -> the encoder's input (B, 3, S, S), made ready by its own processor."""
+        """Preprocess RGB pictures to the encoder's input (B, 3, S, S), with its own processor."""
         return preprocess(self.processor, images).to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
     def features_of(self, pixels: Tensor, feature: Feature) -> Tensor:
-        """The encoder's input -> (B, E) or (B, patches, E).
+        """Encode the encoder's input (B, 3, S, S) to (B, E) or (B, patches, E).
 
-        MismatchError if the encoder does not give that feature.
+        Raise MismatchError if the encoder does not give that feature.
         """
         levels = self.structure.levels(feature)
         seen = self.model(pixels, output_hidden_states=bool(levels))
@@ -66,11 +67,14 @@ class VisionEncoder:
         return getattr(seen, self.kind.pooled if feature == "pooled" else "last_hidden_state")
 
     def features(self, images: Sequence[Image], feature: Feature) -> Tensor:
-        """One by one, so that a picture's feature depends on no other picture."""
+        """Encode RGB pictures to (B, E) or (B, patches, E).
+
+        They are encoded one by one, so that a picture's feature depends on no other picture.
+        """
         return torch.cat([self.features_of(self.pixels([image]), feature) for image in images])
 
     def null_features(self, variant: Variant) -> Tensor:
-        """What stands for "no image" (1, …): see `Variant.null`."""
+        """Return the features (1, …) that stand for "no image": see `Variant.null`."""
         if variant.null == "zero embedding":
             return torch.zeros(
                 1,
@@ -85,12 +89,14 @@ class VisionEncoder:
         )
 
     def fingerprint(self) -> str:
+        """Return a hash of the model's weights, equal for the same model in fp16 or fp32."""
         return fingerprint(self.model)
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of the first 64 values of every weight as float16: equal for the same model in fp16 or
-    fp32.
+    """Return a hash of a model's weights, equal for the same model in fp16 or fp32.
+
+    It is of the first 64 values of every weight as float16.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -100,24 +106,24 @@ def fingerprint(model: Any) -> str:
 
 
 def preprocess(processor: Any, images: Sequence[Image]) -> Tensor:
-    """RGB pictures -> (B, 3, S, S) on the CPU, by an image processor of transformers."""
+    """Preprocess RGB pictures to (B, 3, S, S) on the CPU, with transformers' image processor."""
     seen = [without_ends(image, processor) for image in images]
     return processor(seen, return_tensors="pt").pixel_values
 
 
 class EncoderDescription(NamedTuple):
-    """What a folder's configuration says of the image encoder in it."""
+    """Description of an image encoder, read from the configuration in its folder."""
 
     kind: EncoderKind
     structure: EncoderStructure
-    processor: Any  # transformers', of Pillow's kind
+    processor: Any  # transformers' version for Pillow
 
 
 def describe_encoder(place: Location) -> EncoderDescription:
-    """Read what there is in a folder or on the Hub, without the weights.
+    """Describe the image encoder in a folder or on the Hub, without reading its weights.
 
-    Its own image processor if it brings one, else the kind's. CheckpointError if there is no
-    encoder of a known kind.
+    The image processor is its own if it has one, else its kind's. Raise CheckpointError if there is
+    no encoder of a known kind.
     """
     import transformers
 
@@ -139,9 +145,7 @@ def describe_encoder(place: Location) -> EncoderDescription:
 
 @contextmanager
 def as_checkpoint_error(place: Location) -> Iterator[None]:
-    """Whatever fails inside becomes a CheckpointError, one line: a folder can be wrong in any
-    way.
-    """
+    """Turn any error inside into a CheckpointError, one line: a folder can be wrong in any way."""
     try:
         yield
     except Exception as error:
@@ -151,7 +155,7 @@ def as_checkpoint_error(place: Location) -> Iterator[None]:
 
 
 def has_file(source: str, name: str, subfolder: str) -> bool:
-    """Whether a folder, or a repository of the Hub as far as can be told, holds that file."""
+    """Return whether a folder or Hub repository holds a file; False if the Hub does not answer."""
     from transformers.utils.hub import cached_file
 
     return bool(
@@ -167,7 +171,7 @@ def has_file(source: str, name: str, subfolder: str) -> bool:
 
 @collector_waits()
 def open_encoder(place: Location, device: str | torch.device, dtype: torch.dtype) -> VisionEncoder:
-    """The image encoder in a folder or on the Hub; CheckpointError if there is none."""
+    """Load the image encoder in a folder or on the Hub; CheckpointError if there is none."""
     import transformers
 
     source, subfolder = place.fetch_folder()
@@ -176,9 +180,9 @@ def open_encoder(place: Location, device: str | torch.device, dtype: torch.dtype
         network, report = getattr(transformers, kind.model).from_pretrained(
             source, subfolder=subfolder or "", dtype=dtype, output_loading_info=True
         )
-    if missing := sorted(report["missing_keys"]):  # these would be random
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random values
         raise CheckpointError(
-            f"{place} holds no whole {kind.name} image encoder: {some(missing, 3)} missing"
+            f"{place} holds an incomplete {kind.name} image encoder: {some(missing, 3)} missing"
         )
     network.to(device)
     return VisionEncoder(network, processor, str(place))

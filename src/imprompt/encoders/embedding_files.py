@@ -1,9 +1,8 @@
-"""Image features as files: a picture encoded once, and used where neither it nor the image encoder
-is at hand.
+"""Image features as files, which can be used without the picture and the image encoder.
 
-Ours are safetensors with a JSON header that names the encoder. The community's `.ipadpt` files, a
-tensor that torch saved, are read too; they say nothing about their encoder, so only rank and width
-of their features can be checked. Shape letters as in `imprompt.adapter`.
+The files of this package are safetensors with a JSON header that names the encoder. The community's
+`.ipadpt` files, a tensor that torch saved, are read too; they do not name their encoder, so only
+rank and width of their features can be checked. Shape letters as in `imprompt.adapter`.
 """
 
 import json
@@ -22,20 +21,20 @@ from imprompt.errors import CheckpointError, MismatchError, first_line
 KEY = "imprompt"  # of the file's metadata
 FORMAT = 1
 SUFFIX, FOREIGN = ".safetensors", ".ipadpt"
-RANKS = {2: "pooled", 3: "penultimate"}  # what features of a rank are, where nothing else tells
+RANKS = {2: "pooled", 3: "penultimate"}  # feature by rank, if the file does not name it
 
 
 class Embedding(NamedTuple):
-    """The features of one picture or several, and where they come from.
+    """Features of one picture or several, and where they come from.
 
     An empty string means unknown.
 
-    features     (K, E) or (K, patches, E), K rows of them; a tuple of such where an adapter reads
+    features     (K, E) or (K, patches, E) with K rows; a tuple of such tensors if an adapter reads
                  several (a face and its picture)
     feature      which of the encoder's features: see `Variant.feature`
     encoder      the image encoder's name
-    fingerprint  of its weights, as `VisionEncoder.fingerprint`
-    pictures     the SHA-256 of every picture's file
+    fingerprint  hash of the encoder's weights: see `VisionEncoder.fingerprint`
+    pictures     SHA-256 of every picture's file
     """
 
     features: Tensor | tuple[Tensor, ...]
@@ -46,13 +45,14 @@ class Embedding(NamedTuple):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
+        """Features as a tuple, of one tensor or several."""
         return (self.features,) if isinstance(self.features, Tensor) else self.features
 
 
 class FeatureSpec(NamedTuple):
-    """What an adapter reads; an empty string means unknown.
+    """Image features that an adapter reads; an empty string means unknown.
 
-    width  E of the features, of the last where there are several
+    width  E of the features; of the last tensor if there are several
     """
 
     feature: str
@@ -62,7 +62,7 @@ class FeatureSpec(NamedTuple):
 
     @classmethod
     def of(cls, file: Any) -> Self:
-        """Of an `AdapterFile`."""
+        """Return what an `AdapterFile` reads."""
         told = (
             (file.header.encoder, file.header.encoder_fingerprint)
             if file.header is not None
@@ -72,7 +72,7 @@ class FeatureSpec(NamedTuple):
 
 
 class EmbeddingHeader(BaseModel):
-    """What a file of ours says about itself, as JSON in the safetensors metadata."""
+    """Header of an embedding file, stored as JSON in the safetensors metadata."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,9 +85,9 @@ class EmbeddingHeader(BaseModel):
 
 
 def save_embedding(path: str | Path, embedding: Embedding) -> None:
-    """Write a `.safetensors` file, the features bit for bit; it appears whole or not at all.
+    """Write a `.safetensors` file with the features bit for bit, completely or not at all.
 
-    CheckpointError if it cannot be.
+    Raise CheckpointError if it cannot be written.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
@@ -100,9 +100,9 @@ def save_embedding(path: str | Path, embedding: Embedding) -> None:
 
 
 def load_embedding(path: str | Path) -> Embedding:
-    """Read features, on the CPU, from a `.safetensors` file of ours or an `.ipadpt` file.
+    """Read features, on the CPU, from this package's `.safetensors` or from an `.ipadpt` file.
 
-    Raises CheckpointError, one line, if the file is missing, damaged, unsafe, or holds something
+    Raise CheckpointError, one line, if the file is missing, damaged, unsafe, or holds something
     else.
     """
     path = Path(path)
@@ -114,8 +114,9 @@ def load_embedding(path: str | Path) -> Embedding:
 def check_embedding(
     embedding: Embedding, reads: FeatureSpec, name: str | Path = "these features"
 ) -> None:
-    """Raise MismatchError unless an adapter that reads `reads` can be given these features, as far
-    as can be told.
+    """Raise MismatchError unless an adapter that reads `reads` can use these features.
+
+    Fingerprints are compared only if both are known. `name` names the features in the message.
     """
     by = f" of {embedding.encoder}" if embedding.encoder else ""
     made = f"{name}: {embedding.feature} features{by}, {embedding.parts[-1].shape[-1]} wide"
@@ -125,8 +126,8 @@ def check_embedding(
     if (embedding.feature, embedding.parts[-1].shape[-1]) != (reads.feature, reads.width):
         raise MismatchError(f"{made}; {needs}")
     prints = {embedding.fingerprint, reads.fingerprint} - {""}
+    # in bfloat16 the fingerprint is of rounded weights
     if len(prints) > 1 and all(part.dtype != torch.bfloat16 for part in embedding.parts):
-        # which hashes rounded weights
         raise MismatchError(
             f"{made}, were made by an encoder of other weights (fingerprint "
             f"{embedding.fingerprint}); "
@@ -135,7 +136,7 @@ def check_embedding(
 
 
 def check_features(path: Path, embedding: Embedding) -> None:
-    """Raise CheckpointError unless these are dense, finite features (K, …) with the same K."""
+    """Raise CheckpointError unless all features are dense and finite (K, …), with the same K."""
     parts = embedding.parts
     check_plain(path, names_of(parts))
     shapes = [tuple(part.shape) for part in parts]
@@ -148,6 +149,7 @@ def check_features(path: Path, embedding: Embedding) -> None:
 
 
 def names_of(parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Return the features by their names in a file, "features.0" and so on."""
     return {f"features.{number}": part for number, part in enumerate(parts)}
 
 
@@ -165,12 +167,12 @@ def _ours(path: Path) -> Embedding:
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> EmbeddingHeader | None:
-    """None if this is no header of features, but perhaps of an adapter."""
+    """Return the header of an embedding file; None for another, such as an adapter's."""
     try:
         told = json.loads(metadata.get(KEY, "null"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} has a header that is no JSON: {first_line(error)}"
+            f"{path} has a header that is not valid JSON: {first_line(error)}"
         ) from error
     if not isinstance(told, dict) or told.get("holds") != "image features":
         return None
@@ -189,10 +191,10 @@ def _header(path: Path, metadata: Mapping[str, str]) -> EmbeddingHeader | None:
 
 
 def _foreign(path: Path) -> Embedding:
-    """An `.ipadpt` file. Its features are taken for what their rank says."""
+    """Read an `.ipadpt` file; the rank of its features decides which feature they are."""
     try:
         with warnings.catch_warnings():
-            # about unusual pickles, which are sound or refused here
+            # torch warns of unusual pickles, which are valid or refused here
             warnings.simplefilter("ignore")
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged input makes the reader raise nearly anything
@@ -201,7 +203,7 @@ def _foreign(path: Path) -> Embedding:
         why = (
             first_line(error)
             if isinstance(error, OSError)
-            else "it is damaged, cut short, or no such file at all"
+            else "it is damaged, cut short, or not an .ipadpt file"
         )
         raise CheckpointError(f"{path} cannot be read: {why}") from error
     if not isinstance(held, Tensor):

@@ -1,9 +1,7 @@
-"""Faces: a picture -> the ArcFace embedding of a face in it, its aligned crop and its box.
+"""Find faces in pictures: their ArcFace embeddings, aligned crops and boxes.
 
-And what FaceID adapters read of them.
-
-A face comes from insightface (`pip install 'imprompt[face]'`), from another `FaceEncoder`, or from
-the user: `Face(embedding)`.
+`FaceFeatures` encodes them to the features that FaceID adapters read. A face comes from insightface
+(`pip install 'imprompt[face]'`), from another `FaceEncoder`, or from the user: `Face(embedding)`.
 """
 
 import logging
@@ -26,15 +24,14 @@ from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingE
 from imprompt.variants import BY_NAME, Feature, Variant, image_feature
 
 SIDE = 224  # pixels of an aligned face
-# a face that fills the picture is found in a smaller one
+# sides of the detector's input: a face that fills the picture is found at a smaller side
 DETECTION_SIDES = (640, 576, 512, 448, 384, 320, 256)
 LICENCE = (
     "non-commercial research only: insightface's packages of weights, whatever the licence of its "
     "code"
 )
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-# Where ArcFace wants eyes, nose and corners of the mouth in a square of 112 pixels (Deng et al.
-# 2019, arXiv 1801.07698).
+# ArcFace's eyes, nose and mouth corners in 112 × 112 pixels (Deng et al. 2019, arXiv 1801.07698).
 TEMPLATE = np.array(
     [
         [38.2946, 51.6963],
@@ -49,13 +46,13 @@ TEMPLATE_SIDE = 112
 
 @dataclass(frozen=True, eq=False)
 class Face:
-    """One face.
+    """Face of a picture, as FaceID adapters read it.
 
-    embedding  (512,), of NumPy too, as the face encoder gives it, or of unit length if only such
-               variants are to read it
-    crop       the aligned face: faceid-plus reads it
-    square     the square round its box: Kolors' FaceID reads it
-    box        where it is in its picture
+    embedding  (512,) of PyTorch or NumPy, as the face encoder gives it; of unit length only if no
+               "raw" variant reads it
+    crop       the aligned face, which faceid-plus reads
+    square     the square around its box, which Kolors' FaceID reads
+    box        its place in the picture
     """
 
     embedding: Tensor
@@ -69,24 +66,25 @@ Features = Tensor | tuple[Tensor, Tensor]
 
 
 class FaceEncoder(Protocol):
-    """What finds a face in a picture and embeds it."""
+    """Encoder that finds a face in a picture and embeds it."""
 
     def encode_face(self, image: Image.Image, face: Which = None) -> Face:
-        """The picture's only face.
+        """Return the picture's only face, or the chosen one of several.
 
-        Of several the one asked for, counted from left to right or "largest". ImageError if none.
+        `face` is a number, counted from 0 at the left, or "largest". Raise ImageError if there is
+        no such face.
         """
         ...
 
 
 class FaceFeatures:
-    """What FaceID adapters read, of pictures with a face or of faces that the user has.
+    """Encoder of the features that FaceID adapters read, from pictures or given faces.
 
-    Used as `VisionEncoder` is.
+    It has the interface of `VisionEncoder`.
 
-    faces   finds them; not needed where all are given as `Face`
-    vision  the CLIP image encoder that the plus variants need
-    width   of the embeddings that the adapter reads
+    faces   finds faces in pictures; not needed if all are given as `Face`
+    vision  CLIP image encoder that the plus variants need
+    width   width of the embeddings that the adapter reads
     """
 
     def __init__(
@@ -104,23 +102,26 @@ class FaceFeatures:
 
     @property
     def model(self) -> Any:
-        """The CLIP network, None without one."""
+        """CLIP network; None if there is none."""
         return self.vision.model if self.vision is not None else None
 
     def fingerprint(self) -> str:
-        """Of the CLIP network, "" without one."""
+        """Return the hash of the CLIP network's weights; "" if there is no such network."""
         return self.vision.fingerprint() if self.vision is not None else ""
 
     def feature_dim(self, feature: Feature) -> int:
-        """E; of a pair the hidden states'."""
+        """Return the width E of a feature; of a pair, the width of its hidden states."""
         read = image_feature(feature)
         return self._vision().feature_dim(read) if read else self.width
 
     def find(self, image: Image.Image, face: Which = None) -> Face:
-        """The face in an RGB picture; see `FaceEncoder.encode_face`."""
+        """Find the face in an RGB picture: see `FaceEncoder.encode_face`.
+
+        Raise SettingError if there is no face encoder.
+        """
         if self.faces is None:
             raise SettingError(
-                "no face encoder is here to find faces in pictures: give faces as "
+                "there is no face encoder to find faces in pictures: give faces as "
                 "imprompt.encoders.face.Face"
             )
         return self.faces.encode_face(image, face)
@@ -128,10 +129,10 @@ class FaceFeatures:
     def features(
         self, images: Sequence[Image.Image | Face], feature: Feature, face: Which = None
     ) -> Features:
-        """One face per RGB picture -> (B, 512), or (B, 512) and (B, patches, E): `Variant.feature`
-        says what.
+        """Encode one face per RGB picture to (B, 512), or to (B, 512) and (B, patches, E).
 
-        `face` chooses where a picture has several: see `FaceEncoder.encode_face`.
+        `Variant.feature` describes both. `face` chooses if a picture has several faces: see
+        `FaceEncoder.encode_face`.
         """
         faces = [image if isinstance(image, Face) else self.find(image, face) for image in images]
         embeddings = torch.stack([self._embedding(face, feature) for face in faces])
@@ -142,8 +143,10 @@ class FaceFeatures:
         ).to(self.device)
 
     def null_features(self, variant: Variant) -> Features:
-        """What stands for "no image": a zero embedding, beside it the hidden states of a zero
-        picture, or zeros (Kolors).
+        """Return the features that stand for "no image".
+
+        They are a zero embedding (1, 512) and, for the plus variants, hidden states
+        (1, patches, E): those of a zero picture, or zeros (Kolors).
         """
         nothing = torch.zeros(1, self.width, device=self.device)
         if variant.image_feature is None:
@@ -152,7 +155,7 @@ class FaceFeatures:
         return nothing, states if variant.null == "zero picture" else torch.zeros_like(states)
 
     def _embedding(self, face: Face, feature: Feature) -> Tensor:
-        """(512,) as that feature wants it."""
+        """Return the embedding (512,) in the form that the feature needs; MismatchError."""
         embedding = torch.as_tensor(
             face.embedding, dtype=torch.float32, device=self.device
         ).detach()
@@ -183,31 +186,30 @@ class FaceFeatures:
 
 
 def picture_of(face: Face, feature: Feature) -> Image.Image:
-    """What the plus variants see of a face; MismatchError if it is not there."""
+    """Return the picture of a face that the plus variants read; MismatchError if there is none."""
     found, name = (
         (face.square, "square") if feature == "raw face and square" else (face.crop, "crop")
     )
     if found is None:
         raise MismatchError(
-            "this adapter reads the picture of the face beside its embedding: give "
+            "this adapter reads the picture of the face as well as its embedding: give "
             f"Face(embedding, {name}=…)"
         )
     return found
 
 
 class Found(NamedTuple):
-    """A face that was detected."""
+    """Detected face, not yet embedded."""
 
     box: Box
     points: Any  # (5, 2): eyes, nose, corners of the mouth; x and y in pixels
 
 
 class InsightFace:
-    """insightface's detection and ArcFace embeddings, loaded from its package of weights when the
-    first picture is given.
+    """Face encoder of insightface: its detection and ArcFace embeddings.
 
-    Its code is free; the weights are not: see `LICENCE`, which is logged as a warning, once, when a
-    package is loaded by name.
+    Its package of weights is loaded when the first picture is given. The code is free, the weights
+    are not: `LICENCE` is logged as a warning, once, when a package is loaded by name.
     """
 
     licence = LICENCE
@@ -220,21 +222,24 @@ class InsightFace:
         *,
         analysis: Any = None,
     ) -> None:
-        """pack      "buffalo_l" (FaceID) or "antelopev2" (Kolors, InstantID)
-        root      the folder whose models/ holds it, else insightface's own, ~/.insightface
-        analysis  an `insightface.app.FaceAnalysis` that is prepared already
+        """Choose the package of weights, which is loaded later.
+
+        pack      "buffalo_l" (FaceID) or "antelopev2" (Kolors, InstantID)
+        root      the folder whose models/ holds it; insightface's own, ~/.insightface, if not given
+        analysis  an `insightface.app.FaceAnalysis` that is already prepared
         """
         self.pack, self.device, self.root = pack, device, root
         self._analysis, self._lock = analysis, Lock()
 
     @property
     def analysis(self) -> Any:
+        """Prepared `insightface.app.FaceAnalysis`, loaded at its first use."""
         with self._lock:
             self._analysis = self._analysis or load(self.pack, self.device, self.root)
         return self._analysis
 
     def encode_face(self, image: Image.Image, face: Which = None) -> Face:
-        """See `FaceEncoder`."""
+        """Find, crop and embed a face; see `FaceEncoder.encode_face`."""
         box, points = chosen(self.detect(image), face)
         held = SimpleNamespace(kps=points)
         self.analysis.models["recognition"].get(pixels_of(image), held)
@@ -242,7 +247,7 @@ class InsightFace:
         return Face(embedding, align(image, points), square(image, box), box)
 
     def detect(self, image: Image.Image) -> list[Found]:
-        """All faces of an RGB picture, from left to right."""
+        """Return all faces of an RGB picture, from left to right."""
         pixels = pixels_of(image)
         for side in DETECTION_SIDES:
             boxes, points = self.analysis.det_model.detect(pixels, input_size=(side, side))
@@ -256,19 +261,21 @@ class InsightFace:
 
 
 def pixels_of(image: Image.Image) -> Any:
-    """(height, width, 3) of bytes: blue, green, red, as insightface reads them."""
+    """Return (height, width, 3) of bytes: blue, green, red, as insightface reads them."""
     return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
 
 
 def box_of(row: Any) -> Box:
+    """Return the box in a row of the detector's output, whose fifth number is its score."""
     left, top, right, bottom = (float(edge) for edge in row[:4])
     return left, top, right, bottom
 
 
 def load(pack: str, device: str, root: str | None) -> Any:
-    """A prepared `insightface.app.FaceAnalysis`.
+    """Load a prepared `insightface.app.FaceAnalysis`.
 
-    SettingError without the package, CheckpointError without its weights.
+    Raise SettingError if insightface is not installed, CheckpointError if its weights cannot be
+    loaded.
     """
     try:
         from insightface.app import FaceAnalysis  # pyright: ignore[reportMissingImports]
@@ -303,12 +310,14 @@ def load(pack: str, device: str, root: str | None) -> Any:
 
 @cache
 def say_licence(pack: str) -> None:
+    """Log the licence of a package of weights as a warning, once per package."""
     logging.getLogger(__name__).warning("the face encoder %s is for %s", pack, LICENCE)
 
 
 def providers_for(device: str) -> tuple[list[str], list[Mapping[str, Any]], int]:
-    """onnxruntime's providers and their options for a device of PyTorch, and insightface's number
-    of it: -1 is the CPU.
+    """Return onnxruntime's providers, their options and insightface's device number.
+
+    `device` is PyTorch's name of the device; number -1 is the CPU.
     """
     kind, _, number = device.partition(":")
     own: dict[str, tuple[str, dict[str, Any]]] = {
@@ -322,9 +331,10 @@ def providers_for(device: str) -> tuple[list[str], list[Mapping[str, Any]], int]
 
 
 def chosen(faces: Sequence[Found], face: Which) -> Found:
-    """One of the faces found in a picture.
+    """Return the only face found in a picture, or the one that `face` chooses.
 
-    ImageError, one line, if there is none or none is chosen of several.
+    Raise ImageError, one line, if there is no such face, or several and no choice; SettingError if
+    `face` is not a number from 0 or "largest".
     """
     if not (face in (None, "largest") or (isinstance(face, int) and face >= 0)):
         raise SettingError(
@@ -356,23 +366,27 @@ def chosen(faces: Sequence[Found], face: Which) -> Found:
 
 
 def counted(number: int, what: str) -> str:
+    """Return "1 face was" or "2 faces were", for messages."""
     return f"{number} {what} was" if number == 1 else f"{number} {what}s were"
 
 
 def area(found: Found) -> float:
+    """Return the area of a face's box in square pixels."""
     left, top, right, bottom = found.box
     return (right - left) * (bottom - top)
 
 
 def align(image: Image.Image, points: Any, side: int = SIDE) -> Image.Image:
-    """The face turned and scaled so that its eyes, nose and corners of the mouth (5, 2) lie as
-    ArcFace's template says.
+    """Return the face, rotated and scaled to ArcFace's template, in `side` × `side` pixels.
+
+    `points` (5, 2) are eyes, nose and corners of the mouth. Raise ImageError if their shape is
+    another one.
     """
     if points.shape != TEMPLATE.shape:
         raise ImageError(f"a face is aligned by 5 points (x, y); {list(points.shape)} were given")
     turn, shift = similarity(points.astype(float), TEMPLATE * (side / TEMPLATE_SIDE))
     middle = 0.5 + 0.5j  # of a pixel: landmarks count from it, Pillow from the pixel's corner
-    # Pillow asks where in the picture a pixel of the crop is
+    # Pillow needs the inverse map, from the crop to the picture
     back, start = (1 / turn, middle - (middle + shift) / turn)
     coefficients = (back.real, -back.imag, start.real, back.imag, back.real, start.imag)
     return image.convert("RGB").transform(
@@ -381,10 +395,10 @@ def align(image: Image.Image, points: Any, side: int = SIDE) -> Image.Image:
 
 
 def similarity(points: Any, targets: Any) -> tuple[complex, complex]:
-    """The rotation and scale a and shift b, as complex numbers, with the least Σ |a·point + b −
-    target|²; both (n, 2).
+    """Fit a·point + b to the targets: return a (rotation and scale) and b (shift).
 
-    It is Umeyama's (1991) for the plane. ImageError if all points are one.
+    Both are complex numbers, with the least Σ |a·point + b − target|²; points and targets are
+    (n, 2). This is Umeyama's method (1991) in the plane. Raise ImageError if all points coincide.
     """
     source, target = (each[:, 0] + 1j * each[:, 1] for each in (points, targets))
     away, to = source - source.mean(), target - target.mean()
@@ -395,7 +409,7 @@ def similarity(points: Any, targets: Any) -> tuple[complex, complex]:
 
 
 def square(image: Image.Image, box: Box) -> Image.Image:
-    """The picture inside the square round the box, black where it reaches over the edge."""
+    """Cut out the square around the box, black where it extends beyond the picture."""
     left, top, right, bottom = box
     half = max(right - left, bottom - top, 1) / 2
     x, y = (left + right) / 2, (top + bottom) / 2

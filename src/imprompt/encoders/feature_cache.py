@@ -1,9 +1,8 @@
-"""Image features kept, so that a picture is encoded once: in memory for servers, in a folder for
-later runs.
+"""Cache of image features: in memory for servers, or in a folder for later runs.
 
-What is kept is the encoder's own output, bit for bit, for a picture's pixels and everything else
-that the output depends on. With a folder that holds all that is asked for, the image encoder is
-never opened. Shape letters as in `imprompt.adapter`.
+It holds the encoder's own output, bit for bit, for a picture's pixels and everything else that the
+output depends on. If a folder holds all features that are needed, the image encoder is never
+opened. Shape letters as in `imprompt.adapter`.
 """
 
 import hashlib
@@ -28,41 +27,51 @@ from imprompt.models import Location
 from imprompt.variants import Feature, Variant
 
 KEY = "imprompt"  # of the file's metadata
-FORMAT = 1  # another where features would come out otherwise for the same facts
+FORMAT = 1  # to be raised when the same facts would give other features
 
-Facts = Mapping[str, str]  # all that a feature depends on
+Facts = Mapping[str, str]  # everything that a feature depends on
 
 
 class Kept(NamedTuple):
-    """The feature (1, …) of one picture, and the fingerprint of the encoder that gave it."""
+    """Cached feature (1, …) of one picture, and the fingerprint of the encoder that made it."""
 
     feature: Tensor
     fingerprint: str
 
 
 class Store(Protocol):
-    """Where features are kept."""
+    """Place that stores features by their facts."""
 
-    def get(self, facts: Facts) -> Kept | None: ...
-    def put(self, facts: Facts, kept: Kept) -> None: ...
-    def empty(self) -> bool: ...
+    def get(self, facts: Facts) -> Kept | None:
+        """Return the feature of these facts; None if it is not stored."""
+        ...
+
+    def put(self, facts: Facts, kept: Kept) -> None:
+        """Store a feature; it replaces an earlier one of the same facts."""
+        ...
+
+    def empty(self) -> bool:
+        """Return whether no feature is stored."""
+        ...
 
 
 class FeatureMemory:
-    """The features last asked for, on the device that made them, of `max_bytes` at most.
+    """In-memory store of the most recently used features, of `max_bytes` at most.
 
-    Threads may share it.
+    Each feature stays on the device that made it. Threads may share the store.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.bytes = max_bytes, 0
-        self._kept: OrderedDict[str, Kept] = OrderedDict()  # the one asked for last is the last
+        self._kept: OrderedDict[str, Kept] = OrderedDict()  # the most recently used is the last
         self._lock = Lock()
 
     def empty(self) -> bool:
+        """Return whether no feature is stored."""
         return not self._kept
 
     def get(self, facts: Facts) -> Kept | None:
+        """Return the feature of these facts, now the most recently used; None if absent."""
         name = name_of(facts)
         with self._lock:
             if name in self._kept:
@@ -70,12 +79,13 @@ class FeatureMemory:
             return self._kept.get(name)
 
     def put(self, facts: Facts, kept: Kept) -> None:
+        """Store a copy of a feature, and drop the least recently used ones above `max_bytes`."""
         name = name_of(facts)
         with self._lock:
             if name in self._kept:
                 self.bytes -= self._kept.pop(name).feature.nbytes
             with torch.inference_mode(False):
-                # its own memory, of use for training too
+                # a copy outside inference mode, which training can use too
                 kept = kept._replace(feature=kept.feature.clone())
             self._kept[name] = kept
             self.bytes += kept.feature.nbytes
@@ -84,20 +94,22 @@ class FeatureMemory:
 
 
 class FeatureFolder:
-    """A folder of safetensors files, one a picture.
+    """Folder store: safetensors files, one per picture and feature.
 
-    Files may be deleted, and processes may share it; a damaged file is none.
+    Files may be deleted, and processes may share the folder; a damaged file counts as absent.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """SettingError if `folder` cannot be written to."""
+        """Use `folder`; raise SettingError if it cannot be written to."""
         self.folder = Path(folder)
         check_folder(self.folder)
 
     def empty(self) -> bool:
+        """Return whether the folder has no file of features."""
         return next(self.folder.glob("*.safetensors"), None) is None
 
     def get(self, facts: Facts) -> Kept | None:
+        """Read the feature of these facts, on the CPU; None if it is absent or damaged."""
         try:
             with safe_open(self._path(facts), "pt") as file:
                 feature, header = file.get_tensor("feature"), json.loads(file.metadata()[KEY])
@@ -111,6 +123,7 @@ class FeatureFolder:
             return None
 
     def put(self, facts: Facts, kept: Kept) -> None:
+        """Write a feature to its file; raise SettingError if this fails."""
         feature = kept.feature.cpu().contiguous()
         header = {**facts, "fingerprint": kept.fingerprint, "sha256": tensor_hash(feature)}
         try:
@@ -118,7 +131,7 @@ class FeatureFolder:
             write_tensors(self._path(facts), {"feature": feature}, {KEY: json.dumps(header)})
         except (OSError, CheckpointError) as error:
             raise SettingError(
-                f"features cannot be kept in {self.folder} ({first_line(error)}); give another "
+                f"features cannot be cached in {self.folder} ({first_line(error)}); give another "
                 "folder"
             ) from error
 
@@ -127,12 +140,10 @@ class FeatureFolder:
 
 
 class CachedFeatures:
-    """An image encoder that encodes what it has not encoded before, and is opened when it must.
+    """Image encoder with a feature cache, opened only when a feature is not in the cache.
 
-    Used as `VisionEncoder` is.
-
-    Each picture is encoded by itself, so that its feature does not depend on the pictures beside
-    it.
+    It has the interface of `VisionEncoder`. Each picture is encoded alone, so that its feature does
+    not depend on the other pictures of a call.
     """
 
     def __init__(
@@ -146,10 +157,11 @@ class CachedFeatures:
         width: int | None = None,
         fingerprint: str = "",
     ) -> None:
-        """`opened` opens the encoder of `place`, and checks it.
+        """Describe the encoder and the features that the adapter needs.
 
-        width, fingerprint  what the adapter needs, if it says so: other features are encoded anew,
-                            which meets that check
+        opened              opens the encoder of `place` and checks it
+        width, fingerprint  what the adapter needs, if it is known: cached features that differ are
+                            encoded again, and opening the encoder checks it
         """
         self.source, self.device, self.store = str(place), torch.device(device), store
         self.width, self.expected = width, fingerprint
@@ -164,25 +176,30 @@ class CachedFeatures:
 
     @cached_property
     def encoder(self) -> VisionEncoder:
+        """Image encoder, opened and checked at its first use."""
         return self._opened()
 
     @property
     def model(self) -> Any:
+        """Network of the encoder, which this opens."""
         return self.encoder.model
 
     @cached_property
     def processor(self) -> Any:
-        """Without opening the encoder: pictures are made ready with it that may have been encoded
-        before.
+        """Image processor, read without opening the encoder.
+
+        It also prepares pictures whose features may be in the cache.
         """
         if "encoder" in self.__dict__:
             return self.encoder.processor
         return describe_encoder(self._place).processor
 
     def feature_dim(self, feature: Feature) -> int:
+        """Return the width E of a feature; MismatchError if the encoder does not give it."""
         return self.encoder.feature_dim(feature)
 
     def fingerprint(self) -> str:
+        """Return a hash of the encoder's weights, which is computed once."""
         return self._fingerprint
 
     @cached_property
@@ -190,7 +207,7 @@ class CachedFeatures:
         return self.encoder.fingerprint()
 
     def features(self, images: Sequence[Image], feature: Feature) -> Tensor:
-        """RGB pictures -> (B, E) or (B, patches, E)"""
+        """Return features of RGB pictures, (B, E) or (B, patches, E); encode those not cached."""
         return torch.cat(
             [
                 self._kept(
@@ -203,7 +220,7 @@ class CachedFeatures:
         )
 
     def null_features(self, variant: Variant) -> Tensor:
-        """What stands for "no image" (1, …): see `Variant.null`."""
+        """Return the features (1, …) that stand for "no image": see `Variant.null`."""
         return self._kept(
             variant.null, variant.feature, lambda: self.encoder.null_features(variant)
         )
@@ -224,23 +241,25 @@ class CachedFeatures:
 
 
 def name_of(facts: Facts) -> str:
+    """Return a name for these facts, of 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def pixel_hash(image: Image) -> str:
-    """Of an RGB picture's size and pixels, so that the same picture in another file is known."""
+    """Return the SHA-256 of an RGB picture's size and pixels, whichever file they come from."""
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:
+    """Return the SHA-256 of the bytes of a contiguous tensor on the CPU."""
     return hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def files_of(place: Location) -> str:
-    """Which files an image encoder has now: a folder's names, sizes and times, or the revision in
-    the Hub's cache.
+    """Return a text that changes when the files of an image encoder change.
 
-    CheckpointError if the Hub has no such encoder.
+    For a folder it is a hash of the files' names, sizes and times, for the Hub the cached
+    revision. Raise CheckpointError if the Hub has no such encoder.
     """
     source, subfolder = place.fetch_folder()
     folder = Path(source, subfolder or "")

@@ -1,10 +1,9 @@
-"""The kinds of image encoder, a row each: what loads it, how pictures are made ready for it, what
-its features are.
+"""Kinds of image encoder, a row each: how it is loaded, its preprocessing and its features.
 
 A feature that is not pooled has a row for each token of the network, in the network's own order:
 CLIP's and DINOv2's class token first, then DINOv2's registers if it has any, then the patches.
-SigLIP has patches alone. Nothing is left out, as the paper's plus adapters read CLIP's class token
-too. Shape letters as in `imprompt.adapter`.
+SigLIP has only patches. No row is left out, because the paper's plus adapters read CLIP's class
+token too. Shape letters as in `imprompt.adapter`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,19 +13,19 @@ from typing import Any
 from imprompt.errors import MismatchError
 from imprompt.variants import BESIDE_A_FACE, Feature, levels_of
 
-DINOV2_SIDE = 224  # its published preprocessing: short side 256, the middle 224 × 224
+DINOV2_SIDE = 224  # published preprocessing: short side 256, then the middle 224 × 224
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 @dataclass(frozen=True)
 class EncoderStructure:
-    """The sizes that an image encoder's features follow from.
+    """Sizes of an image encoder, which determine the shapes of its features.
 
-    pooled       width of its pooled embedding; 0: it gives none
+    pooled       width of its pooled embedding; 0 if it gives none
     penultimate  width of its hidden states
-    layers       how many it has
-    patches      rows of its hidden states: class token, registers, patches
-    kind         its kind's name
+    layers       number of its layers
+    patches      number of rows of its hidden states: class token, registers, patches
+    kind         name of its kind
     """
 
     pooled: int
@@ -37,18 +36,18 @@ class EncoderStructure:
 
     @property
     def named(self) -> dict[Feature, tuple[int, ...]]:
-        """The features that it gives, but for levels, and which hidden states they are made of."""
+        """Features that the encoder gives, except levels, with their hidden states."""
         pooled = {"pooled": ()} if self.pooled else {}
         return {**pooled, "penultimate": (self.layers - 1,), "last": ()}
 
     def gives(self, feature: Feature) -> bool:
-        """Whether the encoder gives that feature."""
+        """Return whether the encoder gives that feature."""
         return feature in self.named or -1 < max(levels_of(feature), default=-1) <= self.layers
 
     def levels(self, feature: Feature) -> tuple[int, ...]:
-        """Return which hidden states a feature is made of: none for the pooled and the last.
+        """Return which hidden states a feature is made of; none for "pooled" and "last".
 
-        MismatchError, with what the encoder gives, if the feature is not among it.
+        Raise MismatchError, with what the encoder gives, if it does not give the feature.
         """
         if not self.gives(feature):
             hint = (
@@ -65,7 +64,7 @@ class EncoderStructure:
     def shape(self, feature: Feature) -> tuple[int, ...]:
         """Return the shape of one picture's feature: (E,) or (patches, E).
 
-        MismatchError if the encoder does not give it.
+        Raise MismatchError if the encoder does not give it.
         """
         levels = self.levels(feature)
         if feature == "pooled":
@@ -75,15 +74,17 @@ class EncoderStructure:
 
 @dataclass(frozen=True)
 class EncoderKind:
-    """One row. A configuration is transformers', of the vision model alone.
+    """Kind of image encoder.
 
-    name         in messages
+    A configuration is transformers' configuration of the vision model alone.
+
+    name         name in messages
     model        transformers' class of the vision model
-    processor    transformers' class that makes pictures ready for it
-    settings     configuration -> that class's settings where the weights come without their own
-    pooled       what the pooled embedding is called among the model's outputs
-    pooled_dim   configuration -> its width; 0 where the model gives none
-    class_rows   configuration -> rows of the hidden states that are no patches
+    processor    transformers' class of the image processor
+    settings     configuration -> settings of the image processor if the weights come without them
+    pooled       name of the pooled embedding among the model's outputs
+    pooled_dim   configuration -> width of the pooled embedding; 0 if the model gives none
+    class_rows   configuration -> number of rows of the hidden states that are not patches
     any_side     whether it reads pictures of another side than its configuration's
     """
 
@@ -97,9 +98,9 @@ class EncoderKind:
     any_side: bool = False
 
     def structure(self, config: Any, side: int) -> EncoderStructure:
-        """Return the sizes of an encoder that sees pictures of `side` × `side` pixels.
+        """Return the sizes of an encoder that reads pictures of `side` × `side` pixels.
 
-        MismatchError if it cannot.
+        Raise MismatchError if it cannot read them.
         """
         if side != config.image_size and not self.any_side:
             raise MismatchError(
@@ -116,24 +117,25 @@ class EncoderKind:
 
 
 def short_side_and_crop(side: int, short_side: int) -> dict[str, Any]:
-    """Settings that resize by the short side, then cut out the middle, `side` × `side` pixels."""
+    """Return settings that resize by the short side, then cut out the middle `side` × `side`."""
     return {"size": {"shortest_edge": short_side}, "crop_size": {"height": side, "width": side}}
 
 
 def clip_settings(config: Any) -> dict[str, Any]:
-    """CLIP sees the central square."""
+    """Return the settings for CLIP, which sees the central square."""
     return short_side_and_crop(config.image_size, config.image_size)
 
 
 def siglip_settings(config: Any) -> dict[str, Any]:
-    """SigLIP sees the whole picture, pressed into a square."""
+    """Return the settings for SigLIP, which sees the whole picture squashed to a square."""
     return {"size": {"height": config.image_size, "width": config.image_size}}
 
 
 def dinov2_settings(config: Any) -> dict[str, Any]:
-    """DINOv2 sees the middle of the central square, seven eighths of its side.
+    """Return the settings for DINOv2, which sees the middle of the central square.
 
-    Its configurations say 518 pixels, of its last stage of training; it is used at 224.
+    It is seven eighths of the square's side. The configurations state 518 pixels, from the
+    last stage of training; DINOv2 is used at 224.
     """
     side = min(config.image_size, DINOV2_SIDE)
     return short_side_and_crop(side, side * 8 // 7) | IMAGENET
@@ -173,8 +175,7 @@ DINOV2_WITH_REGISTERS = replace(
     class_rows=lambda config: 1 + config.num_register_tokens,
 )
 
-# By the model_type of a configuration: of the vision model alone, or of the whole with its text
-# model, out of which the vision model is loaded. SigLIP 2 at a fixed resolution is a siglip too.
+# By model_type of a configuration, with or without a text model; a fixed-size SigLIP 2 is a siglip.
 KINDS: Mapping[str, EncoderKind] = {
     "clip": CLIP,
     "clip_vision_model": CLIP,
@@ -186,7 +187,7 @@ KINDS: Mapping[str, EncoderKind] = {
 
 
 def find_kind(model_type: str) -> EncoderKind:
-    """Return the row of that `model_type`; MismatchError, with the kinds there are, if none."""
+    """Return the kind of a `model_type`; MismatchError, with the known kinds, if there is none."""
     if model_type not in KINDS:
         *names, last = dict.fromkeys(kind.name for kind in KINDS.values())
         raise MismatchError(

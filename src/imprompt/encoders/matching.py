@@ -1,4 +1,4 @@
-"""The image encoder that an adapter was made with: found, opened, and checked against it."""
+"""Find and open the image encoder of an adapter, and check that they match."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +27,15 @@ def load_encoder(
     prepare: Callable[[Any], None] | None = None,
     faces: FaceEncoder | None = None,
 ) -> Encoder:
-    """The image encoder for an adapter file, checked against it: the given one, or the one its
-    name, header, model or width tells.
+    """Load the image encoder of an adapter file and check that it matches.
 
-    For a FaceID adapter it reads faces: `faces` finds them, else insightface, loaded when the first
-    picture is given. `keep` holds features encoded before: then the encoder is opened, and checked,
-    when one is asked for that is not there. `prepare` is called with the network once it is opened
-    and checked. Raises MismatchError with both widths, or if the encoder's weights are not those
-    that the adapter was trained with.
+    It is the given one, or else the one that the adapter's name (`location`), header, base model or
+    feature width implies. For a FaceID adapter it reads faces: `faces` finds them; without it,
+    insightface does, loaded when the first picture is given. `keep` is a cache of features: with
+    it, the encoder is opened and checked when a feature is needed that the cache does not hold, or
+    at once if the cache is empty. `prepare` is called with the network after it is opened and
+    checked. Raise MismatchError, with both widths, if they differ, or if the encoder's weights are
+    not those that the adapter was trained with.
     """
     clip = (
         clip_encoder(file, location, model, given, device, dtype, keep, prepare)
@@ -48,7 +49,7 @@ def load_encoder(
             width=file.face_dim,
             device=device,
         )
-    return clip  # pyright: ignore[reportReturnType] - what reads no face reads CLIP
+    return clip  # pyright: ignore[reportReturnType] - without faces, it reads pictures
 
 
 def clip_encoder(
@@ -61,7 +62,7 @@ def clip_encoder(
     keep: Store | None,
     prepare: Callable[[Any], None] | None,
 ) -> VisionEncoder | CachedFeatures:
-    """As `load_encoder`, of the CLIP part."""
+    """Load the encoder of an adapter's pictures, without faces: see `load_encoder`."""
     place = given_place(str(given)) if given is not None else location or place_of(file, model)
 
     def checked() -> VisionEncoder:
@@ -82,13 +83,13 @@ def clip_encoder(
         width=file.feature_dim,
         fingerprint=expected_fingerprint(file, dtype),
     )
-    if keep.empty():  # then it is needed for certain, and what is wrong with it is said at once
+    if keep.empty():  # the encoder will be needed, so its errors are raised now
         _ = kept.encoder
     return kept
 
 
 def given_place(name: str) -> Location:
-    """The place that a user names; SettingError, before the Hub is asked, if it can be none."""
+    """Return the location that a user names; SettingError, before any download, if it cannot be."""
     if not Path(name).is_dir() and not may_be_on_hub(name):
         raise SettingError(
             f"no image encoder {name!r}: give a folder with config.json and weights, or a Hub id "
@@ -98,8 +99,9 @@ def given_place(name: str) -> Location:
 
 
 def place_of(file: Any, model: KnownModel) -> Location:
-    """Where the encoder of an adapter file is, as far as its header, the model or its widths
-    tell.
+    """Return where an adapter file's encoder is, by its header, the base model or its width.
+
+    Raise MismatchError if none of them states it.
     """
     if file.header is not None and file.header.encoder:
         return Location.parse(file.header.encoder)
@@ -110,15 +112,16 @@ def place_of(file: Any, model: KnownModel) -> Location:
     if known is None or not known.alone:
         raise MismatchError(
             f"this adapter reads {file.feature_dim}-wide {file.variant.image_feature} features and "
-            "does not say of which "
-            "image encoder: give it with encoder="
+            "does not state "
+            "their image encoder: give it with encoder="
         )
     return known.place
 
 
 def check_encoder(encoder: VisionEncoder, file: Any) -> None:
-    """Raise MismatchError unless `encoder` is the one that the adapter file was trained with, as
-    far as can be told.
+    """Raise MismatchError unless an adapter file fits `encoder`.
+
+    The width must be equal, and the fingerprint if `expected_fingerprint` gives one.
     """
     width = encoder.feature_dim(file.variant.image_feature)
     if width != file.feature_dim:
@@ -137,9 +140,9 @@ def check_encoder(encoder: VisionEncoder, file: Any) -> None:
 
 
 def expected_fingerprint(file: Any, dtype: torch.dtype) -> str:
-    """Of the weights that the adapter file was trained with.
+    """Return the fingerprint of the encoder that the adapter file was trained with.
 
-    "" if it does not say, or `dtype` rounds too coarsely to tell.
+    It is "" if the file does not state it, or if `dtype` rounds too coarsely to compare.
     """
     return (
         file.header.encoder_fingerprint

@@ -1,6 +1,4 @@
-"""Noise made from a picture: what a negative image prompt can be, where there is no picture to keep
-away from.
-"""
+"""Make noise from a picture, for use as a negative image prompt."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +15,10 @@ Pixels = np.ndarray  # (S, S, 3) float64, of 0 to 1
 def noise_negative(
     image: Image.Image | None, noise: Noise, encoder: Any, seed: int = 0
 ) -> Image.Image:
-    """The square that the encoder sees of an RGB picture, or its mean colour where there is none,
-    made noise.
+    """Make noise from the square that the encoder sees of an RGB picture.
 
-    `encoder` has transformers' image processor as `.processor`. The same seed gives the same noise.
+    Without a picture, it is made from the encoder's mean colour. `encoder` has transformers' image
+    processor as `.processor`. The same seed gives the same noise.
     """
     processor = encoder.processor
     side = side_of(processor)
@@ -36,27 +34,26 @@ def noise_negative(
 
 
 def _faded(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pixels:
-    """Mixed with uniform noise."""
+    """Mix the picture with uniform noise."""
     return pixels * (1 - strength) + draw.random(pixels.shape) * strength
 
 
 def _dissolved(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pixels:
-    """Each value is replaced by uniform noise with this probability."""
+    """Replace each value by uniform noise with probability `strength`."""
     return np.where(draw.random(pixels.shape) < strength, draw.random(pixels.shape), pixels)
 
 
 def _gaussian(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pixels:
-    """Normal noise added."""
+    """Add normal noise."""
     return pixels + strength * draw.standard_normal(pixels.shape)
 
 
 def _shuffled(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pixels:
-    """Displaced elastically, turned by half, and blended with normal noise, x·(1 − n) + n for n =
-    0.75·strength·normal.
+    """Displace the pixels elastically, rotate the picture by 180° and blend it with normal noise.
 
-    So the colours stay, the places do not. The displacement (Simard et al. 2003) is uniform noise
-    of a sixth of the side, smoothed by a Gaussian that the strength narrows from a 64th of the side
-    to nothing.
+    The blend is x·(1 − n) + n with n = 0.75·strength·normal. So the colours stay, the positions do
+    not. The displacement (Simard et al. 2003) is uniform noise of a sixth of the side, smoothed by
+    a Gaussian whose sigma falls from a 64th of the side at strength 0 to 0 at strength 1.
     """
     side = len(pixels)
     away = [
@@ -70,7 +67,7 @@ def _shuffled(pixels: Pixels, strength: float, draw: np.random.Generator) -> Pix
 
 
 def _smooth(field: np.ndarray, sigma: float) -> np.ndarray:
-    """(S, S) blurred by a Gaussian of `sigma` pixels; its edges go on."""
+    """Blur a field (S, S) by a Gaussian of `sigma` pixels; its edge values continue outside."""
     reach = round(4 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(sigma, 1e-6)) ** 2)
     kernel /= kernel.sum()
@@ -83,9 +80,9 @@ def _smooth(field: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _sampled(pixels: Pixels, rows: np.ndarray, columns: np.ndarray) -> Pixels:
-    """The pixels at these places (S, S), between four of them linearly.
+    """Return the pixels at these rows and columns, both (S, S), with bilinear interpolation.
 
-    Beyond the edge it is the edge.
+    Positions outside the picture take the nearest edge.
     """
     side = len(pixels)
     rows, columns = rows.clip(0, side - 1), columns.clip(0, side - 1)

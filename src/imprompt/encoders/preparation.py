@@ -1,9 +1,9 @@
-"""A picture made ready for the image encoder, which itself sees nothing but a square.
+"""Prepare a picture for the image encoder, which sees only a square.
 
-By itself CLIP sees the central square, SigLIP the whole picture pressed into a square, DINOv2 the
-middle of the central square. What is to be ignored is covered at the picture's own size, then the
-picture is cut or fitted, and sharpened last, at the encoder's own size. The encoder's own
-preprocessing then leaves size and pixels as they are, or finds a square.
+By default CLIP sees the central square, SigLIP the whole picture squashed to a square, DINOv2 the
+middle of the central square. First the ignored part is covered at the picture's own size, then the
+picture is cropped or fitted, and last it is sharpened at the encoder's own size. The encoder's own
+preprocessing then leaves size and pixels as they are, or gets a square.
 """
 
 from collections.abc import Callable
@@ -23,24 +23,24 @@ from imprompt.validation import Validated
 Colour = tuple[int, int, int]
 
 WIDE, HIGH = 0, 1  # the axes of a picture's size
-# axis, and at its start or end
+# axis, and 0 for its start or 1 for its end
 EDGES = {"left": (WIDE, 0), "right": (WIDE, 1), "top": (HIGH, 0), "bottom": (HIGH, 1)}
 MAX_TILES = 4
-MAX_ASPECT = 2  # where the encoder cuts out the middle, what lies far outside is cut off first
+MAX_ASPECT = 2  # longer pictures are cut first if the encoder cuts out the middle
 
 
 class Preparation(Validated, frozen=True):
-    """How a picture is made ready.
+    """Settings of how a picture is prepared for the image encoder.
 
-    crop        None: as the encoder's own preprocessing does it, the picture is left as it is;
-                "center": the same where that cuts out the middle, else the central square; "top",
-                "bottom", "left", "right": the square at that edge; "pad": the whole on a square of
-                the encoder's mean colour, which says nothing ("pad black": of black); "squash": the
-                whole pressed into a square; "tiles": as many overlapping squares as cover it, four
-                at most, each of them a picture of its own
+    crop        None: the picture is left to the encoder's own preprocessing; "center": also left to
+                it if it cuts out the middle, else the central square; "top", "bottom", "left",
+                "right": the square at that edge; "pad": the whole on a square of the encoder's mean
+                colour, which is neutral to it ("pad black": of black); "squash": the whole squashed
+                to a square; "tiles": the overlapping squares that cover it, four at most, each a
+                separate picture
     sharpening  0 (none) to 1, by `sharpened`
-    ignore      a mask: what is white there is not seen, for it is covered with the encoder's mean
-                colour
+    ignore      mask: its white parts are covered with the encoder's mean colour, so that the
+                encoder does not see them
     """
 
     crop: Crop | None = None
@@ -49,11 +49,10 @@ class Preparation(Validated, frozen=True):
 
 
 def prepare(image: Image.Image, preparation: Preparation, encoder: Any) -> list[Image.Image]:
-    """An RGB picture -> RGB pictures for `encoder.features`: one, or one a tile.
+    """Turn an RGB picture into RGB pictures for `encoder.features`: one, or one per tile.
 
-    `encoder` has transformers' image processor as `.processor`; it is not looked at where the
-    picture is left as it is. ImageError if the mask is no picture, or of another shape than this
-    one.
+    `encoder` has transformers' image processor as `.processor`, which is not read if the picture is
+    left as it is. Raise ImageError if the mask is not a picture or its shape differs.
     """
     if preparation.ignore is not None:
         image = covered(image, open_mask(preparation.ignore), mean_colour(encoder.processor))
@@ -70,9 +69,7 @@ def prepare(image: Image.Image, preparation: Preparation, encoder: Any) -> list[
 
 
 def encoder_square(image: Image.Image, processor: Any) -> Image.Image:
-    """The square of S × S pixels that the encoder sees of an RGB picture, before they are
-    normalised.
-    """
+    """Return the S × S pixels that the encoder sees of an RGB picture, before normalisation."""
     pixels = processor(
         [without_ends(image, processor)], do_rescale=False, do_normalize=False, return_tensors="np"
     ).pixel_values[0]
@@ -80,13 +77,14 @@ def encoder_square(image: Image.Image, processor: Any) -> Image.Image:
 
 
 def without_ends(image: Image.Image, processor: Any) -> Image.Image:
-    """The picture without what a processor that cuts out the middle leaves out in any case."""
+    """Return the picture, its ends cut off if the processor cuts out the middle anyway."""
     return cut_ends(image) if processor.do_center_crop else image
 
 
 def cut_ends(image: Image.Image) -> Image.Image:
-    """The middle of a very long or tall picture: resizing the whole by its short side could take
-    gigabytes.
+    """Return the middle of a very wide or tall picture, at most 2 : 1.
+
+    Resizing the whole by its short side could take gigabytes.
     """
     width, height = (
         min(image.width, MAX_ASPECT * image.height),
@@ -99,11 +97,11 @@ def cut_ends(image: Image.Image) -> Image.Image:
 
 
 def framed(square: Image.Image, processor: Any) -> Image.Image:
-    """A square picture as one of which the encoder sees all.
+    """Return a square picture with a border if the encoder would not see all of it.
 
-    A processor that resizes to no more than it cuts out shows all of a square. For one that
-    resizes to more (DINOv2's: 256 and 224) the square is laid, at its size, in the middle of a
-    larger one.
+    A processor that resizes to the size that it cuts out shows all of a square. For one that
+    resizes to more (DINOv2's: 256 and 224), the square is placed, at the encoder's size, in the
+    middle of a larger one of the mean colour.
     """
     side, short_side = side_of(processor), processor.size.get("shortest_edge")
     if short_side in (None, side):
@@ -115,24 +113,24 @@ def framed(square: Image.Image, processor: Any) -> Image.Image:
 
 
 def mean_colour(processor: Any) -> Colour:
-    """What becomes 0 when it is normalised, as nearly as 8 bits can say it."""
+    """Return the 8-bit colour that normalisation brings nearest to 0."""
     red, green, blue = (round(255 * mean) for mean in processor.image_mean)
     return red, green, blue
 
 
 def covered(image: Image.Image, mask: Image.Image, colour: Colour) -> Image.Image:
-    """`image` with `colour` where the mask is white; grey is between.
+    """Return `image` with `colour` where the mask is white; grey parts are mixed.
 
-    ImageError unless both have one shape.
+    Raise ImageError unless both have the same shape.
     """
     mask = fitted(mask, image)
     return Image.composite(Image.new("RGB", image.size, colour), image, mask)
 
 
 def fitted(mask: Image.Image, image: Image.Image) -> Image.Image:
-    """The mask at the picture's size.
+    """Return the mask at the picture's size; raise ImageError if their shapes differ.
 
-    Their aspects may differ by 1 %, or by what rounding to whole pixels makes of them.
+    Their aspects may differ by 1 %, or by as much as rounding to whole pixels causes.
     """
     if mask.size == image.size:
         return mask
@@ -148,7 +146,7 @@ def fitted(mask: Image.Image, image: Image.Image) -> Image.Image:
 
 
 def _centered(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
-    """The central square; the picture itself where the encoder's own preprocessing cuts it."""
+    """Return the central square, or the picture itself if the encoder's preprocessing cuts it."""
     if encoder.processor.do_center_crop:
         return [image]
     long = max(image.size)
@@ -156,10 +154,7 @@ def _centered(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
 
 
 def _at_edge(image: Image.Image, crop: str, encoder: Any) -> list[Image.Image]:
-    """The square at an edge.
-
-    As "center" where there is nothing to cut off in that direction.
-    """
+    """Return the square at an edge, or as for "center" if nothing is to be cut on that axis."""
     axis, at_end = EDGES[crop]
     spare = image.size[axis] - min(image.size)
     if not spare:
@@ -168,9 +163,9 @@ def _at_edge(image: Image.Image, crop: str, encoder: Any) -> list[Image.Image]:
 
 
 def _tiles(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
-    """The fewest squares that cover a picture, evenly spaced from end to end.
+    """Return the fewest squares that cover a picture, evenly spaced from end to end.
 
-    Of one longer than 4 : 1 there are gaps between.
+    There are at most four; between those of a picture longer than 4 : 1 there are gaps.
     """
     side, length = min(image.size), max(image.size)
     count = min(ceil(length / side), MAX_TILES)
@@ -189,15 +184,16 @@ def _tiles(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
 
 
 def _square(image: Image.Image, axis: int, start: int) -> Image.Image:
-    """The square that begins at `start` along the long axis."""
+    """Return the square that begins at `start` along the long axis."""
     side = min(image.size)
     left, top = (start, 0) if axis == WIDE else (0, start)
     return image.crop((left, top, left + side, top + side))
 
 
 def _padded(image: Image.Image, crop: str, encoder: Any) -> list[Image.Image]:
-    """The whole picture in the middle of a square, at the encoder's size, so that no resizing blurs
-    its edges afterwards.
+    """Return the whole picture in the middle of a square, at the encoder's size.
+
+    So no later resizing blurs its edges.
     """
     side = side_of(encoder.processor)
     width, height = (max(1, round(side * length / max(image.size))) for length in image.size)
@@ -218,10 +214,10 @@ def _squashed(image: Image.Image, _: str, encoder: Any) -> list[Image.Image]:
 
 
 def side_of(processor: Any) -> int:
-    """S: how wide and high the encoder sees; MismatchError if that is no square."""
+    """Return the side S of the encoder's input; MismatchError if the input is not a square."""
     seen = processor.crop_size if processor.do_center_crop else processor.size
     if not seen["height"] or seen["height"] != seen["width"]:
-        raise MismatchError("its image processor makes no squares of one size")
+        raise MismatchError("its image processor does not make squares of one size")
     return seen["height"]
 
 
@@ -236,13 +232,12 @@ CROPS: dict[str | None, Callable[[Image.Image, Any, Any], list[Image.Image]]] = 
 
 
 def sharpened(image: Image.Image, amount: float) -> Image.Image:
-    """Contrast-adaptive sharpening (AMD FidelityFX CAS, 2019), per channel, on the values as they
-    are stored.
+    """Sharpen by local contrast (AMD FidelityFX CAS, 2019), per channel, on the stored values.
 
-    Each pixel e goes away from its four neighbours: e' = (e + w·Σ) / (1 + 4w). The weight w =
+    Each pixel e moves away from its four neighbours: e' = (e + w·Σ) / (1 + 4w). The weight w =
     −amount/5 · √a is small where the nine pixels around already differ much, by a = min(m, 2 − M) /
     M of their lowest and highest values (m and M are sums over the cross and over all nine, so that
-    2 is white). Amount 1 is AMD's sharpest, 0.625 its mildest, 0 leaves all as it is.
+    2 is white). Amount 1 is AMD's sharpest, 0.625 its mildest, 0 changes nothing.
     """
     around = np.pad(np.asarray(image, np.float32) / 255, ((1, 1), (1, 1), (0, 0)), "edge")
     height, width = image.height, image.width

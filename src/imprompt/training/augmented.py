@@ -1,7 +1,7 @@
-"""A sample as training sees it once: what is read of it, and what is drawn at random for it.
+"""Training samples: the content that is read, and the random values that are drawn for it.
 
-Everything random about one draw of a sample is drawn here, from a seed for that draw. Shape letters
-as in `imprompt.training.features`.
+Everything random about one draw of a sample comes from a generator for that draw. Shape letters as
+in `imprompt.training.features`.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from imprompt.training.samples import BadSample, Source
 
 
 class Stackable:
-    """A dataclass of one sample's values, or of several samples' once they are stacked."""
+    """Dataclass of one sample's values, or of several samples' values, stacked."""
 
     @classmethod
     def stack(cls, ones: Sequence[Self]) -> Self:
-        """Stack tensors on a new first axis, and make one list of lists."""
+        """Stack samples: tensors on a new first axis, lists concatenated."""
         columns = {field.name: [getattr(one, field.name) for one in ones] for field in fields(cls)}  # pyright: ignore[reportArgumentType] - subclasses are dataclasses
         return cls(**{name: stack_values(values) for name, values in columns.items()})
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return a copy with every tensor changed."""
+        """Return a copy with `change` applied to every tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType] - subclasses are dataclasses
         return type(self)(**{name: map_value(value, change) for name, value in values.items()})
 
@@ -43,7 +43,7 @@ class Stackable:
 
 
 def stack_values(values: list[Any]) -> Any:
-    """Return the values of several samples as one."""
+    """Stack one value of several samples: tensors on a new first axis, lists concatenated."""
     first = values[0]
     if isinstance(first, Stackable):
         return type(first).stack(values)
@@ -55,7 +55,7 @@ def stack_values(values: list[Any]) -> Any:
 
 
 def map_value(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a value with every tensor in it changed."""
+    """Return a value with `change` applied to every tensor in it."""
     if isinstance(value, Stackable):
         return value.map_tensors(change)
     if isinstance(value, dict):
@@ -65,7 +65,7 @@ def map_value(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class PictureContent(Stackable):
-    """A sample's pictures, which the step that trains on them encodes."""
+    """Pictures of a sample, which the training step encodes."""
 
     pixels: Tensor  # (3, H, W) in [-1, 1]
     reference: Tensor  # (3, S, S), the image encoder's input
@@ -76,10 +76,10 @@ class PictureContent(Stackable):
 
 @dataclass(frozen=True)
 class FeatureContent(Stackable):
-    """A sample's features, encoded before."""
+    """Features of a sample, encoded before training."""
 
     mean: Tensor  # (C, h, w) of the VAE's posterior, unscaled
-    spread: Tensor  # (C, h, w) its standard deviation
+    spread: Tensor  # (C, h, w), the posterior's standard deviation
     image: Tensor  # image features (E,) or (patches, E)
     conditions: dict[str, Tensor]  # the text's, and "time_ids" (6,)
     mask: Tensor | None = None  # (1, h, w) of 8 bits; None where none were encoded
@@ -90,17 +90,17 @@ Content = PictureContent | FeatureContent
 
 @dataclass(frozen=True)
 class AugmentedSample(Stackable):
-    """A sample and what is drawn at random for it; or several, stacked.
+    """Sample with the random values that are drawn for it; or several samples, stacked.
 
-    names              its name, in a list; so are captions and errors
+    names              the sample's name, in a list as are captions and errors
     no_image, no_text  whether that part is dropped
-    bad                why it could not be read; then its content is blank
+    bad                why the sample could not be read; then its content is blank
     """
 
     names: list[str]
     content: Content
     weight: Tensor  # () 1, or 0 where the content is blank
-    u: Tensor  # () in [0, 1): which timestep
+    u: Tensor  # () in [0, 1), which selects the timestep
     no_image: Tensor  # () bool
     no_text: Tensor  # () bool
     offset: Tensor  # (C, 1, 1)
@@ -110,10 +110,10 @@ class AugmentedSample(Stackable):
 
 
 class SampleReader(Protocol):
-    """Samples by number, from pictures or from encoded features."""
+    """Reader of samples by number, from pictures or from encoded features."""
 
-    bucket: np.ndarray  # of every sample
-    bad_shards: Sequence[BadSample]  # of the source
+    bucket: np.ndarray  # bucket number of every sample
+    bad_shards: Sequence[BadSample]  # damaged shards of the source
 
     @property
     def shards(self) -> Sequence[int]:
@@ -138,12 +138,12 @@ class SampleReader(Protocol):
         ...
 
     def blank(self, index: int) -> Content:
-        """Return content with the shapes of `read` that holds nothing."""
+        """Return blank content, with the shapes of `read`."""
         ...
 
 
 class PictureReader:
-    """Pictures that are encoded in the step that trains on them."""
+    """Reader of pictures, which the training step encodes."""
 
     def __init__(
         self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int
@@ -189,13 +189,13 @@ class PictureReader:
 
 
 def sample_rng(seed: int, draw: SampleIndex) -> torch.Generator:
-    """Return the random generator of one draw, a function of seed, epoch and sample alone."""
+    """Return the random generator of one draw, which depends only on seed, epoch and sample."""
     digest = hashlib.blake2b(f"{seed} {draw.epoch} {draw.sample}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 class AugmentedSamples(Dataset[AugmentedSample]):
-    """Samples with everything that is drawn at random for them, by `SampleIndex`."""
+    """Dataset of samples with the random values drawn for them, indexed by `SampleIndex`."""
 
     def __init__(self, reader: SampleReader, data: Data, seed: int) -> None:
         self.reader, self.data, self.seed = reader, data, seed
