@@ -22,7 +22,7 @@ from imprompt.attention.conditioning import (
 from imprompt.attention.image_guidance import BRANCHES, in_halves, in_thirds
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
-from imprompt.families.base import Family, LayerSize, ModelCall, arguments_by_name
+from imprompt.families.base import Family, LayerSize, ModelCall, positional_names
 from imprompt.prompt import KEY, ImagePrompt
 
 FINE = 2**20  # points of a table fine enough to distinguish the times of calls
@@ -65,6 +65,7 @@ class ModelInjection(ABC):
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family, self.adapters, self.timesteps = family, 0, 1000
         self.computes_in: torch.dtype = getattr(model, "dtype", torch.float32)
+        self.arguments = positional_names(model)
         self.layers = family.layers(model)
         self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
@@ -165,6 +166,10 @@ class ModelInjection(ABC):
         """Image prompts in use in this thread, or None."""
         return getattr(self.local, "scope", None)
 
+    def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name."""
+        return dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
+
     def before_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments:
@@ -180,10 +185,10 @@ class ModelInjection(ABC):
         names = self.originals if low_rank else self.layers
         check_processors({name: attentions[name] for name in names}, self.classes())
         if scope is not None and scope.image_guidance is not None:
-            given = arguments_by_name(model, args, kwargs)
+            given = self.by_name(args, kwargs)
             args, kwargs = (), in_thirds(self.family, given, scope.text_in_thirds)
             prompts = tuple(prompt.with_branches(BRANCHES) for prompt in prompts)
-        call = self.family.call(model, arguments_by_name(model, args, kwargs), self.timesteps)
+        call = self.family.call(model, self.by_name(args, kwargs), self.timesteps)
         positive = None
         if self.family.separate_branches:
             if scope is None and any(prompt.branches > 1 for prompt in prompts):

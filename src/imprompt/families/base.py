@@ -7,7 +7,6 @@ neither this file nor `imprompt.adapter` depends on diffusers.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple, Protocol
@@ -99,6 +98,10 @@ class Injection(Protocol):
     def using(self, prompts: Sequence[ImagePrompt],
               image_guidance: float | None = None) -> AbstractContextManager[None]:  # fmt: skip
         """Condition this thread's calls of the model on the prompts in a `with` block."""
+        ...
+
+    def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call of the model by name."""
         ...
 
     def eject(self) -> None:
@@ -220,18 +223,10 @@ class Family(ABC):
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
 
 
-def arguments_by_name(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the arguments of a call of the model by the names of its forward pass."""
+def positional_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names that a model's forward pass gives its arguments, in order."""
     original = getattr(model, "_orig_mod", model)  # inside what torch.compile returns
-    return dict(zip(positional_names(type(original)), args, strict=False)) | dict(kwargs)
-
-
-@cache
-def positional_names(kind: type[nn.Module]) -> tuple[str, ...]:
-    """Return the names that the forward pass of a class gives its arguments, in order."""
-    return tuple(signature(kind.forward).parameters)[1:]
+    return tuple(signature(type(original).forward).parameters)[1:]
 
 
 def find_family(name: str) -> Family:

@@ -17,7 +17,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_map_only
 
 from imprompt.errors import SettingError
-from imprompt.families.base import arguments_by_name, family_of
+from imprompt.families.base import family_of, positional_names
 from imprompt.prompt import KEY
 
 # PyTorch's variable; its default is a folder of /tmp, which is lost at the next boot
@@ -46,7 +46,7 @@ def compile_base(model: nn.Module, **options: Any) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     forward: Any = model.forward
     family = family_of(model)
-    latents = family.arguments[0]
+    latents, names = family.arguments[0], positional_names(model)
     chosen: dict[str, Any] = ({"mode": "reduce-overhead"} if graphs else {}) | options
     run = torch.compile(forward, fullgraph=True, **chosen)
 
@@ -58,7 +58,7 @@ def compile_base(model: nn.Module, **options: Any) -> None:
         if getattr(channel.get(KEY), "undecided", False):
             # the layers time kernels first, which is not possible inside a graph
             return forward(*args, **kwargs)
-        given = arguments_by_name(model, args, kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
         # some pipelines use another memory layout, which would compile a new graph
         given[latents] = given[latents].contiguous()
         try:

@@ -24,7 +24,7 @@ from imprompt.attention.image_guidance import in_halves, in_thirds
 from imprompt.attention.injection import Scope
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
-from imprompt.families.base import Family, Injection, arguments_by_name
+from imprompt.families.base import Family, Injection
 from imprompt.prompt import ImagePrompt, stack
 
 PATIENCE = 0.2  # seconds that a call waits for requests that are between two steps
@@ -53,7 +53,7 @@ class Seat:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model for this request, together with other requests that wait."""
-        given = arguments_by_name(self.engine.model, args, kwargs)
+        given = self.engine.injection.by_name(args, kwargs)
         whole = given.pop("return_dict", True)
         scale = self.scope.image_guidance
         if scale is None:
