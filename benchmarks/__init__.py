@@ -1,1 +1,1 @@
-"""Measurements of imprompt beside other implementations of the same work: see README.md."""
+"""Measurements of imprompt and of other implementations of the same work; see README.md."""

@@ -1,11 +1,9 @@
-"""Every benchmark that suits the device, one after the other, each with a time limit.
-
-Then the page.
+"""Run every benchmark that suits the device, each with a time limit, and then write the page.
 
     python -m benchmarks.all                              # this machine: what `make bench` runs
     python -m benchmarks.all --device cuda --out DIR      # a GPU machine, in about 10 minutes
 
-Each writes its numbers as soon as it has them: what a limit cuts off keeps what was measured.
+Each benchmark writes its numbers as soon as it has them: if its limit ends it, they are kept.
 """
 
 import argparse
@@ -20,7 +18,7 @@ import torch
 from benchmarks import page
 from benchmarks.record import RESULTS, about, note
 
-# Question, seconds that it may take, and its further options. The most wanted come first.
+# Question, limit in seconds, and its further options. The most important come first.
 STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
     "cuda": (
         ("step", 220, ()),
@@ -43,14 +41,15 @@ STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmarks; return the number of those that failed or exceeded their limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.all", description=about(__doc__))
     parser.add_argument(
         "--device", choices=STAGES, default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help=f"folder of the numbers ({RESULTS.name}/)"
+        "--out", type=Path, default=RESULTS, help=f"folder for the numbers ({RESULTS.name}/)"
     )
-    parser.add_argument("--only", nargs="+", metavar="QUESTION", help="some of them")
+    parser.add_argument("--only", nargs="+", metavar="QUESTION", help="run only these benchmarks")
     args = parser.parse_args(arguments)
     stages = [row for row in STAGES[args.device] if args.only is None or row[0] in args.only]
     failed = [
@@ -59,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out == RESULTS:
         page.main()
     if failed:
-        print(f"not whole: {', '.join(failed)}", file=sys.stderr)
+        print(f"not completed: {', '.join(failed)}", file=sys.stderr)
     return len(failed)
 
 
 def stage(question: str, limit: int, asked: Sequence[str], args: argparse.Namespace) -> bool:
-    """Whether it ran to its end."""
+    """Run one benchmark within its limit; return whether it finished without an error."""
     record = args.out / page.file_of(question, args.device)
     command = [sys.executable, "-m", f"benchmarks.{question}", "--device", args.device, *asked]
     if args.out != RESULTS:

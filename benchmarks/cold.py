@@ -1,10 +1,9 @@
-"""From a new process to its first picture: `imprompt generate` on the packaged model, beside a
-script of diffusers.
+"""Time from a new process to its first picture: `imprompt generate` and a script of diffusers.
 
     python -m benchmarks.cold
 
-Every number is of a whole process, start and end included. The files it reads are in the system's
-cache: the first round, which does not count, has read them.
+Every number is of a whole process, start and end included. The files that it reads are in the
+system's cache: the first round, which does not count, has read them.
 """
 
 import argparse
@@ -43,15 +42,16 @@ BARS = {DEMO: 10.0, HELP: 0.3}  # seconds
 
 
 class Process:
-    """A command, run as a process of its own; see `benchmarks.interleave.Timed`.
-
-    ImpromptError if it fails.
-    """
+    """A command that is timed as a process of its own; implements `benchmarks.interleave.Timed`."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = command
 
     def run(self, steps: int) -> tuple[float, None]:
+        """Run the command `steps` times; return the seconds of one run, and None.
+
+        Raises ImpromptError if the command fails.
+        """
         start = time.perf_counter()
         for _ in range(steps):
             done = subprocess.run(self.command, capture_output=True, text=True, check=False)
@@ -62,10 +62,12 @@ class Process:
         return (time.perf_counter() - start) / steps, None
 
     def peak(self) -> tuple[float, float]:
+        """Return zeros: the memory is not measured."""
         return 0.0, 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record and print; return the exit code, 1 if a command fails."""
     args = parsed(options("cold", __doc__), arguments)
     record = Record("cold", arguments, args.device, args.record)
     try:
@@ -79,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> Iterator[Outcome]:
+    """Measure the commands of each task."""
     with tempfile.TemporaryDirectory() as folder:
         for what, batch, commands in compared(Path(folder), args.device):
             timed = {name: Process(command) for name, command in commands.items()}
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def compared(folder: Path, device: str) -> Iterator[tuple[str, int, dict[str, list[str]]]]:
-    """What is done, how many pictures that gives, and the commands that do it."""
+    """Yield each task, the number of its pictures, and the commands that do it, by name."""
     adapter, out = folder / "emoji.safetensors", folder / "out.png"
     write_adapter(
         adapter, read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors"), layout="paper"
@@ -127,6 +130,7 @@ def compared(folder: Path, device: str) -> Iterator[tuple[str, int, dict[str, li
 
 
 def bars_of(found: Outcome) -> list[Bar]:
+    """Return the bars of the commands that have one."""
     bars = {name: BARS[name] for name in found.loops if name in BARS}
     return [
         Bar(f"seconds, {name}", median(found.loops[name].seconds), bar, most=True)
@@ -135,7 +139,7 @@ def bars_of(found: Outcome) -> list[Bar]:
 
 
 def section(rows: Mapping[str, Any]) -> str:
-    """A record's tables in markdown."""
+    """Return a record's tables in Markdown."""
     lines = []
     for found in map(Outcome.read, rows["outcomes"]):
         for name, loop in found.loops.items():

@@ -1,5 +1,4 @@
-"""What a user of diffusers writes to follow a picture with the packaged model: the peer of
-`imprompt generate`.
+"""Follow a picture with the packaged model by a script of diffusers, like `imprompt generate`.
 
 python -m benchmarks.cold_diffusers ADAPTER PICTURE OUT DEVICE   # ADAPTER in the paper's layout
 """
@@ -16,6 +15,7 @@ from imprompt.models import MODELS, PACKAGED
 
 
 def main(adapter: str, picture: str, out: str, device: str) -> None:
+    """Generate one picture from an image prompt and save it as `out`."""
     known, file = MODELS["emoji"], Path(adapter)
     dtype = torch.float16 if device == "cuda" else torch.float32  # as imprompt chooses
     pipe = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji", torch_dtype=dtype).to(device)

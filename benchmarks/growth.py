@@ -1,10 +1,9 @@
-"""What a step takes as there is more of something: image prompts, image tokens, pixels, images at
-once.
+"""Time and memory of a step as image prompts, image tokens, pixels or images at once grow.
 
     python -m benchmarks.growth
 
-Ours and diffusers' IP-Adapter, which has an adapter loaded for each prompt, so that both compute
-the same sum. All guided.
+Compares ours and diffusers' IP-Adapter, which has an adapter loaded for each prompt, so that both
+compute the same sum. All use guidance.
 """
 
 import argparse
@@ -34,7 +33,7 @@ from imprompt.training.watch import GB, peak_memory_gb
 
 TITLE = "Growth"
 MODEL = {"cuda": "sd15", "cpu": "sd15-narrow"}
-# What grows: the setting's field, what it is called, and its values.
+# What grows: the setting's field, its name in tables, and its values.
 AXES = {
     "cuda": (
         ("prompts", "image prompts", (1, 2, 4, 8, 16)),
@@ -53,6 +52,7 @@ TOKENS = 4  # of a picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record and print; return the exit code 0."""
     args = parse(arguments)
     record = Record("growth", arguments, args.device, args.record)
     model = args.model or MODEL[args.device]
@@ -68,15 +68,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = options("growth", __doc__, rounds=3)
     parser.add_argument(
-        "--model", choices=RANDOM_MODELS, help="sd15; on a CPU its narrow counterpart"
+        "--model", choices=RANDOM_MODELS, help="model to measure (sd15; on a CPU sd15-narrow)"
     )
     parser.add_argument(
-        "--axes", choices=[field for field, *_ in AXES["cuda"]], nargs="+", help="all, if not given"
+        "--axes",
+        choices=[field for field, *_ in AXES["cuda"]],
+        nargs="+",
+        help="axes to measure (default: all)",
     )
-    parser.add_argument("--most", type=int, help="leave out values beyond it")
-    parser.add_argument("--steps", type=int, default=2, help="in a round (2)")
+    parser.add_argument("--most", type=int, help="largest value of an axis to measure")
+    parser.add_argument("--steps", type=int, default=2, help="steps in a round (2)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     return parsed(parser, arguments, narrows=("model", "axes", "most", "precision"))
 
@@ -85,6 +89,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(
     args: argparse.Namespace, start: PromptedSetting, record: Record
 ) -> Iterator[dict[str, Any]]:
+    """Measure every value of every axis; values that exceed the GPU's memory are skipped."""
     base = scene(start).base
     axes = [row for row in AXES[args.device] if args.axes is None or row[0] in args.axes]
     for field, axis, values in axes:
@@ -101,7 +106,7 @@ def run(
 
 
 def measured(of: Scene, args: argparse.Namespace) -> dict[str, Measured]:
-    """Measure each implementation's time of a step, and the memory it takes beside the weights."""
+    """Measure each implementation's time of a step, and its memory in addition to the weights."""
     joined = {name: IMPLEMENTATIONS[name](of) for name in (PEER, IMPROMPT)}
     calls = {name: stepper(of, implementation) for name, implementation in joined.items()}
     timed = {name: InThisProcess(call, args.device) for name, call in calls.items()}
@@ -113,15 +118,16 @@ def measured(of: Scene, args: argparse.Namespace) -> dict[str, Measured]:
 
 
 def prepared_bytes(of: Scene) -> int:
-    """Keys and values that ours has prepared: of the text and of every image prompt."""
+    """Count the bytes of our prepared keys and values, of the text and every image prompt."""
     return of.adapters[0].injection.cached_bytes() + sum(
         of.prompt(adapter).bytes for adapter in of.prompt_adapters()
     )
 
 
 def taken_gb(call: Callable[[], Any], implementation: Implementation, of: Scene) -> float:
-    """The most that one step holds beside what was there before: PyTorch's on a GPU, all tensors'
-    on a CPU.
+    """Measure the most memory that one step takes in addition to what was in use before.
+
+    This is PyTorch's memory on a GPU, all tensors' on a CPU.
     """
     device = torch.device(of.setting.device)
     if device.type == "cuda":
@@ -136,7 +142,7 @@ def taken_gb(call: Callable[[], Any], implementation: Implementation, of: Scene)
 
 
 def section(rows: Mapping[str, Any]) -> str:
-    """A record's tables in markdown."""
+    """Return a record's tables in Markdown."""
     found = [Outcome.read(row) for row in rows["outcomes"]]
     if not found:
         return left_out(rows)
@@ -160,10 +166,10 @@ def section(rows: Mapping[str, Any]) -> str:
     heads = ("what grows", "to", f"{PEER}, ms", "ours, ms", "× (range)", f"{PEER}, MB", "ours, MB")
     pixels = min(outcome.setting["pixels"] for outcome in found)
     what = (
-        f"{first['model']}, {first['precision']}; where nothing else is said 1 image prompt of "
+        f"{first['model']}, {first['precision']}; if not stated otherwise, 1 image prompt of "
         f"{TOKENS} tokens, 1 image at once, "
-        f"{pixels} pixels. ms: of a step, for each image. MB: the most that a step takes beside "
-        "the weights, "
+        f"{pixels} pixels. ms: of a step, for each image. MB: the most that a step takes "
+        "in addition to the weights, "
         "ours with the keys and values that it has prepared."
     )
     return join(what, table(heads, lines), left_out(rows))

@@ -1,7 +1,7 @@
-"""Who is compared when pictures are made: text-only diffusers, diffusers with its own IP-Adapter,
-ours. All have the same weights.
+"""The compared ways to make pictures: text-only diffusers, diffusers with its IP-Adapter, ours.
 
-Shape letters as in `imprompt.adapter`; B images, 2B with guidance: the unconditional half first.
+All have the same weights. Shape letters as in `imprompt.adapter`; B images, 2B with guidance: the
+unconditional half first.
 """
 
 import copy
@@ -26,7 +26,7 @@ PATCHES = 257  # hidden states of ViT-H: one a patch and one for the picture
 
 @dataclass
 class Scene:
-    """One base model, its adapters, and what a step is given."""
+    """One base model, its adapters, and the inputs of a step."""
 
     setting: PromptedSetting
     base: Any  # the UNet that all share the weights of
@@ -38,19 +38,20 @@ class Scene:
     nulls: Tensor  # of the same shape: "no image"
 
     def unet(self) -> Any:
-        """A copy of the base model's modules around the same weights, so that each can be given
-        image prompts in its own way.
+        """Copy the base model's modules around the same weights.
+
+        So image prompts can be given to each copy in its own way.
         """
         return copy.deepcopy(self.base, {id(weight): weight for weight in self.base.parameters()})
 
     def prompt_adapters(self) -> list[IPAdapter]:
-        """The adapter of each prompt."""
+        """Return the adapter of each prompt."""
         return [
             self.adapters[number % len(self.adapters)] for number in range(self.setting.prompts)
         ]
 
     def embeddings(self) -> Tensor:
-        """What diffusers' IP-Adapter is given for each prompt: (2B, pictures, ...)"""
+        """Return diffusers' IP-Adapter's input for each prompt: embeddings (2B, pictures, ...)."""
         together = torch.stack([self.nulls, self.features]).to(self.base.dtype)
         return together.repeat_interleave(self.setting.batch, 0)
 
@@ -71,14 +72,17 @@ class Implementation:
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, latents: Tensor, timestep: Tensor | int) -> Tensor:
-        """One noise prediction (2B, 4, h, w)."""
+        """Predict the noise once (2B, 4, h, w)."""
         return self.unet(latents, timestep, self.text, **self.arguments).sample
 
 
 def scene(setting: PromptedSetting, adapters: int = 1, base: Any = None) -> Scene:
-    """Random weights of the published sizes on the setting's device ("meta": without contents).
+    """Build a scene with random weights of the published sizes on the setting's device.
 
-    `adapters`: how many different ones the prompts are for; `base`: a UNet that is there already.
+    On the device "meta" weights have no contents.
+
+    adapters  number of different adapters that the prompts use
+    base      an existing UNet to use
     """
     of, dtype, double = setting.models, random_models.DTYPES[setting.precision], 2 * setting.batch
     with torch.device(setting.device):
@@ -114,17 +118,19 @@ def scene(setting: PromptedSetting, adapters: int = 1, base: Any = None) -> Scen
 
 
 def adapter_for(base: Any, name: str, feature_dim: int) -> IPAdapter:
-    """An adapter of that variant with random weights, on the default device."""
+    """Build an adapter of a variant with random weights, on the default device."""
     kind: Any = Resampler if name == "plus" else ImageProjection
     projection = kind(feature_dim, base.config.cross_attention_dim)
     return IPAdapter.for_model(base, projection).requires_grad_(False)
 
 
 def text_only(of: Scene) -> Implementation:
+    """Return diffusers' UNet without an image prompt."""
     return Implementation(of.unet(), of.text, {"added_cond_kwargs": dict(of.added)})
 
 
 def diffusers_ip_adapter(of: Scene) -> Implementation:
+    """Return diffusers' UNet with its own IP-Adapter, loaded with the weights of our adapters."""
     unet = of.unet()
     layouts = [paper_layout(adapter) for adapter in of.prompt_adapters()]
     with torch.device(of.setting.device):
@@ -136,9 +142,10 @@ def diffusers_ip_adapter(of: Scene) -> Implementation:
 
 
 def with_imprompt(of: Scene) -> Implementation:
+    """Return a UNet with our adapters attached, and the image prompts prepared."""
     unet = of.unet()
     if of.setting.device == "cuda":
-        # as the package loads it; with weights of its own, for others would see them turned
+        # channels last as the package loads it; a copy, since the others share the base's weights
         unet = copy.deepcopy(of.base).to(memory_format=torch.channels_last)
     for adapter in of.adapters:
         adapter.detach()  # from the UNet of an earlier measurement
@@ -156,15 +163,16 @@ def with_imprompt(of: Scene) -> Implementation:
 
 
 def stepper(of: Scene, implementation: Implementation) -> Callable[[], Tensor]:
-    """A call that predicts the noise of the scene's latents once."""
+    """Return a call that predicts the noise of the scene's latents once."""
     timestep = torch.tensor(500, device=of.setting.device)
     return torch.no_grad()(lambda: implementation(of.latents, timestep))
 
 
 @torch.no_grad()
 def prompt_arguments(of: Scene, name: str) -> dict[str, Any]:
-    """Return what a pipeline around that implementation's UNet is given for the scene's first image
-    prompt, as an embedding.
+    """Return the pipeline arguments that give the scene's first image prompt as an embedding.
+
+    name  implementation whose UNet the pipeline has
     """
     if name == PEER:
         return {"ip_adapter_image_embeds": [torch.stack([of.nulls, of.features]).to(of.base.dtype)]}
@@ -195,8 +203,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Scene], Implementation]] = {
 
 
 def paper_layout(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:
-    """The adapter as the paper's checkpoints hold it: cross-attention i is attention processor 2i +
-    1.
+    """Return the adapter in the layout of the paper's checkpoints.
+
+    There, cross-attention i is attention processor 2i + 1.
     """
     image_kv = {
         f"{2 * number + 1}.to_{part}_ip.weight": getattr(kv, f"to_{part}").weight.detach()

@@ -1,6 +1,6 @@
-"""Interleaving: what is compared runs in one run, A, B, C, A, B, C, …
+"""Interleaving: implementations are measured in one run, in turn (A, B, C, A, B, C, …).
 
-Ratios are taken within a round.
+Ratios are computed within a round.
 """
 
 import time
@@ -20,39 +20,42 @@ T = TypeVar("T")
 
 
 class Loop(Protocol):
-    """What is measured in a process of its own; made from a setting, which names its `device`."""
+    """A loop that is measured in a process of its own.
+
+    It is made from a setting, which names its `device`.
+    """
 
     def run(self, steps: int) -> float | None:
-        """Take so many steps; give a loss, where there is one."""
+        """Take `steps` steps; return a loss, or None if there is none."""
         ...
 
 
 class Timed(Protocol):
-    """What is measured, as `interleave` calls it."""
+    """A measured implementation, as `interleave` calls it."""
 
     def run(self, steps: int) -> tuple[float, float | None]:
-        """Take so many steps; give the seconds of one, and a loss, where there is one.
+        """Take `steps` steps; return the seconds of one, and a loss or None.
 
         The first run warms up.
         """
         ...
 
     def peak(self) -> tuple[float, float]:
-        """The most memory held since the first run in 1e9 bytes: `Measured.peak` and `.reserved`.
+        """Return the most memory used since the first run, in 1e9 bytes.
 
-        It ends the loop.
+        These are `Measured.peak` and `.reserved`. Ends the loop.
         """
         ...
 
 
 @dataclass
 class Measured:
-    """What one of those compared took."""
+    """Time and memory of one implementation."""
 
     seconds: list[float] = field(default_factory=list)  # of a step, one number per round
     losses: list[float] = field(default_factory=list)  # one per round
     peak: float = 0.0  # 1e9 bytes: all tensors on a GPU; the resident process on a CPU
-    reserved: float = 0.0  # 1e9 bytes: what PyTorch held of the GPU; on a CPU as `peak`
+    reserved: float = 0.0  # 1e9 bytes: reserved by PyTorch on a GPU; on a CPU as `peak`
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
@@ -63,7 +66,10 @@ def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
 def interleave(
     loops: Mapping[str, Timed], rounds: int, steps: int, on_run: Callable[[str, float], None]
 ) -> dict[str, Measured]:
-    """Run each for `steps` steps, in `rounds` rounds after a first that does not count."""
+    """Run each loop for `steps` steps in `rounds` rounds, after a first round that does not count.
+
+    on_run  called with a loop's name and its seconds of a step, after each run
+    """
     found = {name: Measured() for name in loops}
     for number in range(rounds + 1):
         for name, loop in loops.items():
@@ -78,8 +84,9 @@ def interleave(
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Seconds that the work took on the device, between two CUDA events or by the clock, and what
-    it gave.
+    """Return the seconds that a call took on the device, and its result.
+
+    The time is taken between two CUDA events on a GPU, by the clock on a CPU.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -95,12 +102,17 @@ def timed(work: Callable[[], T], device: torch.device) -> tuple[float, T]:
 
 
 class InThisProcess:
-    """A call in this process; see `Timed`. It knows nothing of its memory, which it shares."""
+    """A call that is timed in this process; implements `Timed`.
+
+    Its memory is not measured, because others use the same process.
+    """
 
     def __init__(self, call: Callable[[], Any], device: str) -> None:
         self.call, self.device = call, torch.device(device)
 
     def run(self, steps: int) -> tuple[float, None]:
+        """Call it `steps` times; return the seconds of one call, and None."""
+
         def work() -> None:
             for _ in range(steps):
                 self.call()
@@ -108,13 +120,14 @@ class InThisProcess:
         return timed(work, self.device)[0] / steps, None
 
     def peak(self) -> tuple[float, float]:
+        """Return zeros: the memory is not measured."""
         return 0.0, 0.0
 
 
 class Worker:
-    """A loop in a process of its own, so that its peak memory is its own; see `Timed`.
+    """A loop in a process of its own, so that its peak memory is measured alone.
 
-    ImpromptError if it fails.
+    Implements `Timed`. Its methods raise ImpromptError if the loop fails.
     """
 
     def __init__(self, make: Callable[[Any], Loop], setting: Any) -> None:
@@ -132,9 +145,11 @@ class Worker:
         self._process.join()
 
     def run(self, steps: int) -> tuple[float, float | None]:
+        """Take `steps` steps in the process; return the seconds of one, and a loss or None."""
         return self._ask(steps)
 
     def peak(self) -> tuple[float, float]:
+        """End the process; return its peak memory, `Measured.peak` and `.reserved`."""
         found = self._ask(0)
         self._process.join()
         return found
@@ -145,7 +160,7 @@ class Worker:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise ImpromptError(
-                "a loop's process was killed, perhaps for the memory it took"
+                "a loop's process was killed, perhaps because it used too much memory"
             ) from error
         if isinstance(answer, ImpromptError):
             raise answer
@@ -153,11 +168,11 @@ class Worker:
 
 
 def serve(pipe: Any, make: Callable[[Any], Loop], setting: Any) -> None:
-    """The worker's side: it is asked for steps until it is asked for none."""
+    """Run a loop in the worker's process: receive numbers of steps until a 0, send results."""
     device = torch.device(setting.device)
     try:
         steps, rounds = pipe.recv(), 0
-        # now, so that no two loops are made at a time: that takes more memory than to have them
+        # made on the first request, so one at a time: making a loop takes the most memory
         loop = make(setting)
         while steps:
             seconds, loss = timed(lambda taken=steps: loop.run(taken), device)
@@ -166,19 +181,20 @@ def serve(pipe: Any, make: Callable[[Any], Loop], setting: Any) -> None:
                 forget_peak(device)
             steps, rounds = pipe.recv(), rounds + 1
         pipe.send((peak_memory_gb(device), reserved_gb(device)))
-    except Exception as error:  # whatever it is, it is shown where the table is printed
-        name = getattr(make, "func", make).__name__  # partial(...) has none
+    except Exception as error:  # any error is sent to the process that prints the table
+        name = getattr(make, "func", make).__name__  # partial(...) has no name
         pipe.send(ImpromptError(f"{name}: {type(error).__name__}: {first_line(error)}"))
 
 
 def reserved_gb(device: torch.device) -> float:
+    """Return the most memory that PyTorch reserved on the GPU; on a CPU the peak."""
     return (
         torch.cuda.max_memory_reserved() / GB if device.type == "cuda" else peak_memory_gb(device)
     )
 
 
 def forget_peak(device: torch.device) -> None:
-    """Count the peak anew from here."""
+    """Reset the peak memory, so that it is counted from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif (file := Path("/proc/self/clear_refs")).exists():
@@ -186,7 +202,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def memory_gb(device: torch.device) -> float:
-    """What this process holds now, counted as `peak_memory_gb` counts the most that it held."""
+    """Return the memory that this process uses now, counted as in `peak_memory_gb`."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated() / GB
     status = Path("/proc/self/status").read_text()
@@ -195,7 +211,7 @@ def memory_gb(device: torch.device) -> float:
 
 def measure(loops: Mapping[str, Callable[[Any], Loop]], setting: Any, rounds: int, steps: int,
             on_run: Callable[[str, float], None]) -> dict[str, Measured]:  # fmt: skip
-    """The loops at that setting, each in a process of its own."""
+    """Measure the loops at a setting, each in a process of its own."""
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(make, setting)) for name, make in loops.items()}
         return interleave(workers, rounds, steps, on_run)

@@ -1,7 +1,8 @@
-"""Peak memory of making a picture, each way in a process of its own, and what our prepared keys and
-values hold.
+"""Peak memory of making a picture in each mode, and the size of our prepared keys and values.
 
-python -m benchmarks.memory
+    python -m benchmarks.memory
+
+Each measurement runs in a process of its own.
 """
 
 import argparse
@@ -39,28 +40,32 @@ PLAIN = "as it is"
 
 @dataclass(frozen=True)
 class MemorySetting(PromptedSetting):
+    """A setting of pictures made from image prompts, with a way to save memory."""
+
     mode: str = PLAIN  # a name in MODES
 
 
 def nothing(_: Any) -> None:
-    pass
+    """Leave a model or pipeline unchanged."""
 
 
 @dataclass(frozen=True)
 class Mode:
     """A way to save memory."""
 
-    unet: Callable[[Any], object] = nothing  # done to the UNet before it is joined
-    pipe: Callable[[Any], object] = nothing  # done to diffusers' pipeline around the joined UNet
-    offloads: bool = False  # the models start on the CPU, and go to a GPU in turn
+    unet: Callable[[Any], object] = nothing  # applied to the UNet before adapters are attached
+    pipe: Callable[[Any], object] = nothing  # applied to diffusers' pipeline around that UNet
+    offloads: bool = False  # whether models start on the CPU, and move to the GPU in turn
 
 
 def tiled(pipe: Any) -> None:
+    """Enable slicing and tiling of a pipeline's VAE."""
     pipe.vae.enable_slicing()
     pipe.vae.enable_tiling()
 
 
 def cast(pipe: Any) -> None:
+    """Store the UNet's weights as fp8 and cast them layer by layer when they are used."""
     pipe.unet.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.unet.dtype
     )
@@ -77,14 +82,14 @@ MODES = {
         pipe=lambda pipe: pipe.enable_sequential_cpu_offload(), offloads=True
     ),
 }
-# and in which ways, on a device
+# by device: the models and their modes
 MODELS = {"cuda": {"sd15": (PLAIN,), "sdxl": MODES}, "cpu": {"sd15": MODES}}
 
 
 class PictureLoop:
-    """Pictures through diffusers' pipeline, the image prompt being an embedding.
+    """Pictures made by diffusers' pipeline from an embedding as image prompt.
 
-    A `benchmarks.interleave.Loop`.
+    Implements `benchmarks.interleave.Loop`.
     """
 
     def __init__(self, name: str, setting: MemorySetting) -> None:
@@ -93,8 +98,8 @@ class PictureLoop:
         mode.unet(stage.base)
         stage.base = IMPLEMENTATIONS[name](
             stage
-        ).unet  # and let go of the one that it was made from
-        # diffusers has the weights that it needs in its UNet
+        ).unet  # so the UNet that it was made from is released
+        # release our adapters for diffusers, whose UNet has their weights
         stage.adapters = stage.adapters if name == IMPROMPT else []
         with torch.device(setting.device):
             pipe = random_models.pipeline(setting.models, stage.base, stage.base.dtype, sees=False)
@@ -107,11 +112,13 @@ class PictureLoop:
         )
 
     def run(self, steps: int) -> None:
+        """Make `steps` pictures."""
         for _ in range(steps):
             self.call()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record and print; return the exit code 0."""
     args = parse(arguments)
     record = Record("memory", arguments, args.device, args.record)
     for model, modes in {args.model: MODES}.items() if args.model else MODELS[args.device].items():
@@ -132,18 +139,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = options("memory", __doc__, rounds=1)
     parser.add_argument(
-        "--model", choices=RANDOM_MODELS, help="sd15, on a GPU also sdxl, if not given"
+        "--model",
+        choices=RANDOM_MODELS,
+        help="model to measure (default: sd15, on a GPU also sdxl)",
     )
-    parser.add_argument("--modes", choices=MODES, nargs="+", help="all, if not given")
-    parser.add_argument("--pixels", type=int, help="a side (the model's own)")
+    parser.add_argument("--modes", choices=MODES, nargs="+", help="modes to measure (default: all)")
+    parser.add_argument("--pixels", type=int, help="pixels a side (default: the model's own)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     return parsed(parser, arguments, narrows=("model", "modes", "pixels", "precision"))
 
 
 def measured(setting: MemorySetting, rounds: int, record: Record) -> dict[str, Measured]:
-    """By implementation. One that fails is noted in the record, and the others go on."""
+    """Measure each implementation, by name; a failed one is noted in the record and left out."""
     found = {}
     with ExitStack() as stack:
         workers = {
@@ -162,9 +172,7 @@ def measured(setting: MemorySetting, rounds: int, record: Record) -> dict[str, M
 
 @torch.no_grad()
 def prepared_bytes(setting: PromptedSetting) -> dict[str, int]:
-    """Bytes of the keys and values that ours holds while a picture is sampled, counted on the meta
-    device.
-    """
+    """Count the bytes of our prepared keys and values in sampling, on the meta device."""
     of = scene(
         PromptedSetting("meta", setting.model, setting.batch, setting.pixels, setting.precision)
     )
@@ -175,7 +183,7 @@ def prepared_bytes(setting: PromptedSetting) -> dict[str, int]:
 
 
 def section(rows: Mapping[str, Any]) -> str:
-    """A record's tables in markdown."""
+    """Return a record's tables in Markdown."""
     lines, prepared = [], {}
     for row in rows["outcomes"]:
         found = Outcome.read(row)
@@ -201,7 +209,7 @@ def section(rows: Mapping[str, Any]) -> str:
         "how",
         "who",
         "peak GB",
-        "beside text only",
+        "more than text only",
         "reserved GB",
         f"s a picture of {SAMPLED} steps",
     )

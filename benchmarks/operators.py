@@ -1,11 +1,10 @@
-"""Operators and arithmetic of one UNet step with guidance: what an image prompt adds, whatever the
-machine.
+"""Operators and arithmetic of a guided UNet step: what an image prompt adds on any machine.
 
     python -m benchmarks.operators
 
-Operators are the ATen calls that compute (no views), seen on the meta device: all of diffusers' and
-our code runs, at full width, on tensors without contents. Fused attention is one operator, as on a
-GPU, and so is our own kernel.
+Operators are the ATen calls that compute (no views), counted on the meta device: all of diffusers'
+and our code runs, at full width, on tensors without contents. Fused attention is one operator, as
+on a GPU, and so is our own kernel.
 """
 
 import argparse
@@ -42,23 +41,23 @@ from imprompt.training.estimate import flash
 TITLE = "Operators and arithmetic of a step"
 MODELS = ("sd15", "sdxl")
 LARGEST = {"sd15": 711, "sdxl": 1793}  # operators of ours with one image prompt
-FUSED = "ours, fused kernel"  # it is chosen on GPUs where it is faster
+FUSED = "ours, fused kernel"  # used on GPUs where it is faster
 RANK = 128  # of the published FaceID adapters
-CHOICE = {IMPROMPT: "never", FUSED: "always"}  # of IMPROMPT_KERNEL
+CHOICE = {IMPROMPT: "never", FUSED: "always"}  # values of IMPROMPT_KERNEL
 
 
 @dataclass(frozen=True)
 class Case:
-    """How image prompts are given."""
+    """A way to give image prompts."""
 
     name: str
     variant: str = "base"
     adapters: int = 1
     masks: bool = False  # each prompt applies to a part of the picture
-    blocks: bool = False  # another scale for every cross-attention
+    blocks: bool = False  # a different scale for every cross-attention layer
     window: bool = False  # applies from timestep 800 to 200
-    weighed: bool = False  # its pictures' tokens have weights
-    lora: bool = False  # it adds to every attention's projections, by rank 128, as FaceID does
+    weighed: bool = False  # the tokens of its pictures have weights
+    lora: bool = False  # adds a part of rank 128 to every attention's projections, as FaceID does
 
 
 BASE, PLUS, TWO = Case("base"), Case("plus", variant="plus"), Case("two adapters", adapters=2)
@@ -72,7 +71,7 @@ CASES = (BASE, PLUS, TWO, MASKS, BLOCKS, WINDOW, WEIGHED, LORA)
 
 
 class Operators(TorchDispatchMode):
-    """Counts what computes."""
+    """A dispatch mode that counts the operators that compute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,8 +85,9 @@ class Operators(TorchDispatchMode):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, record and print; return the exit code 0."""
     args = parse(arguments)
-    os.environ["TRITON_INTERPRET"] = "1"  # the kernel is to be seen, not compiled
+    os.environ["TRITON_INTERPRET"] = "1"  # so the kernel is counted without compiling it
     record = Record("operators", arguments, "cpu", args.record)
     if not find_spec("triton"):
         record.skip(FUSED, "Triton is not installed")
@@ -98,13 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = options("operators", __doc__)
-    parser.set_defaults(device="cpu")  # whatever else is there: nothing is timed
-    parser.add_argument("--model", choices=MODELS, nargs="+", help="both, if not given")
+    parser.set_defaults(device="cpu")  # even with a GPU: nothing is timed
+    parser.add_argument(
+        "--model", choices=MODELS, nargs="+", help="models to count (default: both)"
+    )
     return parsed(parser, arguments, narrows=("model",))
 
 
 def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Count operators and FLOPs in every case of every model."""
     for model in models:
         bases = {
             precision: scene(setting_of(model, BASE, precision)).base
@@ -122,16 +126,17 @@ def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def counted(case: Case) -> dict[str, str]:
-    """Who is counted in that case, and in what precision: our kernel takes no other than a low one.
+    """Return the implementations that are counted in a case, with their precision.
 
-    Diffusers has no time windows or weights, its LoRA for faces is PEFT's, and text alone has none
-    of all this.
+    Our kernel takes low precisions only. Diffusers has no time windows or weights, its LoRA for
+    faces is PEFT's, and text alone has none of all this.
     """
     names = [TEXT] * (case == BASE) + [PEER] * (case not in (WINDOW, WEIGHED, LORA)) + [IMPROMPT]
     return dict.fromkeys(names, "fp32") | ({FUSED: "bf16"} if find_spec("triton") else {})
 
 
 def setting_of(model: str, case: Case, precision: str) -> PromptedSetting:
+    """Return the setting of a case on the meta device, with one image."""
     return PromptedSetting(
         "meta",
         model,
@@ -145,8 +150,8 @@ def setting_of(model: str, case: Case, precision: str) -> PromptedSetting:
 
 @torch.no_grad()
 def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
-    """Operators of the first step and of a later one, and FLOPs of a later one."""
-    # as from_pretrained leaves it: for frozen weights torch multiplies in another way
+    """Count the operators of the first step and of a later one, and FLOPs of a later one."""
+    # as after from_pretrained: for frozen weights torch uses other operators
     base.requires_grad_(True)
     of = scene(
         setting_of(model, case, "fp32" if base.dtype == torch.float32 else "bf16"),
@@ -156,7 +161,7 @@ def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
     timestep = torch.empty(1, dtype=torch.long, device="meta")
     joined = with_case(IMPLEMENTATIONS.get(name, IMPLEMENTATIONS[IMPROMPT])(of), name, case)
     with (
-        # on the meta device torch would choose another
+        # on the meta device torch would choose another attention
         mock.patch.object(F, "scaled_dot_product_attention", flash),
         mock.patch.dict(os.environ, {"IMPROMPT_KERNEL": CHOICE.get(name, "never")}),
     ):
@@ -171,20 +176,22 @@ def counts(name: str, model: str, case: Case, base: Any) -> dict[str, float]:
 
 
 def seen_by(mode: Any, joined: Implementation, of: Scene, timestep: torch.Tensor) -> Any:
+    """Predict the noise once under a counting mode, and return the mode."""
     with mode:
         joined(of.latents, timestep)
     return mode
 
 
 def kernel_flops(query: Any, key: Any, _: Any, image_key: Any, *__: Any, **___: Any) -> int:
-    """Two products of L×T×d and of L×N×d each, from the shapes (B, H, L, d), (B, H, T, d), (B, H,
-    N, d).
+    """Count the FLOPs of our kernel: two products of L×T×d and of L×N×d each.
+
+    The shapes are (B, H, L, d), (B, H, T, d) and (B, H, N, d).
     """
     return 2 * 2 * prod(query) * (key[2] + image_key[2])
 
 
 def with_case(joined: Implementation, name: str, case: Case) -> Implementation:
-    """Masks, block maps and windows, as each takes them."""
+    """Apply the case's masks, block maps, windows, weights and low-rank parts."""
     given = joined.arguments.setdefault("cross_attention_kwargs", {})
     if name == PEER:
         if case.masks:
@@ -210,7 +217,7 @@ def with_case(joined: Implementation, name: str, case: Case) -> Implementation:
 
 
 def shaped(prompt: Any, case: Case) -> Any:
-    """Our prompt as the case has it."""
+    """Return our image prompt with the case's changes."""
     layers = len(prompt.keys)
     if case.masks:
         prompt = prompt._replace(mask=torch.ones(1, 64, 64, device="meta"))
@@ -225,7 +232,7 @@ def shaped(prompt: Any, case: Case) -> Any:
 
 
 def lora_for(unet: Any) -> tuple[LowRank, ...]:
-    """A low-rank part for every attention of `unet`, which applies it from now on."""
+    """Build a low-rank part for every attention of `unet`, and make the UNet apply it."""
     family = family_of(unet)
     family.inject(unet, True)
     parts = []
@@ -245,6 +252,7 @@ def lora_for(unet: Any) -> tuple[LowRank, ...]:
 
 
 def bars_of(found: Mapping[str, Any]) -> list[Bar]:
+    """Return the bars on the operators of our implementations, in the cases that have one."""
     model, case = found["model"], Case(**found["case"])
     counts_to_meet = {
         name: count["operators"]
@@ -258,7 +266,7 @@ def bars_of(found: Mapping[str, Any]) -> list[Bar]:
 
 
 def section(rows: Mapping[str, Any]) -> str:
-    """A record's tables in markdown."""
+    """Return a record's tables in Markdown."""
     parts = [
         model_table(model, [row for row in rows["outcomes"] if row["model"] == model])
         for model in MODELS
@@ -267,6 +275,7 @@ def section(rows: Mapping[str, Any]) -> str:
 
 
 def model_table(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of one model in Markdown, empty if nothing was counted."""
     if not outcomes:
         return ""
     bare = next((row["counts"][TEXT] for row in outcomes if TEXT in row["counts"]), None)
@@ -285,7 +294,7 @@ def model_table(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:
         "image prompt",
         "who",
         "operators a step",
-        "beside text only",
+        "more than text only",
         "in the first step",
         "TFLOP a step",
     )

@@ -1,5 +1,4 @@
-"""Our training loop at a setting: the package's own data pipeline and step, on features that were
-encoded before.
+"""Our training loop at a setting: the package's own data pipeline and step, on encoded features.
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -65,7 +64,7 @@ class OurLoop:
         self.step = 0
 
     def run(self, steps: int) -> float:
-        """Take so many steps, and read what a log line tells; give their mean loss."""
+        """Take `steps` steps, read the losses as a log line does, and return their mean."""
         for item in islice(self.items, steps):
             stepped = self.trainer.update(self.step, map(self.data.compose, [item]))
             self.guard.watch(self.step + 1, item.names, stepped)
@@ -75,11 +74,13 @@ class OurLoop:
 
 
 class CompiledLoop(OurLoop):
+    """Steps of our loop at a setting, with the model compiled."""
+
     compiled = True
 
 
 class MemoryReader:
-    """Encoded features in memory, as `imprompt.training.cache.FeatureReader` gives them.
+    """Random encoded features in memory, in the form of `imprompt.training.cache.FeatureReader`.
 
     See `imprompt.training.batches.SampleReader`.
     """
@@ -113,16 +114,20 @@ class MemoryReader:
         return len(self.bucket)
 
     def name(self, index: int) -> str:
+        """Return a sample's name."""
         return str(index)
 
     def latent_shape(self, index: int) -> tuple[int, int, int]:  # noqa: ARG002 - all have one
+        """Return the shape of a sample's latents (C, h, w), which all samples share."""
         return self.latent
 
     def read(self, index: int, flip: bool, pick: float) -> FeatureContent:  # noqa: ARG002 - nothing is mirrored, one reference
+        """Return a sample's features; it is never mirrored and has one reference."""
         conditions = {key: value[index] for key, value in self.conditions.items()}
         return FeatureContent(
             **{key: value[index] for key, value in self.features.items()}, conditions=conditions
         )
 
     def blank(self, index: int) -> FeatureContent:
+        """Return features that stand in for a sample that is not readable."""
         return self.read(index, False, 0.0)

@@ -1,7 +1,4 @@
-"""docs/reports/benchmarks.md from results/*.json.
-
-python -m benchmarks.page
-"""
+"""Write docs/reports/benchmarks.md from results/*.json: `python -m benchmarks.page`."""
 
 import json
 import sys
@@ -36,22 +33,24 @@ the smallest and largest; ratios (×, above 1 is faster) are taken within a roun
 
 
 def main() -> int:
+    """Write the page; return the exit code 0."""
     PAGE.write_text(made(RESULTS))
     print(f"written: {PAGE}")
     return 0
 
 
 def made(results: Path) -> str:
-    """The whole page."""
+    """Return the whole page in Markdown."""
     return join(HEAD, *(chapter(question, results) for question in QUESTIONS)) + "\n"
 
 
 def file_of(question: str, device: str) -> str:
+    """Return the name of a question's record for a device."""
     return f"{question}-{device}.json"
 
 
 def chapter(question: str, results: Path) -> str:
-    """A question: its tables on every device, or how to fill them."""
+    """Return a question's tables for every device, or the command that measures them."""
     module = QUESTIONS[question]
     parts = [f"## {module.TITLE}", about(module.__doc__)]
     for device, name in DEVICES.items():
@@ -59,7 +58,7 @@ def chapter(question: str, results: Path) -> str:
         if path.exists():
             rows = json.loads(path.read_text())
             parts += [origin(rows), module.section(rows)]
-        elif question != "operators" or device == "cpu":  # which are the same everywhere
+        elif question != "operators" or device == "cpu":  # operators are the same on every device
             parts.append(
                 f"{name}: not measured yet; run `python -m benchmarks.{question} --device "
                 f"{device}`."
@@ -68,7 +67,7 @@ def chapter(question: str, results: Path) -> str:
 
 
 def origin(rows: Mapping[str, Any]) -> str:
-    """Where, when and how it was measured."""
+    """Return a line that states where, when and how a record was measured."""
     machine = rows["machine"]
     where = f"threads: {machine['threads']}, load before {machine['load']:.1f}"
     versions = ", ".join(f"{name} {version}" for name, version in rows["versions"].items())

@@ -1,10 +1,10 @@
-"""The paper's training loop, written anew from its published scripts: the same work in each step,
-in the same order.
+"""The paper's training loop, written again from its published scripts.
 
-https://github.com/tencent-ailab/IP-Adapter, tutorial_train.py and tutorial_train_sdxl.py. Frozen
-encoders run in every step in the low precision (SDXL's VAE in float32); the UNet's weights stay in
-float32 and compute under autocast; AdamW with its defaults; the loss is gathered and read in every
-step. Attention and projection are those of the authors' package (ip-adapter 0.1.0).
+Each step does the same work in the same order as tutorial_train.py and tutorial_train_sdxl.py of
+https://github.com/tencent-ailab/IP-Adapter. Frozen encoders run in every step in the low precision
+(SDXL's VAE in float32); the UNet's weights stay in float32 and compute under autocast; AdamW has
+its defaults; the loss is gathered and read in every step. Attention and projection are those of the
+authors' package (ip-adapter 0.1.0).
 
 Shape letters as in `imprompt.training.features`.
 """
@@ -54,7 +54,7 @@ class PaperLoop:
         self.batches = self._batches()
 
     def run(self, steps: int) -> float:
-        """Take so many steps; give the last one's loss."""
+        """Take `steps` steps; return the last one's loss."""
         loss = float("nan")
         for _ in range(steps):
             loss = self._step(next(self.batches))
@@ -93,7 +93,7 @@ class PaperLoop:
 
     @torch.no_grad()
     def _text(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """(B, T, D), and SDXL's added conditions."""
+        """Encode the captions (B, T, D), and return them with SDXL's added conditions."""
         if len(self.texts) == 1:
             return self.texts[0](batch["ids"])[0], None
         outs = [encoder(batch["ids"], output_hidden_states=True) for encoder in self.texts]
@@ -105,8 +105,9 @@ class PaperLoop:
 
 
 class PaperModel(nn.Module):
-    """UNet, projection and attention processors in one module, as the paper's script hands them to
-    accelerate.
+    """UNet, projection and attention processors in one module.
+
+    The paper's script gives them to accelerate in this form.
     """
 
     def __init__(
@@ -127,15 +128,17 @@ class PaperModel(nn.Module):
         embeds: Tensor,
         added: dict[str, Tensor] | None,
     ) -> Tensor:
-        """Noisy latents, timesteps, text (B, T, D), image embeddings (B, E), SDXL's conditions ->
-        predicted noise
+        """Predict the noise.
+
+        Takes noisy latents, timesteps, text (B, T, D), image embeddings (B, E) and SDXL's
+        conditions.
         """
         together = torch.cat([text, self.image_proj_model(embeds)], 1)
         return self.unet(noisy, t, together, added_cond_kwargs=added).sample
 
 
 def inject(unet: Any, embedding_dim: int) -> PaperModel:
-    """The authors' classes in a UNet; W'_k and W'_v start from the text's."""
+    """Inject the authors' classes into a UNet; W'_k and W'_v start from the text's."""
     package = paper_package()
     processors: dict[str, nn.Module] = {}
     for name in unet.attn_processors:
@@ -158,9 +161,9 @@ def inject(unet: Any, embedding_dim: int) -> PaperModel:
 
 
 def paper_package() -> Any:
-    """The authors' module, with its kernels for PyTorch 2.
+    """Import the authors' module, with its kernels for PyTorch 2.
 
-    It reads a name that current diffusers no longer has.
+    It imports a name that current diffusers no longer has, which is added for the import.
     """
     with patch(
         "diffusers.pipelines.controlnet.MultiControlNetModel", MultiControlNetModel, create=True
@@ -169,8 +172,9 @@ def paper_package() -> Any:
 
 
 class PaperData(Dataset[dict[str, Any]]):
-    """Pictures decoded, cut and normalised, captions tokenised: what the script's workers would do
-    is done already.
+    """Random pictures and captions in the form that the script's workers give.
+
+    Pictures are already decoded, cropped and normalised, and captions tokenised.
     """
 
     def __init__(self, setting: TrainingSetting) -> None:
@@ -197,5 +201,8 @@ class PaperData(Dataset[dict[str, Any]]):
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Drops stay numbers of the CPU, as in the script: asking for them waits for no device."""
+    """Batch items; drops stay numbers on the CPU, as in the script.
+
+    Reading them waits for no device.
+    """
     return default_collate(items) | {"drop": [item["drop"] for item in items]}

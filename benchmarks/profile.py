@@ -1,7 +1,7 @@
-"""Where the time of a training step and of a sampling step of ours goes, by the kind of operator.
+"""Where the time of our training and sampling steps goes, by kind of operator.
 
 python -m benchmarks.profile                  # SD 1.5 at 512 pixels
-python -m benchmarks.profile --model tiny     # a try: printed, not recorded
+python -m benchmarks.profile --model tiny     # a trial: printed, not recorded
 """
 
 import re
@@ -20,7 +20,7 @@ from benchmarks.setting import PromptedSetting, TrainingSetting
 from benchmarks.step import unet_steps
 
 TITLE = "Where the time goes"
-# The first that an operator's or a kernel's name matches.
+# An operator or kernel has the first kind whose pattern matches its name.
 KINDS = {
     "convolutions": r"conv|cudnn|winograd|implicit_gemm",
     "attention": r"flash|attention|softmax|fmha|Blockwise|::bmm|baddbmm"
@@ -34,6 +34,7 @@ OTHER = "the rest, one number at a time"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record and print; return the exit code 0."""
     parser = options("profile", __doc__, rounds=1)
     parser.add_argument("--model", choices=RANDOM_MODELS, default="sd15")
     args = parsed(parser, arguments, narrows=("model",))
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def training_step(device: str, model: str) -> Callable[[], Any]:
+    """Return a call that takes one step of our training loop."""
     of = RANDOM_MODELS[model]
     loop = OurLoop(
         TrainingSetting(device, model, 1 if device == "cpu" else 8, of.base.side, "bf16")
@@ -57,6 +59,7 @@ def training_step(device: str, model: str) -> Callable[[], Any]:
 
 
 def sampling_step(device: str, model: str) -> Callable[[], Any]:
+    """Return a call that takes one guided step of a UNet with our image prompt."""
     of = scene(PromptedSetting(device, model, 1, RANDOM_MODELS[model].base.side, "bf16"))
     return unet_steps(of, 1)[IMPROMPT]
 
@@ -68,7 +71,7 @@ STEPS = {
 
 
 def shares_of(run: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
-    """Of the time in operators, a CPU's or a GPU's own, that each kind takes."""
+    """Return the share of each kind in the operators' own time on the CPU or GPU."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=activities, acc_events=True) as profiled:
         for _ in range(rounds):
@@ -82,11 +85,12 @@ def shares_of(run: Callable[[], Any], device: str, rounds: int) -> dict[str, flo
 
 
 def kind_of(name: str) -> str:
+    """Return the kind of an operator or kernel, by its name."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), OTHER)
 
 
 def section(rows: Mapping[str, Any]) -> str:
-    """A record's table in markdown."""
+    """Return a record's table in Markdown."""
     found = rows["outcomes"]
     lines = [[kind, *(f"{row['shares'][kind]:.1%}" for row in found)] for kind in (*KINDS, OTHER)]
     return join(

@@ -1,5 +1,6 @@
-"""Models of the published sizes with random weights, and data for them: speed and memory depend on
-nothing else.
+"""Models of the published sizes with random weights, and data for them.
+
+Speed and memory depend on nothing else.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from transformers import (
 from imprompt.families.published import BASES, SD1, SDXL, BaseStructure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of every Stable Diffusion.
+# The noise schedule of every Stable Diffusion.
 NOISE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -44,7 +45,7 @@ class RandomModels:
 
     @property
     def pooled(self) -> int:
-        """P: width of the pooled text that SDXL takes beside the text; 0 for others."""
+        """P: width of the pooled text that SDXL takes with the text; 0 for other models."""
         return self.texts[-1]["projection_dim"] if len(self.texts) > 1 else 0
 
 
@@ -105,7 +106,7 @@ NARROW_SDXL = {
 RANDOM_MODELS = {
     "sd15": RandomModels(BASES["sd15"], VAE | {"scaling_factor": 0.18215}, (CLIP_L,), VIT_H),
     "sdxl": RandomModels(BASES["sdxl"], VAE | {"scaling_factor": 0.13025}, (CLIP_L, BIG_G), VIT_H),
-    # As many layers as the published ones, so as many operators, and a tenth of their width.
+    # As many layers as the published models, so as many operators, at a tenth of the width.
     "sd15-narrow": RandomModels(
         BaseStructure(
             SD1 | {"block_out_channels": (32, 64, 128, 128), "attention_head_dim": 4}, 128
@@ -143,11 +144,15 @@ RANDOM_MODELS = {
 
 
 def vae(of: RandomModels, dtype: torch.dtype) -> Any:
+    """Build a frozen VAE."""
     return frozen(AutoencoderKL(**of.vae), dtype)
 
 
 def text_encoders(of: RandomModels, dtype: torch.dtype) -> list[Any]:
-    """The last one also gives the pooled text where the model takes that."""
+    """Build the frozen text encoders.
+
+    The last one also gives the pooled text if the model takes it.
+    """
     *first, last = (
         CLIPTextConfig(**text, max_position_embeddings=of.base.text_tokens) for text in of.texts
     )
@@ -156,6 +161,7 @@ def text_encoders(of: RandomModels, dtype: torch.dtype) -> list[Any]:
 
 
 def image_encoder(of: RandomModels, dtype: torch.dtype) -> Any:
+    """Build a frozen image encoder."""
     return frozen(
         CLIPVisionModelWithProjection(CLIPVisionConfig(**of.vision, image_size=of.image_side)),
         dtype,
@@ -163,13 +169,14 @@ def image_encoder(of: RandomModels, dtype: torch.dtype) -> Any:
 
 
 def unet(of: RandomModels, dtype: torch.dtype) -> Any:
+    """Build a frozen UNet."""
     return frozen(UNet2DConditionModel(**of.base.config), dtype)
 
 
 def pipeline(of: RandomModels, base: nn.Module, dtype: torch.dtype, *, sees: bool = True) -> Any:
-    """diffusers' own pipeline around the UNet `base`, with an image encoder if it `sees`.
+    """Build diffusers' own pipeline around the UNet `base`, on the default device.
 
-    On the default device.
+    sees  whether it has an image encoder
     """
     tokenizer = letters(of.base.text_tokens)
     encoders = text_encoders(of, dtype)
@@ -194,6 +201,7 @@ def pipeline(of: RandomModels, base: nn.Module, dtype: torch.dtype, *, sees: boo
 
 
 def image_processor(of: RandomModels) -> Any:
+    """Build the image processor for the image encoder's size."""
     side = of.image_side
     return CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
@@ -201,7 +209,10 @@ def image_processor(of: RandomModels) -> Any:
 
 
 def letters(tokens: int) -> CLIPTokenizer:
-    """A tokenizer that knows letters: what a prompt costs depends on its padded length alone."""
+    """Build a tokenizer that knows single letters only.
+
+    It suffices, because the cost of a prompt depends on its padded length alone.
+    """
     alphabet = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [
         *alphabet,
@@ -217,5 +228,6 @@ def letters(tokens: int) -> CLIPTokenizer:
 
 
 def frozen(model: nn.Module, dtype: torch.dtype) -> Any:
-    # diffusers' own `to` warns of what does not matter here
+    """Cast a model to a dtype, in evaluation mode and without gradients."""
+    # diffusers' own `to` gives warnings that do not matter here
     return nn.Module.to(model, dtype).eval().requires_grad_(False)

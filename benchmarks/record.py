@@ -1,5 +1,6 @@
-"""Numbers with what they were measured on, by what command: written to results/ as JSON, and read
-again for the pages.
+"""Records: numbers with the machine, versions and command that they were measured with.
+
+They are written to results/ as JSON, and read again for the pages.
 """
 
 import argparse
@@ -29,47 +30,50 @@ PACKAGES = ("torch", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class Bar:
-    """What a number must reach."""
+    """A limit that a measured number must meet."""
 
     what: str
     value: float
     bar: float
-    most: bool = False  # the number is to be at most the bar, not at least
+    most: bool = False  # whether the number must be at most the bar, not at least
 
     @property
     def met(self) -> bool:
+        """Whether the number meets the bar."""
         return self.value <= self.bar if self.most else self.value >= self.bar
 
     def line(self) -> str:
+        """Return a line that states the number, the bar and whether it is reached."""
         side = "at most" if self.most else "at least"
         return (
             f"{'reached' if self.met else 'MISSED'}: {self.what}: {self.value:.4g}, {side} "
-            f"{self.bar:g} is asked"
+            f"{self.bar:g} is required"
         )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A setting's loops, measured interleaved. As JSON it is `row()`."""
+    """The interleaved measurements of a setting's loops; `row()` is their form in JSON."""
 
-    setting: Mapping[str, Any]  # a `Setting`'s fields, and what else tells it from others
+    setting: Mapping[str, Any]  # a `Setting`'s fields, and others that identify it
     loops: dict[str, Measured]
-    flops: float = 0.0  # of a sample or an image, as a whole
+    flops: float = 0.0  # of one whole sample or image
     ceiling: float = 0.0  # FLOP/s of a large matrix product
 
     def rate(self, name: str) -> float:
-        """Samples or images a second in the median round."""
+        """Return the samples or images a second in the median round."""
         return self.setting["batch"] / median(self.loops[name].seconds)
 
     def share(self, name: str) -> float:
-        """Of the ceiling that its own arithmetic reaches."""
+        """Return the share of the ceiling that a loop reaches, for `flops` a sample."""
         return self.rate(name) * self.flops / self.ceiling
 
     def times(self, name: str, other: str) -> list[float]:
-        """How many times faster than the other, one number per round, smallest first."""
+        """Return how many times faster `name` is than `other` in each round, smallest first."""
         return ratios(self.loops[other].seconds, self.loops[name].seconds)
 
     def row(self) -> dict[str, Any]:
+        """Return the outcome as a row for JSON, without empty measurements."""
         loops = {
             name: {key: value for key, value in asdict(loop).items() if value}
             for name, loop in self.loops.items()
@@ -78,13 +82,15 @@ class Outcome:
 
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> "Outcome":
+        """Read an outcome from its row."""
         loops = {name: Measured(**loop) for name, loop in row["loops"].items()}
         return cls(row["setting"], loops, row.get("flops", 0.0), row.get("ceiling", 0.0))
 
 
 class Record:
-    """What one command found, written again whenever there is more: who cuts it off keeps what was
-    measured.
+    """The results of one command, written after each measurement.
+
+    An interrupted run therefore keeps what was measured.
     """
 
     def __init__(
@@ -95,7 +101,10 @@ class Record:
         path: Path | None,
         packages: Iterable[str] = PACKAGES,
     ) -> None:
-        """`path`: where it is written; None keeps it."""
+        """Start a record of a command.
+
+        path  where the record is written; None does not write it
+        """
         command = sys.argv[1:] if arguments is None else arguments
         self.path = path
         self.rows: dict[str, Any] = {
@@ -110,23 +119,25 @@ class Record:
         }
 
     def add(self, outcome: Mapping[str, Any], bars: Iterable[Bar] = ()) -> None:
+        """Add an outcome's row and its bars, and write the record."""
         self.rows["outcomes"].append(dict(outcome))
         self.rows["bars"] += [asdict(bar) | {"met": bar.met} for bar in bars]
         self.write()
 
     def skip(self, what: str, why: str) -> None:
-        """Something that was not measured, and the reason."""
+        """Add something that was not measured, with the reason, and write the record."""
         self.rows["skipped"].append({"what": what, "why": why})
         self.write()
 
     def write(self) -> None:
+        """Write the record to its path, if it has one."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(self.path) as temporary:
                 temporary.write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def show(self, section: str) -> None:
-        """Print the tables, what the bars say, and where it all is."""
+        """Print a section, and the path of the record."""
         print(section)
         if self.path is not None:
             print(f"written: {self.path}")
@@ -138,16 +149,21 @@ def about(doc: str | None) -> str:
 
 
 def options(question: str, doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{question}", description=about(doc)
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds that count ({rounds})")
     parser.add_argument(
-        "--record", type=Path, help=f"where the numbers go ({RESULTS.name}/{question}-DEVICE.json)"
+        "--rounds",
+        type=int,
+        default=rounds,
+        help=f"measured rounds, after one to warm up ({rounds})",
+    )
+    parser.add_argument(
+        "--record", type=Path, help=f"file for the numbers ({RESULTS.name}/{question}-DEVICE.json)"
     )
     parser.set_defaults(question=question)
     return parser
@@ -156,8 +172,11 @@ def options(question: str, doc: str | None, rounds: int = 5) -> argparse.Argumen
 def parsed(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, narrows: Iterable[str] = ()
 ) -> argparse.Namespace:
-    """The options. A run that asks for less than all (`narrows`: options that do) is recorded only
-    where --record says.
+    """Parse the options.
+
+    A run that measures only a part is recorded only where --record names a file.
+
+    narrows  names of the options that limit a run to a part
     """
     args = parser.parse_args(arguments)
     quiet()
@@ -168,17 +187,19 @@ def parsed(
 
 
 def machine(device: str) -> dict[str, Any]:
+    """Describe the machine: device, cores, threads, load and system."""
     return {
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        # processes running in the minute before: beside others, a measurement is worth little
+        # mean number of running processes in the last minute: others disturb a measurement
         "load": os.getloadavg()[0],
         "system": platform.platform(),
     }
 
 
 def device_name(device: str) -> str:
+    """Return the name of the GPU, or the number and model of the CPU's cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -188,9 +209,9 @@ def device_name(device: str) -> str:
 
 
 def matrix_rate(device: str, precision: str, side: int = 0, repeats: int = 10) -> float:
-    """FLOP/s of a matrix product of side³, 8192³ on a GPU and 2048³ on a CPU if not given.
+    """Measure the FLOP/s of a matrix product of side³, as the median of `repeats`.
 
-    The median of `repeats`.
+    The default side is 8192 on a GPU and 2048 on a CPU.
     """
     side = side or (8192 if device == "cuda" else 2048)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -206,12 +227,12 @@ def matrix_rate(device: str, precision: str, side: int = 0, repeats: int = 10) -
 
 
 def note(*words: object) -> None:
-    """A line on standard error while it runs."""
+    """Print a line with the time on standard error, as progress."""
     print(time.strftime("%H:%M:%S"), *words, file=sys.stderr, flush=True)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In markdown."""
+    """Write a table in Markdown."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(
         f"| {' | '.join(line)} |" if line[0] != "---" else f"|{'|'.join(line)}|" for line in lines
@@ -219,19 +240,19 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def join(*parts: str) -> str:
-    """Paragraphs and tables in markdown, less the empty ones."""
+    """Join paragraphs and tables in Markdown, without the empty ones."""
     return "\n\n".join(part for part in parts if part)
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The median, and the smallest and largest."""
+    """Format the median, and the smallest and largest value; a dash if there is none."""
     return (
         f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})" if values else "-"
     )
 
 
 def verdicts(rows: Mapping[str, Any]) -> str:
-    """What the bars of a record say, a list in markdown."""
+    """Write a record's bars as a list in Markdown."""
     bars = [
         Bar(**{key: value for key, value in bar.items() if key != "met"}) for bar in rows["bars"]
     ]
@@ -239,7 +260,7 @@ def verdicts(rows: Mapping[str, Any]) -> str:
 
 
 def left_out(rows: Mapping[str, Any]) -> str:
-    """What a record says was not measured, a list in markdown."""
+    """Write what a record lists as not measured as a list in Markdown."""
     return "\n".join(
         f"- not measured: {row['what']}: {row['why']}" for row in rows.get("skipped", ())
     )

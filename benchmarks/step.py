@@ -1,11 +1,11 @@
-"""Time of a UNet step, and images a second through whole pipelines: what an image prompt costs.
+"""Time of a UNet step and images per second of whole pipelines: the cost of an image prompt.
 
     python -m benchmarks.step                     # on a GPU if there is one, else on the CPU
-    python -m benchmarks.step --model sd15-narrow # a try: printed, not recorded
+    python -m benchmarks.step --model sd15-narrow # a trial: printed, not recorded
 
-Three are interleaved around the same random weights: diffusers without an image prompt, diffusers
-with its own IP-Adapter, ours. All guided. Whole pipelines encode the text, sample and decode; the
-image prompt is given as an embedding, then as a picture.
+Three implementations are interleaved around the same random weights: diffusers without an image
+prompt, diffusers with its own IP-Adapter, ours. All use guidance. Whole pipelines encode the text,
+sample and decode; the image prompt is given as an embedding, then as a picture.
 """
 
 import argparse
@@ -102,6 +102,7 @@ ABSENT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record and print; return the exit code 0."""
     args = parse(arguments)
     record = Record("step", arguments, args.device, args.record)
     for what, why in ABSENT[args.device]:
@@ -114,24 +115,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = options("step", __doc__)
     parser.add_argument(
-        "--model", choices=RANDOM_MODELS, help="those that suit the device, if not given"
+        "--model",
+        choices=RANDOM_MODELS,
+        help="model to measure (default: those that suit the device)",
     )
     parser.add_argument(
         "--batch", type=int, nargs="+", help="images at once (1, 4 and 16; on a CPU 1 for SD 1.5)"
     )
     parser.add_argument("--steps", type=int, help="UNet steps of an image (50; fewer on a CPU)")
-    parser.add_argument("--pixels", type=int, help="a side (the model's own)")
+    parser.add_argument("--pixels", type=int, help="pixels a side (default: the model's own)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument(
-        "--compile", action="store_true", help="measure compiled steps too; on a GPU they are"
+        "--compile",
+        action="store_true",
+        help="measure compiled steps on a CPU too; on a GPU they always are",
     )
     return parsed(parser, arguments, narrows=("model", "batch", "pixels", "precision"))
 
 
 def chosen(args: argparse.Namespace) -> list[Plan]:
-    """The device's plans, as far as the options do not say otherwise."""
+    """Return the device's plans, changed by the options that are given."""
     plans = [plan for plan in PLANS[args.device] if args.model in (None, plan.model)]
     if args.model and not plans:
         plans = [Plan(args.model, (1,))]
@@ -143,6 +149,7 @@ def chosen(args: argparse.Namespace) -> list[Plan]:
 
 
 def run(plan: Plan, args: argparse.Namespace) -> Iterator[Outcome]:
+    """Measure each batch size and each kind of work of a plan."""
     of, base = RANDOM_MODELS[plan.model], None
     ceiling = matrix_rate(args.device, args.precision, side=64 if plan.model == "tiny" else 0)
     for batch in plan.batches:
@@ -164,17 +171,19 @@ def run(plan: Plan, args: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def noting(what: str) -> Callable[[str, float], None]:
+    """Return a callback for `interleave` that prints the time of each run."""
     return lambda name, seconds: note(what, f"{name}: {seconds:.4f} s")
 
 
 def unet_steps(of: Scene, _: int) -> Calls:
-    """By name: one noise prediction."""
+    """Return by name a call that predicts the noise once."""
     return {name: stepper(of, make(of)) for name, make in IMPLEMENTATIONS.items()}
 
 
 def compiled_steps(of: Scene, _: int) -> Calls:
-    """The same with the UNet's forward pass compiled as the package compiles it, on a GPU with CUDA
-    graphs.
+    """Return by name a call that predicts the noise once, with the UNet's forward pass compiled.
+
+    It is compiled as the package compiles it, on a GPU with CUDA graphs.
     """
     joined = {name: make(of) for name, make in IMPLEMENTATIONS.items()}
     for implementation in joined.values():
@@ -183,8 +192,11 @@ def compiled_steps(of: Scene, _: int) -> Calls:
 
 
 def from_embeddings(of: Scene, steps: int, ready: Callable[[Any], None] = lambda _: None) -> Calls:
-    """By name: the scene's images through diffusers' pipeline, the image prompt being an
-    embedding.
+    """Return by name a call that makes the scene's images from an embedding.
+
+    All go through diffusers' pipeline.
+
+    ready  called with each UNet before it is used
     """
     pipes, arguments = pipelines(of, sees=False), pipeline_arguments(of.setting, steps)
     for pipe in pipes.values():
@@ -196,7 +208,10 @@ def from_embeddings(of: Scene, steps: int, ready: Callable[[Any], None] = lambda
 
 
 def from_pictures(of: Scene, steps: int) -> Calls:
-    """The same, the image prompt being a picture; ours through the package's own pipeline."""
+    """Return by name a call that makes the scene's images from a picture.
+
+    Ours goes through the package's own pipeline, the others through diffusers'.
+    """
     pipes, arguments, picture = (
         pipelines(of, sees=True),
         pipeline_arguments(of.setting, steps),
@@ -231,7 +246,10 @@ MAKERS: Mapping[str, Callable[[Scene, int], Calls]] = {
 
 
 def pipelines(of: Scene, sees: bool) -> dict[str, Any]:
-    """By name: diffusers' pipeline around each UNet; they share all other models."""
+    """Return by name diffusers' pipeline around each UNet; they share all other models.
+
+    sees  whether they have an image encoder
+    """
     with torch.device(of.setting.device):
         first = random_models.pipeline(of.setting.models, of.base, of.base.dtype, sees=sees)
     pipes = {}
@@ -244,8 +262,9 @@ def pipelines(of: Scene, sees: bool) -> dict[str, Any]:
 @cache
 @torch.no_grad()
 def unet_flops(setting: PromptedSetting) -> int:
-    """Count a guided step without an image prompt: what an implementation does beside that earns it
-    nothing.
+    """Count the FLOPs of a guided step without an image prompt, on the meta device.
+
+    So an implementation's share of the ceiling does not grow by additional work.
     """
     of = scene(replace(setting, device="meta"))
     with (
@@ -257,6 +276,7 @@ def unet_flops(setting: PromptedSetting) -> int:
 
 
 def bars_of(found: Outcome) -> list[Bar]:
+    """Return the bars for this outcome's device, model, batch size and work."""
     setting = found.setting
     what = f"{setting['model']}, batch {setting['batch']}, {setting['what']}"
     over_text = Bar(
@@ -278,7 +298,7 @@ def bars_of(found: Outcome) -> list[Bar]:
 
 
 def section(rows: Mapping[str, Any]) -> str:
-    """A record's tables in markdown."""
+    """Return a record's tables in Markdown."""
     found = [Outcome.read(row) for row in rows["outcomes"]]
     models = dict.fromkeys(outcome.setting["model"] for outcome in found)
     tables = (
@@ -289,7 +309,7 @@ def section(rows: Mapping[str, Any]) -> str:
 
 
 def model_table(outcomes: Sequence[Outcome]) -> str:
-    """Write the table of one model."""
+    """Return the table of one model in Markdown."""
     first, lines = outcomes[0].setting, []
     for found in outcomes:
         setting = found.setting

@@ -1,11 +1,10 @@
-"""Our training loop beside the paper's: samples a second, peak memory, share of what the machine
-can do.
+"""Our training loop and the paper's: samples per second, peak memory, share of the ceiling.
 
-    python -m benchmarks.training                  # SD 1.5 at 512 pixels on a GPU if there is one,
-    else on the CPU
+    python -m benchmarks.training                  # SD 1.5 at 512 pixels, on a GPU or else the CPU
     python -m benchmarks.training --device cuda    # and SDXL's memory at 1024 pixels
 
-Both train on data that is in memory already. What is compared and how: README.md.
+Both train on data that is already in memory. README.md describes what is compared and how; the
+ceiling is the rate of a large matrix product.
 """
 
 import argparse
@@ -51,6 +50,7 @@ LOOPS: dict[str, Callable[[TrainingSetting], Loop]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record and print; return the exit code, 1 if a loop fails."""
     args = parse(arguments)
     record = Record("training", arguments, args.device, args.record, PACKAGES)
     try:
@@ -64,27 +64,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line and set the device's defaults."""
     parser = options("training", __doc__)
     parser.add_argument(
-        "--model", choices=RANDOM_MODELS, help="sd15, and on a GPU SDXL's memory too, if not given"
+        "--model",
+        choices=RANDOM_MODELS,
+        help="model to measure (default: sd15, and on a GPU also SDXL's memory)",
     )
     parser.add_argument(
-        "--batch", type=int, help="samples a step (8, the paper's script's own; 1 on a CPU)"
+        "--batch", type=int, help="samples a step (8, as in the paper's script; 1 on a CPU)"
     )
-    parser.add_argument("--pixels", type=int, help="a side (the model's own)")
-    parser.add_argument("--steps", type=int, help="in a round (10; 1 on a CPU)")
+    parser.add_argument("--pixels", type=int, help="pixels a side (default: the model's own)")
+    parser.add_argument("--steps", type=int, help="steps in a round (10; 1 on a CPU)")
     parser.add_argument(
         "--precision",
         choices=DTYPES,
         default="bf16",
-        help="of the frozen models and of the paper's autocast (bf16)",
+        help="precision of the frozen models and of the paper's autocast (bf16)",
     )
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="measure our loop compiled too (on a GPU: yes)",
+        help="also measure our loop compiled (default: on a GPU)",
     )
-    parser.add_argument("--checkpointing", action="store_true", help="in our loop")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="use gradient checkpointing in our loop"
+    )
     args = parsed(
         parser, arguments, narrows=("model", "batch", "pixels", "precision", "checkpointing")
     )
@@ -96,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> Iterator[Outcome]:
-    """The comparison; on a GPU, unless a model is named, our loop on SDXL as well."""
+    """Measure both loops; on a GPU, unless a model is named, also our loop on SDXL."""
     model = args.model or "sd15"
     setting = TrainingSetting(
         device=args.device,
@@ -114,6 +119,8 @@ def run(args: argparse.Namespace) -> Iterator[Outcome]:
 
 
 def outcome(setting: TrainingSetting, names: list[str], rounds: int, steps: int) -> Outcome:
+    """Measure the named loops at a setting."""
+
     def on_run(name: str, seconds: float) -> None:
         note(setting.model, f"{name}: {seconds:.3f} s a step")
 
@@ -125,7 +132,10 @@ def outcome(setting: TrainingSetting, names: list[str], rounds: int, steps: int)
 
 
 def flops(setting: TrainingSetting) -> float:
-    """Of one sample, whatever loop trains on it; counted on the meta device."""
+    """Count the FLOPs of one training sample, which are the same for all loops.
+
+    They are counted on the meta device.
+    """
     of = setting.models
     base = blank_base(of.base, DTYPES[setting.precision])
     embedding, token_dim = of.vision["projection_dim"], base.config.cross_attention_dim
@@ -137,7 +147,7 @@ def flops(setting: TrainingSetting) -> float:
 
 
 def bars_of(found: Outcome) -> list[Bar]:
-    """What is asked at these sizes, of each of our loops."""
+    """Return the bars of each of our loops at this device, model and size."""
     setting, our_loops = found.setting, [name for name in found.loops if name != PAPER]
     device, model, pixels = setting["device"], setting["model"], setting["pixels"]
     bars = []
@@ -166,6 +176,7 @@ def bars_of(found: Outcome) -> list[Bar]:
 
 
 def row(found: Outcome) -> dict[str, Any]:
+    """Return an outcome as a row for JSON, with rates, shares and ratios."""
     return {
         **found.row(),
         "samples_per_second": {name: found.rate(name) for name in found.loops},
@@ -177,11 +188,12 @@ def row(found: Outcome) -> dict[str, Any]:
 
 
 def section(rows: Mapping[str, Any]) -> str:
-    """A record's tables in markdown."""
+    """Return a record's tables in Markdown."""
     return join(*(outcome_table(Outcome.read(row)) for row in rows["outcomes"]), verdicts(rows))
 
 
 def outcome_table(found: Outcome) -> str:
+    """Return the table of one outcome in Markdown."""
     setting, lines = found.setting, []
     for name, loop in found.loops.items():
         times = spread(found.times(name, PAPER), ".2f") if PAPER in found.loops else "-"

@@ -364,7 +364,7 @@ def test_one_command_for_all(
         "--record",
         str(tmp_path / "step-cuda.json"),
     ]
-    assert "not whole: growth" in capsys.readouterr().err
+    assert "not completed: growth" in capsys.readouterr().err
     assert sum(limit for _, limit, _ in everything.STAGES["cuda"]) <= 590
 
 

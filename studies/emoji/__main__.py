@@ -1,5 +1,6 @@
-"""`python -m studies.emoji STAGE`: what the packaged model can do, measured. "all" makes the model
-first, by every stage of `python -m worlds.emoji`.
+"""Measure what the packaged model can do: `python -m studies.emoji STAGE`.
+
+"all" makes the model first, by every stage of `python -m worlds.emoji`.
 """
 
 from worlds.emoji.stages import MAKING, Stage, main

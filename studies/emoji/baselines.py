@@ -1,9 +1,9 @@
-"""Other ways to give the world's base an image prompt, trained as the adapter is: same pictures,
-same number of samples.
+"""Other ways to give the world's base an image prompt, trained as the adapter is.
 
-Each is a module that predicts a velocity from what it is given, so that one training and one
-sampling serve them all. Shape letters: N samples, T text tokens, D their width, E width of the
-image embedding, P patches, S pixels a side, h latent pixels a side.
+They use the same pictures and the same number of samples. Each is a module that predicts a
+velocity, so that one training and one sampling function serve all. Shape letters: N samples, T text
+tokens, D their width, E width of the image embedding, P patches, W width of a patch's feature, S
+pixels a side, h latent pixels a side.
 """
 
 import json
@@ -39,14 +39,14 @@ CHUNK = 256  # pictures encoded at once
 
 
 class ImageFeatures(NamedTuple):
-    """Pictures as the methods see them."""
+    """Pictures in the forms that the methods take."""
 
     embedding: Tensor  # (N, E) of the world's image encoder; zeros for no picture
     patches: Tensor  # (N, P, W) its last hidden states but one; zeros for no picture
     pixels: Tensor  # (N, 3, S, S) in [0, 1]; black for no picture
 
     def where(self, present: Tensor) -> "ImageFeatures":
-        """No picture where `present` (N,) is False."""
+        """Replace pictures by "no picture" where `present` (N,) is False."""
         return ImageFeatures(*(part * present.view(-1, *[1] * (part.ndim - 1)) for part in self))
 
     def __getitem__(self, index: Any) -> "ImageFeatures":  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -65,6 +65,7 @@ class Base(FrozenBase):
 
     @torch.no_grad()
     def encode_images(self, pictures: Tensor) -> ImageFeatures:
+        """Encode pictures (N, 3, S, S) in [0, 1] to their features."""
         images = [to_image(picture) for picture in pictures.cpu()]
         return ImageFeatures(
             *(
@@ -76,7 +77,7 @@ class Base(FrozenBase):
 
     @torch.no_grad()
     def encode_texts(self, texts: list[str]) -> Tensor:
-        """(N, T, D)"""
+        """Encode N texts to states (N, T, D)."""
         ids = self.pipe.tokenizer(
             texts, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
@@ -84,17 +85,21 @@ class Base(FrozenBase):
 
 
 class Method(Protocol):
-    """A module's `forward`: noisy latents (N, C, h, w), timesteps (N,), text (N, T, D), pictures,
-    how strongly -> velocity.
+    """A module whose `forward` predicts a velocity.
+
+    Takes noisy latents (N, C, h, w), timesteps (N,), text (N, T, D), pictures and the image's
+    scale.
     """
 
     def __call__(
         self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return the velocity (N, C, h, w)."""
+        ...
 
 
 class Conditioned(nn.Module):
-    """A method that uses the base without registering it."""
+    """A method that uses the base without registering it as its submodule."""
 
     def __init__(self, base: Base) -> None:
         super().__init__()
@@ -103,13 +108,14 @@ class Conditioned(nn.Module):
     base: Base
 
     def velocity(self, x: Tensor, t: Tensor, context: Tensor, **more: Any) -> Tensor:
+        """Predict the velocity with the base, from a context (N, tokens, D)."""
         return self.base.unet(x, t, context, return_dict=False, **more)[0]
 
 
 class Decoupled(Conditioned):
-    """The paper's adapter (section 3.2.2), as `imprompt` has it.
+    """The paper's adapter (section 3.2.2), as `imprompt` implements it.
 
-    `plus` reads the patches, as recipes/emoji-plus.toml has it.
+    With `plus` it reads the patches, as in recipes/emoji-plus.toml.
     """
 
     def __init__(self, base: Base, *, plus: bool = False) -> None:
@@ -126,6 +132,7 @@ class Decoupled(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
     ) -> Tensor:
+        """Predict the velocity with decoupled cross-attention to the image tokens."""
         prompt = self.adapter.prompt(
             self.adapter.tokens(image.patches if self.plus else image.embedding), scale=scale
         )
@@ -133,8 +140,9 @@ class Decoupled(Conditioned):
 
 
 class Simple(Conditioned):
-    """The paper's "simple adapter" (section 4.4.1): image tokens appended to the text's, in the
-    frozen cross-attention.
+    """The paper's "simple adapter" (section 4.4.1).
+
+    Image tokens are appended to the text's, in the frozen cross-attention.
     """
 
     def __init__(self, base: Base) -> None:
@@ -144,12 +152,14 @@ class Simple(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
     ) -> Tensor:
+        """Predict the velocity from the text's tokens with the image tokens appended."""
         return self.velocity(x, t, torch.cat([text, scale * self.projection(image.embedding)], 1))
 
 
 class Tuned(Conditioned):
-    """The whole base fine-tuned to read an image embedding instead of text, as SD Image Variations
-    and unCLIP are.
+    """The whole base, fine-tuned to read an image embedding instead of text.
+
+    SD Image Variations and unCLIP are trained in this way.
     """
 
     def __init__(self, base: Base) -> None:
@@ -160,9 +170,9 @@ class Tuned(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
     ) -> Tensor:
-        """It knows no text.
+        """Predict the velocity from the image tokens.
 
-        Where a text is given (not by training) it stands before the image tokens.
+        Training gives no text; if a text is given, its tokens come before the image tokens.
         """
         tokens = scale * self.projection(image.embedding)
         return self.unet(
@@ -171,8 +181,9 @@ class Tuned(Conditioned):
 
 
 class Style(Conditioned):
-    """T2I-Adapter's style adapter (Mou et al. 2023, arXiv 2302.08453): a transformer makes tokens
-    of patches.
+    """T2I-Adapter's style adapter (Mou et al. 2023, arXiv 2302.08453).
+
+    A transformer makes tokens of patches.
     """
 
     def __init__(self, base: Base, layers: int = 2, tokens: int = 8) -> None:
@@ -189,6 +200,7 @@ class Style(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
     ) -> Tensor:
+        """Predict the velocity from the text's tokens with the style tokens appended."""
         queries = self.queries.expand(len(x), -1, -1)
         read = self.layers(self.norm_in(torch.cat([image.patches, queries], 1)))[
             :, -queries.shape[1] :
@@ -197,8 +209,9 @@ class Style(Conditioned):
 
 
 class Shuffle(Conditioned):
-    """ControlNet Shuffle (Zhang et al. 2023, arXiv 2302.05543, and its 1.1 models): a warped
-    picture, features pooled.
+    """ControlNet Shuffle (Zhang et al. 2023, arXiv 2302.05543, and its 1.1 models).
+
+    Its control is a warped picture, whose features are pooled.
     """
 
     def __init__(self, base: Base) -> None:
@@ -209,6 +222,7 @@ class Shuffle(Conditioned):
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, image: ImageFeatures, scale: float = 1.0
     ) -> Tensor:
+        """Predict the velocity with the ControlNet's residuals for the warped pictures."""
         down, mid = self.net(
             x,
             t,
@@ -229,14 +243,15 @@ class Shuffle(Conditioned):
 
 
 def width(base: Base) -> int:
+    """Return the width of the base's text tokens, D."""
     return base.unet.config.cross_attention_dim
 
 
 def warped(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) with their content moved about: each result pixel reads where a smooth
-    random field says.
+    """Warp pictures (N, 3, S, S): each result pixel is read where a random field points.
 
-    As many fields as a batch of training has: what samples with more rows meets no other.
+    Fields are smooth. There are as many as samples in a training batch, so that larger batches in
+    sampling use the same ones.
     """
     fields = torch.rand(BATCH, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(pictures)
     field = fields[torch.arange(len(pictures), device=pictures.device) % BATCH]
@@ -253,7 +268,7 @@ class Baseline:
     build: Callable[[Base], Conditioned]
     lr: float = 1e-3
     reads_text: bool = True
-    equal: str = ""  # trained for as many operations as this one, not for as many samples
+    equal: str = ""  # name of a baseline; if given, trained for its operations, not its samples
 
 
 BASELINES = {
@@ -268,6 +283,7 @@ BASELINES = {
 
 
 def file_of(world: World, name: str) -> Path:
+    """Return the path of a trained baseline's weights."""
     return world.folder / "baselines" / f"{name.replace(', ', '-').replace(' ', '-')}.safetensors"
 
 
@@ -280,9 +296,9 @@ class Training(NamedTuple):
 
 
 def training_set(world: World, base: Base) -> Training:
-    """The folder of the stage `scenes`, which the adapters' recipes read.
+    """Load the training set of the stage `scenes`, which the adapters' recipes read.
 
-    Encoded once, into the world's folder.
+    It is encoded once, into the world's folder.
     """
     rows = [
         json.loads(line)
@@ -331,7 +347,7 @@ def training_set(world: World, base: Base) -> Training:
 
 
 def train(world: World, name: str) -> None:
-    """Train one of them; it resumes from its last state, and is done if its file is there."""
+    """Train one baseline, resumed from its last state; do nothing if its file exists."""
     torch.manual_seed(world.seed + 9)
     if file_of(world, name).exists():
         return
@@ -394,8 +410,9 @@ def train(world: World, name: str) -> None:
 
 
 def operations(base: Base, baseline: Baseline) -> int:
-    """Floating-point operations of one training sample: forward, and backward to what is
-    trained.
+    """Count the floating-point operations of one training sample.
+
+    They are those of the forward pass, and of the backward pass to the trained weights.
     """
     method = baseline.build(base)
     none = base.encode_texts([""])
@@ -411,6 +428,7 @@ def operations(base: Base, baseline: Baseline) -> int:
 
 
 def load(world: World, base: Base, name: str) -> Conditioned:
+    """Build a baseline and load its trained weights."""
     method = BASELINES[name].build(base)
     method.load_state_dict(
         {key: value.float() for key, value in load_file(file_of(world, name)).items()}
@@ -419,7 +437,7 @@ def load(world: World, base: Base, name: str) -> Conditioned:
 
 
 def budget(world: World, name: str) -> tuple[int, int]:
-    """The weights that were trained, and the samples that they saw."""
+    """Return the number of trained weights, and of the samples used for training."""
     with safe_open(file_of(world, name), "pt") as file:
         return weights_in(file_of(world, name)), BATCH * int(file.metadata()["steps"])
 
@@ -436,7 +454,7 @@ def sample(
     steps: int = 25,
     seed: int = 0,
 ) -> Tensor:
-    """Pictures (N, 3, S, S) in [0, 1] by DDIM with classifier-free guidance.
+    """Sample pictures (N, 3, S, S) in [0, 1] by DDIM with classifier-free guidance.
 
     Picture i has seed + i.
     """
@@ -464,5 +482,6 @@ def sample(
 
 
 def train_all(world: World) -> None:
+    """Train all baselines."""
     for name in BASELINES:
         train(world, name)

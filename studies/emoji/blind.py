@@ -1,9 +1,8 @@
-"""Sheets for a person who does not know the prompts: what is in these pictures, and in which style
-are those drawn?
+"""Sheets for a person who does not know the prompts, to name glyphs and drawing styles.
 
-`python -m studies.emoji blind` writes two numbered sheets and, apart, their keys. What the person
-says, one answer a line, goes into glyphs.txt and styles.txt in the same folder; the stage run again
-compares.
+`python -m studies.emoji blind` writes two numbered sheets and, separately, their keys. The person
+writes the answers, one a line, into glyphs.txt and styles.txt in the same folder. Running the stage
+again compares them with the keys.
 """
 
 import json
@@ -26,7 +25,7 @@ COLUMNS, CELL, LABEL = 8, 128, 18
 
 
 def numbered(pictures: Tensor, path: Path) -> None:
-    """A sheet of pictures (N, 3, S, S) with nothing but their numbers, from 1."""
+    """Draw a sheet of pictures (N, 3, S, S) with only their numbers, from 1."""
     rows = -(-len(pictures) // COLUMNS)
     page = Image.new("RGB", (COLUMNS * (CELL + 6), rows * (CELL + LABEL)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
@@ -38,14 +37,14 @@ def numbered(pictures: Tensor, path: Path) -> None:
 
 
 def prompted(world: World, glyphs: Glyphs) -> tuple[Tensor, list[str]]:
-    """Results of image prompts of core glyphs, no text; and the glyphs' names."""
+    """Sample results of image prompts of core glyphs, without text, with the glyphs' names."""
     scenes = sample_scenes(glyphs, RESULTS, world.generator(54), pairs=0, core=1.0)
     made = Sampler().sample(RESULTS, Condition(render(scenes, glyphs, world.side)))
     return made, [glyphs.names[g] for g in scenes.glyph[:, 0].tolist()]
 
 
 def in_styles(world: World, glyphs: Glyphs) -> tuple[Tensor, list[str]]:
-    """Pictures by text alone in each of the other styles, mixed; and the styles' names."""
+    """Sample pictures by text alone in each of the other styles, mixed, with the styles' names."""
     made, names = [], []
     for number, style in enumerate(CUSTOM):
         chosen = torch.randperm(glyphs.core, generator=world.generator(55, number))[:DRAWN].tolist()
@@ -60,6 +59,7 @@ def in_styles(world: World, glyphs: Glyphs) -> tuple[Tensor, list[str]]:
 
 
 def blind(world: World) -> None:
+    """Write the sheets and keys, and print the key next to the answers that are there."""
     world = replace(world, device="cpu")
     glyphs, folder = world.glyphs(), world.folder / "blind"
     folder.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
 """The paper's nine claims, each a function that measures it on this world.
 
-A claim's verdict follows from intervals by the rule that stands beside it: "yes" if each is wholly
-on the right side, "no" if one is wholly on the wrong, else "undecided". Shape letters: N pictures,
-S pixels a side.
+A claim's verdict follows from intervals by the rule that it states: "yes" if each is completely on
+the right side, "no" if one is completely on the wrong side, else "undecided". Shape letters: N
+pictures, S pixels a side.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,15 +42,20 @@ from .sheets import draw_curves
 
 
 def parameters_of(module: nn.Module) -> int:
+    """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def shares(adapter: int, base: int) -> list[Interval | float | str]:
+    """Return a table's row: the two counts, and the adapter's as a percentage of the base's."""
     return [f"{adapter:,}", f"{base:,}", f"{adapter / base:.1%}"]
 
 
 def parameters(harness: Harness) -> Claim:
-    """1: the adapter is small; what it changes is seen beside the base alone."""
+    """Measure claim 1: the adapter is small.
+
+    The sheet shows results of the adapters next to those of the base alone.
+    """
     table = Table(["adapter", "base's UNet", "share"])
     for name in ("sd15-base", "sd15-plus", "sdxl-base-512", "sdxl-plus-512"):
         recipe = read_recipe(RECIPES / f"{name}.toml")
@@ -88,9 +93,9 @@ def against(
     above: float = 0.0,
     variants: Sequence[str] = ("decoupled",),
 ) -> Claim:
-    """The adapter and others, image prompt alone.
+    """Compare the adapter with other methods, given an image prompt alone.
 
-    The paper's two scores and the scenes' own factors. The first of the variants decides.
+    Compares the paper's two scores and the scenes' own factors. The first of the variants decides.
     """
     table, gaps = Table(list(FIDELITY)), Table(["CLIP-I", "CLIP-T", "colour error", "own glyph"])
     costs = Table(["weights trained", "samples seen"])
@@ -124,8 +129,7 @@ def against(
     )
 
 
-# of CLIP-I: what "comparable" may mean; in the paper's table 1 the adapter is above both fine-tuned
-# models
+# of CLIP-I, for "comparable"; in the paper's table 1 the adapter is above both fine-tuned models
 MARGIN = 0.03
 
 tuned = partial(
@@ -157,7 +161,10 @@ simple = partial(
 
 
 def together(harness: Harness) -> Claim:
-    """5: glyph by text, palette by image."""
+    """Measure claim 5: text and image work together.
+
+    The text gives the glyph, the image the palette.
+    """
     keys = ("text's glyph", "text's glyph, metric encoder", "image's palette", "both")
     tables, both = [], {}
     sheets: dict[str, Tensor] = {}
@@ -206,7 +213,7 @@ REDRAWN = (
 
 
 def custom(harness: Harness) -> Claim:
-    """6: the same adapter on bases fine-tuned to draw otherwise."""
+    """Measure claim 6: the adapter works on bases fine-tuned to other drawing styles."""
     tables, decides, sheets = [], {}, {}
     plain = harness.shipped("plus")(harness.pictures, harness.no_texts, 1.0)
     for name in CUSTOM:
@@ -248,7 +255,7 @@ def custom(harness: Harness) -> Claim:
 
 
 def structure(harness: Harness) -> Claim:
-    """7: with an edge ControlNet that the adapter never met."""
+    """Measure claim 7: the adapter works with an edge ControlNet it was not trained with."""
     maps = edges(render(harness.another, harness.glyphs, harness.world.side))
     held, free = harness.shipped("plus", maps=maps), harness.shipped("plus")
     made = {
@@ -290,7 +297,7 @@ def structure(harness: Harness) -> Claim:
 
 
 def fine_grained(harness: Harness) -> Claim:
-    """8: plus against base."""
+    """Measure claim 8: the plus variant is more faithful and less diverse than base."""
     table, gaps = Table([*FIDELITY, "diversity"]), Table([*FIDELITY, "diversity"])
     measured, sheets = {}, {}
     for name in ("base", "plus"):
@@ -327,7 +334,7 @@ def fine_grained(harness: Harness) -> Claim:
 
 
 def untouched(harness: Harness) -> Claim:
-    """9: scale 0 is the base, bit for bit."""
+    """Measure claim 9: at scale 0 results equal those of the base, bit for bit."""
     texts = harness.texts[: SHOWN * SEEDS]
     sampler = Sampler()
     prompts = harness.pictures[: len(texts)]

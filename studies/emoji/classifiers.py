@@ -1,5 +1,6 @@
-"""Classifiers for measuring only, small ResNets trained apart: which of the seen glyphs a picture
-shows, and in which drawing style.
+"""Classifiers for measuring only: which seen glyph a picture shows, and in which drawing style.
+
+They are small ResNets, trained separately.
 """
 
 from functools import partial
@@ -22,8 +23,9 @@ WIDTHS = [32, 64, 128, 192]
 def seen_by_it(
     world: World, glyphs: Glyphs, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 3, S, S) of one glyph, sharp, blurred and noisy by chance as results of a model
-    are, and the glyphs (N,).
+    """Draw pictures (N, 3, S, S) of one glyph each, and return them with the glyphs (N,).
+
+    At random they are sharp, blurred or noisy, as results of a model are.
     """
     scenes = loosened(sample_scenes(glyphs, count, generator, pairs=0, core=CORE), generator)
     pictures = render(scenes, glyphs, world.side)
@@ -40,26 +42,27 @@ def seen_by_it(
 def named(
     world: World, styles: list[Glyphs], count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Pictures in the world's own style, and their glyphs (N,)."""
+    """Draw pictures in the world's own style, and return them with their glyphs (N,)."""
     return seen_by_it(world, styles[0], count, generator)
 
 
 def signed(
     world: World, styles: list[Glyphs], count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Pictures in all styles, and the styles' numbers (N,)."""
+    """Draw pictures in all styles, and return them with the styles' numbers (N,)."""
     share = count // len(styles)
     pictures = torch.cat([seen_by_it(world, glyphs, share, generator)[0] for glyphs in styles])
     return pictures, torch.arange(len(styles)).repeat_interleave(share)
 
 
-TASKS = {  # name -> what is shown with its label, in which styles, and where the network goes
+TASKS = {  # name -> function that draws labelled pictures, their styles, the network's folder
     "glyph-classifier": (named, (OWN,), GLYPH_CLASSIFIER),
     "style-classifier": (signed, tuple(STYLES), STYLE_CLASSIFIER),
 }
 
 
 def train(world: World, name: str) -> None:
+    """Train the classifier `name`, save it as float16 and print its accuracy on new pictures."""
     torch.manual_seed(world.seed)
     plan = world[name]
     show, names, folder = TASKS[name]

@@ -1,8 +1,7 @@
-"""What prompts, regions, block maps, the ControlNet and the other base do together: `python -m
-studies.emoji compose`.
+"""Combine prompts, regions, block maps, the ControlNet and another base on the shipped weights.
 
-Draws the contact sheets of docs/reports/compose from the shipped weights and writes their numbers
-to results.json there. Shape letters: N pictures, S pixels a side.
+`python -m studies.emoji compose` draws the contact sheets of docs/reports/compose and writes their
+numbers to results.json there. Shape letters: N pictures, S pixels a side.
 """
 
 import json
@@ -44,12 +43,14 @@ SWEEP_STEPS = 10
 STYLE_SHOWN = "flat"
 
 
-# Scenes, and what is measured on results
+# Scenes, and measures of results
 
 
 def plain_scenes(glyphs: Glyphs, world: World, salt: int, count: int) -> Scenes:
-    """One glyph on one colour, by turns large in the middle and small elsewhere: whose palette and
-    place are plainest.
+    """Draw `count` scenes of one glyph on one colour.
+
+    Palette and place are easiest to measure in them. In turn the glyph is large and in the middle,
+    or small and elsewhere.
     """
     scenes = sample_scenes(glyphs, 8 * count, world.generator(81, salt), pairs=0, core=1.0)
     large, away = scenes.size[:, 0] == PORTRAIT, scenes.centre[:, 0].abs().amax(1) > 0
@@ -62,25 +63,24 @@ def plain_scenes(glyphs: Glyphs, world: World, salt: int, count: int) -> Scenes:
 
 
 def patterned(scenes: Scenes) -> Scenes:
-    """The same on stripes and checks by turns."""
+    """Replace the backgrounds of scenes by stripes and checks in turn."""
     kinds = torch.tensor([PATTERNS.index("stripes"), PATTERNS.index("checks")])
     return replace(scenes, pattern=kinds[torch.arange(len(scenes)) % 2])
 
 
 def means(**values: Tensor) -> dict[str, float]:
+    """Return the rounded mean of each measure, with spaces for the underscores in its name."""
     return {name.replace("_", " "): round(value.mean().item(), 3) for name, value in values.items()}
 
 
 def half(side: int, *, left: bool) -> Tensor:
-    """A mask (1, S, S) that is 1 in one half."""
+    """Return a mask (1, S, S) that is 1 in one half."""
     line = (torch.arange(side) < side // 2).float()
     return (line if left else 1 - line).expand(1, side, side)
 
 
 def ground_error(pictures: Tensor, scenes: Scenes, *, left: bool) -> Tensor:
-    """Mean difference, of 255, of a half's corner colours from the plain scenes' background
-    (N,).
-    """
+    """Return the difference, of 255, of a half's corner colours from the plain background (N,)."""
     side = pictures.shape[-1]
     columns = slice(0, side // 4) if left else slice(-side // 4, None)
     band = torch.cat([pictures[:, :, :4, columns], pictures[:, :, -4:, columns]], 2).flatten(2)
@@ -88,7 +88,10 @@ def ground_error(pictures: Tensor, scenes: Scenes, *, left: bool) -> Tensor:
 
 
 def regions(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Two image prompts, one applied in the left half, one in the right."""
+    """Sample two image prompts, one applied in the left half and one in the right.
+
+    Draws a sheet and returns the colour errors of both halves.
+    """
     one, other = (plain_scenes(glyphs, world, salt, COUNT) for salt in (1, 2))
     a, b = render(one, glyphs, world.side), render(other, glyphs, world.side)
     left, right = half(world.side, left=True), half(world.side, left=False)
@@ -110,7 +113,7 @@ def regions(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
     }
 
 
-# Which layers of this UNet an image prompt applies to: name of the map -> the blocks that are on
+# Layers that an image prompt applies to: name of the map -> the UNet's active blocks
 GROUPS = {
     "every layer": ("",),
     "none": (),
@@ -123,17 +126,16 @@ STYLE, LAYOUT = GROUPS["up_blocks.1 (8x8)"], GROUPS["all but up_blocks.1"]
 
 
 def block_map(layers: Sequence[str], blocks: Sequence[str]) -> Tensor:
-    """1 for layers whose names begin so, else 0 (layers,)."""
+    """Return 1 for layers whose names start with one of `blocks`, else 0 (layers,)."""
     return torch.tensor(
         [float(any(layer.startswith(block) for block in blocks)) for layer in layers]
     )
 
 
 def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
-    """What of their prompts the results took over, as correlations over the scenes: 1 all, 0
-    nothing.
+    """Measure what results took from their prompts, as correlations over the scenes.
 
-    Figures are looked for where the prompt's background is plain.
+    1 means all, 0 nothing. Figures are searched where the prompt's background is plain.
     """
     plain = scenes.pattern == 0
     found, true = (figure(x[plain], scenes[plain]) for x in (made, real))
@@ -147,9 +149,10 @@ def carried(made: Tensor, real: Tensor, scenes: Scenes) -> dict[str, float]:
 
 
 def blocks(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Which layers carry what.
+    """Measure which layers carry which properties of an image prompt.
 
-    Then the style of one picture with the layout of another, as far as that goes here.
+    Also combines the style of one picture with the layout of another, as far as this model allows
+    it.
     """
     plain = plain_scenes(glyphs, world, 3, 2 * COUNT)
     scenes = joined(plain[:COUNT], patterned(plain[COUNT:]))
@@ -171,9 +174,9 @@ def blocks(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
 
 
 def style_and_layout(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Palette of B by a map of the style's layers.
+    """Sample the palette of B, by a map of the style's layers, with the layout of A.
 
-    Layout of A by a map of all others, and by its outlines.
+    The layout is given by a map of all other layers, and by A's outlines. Draws a sheet.
     """
     manner = plain_scenes(glyphs, world, 4, COUNT)
     form = patterned(plain_scenes(glyphs, world, 5, COUNT))
@@ -208,15 +211,16 @@ def style_and_layout(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str
 
 
 def joined(one: Scenes, other: Scenes) -> Scenes:
+    """Concatenate two sets of scenes."""
     return Scenes(
         **{name: torch.cat([value, getattr(other, name)]) for name, value in vars(one).items()}
     )
 
 
 def outlines(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """The ControlNet holds A's outline, the image prompt gives B's palette.
+    """Sample with A's outline by the ControlNet and B's palette by the image prompt.
 
-    The two never met in training.
+    The two were never trained together. Draws a sheet.
     """
     form, manner = (plain_scenes(glyphs, world, salt, COUNT) for salt in (6, 7))
     a, b = render(form, glyphs, world.side), render(manner, glyphs, world.side)
@@ -247,7 +251,10 @@ def outlines(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
 
 
 def styles(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """The other base, the same adapter, the same prompts and seeds."""
+    """Sample on a base of another drawing style, with the same adapter, prompts and seeds.
+
+    Draws a sheet.
+    """
     other = Sampler(STYLES_FOLDER / STYLE_SHOWN)
     scenes = plain_scenes(glyphs, world, 8, COUNT)
     real, redrawn = (
@@ -281,9 +288,9 @@ TEXTS = ("", "a red apple", "a frog on a blue background", "a sunflower on red a
 
 
 def sweep(sampler: Sampler, glyphs: Glyphs, world: World) -> dict[str, Any]:
-    """Scale × text: one image prompt under several texts.
+    """Sample one image prompt under several texts and scales, and draw a sheet.
 
-    And over many pairs, how much of each shows.
+    Also measures over many pairs how much of text and image shows in the results.
     """
     scenes = plain_scenes(glyphs, world, 9, COUNT)
     real = render(scenes, glyphs, world.side)
@@ -320,7 +327,8 @@ PICTURES: dict[str, Callable[[Sampler, Glyphs, World], dict[str, Any]]] = {
 
 
 def compose(world: World) -> None:
-    world = replace(world, device="cpu")  # small enough, and the same pictures everywhere
+    """Run all combinations; write their numbers into results.json and the guide."""
+    world = replace(world, device="cpu")  # fast enough, and the same pictures on every machine
     glyphs, sampler, results = world.glyphs(), Sampler(), {}
     for name, picture in PICTURES.items():
         results[name] = picture(sampler, glyphs, world)

@@ -1,8 +1,8 @@
-"""What the shipped model can do, measured: `python -m studies.emoji evaluate` prints the table that
-the model card holds.
+"""Measure what the shipped model can do: `python -m studies.emoji evaluate`.
 
-The metric encoder has a seed and a size of its own and never conditioned anything; colours and
-shapes are measured against the scenes' own factors. Shape letters: N scenes, S pixels a side.
+Prints the table that the model card contains. The metric encoder has a seed and a size of its own
+and never conditioned anything; colours and shapes are compared with the scenes' own factors. Shape
+letters: N scenes, S pixels a side.
 """
 
 import json
@@ -55,7 +55,7 @@ SCALES = (0.3, 0.4, 0.5, 0.6, 0.7)  # of an image prompt with a text
 
 
 class Kind(NamedTuple):
-    """Which scenes are asked for."""
+    """A kind of scenes to measure on."""
 
     glyphs_seen: bool = True
     look_seen: bool = True
@@ -64,6 +64,7 @@ class Kind(NamedTuple):
     def scenes(
         self, glyphs: Glyphs, count: int, generator: torch.Generator, pairs: float = 0.1
     ) -> Scenes:
+        """Draw `count` scenes of this kind, a share `pairs` of them with two glyphs."""
         return sample_scenes(
             glyphs,
             count,
@@ -85,9 +86,9 @@ Row = dict[str, Interval | float]
 
 
 def means(values: Mapping[str, Tensor]) -> Row:
-    """Of values by picture (N,), those that are there, with their intervals.
+    """Return the means of values by picture (N,) with their intervals; NaN values are left out.
 
-    NaN where there is none.
+    A mean is NaN if no value is left.
     """
     there = {name: value[~value.isnan()] for name, value in values.items()}
     return {
@@ -99,8 +100,9 @@ def means(values: Mapping[str, Tensor]) -> Row:
 def follow(
     pipe: ImagePromptPipeline, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Image prompt alone, scale 1: does the result follow its own prompt and not another's? Values
-    by picture (N,).
+    """Measure whether results at scale 1 follow their own image prompt and not another's.
+
+    There is no text. Returns values by picture (N,), the prompts and the results.
     """
     side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
     prompts = render(scenes, glyphs, side)
@@ -111,12 +113,12 @@ def follow(
 def measured(
     prompts: Tensor, made: Tensor, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """What results (N, 3, S, S) took from their prompts (N, 3, S, S), by picture (N,).
+    """Measure what results (N, 3, S, S) took from their prompts (N, 3, S, S), by picture (N,).
 
-    NaN where it cannot be measured.
+    A value is NaN where it cannot be measured.
     """
     other = shuffled(scenes)
-    # The ceiling: another real picture of the same scene.
+    # The upper limit: another real picture of the same scene.
     again = render(moved(scenes, generator), glyphs, prompts.shape[-1])
     shapes, prompt_shapes, ceiling = outlines(made), outlines(prompts), outlines(again)
     named = Classifier.load().classify(made)[:, None].eq(scenes.glyph).any(1).float()
@@ -135,14 +137,17 @@ def measured(
 
 
 def count_of(world: World) -> int:
+    """Return the number of scenes to measure on, fewer in a rehearsal."""
     return COUNT if world.most is None else min(COUNT, 2 * world.most)
 
 
 def with_text(
     pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float
 ) -> tuple[Row, Tensor, Tensor]:
-    """A text that names one glyph, an image prompt that shows another: is the text's glyph there,
-    in the image's palette?
+    """Measure results whose text names one glyph and whose image prompt shows another.
+
+    A result is right if it has the text's glyph in the image's palette. Returns the measures, the
+    prompts and the results.
     """
     generator, count = world.generator(43), count_of(world)
     scenes = SETS["core glyphs, new compositions"].scenes(glyphs, count, generator, pairs=0)
@@ -167,7 +172,7 @@ def with_text(
 
 
 def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
-    """The base alone: is what the text names there, on the background that it names?"""
+    """Measure the base alone: whether the text's glyph and background colour are in the results."""
     sampler, rows, count = Sampler(), {}, count_of(world)
     for label, ids in {
         "core glyphs": range(glyphs.core),
@@ -201,7 +206,10 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
 
 
 def check_metric_encoder(glyphs: Glyphs, world: World) -> Row:
-    """Measure what measures on real scenes: is a scene drawn again found, and its glyph named?"""
+    """Measure the metric encoder and the classifier on real scenes.
+
+    A scene drawn again should be found, and its glyph named.
+    """
     generator = world.generator(44)
     scenes = sample_scenes(glyphs, count_of(world), generator, pairs=0)
     pictures, redrawn = (
@@ -221,7 +229,8 @@ def check_metric_encoder(glyphs: Glyphs, world: World) -> Row:
 
 
 def evaluate(world: World) -> None:
-    world = replace(world, device="cpu")  # small enough, and the same numbers everywhere
+    """Measure the shipped model; write results.json, the sheets and the model card's tables."""
+    world = replace(world, device="cpu")  # fast enough, and the same numbers on every machine
     glyphs = world.glyphs()
     SHEETS.mkdir(parents=True, exist_ok=True)
     results: dict[str, Row] = {"metric encoder": check_metric_encoder(glyphs, world)}
@@ -256,7 +265,7 @@ def evaluate(world: World) -> None:
 
 
 def parts() -> str:
-    """A row per part that ships: class and number of parameters."""
+    """Write a table row for each part that ships: its class and number of parameters."""
     rows = []
     for path in sorted(SHIPPED.rglob("*.safetensors")):
         config = path.parent / "config.json"
@@ -281,11 +290,11 @@ PERCENT = {
 
 
 def shown(measure: str, value: Interval | float) -> str:
-    """A mean, and in brackets its 95 % interval; a dash where there is none."""
+    """Format a mean with its 95 % interval in brackets, or a dash for NaN."""
     numbers = (
         [value] if isinstance(value, float) else [number for number in value if number is not None]
     )
-    if numbers[0] != numbers[0]:  # not a number: the classifier knows the seen glyphs only
+    if numbers[0] != numbers[0]:  # NaN: the classifier knows the seen glyphs only
         return "–"
     form = (
         "{:.1%}"
@@ -299,7 +308,7 @@ def shown(measure: str, value: Interval | float) -> str:
 
 
 def table(results: Mapping[str, Row]) -> str:
-    """The results as Markdown: a table for each set of measures, a row for each thing measured."""
+    """Write the results in Markdown: a table for each set of measures, a row for each result."""
     tables: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for label, row in results.items():
         tables.setdefault(tuple(row), {})[label] = [

@@ -1,8 +1,7 @@
-"""What the claims are measured with: scenes as image prompts, everything that draws, the measures,
-and tables of intervals.
+"""The setup that claims share: scenes as image prompts, generators, measures, tables of intervals.
 
-Samples are cached in the world's folder: a stopped run goes on, and no claim samples what another
-has sampled.
+Samples are cached in the world's folder: an interrupted run continues, and claims share their
+samples.
 
 Shape letters: N pictures, I scenes, K seeds of each, S pixels a side.
 """
@@ -48,10 +47,10 @@ PAGE = REPORTS / "claims.md"
 SHEETS = PAGE.with_suffix("")
 SCENES, SEEDS = 80, 2
 STEPS = 25
-DIVERSE = 6  # seeds of a scene where diversity is asked
+DIVERSE = 6  # seeds of a scene where diversity is measured
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHOWN = 6  # rows of a sheet
-# of the package, that a baseline is made of
+# folders of the packaged model that a baseline is built from
 PARTS = ("unet", "vae", "text_encoder", "image_encoder", "scheduler")
 # prompts (N, 3, S, S), texts, scale -> results (N, 3, S, S)
 Generate = Callable[[Tensor, Sequence[str], float], Tensor]
@@ -60,12 +59,13 @@ Measured = dict[str, Tensor]  # name -> a value a picture (N,), or a vector (N, 
 
 @dataclass
 class Table:
-    """Rows of intervals under named columns, with confidence intervals."""
+    """A table whose cells are numbers, texts, or values with their confidence intervals."""
 
     columns: list[str]
     rows: dict[str, list[Interval | float | str]] = field(default_factory=dict)
 
     def markdown(self) -> str:
+        """Write the table in Markdown."""
         return markdown_table(
             self.columns,
             {name: [shown(cell) for cell in cells] for name, cells in self.rows.items()},
@@ -73,6 +73,7 @@ class Table:
 
 
 def shown(cell: Interval | float | str) -> str:
+    """Format a cell: an interval as its value with the two ends, a number, or a text."""
     if isinstance(cell, str):
         return cell
     if not isinstance(cell, Interval):
@@ -86,20 +87,21 @@ def shown(cell: Interval | float | str) -> str:
 
 @dataclass
 class Claim:
-    """One row of the page: what the paper says, how it is asked here, what came out."""
+    """One claim of the paper: how it is tested here, and the results."""
 
     title: str
-    rule: str  # by which it holds
+    rule: str  # condition under which the claim holds
     tables: list[Table | str]
     pictures: tuple[str, ...] = ()  # names of files in SHEETS
     decides: Mapping[str, Interval] = field(default_factory=dict)  # differences
-    above: float = 0.0  # what their whole intervals are above if the claim holds
+    above: float = 0.0  # the claim holds if all these intervals are completely above this
     stated: str = ""  # the verdict where no interval decides
-    # names of what was drawn for it -> seconds that it took
+    # digests of the drawn results -> seconds that each took
     drawn: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
+        """Verdict by the intervals in `decides`: "yes", "no", "undecided" or "not measured"."""
         if self.stated or not self.decides:
             return self.stated or "not measured"
         if all(gap.low is not None and gap.low > self.above for gap in self.decides.values()):
@@ -112,7 +114,7 @@ class Claim:
 
 
 class Harness:
-    """Scenes as image prompts, everything that draws, and what is measured on what was drawn."""
+    """Scenes as image prompts, with functions that draw results and measure them."""
 
     def __init__(self, world: World) -> None:
         self.world = replace(world, device="cpu")
@@ -138,11 +140,12 @@ class Harness:
 
     @cached_property
     def base(self) -> Base:
+        """The frozen base model and image encoder, for the baselines."""
         return Base(self.world)
 
     @cached_property
     def of_prompts(self) -> Measured:
-        """What is measured on the prompts themselves, for results to be compared with."""
+        """Measures of the prompts themselves, which results are compared with."""
         return {
             "image": embed_pictures(self.pictures),
             "caption": embed_texts(self.captions),
@@ -151,8 +154,12 @@ class Harness:
         }
 
     def shipped(self, name: str, style: Path | None = None, maps: Tensor | None = None) -> Generate:
-        """By the packaged parts; maps (N, 3, S, S): outlines to hold."""
-        opened = cache(lambda: Sampler(style, name))  # not for cached samples
+        """Return a function that draws results with the packaged adapter called `name`.
+
+        style  folder of a LoRA that the base draws in
+        maps   edge maps (N, 3, S, S) of the outlines that the ControlNet keeps
+        """
+        opened = cache(lambda: Sampler(style, name))  # loaded only if a sample is not cached
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
             def part_of(part: range) -> Tensor:
@@ -171,6 +178,7 @@ class Harness:
         return self.cached(draw, SHIPPED, name, style and style.name, maps)
 
     def baseline(self, name: str) -> Generate:
+        """Return a function that draws results with the trained baseline called `name`."""
         opened = cache(lambda: baselines.load(self.world, self.base, name))
 
         def draw(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
@@ -198,8 +206,10 @@ class Harness:
         )
 
     def cached(self, draw: Generate, *of: object) -> Generate:
-        """`draw`, its results as bytes in files that are named by the weights `of` which they come
-        and all else that decides.
+        """Wrap `draw` so that its results are stored in files as bytes.
+
+        A file is named by a digest of the weights `of` which the results depend and of all other
+        inputs.
         """
 
         def drawn(prompts: Tensor, texts: Sequence[str], scale: float) -> Tensor:
@@ -223,10 +233,11 @@ class Harness:
 
     @property
     def trained(self) -> list[str]:
+        """Names of the baselines that are trained in this world's folder."""
         return [name for name in BASELINES if baselines.file_of(self.world, name).exists()]
 
     def measure(self, made: Tensor) -> Measured:
-        """Against the prompts, and where a text named another glyph, against it."""
+        """Compare results (N, 3, S, S) with their prompts, and with the glyphs that texts named."""
         seen, named = embed_pictures(made), self.classifier.classify(made)
         prompts = self.of_prompts
         place = (middle(figure(made, self.scenes)) - prompts["middle"]).norm(dim=1)
@@ -250,19 +261,26 @@ class Harness:
         }
 
     def interval(self, values: Tensor) -> Interval:
+        """Return the mean with its bootstrap interval over scenes; NaN values are left out."""
         there = ~values.isnan()
         return bootstrap_interval(values[there], self.items[there])
 
     def apart(self, one: Tensor, other: Tensor) -> Interval:
+        """Return the mean difference of two measures with its interval; NaN values are left out."""
         there = ~(one.isnan() | other.isnan())
         return difference(one[there], self.items[there], other[there], self.items[there])
 
     def row(self, measured: Measured, names: Sequence[str]) -> list[Interval | float | str]:
+        """Return the intervals of the named measures, as a table's row."""
         return [self.interval(measured[name]) for name in names]
 
     def sheet(
         self, name: str, columns: Mapping[str, Tensor], labels: Sequence[str] = ()
     ) -> tuple[str, ...]:
+        """Draw a contact sheet of the first scenes: the image prompt, then each column's results.
+
+        Returns the file's name in a tuple.
+        """
         rows = [
             (
                 labels[i] if labels else "",
@@ -288,7 +306,10 @@ FIDELITY = (
 
 
 def digest(*parts: object) -> str:
-    """Of numbers and texts, of tensors, of weights and configurations in files and folders."""
+    """Compute a digest of numbers, texts, tensors, and of weights and configurations in files.
+
+    A path is a file, or a folder whose .json and .safetensors files count.
+    """
     whole = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -305,10 +326,12 @@ def digest(*parts: object) -> str:
 
 
 def repeated(scenes: Scenes, times: int) -> Scenes:
+    """Repeat each scene `times` times in a row."""
     return scenes[torch.arange(len(scenes)).repeat_interleave(times)]
 
 
 def in_parts(draw: Callable[[range], Tensor], count: int, size: int = 32) -> Tensor:
+    """Draw `count` results in parts of at most `size`, and join them."""
     return torch.cat(
         [draw(range(start, min(start + size, count))) for start in range(0, count, size)]
     )

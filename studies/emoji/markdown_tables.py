@@ -1,4 +1,4 @@
-"""Markdown tables, and putting them between comments of a document, so that no number is typed."""
+"""Markdown tables, and filling them into documents, so that no number is typed."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,9 +8,9 @@ from imprompt.files import atomic_write
 
 
 def fill_sections(page: Path, sections: Mapping[str, str]) -> None:
-    """Put each section between `<!-- name -->` and `<!-- /name -->`.
+    """Replace the text between `<!-- name -->` and `<!-- /name -->` by each section.
 
-    A page without these comments is a ValueError.
+    Raises ValueError if a page lacks these comments.
     """
     text = page.read_text()
     for name, section in sections.items():
@@ -25,7 +25,7 @@ def fill_sections(page: Path, sections: Mapping[str, str]) -> None:
 
 
 def number_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Write numbers under the names of the first row's values, as Markdown."""
+    """Write numbers under the names of the first row's values, as a Markdown table."""
     columns = next(iter(rows.values()))
     return markdown_table(
         columns,
@@ -37,7 +37,7 @@ def number_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def markdown_table(columns: Iterable[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table in Markdown, its first column the rows' names."""
+    """Write a table in Markdown, its first column being the rows' names."""
     names = [*columns]
     body = [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return "\n".join([f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *body])

@@ -1,9 +1,8 @@
-"""What is measured on results whose scenes are known: colours, places and shapes by their factors,
-likeness by a metric encoder.
+"""Measures of results whose scenes are known: colours, places and shapes, and similarity.
 
-The metric encoder has a seed and a size of its own and never conditioned anything; the classifiers
-were trained apart. Shape letters: N pictures or scenes, S pixels a side, E width
-of an embedding.
+Colours, places and shapes are compared with the scenes' factors; a metric encoder measures
+similarity. It has a seed and a size of its own and never conditioned anything; the classifiers were
+trained separately. Shape letters: N pictures or scenes, S pixels a side, E width of an embedding.
 """
 
 from collections.abc import Sequence
@@ -25,24 +24,24 @@ from worlds.emoji.scenes import Scenes, background, to_image
 
 from .paths import GLYPH_CLASSIFIER, METRIC_ENCODER, STYLE_CLASSIFIER
 
-# of the mean error to another scene's background, under which a background's colour is right
+# a background's colour is right below this share of the mean error to another scene's
 RIGHT = 0.25
-FINE = 64  # what measures blur and widen is a share of a picture's side: whole numbers of its 64ths
+FINE = 64  # blurs and widenings are whole numbers of 64ths of a picture's side
 
 
 @cache
 def metric_encoder() -> MetricEncoder:
-    """Load the metric encoder: pictures and captions in one space of its own."""
+    """Load the metric encoder, which embeds pictures and captions in one space."""
     return open_clip(str(METRIC_ENCODER), "cpu")
 
 
 def embed_pictures(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) in [0, 1] -> the metric encoder's unit embeddings (N, E)."""
+    """Embed pictures (N, 3, S, S) in [0, 1] by the metric encoder, as unit vectors (N, E)."""
     return F.normalize(metric_encoder().images([to_image(picture) for picture in pictures]), dim=1)
 
 
 def embed_texts(texts: Sequence[str]) -> Tensor:
-    """N captions -> the metric encoder's unit embeddings (N, E)."""
+    """Embed N captions by the metric encoder, as unit vectors (N, E)."""
     encode = metric_encoder().texts
     assert encode is not None  # it is a whole CLIP
     return F.normalize(encode(texts), dim=1)
@@ -52,7 +51,7 @@ def embed_texts(texts: Sequence[str]) -> Tensor:
 class Classifier:
     """A classifier of pictures by seen glyph or by drawing style.
 
-    It was trained apart, on real scenes of one glyph, some of them blurred or noisy.
+    It was trained separately, on real scenes of one glyph, some of them blurred or noisy.
     """
 
     network: ResNetForImageClassification
@@ -65,22 +64,24 @@ class Classifier:
 
     @torch.no_grad()
     def classify(self, pictures: Tensor) -> Tensor:
-        """(N, 3, S, S) in [0, 1] -> the likeliest label, a seen glyph or a style (N,)"""
+        """Return each picture's most likely label (N,); pictures are (N, 3, S, S) in [0, 1].
+
+        A label is a seen glyph or a style.
+        """
         return torch.cat(
             [self.network(preprocess(part)).logits for part in pictures.split(64)]
         ).argmax(1)
 
 
 def in_style(pictures: Tensor, style: str) -> Tensor:
-    """Whether pictures (N, 3, S, S) are drawn in that style, as a classifier of styles sees it: 0
-    or 1 (N,).
-    """
+    """Return whether a classifier assigns pictures (N, 3, S, S) to a style: 0 or 1 (N,)."""
     classifier = Classifier.load(STYLE_CLASSIFIER)
     number = [*classifier.network.config.id2label.values()].index(style)
     return classifier.classify(pictures).eq(number).float()
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
+    """Stack N pictures into a tensor (N, 3, S, S) in [0, 1]."""
     return (
         torch.stack(
             [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
@@ -90,14 +91,15 @@ def to_tensor(images: list[Image.Image]) -> Tensor:
 
 
 def retrieval(found: Tensor, prompts: Tensor) -> Tensor:
-    """Whether a result's nearest prompt, of all, is its own. Embeddings (N, E) -> 0 or 1 (N,)."""
+    """Return whether each result's nearest prompt, of all, is its own: 0 or 1 (N,).
+
+    Both are given as embeddings (N, E).
+    """
     return (found @ prompts.T).argmax(1).eq(torch.arange(len(found))).float()
 
 
 def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """Along the edge of the picture, after a blur: what is there and the true background, (N, 3,
-    places).
-    """
+    """Return blurred pictures and true backgrounds along the picture's edge (N, 3, places)."""
     side = pictures.shape[-1]
     width, reach = 3 * side // FINE, 2 * side // FINE
     rim = torch.ones(side, side, dtype=torch.bool)
@@ -110,20 +112,27 @@ def rims(pictures: Tensor, scenes: Scenes) -> tuple[Tensor, Tensor]:
 
 
 def background_error(pictures: Tensor, scenes: Scenes) -> Tensor:
-    """Mean absolute difference, of 255, from the true background, place by place (N,)."""
+    """Return the mean absolute difference, of 255, from the true background along the edge (N,).
+
+    It is taken place by place.
+    """
     there, true = rims(pictures, scenes)
     return (there - true).abs().mean((1, 2)) * 255
 
 
 def colour_error(pictures: Tensor, scenes: Scenes) -> Tensor:
-    """The same of the mean colour: a pattern that lies otherwise is no error (N,)."""
+    """Return the difference, of 255, between the mean colours of edge and true background (N,).
+
+    A pattern that is shifted or turned does not count as an error.
+    """
     there, true = rims(pictures, scenes)
     return (there.mean(2) - true.mean(2)).abs().mean(1) * 255
 
 
 def outlines(pictures: Tensor) -> Tensor:
-    """Edge strength by place and direction, (N, 8·8·8) unit vectors: a histogram of oriented
-    gradients.
+    """Compute edge strengths by place and direction, as unit vectors (N, 8·8·8).
+
+    This is a histogram of oriented gradients.
     """
     grey = pictures.mean(1, keepdim=True)
     dx = F.pad(grey[..., 1:] - grey[..., :-1], (0, 1, 0, 0))
@@ -135,13 +144,13 @@ def outlines(pictures: Tensor) -> Tensor:
 
 
 def figure(pictures: Tensor, scenes: Scenes) -> Tensor:
-    """What differs from the colour along the picture's edge: (N, S, S) of 0 and 1."""
+    """Mark the pixels that differ from the colour along the edge: (N, S, S) of 0 and 1."""
     there, _ = rims(pictures, scenes)
     return ((pictures - there.median(2).values[:, :, None, None]).abs().amax(1) > 0.2).float()
 
 
 def middle(figures: Tensor) -> Tensor:
-    """The mean place of the figure's pixels, x and y in [-1, 1]: (N, 2)"""
+    """Return the mean place of a figure's pixels, x and y in [-1, 1]: (N, 2)."""
     line = (torch.arange(figures.shape[-1]) + 0.5) / figures.shape[-1] * 2 - 1
     total = figures.sum((1, 2)).clamp(min=1)
     return torch.stack(
@@ -150,14 +159,17 @@ def middle(figures: Tensor) -> Tensor:
 
 
 def iou(one: Tensor, other: Tensor) -> Tensor:
-    """Intersection over union of masks (N, S, S), per picture (N,)."""
+    """Return the intersection over union of masks (N, S, S), per picture (N,)."""
     return torch.minimum(one, other).sum((1, 2)) / torch.maximum(one, other).sum((1, 2)).clamp(
         min=1
     )
 
 
 def outline_iou(pictures: Tensor, maps: Tensor) -> Tensor:
-    """Of the pictures' own edges and the given ones, both widened by a 64th of a side (N,)."""
+    """Return the IoU of the pictures' own edges and the given ones (N,).
+
+    Both are widened by a 64th of a side.
+    """
     reach = pictures.shape[-1] // FINE
     there, given = (
         F.max_pool2d((x[:, 0] > 0.5).float(), 2 * reach + 1, 1, reach)
@@ -167,14 +179,15 @@ def outline_iou(pictures: Tensor, maps: Tensor) -> Tensor:
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
-    """Pearson's, over pictures, for each column (N, columns), and the columns' mean."""
+    """Return the Pearson correlation over pictures, averaged over columns; inputs (N, columns)."""
     a, b = (x - x.mean(0) for x in (one.flatten(1), other.flatten(1)))
     return round((F.cosine_similarity(a, b, dim=0)).mean().item(), 3)
 
 
 def bars(pictures: Tensor) -> Tensor:
-    """How much colour changes along x and along y in the picture's outer eighth (N, 2): what a
-    pattern is there.
+    """Return how much colour changes along x and along y in the picture's outer eighth (N, 2).
+
+    This describes a background's pattern.
     """
     band = pictures.shape[-1] // 8
     rim = torch.ones(pictures.shape[-2:], dtype=torch.bool)
@@ -186,5 +199,5 @@ def bars(pictures: Tensor) -> Tensor:
 
 
 def hue(pictures: Tensor, figures: Tensor) -> Tensor:
-    """The figure's mean colour (N, 3)."""
+    """Return the figure's mean colour (N, 3)."""
     return (pictures * figures[:, None]).sum((2, 3)) / figures.sum((1, 2)).clamp(min=1)[:, None]

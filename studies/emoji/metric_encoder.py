@@ -1,5 +1,6 @@
-"""The encoder that measures: a CLIP as the world's own, of another seed and size, which conditions
-nothing.
+"""The metric encoder: a CLIP like the world's own, of another seed and size.
+
+It only measures; it conditions nothing.
 """
 
 import shutil
@@ -16,7 +17,7 @@ NAME = "metric-encoder"
 
 
 def train(world: World) -> None:
-    """Train it, and keep it beside the code that measures with it, as float16."""
+    """Train the metric encoder, and save it as float16 into the studies' weights."""
     clip.train(world, NAME)
     folder = world.folder / NAME
     whole = CLIPModel.from_pretrained(folder / "whole", dtype=torch.float16)

@@ -1,8 +1,8 @@
-"""AdamW or Muon for adapters, the loss weighted to the figure or not: which learns more of the same
-samples, and in less time?
+"""Compare AdamW and Muon for adapters, with and without a loss weighted to the figure.
 
-Every way trains the plus adapter by its recipe from three seeds. Learning rates are chosen first,
-for each optimizer, on another seed. Writes a table and a figure for docs/training.md.
+The question is which way learns more from the same samples, and in less time. Every way trains the
+plus adapter by its recipe from three seeds. Learning rates are chosen first, for each optimizer, on
+another seed. Writes a table and a figure for docs/training.md.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,16 +35,16 @@ FIGURE = REPORTS / "training" / "optimizers.png"
 
 
 class Curve(NamedTuple):
-    """Held-out losses, unweighted, with the samples and the seconds of training before each."""
+    """Held-out losses, unweighted, with the samples and seconds of training before each."""
 
     samples: list[float]
     seconds: list[float]
     losses: list[float]
 
     def reaches(self, loss: float) -> tuple[float, float] | None:
-        """After how many samples and seconds the loss is first as low, interpolated.
+        """Return the interpolated samples and seconds after which the loss first falls to `loss`.
 
-        None if it never is.
+        None if it never does.
         """
         before = (0.0, 0.0, float("inf"))
         for now in zip(*self, strict=True):
@@ -58,7 +58,7 @@ class Curve(NamedTuple):
 
 
 def run(world: World, optimizer: str, rate: float, weight: float, seed: int) -> Path:
-    """Train, or go on, or find what was trained; the run's folder."""
+    """Return the folder of a run with these settings; first train or resume it if needed."""
     steps = min(STEPS, world.most or STEPS)
     output = world.folder / "optimizers" / f"{optimizer}-{rate:g}-{weight:g}-{seed}-{steps}"
     changes = [
@@ -80,7 +80,7 @@ def run(world: World, optimizer: str, rate: float, weight: float, seed: int) -> 
 
 
 def curve(world: World, folder: Path, step_seconds: float = 0.0) -> Curve:
-    """What a run's log says, its seconds as if every step had taken so many."""
+    """Read a run's log; its seconds are computed as if every step took `step_seconds`."""
     batch = read_recipe(
         RECIPES / f"emoji-{VARIANT}.toml", recipe_changes(world, VARIANT)
     ).optimization.batch_size
@@ -94,8 +94,9 @@ def curve(world: World, folder: Path, step_seconds: float = 0.0) -> Curve:
 
 
 def quickest(folders: Iterable[Path]) -> float:
-    """Seconds a step where the runs' logs show the least: what other work on the machine added is
-    left out.
+    """Return the shortest time of a step, in seconds, in the runs' logs.
+
+    This leaves out the delays by other work on the machine.
     """
     return min(
         row["step_seconds"]
@@ -106,7 +107,7 @@ def quickest(folders: Iterable[Path]) -> float:
 
 
 def measured(world: World, folder: Path) -> dict[str, torch.Tensor]:
-    """What results take from their prompts, by picture (N,)."""
+    """Measure what results take from their prompts, by picture (N,)."""
     glyphs, generator = world.glyphs(), world.generator(47)
     scenes = SETS["core glyphs, new compositions"].scenes(glyphs, SCENES, generator)
     pipe = ImagePromptPipeline.from_pretrained(
@@ -117,7 +118,7 @@ def measured(world: World, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def best_rate(world: World, optimizer: str) -> float:
-    """The learning rate of the lowest held-out loss, of those tried on a seed of their own."""
+    """Return the learning rate with the lowest held-out loss, of those tried on a separate seed."""
     losses = {
         rate: curve(world, run(world, optimizer, rate, 0.0, 0)).losses[-1]
         for rate in RATES[optimizer]
@@ -127,6 +128,7 @@ def best_rate(world: World, optimizer: str) -> float:
 
 
 def compare(world: World) -> None:
+    """Run all ways; print their results, and write the table and the figure."""
     rates = {optimizer: best_rate(world, optimizer) for optimizer in RATES}
     ways = {
         f"{optimizer}, {rate:g}{words}": [
@@ -139,7 +141,7 @@ def compare(world: World) -> None:
         name: [curve(world, folder, quickest(folders)) for folder in folders]
         for name, folders in ways.items()
     }
-    # what the first way reaches from every seed
+    # the loss that the first way reaches from every seed
     goal = max(one.losses[-1] for one in curves[next(iter(curves))])
     rows = {}
     for name, folders in ways.items():
@@ -169,7 +171,7 @@ def compare(world: World) -> None:
 
 
 def draw(curves: Mapping[str, list[Curve]]) -> None:
-    """Held-out losses against samples and against seconds, a line for each run."""
+    """Draw held-out losses against samples and against seconds, a line for each run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")

@@ -1,8 +1,8 @@
-"""`python -m studies.emoji claims`: measure the paper's claims on this world, write
-docs/reports/claims.md and its contact sheets.
+"""Measure the paper's claims on this world: `python -m studies.emoji claims`.
 
-Everything that the shipped weights can say is measured anew; what needs the baselines is, where
-`python -m studies.emoji baselines` has trained them.
+Writes docs/reports/claims.md and its contact sheets. All measurements of the shipped weights are
+repeated; those of the baselines are made where `python -m studies.emoji baselines` has trained
+them.
 """
 
 import os
@@ -39,7 +39,7 @@ from .harness import (
 from .paths import STUDIES
 from .sampler import GUIDANCE
 
-NOTES = STUDIES / "notes.toml"  # what a person says of a result, by its number and verdict
+NOTES = STUDIES / "notes.toml"  # a person's comments on results, by number and verdict
 HEAD = """# The paper's claims, measured
 
 IP-Adapter (arXiv 2308.06721) makes nine claims that can be asked of any base model. Here they are
@@ -86,6 +86,10 @@ BOLD = ("no", "undecided")
 
 
 def page(harness: Harness, claims: Sequence[Claim], budget: str) -> str:
+    """Write the page's Markdown from the measured claims.
+
+    budget  what was drawn, how, and in what time
+    """
     notes = tomllib.loads(NOTES.read_text())
     parts = []
     for number, claim in enumerate(claims, 1):
@@ -121,14 +125,15 @@ def page(harness: Harness, claims: Sequence[Claim], budget: str) -> str:
 
 
 def anchor(number: int, claim: Claim) -> str:
-    """As GitHub makes it of the heading."""
+    """Return the anchor that GitHub derives from a claim's heading."""
     words = f"{number}. {claim.title}: {claim.verdict}".lower()
     return re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
 
 
 def measure_all(world: World) -> None:
-    """Measure every claim and write the page, on processes of one thread: more threads help models
-    this small little.
+    """Measure every claim and write the page.
+
+    Claims run in processes of one thread: more threads hardly speed up models this small.
     """
     harness, count = Harness(world), torch.get_num_threads()
     with ProcessPoolExecutor(count, get_context("spawn"), settle) as pool:
@@ -150,8 +155,9 @@ def measure_all(world: World) -> None:
 
 
 def settle() -> None:
-    """In a process of the pool: one thread for the work, and one that ends it with its parent,
-    however that ends.
+    """Set up a process of the pool: one thread for the work, and one that watches its parent.
+
+    The process ends when its parent ends, in whatever way that happens.
     """
 
     def follow() -> None:
@@ -165,6 +171,7 @@ def settle() -> None:
 
 
 def measured(world: World, claim: Callable[[Harness], Claim]) -> Claim:
+    """Measure one claim, print its tables, and return it with its drawing times."""
     started = time.monotonic()
     harness = Harness(world)
     found = replace(claim(harness), drawn=harness.drawn)
@@ -179,9 +186,7 @@ def measured(world: World, claim: Callable[[Harness], Claim]) -> Claim:
 
 
 def rulers(harness: Harness) -> Table:
-    """What the measures say of real pictures: the prompts themselves, the same scenes drawn again,
-    another's.
-    """
+    """Measure real pictures: the scenes drawn again and slightly moved, and other scenes."""
     again = moved(harness.scenes, harness.world.generator(102))
     table = Table(list(FIDELITY))
     for name, scenes in (

@@ -1,4 +1,4 @@
-"""Where the studies keep what measures, and where their reports go."""
+"""Folders of the measuring models, the held-out set and the reports."""
 
 from pathlib import Path
 
@@ -10,4 +10,4 @@ GLYPH_CLASSIFIER = WEIGHTS / "glyph-classifier"
 STYLE_CLASSIFIER = WEIGHTS / "style-classifier"
 HELD_OUT = STUDIES / "held-out"
 DOCS = ROOT / "docs"
-REPORTS = DOCS / "reports"  # what commands write whole
+REPORTS = DOCS / "reports"  # files that commands write completely

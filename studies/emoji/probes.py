@@ -1,9 +1,8 @@
-"""What the image encoder's features hold of a picture: linear probes of its embedding and of its
-patch grid.
+"""Linear probes of the image encoder's embedding and patch grid: what they hold of a picture.
 
-A probe is a ridge regression on features of new scenes, so that it shows what an adapter's linear
-layers can find. Glyphs that no training has seen are asked for too: from some of their scenes a
-probe learns to name them in others. Shape letters: N scenes, D width of a feature.
+A probe is a ridge regression on features of new scenes, so it shows what an adapter's linear layers
+can find. Glyphs that no training has seen are tested too: a probe is fitted to some of their scenes
+and names them in others. Shape letters: N scenes, D width of a feature.
 """
 
 from collections.abc import Callable
@@ -25,14 +24,15 @@ from worlds.emoji.train_utils import World
 from .markdown_tables import fill_sections, markdown_table
 
 FEATURES = {"embedding": "pooled", "grid": "penultimate"}
-TRAIN, TEST = 3000, 600  # scenes a probe learns from, and is asked on
-RIDGE = 1e-2  # of the features' mean square
+TRAIN, TEST = 3000, 600  # scenes that a probe is fitted to, and tested on
+RIDGE = 1e-2  # as a share of the features' mean square
 SHAPE = 8  # places a side of a figure's shape
 
 
 def ridge(features: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
-    """Targets (N, K) of features (N, D), as a linear function of them gives those of `asked` (M,
-    D): (M, K).
+    """Fit targets (N, K) to features (N, D), and predict those of `asked` (M, D): (M, K).
+
+    The fit is a linear function with a ridge penalty.
     """
     mean, level = features.mean(0), targets.mean(0)
     x, y, z = features - mean, targets - level, asked - mean
@@ -42,22 +42,23 @@ def ridge(features: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
 
 
 def explained(found: Tensor, true: Tensor) -> float:
-    """The share of the targets' variance that is explained (R²)."""
+    """Return the share of the targets' variance that is explained (R²)."""
     return 1 - ((found - true).square().sum() / (true - true.mean(0)).square().sum()).item()
 
 
 def named(found: Tensor, true: Tensor) -> float:
-    """How often the largest is the right one."""
+    """Return how often the largest value is the right one."""
     return found.argmax(1).eq(true.argmax(1)).float().mean().item()
 
 
 def one_hot(labels: Tensor) -> Tensor:
+    """Convert labels (N,) to one-hot vectors, one column for each label that occurs."""
     _, places = labels.unique(return_inverse=True)
     return F.one_hot(places).float()
 
 
 def shapes(scenes: Scenes, glyphs: Glyphs, side: int) -> Tensor:
-    """How much of each of SHAPE² places the figure covers (N, SHAPE²)."""
+    """Return how much of each of SHAPE² places the figure covers (N, SHAPE²)."""
     return torch.cat(
         [
             F.adaptive_avg_pool2d(figures(part, glyphs, side), SHAPE).flatten(1)
@@ -68,16 +69,17 @@ def shapes(scenes: Scenes, glyphs: Glyphs, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Reader:
-    """The shipped image encoder, of pictures of this side."""
+    """The shipped image encoder, for pictures with this number of pixels a side."""
 
     side: int
 
     @cached_property
     def encoder(self) -> VisionEncoder:
+        """The encoder, loaded on first use in float32 on the CPU."""
         return open_encoder(Location(str(SHIPPED / "image_encoder")), "cpu", torch.float32)
 
     def read(self, scenes: Scenes, glyphs: Glyphs) -> dict[str, Tensor]:
-        """Scenes as drawn -> each feature of them (N, D)."""
+        """Draw scenes and return each of their features (N, D)."""
         images = [
             to_image(picture)
             for part in scenes.split(50)
@@ -95,12 +97,12 @@ class Reader:
 
 
 def answer(features: Tensor, targets: Tensor, score: Callable[[Tensor, Tensor], float]) -> str:
-    """How well a probe of the first `TRAIN` scenes predicts the targets of the others."""
+    """Return as text how well a probe of the first `TRAIN` scenes predicts the others' targets."""
     value = score(ridge(features[:TRAIN], targets[:TRAIN], features[TRAIN:]), targets[TRAIN:])
     return f"{value:.1%}" if score is named else f"{value:.3f}"
 
 
-# What is asked of scenes of one glyph: its targets (N, K), and how well they were found.
+# Questions about scenes of one glyph: a function for the targets (N, K), and one for the score.
 ASKED: dict[
     str, tuple[Callable[[Scenes, Glyphs, int], Tensor], Callable[[Tensor, Tensor], float]]
 ] = {
@@ -113,8 +115,9 @@ ASKED: dict[
 
 
 def of_glyphs(world: World, reader: Reader, seen: bool) -> dict[str, list[str]]:
-    """For each feature, an answer for each of `ASKED`, of scenes of one glyph on one colour or two
-    without a pattern.
+    """Return, for each feature, an answer to each question in `ASKED`.
+
+    The scenes have one glyph on one colour, without a pattern.
     """
     glyphs = world.glyphs()
     scenes = sample_scenes(
@@ -131,7 +134,7 @@ def of_glyphs(world: World, reader: Reader, seen: bool) -> dict[str, list[str]]:
 
 
 def of_styles(world: World, reader: Reader) -> dict[str, str]:
-    """For each feature, how often it names a scene's drawing style."""
+    """Return, for each feature, how often it identifies a scene's drawing style."""
     styles = [world.glyphs(style) for style in ENCODED]
     share = (TRAIN + TEST) // len(styles)
     drawn = [
@@ -148,6 +151,7 @@ def of_styles(world: World, reader: Reader) -> dict[str, str]:
 
 
 def probe(world: World) -> None:
+    """Measure all probes, print their table and write it into the model card."""
     world = replace(world, device="cpu")
     reader = Reader(world.side)
     rows = {

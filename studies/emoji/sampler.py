@@ -1,5 +1,4 @@
-"""The shipped parts at work together: `Sampler` samples many prompts at once in diffusers' own
-pipelines.
+"""The shipped parts together: `Sampler` samples many prompts at once in diffusers' own pipelines.
 
 Shape letters: N pictures, S pixels a side.
 """
@@ -37,9 +36,9 @@ class Condition(NamedTuple):
 
 
 class Sampler:
-    """A base in diffusers' own pipelines with the shipped adapter attached.
+    """A base in diffusers' own pipelines with a shipped adapter attached.
 
-    Of another drawing style if `style` is given.
+    style  folder of a LoRA that fine-tunes the base to another drawing style
     """
 
     def __init__(self, style: Path | None = None, adapter: str = FRONT) -> None:
@@ -55,7 +54,7 @@ class Sampler:
 
     @cached_property
     def controlled(self) -> Any:
-        """diffusers' own ControlNet pipeline over the same components."""
+        """The ControlNet pipeline of diffusers, over the same components."""
         net = ControlNetModel.from_pretrained(EDGES)
         pipe = StableDiffusionControlNetPipeline(
             **self.pipe.components, controlnet=net, requires_safety_checker=False
@@ -64,6 +63,7 @@ class Sampler:
         return pipe
 
     def prompt(self, condition: Condition) -> ImagePrompt:
+        """Encode a condition's pictures and build the adapter's image prompt."""
         images, feature = (
             [to_image(picture) for picture in condition.pictures],
             self.file.variant.feature,
@@ -82,8 +82,9 @@ class Sampler:
         seed: int = 0,
         steps: int = STEPS,
     ) -> Tensor:
-        """`count` results (N, 3, S, S); result i has seed + i. maps (N, 3, S, S): outlines to
-        hold.
+        """Sample `count` results (N, 3, S, S); result i has seed + i.
+
+        maps  edge maps (N, 3, S, S) of the outlines that the ControlNet keeps
         """
         pipe = self.pipe if maps is None else self.controlled
         prompts = (

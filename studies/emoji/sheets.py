@@ -1,4 +1,4 @@
-"""Contact sheets, and curves."""
+"""Contact sheets and curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +18,9 @@ LABEL = 20  # pixels of a line of labels
 def draw_sheet(
     path: Path, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Tensor]]]
 ) -> None:
-    """Cells in rows under their columns' labels, each row with a label of its own beneath it if
-    there is one.
+    """Draw pictures in rows under their columns' labels, and save the sheet.
+
+    A row's own label is drawn below it, if there is one.
     """
     font, pitch = ImageFont.load_default(12), CELL + 6
     head = font.font_variant(
@@ -41,7 +42,7 @@ def draw_sheet(
 
 
 def sheet(prompts: Tensor, made: Tensor, path: Path, pairs: int = 24, columns: int = 6) -> None:
-    """Prompt and result side by side."""
+    """Draw pairs of prompt and result side by side, and save the sheet."""
     cells = [
         to_image(torch.cat(pair, 2)) for pair in zip(prompts[:pairs], made[:pairs], strict=True)
     ]
@@ -54,7 +55,7 @@ def draw_curves(
     xs: Sequence[float],
     panels: Mapping[str, Mapping[str, Sequence[Interval]]],
 ) -> None:
-    """A panel for each measure, in it a line with its band of intervals for each method."""
+    """Draw a panel for each measure, with a line and its band of intervals for each method."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * len(panels), 3.2), layout="constrained")

@@ -1,5 +1,6 @@
-"""`python -m worlds.emoji STAGE --budget cpu|gpu`: from nothing to the shipped weights, a stage at
-a time.
+"""Make the packaged emoji model: `python -m worlds.emoji STAGE --budget cpu|gpu`.
+
+Its stages lead from nothing to the shipped weights.
 """
 
 from .stages import MAKING, main

@@ -1,6 +1,4 @@
-"""Stages between the trainings: put the model together as it ships, render the adapters' pictures,
-take the adapters in.
-"""
+"""Stages between the trainings: assemble the model, write the training set, ship the adapters."""
 
 import json
 import shutil
@@ -31,22 +29,22 @@ DEMO = {
     "demo-other.png": ("rocket", "yellow"),
     "demo-edges.png": ("butterfly", "white"),
 }
-# share of the scenes whose glyphs are of the core: what adapters learn of shapes they learn from
-# all
+# share of the scenes with core glyphs: adapters learn shapes from all glyphs
 CORE = 0.3
 LIMIT = 55e6  # bytes: the wheel has room for 60 MB
 
 
 def assemble(world: World) -> None:
-    """The base model and the image encoder as float16, in diffusers' folder layout: what the
-    adapters are trained on.
+    """Save the base model and the image encoder as float16, in diffusers' folder layout.
+
+    The adapters are trained on this model, and it ships with the package.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(world.folder / "base", dtype=torch.float16)
     encoder = CLIPVisionModelWithProjection.from_pretrained(
         world.folder / "clip" / "image_encoder", dtype=torch.float16
     )
     processor = CLIPImageProcessorPil.from_pretrained(world.folder / "clip" / "feature_extractor")
-    # its decoder may have been trained on since
+    # the decoder may have been trained further since the base was saved
     vae = AutoencoderKL.from_pretrained(world.folder / "vae", dtype=torch.float16)
     pipeline.register_modules(vae=vae, image_encoder=encoder, feature_extractor=processor)
     for part in (
@@ -67,9 +65,7 @@ def assemble(world: World) -> None:
 
 
 def draw_demo(world: World) -> None:
-    """The pictures that go into `imprompt demo`: two image prompts, and the edges of a third
-    scene.
-    """
+    """Draw the pictures of `imprompt demo`: two image prompts, and the edges of a third scene."""
     glyphs = world.glyphs()
     for name, (glyph, colour) in DEMO.items():
         picture = render(portrait(glyphs, glyph, colour), glyphs, world.side)
@@ -78,9 +74,10 @@ def draw_demo(world: World) -> None:
 
 
 def tidy(path: Path) -> None:
-    """No paths of the machine that made it.
+    """Remove the paths of this machine from a model's config.json.
 
-    And float32 as what plain `from_pretrained` gives, though stored as float16.
+    Also sets its dtype to float32, which plain `from_pretrained` gives, though the weights are
+    stored as float16.
     """
     facts = json.loads(path.read_text())
     facts.pop("_name_or_path", None)
@@ -90,7 +87,10 @@ def tidy(path: Path) -> None:
 
 
 def report(folder: Path) -> None:
-    """Sizes of what ships; an error if it is over the limit."""
+    """Print the sizes of the shipped files.
+
+    Ends the process with an error if their sum is over the limit.
+    """
     files = [path for path in folder.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     for path in sorted(files, key=lambda p: -p.stat().st_size)[:8]:
@@ -101,19 +101,19 @@ def report(folder: Path) -> None:
 
 
 def weights_in(path: Path) -> int:
-    """How many numbers a file of weights holds."""
+    """Count the numbers in a file of weights."""
     with safe_open(path, "pt") as file:
         names = file.keys()
         return sum(prod(file.get_slice(name).get_shape()) for name in names)
 
 
 def scenes(world: World) -> None:
-    """The adapters' training set."""
+    """Write the adapters' training set into the world's folder."""
     write_scenes(world, world.folder / "scenes", world["prompts"], 31)
 
 
 def write_scenes(world: World, folder: Path, count: int, salt: int) -> None:
-    """Pictures, masks of their figures and metadata.jsonl, as any user's folder would be."""
+    """Write pictures, masks of their figures and metadata.jsonl, as in a user's own folder."""
     glyphs = replace(world, device="cpu").glyphs()
     folder.mkdir(exist_ok=True)
     lines = []
@@ -146,7 +146,7 @@ def adapters(world: World) -> None:
 
 
 def recipe_changes(world: World, name: str) -> list[str]:
-    """A recipe's folders in this world's, and its steps where fewer are wanted."""
+    """Return the changes to a recipe: this world's folders, and its limit of steps if any."""
     steps = [] if world.most is None else [f"optimization.steps={world.most}", "data.held_out=16"]
     return [
         *steps,
@@ -157,7 +157,7 @@ def recipe_changes(world: World, name: str) -> list[str]:
 
 
 def ship(world: World) -> None:
-    """Take the trained adapters into the package, as float16."""
+    """Copy the trained adapters into the package, as float16."""
     for name in ADAPTERS:
         file = read_adapter(world.folder / f"adapter-{name}" / "latest")
         projection = {key: value.half() for key, value in file.projection.items()}

@@ -1,9 +1,9 @@
-"""Stage 2: a small CLIP, whose image encoder conditions the adapters and whose text encoder is the
-base's first.
+"""Stage 2: a small CLIP.
 
-It learns from scenes of several drawing styles, their glyphs of any size and in any place, for what
-an image prompt shows need not be as the base draws. Shape letters: N scenes, S pixels a side,
-P patches along a side of the encoder's grid.
+Its image encoder conditions the adapters, its text encoder is the base's first. It is trained on
+scenes of several drawing styles, their glyphs of any size and in any place, since an image prompt
+may differ from what the base draws. Shape letters: N scenes, S pixels a side, P patches along a
+side of the encoder's grid.
 """
 
 from dataclasses import replace
@@ -26,15 +26,16 @@ from .text import open_tokenizer, text_config
 from .train_utils import World, fit
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
-# pixels a side of what the embedding, and what each patch's feature, must hold of the picture
+# pixels a side that heads predict: of the picture from the embedding, of a patch from its feature
 THUMBNAIL, CELL = (16, 4)
-PICTURED = 50  # how much a squared error in them weighs
-CORE = 0.2  # share of the scenes whose glyphs are of the core
+PICTURED = 50  # weight of squared errors in these pixels
+CORE = 0.2  # share of the scenes with core glyphs
 
 
 def preprocess(pictures: Tensor, side: int | None = None) -> Tensor:
-    """(N, 3, S, S) in [0, 1] -> the input of an encoder of `side` pixels: what the saved image
-    processor does, for tensors.
+    """Resize pictures (N, 3, S, S) in [0, 1] to `side` pixels and normalise them for the encoder.
+
+    This does for tensors what the saved image processor does.
     """
     if side is not None and side != pictures.shape[-1]:
         pictures = F.interpolate(pictures, size=side, mode="bicubic", antialias=True).clamp(0, 1)
@@ -45,8 +46,9 @@ def preprocess(pictures: Tensor, side: int | None = None) -> Tensor:
 def whole(
     vision: CLIPVisionModelWithProjection, text: CLIPTextModelWithProjection, log_scale: float
 ) -> CLIPModel:
-    """The two towers as one CLIP, as other programs read it. `log_scale`: the logarithm of the
-    likeness's factor in training.
+    """Join the two towers to one CLIP, the format that other programs read.
+
+    log_scale  logarithm of the factor that similarities are multiplied by in training
     """
     width = vision.config.projection_dim
     clip = CLIPModel(
@@ -63,7 +65,7 @@ def whole(
 
 
 def loosened(scenes: Scenes, generator: torch.Generator) -> Scenes:
-    """The same scenes, half of them with their glyphs smaller or larger and elsewhere."""
+    """Change the size and place of the glyphs in half of the scenes, at random."""
     n, slots = scenes.size.shape
     keep = torch.rand(n, generator=generator) < 0.5
     size = scenes.size * (0.5 + 0.7 * torch.rand(n, slots, generator=generator))
@@ -76,14 +78,15 @@ def loosened(scenes: Scenes, generator: torch.Generator) -> Scenes:
 
 
 def shares(scenes: Scenes, seen: int) -> Tensor:
-    """Which glyphs a scene shows, as shares of one (N, seen)."""
+    """Return which glyphs each scene shows, as shares that sum to one (N, seen)."""
     shown = torch.zeros(len(scenes), seen + 1).scatter_(1, scenes.glyph % (seen + 1), 1.0)[:, :seen]
     return shown / shown.sum(1, keepdim=True)
 
 
 def heads_for(world: World, name: str, glyphs: Glyphs) -> nn.ModuleDict:
-    """Heads for training only, which bring identity, palette, place and shape into the embedding
-    and into the grid.
+    """Build heads for training only.
+
+    They bring identity, palette, place and shape into the embedding and into the grid.
     """
     plan = world[name]
     return nn.ModuleDict(
@@ -96,15 +99,13 @@ def heads_for(world: World, name: str, glyphs: Glyphs) -> nn.ModuleDict:
 
 
 def cells(pictures: Tensor, patches: int) -> Tensor:
-    """Pictures (N, C, S, S) -> for each of the patches² patches, in order, its CELL² pixels: (N,
-    patches², C · CELL²).
-    """
+    """Reduce pictures (N, C, S, S) to CELL² pixels of each patch, in order: (N, P², C · CELL²)."""
     small = F.adaptive_avg_pool2d(pictures, patches * CELL)
     return F.unfold(small, CELL, stride=CELL).transpose(1, 2)
 
 
 def train(world: World, name: str = "clip") -> None:
-    """Train the CLIP whose sizes the budget has under that name, into the world's folder."""
+    """Train the CLIP whose sizes the budget has under `name`; save it into the world's folder."""
     torch.manual_seed(world.seed)
     plan = world[name]
     styles = [world.glyphs(style) for style in ENCODED]
@@ -192,8 +193,9 @@ def train(world: World, name: str = "clip") -> None:
 def retrieval(
     world: World, vision: CLIPVisionModelWithProjection, glyphs: Glyphs, *, seen: bool
 ) -> float:
-    """How often a scene with noise (sigma 0.1) is nearest to itself among 256: does the embedding
-    distinguish scenes?
+    """Return how often a scene with noise (sigma 0.1) is nearest to itself among 256 scenes.
+
+    This shows whether the embedding distinguishes scenes.
     """
     generator = world.generator(12, seen)
     pictures = render(

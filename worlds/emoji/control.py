@@ -1,8 +1,8 @@
-"""An edge-map ControlNet for the world's base: the outline is given, the rest stays free (Zhang et
-al. 2023, arXiv 2302.05543).
+"""An edge-map ControlNet for the world's base (Zhang et al. 2023, arXiv 2302.05543).
 
-The base is frozen and no image-prompt adapter takes part: what the two do together was never
-trained. Shape letters: N scenes, S pixels a side, C channels of a latent, h latent pixels a side.
+An edge map gives the outline, all else stays free. The base is frozen and no image-prompt adapter
+takes part: the two are never trained together. Shape letters: N scenes, S pixels a side, C channels
+of a latent, h latent pixels a side, T tokens of a text, D width of a text state.
 """
 
 from typing import Any
@@ -21,12 +21,12 @@ from .unet import NoisyBatch, loss, sample_batch
 
 EDGES = SHIPPED / "controlnets" / "edges"
 TEXT_DROP = 0.5  # half of the samples have no text, so that it works with an image prompt alone
-# channels of the map's own convolutions, as many as the autoencoder has levels
+# channels of the map's own convolutions, one for each level of the autoencoder
 EMBEDDING = (16, 32, 48, 64)
 
 
 class FrozenBase:
-    """The base model as a teacher of additions to it, and the samples that they learn from."""
+    """The frozen base model, which additions to it are trained with, and their samples."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -34,13 +34,14 @@ class FrozenBase:
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).to(world.device)
         if world.device == "cpu":
-            self.pipe.unet.set_attn_processor(AttnProcessor())  # see unet.py
+            self.pipe.unet.set_attn_processor(AttnProcessor())  # faster for attention this small
 
     def sample_batch(
         self, pool: Pool, count: int, generator: torch.Generator, drop: float, power: float = 1.0
     ) -> tuple[NoisyBatch, Tensor]:
-        """Samples of the pool, and their captions' text states (N, T, D), a share `drop` of which
-        is of no text.
+        """Draw samples of the pool, and their captions' text states (N, T, D).
+
+        A share `drop` of the captions is empty.
         """
         batch = sample_batch(
             self.world,
@@ -57,9 +58,11 @@ class FrozenBase:
 
 
 def build(base: FrozenBase) -> ControlNetModel:
-    """The encoder half of the base, copied. What the map passes starts as large as what comes in:
-    the zero convolutions behind it start at nothing, and eight convolutions as they are by
-    default would leave nothing of the map.
+    """Copy the encoder half of the base as a ControlNet.
+
+    The map's own convolutions keep the scale of their input: with the default initialisation, eight
+    of them would leave almost nothing of the map, and the zero convolutions after them start at
+    zero.
     """
     net = ControlNetModel.from_unet(
         base.pipe.unet, conditioning_embedding_out_channels=EMBEDDING
@@ -73,13 +76,14 @@ def build(base: FrozenBase) -> ControlNetModel:
 
 
 def train(world: World) -> None:
+    """Train the ControlNet on edge maps of the pool's scenes, and save it into the package."""
     torch.manual_seed(world.seed + 5)
     plan, base, pool = world["control"], FrozenBase(world), open_pool(world)
     net = build(base)
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
-        # Noisier timesteps more often: where a shape lies is decided while there is most noise.
+        # noisier timesteps more often: the place of a shape is decided at high noise
         batch, text = base.sample_batch(
             pool, here, world.generator(61, step, rank()[0]), TEXT_DROP, power=2.0
         )

@@ -1,22 +1,23 @@
-"""Edge maps: what an outline is, for the ControlNet and for measures. Shape letters: N pictures, S
-pixels a side.
+"""Edge maps: outlines for the ControlNet and for measures.
+
+Shape letters: N pictures, S pixels a side.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# gradient (of 1) below which there is no edge, and above which an edge is full
+# gradients (of 1): below the first there is no edge, above the second an edge is fully white
 WEAK, STRONG = (0.06, 0.30)
 SOBEL = ((1.0, 2.0, 1.0), (-1.0, 0.0, 1.0))  # smoothing across, difference along
 
 
 def edges(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) in [0, 1] -> edge maps (N, 3, S, S) in [0, 1], white on black, three
-    equal channels.
+    """Compute edge maps (N, 3, S, S) in [0, 1] of pictures (N, 3, S, S) in [0, 1].
 
-    The Sobel gradient of each colour (a red edge on a green of the same grey is an edge), the
-    strongest of the three, softly thresholded.
+    Edges are white on black, in three equal channels: the Sobel gradient of each colour, the
+    strongest of the three, softly thresholded. So a red edge on a green of the same grey is an
+    edge.
     """
     smooth, slope = pictures.new_tensor(SOBEL)
     kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None] / 4

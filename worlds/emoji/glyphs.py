@@ -1,8 +1,7 @@
-"""Glyphs: emoji drawn once into an atlas, in one of several drawing styles, with their English
-names and splits.
+"""Glyphs: emoji drawn once into an atlas, in one of several drawing styles, with names and splits.
 
-The drawings are SVGs of npm packages (`package.json`): `npm install --prefix worlds/emoji` brings
-them.
+The drawings are SVGs of npm packages (`package.json`), installed with `npm install --prefix
+worlds/emoji`.
 """
 
 import io
@@ -23,10 +22,10 @@ PACKS = HERE / "node_modules" / "@iconify-json"
 
 
 class DrawingStyle(NamedTuple):
-    """Who drew a style."""
+    """The source of a drawing style."""
 
-    package: str  # of npm, under @iconify-json
-    backed: bool = False  # lines alone, that need paper behind them
+    package: str  # npm package under @iconify-json
+    backed: bool = False  # whether it is lines alone, which need paper behind them
 
 
 STYLES = {
@@ -38,18 +37,17 @@ STYLES = {
 }
 OWN = "noto"  # what the base draws
 ENCODED = ("noto", "blobs", "twemoji", "flat")  # what image encoders see
-CUSTOM = ("flat", "lines")  # what the base is fine-tuned to; no adapter ever sees them
-PAPER = 0.04  # how far it reaches beyond lines, as a share of the picture's side
+CUSTOM = ("flat", "lines")  # what the base is fine-tuned to; no adapter is trained on them
+PAPER = 0.04  # how far paper extends beyond lines, as a share of the picture's side
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Names and pictures.
+    """Names and pictures of glyphs.
 
-    `atlas` is (glyphs, 4, side, side) in [0, 1], premultiplied RGB and alpha.
-
-    The first `core` glyphs are drawn more often in training, the first `seen` are for training, the
-    rest are held out.
+    `atlas` is (glyphs, 4, side, side) in [0, 1], premultiplied RGB and alpha. The first `core`
+    glyphs are drawn more often in training, the first `seen` are for training, the rest are held
+    out.
     """
 
     names: tuple[str, ...]
@@ -58,24 +56,29 @@ class Glyphs:
     core: int = 0
 
     def ids(self, *, seen: bool) -> range:
+        """Return the indices of the glyphs for training, or of the held-out ones."""
         return range(self.seen) if seen else range(self.seen, len(self.names))
 
 
 @cache
 def lists() -> dict[str, list[str]]:
-    """The names in `glyphs.toml`: core, more, held_out."""
+    """Read the names in `glyphs.toml`: core, more, held_out."""
     return {
         key: text.split() for key, text in tomllib.loads((HERE / "glyphs.toml").read_text()).items()
     }
 
 
 def english_name(slug: str) -> str:
+    """Return a slug's words, separated by spaces."""
     return slug.replace("-", " ")
 
 
 @cache
 def pack(package: str) -> dict[str, Any]:
-    """The drawings of a package."""
+    """Read the drawings of a package.
+
+    Ends the process with an error if the package is not installed.
+    """
     path = PACKS / package / "icons.json"
     if not path.exists():
         raise SystemExit(f"no drawings at {path}; run: npm install --prefix worlds/emoji")
@@ -83,7 +86,7 @@ def pack(package: str) -> dict[str, Any]:
 
 
 def svg(style: str, slug: str, side: int) -> str | None:
-    """One drawing as SVG, or None if the style has none of that name."""
+    """Return one drawing as SVG, or None if the style does not have the glyph."""
     drawings = pack(STYLES[style].package)
     icon = drawings["icons"].get(drawings.get("aliases", {}).get(slug, {}).get("parent", slug))
     if icon is None:
@@ -100,7 +103,7 @@ def svg(style: str, slug: str, side: int) -> str | None:
 
 
 def draw(style: str, slug: str, side: int) -> Image.Image | None:
-    """One glyph (side × side, RGBA), cropped to its ink and centred on a square.
+    """Draw one glyph (side × side, RGBA), cropped to its visible part and centred on a square.
 
     None if the style does not have it.
     """
@@ -123,7 +126,7 @@ def draw(style: str, slug: str, side: int) -> Image.Image | None:
 
 
 def backed(picture: Image.Image) -> Image.Image:
-    """Lines on white paper (RGBA): paper is whatever they enclose, and a rim around them."""
+    """Put white paper behind lines (RGBA): on all that they enclose, and on a rim around them."""
     rim = 2 * round(PAPER * picture.width) + 1
     canvas = ImageOps.expand(picture, rim)
     inked = (
@@ -139,7 +142,7 @@ def backed(picture: Image.Image) -> Image.Image:
 
 
 def premultiplied(picture: Image.Image) -> Tensor:
-    """An RGBA picture -> (4, S, S) in [0, 1]"""
+    """Convert an RGBA picture to premultiplied values (4, S, S) in [0, 1]."""
     rgba = np.asarray(picture, np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     return torch.from_numpy(rgba).permute(2, 0, 1)
@@ -148,7 +151,8 @@ def premultiplied(picture: Image.Image) -> Tensor:
 def load_glyphs(style: str, side: int) -> Glyphs:
     """Draw all glyphs of one style at `side` pixels.
 
-    What a style does not have is drawn as the world's own style has it.
+    A glyph that the style does not have is drawn in the world's own style. Ends the process with an
+    error if that does not have it either.
     """
     groups = lists()
     slugs = groups["core"] + groups["more"] + groups["held_out"]

@@ -1,5 +1,4 @@
-"""Stage: a pool of scenes whose latents are encoded once, for all that trains on the base's
-latents.
+"""Stage "pool": scenes whose latents are encoded once, for all that trains on the base's latents.
 
 Encoding a scene costs about as much as a training step on it. Shape letters: N scenes, C channels
 of a latent, h latent pixels a side, S pixels a side.
@@ -21,15 +20,16 @@ from .scenes import Scenes, captions, figures, render, sample_scenes
 from .train_utils import World, rank
 
 CHUNK = 4000  # scenes a file
-# pictures that are encoded together: 50 take three times as long each on a CPU, whose cache they
-# leave
+# pictures encoded together: 50 no longer fit a CPU's cache, and take three times as long each
 AT_ONCE = 10
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Scenes, their latents (N, C, h, h) scaled for the base, and how much of each latent pixel is
-    figure (N, 1, h, h).
+    """Scenes with their encoded latents.
+
+    `latents` (N, C, h, h) are scaled for the base; `figures` (N, 1, h, h) is the share of each
+    latent pixel that a figure covers.
     """
 
     glyphs: Glyphs
@@ -41,11 +41,11 @@ class Pool:
         return len(self.latents)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` of the scenes by number (count,)"""
+        """Draw the indices of `count` random scenes (count,)."""
         return torch.randint(len(self), (count,), generator=generator)
 
     def captions(self, index: Tensor, drop: float, generator: torch.Generator) -> list[str]:
-        """Captions of scenes by number, a share `drop` of which is empty."""
+        """Write captions of the scenes at `index`, a random share `drop` of them empty."""
         words = captions(self.scenes[index], self.glyphs, generator)
         dropped = (torch.rand(len(index), generator=generator) < drop).tolist()
         return ["" if gone else word for gone, word in zip(dropped, words, strict=True)]
@@ -53,21 +53,21 @@ class Pool:
 
 @torch.no_grad()
 def latents_of(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) in [0, 1] -> latents (N, C, h, h)."""
+    """Encode pictures (N, 3, S, S) in [0, 1] to latents (N, C, h, h)."""
     with torch.autocast(pictures.device.type, torch.bfloat16, enabled=bf16_is_fast()):
         modes = [vae.encode(part * 2 - 1).latent_dist.mode() for part in pictures.split(AT_ONCE)]
     return torch.cat(modes).float() * vae.config.scaling_factor
 
 
 def fill_pool(world: World, style: str = OWN) -> None:
-    """Draw and encode what the pool of that style lacks yet, this process's part of it.
+    """Draw and encode the scenes that the pool of a drawing style does not have yet.
 
-    A stopped run goes on.
+    Each process encodes its part of the files. An interrupted run continues with the missing files.
     """
     glyphs = world.glyphs(style)
     vae = AutoencoderKL.from_pretrained(world.folder / "vae").to(world.device)
     shrink = 2 ** (len(vae.config.block_out_channels) - 1)
-    # fewer steps learn from another style's
+    # fewer training steps use the pools of the other styles
     count = world["pool"] if style == OWN else world["pool"] // 2
     chunk = min(CHUNK, count)
     for number in range(rank()[0] * chunk, count, rank()[1] * chunk):
@@ -100,7 +100,7 @@ def fill_pool(world: World, style: str = OWN) -> None:
 
 
 def open_pool(world: World, style: str = OWN) -> Pool:
-    """The pool of one drawing style, filled first where it is not."""
+    """Load the pool of one drawing style; fill it first if scenes are missing."""
     fill_pool(world, style)
     if rank()[1] > 1:
         dist.barrier()

@@ -1,7 +1,7 @@
-"""Scenes: one or two glyphs on a background, drawn in torch from their factors, with captions that
-say only part.
+"""Scenes: one or two glyphs on a background, drawn in torch from their factors, with captions.
 
-Shape letters: N scenes, G glyph slots (2), S pixels a side.
+Captions state only some of the factors. Shape letters: N scenes, G glyph slots (2), S pixels a
+side.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,17 +37,17 @@ PATTERNS = ("solid", "gradient", "stripes", "checks", "dots", "rings")
 UNSEEN_PATTERNS = 1
 PATTERN_ODDS = (0.52, 0.26, 0.08, 0.07, 0.07)
 CORE = 0.5  # share of the glyphs that come from the core, where there is one
-# share of the scenes of one glyph in which it is large and in the middle; its size
+# share of the one-glyph scenes in which the glyph is large and in the middle; its size there
 PORTRAITS, PORTRAIT = (0.8, 0.8125)
-SMALL = 0.5  # size of a glyph elsewhere, and of each of two
-# where a middle may lie, along x and y: whole latent pixels apart, so that shapes repeat
+SMALL = 0.5  # size of a glyph elsewhere, and of each of two glyphs
+# centres along x and y: whole latent pixels apart, so that the shapes in latents repeat
 PLACES = (-0.5, 0.0, 0.5)
 COLOUR_NAMES = tuple(PALETTE)
 
 
 @dataclass
 class Scenes:
-    """The factors of N scenes: the whole truth about each picture."""
+    """The factors of N scenes, which determine each picture completely."""
 
     glyph: Tensor  # (N, G) index, -1 for an empty slot
     centre: Tensor  # (N, G, 2) x, y in [-1, 1]
@@ -55,7 +55,7 @@ class Scenes:
     hue: Tensor  # (N, G) radians, 0 for the glyph's own colours
     pattern: Tensor  # (N,) index into PATTERNS
     colour: Tensor  # (N, 2) index into PALETTE
-    shade: Tensor  # (N, 2, 3) the very colours
+    shade: Tensor  # (N, 2, 3) the exact colours, RGB
     wave: Tensor  # (N, 3) direction, count and phase of the pattern
 
     def __len__(self) -> int:
@@ -65,15 +65,18 @@ class Scenes:
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def split(self, size: int) -> list["Scenes"]:
+        """Split into parts of at most `size` scenes."""
         return [self[rows] for rows in torch.arange(len(self)).split(size)]
 
     @classmethod
     def cat(cls, parts: Sequence["Scenes"]) -> "Scenes":
+        """Concatenate parts."""
         return cls(
             **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)}
         )
 
     def to(self, device: torch.device) -> "Scenes":
+        """Move all factors to a device."""
         return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
@@ -87,11 +90,12 @@ def sample_scenes(
     pairs: float = 0.1,
     core: float = CORE,
 ) -> Scenes:
-    """Draw `count` scenes.
+    """Draw `count` random scenes.
 
-    `seen_look` says whether palette and pattern are the training ones or the held-out ones.
-
-    core  share of the seen glyphs that come from the core, the first of them; 1 for these alone
+    seen_glyphs  whether glyphs are the training ones or the held-out ones
+    seen_look    whether palette and pattern are the training ones or the held-out ones
+    pairs        share of the scenes that have two glyphs
+    core         share of the seen glyphs that come from the core; 1 for these alone
     """
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -114,7 +118,7 @@ def sample_scenes(
     centre = torch.tensor(PLACES)[index(0, len(PLACES), count, 2, 2)]
     centre = torch.where(portrait[:, None, None], torch.zeros(()), centre)
     side = torch.where(uniform(count) < 0.5, -1.0, 1.0)
-    # Pairs stand apart along one axis, side by side or one above the other.
+    # Pairs are apart along one axis: side by side, or one above the other.
     axis = index(0, 2, count)
     apart = torch.stack([side, -side], 1) / 2
     rows = torch.arange(count)
@@ -141,7 +145,7 @@ def sample_scenes(
     wave = torch.stack(
         [uniform(count, high=torch.pi), index(2, 4, count).float(), index(0, 4, count) / 4], 1
     )
-    # Stripes lie or stand; gradients run anywhere.
+    # Stripes are horizontal or vertical; gradients have any direction.
     upright = torch.where(uniform(count) < 0.5, 0.0, torch.pi / 2)
     wave[:, 0] = torch.where(pattern == PATTERNS.index("gradient"), wave[:, 0], upright)
     return Scenes(
@@ -159,7 +163,7 @@ def sample_scenes(
 
 
 def portrait(glyphs: Glyphs, name: str, colour: str) -> Scenes:
-    """One scene: that glyph, large and in the middle, on one colour."""
+    """Return one scene: the named glyph, large and in the middle, on one colour."""
     number = COLOUR_NAMES.index(colour)
     return Scenes(
         glyph=torch.tensor([[glyphs.names.index(name), -1]]),
@@ -174,7 +178,7 @@ def portrait(glyphs: Glyphs, name: str, colour: str) -> Scenes:
 
 
 def background(scenes: Scenes, side: int) -> Tensor:
-    """(N, 3, S, S): two colours mixed by the pattern."""
+    """Draw backgrounds (N, 3, S, S): two colours mixed by the pattern."""
     line = (torch.arange(side, device=scenes.shade.device) + 0.5) / side * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     direction, count, phase = (c[:, None, None] for c in scenes.wave.unbind(1))
@@ -201,8 +205,9 @@ def background(scenes: Scenes, side: int) -> Tensor:
 
 
 def turn_hue(rgb: Tensor, hue: Tensor, alpha: Tensor) -> Tensor:
-    """Rotate colours about the grey axis. rgb (N, 3, S, S) premultiplied, hue (N,), alpha (N, 1, S,
-    S).
+    """Rotate colours about the grey axis.
+
+    rgb (N, 3, S, S) is premultiplied, hue (N,), alpha (N, 1, S, S).
     """
     cos, sin = hue.cos(), hue.sin()
     a, b = (1 - cos) / 3, sin / 3**0.5
@@ -213,8 +218,10 @@ def turn_hue(rgb: Tensor, hue: Tensor, alpha: Tensor) -> Tensor:
 
 
 def layers(scenes: Scenes, glyphs: Glyphs, side: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each slot: the scenes that fill it (n,), their glyphs in place, premultiplied (n, 3, S,
-    S), and alpha (n, 1, S, S).
+    """Yield for each glyph slot its scenes and their placed glyphs.
+
+    These are the indices of the scenes that fill the slot (n,), the glyphs as premultiplied colours
+    (n, 3, S, S) and alpha (n, 1, S, S).
     """
     for slot in range(scenes.glyph.shape[1]):
         use = (scenes.glyph[:, slot] >= 0).nonzero().squeeze(1)
@@ -233,9 +240,9 @@ def layers(scenes: Scenes, glyphs: Glyphs, side: int) -> Iterator[tuple[Tensor, 
 
 
 def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool = True) -> Tensor:
-    """(N, 3, S, S) in [0, 1], drawn where the atlas is.
+    """Draw scenes as pictures (N, 3, S, S) in [0, 1], on the atlas's device.
 
-    Without a background the glyphs stand on grey (for measures of shape).
+    Without a background the glyphs are drawn on grey (for measures of shape).
     """
     scenes = scenes.to(glyphs.atlas.device)
     picture = (
@@ -249,7 +256,7 @@ def render(scenes: Scenes, glyphs: Glyphs, side: int, *, with_background: bool =
 
 
 def figures(scenes: Scenes, glyphs: Glyphs, side: int) -> Tensor:
-    """(N, 1, S, S) in [0, 1]: where a glyph covers the background."""
+    """Draw masks (N, 1, S, S) in [0, 1] of where a glyph covers the background."""
     scenes = scenes.to(glyphs.atlas.device)
     bare = scenes.shade.new_ones((len(scenes), 1, side, side))
     for use, _, alpha in layers(scenes, glyphs, side):
@@ -258,13 +265,14 @@ def figures(scenes: Scenes, glyphs: Glyphs, side: int) -> Tensor:
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """(3, S, S) in [0, 1] -> a picture"""
+    """Convert a tensor (3, S, S) in [0, 1] to a picture."""
     return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def moved(scenes: Scenes, generator: torch.Generator) -> Scenes:
-    """The same scenes, their glyphs a little elsewhere: what a measure gives for pictures of the
-    same.
+    """Return the scenes with their glyphs moved a little.
+
+    Measures of such pairs show the best value that a result can reach.
     """
     return replace(
         scenes, centre=scenes.centre + 0.03 * torch.randn(scenes.centre.shape, generator=generator)
@@ -272,24 +280,26 @@ def moved(scenes: Scenes, generator: torch.Generator) -> Scenes:
 
 
 def shuffled(scenes: Scenes, by: int = 1) -> Scenes:
-    """To each picture another's scene: that of `by` before."""
+    """Give each picture another's scene: the one `by` places before it."""
     return scenes[torch.arange(len(scenes)).roll(by)]
 
 
 def article(name: str) -> str:
+    """Put "a" or "an" before a name."""
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def place_words(x: float, y: float) -> str:
+    """Describe a place, x and y in [-1, 1], in words such as "at the top left"."""
     row = "top" if y < -0.25 else "bottom" if y > 0.25 else ""
     column = "left" if x < -0.25 else "right" if x > 0.25 else ""
     return f"at the {row} {column}".replace("  ", " ").strip() if row or column else "in the middle"
 
 
 def captions(scenes: Scenes, glyphs: Glyphs, generator: torch.Generator) -> list[str]:
-    """English captions: always the glyphs' names, each other factor only sometimes.
+    """Write English captions: always the glyphs' names, each other factor only sometimes.
 
-    Hue and exact shade never.
+    Hue and exact shade are never stated.
     """
     coins = torch.rand(len(scenes), 3, generator=generator).tolist()
     texts = []

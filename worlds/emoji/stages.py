@@ -1,4 +1,4 @@
-"""The stages that make the world, and the command line that they share with the studies'."""
+"""The stages that make the world, and their command line, which the studies use too."""
 
 import argparse
 import os
@@ -17,13 +17,17 @@ from .train_utils import BUDGETS, World
 
 @dataclass(frozen=True)
 class Stage:
-    """A function of a world, named as `module:function`; its module is imported when it runs."""
+    """A function that takes a world, named as `module:function`.
+
+    Its module is imported when the stage runs.
+    """
 
     function: str
-    seed_offset: int = 0  # of its seed from the world's
-    in_all: bool = True  # whether "all" runs it
+    seed_offset: int = 0  # added to the world's seed
+    in_all: bool = True  # whether "all" runs this stage
 
     def run(self, world: World) -> None:
+        """Import the function and call it with the world, its seed shifted by `seed_offset`."""
         module, _, function = self.function.partition(":")
         stage = getattr(import_module(module), function)
         stage(replace(world, seed=world.seed + self.seed_offset))
@@ -53,19 +57,22 @@ def main(
     before: Mapping[str, Stage] | None = None,
     budgets: tuple[Path, ...] = (BUDGETS,),
 ) -> None:
-    """Run the stage that the command line names, or all of `before` and then of `stages`."""
+    """Run the stage that the command line names, or "all": those of `before`, then of `stages`.
+
+    Ends the process with the message of an ImpromptError.
+    """
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("stage", choices=(*stages, "all"))
     parser.add_argument("--budget", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument(
-        "--folder", type=Path, default=None, help="where states and models go (runs/emoji-BUDGET)"
+        "--folder", type=Path, default=None, help="folder for states and models (runs/emoji-BUDGET)"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--steps",
         type=int,
         default=None,
-        help="of any stage at most, for a rehearsal: make rehearse",
+        help="maximum steps of any stage, for a rehearsal (make rehearse)",
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

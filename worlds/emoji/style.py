@@ -1,10 +1,8 @@
-"""The base fine-tuned to other drawing styles: "flat" and "lines", the same emoji by other hands
-(see `glyphs.py`).
+"""The base fine-tuned to other drawing styles: the same emoji as "flat" and "lines" (`glyphs.py`).
 
-Each is a LoRA of the UNet in diffusers' own format:
-`pipeline.load_lora_weights(STYLES_FOLDER / "flat")`.
-Captions and scenes are as they were, the drawings are not. No image-prompt adapter takes part, and
-none has seen these drawings: that an adapter drives these bases too was never trained.
+Each is a LoRA of the UNet in diffusers' own format: `pipeline.load_lora_weights(STYLES_FOLDER /
+"flat")`. Captions and scenes do not change, the drawings do. No image-prompt adapter takes part,
+and none has seen these drawings: no adapter was trained on these bases.
 """
 
 from functools import partial
@@ -36,6 +34,7 @@ LAYERS = [
 
 
 def train(world: World, name: str) -> None:
+    """Train the LoRA of one drawing style, and save it into the package."""
     torch.manual_seed(world.seed + 7)
     plan, base, pool = world["style"], FrozenBase(world), open_pool(world, name)
     unet = base.pipe.unet

@@ -12,11 +12,10 @@ GLUE = "a photo of an and on the at in with background middle top bottom left ri
 
 
 def build_tokenizer(tokens: int) -> CLIPTokenizer:
-    """Byte-pair codes learnt from the names of all glyphs and the words of the captions, in CLIP's
-    own format.
+    """Train byte-pair codes, in CLIP's format, on all glyphs' names and the captions' words.
 
-    Pairs that are equally frequent are numbered as it happens: what was trained with one tokenizer
-    needs that one.
+    Pairs that are equally frequent get their numbers in an arbitrary order: a model that was
+    trained with one tokenizer needs that one.
     """
     names = [english_name(slug) for group in lists().values() for slug in group]
     corpus = names + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
@@ -56,7 +55,10 @@ def build_tokenizer(tokens: int) -> CLIPTokenizer:
 
 
 def open_tokenizer(world: World) -> CLIPTokenizer:
-    """The tokenizer in the world's folder, built at first: all of its models read with one."""
+    """Load the tokenizer in the world's folder; build it on first use.
+
+    All models of a world use the same one.
+    """
     folder = world.folder / "tokenizer"
     if not folder.exists():
         build_tokenizer(world["text"]["tokens"]).save_pretrained(folder)
@@ -64,6 +66,7 @@ def open_tokenizer(world: World) -> CLIPTokenizer:
 
 
 def text_config(world: World, tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:
+    """Return the text encoder's configuration for the world's sizes and this tokenizer."""
     plan = world["text"]
     return CLIPTextConfig(
         vocab_size=len(tokenizer),

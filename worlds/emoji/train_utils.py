@@ -1,4 +1,4 @@
-"""What every stage of the world's training shares: a budget, a folder, a resumable loop."""
+"""What the training stages share: budgets, folders and a resumable training loop."""
 
 import time
 import tomllib
@@ -26,32 +26,33 @@ from .glyphs import OWN, Glyphs, load_glyphs
 HERE = Path(__file__).parent
 BUDGETS = HERE / "budgets.toml"
 SAVE_EVERY, LOG_EVERY = 90.0, 50  # seconds, steps
-STATE = "training.pt"  # in a state's folder, as in an adapter's
-# what a stage was called when states that may still be resumed were written, and its module in them
+STATE = "training.pt"  # the file in a state's folder, named as in an adapter's
+# former names of stages and of their modules, in older states that may still be resumed
 FORMER_NAMES = {"metric-encoder": "judge", "glyph-classifier": "namer", "style-classifier": "hands"}
 FORMER_MODULES = {"namer.": "classifier."}
-# names of layers between a model and data
+# names of layers that take data or give results: Muon is for inner layers alone
 ENDS = ("conv_in", "conv_out", "quant_conv", "patch_embedding", "heads", "temperature")
 
 
 @dataclass(frozen=True)
 class World:
-    """A budget, the folder that the stages work in and the machine they run on.
+    """A budget, the folder that the stages work in and the machine that they run on.
 
-    budgets  the files that say what a budget is, by its name: `budgets.toml`, and others beside it
+    budgets  the files that define a budget by its name: `budgets.toml`, and files that add to it
     """
 
     budget: str
     folder: Path
     seed: int = 0
     most: int | None = (
-        None  # steps of any stage, for a rehearsal: pools and pictures are then few as well
+        None  # maximum steps of any stage, for a rehearsal; pools and pictures are then few as well
     )
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     budgets: tuple[Path, ...] = (BUDGETS,)
 
     @cached_property
     def plan(self) -> dict[str, Any]:
+        """The budget's settings by key, limited to `most` steps a stage if that is given."""
         plan: dict[str, Any] = {}
         for file in self.budgets:
             plan |= tomllib.loads(file.read_text())[self.budget]
@@ -62,12 +63,13 @@ class World:
 
     @property
     def side(self) -> int:
+        """Pixels a side of the world's pictures."""
         return self["side"]
 
     def glyphs(self, style: str = OWN) -> Glyphs:
-        """The atlas in one drawing style, on this machine's device: scenes are drawn there.
+        """Load the atlas of one drawing style onto this machine's device; scenes are drawn there.
 
-        Drawn once, then read from the world's folder.
+        The atlas is drawn once and then read from the world's folder.
         """
         side = round(self.side * 0.875)
         path = self.folder / f"glyphs-{style}-{side}.pt"
@@ -80,8 +82,9 @@ class World:
         return replace(glyphs, atlas=glyphs.atlas.to(self.device).float() / 255)
 
     def generator(self, *salt: int) -> torch.Generator:
-        """A generator that depends on the seed and the salt alone, so that a resumed run draws what
-        it would have.
+        """Return a generator that depends on the seed and the salt alone.
+
+        A resumed run therefore draws the same numbers as an uninterrupted one.
         """
         state = self.seed
         for number in salt:
@@ -90,7 +93,7 @@ class World:
 
 
 def fewer(plan: dict[str, Any], most: int) -> dict[str, Any]:
-    """A budget with at most so many steps a stage, and as few scenes as they need."""
+    """Limit a budget to `most` steps a stage, and to the few scenes that these need."""
     stages = {
         key: value | {"steps": min(value["steps"], most)}
         for key, value in plan.items()
@@ -100,7 +103,7 @@ def fewer(plan: dict[str, Any], most: int) -> dict[str, Any]:
 
 
 def rank() -> tuple[int, int]:
-    """This process's number and how many there are (started by torchrun), or (0, 1)."""
+    """Return this process's rank and the number of processes; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -114,16 +117,17 @@ def share_gradients(modules: nn.Module) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, level, then down to zero in the last third.
+    """Return a step's learning rate: linear warm-up over 100 steps, constant, then down to zero.
 
-    While it is level `steps` may still be raised.
+    It falls in the last third; as long as it is constant, `steps` may still be raised.
     """
     return peak * min((step + 1) / 100, 1.0, max(0.0, (1 - step / steps) * 3))
 
 
 def optimizer_of(modules: nn.Module, lr: float, weight_decay: float) -> Muon:
-    """Muon for the inner matrices and convolutions, AdamW for the rest: the first and last layers,
-    norms, biases, embeddings.
+    """Build an optimizer: Muon for inner matrices and convolutions, AdamW for all other weights.
+
+    The others are the first and last layers, norms, biases and embeddings.
     """
     ends = {id(p) for name, p in modules.named_parameters() if any(end in name for end in ENDS)}
     matrices = [p for p in weight_matrices(modules) if id(p) not in ends]
@@ -137,7 +141,7 @@ def optimizer_of(modules: nn.Module, lr: float, weight_decay: float) -> Muon:
 
 
 class Training:
-    """The modules of a stage with their optimizer and moving average: all that a state holds."""
+    """The modules of a stage with their optimizer and moving average: all that a state contains."""
 
     def __init__(
         self, modules: nn.ModuleDict, lr: float, weight_decay: float, average: float | None
@@ -147,7 +151,7 @@ class Training:
         self.average = Average(modules.parameters(), average) if average else None
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return what a run needs to go on after `step` steps."""
+        """Return what a run needs to continue after `step` steps."""
         names = [name for name, _ in self.modules.named_parameters()]
         means = self.average.means if self.average else []
         return {
@@ -158,7 +162,7 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> int:
-        """Go on from a state; return the steps that are done."""
+        """Load a state and return the number of steps that are done."""
         if self.average:
             self.modules.load_state_dict({**state["modules"], **state["mean"]})
             self.average.start(self.modules.parameters(), state["step"])
@@ -167,7 +171,7 @@ class Training:
         return state["step"]
 
     def step(self, losses: dict[str, Tensor], lr: float) -> Stepped:
-        """Take one optimizer step down the sum of the losses."""
+        """Take one optimizer step on the sum of the losses."""
         total = torch.stack([value.float() for value in losses.values()]).sum()
         total.backward()
         if rank()[1] > 1:
@@ -191,9 +195,9 @@ class Training:
 
 
 def load_state(world: World, name: str) -> dict[str, Any] | None:
-    """Return the last state of a stage; None if there is none.
+    """Load the last state of a stage; None if there is none.
 
-    States of before are files in the world's folder, some under a former name of the stage.
+    Older states are files in the world's folder, some under a former name of the stage.
     """
     former = (world.folder / f"{one}.state" for one in (name, FORMER_NAMES.get(name, name)))
     files = (states_of(world, name) / "latest" / STATE, *former)
@@ -207,7 +211,7 @@ def load_state(world: World, name: str) -> dict[str, Any] | None:
 
 
 def named_now(key: str) -> str:
-    """Return a weight's name, given the one that a state of before may have for it."""
+    """Return a weight's present name, given its name in a state, which may be a former one."""
     for old, new in FORMER_MODULES.items():
         if key.startswith(old):
             return new + key.removeprefix(old)
@@ -231,7 +235,7 @@ def fit(
     average: float | None = None,
     weight_decay: float = 0.01,
 ) -> nn.ModuleDict:
-    """Minimise the sum of the losses that `loss_of(step)` returns, from the stage's last state on.
+    """Minimise the sum of the losses of `loss_of(step)`, starting from the stage's last state.
 
     Everything random in a step depends on the world's seed and the step alone: a resumed run gives
     the weights of an uninterrupted one. With `average` the weights returned are their exponential
@@ -255,7 +259,7 @@ def fit(
             with torch.autocast(world.device, torch.bfloat16, enabled=bf16_is_fast()):
                 losses = loss_of(step)
             stepped = training.step(losses, learning_rate(step, steps, lr))
-            guard.watch(step + 1, [f"those that {name} draws for it"], stepped)
+            guard.watch(step + 1, [f"those drawn for {name}"], stepped)
             clock.step(batch)
             log.add(losses)
             last = step + 1 == steps
@@ -271,20 +275,20 @@ def fit(
 
 
 class LossLog:
-    """Running means of a stage's losses, printed with its pace."""
+    """Running means of a stage's losses, printed with its speed."""
 
     def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps = name, steps
         self.means: dict[str, Tensor] = {}
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Take in the losses of a step; they stay on their device."""
+        """Add the losses of a step to the running means; they stay on their device."""
         for key, value in losses.items():
             now = value.detach().float()
             self.means[key] = self.means.get(key, now).lerp(now, 0.02)
 
     def print(self, step: int, samples_per_second: float) -> None:
-        """Print a line."""
+        """Print a line with the step, the samples per second and the mean losses."""
         means = "  ".join(f"{key} {value.item():.4f}" for key, value in self.means.items())
         pace = f"{samples_per_second:.0f} samples/s"
         print(f"{self.name} {step}/{self.steps}  {pace}  {means}", flush=True)

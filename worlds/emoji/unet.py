@@ -1,8 +1,7 @@
-"""Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together
-(v-prediction, zero-SNR).
+"""Stage 3: the base model, a latent diffusion UNet and its text encoder, trained together.
 
-Shape letters: N scenes, C channels of a latent, h latent pixels a side, T tokens of a text, D width
-of a text state.
+It predicts v with a zero-SNR schedule. Shape letters: N scenes, C channels of a latent, h latent
+pixels a side, T tokens of a text, D width of a text state.
 """
 
 from typing import Any, NamedTuple
@@ -20,12 +19,12 @@ from .text import open_tokenizer
 from .train_utils import World, fit, rank
 
 TEXT_DROP = 0.12  # for classifier-free guidance
-# how much more the loss of what is added to the base weighs where the figure is than on the
-# background
+# extra weight of the figure over the background, in the loss of additions to the base
 FIGURE = 3.0
 
 
 def build_scheduler() -> DDIMScheduler:
+    """Return the base's DDIM scheduler: v-prediction, zero SNR at the last timestep."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -39,8 +38,9 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_unet(world: World) -> UNet2DConditionModel:
-    """Untrained; attention at the levels that the plan names: at the finest it costs as much as all
-    the rest.
+    """Build an untrained UNet with attention at the levels that the budget names.
+
+    At the finest level, attention would cost as much as the whole rest.
     """
     plan = world["unet"]
     return UNet2DConditionModel(
@@ -60,14 +60,15 @@ def build_unet(world: World) -> UNet2DConditionModel:
 
 
 def relaxed(step: int, steps: int, first: float, last: float) -> float:
-    """How much more the figure weighs: `first`, and in the last third of the steps ever nearer to
-    `last`.
+    """Return the extra weight of the figure at a step: `first`, then linearly to `last`.
+
+    It changes in the last third of the steps.
     """
     return first + (last - first) * min(1.0, max(0.0, 3 * step / steps - 2))
 
 
 class NoisyBatch(NamedTuple):
-    """What a step of the base, or of something added to it, learns from."""
+    """The training data of one step of the base, or of an addition to it."""
 
     noisy: Tensor  # (N, C, h, h)
     t: Tensor  # (N,)
@@ -78,8 +79,9 @@ class NoisyBatch(NamedTuple):
 
 
 def loss(v: Tensor, batch: NoisyBatch, figure: float = FIGURE) -> Tensor:
-    """The mean square error of a predicted velocity (N, C, h, h), where the figure is 1 + `figure`
-    times as heavy.
+    """Compute the mean square error of a predicted velocity (N, C, h, h), weighted by figure.
+
+    Where the figure is, errors weigh 1 + `figure` times as much.
     """
     return ((v.float() - batch.velocity).square() * emphasis(batch.figures, figure)).mean()
 
@@ -95,9 +97,10 @@ def sample_batch(
     drop: float = TEXT_DROP,
     power: float = 1.0,
 ) -> NoisyBatch:
-    """Scenes of the pool with noise of evenly drawn timesteps.
+    """Draw scenes of the pool and add noise at random timesteps.
 
-    With `power` above 1 noisier ones are drawn more often.
+    drop   share of the captions that are empty
+    power  1 draws timesteps uniformly; larger values draw noisier ones more often
     """
     index = pool.draw(count, generator)
     words = pool.captions(index, drop, generator)
@@ -121,14 +124,15 @@ def sample_batch(
 
 
 def train(world: World) -> None:
+    """Train the UNet and its text encoder, and save the base model."""
     torch.manual_seed(world.seed + 3)
     plan, scheduler, pool = world["unet"], build_scheduler(), open_pool(world)
     tokenizer = open_tokenizer(world)
-    # it goes on learning
+    # trained further, with the UNet
     text = CLIPTextModel.from_pretrained(world.folder / "clip" / "text_encoder").float()
     unet = build_unet(world)
     if world.device == "cpu":
-        # for attentions this small, a third faster there than the fused kernel
+        # attention this small is a third faster on a CPU without the fused kernel
         unet.set_attn_processor(AttnProcessor())
     here = plan["batch"] // rank()[1]
 

@@ -1,7 +1,7 @@
 """Stage 1: the autoencoder, pictures (N, 3, S, S) in [-1, 1] <-> latents (N, C, S/8, S/8).
 
-It learns from crops of scenes of every drawing style: what it must know is local. Crops cost a
-quarter of whole pictures.
+It is trained on crops of scenes of every drawing style. Crops suffice, because what it learns is
+local, and cost a quarter of whole pictures.
 """
 
 import torch
@@ -15,15 +15,17 @@ from .train_utils import World, fit
 
 KL_WEIGHT = 1e-6
 CROP = 64  # pixels
-CORE = 0.1  # share of the scenes whose glyphs are of the core: for pictures all glyphs count alike
-WHOLE = {"l1": 1.0, "mse": 1.0, "slopes": 2.0}  # what errors weigh
-# while only the decoder learns: then large errors more
+# share of the scenes with core glyphs: small, since all glyphs must look equally good
+CORE = 0.1
+WHOLE = {"l1": 1.0, "mse": 1.0, "slopes": 2.0}  # weights of the errors
+# weights while only the decoder is trained: large errors count more
 LAST = {"l1": 1.0, "mse": 10.0, "slopes": 1.0}
 
 
 def build(world: World) -> AutoencoderKL:
-    """An untrained autoencoder whose residual blocks begin as the identity and whose latents begin
-    nearly without noise.
+    """Build an untrained autoencoder.
+
+    Its residual blocks start as the identity and its latents start nearly without noise.
     """
     plan = world["vae"]
     levels = len(plan["channels"])
@@ -50,13 +52,13 @@ def build(world: World) -> AutoencoderKL:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per picture; (N, 3, S, S) in [0, 1] -> (N,)."""
+    """Compute each picture's peak signal-to-noise ratio in dB: (N, 3, S, S) in [0, 1] -> (N,)."""
     return -10 * (a - b).square().flatten(1).mean(1).clamp(min=1e-10).log10()
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S) in [0, 1] -> what is left of them after encoding and decoding."""
+    """Encode and decode pictures (N, 3, S, S) in [0, 1]."""
     parts = [
         vae.decode(vae.encode(part * 2 - 1).latent_dist.mode()).sample
         for part in pictures.split(32)
@@ -67,9 +69,9 @@ def reconstruct(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
 def crops(
     world: World, styles: list[Glyphs], count: int, generator: torch.Generator, core: float = CORE
 ) -> Tensor:
-    """`count` crops (N, 3, CROP, CROP) in [-1, 1] of scenes in one drawing style.
+    """Draw `count` crops (N, 3, CROP, CROP) in [-1, 1] of scenes in one random drawing style.
 
-    Half of the times it is the world's own.
+    The first style, the world's own, has probability one half.
     """
     number = int(torch.randint(2 * (len(styles) - 1), (), generator=generator))
     glyphs = styles[number + 1] if number + 1 < len(styles) else styles[0]
@@ -86,15 +88,16 @@ def crops(
 
 
 def slopes(pictures: Tensor) -> Tensor:
-    """Differences of neighbouring pixels along x and along y, flat."""
+    """Return the differences of neighbouring pixels along x and along y, flattened."""
     return torch.cat([pictures.diff(dim=3).flatten(), pictures.diff(dim=2).flatten()])
 
 
 def errors(
     vae: AutoencoderKL, latents: Tensor, x: Tensor, weights: dict[str, float]
 ) -> dict[str, Tensor]:
-    """What decoding latents (N, C, h, h) lacks of the pictures x (N, 3, S, S), each kind of error
-    times its weight.
+    """Measure the errors of decoded latents (N, C, h, h) against the pictures x (N, 3, S, S).
+
+    Returns each kind of error times its weight.
     """
     y = vae.decode(latents).sample.float()
     found = {
@@ -106,6 +109,7 @@ def errors(
 
 
 def train(world: World) -> None:
+    """Train the autoencoder, set its scaling factor, save it and print its quality."""
     torch.manual_seed(world.seed)
     plan = world["vae"]
     styles = [world.glyphs(style) for style in STYLES]
@@ -147,7 +151,7 @@ def train(world: World) -> None:
 
 
 def train_decoder(world: World) -> None:
-    """Train the decoder on, the encoder as it is: latents that were encoded before stay true."""
+    """Train the decoder further with a frozen encoder, so that encoded latents stay valid."""
     torch.manual_seed(world.seed + 1)
     plan = world["decoder"]
     styles = [world.glyphs(style) for style in STYLES]
@@ -177,7 +181,7 @@ def train_decoder(world: World) -> None:
 
 
 def report_quality(world: World, vae: AutoencoderKL, glyphs: Glyphs) -> None:
-    """Print what is left of new scenes."""
+    """Print the PSNR of reconstructed new scenes, of seen and of unseen glyphs and looks."""
     for name, seen in (("seen", True), ("unseen", False)):
         scenes = sample_scenes(
             glyphs, 256, world.generator(3, seen), seen_glyphs=seen, seen_look=seen
