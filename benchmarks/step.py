@@ -53,7 +53,7 @@ from benchmarks.record import (
     verdicts,
 )
 from benchmarks.setting import PromptedSetting
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.generation.compile import compile_base
 from imprompt.generation.features import Reader
 from imprompt.generation.pipeline import ImagePromptPipeline

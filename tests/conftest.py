@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import settings
 
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from tests.tiny import UNETS, tiny_encoder, tiny_unet
 
 # tiny models: threads would only wait for each other, far longer on a busy machine

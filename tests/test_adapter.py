@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from imprompt.adapter import ImageProjection, IPAdapter, attention, decoupled_attention, split_heads
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.base import family_of, find_family
 from imprompt.prompt import ImagePrompt

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from imprompt.checkpoints.adapters import read_adapter
 from imprompt.checkpoints.tensors import write_tensors
 from imprompt.cli import app, commands
-from imprompt.encoders.clip import open_encoder
 from imprompt.encoders.embedding_files import (
     KEY,
     Embedding,
@@ -29,6 +28,7 @@ from imprompt.encoders.embedding_files import (
     save_embedding,
 )
 from imprompt.encoders.preparation import Preparation, prepare
+from imprompt.encoders.vision import open_encoder
 from imprompt.errors import CheckpointError, ImpromptError, MismatchError
 from imprompt.images import open_image
 from imprompt.models import PACKAGED, find_model

@@ -17,11 +17,11 @@ from torch import Tensor
 from imprompt import ImagePromptPipeline, Reference
 from imprompt.checkpoints.adapters import describe, read_adapter
 from imprompt.encoders.choices import Noise
-from imprompt.encoders.clip import VisionEncoder, describe_encoder, open_encoder, preprocess
 from imprompt.encoders.feature_cache import CachedFeatures, FeatureFolder
 from imprompt.encoders.kinds import KINDS
 from imprompt.encoders.noise import noise_negative
 from imprompt.encoders.preparation import Preparation, encoder_square, mean_colour, prepare, side_of
+from imprompt.encoders.vision import VisionEncoder, describe_encoder, open_encoder, preprocess
 from imprompt.errors import CheckpointError, ImpromptError, MismatchError, SettingError
 from imprompt.families.published import ENCODERS, encoder_structure, published_encoder
 from imprompt.models import Location

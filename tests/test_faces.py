@@ -21,7 +21,6 @@ from PIL import Image
 from imprompt.adapter import attention, split_heads
 from imprompt.checkpoints.adapters import adapter_file, write_adapter
 from imprompt.encoders import face as faces_module
-from imprompt.encoders.clip import VisionEncoder
 from imprompt.encoders.face import (
     LICENCE,
     TEMPLATE,
@@ -36,6 +35,7 @@ from imprompt.encoders.face import (
 )
 from imprompt.encoders.feature_cache import CachedFeatures, FeatureMemory
 from imprompt.encoders.matching import load_encoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.references import Reference
@@ -492,7 +492,7 @@ def test_the_clip_part_is_checked_and_kept() -> None:
 
 
 def open_emoji() -> tuple[Any, Any]:
-    from imprompt.encoders.clip import open_encoder
+    from imprompt.encoders.vision import open_encoder
 
     opened = open_encoder(
         Location(str(Path(PACKAGED) / "emoji" / "image_encoder")), "cpu", torch.float32

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from imprompt.checkpoints.adapters import AdapterFile, read_adapter
 from imprompt.cli.generate import carry_out
-from imprompt.encoders.clip import VisionEncoder
 from imprompt.encoders.feature_cache import (
     CachedFeatures,
     FeatureFolder,
@@ -27,6 +26,7 @@ from imprompt.encoders.feature_cache import (
 )
 from imprompt.encoders.matching import load_encoder
 from imprompt.encoders.noise import Noise
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.references import Reference
@@ -288,7 +288,7 @@ def test_a_repeated_command_opens_no_encoder(
     request = Request(adapter="plus", images=[tmp_path / "one.png"], settings=settings)
     plain = carry_out(request, tmp_path / "plain", device=CPU)
     carry_out(request, tmp_path / "first", device=CPU, keep_features=tmp_path / "kept")
-    monkeypatch.setattr("imprompt.encoders.clip.open_encoder", unopened)
+    monkeypatch.setattr("imprompt.encoders.vision.open_encoder", unopened)
     again = carry_out(request, tmp_path / "again", device=CPU, keep_features=tmp_path / "kept")
     assert [open_image(path).tobytes() for path in again] == [
         open_image(path).tobytes() for path in plain

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from imprompt.encoders.clip import VisionEncoder, preprocess
 from imprompt.encoders.noise import KINDS, Noise, noise_negative
 from imprompt.encoders.preparation import (
     MAX_TILES,
@@ -23,6 +22,7 @@ from imprompt.encoders.preparation import (
     prepare,
     sharpened,
 )
+from imprompt.encoders.vision import VisionEncoder, preprocess
 from imprompt.errors import ImageError, SettingError
 from tests.tiny import pictures, tiny_encoder
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from imprompt.adapter import IPAdapter
-from imprompt.encoders.clip import VisionEncoder, preprocess
+from imprompt.encoders.vision import VisionEncoder, preprocess
 from imprompt.errors import CheckpointError, ImageError, ImpromptError, SettingError
 from imprompt.generation.features import Reader
 from imprompt.generation.pipeline import ImagePromptPipeline

@@ -38,7 +38,7 @@ from transformers import (
 
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.attention.low_rank import PARTS, AttentionLowRank, ModelLowRank
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.families.base import family_of
 from imprompt.families.published import SD1, SD2, SDXL
 from imprompt.projections.mlp import FaceProjection, FullProjection

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.files import atomic_write
 from imprompt.images import open_image
 from imprompt.projections.resampler import Resampler

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.encoders.clip import VisionEncoder, open_encoder
+from imprompt.encoders.vision import VisionEncoder, open_encoder
 from imprompt.models import Location
 from worlds.emoji.assemble import SHIPPED
 from worlds.emoji.clip import loosened

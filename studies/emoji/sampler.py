@@ -13,7 +13,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 from torch import Tensor
 
 from imprompt.checkpoints.adapters import load_adapter, read_adapter
-from imprompt.encoders.clip import open_encoder
+from imprompt.encoders.vision import open_encoder
 from imprompt.families.base import family_of
 from imprompt.models import Location
 from imprompt.prompt import ImagePrompt

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter import IPAdapter
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import VARIANTS, Variant, find_variant
 from tests.tiny import (

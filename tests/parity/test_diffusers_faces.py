@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imprompt.adapter import IPAdapter
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import FACES, Variant, find_variant
 from tests.parity.test_diffusers import run, set_their_scale, start, with_image

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.checkpoints.adapters import load_adapter
-from imprompt.encoders.clip import VisionEncoder
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.projections.resampler import HEAD_DIM, Resampler
 from imprompt.variants import VARIANTS, Variant, find_variant
 from tests.tiny import (

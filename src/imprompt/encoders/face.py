@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from imprompt.encoders.clip import VisionEncoder
 from imprompt.encoders.feature_cache import CachedFeatures
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError, first_line
 from imprompt.variants import BY_NAME, Feature, Variant, image_feature
 

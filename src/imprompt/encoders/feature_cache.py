@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from imprompt.checkpoints.tensors import write_tensors
-from imprompt.encoders.clip import VisionEncoder, describe_encoder
+from imprompt.encoders.vision import VisionEncoder, describe_encoder
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import check_folder
 from imprompt.models import Location

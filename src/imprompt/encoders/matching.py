@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from imprompt.encoders.clip import VisionEncoder, open_encoder
 from imprompt.encoders.face import FaceEncoder, FaceFeatures, InsightFace
 from imprompt.encoders.feature_cache import CachedFeatures, Store
+from imprompt.encoders.vision import VisionEncoder, open_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.published import published_encoder
 from imprompt.models import KnownModel, Location, may_be_on_hub

@@ -16,8 +16,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from imprompt.checkpoints.tensors import some
-from imprompt.encoders.clip import open_encoder
 from imprompt.encoders.preparation import cut_ends
+from imprompt.encoders.vision import open_encoder
 from imprompt.errors import CheckpointError, first_line
 from imprompt.models import Location, collector_waits
 from imprompt.training.validation import Clip

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from imprompt.encoders.clip import describe_encoder
 from imprompt.encoders.kinds import EncoderStructure
+from imprompt.encoders.vision import describe_encoder
 from imprompt.families.base import Family, pipeline_family
 from imprompt.models import BIG_G, VIT_H, KnownModel, Location, index_of, part_config
 from imprompt.variants import Feature, image_feature

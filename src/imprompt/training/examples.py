@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imprompt.encoders.clip import preprocess
+from imprompt.encoders.vision import preprocess
 from imprompt.training.buckets import Size, fit, nearest, to_latents, to_pixels
 from imprompt.training.samples import BadSample, Sample, Source
 

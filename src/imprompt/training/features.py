@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imprompt.encoders.clip import VisionEncoder, fingerprint
+from imprompt.encoders.vision import VisionEncoder, fingerprint
 from imprompt.families.base import Family, pipeline_family
 from imprompt.training.buckets import bucket_sizes, training_size
 from imprompt.training.recipe import Data

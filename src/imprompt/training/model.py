@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter
-from imprompt.encoders.clip import open_encoder
 from imprompt.encoders.matching import given_place
+from imprompt.encoders.vision import open_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.base import Conditions, family_of
 from imprompt.families.published import model_parts

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.tensors import some
-from imprompt.encoders.clip import VisionEncoder, preprocess
+from imprompt.encoders.vision import VisionEncoder, preprocess
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.families.base import base_of
 from imprompt.generation.features import Reader
