@@ -2,9 +2,9 @@
 of the attention itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from imprompt.adapter import IPAdapter, decoupled_attention
 from imprompt.attention.conditioning import images_of, masks_at, weights_at
+from imprompt.encoders.choices import CropName, NoiseKind
+from imprompt.encoders.noise import KINDS
+from imprompt.encoders.preparation import CROPS
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.base import family_of, schedule_place
 from imprompt.families.unet_layers import SD, SDXL, layer_names
@@ -34,6 +37,7 @@ from imprompt.generation.combine import (
     scaled,
     with_negative_layers,
 )
+from imprompt.generation.references import CombineName, EasingName, ScalingName
 from imprompt.prompt import ImagePrompt, stack_items
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
 
@@ -119,20 +123,22 @@ def image_part(prompt: ImagePrompt, timestep: int = 500) -> Tensor:
 
 # Several pictures as one.
 
+UNORDERED = [how for how in COMBINE if how != "subtract"]
 
+
+@pytest.mark.parametrize("how", UNORDERED)
 @given(
     seeds,
     st.lists(weights, min_size=1, max_size=5),
-    st.sampled_from([how for how in COMBINE if how != "subtract"]),
     st.data(),
 )
 @QUICK
 def test_the_order_of_pictures_means_nothing(
-    seed: int, given_weights: list[float], how: str, data: Any
+    how: str, seed: int, given_weights: list[float], data: Any
 ) -> None:
-    """But to subtract, which takes from the first.
+    """Check all but subtract, which takes from the first.
 
-    Concat's tokens come in another order, and are heard the same.
+    Concat's tokens come in another order, and have the same effect.
     """
     features = draw(seed, len(given_weights), 3, 8)
     order = data.draw(st.permutations(range(len(given_weights))))
@@ -152,14 +158,14 @@ def attend_to(features: Tensor, how: str, given_weights: Sequence[float] | None)
     return attend([from_tokens(*concat(combined.features, combined.weights))])
 
 
+@pytest.mark.parametrize("how", COMBINE)
 @given(
     seeds,
     st.lists(weights, min_size=2, max_size=4),
-    st.sampled_from(list(COMBINE)),
     st.integers(0, 3),
 )
 @QUICK
-def test_weight_0_is_as_absent(seed: int, given_weights: list[float], how: str, at: int) -> None:
+def test_weight_0_is_as_absent(how: str, seed: int, given_weights: list[float], at: int) -> None:
     features = draw(seed, len(given_weights) + 1, 3, 8)
     at = min(at, len(given_weights))
     others = torch.cat([features[:at], features[at + 1 :]])
@@ -167,13 +173,13 @@ def test_weight_0_is_as_absent(seed: int, given_weights: list[float], how: str, 
     assert torch.equal(attend_to(features, how, with_zero), attend_to(others, how, given_weights))
 
 
+@pytest.mark.parametrize("how", UNORDERED)
 @given(
     seeds,
     st.lists(st.integers(1, 3), min_size=1, max_size=3),
-    st.sampled_from([how for how in COMBINE if how != "subtract"]),
 )
 @QUICK
-def test_a_whole_weight_is_as_so_many_pictures(seed: int, times: list[int], how: str) -> None:
+def test_a_whole_weight_is_as_so_many_pictures(how: str, seed: int, times: list[int]) -> None:
     features = draw(seed, len(times), 3, 8)
     repeated = features.repeat_interleave(torch.tensor(times), 0)
     torch.testing.assert_close(
@@ -181,9 +187,10 @@ def test_a_whole_weight_is_as_so_many_pictures(seed: int, times: list[int], how:
     )
 
 
-@given(seeds, st.sampled_from(list(COMBINE)))
+@pytest.mark.parametrize("how", COMBINE)
+@given(seeds)
 @QUICK
-def test_one_picture_is_itself(seed: int, how: str) -> None:
+def test_one_picture_is_itself(how: str, seed: int) -> None:
     features = draw(seed, 1, 3, 8)
     combined = combine(features, how)
     torch.testing.assert_close(combined.features, features, **CLOSE)
@@ -191,6 +198,20 @@ def test_one_picture_is_itself(seed: int, how: str) -> None:
     tokens, bias = concat(features)
     assert torch.equal(tokens, features)
     assert bias is None
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (CombineName, COMBINE),
+        (ScalingName, SCALINGS),
+        (EasingName, EASINGS),
+        (CropName, CROPS),
+        (NoiseKind, KINDS),
+    ],
+)
+def test_what_can_be_asked_for_is_what_there_is(names: Any, table: Mapping[str, Any]) -> None:
+    assert {*get_args(names)} == {*table} - {None}
 
 
 def test_what_the_ways_to_combine_compute() -> None:
