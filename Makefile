@@ -3,6 +3,7 @@
 # make bench  measure what this machine can (long on a CPU), then write docs/reports/benchmarks.md
 # make claims  measure the paper's claims on the packaged model (under an hour), then write docs/reports/claims.md
 # make world  make the packaged model from nothing and measure it (hours); BUDGET=gpu: the larger one
+# make floors  do the core tests pass with the oldest versions that pyproject.toml allows?
 # make rehearse  the same in 20 steps a stage, in a clone: does every stage run?
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ DEV_INSTALLED := .venv/.installed-dev
 BUDGET ?= cpu
 PIP := .venv/bin/python -m pip --disable-pip-version-check install
 
-.PHONY: demo bench claims world rehearse test test-slow lint types check clean
+.PHONY: demo bench claims world rehearse test test-slow lint floors types check clean
 
 demo: $(INSTALLED)
 	$(BIN)/imprompt demo
@@ -41,6 +42,15 @@ test-slow: $(DEV_INSTALLED)
 lint: $(DEV_INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# The oldest versions that pyproject.toml allows, in an environment of their own (torch with CUDA on Linux: GB).
+CORE := package adapter checkpoints encoders families other_families generate request engine compiled injection training
+
+floors: $(DEV_INSTALLED)
+	$(BIN)/uv venv --no-config --quiet --clear runs/floors
+	$(BIN)/uv pip install --no-config --python runs/floors/bin/python --resolution lowest-direct \
+		-e '.[train,evaluate]' --group dev
+	runs/floors/bin/python -m pytest -W default $(CORE:%=tests/test_%.py)
 
 types: $(DEV_INSTALLED)
 	$(BIN)/pyright

@@ -14,9 +14,10 @@ from PIL import Image
 from imprompt.cli import app
 from imprompt.cli import commands as register_commands
 from imprompt.generation.blocks import presets
+from imprompt.training.recipe import RECIPES
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("docs", "src", "worlds", "studies", "benchmarks", "recipes", "tests")
+ROOMS = ("docs", "src", "worlds", "studies", "benchmarks", "tests")
 PAGES = [
     ROOT / "README.md",
     *(
@@ -59,7 +60,7 @@ def test_recipes_of_the_docs_are_shipped() -> None:
         name for page in PAGES for name in re.findall(r"recipes/[\w-]+\.toml", page.read_text())
     }
     assert named
-    assert [name for name in named if not (ROOT / name).exists()] == []
+    assert [name for name in named if not (RECIPES / Path(name).name).exists()] == []
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 from imprompt.errors import SettingError
-from imprompt.training.recipe import Recipe, read_recipe
+from imprompt.training.recipe import RECIPES, Recipe, read_recipe
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "emoji-base.toml"
+RECIPE = RECIPES / "emoji-base.toml"
 
 
 def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
@@ -122,3 +122,16 @@ def test_masks_may_be_named_without_a_weight() -> None:
     for weight in (0, 3):
         recipe = read_recipe(RECIPE, ["data.columns.mask=mask", f"noise.mask_weight={weight}"])
         assert (recipe.data.columns.mask, recipe.noise.mask_weight) == ("mask", weight)
+
+
+def test_the_packages_recipes_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = Path("recipes/sd15-base.toml")
+    assert read_recipe(named) == read_recipe(RECIPES / "sd15-base.toml")
+    named.parent.mkdir()
+    named.write_text((RECIPES / "sd15-plus.toml").read_text())
+    assert read_recipe(named).variant == "plus"  # the user's own goes first
+    with pytest.raises(SettingError, match=r"no recipe nothing\.toml .* recipes/sd15-base\.toml"):
+        read_recipe(Path("nothing.toml"))

@@ -14,10 +14,10 @@ import torch
 from imprompt.families.published import BASES, ENCODERS
 from imprompt.training import estimate as module
 from imprompt.training.estimate import Estimate, estimate_rows, estimate_run
-from imprompt.training.recipe import Recipe, read_recipe
+from imprompt.training.recipe import RECIPES, Recipe, read_recipe
 from imprompt.variants import TRAINABLE
 
-FOLDER = Path(__file__).parents[1] / "recipes"
+FOLDER = RECIPES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TRAINED = {
     "emoji-base": 640_128,

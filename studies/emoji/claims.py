@@ -16,8 +16,8 @@ from imprompt.evaluation.metrics import Interval, bootstrap_interval, difference
 from imprompt.families.published import base_structure
 from imprompt.models import find_model
 from imprompt.training.estimate import blank_adapter, blank_base, sizes_of
-from imprompt.training.recipe import read_recipe
-from worlds.emoji.assemble import ADAPTERS, RECIPES
+from imprompt.training.recipe import RECIPES, read_recipe
+from worlds.emoji.assemble import ADAPTERS
 from worlds.emoji.edges import edges
 from worlds.emoji.glyphs import CUSTOM
 from worlds.emoji.scenes import render

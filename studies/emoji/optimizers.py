@@ -15,9 +15,9 @@ import torch
 from imprompt.evaluation.metrics import bootstrap_interval
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.training.loop import train
-from imprompt.training.recipe import read_recipe
+from imprompt.training.recipe import RECIPES, read_recipe
 from imprompt.training.watch import Metrics
-from worlds.emoji.assemble import RECIPES, recipe_changes
+from worlds.emoji.assemble import recipe_changes
 from worlds.emoji.train_utils import World
 
 from .evaluate import SETS, follow

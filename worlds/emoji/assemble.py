@@ -15,15 +15,14 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from imprompt.checkpoints.adapters import read_adapter, write_adapter
 from imprompt.models import PACKAGED
 from imprompt.training.loop import train
-from imprompt.training.recipe import read_recipe
+from imprompt.training.recipe import RECIPES, read_recipe
 
 from .edges import edges
 from .scenes import captions, figures, portrait, render, sample_scenes, to_image
-from .train_utils import HERE, World
+from .train_utils import World
 
 SHIPPED = PACKAGED / "emoji"
 ADAPTERS = ("base", "plus")
-RECIPES = HERE.parents[1] / "recipes"
 DEMO = {
     "demo.png": ("fox", "mint"),
     "demo-other.png": ("rocket", "yellow"),

@@ -168,7 +168,7 @@ class ModelInjection(ABC):
 
     def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name."""
-        return dict(zip(self.arguments, args, strict=False)) | dict(kwargs)
+        return dict(zip(self.arguments[: len(args)], args, strict=True)) | dict(kwargs)
 
     def before_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,7 +230,7 @@ class ModelInjection(ABC):
             return scope.prompts or None
         if given is None:
             return None
-        if isinstance(given, list | tuple) and not isinstance(given, ImagePrompt):
+        if isinstance(given, (list, tuple)) and not isinstance(given, ImagePrompt):
             return tuple(given)
         return (given,)  # pyright: ignore[reportReturnType] - checked later
 

@@ -18,7 +18,9 @@ PATIENCE = timedelta(days=7)  # how long a process waits for those with more to 
 def encode(
     recipe: Annotated[
         Path,
-        typer.Argument(help="A TOML file: see recipes/. Its data.features is the folder to fill."),
+        typer.Argument(
+            help="A TOML file, or recipes/NAME.toml of the package. Fills its data.features."
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key, such as data.features=FOLDER.")

@@ -8,7 +8,9 @@ import typer
 
 
 def train_command(
-    recipe: Annotated[Path, typer.Argument(help="A TOML file: see recipes/.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A TOML file, or recipes/NAME.toml of the package.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a key, such as optimization.steps=100."),

@@ -156,7 +156,7 @@ SIGLIP = EncoderKind(
     processor="SiglipImageProcessorPil",
     settings=siglip_settings,
     pooled="pooler_output",
-    pooled_dim=lambda config: config.hidden_size * config.vision_use_head,
+    pooled_dim=lambda config: config.hidden_size * getattr(config, "vision_use_head", True),
     class_rows=lambda _: 0,
 )
 DINOV2 = EncoderKind(

@@ -109,7 +109,7 @@ class DecoupledAttention:
 
         hidden_states (B, L, C), text (B, T, D), mask (B·H, 1, T) or None -> (B, L, C).
         """
-        if not isinstance(ip_hidden_states, StepConditioning | None):
+        if not isinstance(ip_hidden_states, (StepConditioning, type(None))):
             raise MismatchError(
                 "give cross_attention_kwargs by name: the hook that prepares image prompts "
                 "does not find them otherwise"

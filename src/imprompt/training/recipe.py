@@ -205,19 +205,30 @@ class Recipe(Part):
         return TRAINABLE[self.variant].reading(self.feature)
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"  # the published ones, in the package
+
+
+def find_recipe(path: Path) -> Path:
+    """Return the file of a recipe: recipes/NAME.toml is in the package if no such file is here."""
+    packaged = RECIPES / path.name
+    own = path.exists() or path.parent != Path(RECIPES.name) or not packaged.exists()
+    return path if own else packaged
+
+
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe in a TOML file, with `key.sub=value` overrides.
 
     Raise SettingError with one line that names the key.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(find_recipe(path).read_text(encoding="utf-8"))
         for override in overrides:
             _set(table, override)
         return Recipe.model_validate(table)
     except OSError as error:
         raise SettingError(
-            f"no recipe {path} ({first_line(error)}); give a TOML file such as those in recipes/"
+            f"no recipe {path} ({first_line(error)}); give a TOML file, or one of the package: "
+            + ", ".join(f"recipes/{name.name}" for name in sorted(RECIPES.glob("*.toml")))
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"{path} is not valid TOML: {error}") from error
