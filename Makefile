@@ -6,12 +6,12 @@
 # make floors  do the core tests pass with the oldest versions that pyproject.toml allows?
 # make rehearse  the same in 20 steps a stage, in a clone: does every stage run?
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALLED := .venv/.installed
 DEV_INSTALLED := .venv/.installed-dev
 
 BUDGET ?= cpu
-PIP := .venv/bin/python -m pip --disable-pip-version-check install
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
 .PHONY: demo bench claims world rehearse test test-slow lint floors types check clean
 
@@ -31,7 +31,7 @@ rehearse: $(DEV_INSTALLED)
 	rm -rf runs/rehearsal
 	git clone --quiet . runs/rehearsal
 	ln -s ../../../../worlds/emoji/node_modules runs/rehearsal/worlds/emoji/node_modules
-	cd runs/rehearsal && PYTHONPATH=src ../../.venv/bin/python -m studies.emoji all --budget $(BUDGET) --steps 20 --folder world
+	cd runs/rehearsal && PYTHONPATH=src ../../$(BIN)/python -m studies.emoji all --budget $(BUDGET) --steps 20 --folder world
 
 test: $(DEV_INSTALLED)
 	$(BIN)/python -m pytest
@@ -48,22 +48,22 @@ CORE := package adapter checkpoints encoders families other_families generate re
 
 floors: $(DEV_INSTALLED)
 	$(BIN)/uv venv --no-config --quiet --clear runs/floors
-	$(BIN)/uv pip install --no-config --python runs/floors/bin/python --resolution lowest-direct \
+	$(BIN)/uv pip install --no-config --python runs/floors/$(notdir $(BIN))/python --resolution lowest-direct \
 		-e '.[train,evaluate]' --group dev
-	runs/floors/bin/python -m pytest -W default $(CORE:%=tests/test_%.py)
+	runs/floors/$(notdir $(BIN))/python -m pytest -W default $(CORE:%=tests/test_%.py)
 
 types: $(DEV_INSTALLED)
 	$(BIN)/pyright
 
 check: lint types test
 
-.venv/bin/python:
+$(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "imprompt needs Python 3.11 or newer; say which: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PIP) 'pip>=25.1'
 
 # torch alone and first, so that its pinned build is the one that everything else finds.
-$(INSTALLED): pyproject.toml constraints.txt | .venv/bin/python
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing PyTorch into .venv, a few GB with CUDA on Linux: minutes ..."
 	$(PIP) -c constraints.txt torch
 	@echo "Installing imprompt and what it needs ..."
