@@ -720,6 +720,22 @@ BAD_FILES = [
         "embed {here}/cat.png --adapter {adapter} --out {adapter}",
         "adapter.safetensors is one of the inputs",
     ),
+    (
+        "convert over a file",
+        "convert {here}/plain.bin {here}/cut.safetensors",
+        "cut.safetensors exists: give another name, or --force to replace it",
+    ),
+    (
+        "embed over a file",
+        "embed {here}/cat.png --out {here}/cut.safetensors",
+        "cut.safetensors exists: give another name, or --force to replace it",
+    ),
+    (
+        "embed into its encoder",
+        "embed {here}/cat.png --encoder {here}/encoder-cut --out "
+        "{here}/encoder-cut/model.safetensors --force",
+        "model.safetensors is one of the inputs",
+    ),
     ("convert missing", "convert none.bin {out}.safetensors", "none.bin: there is no such file"),
     ("convert code", "convert {here}/code.bin {out}.safetensors", "code.bin holds code"),
     (

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from imprompt import __version__
 from imprompt.cli.console import loading, quiet
+from imprompt.cli.environment import without_user
 from imprompt.models import MODELS, PACKAGED, collector_waits, open_pipeline
 
 EMOJI = PACKAGED / "emoji"
@@ -107,6 +109,34 @@ def command(*arguments: object) -> str:
 )
 def test_only_what_is_needed_is_imported(code: str, without: set[str]) -> None:
     assert not loaded(code) & without
+
+
+def test_a_bug_report_has_versions_and_no_name(tmp_path: Path) -> None:
+    home = tmp_path / "jane.doe"
+    home.mkdir()
+    code = f"import os; os.environ['HOME'] = {str(home)!r}; os.chdir({str(home)!r})\n"
+    ended = python(code + command("env", "--json"))
+    found = json.loads(ended.stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["imprompt"] == __version__
+    assert found["devices"]["cpu"]
+    assert found["folders"]["working folder"] == "~"
+    assert "jane.doe" not in ended.stdout
+    assert without_user(Path("/data", Path.home().name, "x")) == "/data/USER/x"
+
+
+def test_the_version_is_one_word() -> None:
+    assert python(command("--version")).stdout == f"imprompt {__version__}\n"
+
+
+def test_a_shell_completes_commands_and_their_options() -> None:
+    for words, found in (("imprompt ev", {"evaluate"}), ("imprompt embed --cr", {"--crop"})):
+        ask = {"_IMPROMPT_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        ask["COMP_CWORD"] = str(words.count(" "))
+        code = f"import os; os.environ |= {ask}\nimport sys; sys.argv = ['imprompt']\n"
+        ended = python(code + "from imprompt.cli import main; main()")
+        assert set(ended.stdout.split()) == found, ended.stderr
+    assert "_IMPROMPT_COMPLETE" in python(command("--show-completion", "bash")).stdout
 
 
 def test_loading_initialises_nothing_at_random_and_copies_no_weights() -> None:

@@ -67,9 +67,23 @@ def written_new(part: Path, wanted: Path) -> Path:
 
 
 def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise SettingError if the file `out`, which is to be written, is one of the inputs."""
-    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+    """Raise SettingError if `out`, which is to be written, is an input or a file in one."""
+    found = out.exists() and [path for path in inputs if path.exists()]
+    if found and any(
+        out.samefile(path) or (out.is_file() and out.resolve().is_relative_to(path.resolve()))
+        for path in found
+    ):
         raise SettingError(f"{out} is one of the inputs: give another name for the output")
+
+
+def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
+    """Raise SettingError if the file `out` may not be written.
+
+    It may not be an input, nor an existing file, unless `force` says that this is to be replaced.
+    """
+    refuse_inputs(out, inputs)
+    if out.is_file() and not force:
+        raise SettingError(f"{out} exists: give another name, or --force to replace it")
 
 
 def flush(path: Path) -> None:

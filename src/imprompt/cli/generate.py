@@ -82,6 +82,7 @@ def generate(
             "encoder."
         ),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Make the pictures of the request that a command line gives."""
     from imprompt.generation.request import read_request
@@ -92,7 +93,9 @@ def generate(
         if like is None
         else changed_request(read_request(like), named, given_fields)
     )
-    carry_out(request, out, device=device, offload=offload, keep_features=keep_features)
+    inputs = [*request.inputs(), *([] if like is None else [like])]
+    refuse_inputs(out, inputs)
+    carry_out(request, out, force, device=device, offload=offload, keep_features=keep_features)
 
 
 def new_request(images: Sequence[Path], given_fields: "GivenFields") -> "Request":

@@ -138,6 +138,16 @@ class Request(Validated, frozen=True):
         """Return every file that the request reads."""
         return list(files_in(self))
 
+    def inputs(self) -> list[Path]:
+        """Return every path that the request may read: its pictures, and names of weights."""
+        several = self.adapter if isinstance(self.adapter, list) else [self.adapter]
+        choices = [
+            one if isinstance(one, AdapterChoice) else AdapterChoice(adapter=one) for one in several
+        ]
+        names = [self.model, self.encoder, self.controlnet]
+        names += [name for one in choices for name in (one.adapter, one.encoder)]
+        return [file.path for file in self.pictures()] + [Path(name) for name in names if name]
+
     def changed(self, told: dict[str, Any]) -> Self:
         """Return the request with other values of some fields, checked again; SettingError."""
         return type(self).model_validate(dict(self) | told)
