@@ -906,7 +906,7 @@ def test_places_for_results(imprompt: Callable[[str], Ended], tmp_path: Path) ->
     for out, expected in (
         ("new/cat.png", "new/cat.png"),
         ("v1.5", "v1.5/cat-3.png"),
-        ("v1.5", "v1.5/cat-3-2.png"),
+        ("v1.5 --scale 0.5", "v1.5/cat-3-2.png"),
     ):
         ended = imprompt(f"generate {{here}}/cat.png --steps 1 --seed 3 --out {out}")
         assert (ended.code, ended.err, ended.out) == (0, "", f"{expected}  seed 3\n")

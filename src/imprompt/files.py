@@ -5,7 +5,7 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
 from imprompt.errors import SettingError, first_line
@@ -50,8 +50,7 @@ def written_new(part: Path, wanted: Path) -> Path:
     part  a file at a path that `temporary` gave
     """
     flush(part)
-    for number in count(1):
-        path = wanted if number == 1 else wanted.with_stem(f"{wanted.stem}-{number}")
+    for path in numbered_names(wanted):
         try:
             os.link(part, path)
         except FileExistsError:
@@ -64,6 +63,17 @@ def written_new(part: Path, wanted: Path) -> Path:
             part.replace(path)
         return path
     raise AssertionError("numbers do not end")
+
+
+def numbered_names(wanted: Path) -> Iterator[Path]:
+    """Yield the names that a new file tries: wanted, wanted-2, wanted-3 and so on."""
+    yield wanted
+    yield from (wanted.with_stem(f"{wanted.stem}-{number}") for number in count(2))
+
+
+def taken_names(wanted: Path) -> Iterator[Path]:
+    """Yield the files at the names that a new file would try before a free one."""
+    return takewhile(Path.exists, numbered_names(wanted))
 
 
 def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:

@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -94,12 +94,17 @@ class VisionEncoder:
 
 
 def fingerprint(model: Any) -> str:
-    """Return a hash of a model's weights, equal for the same model in fp16 or fp32.
+    """Return a hash of a model's weights: see `fingerprint_of`."""
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
+    """Return a hash of weights by name, equal for the same ones in fp16 or fp32.
 
     It is of the first 64 values of every weight as float16.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(weight.flatten()[:64].to("cpu", torch.float16).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -55,10 +55,6 @@ class PictureFile(Validated, frozen=True):
                 "the result would differ from the one to repeat"
             )
 
-    def with_hash(self) -> "PictureFile":
-        """Return the file with its absolute path and its hash."""
-        return PictureFile(path=self.path.absolute(), sha256=hash_of(self.path))
-
 
 def is_features(image: Any) -> bool:
     """Return whether a file holds features instead of a picture, by its ending."""
