@@ -288,6 +288,19 @@ def test_a_lone_value_is_a_point_and_none_is_no_plot() -> None:
     assert best(settings) == {}
 
 
+def test_a_distance_between_few_pictures_is_never_the_best() -> None:
+    def setting(count: int, value: float) -> dict[str, Any]:
+        metrics = {key: band(value) for key in ("clip_i", "fid", "kid")}
+        return {"name": "", "axes": {}, "count": count, "metrics": metrics}
+
+    few = [setting(24, -3.0), setting(5000, 2.0)]
+    assert best(few) == {"clip_i": 2.0}
+    some = [setting(1000, -3.0), setting(5000, 2.0)]
+    assert best(some) == {"clip_i": 2.0, "kid": -3.0}
+    many = [setting(2048, -3.0), setting(5000, 2.0)]
+    assert best(many) == {"clip_i": 2.0, "kid": -3.0, "fid": -3.0}
+
+
 def test_plots_take_the_colours_of_the_page() -> None:
     settings = [
         {"name": str(x), "axes": {"scale": x}, "metrics": {"clip_i": band(x)}}

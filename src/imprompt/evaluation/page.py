@@ -15,6 +15,7 @@ from imprompt.evaluation.metrics import METRICS
 from imprompt.evaluation.plots import curve, dots, drawable, trade
 from imprompt.evaluation.results import Setting, axes_of, axis_values, known, numeric_axes, word
 from imprompt.files import atomic_write
+from imprompt.generation.record import recorded_path
 
 NONE = "–"
 VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "device", "dtype")
@@ -42,7 +43,10 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
         lstrip_blocks=True,
     )
     environment.filters |= {"number": metric_text, "change": change}
-    named = list(thumbnails.missing.values())
+    named = [
+        said.replace(place, recorded_path(Path(place), path.parent).as_posix())
+        for place, said in thumbnails.missing.items()
+    ]
     text = environment.get_template(template).render(
         METRICS=METRICS, NONE=NONE, missing=named, MISSING=MISSING, **values
     )
