@@ -268,11 +268,13 @@ def test_an_encoder_on_the_hub_is_known_by_its_revision(
 ) -> None:
     asked = []
 
-    def download(*place: str) -> str:
+    def download(*place: str, local_files_only: bool) -> str:
+        assert not local_files_only
         asked.append(place)
         return str(tmp_path / "snapshots" / "a1b2c3" / place[1])
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("imprompt.models.hub_answers", lambda _: True)
     assert files_of(Location("owner/name", "models/image_encoder")).endswith(
         "a1b2c3/models/image_encoder"
     )

@@ -18,7 +18,7 @@ from imprompt.checkpoints.tensors import some
 from imprompt.encoders.kinds import EncoderKind, EncoderStructure, find_kind
 from imprompt.encoders.preparation import side_of, without_ends
 from imprompt.errors import CheckpointError, first_line
-from imprompt.models import Location, collector_waits
+from imprompt.models import Location, collector_waits, quiet_imports
 from imprompt.variants import Feature, Variant
 
 # Either file may hold the settings of the image processor.
@@ -137,8 +137,10 @@ def describe_encoder(place: Location) -> EncoderDescription:
     with as_checkpoint_error(place):
         config, _ = transformers.PreTrainedConfig.get_config_dict(source, **inside)
         kind = find_kind(config.get("model_type", "clip"))
-        config = getattr(transformers, kind.model).config_class.from_pretrained(source, **inside)
-        processor_class = getattr(transformers, kind.processor)
+        with quiet_imports():
+            model_class = getattr(transformers, kind.model)
+            processor_class = getattr(transformers, kind.processor)
+        config = model_class.config_class.from_pretrained(source, **inside)
         processor = (
             processor_class.from_pretrained(source, **inside)
             if any(has_file(source, name, **inside) for name in PROCESSOR_FILES)

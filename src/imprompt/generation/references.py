@@ -38,7 +38,9 @@ class PictureFile(Validated, frozen=True):
     def check(self) -> None:
         """Raise ImageError if the file cannot be used or has changed."""
         from imprompt.images import open_image
+        from imprompt.models import refuse_url
 
+        refuse_url(self.path)
         if not is_features(self):
             open_image(self.path)
         elif not self.path.is_file():
