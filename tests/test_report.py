@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from imprompt.cli.evaluate import compare
 from imprompt.errors import SettingError
 from imprompt.evaluation import contact
 from imprompt.evaluation.comparison import differs, write_comparison
@@ -410,6 +411,19 @@ def test_a_comparison_of_what_is_not_the_same(tmp_path: Path) -> None:
     assert "scale 0.5 and scale 1" in found.text
     assert "FID ↓" not in found.text  # of the whole sets, which differ
     assert found.text.count("+0.1150") >= 1  # dog alone: 0.5 + 0.25 - (0.5 + 0.125 + 0.01)
+
+
+def test_a_page_replaces_pages_alone(tmp_path: Path) -> None:
+    first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", more=0.1)
+    out = tmp_path / "page.html"
+    compare(first, second, out)
+    compare(first, second, out)
+    out.write_text("a page of the user's own")
+    with pytest.raises(SettingError, match=r"page.html exists: give another name, or --force"):
+        compare(first, second, out)
+    assert out.read_text() == "a page of the user's own"
+    compare(first, second, out, force=True)
+    assert page(out).count("h1") == 1
 
 
 def test_comparisons_that_cannot_be_made(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from imprompt.files import atomic_write
 from imprompt.generation.record import recorded_path
 
 NONE = "–"
+GENERATOR = b'<meta name="generator" content="imprompt">'
 VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "device", "dtype")
 HEADLINE = ("clip_i", "clip_t")
 DRAWN = (*HEADLINE, "dino", "diversity", "fid", "kid")  # the others follow CLIP-T
@@ -60,6 +61,12 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
             f"{path} cannot be written ({first_line(error)}); give another place"
         ) from error
     return path
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page that `write_page` wrote."""
+    with path.open("rb") as file:
+        return GENERATOR in file.read(1000)
 
 
 def metric_text(value: object, key: str) -> str:
