@@ -400,6 +400,8 @@ def test_a_file_that_stands_is_kept(photos: list[Path], tmp_path: Path) -> None:
     embed(photos[0], "--out", out, "--force")
     assert load_embedding(out).features is not None
     encoder = Path(shutil.copytree(PACKAGED / "emoji" / "image_encoder", tmp_path / "encoder"))
+    embed(photos[0], "--encoder", encoder, "--out", out, "--force")
+    assert load_embedding(out).encoder == "./encoder"  # no folder of the user
     inside = encoder / "model.safetensors"
     with pytest.raises(SettingError, match="is one of the inputs"):
         embed(photos[0], "--encoder", encoder, "--out", inside, "--force")

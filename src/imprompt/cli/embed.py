@@ -46,6 +46,7 @@ def embed(
     from imprompt.cli.console import loading, quiet
     from imprompt.encoders.embedding_files import SUFFIX, Embedding, save_embedding
     from imprompt.files import check_folder, check_output
+    from imprompt.generation.record import recorded_name
     from imprompt.generation.references import Reference, hash_of
     from imprompt.generation.request import Request
 
@@ -63,7 +64,8 @@ def embed(
     features, encoder_of = reader.features(reference)[0], reader.encoder
     out.parent.mkdir(parents=True, exist_ok=True)
     feature, hashes = reader.variant.feature, tuple(map(hash_of, images))
-    embedding = Embedding(features, feature, encoder_of.source, encoder_of.fingerprint(), hashes)
+    source = recorded_name(encoder_of.source, out.parent) if encoder_of.source else ""
+    embedding = Embedding(features, feature, source, encoder_of.fingerprint(), hashes)
     save_embedding(out, embedding)
     sizes = " and ".join("×".join(map(str, part.shape)) for part in embedding.parts)
     print(
