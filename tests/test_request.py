@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -379,6 +380,20 @@ def test_the_same_command_goes_on_where_it_stopped(
     monkeypatch.setattr(pipe, "weights", pipe.weights | {"adapter base": "another"})
     generated(command)
     assert len(list(Path("out").iterdir())) == 18
+
+
+@pytest.mark.usefixtures("cat")
+def test_a_long_command_says_how_it_goes_on(
+    generated: Callable[[str], None],
+) -> None:
+    generated("cat.png -n 2 --batch-size 1 --steps 1 --out out")
+    seed = min(int(path.stem.split("-")[1]) for path in Path("out").iterdir())
+    command = "cat.png -n 2 --batch-size 1 --steps 1 --out out"
+    again = ["generate", *f"{command} --seed {seed}".split()]
+    assert CliRunner().invoke(app, again).stdout.startswith("2 of 2 were there\n")
+    said = CliRunner().invoke(app, ["generate", *command.split()]).stderr
+    assert re.fullmatch(r"seed (\d+): if this is stopped, it goes on with --seed \1\n", said)
+    assert CliRunner().invoke(app, again).stderr == ""
 
 
 def test_each_result_has_the_name_of_its_own_image_prompt(

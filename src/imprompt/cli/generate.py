@@ -287,6 +287,9 @@ def carry_out(request: "Request", place: ResultPlace, **machine: Any) -> list[Pa
                 print(f"{len(kept):,} of {len(request.numbers):,} were there")
             elif files.single:
                 check_output(files.path(None), [], place.force)
+            if len(job.rounds) > 1 and request.settings.seed is None:
+                seed = job.settings.seed
+                console.print(f"seed {seed}: if this is stopped, it goes on with --seed {seed}")
             made = pipeline.make(job.without(kept), on_step)
             for result in write_results(made, files, kept):
                 written.append(result)
