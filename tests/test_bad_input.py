@@ -308,6 +308,11 @@ BAD_REQUESTS = [
     ("picture's name too long", "generate " + "a" * 300 + ".png", "File name too long"),
     ("second picture bad", "generate {here}/cat.png {here}/empty.png", "empty.png is empty"),
     ("no picture", "generate", "no image prompt was given: name at least one picture"),
+    (
+        "picture is an address",
+        "generate https://example.com/cat.png",
+        "https://example.com/cat.png: nothing is fetched from an address; download it first",
+    ),
     ("init missing", "generate {here}/cat.png --init none.png", "none.png does not exist"),
     (
         "mask is text",
@@ -578,6 +583,26 @@ BAD_MODELS = [
         WITHOUT + "--model {here}/bare",
         "bare is not a model: it holds no model_index.json",
     ),
+    (
+        "model is an address",
+        WITHOUT + "--model https://huggingface.co/a/b",
+        "https://huggingface.co/a/b: nothing is fetched from an address; download it first",
+    ),
+    (
+        "adapter is an address",
+        WITHOUT + "--model {model} --adapter https://example.com/a.safetensors",
+        "https://example.com/a.safetensors: nothing is fetched from an address",
+    ),
+    (
+        "encoder is an address",
+        WITH_CAT + " --encoder https://example.com/encoder",
+        "https://example.com/encoder: nothing is fetched from an address",
+    ),
+    (
+        "ControlNet is an address",
+        WITH_CAT + " --control {here}/cat.png --controlnet https://example.com/net",
+        "https://example.com/net: nothing is fetched from an address",
+    ),
     ("model folder missing", WITHOUT + "--model {here}/none", "unknown model"),
     (
         "model of no pipeline",
@@ -677,6 +702,11 @@ BAD_FILES = [
         "inspect {here}/bare",
         "bare holds no adapter: none of adapter.safetensors",
     ),
+    (
+        "inspect an address",
+        "inspect https://example.com/a.safetensors",
+        "https://example.com/a.safetensors: nothing is fetched from an address",
+    ),
     ("inspect empty", "inspect {here}/empty.safetensors", "empty.safetensors is empty"),
     (
         "inspect garbage",
@@ -720,6 +750,22 @@ BAD_FILES = [
         "embed {here}/cat.png --adapter {adapter} --out {adapter}",
         "adapter.safetensors is one of the inputs",
     ),
+    (
+        "convert over a file",
+        "convert {here}/plain.bin {here}/cut.safetensors",
+        "cut.safetensors exists: give another name, or --force to replace it",
+    ),
+    (
+        "embed over a file",
+        "embed {here}/cat.png --out {here}/cut.safetensors",
+        "cut.safetensors exists: give another name, or --force to replace it",
+    ),
+    (
+        "embed into its encoder",
+        "embed {here}/cat.png --encoder {here}/encoder-cut --out "
+        "{here}/encoder-cut/model.safetensors --force",
+        "model.safetensors is one of the inputs",
+    ),
     ("convert missing", "convert none.bin {out}.safetensors", "none.bin: there is no such file"),
     ("convert code", "convert {here}/code.bin {out}.safetensors", "code.bin holds code"),
     (
@@ -736,7 +782,7 @@ BAD_FILES = [
     (
         "convert, sites unknown",
         "convert {here}/plain.bin {out}.safetensors",
-        "name the base model that it was trained for",
+        "name the base model that it was trained for (--model, or layers=)",
     ),
     (
         "convert, model unknown",
@@ -890,11 +936,22 @@ def test_places_for_results(imprompt: Callable[[str], Ended], tmp_path: Path) ->
     for out, expected in (
         ("new/cat.png", "new/cat.png"),
         ("v1.5", "v1.5/cat-3.png"),
-        ("v1.5", "v1.5/cat-3-2.png"),
+        ("v1.5 --scale 0.5", "v1.5/cat-3-2.png"),
     ):
         ended = imprompt(f"generate {{here}}/cat.png --steps 1 --seed 3 --out {out}")
         assert (ended.code, ended.err, ended.out) == (0, "", f"{expected}  seed 3\n")
     assert len([path for path in files_in(tmp_path) if path.is_file()]) == 3
+
+
+def test_a_layout_is_called_by_all_its_names(
+    imprompt: Callable[[str], Ended], tmp_path: Path
+) -> None:
+    target = tmp_path / "a.safetensors"
+    assert imprompt(f"convert {{adapter}} {target} --to diffusers").code == 0
+    rows = dict(line.split(maxsplit=1) for line in imprompt(f"inspect {target}").out.splitlines())
+    assert rows["layout"] == "paper / diffusers"
+    rows = dict(line.split(maxsplit=1) for line in imprompt("inspect {adapter}").out.splitlines())
+    assert rows["layout"] == "imprompt"
 
 
 # What goes wrong on the way

@@ -317,7 +317,7 @@ def test_header_and_description(tmp_path: Path) -> None:
     assert told["layers"] == list(LAYERS)
     assert told["encoder"] == "some/encoder"
     rows = dict(describe(read_adapter(tmp_path / "a.safetensors")))
-    assert rows["layout"] == "paper"
+    assert rows["layout"] == "paper / diffusers"
     assert rows["image tokens"] == "4, 768 wide"
     assert rows["training steps"] == "7"
     assert rows["base"] == "sd15"

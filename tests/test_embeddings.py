@@ -2,9 +2,11 @@
 line; `imprompt embed`.
 """
 
+import filecmp
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +31,7 @@ from imprompt.encoders.embedding_files import (
 )
 from imprompt.encoders.preparation import Preparation, prepare
 from imprompt.encoders.vision import open_encoder
-from imprompt.errors import CheckpointError, ImpromptError, MismatchError
+from imprompt.errors import CheckpointError, ImpromptError, MismatchError, SettingError
 from imprompt.images import open_image
 from imprompt.models import PACKAGED, find_model
 from tests.tiny import pictures, seeded, tiny_encoder
@@ -389,6 +391,23 @@ def test_pictures_embedded_for_the_packaged_model(
     ]
 
 
+def test_a_file_that_stands_is_kept(photos: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "a.safetensors"
+    out.write_text("an adapter, say")
+    with pytest.raises(SettingError, match=r"exists: give another name, or --force to replace it"):
+        embed(photos[0], "--out", out)
+    assert out.read_text() == "an adapter, say"
+    embed(photos[0], "--out", out, "--force")
+    assert load_embedding(out).features is not None
+    encoder = Path(shutil.copytree(PACKAGED / "emoji" / "image_encoder", tmp_path / "encoder"))
+    embed(photos[0], "--encoder", encoder, "--out", out, "--force")
+    assert load_embedding(out).encoder == "./encoder"  # no folder of the user
+    inside = encoder / "model.safetensors"
+    with pytest.raises(SettingError, match="is one of the inputs"):
+        embed(photos[0], "--encoder", encoder, "--out", inside, "--force")
+    assert filecmp.cmp(inside, PACKAGED / "emoji" / "image_encoder" / inside.name, shallow=False)
+
+
 def test_pictures_are_prepared_as_given(photos: list[Path], tmp_path: Path) -> None:
     embed(photos[0], "--out", tmp_path / "a.safetensors", "--crop", "tiles", "--sharpening", "0.5")
     encoder = open_encoder(find_model("emoji").adapters["base"].encoder, "cpu", torch.float32)
@@ -406,7 +425,7 @@ def test_pictures_are_prepared_as_given(photos: list[Path], tmp_path: Path) -> N
         (["--out", "a.safetensors", "--crop", "centre"], "near: center"),
         (["--out", "a.safetensors", "--sharpening", "2"], "sharpening = 2.0"),
         (["--out", "a.safetensors", "--ignore", "nowhere.png"], "nowhere.png does not exist"),
-        (["--out", "a.safetensors", "--dtype", "int8"], "dtype 'int8' is not known"),
+        (["--out", "a.safetensors", "--dtype", "int8"], "dtype = 'int8': input should be"),
         (["--out", "a.safetensors", "--adapter", "extra"], "no adapter 'extra'"),
         (["nowhere.png", "--out", "a.safetensors"], "nowhere.png does not exist"),
     ],

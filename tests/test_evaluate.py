@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from imprompt.evaluation.metric_encoders import (
 from imprompt.evaluation.metrics import clip_score, cosine, frechet_distance
 from imprompt.evaluation.plan import Chunk, Plan
 from imprompt.evaluation.protocols import Protocol, settings_of
+from imprompt.evaluation.report import write_comparison, write_report
+from imprompt.evaluation.results import read_results
 from imprompt.evaluation.run import Measure, evaluate
 from imprompt.evaluation.sets import Item
 from imprompt.evaluation.summary import distances, notes_on, of_rows
@@ -335,6 +338,62 @@ def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
         SettingError, match=rf"{embeddings.name} is gone or damaged: delete .*{first.name}, and"
     ):
         evaluate(plan(place, "cut", protocol={}))
+
+
+def test_what_was_deleted_is_made_again(place: Path) -> None:
+    held = Path(shutil.copytree(place / "whole", place / "deleted"))
+    row = rows_of(held)[3]
+    second, third = (parts(held)[number] for number in (2, 4))
+    (held / row["image"]).unlink()
+    second.with_suffix(".json").unlink()
+    third.unlink()
+    done: list[tuple[int, int]] = []
+    evaluate(plan(place, "deleted", protocol={}), lambda *counts: done.append(counts))
+    assert done == [(3, 6), (4, 6), (5, 6), (6, 6)]
+    assert same_files(held, place / "whole")
+
+
+def test_what_was_changed_is_never_taken_as_done(place: Path) -> None:
+    held = Path(shutil.copytree(place / "whole", place / "edited"))
+    row, first = rows_of(held)[0], parts(held)[0]
+    assert row["sha256"] == sha256((held / row["image"]).read_bytes()).hexdigest()
+    told = first.read_text()
+    edits = {
+        held / row["image"]: (held / rows_of(held)[1]["image"]).read_bytes(),
+        first: told.replace(f'"clip_i": {row["clip_i"]}', '"clip_i": 0.999').encode(),
+        first.with_suffix(".safetensors"): parts(held)[1].with_suffix(".safetensors").read_bytes(),
+        first.with_suffix(".json"): b"[]",
+    }
+    for path, other in edits.items():
+        before = path.read_bytes()
+        assert before != other
+        path.write_bytes(other)
+        with pytest.raises(
+            SettingError, match=rf"{path.name} is gone or damaged: delete .*{first.name}, and"
+        ):
+            evaluate(plan(place, "edited", protocol={}))
+        assert path.read_bytes() == other  # nor was it replaced
+        path.write_bytes(before)
+    rows = held / "rows.jsonl"
+    rows.write_text(rows.read_text().replace(f'"clip_i": {row["clip_i"]}', '"clip_i": 0.999'))
+    with pytest.raises(SettingError, match=r"rows.jsonl was changed since the run: the same"):
+        read_results(held)
+    evaluate(plan(place, "edited", protocol={}))
+    assert same_files(held, place / "whole")
+    with pytest.raises(SettingError, match="set is one of the inputs"):
+        evaluate(plan(place, "set"))
+
+
+def test_a_page_names_no_folder_of_the_user(
+    place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    held = Path(shutil.copytree(place / "whole", tmp_path / "jane" / "whole"))
+    monkeypatch.setenv("HOME", str(place.parent / "jane"))
+    for path in (write_report(held), write_comparison(held, place / "whole", tmp_path / "a.html")):
+        text = path.read_text()
+        assert str(place) not in text
+        assert str(tmp_path) not in text
+        assert "set" in text
 
 
 def test_files_that_a_kill_left_unfinished_go(place: Path) -> None:

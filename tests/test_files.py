@@ -8,7 +8,7 @@ from PIL import Image
 
 from imprompt import files
 from imprompt.errors import SettingError
-from imprompt.files import refuse_inputs, temporary, written_new
+from imprompt.files import check_output, refuse_inputs, temporary, written_new
 from imprompt.generation.request import save_new
 
 
@@ -57,3 +57,17 @@ def test_what_is_read_is_not_written_to(tmp_path: Path) -> None:
         (tmp_path / "missing").mkdir(exist_ok=True)
         with pytest.raises(SettingError, match="is one of the inputs: give another name"):
             refuse_inputs(out, [cat])
+
+
+def test_what_stands_is_replaced_by_force_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    inside, other = folder / "model.safetensors", tmp_path / "other.png"
+    inside.touch()
+    other.touch()
+    check_output(tmp_path / "new.png", [folder], force=False)
+    check_output(other, [folder], force=True)
+    with pytest.raises(SettingError, match=r"exists: give another name, or --force to replace it"):
+        check_output(other, [folder], force=False)
+    with pytest.raises(SettingError, match="is one of the inputs: give another name"):
+        check_output(inside, [folder], force=True)

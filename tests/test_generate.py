@@ -249,8 +249,10 @@ def test_a_png_repeats_its_picture(pipe: ImagePromptPipeline, tmp_path: Path) ->
     )
     result = request.run(pipe)
     paths = save_results(result, request, tmp_path / "out")
-    assert [p.name for p in paths] == [f"blue-{s}.png" for s in result.seeds] + [
-        f"blue-{result.seeds[0]}-grid.png"
+    names = ("blue", "blue", "yellow", "yellow")  # each of its own image prompt
+    assert [p.name for p in paths] == [
+        *(f"{name}-{seed}.png" for name, seed in zip(names, result.seeds, strict=True)),
+        f"blue-{result.seeds[0]}-grid.png",
     ]
     for path in paths[:-1]:
         again = read_request(path).run(pipe)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from imprompt.checkpoints.adapters import AdapterFile, read_adapter
-from imprompt.cli.generate import carry_out
+from imprompt.cli.generate import ResultPlace, carry_out
 from imprompt.encoders.feature_cache import (
     CachedFeatures,
     FeatureFolder,
@@ -268,11 +268,13 @@ def test_an_encoder_on_the_hub_is_known_by_its_revision(
 ) -> None:
     asked = []
 
-    def download(*place: str) -> str:
+    def download(*place: str, local_files_only: bool) -> str:
+        assert not local_files_only
         asked.append(place)
         return str(tmp_path / "snapshots" / "a1b2c3" / place[1])
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("imprompt.models.hub_answers", lambda _: True)
     assert files_of(Location("owner/name", "models/image_encoder")).endswith(
         "a1b2c3/models/image_encoder"
     )
@@ -286,10 +288,12 @@ def test_a_repeated_command_opens_no_encoder(
     ONE.save(tmp_path / "one.png")
     settings = {"steps": 2, "seed": 3, "num_images": 2}
     request = Request(adapter="plus", images=[tmp_path / "one.png"], settings=settings)
-    plain = carry_out(request, tmp_path / "plain", device=CPU)
-    carry_out(request, tmp_path / "first", device=CPU, keep_features=tmp_path / "kept")
+    plain = carry_out(request, ResultPlace(tmp_path / "plain"), device=CPU)
+    carry_out(request, ResultPlace(tmp_path / "first"), device=CPU, keep_features=tmp_path / "kept")
     monkeypatch.setattr("imprompt.encoders.vision.open_encoder", unopened)
-    again = carry_out(request, tmp_path / "again", device=CPU, keep_features=tmp_path / "kept")
+    again = carry_out(
+        request, ResultPlace(tmp_path / "again"), device=CPU, keep_features=tmp_path / "kept"
+    )
     assert [open_image(path).tobytes() for path in again] == [
         open_image(path).tobytes() for path in plain
     ]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from imprompt.cli.evaluate import compare
 from imprompt.errors import SettingError
 from imprompt.evaluation import contact
 from imprompt.evaluation.comparison import differs, write_comparison
@@ -288,6 +289,19 @@ def test_a_lone_value_is_a_point_and_none_is_no_plot() -> None:
     assert best(settings) == {}
 
 
+def test_a_distance_between_few_pictures_is_never_the_best() -> None:
+    def setting(count: int, value: float) -> dict[str, Any]:
+        metrics = {key: band(value) for key in ("clip_i", "fid", "kid")}
+        return {"name": "", "axes": {}, "count": count, "metrics": metrics}
+
+    few = [setting(24, -3.0), setting(5000, 2.0)]
+    assert best(few) == {"clip_i": 2.0}
+    some = [setting(1000, -3.0), setting(5000, 2.0)]
+    assert best(some) == {"clip_i": 2.0, "kid": -3.0}
+    many = [setting(2048, -3.0), setting(5000, 2.0)]
+    assert best(many) == {"clip_i": 2.0, "kid": -3.0, "fid": -3.0}
+
+
 def test_plots_take_the_colours_of_the_page() -> None:
     settings = [
         {"name": str(x), "axes": {"scale": x}, "metrics": {"clip_i": band(x)}}
@@ -397,6 +411,19 @@ def test_a_comparison_of_what_is_not_the_same(tmp_path: Path) -> None:
     assert "scale 0.5 and scale 1" in found.text
     assert "FID ↓" not in found.text  # of the whole sets, which differ
     assert found.text.count("+0.1150") >= 1  # dog alone: 0.5 + 0.25 - (0.5 + 0.125 + 0.01)
+
+
+def test_a_page_replaces_pages_alone(tmp_path: Path) -> None:
+    first, second = run_folder(tmp_path / "a"), run_folder(tmp_path / "b", more=0.1)
+    out = tmp_path / "page.html"
+    compare(first, second, out)
+    compare(first, second, out)
+    out.write_text("a page of the user's own")
+    with pytest.raises(SettingError, match=r"page.html exists: give another name, or --force"):
+        compare(first, second, out)
+    assert out.read_text() == "a page of the user's own"
+    compare(first, second, out, force=True)
+    assert page(out).count("h1") == 1
 
 
 def test_comparisons_that_cannot_be_made(tmp_path: Path) -> None:

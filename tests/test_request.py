@@ -1,7 +1,10 @@
 """A command line as a request: flags from schemas, changed requests, results one by one."""
 
 import inspect
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,20 +15,32 @@ from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
 import imprompt as package
-from imprompt.cli import generate, main
+from imprompt.checkpoints.tensors import read_tensors, write_tensors
+from imprompt.cli import app, generate, main
+from imprompt.cli import commands as register_commands
 from imprompt.cli.flags import flags_of, with_flags
-from imprompt.errors import SettingError
+from imprompt.errors import ImageError, SettingError
 from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.record import check_weights, recorded_path
 from imprompt.generation.references import Reference
-from imprompt.generation.request import Request, read_request, save_results, write_results
+from imprompt.generation.request import (
+    Request,
+    ResultFiles,
+    read_request,
+    save_results,
+    text_in,
+    write_results,
+)
 from imprompt.generation.settings import Settings
 from imprompt.images import open_image
+from imprompt.models import PACKAGED
 from imprompt.validation import Flag
 
 SCHEMAS: dict[str, type[BaseModel]] = {one.__name__: one for one in (Settings, Reference, Request)}
@@ -302,12 +317,232 @@ def test_each_picture_is_written_before_the_next_is_made(
             there.append(len(list(tmp_path.glob("out/*.png"))))
             yield number, picture
 
-    results = list(write_results(made(), request, job.settings, tmp_path / "out"))
+    files = ResultFiles.of(request, job.settings, pipe.weights, tmp_path / "out")
+    results = list(write_results(made(), files))
     assert there == [0, 1, 2]
     assert [(path.name, seed) for path, seed in results[:3]] == [
         (f"cat-{seed}.png", seed) for seed in (7, 8, 9)
     ]
     assert (results[3][0].name, results[3][1]) == ("cat-7-grid.png", None)
+
+
+@pytest.fixture
+def generated(
+    pipe: ImagePromptPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """Runs `imprompt generate` in tmp_path, on the loaded model; its errors are raised."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Request, "load", lambda *_, **__: pipe)
+    register_commands()
+
+    def run(words: str) -> None:
+        made = CliRunner().invoke(app, ["generate", *words.split()], catch_exceptions=False)
+        assert made.exit_code == 0, made.output
+
+    return run
+
+
+@pytest.mark.usefixtures("cat")
+def test_the_same_command_goes_on_where_it_stopped(
+    pipe: ImagePromptPipeline,
+    generated: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rounds: list[list[int]] = []
+    run = ImagePromptPipeline.run
+
+    def counted(self: Any, job: Any, batch: Any, report: Any) -> Any:
+        rounds.append(list(batch))
+        return run(self, job, batch, report)
+
+    monkeypatch.setattr(ImagePromptPipeline, "run", counted)
+    command = "cat.png -n 5 --batch-size 2 --steps 1 --seed 3 --out out"
+    generated(command)
+    whole = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert rounds == [[0, 1], [2, 3], [4]]
+    assert len(whole) == 6
+    for gone in ("cat-5.png", "cat-3-grid.png"):
+        (Path("out") / gone).unlink()
+    rounds.clear()
+    capsys.readouterr()
+    result = CliRunner().invoke(app, ["generate", *command.split()], catch_exceptions=False)
+    assert result.stdout.startswith("4 of 5 were there\n")
+    assert "cat-5.png  seed 5" in result.stdout
+    assert rounds == [[2, 3]]
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == whole
+    rounds.clear()
+    generated(command)
+    assert rounds == []
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == whole
+    generated(command + " --scale 0.5")  # another request: nothing was there
+    assert len(list(Path("out").iterdir())) == 12
+    monkeypatch.setattr(pipe, "weights", pipe.weights | {"adapter base": "another"})
+    generated(command)
+    assert len(list(Path("out").iterdir())) == 18
+
+
+@pytest.mark.usefixtures("cat")
+def test_a_long_command_says_how_it_goes_on(
+    generated: Callable[[str], None],
+) -> None:
+    generated("cat.png -n 2 --batch-size 1 --steps 1 --out out")
+    seed = min(int(path.stem.split("-")[1]) for path in Path("out").iterdir())
+    command = "cat.png -n 2 --batch-size 1 --steps 1 --out out"
+    again = ["generate", *f"{command} --seed {seed}".split()]
+    assert CliRunner().invoke(app, again).stdout.startswith("2 of 2 were there\n")
+    said = CliRunner().invoke(app, ["generate", *command.split()]).stderr
+    assert re.fullmatch(r"seed (\d+): if this is stopped, it goes on with --seed \1\n", said)
+    assert CliRunner().invoke(app, again).stderr == ""
+
+
+def test_each_result_has_the_name_of_its_own_image_prompt(
+    generated: Callable[[str], None], tmp_path: Path
+) -> None:
+    for name in ("red", "blue"):
+        Image.new("RGB", (8, 8), name).save(tmp_path / f"{name}.png")
+    generated("red.png blue.png -n 2 --steps 1 --seed 3 --out each")
+    names = {path.name for path in (tmp_path / "each").iterdir()}
+    assert names == {"red-3.png", "red-4.png", "blue-5.png", "blue-6.png", "red-3-grid.png"}
+    generated("red.png blue.png --together --steps 1 --seed 3 --out one")
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["red-3.png"]
+
+
+@pytest.mark.usefixtures("cat")
+def test_a_grid_repeats_its_call(
+    pipe: ImagePromptPipeline, generated: Callable[[str], None]
+) -> None:
+    generated("cat.png -n 2 --steps 1 --seed 3 --out out")
+    again = read_request(Path("out/cat-3-grid.png"))
+    assert (again.only, list(again.numbers), again.settings.seed) == (None, [0, 1], 3)
+    for number, made in enumerate(again.run(pipe).images):
+        assert np.array_equal(pixels(made), pixels(open_image(f"out/cat-{3 + number}.png")))
+
+
+@pytest.mark.usefixtures("cat")
+def test_other_weights_are_said_and_refused(
+    pipe: ImagePromptPipeline, generated: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated("cat.png --steps 1 --seed 3 --out out")
+    recorded = read_request(Path("out/cat-3.png")).weights
+    assert recorded == pipe.weights
+    assert recorded.keys() == {"base model", "adapter base", "encoder of base"}
+    like = "--like out/cat-3.png --out again"
+    for name in recorded:
+        monkeypatch.setattr(pipe, "weights", recorded | {name: "another"})
+        with pytest.raises(SettingError, match=rf"to repeat: {name}; its .*--allow-changed"):
+            generated(like)
+    assert not Path("again").exists()
+    generated(like + " --allow-changed")
+    assert read_request(Path("again/cat-3.png")).weights == pipe.weights
+    monkeypatch.setattr(pipe, "weights", recorded | {"adapter base": "another"})
+    generated(like + " --adapter base --scale 0.5")  # another adapter is what is asked for
+    with pytest.raises(SettingError, match="adapter base"):
+        generated(like + " --scale 0.5")
+    Image.new("RGB", (64, 64), "green").save("cat.png")
+    with pytest.raises(ImageError, match="is not the picture that it was"):
+        generated(like)
+
+
+def test_weights_are_known_by_their_values(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PACKAGED / "emoji", tmp_path / "emoji"))
+    adapter = folder / "adapters" / "base.safetensors"
+
+    def weights(**given: Any) -> dict[str, str]:
+        options = {"adapter": adapter, "device": "cpu", "controlnet": folder / "controlnets/edges"}
+        return ImagePromptPipeline.from_pretrained(str(folder), **options | given).weights
+
+    before = weights()
+    assert before == weights(dtype=torch.float16, tiling=True)
+    tensors, header = read_tensors(adapter, list)
+    first = next(name for name in tensors if name.startswith("image_kv"))
+    write_tensors(adapter, tensors | {first: tensors[first] + 1}, header)
+    assert changed(before, weights()) == {"adapter base"}
+    text = next((folder / "text_encoder").glob("*.safetensors"))
+    tensors, header = read_tensors(text, list)
+    write_tensors(text, {name: tensor + 1 for name, tensor in tensors.items()}, header)
+    assert changed(before, weights()) == {"adapter base", "base model"}
+    with pytest.raises(SettingError, match="repeat: base model, adapter base;"):
+        check_weights(before, weights())
+
+
+def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.mark.parametrize(
+    ("picture", "out", "recorded"),
+    [
+        ("home/jane/work/cat.png", "home/jane/work/out", "../cat.png"),
+        ("home/jane/work/a/cat.png", "home/jane/work/b/out", "../../a/cat.png"),
+        ("home/jane/work/out/cat.png", "home/jane/work/out", "cat.png"),
+        ("home/jane/work/cat.png", "elsewhere/out", "cat.png"),
+        ("home/jane/pictures/cat.png", "home/jane/work/out", "cat.png"),
+        ("home/jane/pictures/cat.png", "home/jane/out", "../pictures/cat.png"),
+        ("home/jane/pictures/cat.png", "home/out", "cat.png"),
+        ("data/cat.png", "data/out", "../cat.png"),
+    ],
+)
+def test_a_record_names_no_folder_of_the_user(
+    picture: str, out: str, recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "jane"))
+    (tmp_path / "home/jane/work").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home/jane/work")
+    assert recorded_path(tmp_path / picture, tmp_path / out).as_posix() == recorded
+
+
+def test_a_result_holds_names_and_is_repeated_elsewhere(
+    generated: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = PACKAGED / "emoji" / "adapters" / "base.safetensors"
+    for name in ("project/in", "away"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copy(weights, tmp_path / "project" / "mine.safetensors")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "project/in/cat.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "away/start.png")
+    monkeypatch.chdir("project")
+    words = f"in/cat.png --init {tmp_path}/away/start.png --adapter mine.safetensors --steps 2"
+    generated(f"{words} --seed 3 --out runs/out")
+    text = text_in(Path("runs/out/cat-3.png"))
+    assert text is not None
+    assert str(tmp_path) not in text
+    told = json.loads(text)
+    assert told["adapter"] == "../../mine.safetensors"
+    assert (told["images"][0]["path"], told["init_image"]["path"]) == (
+        "../../in/cat.png",
+        "start.png",
+    )
+    generated(f"{words} --seed 3 --out full --record-paths")
+    assert str(tmp_path / "away/start.png") in (text_in(Path("full/cat-3.png")) or "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "project").rename(tmp_path / "moved")
+    again = read_request(tmp_path / "moved/runs/out/cat-3.png")
+    assert again.adapter == str(tmp_path / "moved/mine.safetensors")
+    assert again.images[0][0].images[0].path == tmp_path / "moved/in/cat.png"
+    with pytest.raises(ImageError, match=r"start\.png does not exist"):
+        [file.check() for file in again.pictures()]
+    monkeypatch.chdir("away")  # the working folder holds it
+    for file in read_request(tmp_path / "moved/runs/out/cat-3.png").pictures():
+        file.check()
+
+
+@pytest.mark.usefixtures("cat")
+def test_what_a_request_reads_is_never_written_to(generated: Callable[[str], None]) -> None:
+    generated("cat.png --steps 1 --seed 3 --out one.png")
+    before = Path("one.png").read_bytes()
+    with pytest.raises(SettingError, match="is one of the inputs"):
+        generated("--like one.png --out one.png --force")
+    generated("cat.png --steps 1 --seed 3 --out one.png")  # the same result: it was there
+    with pytest.raises(SettingError, match=r"one.png exists: give another name, or --force"):
+        generated("cat.png --steps 1 --seed 4 --out one.png")
+    Image.new("RGB", (8, 8)).save("other.png")
+    with pytest.raises(SettingError, match=r"other.png exists: give another name, or --force"):
+        generated("cat.png --steps 1 --seed 4 --out other.png")
+    assert Path("one.png").read_bytes() == before
+    generated("cat.png --steps 1 --seed 4 --out one.png --force")
+    assert read_request(Path("one.png")).settings.seed == 4
 
 
 def test_an_interrupt_says_what_was_done(

@@ -8,13 +8,26 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
+from imprompt import __version__
 from imprompt.cli.console import loading, quiet
-from imprompt.models import MODELS, PACKAGED, collector_waits, open_pipeline
+from imprompt.cli.environment import without_user
+from imprompt.errors import CheckpointError
+from imprompt.models import (
+    HUB_PATIENCE,
+    MODELS,
+    PACKAGED,
+    Location,
+    collector_waits,
+    hub_answers,
+    open_pipeline,
+)
 
 EMOJI = PACKAGED / "emoji"
 ADAPTER = EMOJI / "adapters" / "base.safetensors"
@@ -109,6 +122,34 @@ def test_only_what_is_needed_is_imported(code: str, without: set[str]) -> None:
     assert not loaded(code) & without
 
 
+def test_a_bug_report_has_versions_and_no_name(tmp_path: Path) -> None:
+    home = tmp_path / "jane.doe"
+    home.mkdir()
+    code = f"import os; os.environ['HOME'] = {str(home)!r}; os.chdir({str(home)!r})\n"
+    ended = python(code + command("env", "--json"))
+    found = json.loads(ended.stdout)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["imprompt"] == __version__
+    assert found["devices"]["cpu"]
+    assert found["folders"]["working folder"] == "~"
+    assert "jane.doe" not in ended.stdout
+    assert without_user(Path("/data", Path.home().name, "x")) == "/data/USER/x"
+
+
+def test_the_version_is_one_word() -> None:
+    assert python(command("--version")).stdout == f"imprompt {__version__}\n"
+
+
+def test_a_shell_completes_commands_and_their_options() -> None:
+    for words, found in (("imprompt ev", {"evaluate"}), ("imprompt embed --cr", {"--crop"})):
+        ask = {"_IMPROMPT_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        ask["COMP_CWORD"] = str(words.count(" "))
+        code = f"import os; os.environ |= {ask}\nimport sys; sys.argv = ['imprompt']\n"
+        ended = python(code + "from imprompt.cli import main; main()")
+        assert set(ended.stdout.split()) == found, ended.stderr
+    assert "_IMPROMPT_COMPLETE" in python(command("--show-completion", "bash")).stdout
+
+
 def test_loading_initialises_nothing_at_random_and_copies_no_weights() -> None:
     """Weights in the precision of their file stay where the system mapped them, for all processes
     at once.
@@ -160,6 +201,66 @@ def test_the_libraries_notices_are_kept_back() -> None:
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def test_loading_says_nothing_of_other_libraries() -> None:
+    code = """
+import logging
+from imprompt import ImagePromptPipeline
+ImagePromptPipeline.from_pretrained("emoji", device="cpu")
+assert logging.root.manager.disable == 0
+logging.getLogger("torchao").warning("heard again")
+"""
+    ended = python(code)
+    assert ended.returncode == 0
+    said = [line for line in ended.stderr.replace("\r", "\n").splitlines() if "it/s" not in line]
+    assert [line for line in said if line.strip() and "0%" not in line] == ["heard again"]
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A Hub that does not answer; it holds the patience of each that asks it."""
+    asked: list[float] = []
+
+    class Session:
+        def head(self, _address: str, timeout: float) -> None:
+            asked.append(timeout)
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    hub_answers.cache_clear()
+    yield asked
+    hub_answers.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(silent_hub: list[float]) -> None:
+    words = r"could not be downloaded from the Hub \(the Hub does not answer, and it is not in the"
+    for fetch in (
+        Location("nobody/nothing", "a").fetch_file,
+        Location("nobody/nothing").fetch_folder,
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            fetch()
+    assert silent_hub == [HUB_PATIENCE]
+
+
+def test_what_is_in_the_cache_needs_no_hub(
+    silent_hub: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "models--some--model"
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    (cache / "snapshots" / "abc" / "config.json").touch()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert Location("some/model", "sub").fetch_folder() == (str(cache / "snapshots/abc"), "sub")
+    assert Location("some/model", "config.json").fetch_file() == cache / "snapshots/abc/config.json"
+    assert len(silent_hub) == 1
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub_answers.cache_clear()
+    assert Location("some/model").fetch_folder() == ("some/model", None)
+    assert len(silent_hub) == 1  # nothing is asked where HF_HUB_OFFLINE is set
 
 
 SHELL = """

@@ -5,7 +5,7 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
 from imprompt.errors import SettingError, first_line
@@ -50,8 +50,7 @@ def written_new(part: Path, wanted: Path) -> Path:
     part  a file at a path that `temporary` gave
     """
     flush(part)
-    for number in count(1):
-        path = wanted if number == 1 else wanted.with_stem(f"{wanted.stem}-{number}")
+    for path in numbered_names(wanted):
         try:
             os.link(part, path)
         except FileExistsError:
@@ -66,10 +65,35 @@ def written_new(part: Path, wanted: Path) -> Path:
     raise AssertionError("numbers do not end")
 
 
+def numbered_names(wanted: Path) -> Iterator[Path]:
+    """Yield the names that a new file tries: wanted, wanted-2, wanted-3 and so on."""
+    yield wanted
+    yield from (wanted.with_stem(f"{wanted.stem}-{number}") for number in count(2))
+
+
+def taken_names(wanted: Path) -> Iterator[Path]:
+    """Yield the files at the names that a new file would try before a free one."""
+    return takewhile(Path.exists, numbered_names(wanted))
+
+
 def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
-    """Raise SettingError if the file `out`, which is to be written, is one of the inputs."""
-    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+    """Raise SettingError if `out`, which is to be written, is an input or a file in one."""
+    found = out.exists() and [path for path in inputs if path.exists()]
+    if found and any(
+        out.samefile(path) or (out.is_file() and out.resolve().is_relative_to(path.resolve()))
+        for path in found
+    ):
         raise SettingError(f"{out} is one of the inputs: give another name for the output")
+
+
+def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
+    """Raise SettingError if the file `out` may not be written.
+
+    It may not be an input, nor an existing file, unless `force` says that this is to be replaced.
+    """
+    refuse_inputs(out, inputs)
+    if out.is_file() and not force:
+        raise SettingError(f"{out} exists: give another name, or --force to replace it")
 
 
 def flush(path: Path) -> None:

@@ -1,15 +1,20 @@
 """Known names: base models, the adapters made for them, and the image encoders these need."""
 
 import gc
+import logging
+import re
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from imprompt.errors import CheckpointError, SettingError, first_line
 
 PACKAGED = Path(__file__).parent / "weights"
+HUB_PATIENCE = 5  # seconds that the Hub has to answer
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Location:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Parse the form that `str` gives: "owner/name:path", "packaged:path" or a folder."""
+        refuse_url(text)
         repo, _, path = text.partition(":")
         return cls("" if repo == "packaged" else repo, path)
 
@@ -47,17 +53,65 @@ class Location:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return Path(hf_hub_download(self.repo, self.path))
+            cached = self.on_hub and not hub_answers(this_minute())
+            return Path(hf_hub_download(self.repo, self.path, local_files_only=cached))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             # ValueError: the name is not a valid Hub id
-            raise CheckpointError(
-                f"{self} could not be downloaded from the Hub ({first_line(error)}); "
-                "give a local file or folder"
-            ) from error
+            raise self._not_downloaded(error) from error
 
     def fetch_folder(self) -> tuple[str, str | None]:
-        """Return the arguments of `from_pretrained`: (repository or folder, subfolder)."""
-        return (self.repo, self.path or None) if self.repo else (str(PACKAGED / self.path), None)
+        """Return the arguments of `from_pretrained`: (repository or folder, subfolder).
+
+        If the Hub does not answer, it is the folder of its cache, or CheckpointError.
+        """
+        if not self.repo:
+            return str(PACKAGED / self.path), None
+        source = self.repo
+        if self.on_hub and not hub_answers(this_minute()):
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import LocalEntryNotFoundError
+
+            try:
+                source = snapshot_download(self.repo, local_files_only=True)
+            except (LocalEntryNotFoundError, OSError, ValueError) as error:
+                raise self._not_downloaded(error) from error
+        return source, self.path or None
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is neither packaged nor a folder on this disk."""
+        return bool(self.repo) and not Path(self.repo).is_dir()
+
+    def _not_downloaded(self, error: Exception) -> CheckpointError:
+        why = first_line(error)
+        if not hub_answers(this_minute()):
+            why = "the Hub does not answer, and it is not in the cache"
+        return CheckpointError(
+            f"{self} could not be downloaded from the Hub ({why}); give a local file or folder"
+        )
+
+
+def this_minute() -> int:
+    """Return the number of the current minute."""
+    return int(time.monotonic() // 60)
+
+
+@lru_cache(1)
+def hub_answers(_minute: int) -> bool:
+    """Return whether the Hub answers at all, asked once a minute.
+
+    Its library would ask again and again, for half a minute, before it says so. Where
+    HF_HUB_OFFLINE is set the library asks nothing, and this neither.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception:  # of whichever library it is that sends requests
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -181,6 +235,15 @@ MODELS = {
 }
 
 
+def refuse_url(name: str | Path) -> None:
+    """Raise SettingError for an address: nothing is fetched from one."""
+    if found := re.match(r"([a-zA-Z][a-zA-Z+.-]+):/+(?=[^/])", str(name)):  # a Path joins slashes
+        address = f"{found[1]}://{str(name)[found.end() :]}"
+        raise SettingError(
+            f"{address}: nothing is fetched from an address; download it first and give the file"
+        )
+
+
 def may_be_on_hub(name: str) -> bool:
     """Return whether a name has the form of a Hub id, owner/name."""
     return name.count("/") == 1 and not name.startswith((".", "/"))
@@ -190,6 +253,7 @@ def find_model(name: str) -> KnownModel:
     """Return the model of a name, folder or Hub id; SettingError if it is none of these."""
     if name in MODELS:
         return MODELS[name]
+    refuse_url(name)
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "model_index.json").exists():
@@ -234,6 +298,7 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
     if name in model.adapters:
         known = model.adapters[name]
         return FoundAdapter(known.file.fetch_file(), known.encoder, known.variant)
+    refuse_url(name)
     if Path(name).exists():
         return FoundAdapter(Path(name))
     owner, _, rest = name.partition("/")
@@ -274,6 +339,17 @@ def collector_waits() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Hold back what libraries log while they are imported, such as that others are missing."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 @collector_waits()
 def open_pipeline(
     model: KnownModel, device: Any, *, without: Collection[str] = (), **options: Any
@@ -283,14 +359,15 @@ def open_pipeline(
     The components named in `without` are left out too. Raises CheckpointError if the model could
     not be downloaded or is damaged.
     """
-    from diffusers import pipelines
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
     source, saved = model.base.fetch_folder()[0], index_of(model)
     try:
-        # The pipeline's own class leaves out components that are None; DiffusionPipeline would
-        # load an image encoder anyway.
-        kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)
+        with quiet_imports():
+            from diffusers import pipelines
+            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+            # The pipeline's own class leaves out components that are None; DiffusionPipeline would
+            # load an image encoder anyway.
+            kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)
         absent = dict.fromkeys({"image_encoder", *without} & set(saved))
         pipeline = kind.from_pretrained(source, **absent, **options, trust_remote_code=False)
     except Exception as error:  # a folder can be wrong in any way
@@ -303,7 +380,8 @@ def open_pipeline(
 
 def index_of(model: KnownModel) -> dict[str, Any]:
     """Load a model's index of components; CheckpointError if it could not be loaded."""
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    with quiet_imports():
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     source, _ = model.base.fetch_folder()
     try:
@@ -320,7 +398,8 @@ def part_config(model: KnownModel, part: str) -> dict[str, Any]:
 
     Raises CheckpointError if it could not be loaded.
     """
-    from diffusers.models.auto_model import AutoModel
+    with quiet_imports():
+        from diffusers.models.auto_model import AutoModel
 
     source, _ = model.base.fetch_folder()
     try:

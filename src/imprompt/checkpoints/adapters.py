@@ -25,6 +25,7 @@ from imprompt.checkpoints.tensors import check_plain, read_tensors, some, write_
 from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
 from imprompt.families.base import Family, family_of
 from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
+from imprompt.models import refuse_url
 from imprompt.variants import BY_NAME, CheckpointEvidence, Variant, bearing, find_variant
 
 FORMAT = 1
@@ -163,6 +164,7 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
     unsafe, of another kind, ambiguous, or incomplete: then every missing, unexpected and misshapen
     tensor is named at once. Raises SettingError if `variant` contradicts the file.
     """
+    refuse_url(os.fspath(path))
     file = _file_at(Path(path))
     tensors, metadata = read_tensors(file, layouts.adapter_keys)
     if kind := layouts.foreign(tensors):
@@ -308,7 +310,7 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     """Return labels and values that describe a file to a person."""
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors})
     rows = [
-        ("layout", file.layout),
+        ("layout", " / ".join((file.layout, *layouts.other_names(file.layout)))),
         ("variant", file.variant.name),
         *_variant_rows(file.variant),
         ("image tokens", f"{file.tokens or 'one per patch'}, {file.token_width} wide"),
@@ -487,7 +489,8 @@ def _named_header(file: AdapterFile, layers: Sequence[str] | None) -> Header:
         raise CheckpointError(
             f"this adapter only numbers its {len(file.kv)} cross-attentions, and no known model "
             "has that many "
-            f"with {file.token_dim}-wide text: name the base model that it was trained for"
+            f"with {file.token_dim}-wide text: name the base model that it was trained for "
+            "(--model, or layers=)"
         )
     if len(set(names)) != len(file.kv):
         raise CheckpointError(

@@ -227,6 +227,11 @@ def layout_of(keys: Collection[str]) -> Layout | None:
     return best if known_halves(best) else None
 
 
+def other_names(name: str) -> list[str]:
+    """Return the other names of a layout: files of either name are the same."""
+    return [alias for alias, layout in ALIASES.items() if layout == name]
+
+
 def layout_to_write(name: str, suffix: str) -> Layout:
     """Return the layout of that name and file suffix.
 

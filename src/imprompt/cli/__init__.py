@@ -8,18 +8,17 @@ import io
 import os
 import sys
 from importlib import import_module
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
+from imprompt import __version__
 from imprompt.cli.console import LateCommand, fail
 from imprompt.errors import ImpromptError
 
 app = typer.Typer(
     name="imprompt",
-    help="Image prompts for text-to-image diffusion models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -46,10 +45,16 @@ COMMANDS = {  # group -> its commands; "" is the program itself
         Command("demo", "demo", "demo"),
         Command("models", "generate", "models"),
         Command("blocks", "generate", "blocks"),
-        Command("embed", "embed", "embed"),
+        Command(
+            "embed",
+            "embed",
+            "embed_command",
+            "Encode pictures into a file that can be used as an image prompt in their place.",
+        ),
         Command("train", "train", "train_command"),
         Command("inspect", "adapters", "inspect"),
         Command("convert", "adapters", "convert"),
+        Command("env", "environment", "env"),
     ),
     "data": (Command("check", "data", "check"), Command("encode", "encode", "encode")),
     "evaluate": (
@@ -70,10 +75,22 @@ GROUPS = {  # group -> its help text
 }
 
 
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version, and do nothing else.")
+    ] = False,
+) -> None:
+    """Image prompts for text-to-image diffusion models."""
+    if version:
+        print(f"imprompt {__version__}")
+        raise typer.Exit
+
+
 def commands() -> None:
     """Register every command, once."""
     if app.registered_commands:
         return
+    app.callback(invoke_without_command=True)(program)
     for name, members in COMMANDS.items():
         group = app
         if name in GROUPS:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from imprompt.cli.console import Force
+
 
 class LayoutName(StrEnum):
     """Layouts in which an adapter file can be written."""
@@ -59,15 +61,16 @@ def convert(
         typer.Option(help="The base model, if the file only numbers the layers of an unknown one."),
     ] = None,
     variant: Answer = None,
+    force: Force = False,
 ) -> None:
     """Write an adapter in another layout, its weights bit for bit.
 
     A .bin has no place for the header; .safetensors keeps it.
     """
     from imprompt.checkpoints.adapters import read_adapter, write_adapter
-    from imprompt.files import refuse_inputs
+    from imprompt.files import check_output
 
-    refuse_inputs(target, [source])
+    check_output(target, [source], force)
     write_adapter(
         target, read_adapter(source, variant), to.value, layers_of(model) if model else None
     )

@@ -7,10 +7,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the file that is to be written, if it exists.")
+]
 
 
 class LateCommand(TyperCommand):

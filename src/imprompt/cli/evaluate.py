@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from imprompt.cli.console import Force
+
 if TYPE_CHECKING:
     from imprompt.cli.flags import GivenFields
 
@@ -137,8 +139,13 @@ def compare(
     first: Annotated[Path, typer.Argument(help="A run's folder.")],
     second: Annotated[Path, typer.Argument(help="Another run's folder.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("comparison.html"),
+    force: Force = False,
 ) -> None:
     """Write a page that compares two runs over the items that both have, with intervals."""
+    from imprompt.evaluation.page import is_page
     from imprompt.evaluation.report import write_comparison
+    from imprompt.files import check_output
 
+    # an older page of ours may be replaced: the same command writes it again
+    check_output(out, [], force or (out.is_file() and is_page(out)))
     print(write_comparison(first, second, out))

@@ -1,16 +1,19 @@
 """Define `imprompt generate`, `imprompt models` and `imprompt blocks`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from imprompt.cli.console import Force
 from imprompt.errors import SettingError
 
 if TYPE_CHECKING:
     from imprompt.cli.flags import FieldFlag, GivenFields
+    from imprompt.generation.pipeline import OnStep
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
 
@@ -28,6 +31,7 @@ WITHOUT_FLAG = {  # fields that cannot be given on the command line, and why
         "images": "they are the command's arguments",
         "settings": "its own fields are flags",
         "only": "it comes from a PNG: the picture of the call that the PNG holds",
+        "weights": "it comes from a PNG: what made its picture",
     },
 }
 
@@ -82,8 +86,24 @@ def generate(
             "encoder."
         ),
     ] = None,
+    force: Force = False,
+    record_paths: Annotated[
+        bool,
+        typer.Option(
+            "--record-paths",
+            help="Record absolute paths in the results, in place of names relative to them.",
+        ),
+    ] = False,
+    allow_changed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed",
+            help="Repeat a result although its pictures or weights have changed since.",
+        ),
+    ] = False,
 ) -> None:
     """Make the pictures of the request that a command line gives."""
+    from imprompt.files import refuse_inputs
     from imprompt.generation.request import read_request
 
     named = images or []
@@ -92,7 +112,10 @@ def generate(
         if like is None
         else changed_request(read_request(like), named, given_fields)
     )
-    carry_out(request, out, device=device, offload=offload, keep_features=keep_features)
+    refuse_inputs(out, [*request.inputs(), *([] if like is None else [like])])
+    place = ResultPlace(out, force, record_paths)
+    machine = {"device": device, "offload": offload, "keep_features": keep_features}
+    carry_out(request.unchecked() if allow_changed else request, place, **machine)
 
 
 def new_request(images: Sequence[Path], given_fields: "GivenFields") -> "Request":
@@ -119,6 +142,7 @@ def changed_request(
 
     Raise SettingError if they do not fit the request.
     """
+    from imprompt.generation.record import unchanged_by
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
     from imprompt.generation.settings import Settings
@@ -134,7 +158,11 @@ def changed_request(
         )
     if images:
         items = with_pictures(items, images, "combine" in fields)
-    own = {"settings": dict(request.settings) | settings, "images": with_fields(items, fields)}
+    own: dict[str, Any] = {
+        "settings": dict(request.settings) | settings,
+        "images": with_fields(items, fields),
+        "weights": unchanged_by(given_fields[Request], request.weights),
+    }
     return request.changed(given_fields[Request] | own)
 
 
@@ -187,12 +215,17 @@ def with_fields(items: Items, fields: dict[str, Any]) -> "list[list[Reference]]"
     ]
 
 
-def carry_out(request: "Request", out: Path, **machine: Any) -> list[Path]:
-    """Check and load a request, write each of its pictures when it is made, and print their paths.
+class ResultPlace(NamedTuple):
+    """Where results go, whether a file there is replaced, and whether they record paths."""
 
-    `machine`: see `Request.load`.
-    """
-    from rich.console import Console
+    out: Path
+    force: bool = False
+    record_paths: bool = False
+
+
+@contextmanager
+def sampling_bar(console: Any) -> "Iterator[OnStep]":
+    """Show a bar on a terminal; yield what reports its steps."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -201,29 +234,64 @@ def carry_out(request: "Request", out: Path, **machine: Any) -> list[Path]:
         TimeRemainingColumn,
     )
 
-    from imprompt.cli.console import loading, quiet
-    from imprompt.files import check_folder, refuse_inputs
-    from imprompt.generation.request import results_at, write_results
+    columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    sampling = bar.add_task("sampling", total=None)
+    with bar:
+        yield lambda done, total: bar.update(sampling, completed=done, total=total)
 
-    check_folder(results_at(out)[0])
+
+def check_place(request: "Request", place: ResultPlace) -> None:
+    """Raise SettingError if results cannot be written to a place, before weights are read."""
+    from imprompt.files import check_folder, check_output
+    from imprompt.generation.request import results_at, text_in
+
+    folder, named = results_at(place.out)
+    check_folder(folder)
+    single = named and len(request.numbers) == 1
+    if single and text_in(place.out) is None:  # one of ours may be the very result
+        check_output(place.out, [], place.force)
+
+
+def carry_out(request: "Request", place: ResultPlace, **machine: Any) -> list[Path]:
+    """Check and load a request, write each of its pictures when it is made, and print their paths.
+
+    Pictures that are there already, made by the same request, are kept. `machine`: see
+    `Request.load`.
+    """
+    from rich.console import Console
+
+    from imprompt.cli.console import loading, quiet
+    from imprompt.files import check_output
+    from imprompt.generation.record import check_weights
+    from imprompt.generation.request import ResultFiles, write_results
+
+    check_place(request, place)
     for picture in request.pictures():
         picture.check()
-    refuse_inputs(out, [picture.path for picture in request.pictures()])
     console = Console(stderr=True)
     with console.status(f"loading {request.model} …"), loading():
         quiet()
         pipeline = request.load(**machine)
-    columns = (TextColumn("sampling"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    sampling = bar.add_task("sampling", total=None)
+    check_weights(request.weights, pipeline.weights)
     written: list[tuple[Path, int | None]] = []
     try:
-        with bar:
+        with sampling_bar(console) as on_step:
             job = request.prepare(pipeline)
-            made = pipeline.make(
-                job, lambda done, total: bar.update(sampling, completed=done, total=total)
+            files = ResultFiles.of(
+                request, job.settings, pipeline.weights, place.out, paths=place.record_paths
             )
-            for result in write_results(made, request, job.settings, out):
+            found = {} if place.force else {n: files.there(n) for n in request.numbers}
+            kept = {number: path for number, path in found.items() if path is not None}
+            if kept:
+                print(f"{len(kept):,} of {len(request.numbers):,} were there")
+            elif files.single:
+                check_output(files.path(None), [], place.force)
+            if len(job.rounds) > 1 and request.settings.seed is None:
+                seed = job.settings.seed
+                console.print(f"seed {seed}: if this is stopped, it goes on with --seed {seed}")
+            made = pipeline.make(job.without(kept), on_step)
+            for result in write_results(made, files, kept):
                 written.append(result)
     finally:
         for path, seed in written:

@@ -261,10 +261,10 @@ def files_of(place: Location) -> str:
     For a folder it is a hash of the files' names, sizes and times, for the Hub the cached
     revision. Raise CheckpointError if the Hub has no such encoder.
     """
+    if place.on_hub:
+        return str(place.inside("config.json").fetch_file().parent)
     source, subfolder = place.fetch_folder()
     folder = Path(source, subfolder or "")
-    if not folder.is_dir():
-        return str(place.inside("config.json").fetch_file().parent)
     files = sorted(
         (file.name, file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns)
         for file in folder.iterdir()

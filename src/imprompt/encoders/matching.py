@@ -11,7 +11,7 @@ from imprompt.encoders.feature_cache import CachedFeatures, Store
 from imprompt.encoders.vision import VisionEncoder, open_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.published import published_encoder
-from imprompt.models import KnownModel, Location, may_be_on_hub
+from imprompt.models import KnownModel, Location, may_be_on_hub, refuse_url
 
 Encoder = VisionEncoder | CachedFeatures | FaceFeatures
 
@@ -90,6 +90,7 @@ def clip_encoder(
 
 def given_place(name: str) -> Location:
     """Return the location that a user names; SettingError, before any download, if it cannot be."""
+    refuse_url(name)
     if not Path(name).is_dir() and not may_be_on_hub(name):
         raise SettingError(
             f"no image encoder {name!r}: give a folder with config.json and weights, or a Hub id "

@@ -5,7 +5,7 @@
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from imprompt.checkpoints.tensors import some
 from imprompt.encoders.kinds import EncoderKind, EncoderStructure, find_kind
 from imprompt.encoders.preparation import side_of, without_ends
 from imprompt.errors import CheckpointError, first_line
-from imprompt.models import Location, collector_waits
+from imprompt.models import Location, collector_waits, quiet_imports
 from imprompt.variants import Feature, Variant
 
 # Either file may hold the settings of the image processor.
@@ -94,12 +94,17 @@ class VisionEncoder:
 
 
 def fingerprint(model: Any) -> str:
-    """Return a hash of a model's weights, equal for the same model in fp16 or fp32.
+    """Return a hash of a model's weights: see `fingerprint_of`."""
+    return fingerprint_of(model.state_dict())
+
+
+def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
+    """Return a hash of weights by name, equal for the same ones in fp16 or fp32.
 
     It is of the first 64 values of every weight as float16.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(weight.flatten()[:64].to("cpu", torch.float16).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -132,8 +137,10 @@ def describe_encoder(place: Location) -> EncoderDescription:
     with as_checkpoint_error(place):
         config, _ = transformers.PreTrainedConfig.get_config_dict(source, **inside)
         kind = find_kind(config.get("model_type", "clip"))
-        config = getattr(transformers, kind.model).config_class.from_pretrained(source, **inside)
-        processor_class = getattr(transformers, kind.processor)
+        with quiet_imports():
+            model_class = getattr(transformers, kind.model)
+            processor_class = getattr(transformers, kind.processor)
+        config = model_class.config_class.from_pretrained(source, **inside)
         processor = (
             processor_class.from_pretrained(source, **inside)
             if any(has_file(source, name, **inside) for name in PROCESSOR_FILES)

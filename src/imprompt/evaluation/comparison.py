@@ -29,6 +29,7 @@ from imprompt.evaluation.results import (
     label_of,
     mean_of,
     read_results,
+    without_folders,
 )
 
 PICTURES_OF_ITEM = 2  # pictures of an item by each run
@@ -90,14 +91,15 @@ def write_comparison(a: Path, b: Path, out: Path) -> Path:
     if not any(pair.metrics for pair in pairs):
         raise SettingError(f"{a} and {b} share no metric: run both with the same judges")
     thumbnails = Thumbnails()
-    names = _names(a, b)
+    folders = without_folders(str(a), out.parent), without_folders(str(b), out.parent)
+    names = _names(a, b, folders)
     return write_page(
         out,
         "comparison.html.jinja",
         thumbnails,
         title=f"{names[0]} and {names[1]}",
         names=names,
-        folders=(str(a), str(b)),
+        folders=folders,
         warnings=list(_warnings(first, second, pairs)),
         pairs=pairs,
         figures=figures(_merged(pairs, names)),
@@ -229,10 +231,10 @@ def _warnings(a: Results, b: Results, pairs: list[Pair]) -> Iterator[str]:
         )
 
 
-def _names(a: Path, b: Path) -> tuple[str, str]:
-    """Return the folders' names, or their paths if the names are equal."""
+def _names(a: Path, b: Path, shown: tuple[str, str]) -> tuple[str, str]:
+    """Return the folders' names, or the paths that are shown if the names are equal."""
     names = a.resolve().name, b.resolve().name
-    return names if names[0] != names[1] else (str(a), str(b))
+    return names if names[0] != names[1] else shown
 
 
 def _merged(pairs: list[Pair], names: tuple[str, str]) -> list[Setting]:

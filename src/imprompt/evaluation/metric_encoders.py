@@ -95,8 +95,8 @@ def is_tower(source: str) -> bool:
     """
     from transformers import CLIPVisionConfig
 
-    folder, subfolder = Location.parse(source).fetch_folder()
     try:
+        folder, subfolder = Location.parse(source).fetch_folder()
         return (
             CLIPVisionConfig.get_config_dict(folder, subfolder=subfolder or "")[0].get("model_type")
             == "clip_vision_model"
@@ -114,11 +114,12 @@ def open_dino(source: str, device: str) -> MetricEncoder:
     from transformers import AutoImageProcessor, AutoModel
 
     try:
+        folder, _ = Location(source).fetch_folder()
         loaded: Any = AutoModel.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
         processor: Any = AutoImageProcessor.from_pretrained(
-            source, backend="pil", trust_remote_code=False
+            folder, backend="pil", trust_remote_code=False
         )
         model, report = loaded
         if not hasattr(model.config, "patch_size") or model.main_input_name != "pixel_values":

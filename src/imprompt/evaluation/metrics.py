@@ -20,7 +20,8 @@ SUBSETS, SUBSET_SIZE = 100, 1000  # the usual ones for the kernel distance
 class Metric:
     """A metric's title, its definition in one sentence, its better side and its digits.
 
-    `higher_is_better` is None if neither side is better.
+    `higher_is_better` is None if neither side is better. Values of fewer than `least` pictures are
+    not compared: a distance between few pictures says little.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Metric:
     higher_is_better: bool | None
     digits: int
     per_picture: bool = True  # it has a column in rows.jsonl
+    least: int = 1
 
 
 TARGET = "the picture that it should be like: its image prompt, where the set names no other"
@@ -57,6 +59,7 @@ METRICS = {
         False,
         2,
         per_picture=False,
+        least=2048,
     ),
     "kid": Metric(
         "KID × 1000",
@@ -64,6 +67,7 @@ METRICS = {
         False,
         3,
         per_picture=False,
+        least=SUBSET_SIZE,
     ),
 }
 

@@ -15,8 +15,10 @@ from imprompt.evaluation.metrics import METRICS
 from imprompt.evaluation.plots import curve, dots, drawable, trade
 from imprompt.evaluation.results import Setting, axes_of, axis_values, known, numeric_axes, word
 from imprompt.files import atomic_write
+from imprompt.generation.record import recorded_path
 
 NONE = "–"
+GENERATOR = b'<meta name="generator" content="imprompt">'
 VERSIONS = ("imprompt", "torch", "diffusers", "transformers", "device", "dtype")
 HEADLINE = ("clip_i", "clip_t")
 DRAWN = (*HEADLINE, "dino", "diversity", "fid", "kid")  # the others follow CLIP-T
@@ -42,7 +44,10 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
         lstrip_blocks=True,
     )
     environment.filters |= {"number": metric_text, "change": change}
-    named = list(thumbnails.missing.values())
+    named = [
+        said.replace(place, recorded_path(Path(place), path.parent).as_posix())
+        for place, said in thumbnails.missing.items()
+    ]
     text = environment.get_template(template).render(
         METRICS=METRICS, NONE=NONE, missing=named, MISSING=MISSING, **values
     )
@@ -56,6 +61,12 @@ def write_page(path: Path, template: str, thumbnails: Thumbnails, **values: Any)
             f"{path} cannot be written ({first_line(error)}); give another place"
         ) from error
     return path
+
+
+def is_page(path: Path) -> bool:
+    """Return whether a file is a page that `write_page` wrote."""
+    with path.open("rb") as file:
+        return GENERATOR in file.read(1000)
 
 
 def metric_text(value: object, key: str) -> str:

@@ -101,6 +101,11 @@ class Chunk:
         """File of the embeddings of its pictures and their targets."""
         return self.stem.with_suffix(".safetensors")
 
+    @property
+    def table(self) -> Path:
+        """File of the hashes of its rows and its embeddings."""
+        return self.stem.with_suffix(".json")
+
 
 def chunks_of(plan: Plan, settings: Sequence[Setting], items: "Sequence[Item]") -> list[Chunk]:
     """Return all chunks, setting by setting."""

@@ -66,7 +66,10 @@ def title_of(results: Results) -> str:
 
 
 def best(settings: list[Setting]) -> dict[str, float]:
-    """Return the best value of each metric that has a better side and more than one value."""
+    """Return the best value of each metric that has a better side and more than one value.
+
+    None is the best where one of them is of too few pictures: see `Metric.least`.
+    """
     found: dict[str, float] = {}
     for key, metric in METRICS.items():
         values = [
@@ -74,7 +77,9 @@ def best(settings: list[Setting]) -> dict[str, float]:
             for one in settings
             if known(one["metrics"].get(key, {}).get("value"))
         ]
-        if metric.higher_is_better is not None and len(values) > 1:
+        if metric.higher_is_better is None or len(values) < 2:
+            continue
+        if all(one["count"] >= metric.least for one in settings):
             found[key] = (max if metric.higher_is_better else min)(values)
     return found
 

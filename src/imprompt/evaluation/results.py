@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from imprompt.errors import SettingError, first_line
+from imprompt.generation.record import recorded_path
 
 Row = dict[str, Any]  # one picture, as in rows.jsonl
 Setting = dict[str, Any]  # name, axes, count, items, metrics, as in summary.json
@@ -18,7 +20,8 @@ Setting = dict[str, Any]  # name, axes, count, items, metrics, as in summary.jso
 class Results:
     """Contents of a run's folder.
 
-    `run` is run.json; `rows` are by setting and by item, in the order of the files.
+    `run` is run.json, without the user's folders; `rows` are by setting and by item, in the order
+    of the files.
     """
 
     folder: Path
@@ -35,6 +38,7 @@ def read_results(folder: Path) -> Results:
         folder, "rows.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line]
     )
     rows: dict[str, dict[str, list[Row]]] = {}
+    _check_hash(folder, summary)
     _check("summary.json", summary, {"run": dict, "settings": list}, folder)
     for setting in summary["settings"]:
         _check(
@@ -52,13 +56,50 @@ def read_results(folder: Path) -> Results:
         )
         rows.setdefault(row["setting"], {}).setdefault(row["item"], []).append(row)
     unmade = [setting["name"] for setting in summary["settings"] if setting["name"] not in rows]
-    results = Results(folder, summary["run"], summary["settings"], summary.get("notes", []), rows)
+    run = without_folders(summary["run"], folder)
+    settings = _named_from(folder, summary["settings"])
+    results = Results(folder, run, settings, summary.get("notes", []), rows)
     if unmade or not results.settings:
         raise SettingError(
             f"{folder} is not a finished run: "
             f"no pictures of {unmade[0] if unmade else 'any setting'} are in rows.jsonl"
         )
     return results
+
+
+def without_folders(value: Any, folder: Path, root: str = "") -> Any:
+    """Return values of a run's record with paths from `folder`, or names, for absolute paths.
+
+    root  folder of the set, which is left out of texts
+    """
+    if isinstance(value, Mapping):
+        place = value.get("path")
+        inside = place if isinstance(place, str) else root
+        return {name: without_folders(one, folder, inside) for name, one in value.items()}
+    if isinstance(value, list):
+        return [without_folders(one, folder, root) for one in value]
+    if not isinstance(value, str):
+        return value
+    if Path(value).is_absolute():
+        return recorded_path(Path(value), folder).as_posix()
+    return value.replace(f"{root}/", "") if root else value
+
+
+def _named_from(folder: Path, settings: list[Setting]) -> list[Setting]:
+    """Return settings whose axes name no folder of the user, if this keeps them apart."""
+    shown = [one | {"axes": without_folders(one["axes"], folder)} for one in settings]
+    return shown if len({label_of(one) for one in shown}) == len(shown) else settings
+
+
+def _check_hash(folder: Path, summary: Any) -> None:
+    """Raise SettingError if the rows are not those that the summary is of, by their hash."""
+    hashes = summary.get("sha256") if isinstance(summary, dict) else None
+    wanted = hashes.get("rows.jsonl") if isinstance(hashes, dict) else None
+    if wanted and wanted != sha256((folder / "rows.jsonl").read_bytes()).hexdigest():
+        raise SettingError(
+            f"{folder / 'rows.jsonl'} was changed since the run: the same `imprompt evaluate run` "
+            "writes it again"
+        )
 
 
 def _check(name: str, content: Any, kinds: Mapping[str, type], folder: Path) -> None:

@@ -3,15 +3,15 @@
 The same command again resumes a run that ended early.
 
 OUT/run.json       what is run: everything that the numbers depend on
-    parts/         for the chunks of every setting: the rows, and the embeddings of its pictures
-                   and of their targets
+    parts/         for the chunks of every setting: the rows, the embeddings of its pictures and of
+                   their targets, and the hashes of both
     images/        the pictures
     rows.jsonl     all rows
     summary.json   means and intervals
 
 A chunk has the same items and the same batches in whichever process it is made, so neither a kill
 nor the number of processes changes a number. Its rows are written last: a chunk with rows is
-complete.
+complete. What was deleted since is made again; what was changed since is refused.
 """
 
 import json
@@ -26,18 +26,18 @@ from filelock import FileLock, Timeout
 from PIL.Image import Image
 from torch import Tensor
 
-from imprompt.checkpoints.tensors import flat, some, write_tensors
+from imprompt.checkpoints.tensors import flat, some
 from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.evaluation.generator import Generator, reference_of
 from imprompt.evaluation.metric_encoders import PHOTO, MetricEncoder, open_judges
 from imprompt.evaluation.metrics import clip_score, cosine, diversity
+from imprompt.evaluation.parts import is_complete, write_chunk, write_text
 from imprompt.evaluation.plan import Chunk, Plan, chunks_of
 from imprompt.evaluation.protocols import settings_of
 from imprompt.evaluation.sets import EvaluationSet, Item, open_set, set_facts
-from imprompt.evaluation.summary import gather, write_text
-from imprompt.files import check_folder
+from imprompt.evaluation.summary import gather
+from imprompt.files import check_folder, refuse_inputs
 from imprompt.generation.pipeline import check_device, default_device
-from imprompt.generation.request import save_png
 from imprompt.generation.settings import Settings
 from imprompt.images import open_image
 from imprompt.training.endings import end_of_another
@@ -58,6 +58,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
 
     settings = settings_of(plan.protocol, plan.sweep)
     check_folder(plan.out)
+    refuse_inputs(plan.out, [plan.path])
     whole = open_set(plan.path, plan.kind, plan.protocol.limit, skip_bad=plan.skip_bad)
     device_name = check_device(plan.device) if plan.device else default_device()
     ranks = PartialState(cpu=device_name == "cpu", timeout=PATIENCE)
@@ -97,7 +98,7 @@ def work(
 ) -> None:
     """Make, measure and write the chunks that are missing, grouped by adapter."""
     missing = sorted(
-        (chunk for chunk in mine if not chunk.rows.exists()),
+        (chunk for chunk in mine if not is_complete(plan.out, chunk)),
         key=lambda chunk: chunk.setting.adapter or "",
     )
     for done, chunk in enumerate(missing, len(mine) - len(missing)):
@@ -105,12 +106,7 @@ def work(
             on_done(done, len(mine))
         pictures = maker.make(chunk.setting, chunk.items, chunk.first)
         rows, embeddings = measure(chunk, pictures)
-        for path in (chunk.stem, *(plan.out / row["image"] for row in rows)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        for row, picture in zip(rows, pictures, strict=True):
-            save_png(picture, plan.out / row["image"])
-        write_tensors(chunk.embeddings, embeddings, {})
-        write_text(chunk.rows, "".join(json.dumps(row) + "\n" for row in rows))
+        write_chunk(plan.out, chunk, rows, embeddings, pictures)
     if on_done:
         on_done(len(mine), len(mine))
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from imprompt.errors import SettingError
 from imprompt.evaluation.metrics import (
     METRICS,
     SUBSET_SIZE,
@@ -20,9 +20,9 @@ from imprompt.evaluation.metrics import (
     frechet_distance,
     kernel_distances,
 )
+from imprompt.evaluation.parts import damaged, lines_of_json, read_rows, write_text
 from imprompt.evaluation.plan import Chunk
 from imprompt.evaluation.results import Row, cluster
-from imprompt.files import atomic_write
 
 
 def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str, Any]:
@@ -51,28 +51,12 @@ def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str,
                 "metrics": metrics,
             }
         )
-    summary = {"run": run, "settings": settings, "notes": [*notes]}
-    write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    text = lines_of_json(rows)
+    hashes = {"rows.jsonl": sha256(text.encode()).hexdigest()}
+    summary = {"run": run, "settings": settings, "notes": [*notes], "sha256": hashes}
+    write_text(out / "rows.jsonl", text)
     write_text(out / "summary.json", json.dumps(summary, indent=1))
     return summary
-
-
-def read_rows(chunk: Chunk) -> list[Row]:
-    """Return the rows of a chunk; SettingError if its file is missing or damaged."""
-    try:
-        rows = [json.loads(line) for line in chunk.rows.read_text("utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise damaged(chunk.rows, chunk) from error
-    if len(rows) != chunk.pictures:
-        raise damaged(chunk.rows, chunk)
-    return rows
-
-
-def damaged(path: Path, chunk: Chunk) -> SettingError:
-    """Return the error for a missing or damaged file of a chunk."""
-    return SettingError(
-        f"{path} is gone or damaged: delete {chunk.rows}, and the same command makes both again"
-    )
 
 
 def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
@@ -131,9 +115,3 @@ def notes_on(real: Tensor, made: Tensor, key: str) -> Iterable[str]:
             f"FID of {count:,} pictures is far too high, as a feature has {width:,} dimensions; "
             "KID only scatters"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

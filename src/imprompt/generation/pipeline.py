@@ -1,8 +1,8 @@
 """Make pictures from pictures: image prompts on an unchanged diffusers pipeline."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import randbelow
 from typing import Any, NamedTuple, Self
@@ -25,6 +25,7 @@ from imprompt.generation.prepare import (
     joined_to,
     normalise_masks,
 )
+from imprompt.generation.record import fingerprints
 from imprompt.generation.references import AdapterChoice, Item, Reference, items_of
 from imprompt.generation.settings import MAX_SIDE, Resolved, Settings
 from imprompt.generation.tasks import InputImages, open_controlnet, task
@@ -43,12 +44,13 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 class Result:
     """Pictures of a call, the seed of each, and the settings with every default filled in.
 
-    Picture i of a call has seed + i.
+    Picture i of a call has seed + i. `weights` holds fingerprints of what made them.
     """
 
     images: list[Image.Image]
     seeds: list[int]
     settings: Resolved
+    weights: dict[str, str] = field(default_factory=dict)
 
 
 class ImagePromptPipeline:
@@ -87,6 +89,7 @@ class ImagePromptPipeline:
         self.savers = savers or MemoryOptions(str(pipeline.device))
         self.controlnet = controlnet
         self.compiled = compile
+        self.weights: dict[str, str] = {}  # their fingerprints, where they were loaded here
         if compile:
             if self.savers.offload:
                 raise SettingError(
@@ -146,6 +149,10 @@ class ImagePromptPipeline:
         ]
         pipeline = open_pipeline(known, savers.opens_on, dtype=dtype, **options)
         pipeline_family(type(pipeline).__name__)
+        net = (
+            None if controlnet is None else open_controlnet(str(controlnet), known, pipeline, dtype)
+        )
+        weights = fingerprints(pipeline.components, opened, net)
         savers.quantize_and_tile(pipeline)
         with joined_to(base_of(pipeline), opened, dtype) as attached:
             savers.place(pipeline, *(one.adapter for one in attached))
@@ -153,12 +160,11 @@ class ImagePromptPipeline:
             for part in (base_of(pipeline), pipeline.vae):
                 # the layout that low-precision convolutions read
                 part.to(memory_format=torch.channels_last)
-        net = (
-            None if controlnet is None else open_controlnet(str(controlnet), known, pipeline, dtype)
-        )
         if net is not None:
             savers.to_device(net)
-        return cls(pipeline, attached, model=known, controlnet=net, compile=compile, savers=savers)
+        made = cls(pipeline, attached, model=known, controlnet=net, compile=compile, savers=savers)
+        made.weights = weights
+        return made
 
     @classmethod
     def from_pipeline(
@@ -312,7 +318,7 @@ class ImagePromptPipeline:
         """Make all pictures of a job and return them with their seeds."""
         made = dict(self.make(job, on_step))
         seeds = [job.settings.seed + number for number in made]
-        return Result(list(made.values()), seeds, job.settings)
+        return Result(list(made.values()), seeds, job.settings, self.weights)
 
     @torch.no_grad()
     def make(self, job: "Job", on_step: OnStep | None = None) -> Iterator[tuple[int, Image.Image]]:
@@ -565,3 +571,12 @@ class Job(NamedTuple):
     filled: int
     guided: bool
     only: int | None
+
+    def without(self, done: Collection[int]) -> "Job":
+        """Return the job without the rounds whose pictures are all done."""
+        left = [
+            chunk
+            for chunk in self.rounds
+            if any(self.only in (None, number) and number not in done for number in chunk)
+        ]
+        return self._replace(rounds=left)

@@ -38,7 +38,9 @@ class PictureFile(Validated, frozen=True):
     def check(self) -> None:
         """Raise ImageError if the file cannot be used or has changed."""
         from imprompt.images import open_image
+        from imprompt.models import refuse_url
 
+        refuse_url(self.path)
         if not is_features(self):
             open_image(self.path)
         elif not self.path.is_file():
@@ -54,10 +56,6 @@ class PictureFile(Validated, frozen=True):
                 f"{self.path} is not the picture that it was: "
                 "the result would differ from the one to repeat"
             )
-
-    def with_hash(self) -> "PictureFile":
-        """Return the file with its absolute path and its hash."""
-        return PictureFile(path=self.path.absolute(), sha256=hash_of(self.path))
 
 
 def is_features(image: Any) -> bool:

@@ -2,15 +2,22 @@
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PlainValidator, field_serializer, model_validator
 
 from imprompt.errors import ImageError, SettingError, first_line
-from imprompt.files import atomic_write, temporary, written_new
+from imprompt.files import atomic_write, taken_names, temporary, written_new
+from imprompt.generation.record import (
+    find_picture,
+    find_weights,
+    recorded_name,
+    recorded_path,
+    same_result,
+)
 from imprompt.generation.references import (
     AdapterChoice,
     AnyItem,
@@ -19,6 +26,7 @@ from imprompt.generation.references import (
     PictureFile,
     adapters_of,
     files_in,
+    hash_of,
     item_as_json,
     plain_picture,
     with_files,
@@ -59,6 +67,7 @@ class Request(Validated, frozen=True):
     adapter  a name, an `AdapterChoice`, or a list of them
     images   each a picture, a reference, or a list of what one result follows together
     only     number of the one picture of the call to make
+    weights  fingerprints of the weights that made a result: see `generation.record`
     """
 
     model: ModelName = "emoji"
@@ -107,6 +116,7 @@ class Request(Validated, frozen=True):
     ] = None
     settings: Settings = Settings()
     only: Annotated[int, Field(ge=0)] | None = None
+    weights: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -137,6 +147,12 @@ class Request(Validated, frozen=True):
     def pictures(self) -> list[PictureFile]:
         """Return every file that the request reads."""
         return list(files_in(self))
+
+    def inputs(self) -> list[Path]:
+        """Return every path that the request may read: its pictures, and names of weights."""
+        names: list[str] = []
+        self.renamed(lambda file: file, lambda name: names.append(name) or name)
+        return [file.path for file in self.pictures()] + list(map(Path, names))
 
     def changed(self, told: dict[str, Any]) -> Self:
         """Return the request with other values of some fields, checked again; SettingError."""
@@ -202,31 +218,57 @@ class Request(Validated, frozen=True):
         """Make all pictures of the request."""
         return pipeline.make_all(self.prepare(pipeline), on_step)
 
-    def with_hashes(self) -> Self:
-        """Return the request with absolute paths and hashes, to be repeated from any folder."""
-        return with_files(self.resolve_paths(Path()), PictureFile.with_hash)
+    def renamed(
+        self, picture: Callable[[PictureFile], PictureFile], weights: Callable[[str], str]
+    ) -> Self:
+        """Return the request with other names of its pictures, and of weights without a name."""
+        model = MODELS.get(self.model)
+        known = {*MODELS, *(() if model is None else (*model.adapters, *model.controlnets))}
 
-    def resolve_paths(self, folder: Path) -> Self:
-        """Return the request with its files, and names that are paths there, in `folder`."""
-
-        def found(name: Any) -> Any:
+        def other(name: Any) -> Any:
             if isinstance(name, list):
-                return [found(one) for one in name]
+                return [other(one) for one in name]
             if isinstance(name, AdapterChoice):
-                own = {"adapter": found(name.adapter), "encoder": found(name.encoder)}
+                own = {"adapter": other(name.adapter), "encoder": other(name.encoder)}
                 return name.model_copy(update=own)
-            known = not isinstance(name, str) or name in MODELS or not (folder / name).exists()
-            return name if known else str((folder / name).absolute())
+            return name if name is None or name in known else weights(name)
 
-        weights = {
-            name: found(getattr(self, name))
-            for name in ("model", "adapter", "encoder", "controlnet")
+        names = {
+            field: other(getattr(self, field))
+            for field in ("model", "adapter", "encoder", "controlnet")
         }
-        moved = with_files(self, lambda file: file.model_copy(update={"path": folder / file.path}))
-        return moved.model_copy(update=weights)
+        return with_files(self, picture).model_copy(update=names)
 
-    def text_for(self, number: int, settings: Resolved) -> str:
-        """Return the JSON for the PNG of one picture of the call, every default filled in."""
+    def located(self, folder: Path) -> Self:
+        """Return the request of a file in `folder` with the paths where its files are now."""
+        return self.renamed(
+            lambda file: find_picture(file, folder), lambda name: find_weights(name, folder)
+        )
+
+    def recorded(self, out: Path, *, paths: bool = False) -> Self:
+        """Return the request as a result in the folder `out` holds it: with names and hashes.
+
+        paths  whether it holds the absolute paths of this machine
+        """
+
+        def picture(file: PictureFile) -> PictureFile:
+            path = file.path.absolute() if paths else recorded_path(file.path, out)
+            return PictureFile(path=Path(path.as_posix()), sha256=hash_of(file.path))
+
+        return self.renamed(
+            picture, lambda name: find_weights(name, Path()) if paths else recorded_name(name, out)
+        )
+
+    def unchecked(self) -> Self:
+        """Return the request without hashes: of pictures and weights that have changed."""
+        plain = with_files(self, lambda file: PictureFile(path=file.path))
+        return plain.model_copy(update={"weights": {}})
+
+    def text_for(self, number: int | None, settings: Resolved) -> str:
+        """Return the JSON for the PNG of one picture of the call, every default filled in.
+
+        A number of None is for the grid of all.
+        """
         from imprompt import __version__
 
         whole = self.model_copy(update={"settings": settings, "only": number})
@@ -237,17 +279,14 @@ class Request(Validated, frozen=True):
 def read_request(path: Path) -> Request:
     """Return the request in a TOML or JSON file or in a PNG; SettingError or ImageError.
 
-    Paths in a TOML or JSON file are relative to it.
+    Paths are relative to the file: see `imprompt.generation.record`.
     """
-    from PIL import Image
-
     from imprompt.images import open_image
 
     if path.suffix.lower() in FORMATS:
         return request_file(path)
     open_image(path)
-    with Image.open(path) as picture:
-        text = getattr(picture, "text", {}).get(KEY)
+    text = text_in(path)
     if text is None:
         raise ImageError(
             f"{path} was not made by imprompt, or its metadata was removed: "
@@ -255,13 +294,25 @@ def read_request(path: Path) -> Request:
         )
     try:
         told = json.loads(text)
-        return Request(**{name: value for name, value in told.items() if name != "imprompt"})
+        request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise ImageError(f"{path}: its metadata is damaged") from error
     except SettingError as error:
         raise ImageError(
             f"{path}: its metadata is damaged, or from another version of imprompt ({error})"
         ) from error
+    return request.located(path.parent)
+
+
+def text_in(path: Path) -> str | None:
+    """Return the request in a PNG as text, or None if it holds none that can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return getattr(picture, "text", {}).get(KEY)
+    except (OSError, ValueError, SyntaxError):  # another file, or a damaged one
+        return None
 
 
 FORMATS = {".toml": tomllib.loads, ".json": json.loads}
@@ -282,42 +333,111 @@ def request_file(path: Path) -> Request:
             f"{path} does not hold a request: it should name settings, such as images = ['cat.png']"
         )
     request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
-    return request.resolve_paths(path.parent)
+    return request.located(path.parent)
+
+
+class ResultFiles(NamedTuple):
+    """Files of a request's results, by the pictures' numbers in the call; None is the grid.
+
+    request   as the results hold it
+    settings  with every default filled in
+    named     name of the results, without ending; empty: each is named after its image prompt
+    """
+
+    request: Request
+    settings: Resolved
+    folder: Path
+    named: str
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        settings: Resolved,
+        weights: dict[str, str],
+        out: Path,
+        *,
+        paths: bool = False,
+    ) -> Self:
+        """Return the files that results of a request get in `out`: see `results_at`.
+
+        weights  fingerprints of what makes the results
+        paths    as in `Request.recorded`
+        """
+        folder, named = results_at(out)
+        whole = request.recorded(folder, paths=paths).model_copy(update={"weights": weights})
+        return cls(whole, settings, folder, named)
+
+    @property
+    def single(self) -> bool:
+        """Whether `out` names the only result."""
+        return bool(self.named) and len(self.request.numbers) == 1
+
+    def path(self, number: int | None) -> Path:
+        """Return the path that a result has if no other file has it."""
+        if self.single:
+            return self.folder / f"{self.named}.png"
+        request, settings = self.request, self.settings
+        first = 0 if number is None or settings.together else number // settings.num_images
+        stem = self.named or next((file.path.stem for file in files_in(request.images[first])), "")
+        seed = f"{settings.seed}-grid" if number is None else f"{settings.seed + number}"
+        return self.folder / f"{stem}-{seed}.png"
+
+    def text(self, number: int | None) -> str:
+        """Return the request that a result holds."""
+        return self.request.text_for(number, self.settings)
+
+    def there(self, number: int | None) -> Path | None:
+        """Return the file of a result that an earlier command has written, or None."""
+        paths = taken_names(self.path(number))
+        own = self.text(number)
+        return next((path for path in paths if same_result(text_in(path), own)), None)
+
+    def write(self, picture: "Image.Image", number: int | None) -> Path:
+        """Write a result with its request; return the path that it got."""
+        save = save_png if self.single else save_new
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return save(picture, self.path(number), self.text(number))
 
 
 def save_results(result: "Result", request: Request, out: Path) -> list[Path]:
     """Write the result of `Request.run`; for names and `out` see `write_results`."""
     numbers = [seed - result.settings.seed for seed in result.seeds]
     made = zip(numbers, result.images, strict=True)
-    return [path for path, _ in write_results(made, request, result.settings, out)]
+    files = ResultFiles.of(request, result.settings, result.weights, out)
+    return [path for path, _ in write_results(made, files)]
 
 
 def write_results(
-    made: Iterable[tuple[int, "Image.Image"]], request: Request, settings: Resolved, out: Path
+    made: Iterable[tuple[int, "Image.Image"]],
+    files: ResultFiles,
+    kept: Mapping[int, Path] | None = None,
 ) -> Iterator[tuple[Path, int | None]]:
     """Write each picture when it is made, with its request inside, then a grid of several.
 
-    Yield the path of each with its seed, and of the grid with None. For `out` see `results_at`.
-    Only a file that `out` itself names is replaced: all others get unused names.
+    Yield the path of each with its seed, and of the grid with None; first those that are `kept`
+    from an earlier command, by their numbers. Only a file that `out` itself names is replaced: all
+    others get unused names.
     """
-    from imprompt.images import grid
+    from imprompt.images import grid, open_image
 
-    folder, named = results_at(out)
-    stem = named or next(files_in(request.images)).path.stem
-    whole = request.with_hashes()
-    pictures = []
+    kept, settings = kept or {}, files.settings
+    for number, path in kept.items():
+        yield path, settings.seed + number
+    new: dict[int, Image.Image] = {}
     for number, picture in made:
-        folder.mkdir(parents=True, exist_ok=True)
-        seed, text = settings.seed + number, whole.text_for(number, settings)
-        if named and len(request.numbers) == 1:
-            yield save_png(picture, folder / f"{named}.png", text), seed
-        else:
-            yield save_new(picture, folder / f"{stem}-{seed}.png", text), seed
-        pictures.append(picture)
-    if len(pictures) > 1:
-        columns = settings.num_images if len(request.images) > 1 else None
-        sheet = folder / f"{stem}-{settings.seed}-grid.png"
-        yield save_new(grid(pictures, columns=columns), sheet), None
+        if number not in kept:
+            new[number] = picture
+            yield files.write(picture, number), settings.seed + number
+    if len(new) + len(kept) > 1:
+        sheet = files.there(None) if kept and not new else None
+        if sheet is None:
+            pictures = new | {number: open_image(path) for number, path in kept.items()}
+            columns = settings.num_images if len(files.request.images) > 1 else None
+            sheet = files.write(
+                grid([pictures[n] for n in sorted(pictures)], columns=columns), None
+            )
+        yield sheet, None
 
 
 def results_at(out: Path) -> tuple[Path, str]:

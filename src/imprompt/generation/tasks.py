@@ -15,7 +15,7 @@ from imprompt.errors import CheckpointError, MismatchError, SettingError, first_
 from imprompt.families.base import TaskTable, base_of, family_of
 from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.settings import Resolved
-from imprompt.models import KnownModel, Location, may_be_on_hub
+from imprompt.models import KnownModel, Location, may_be_on_hub, refuse_url
 
 # parameters of a pipeline's constructor that are not components
 FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
@@ -111,6 +111,7 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
     """
     from diffusers.models.controlnets.controlnet import ControlNetModel
 
+    refuse_url(name)
     if name not in model.controlnets and not Path(name).is_dir() and not may_be_on_hub(name):
         known = f"one of {', '.join(model.controlnets)}, " if model.controlnets else ""
         raise SettingError(

@@ -27,6 +27,7 @@ from imprompt.generation.prepare import Attached
 from imprompt.generation.request import save_png
 from imprompt.generation.settings import Settings
 from imprompt.images import WHITE, grid, open_image
+from imprompt.models import Location
 from imprompt.training.objective import prediction_type
 from imprompt.training.recipe import Recipe
 from imprompt.variants import Variant
@@ -105,12 +106,13 @@ class Clip:
         from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         try:
-            if (kind := CLIPConfig.get_config_dict(source)[0].get("model_type", "clip")) != "clip":
+            folder, _ = Location(source).fetch_folder()
+            if (kind := CLIPConfig.get_config_dict(folder)[0].get("model_type", "clip")) != "clip":
                 raise ValueError(f"it holds a {kind}, not a whole CLIP")
             loaded: Any = CLIPModel.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True
+                folder, dtype=torch.float32, output_loading_info=True
             )
-            self.tokenizer: Any = CLIPTokenizer.from_pretrained(source)
+            self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder)
         except Exception as error:  # a damaged folder may raise any error
             raise CheckpointError(
                 f"validation.clip = {source!r}: no CLIP can be loaded ({first_line(error)})"

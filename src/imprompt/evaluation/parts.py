@@ -1,0 +1,86 @@
+"""Write the chunks of a run, and check that what is there is what was written.
+
+A row holds the hash of its picture; a chunk's table holds those of its rows and its embeddings.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from PIL.Image import Image
+from torch import Tensor
+
+from imprompt.checkpoints.tensors import write_tensors
+from imprompt.errors import SettingError
+from imprompt.evaluation.plan import Chunk
+from imprompt.evaluation.results import Row
+from imprompt.files import atomic_write
+from imprompt.generation.references import hash_of
+from imprompt.generation.request import save_png
+
+
+def write_chunk(
+    out: Path,
+    chunk: Chunk,
+    rows: Sequence[Row],
+    embeddings: Mapping[str, Tensor],
+    pictures: Sequence[Image],
+) -> None:
+    """Write the files of a chunk of the run in `out`; its rows are last: then it is complete."""
+    for path in (chunk.stem, *(out / row["image"] for row in rows)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for row, picture in zip(rows, pictures, strict=True):
+        row["sha256"] = hash_of(save_png(picture, out / row["image"]))
+    write_tensors(chunk.embeddings, embeddings, {})
+    text = lines_of_json(rows)
+    hashes = {"rows": sha256(text.encode()).hexdigest(), "embeddings": hash_of(chunk.embeddings)}
+    write_text(chunk.table, json.dumps(hashes))
+    write_text(chunk.rows, text)
+
+
+def is_complete(out: Path, chunk: Chunk) -> bool:
+    """Return whether all files of a chunk are there; SettingError if one was changed since."""
+    files = (chunk.rows, chunk.table, chunk.embeddings)
+    if not all(path.exists() for path in files):
+        return False
+    rows = read_rows(chunk)
+    try:
+        hashes = json.loads(chunk.table.read_text("utf-8"))
+        wanted = {chunk.rows: hashes["rows"], chunk.embeddings: hashes["embeddings"]}
+        wanted |= {out / row["image"]: row["sha256"] for row in rows}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(chunk.table, chunk) from error
+    there = {path: value for path, value in wanted.items() if path.exists()}
+    if changed := next((path for path, value in there.items() if hash_of(path) != value), None):
+        raise damaged(changed, chunk)
+    return len(there) == len(wanted)
+
+
+def read_rows(chunk: Chunk) -> list[Row]:
+    """Return the rows of a chunk; SettingError if its file is missing or damaged."""
+    try:
+        rows = [json.loads(line) for line in chunk.rows.read_text("utf-8").split("\n") if line]
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(chunk.rows, chunk) from error
+    if len(rows) != chunk.pictures or not all(isinstance(row, dict) for row in rows):
+        raise damaged(chunk.rows, chunk)
+    return rows
+
+
+def damaged(path: Path, chunk: Chunk) -> SettingError:
+    """Return the error for a missing, changed or damaged file of a chunk."""
+    return SettingError(
+        f"{path} is gone or damaged: delete {chunk.rows}, and the same command makes both again"
+    )
+
+
+def lines_of_json(rows: Sequence[Row]) -> str:
+    """Return rows as text, a line each."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
