@@ -1,5 +1,6 @@
 """Files that are written completely or not at all, and checks that results can be written."""
 
+import hashlib
 import os
 import secrets
 import tempfile
@@ -70,6 +71,12 @@ def refuse_inputs(out: Path, inputs: Iterable[Path]) -> None:
     """Raise SettingError if the file `out`, which is to be written, is one of the inputs."""
     if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
         raise SettingError(f"{out} is one of the inputs: give another name for the output")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -14,7 +14,6 @@
 references of a sample.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 
 from imprompt.errors import SettingError, first_line
+from imprompt.files import sha256
 from imprompt.training.augmented import FeatureContent
 from imprompt.training.samples import BadSample
 
@@ -45,12 +45,6 @@ def shard_sizes(plan: Mapping[str, Any]) -> list[int]:
     """Return the number of samples in each shard."""
     samples, size = plan["samples"], plan["shard"]
     return [min(size, samples - start) for start in range(0, samples, size)]
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_facts(plan: Mapping[str, Any]) -> Table:

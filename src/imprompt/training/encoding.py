@@ -23,14 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imprompt.errors import ImpromptError
-from imprompt.files import atomic_write, flush
+from imprompt.files import atomic_write, flush, sha256
 from imprompt.training.buckets import Size, bucket_sizes
 from imprompt.training.cache import (
     Table,
     plan_facts,
     read_table,
     refuse_others,
-    sha256,
     shard_file,
     shard_sizes,
 )
