@@ -37,6 +37,7 @@ from imprompt.training.augmented import FeatureContent, PictureReader
 from imprompt.training.buckets import bucket_sizes, fit, to_pixels
 from imprompt.training.cache import FeatureReader, open_features, read_manifest, verify_folder
 from imprompt.training.encoding import encode_set, source_origin
+from imprompt.training.endings import lock_output
 from imprompt.training.examples import Example, Examples, bucket_of, read_example
 from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.recipe import Columns, Data
@@ -131,7 +132,11 @@ def one_thread() -> Iterator[None]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != ".lock"
+    }
 
 
 class Quick:
@@ -719,6 +724,26 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     )
     overwrite(folder / "shard-000000.tar", 5000)
     assert "shard-000000.tar is damaged" in str(command(str(recipe), "--verify").exception)
+
+
+def test_a_folder_is_filled_by_one_launch(recipe: Path, tmp_path: Path) -> None:
+    lock = lock_output(tmp_path / "features", "encoding features into")
+    for arguments in (["data", "encode", str(recipe)], ["train", str(recipe)]):
+        done = subprocess.run(
+            [sys.executable, "-m", "imprompt", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == (
+            f"imprompt: another process is encoding features into {tmp_path / 'features'}: wait "
+            "for it, or give another folder"
+        )
+    assert sorted(path.name for path in (tmp_path / "features").iterdir()) == [".lock"]
+    lock.release()
+    assert command(str(recipe)).exit_code == 0
 
 
 SCRIPT = """

@@ -952,3 +952,32 @@ def test_make_list_needs_its_root(tmp_path: Path) -> None:
     data = make_list(tmp_path, 2)
     with pytest.raises(BadSample, match=r"0000.png: the file does not exist"):
         open_source(data.model_copy(update={"root": None})).read(0)
+
+
+@pytest.mark.parametrize("command", [["train"], ["data", "encode"], ["data", "check"]])
+@pytest.mark.parametrize(
+    "source", ["pipe:touch {}/ran; cat a.tar", "b.tar::pi{{pe:touch {}/ran,c}}"]
+)
+def test_commands_in_a_recipe_run_only_if_they_are_allowed(
+    command: list[str], source: str, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from imprompt.cli import app, commands
+
+    commands()
+    recipe, source = tmp_path / "recipe.toml", source.format(tmp_path)
+    recipe.write_text(
+        f'model = "emoji"\noutput = "{tmp_path}/run"\n[optimization]\nsteps = 1\n'
+        f'[data]\nsource = "{source}"\nfeatures = "{tmp_path}/features"\n'
+    )
+    refused = CliRunner().invoke(app, [*command, str(recipe)]).exception
+    assert isinstance(refused, SettingError)
+    shell = "touch {}/ran" if "::" in source else "touch {}/ran; cat a.tar"
+    assert str(refused) == (
+        f"data.source would run the shell command {shell.format(tmp_path)!r}: give --allow-pipe if "
+        "you trust it"
+    )
+    assert not (tmp_path / "ran").exists()
+    CliRunner().invoke(app, [*command, str(recipe), "--allow-pipe"])
+    assert (tmp_path / "ran").exists()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch.distributed import DistError
@@ -39,7 +40,7 @@ def explained_termination(output: Path) -> Iterator[StopRequest]:
     try:
         yield request
     except Terminated as error:
-        raise stopped(request.received, output) from error
+        raise stop_error(request.received, output) from error
     except Diverged as error:
         raise ImpromptError(f"{error}. {resume_hint(output)}") from error
     except RuntimeError as error:
@@ -51,7 +52,7 @@ def explained_termination(output: Path) -> Iterator[StopRequest]:
             signal.signal(each, handler)
 
 
-def stopped(number: int, output: Path) -> Stopped:
+def stop_error(number: int, output: Path) -> Stopped:
     """Return the error of a run that a signal ended; 0: another process of it received one."""
     cause = CAUSES.get(number, "another process of this run was told to end")
     return Stopped(f"{cause}. {resume_hint(output)}", number or signal.SIGTERM)
@@ -94,6 +95,32 @@ def end_of_another(error: RuntimeError) -> str | None:
     )
 
 
+@contextmanager
+def locked_features(folder: Path, processes: Any) -> Iterator[None]:
+    """Hold the sole right to fill a folder of features, for all processes of one launch together.
+
+    processes  accelerate's Accelerator or PartialState
+
+    Raise SettingError in all of them if another launch has it.
+    """
+    from accelerate.utils import gather_object
+
+    lock, faults = None, []
+    if processes.is_main_process:
+        try:
+            lock = lock_output(folder, "encoding features into")
+        except SettingError as error:
+            faults.append(str(error))
+    if faults := gather_object(faults):  # the others wait here until the lock is held
+        raise SettingError(faults[0])
+    try:
+        yield
+        processes.wait_for_everyone()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 def lock_output(output: Path, purpose: str = "training into") -> FileLock:
     """Acquire the sole right to write into a run's folder, or a folder of features.
 
@@ -104,5 +131,5 @@ def lock_output(output: Path, purpose: str = "training into") -> FileLock:
         return FileLock(output / ".lock", blocking=False).acquire().lock
     except Timeout as error:
         raise SettingError(
-            f"another process is {purpose} {output}: wait for it, or give another output"
+            f"another process is {purpose} {output}: wait for it, or give another folder"
         ) from error

@@ -21,7 +21,7 @@ from imprompt.errors import ImpromptError
 from imprompt.training.augmented import AugmentedSample
 from imprompt.training.batches import Batch
 from imprompt.training.data_pipeline import Bad, bad_of
-from imprompt.training.endings import explained_termination, lock_output, stopped
+from imprompt.training.endings import explained_termination, lock_output, stop_error
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 from imprompt.training.setup import Setup, gathered, set_up
@@ -118,7 +118,7 @@ class Run:
                 if saving:
                     self._save(step + 1)
             if wish == Wish.stop and not last:
-                raise stopped(self.request.received, recipe.output)
+                raise stop_error(self.request.received, recipe.output)
 
     def _resume(self) -> int:
         """Load the latest state; return the number of steps done."""

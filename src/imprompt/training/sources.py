@@ -9,7 +9,7 @@ from imprompt.training.hub import open_hub
 from imprompt.training.listings import open_folder, open_list
 from imprompt.training.recipe import Data
 from imprompt.training.samples import Source
-from imprompt.training.shards import ShardSource
+from imprompt.training.shards import ShardSource, expand_braces
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,25 @@ def open_source(data: Data) -> Source:
 
     Raise SettingError with one line if its form is unknown or it is malformed.
     """
-    for row in SOURCES:
-        if row.fits(data.source):
-            return row.open(data)
+    return form_of(data.source).open(data)
+
+
+def refuse_commands(data: Data) -> None:
+    """Raise SettingError, with the first command, if opening the set would run shell commands."""
+    shards = expand_braces(data.source) if form_of(data.source).open is ShardSource else []
+    if commands := [shard.removeprefix("pipe:") for shard in shards if shard.startswith("pipe:")]:
+        raise SettingError(
+            f"data.source would run the shell command {commands[0]!r}: give --allow-pipe if you "
+            "trust it"
+        )
+
+
+def form_of(source: str) -> Form:
+    """Return the row of a source; raise SettingError if its form is unknown."""
+    found = next((row for row in SOURCES if row.fits(source)), None)
+    if found is not None:
+        return found
     forms = ", ".join(row.form for row in SOURCES)
     raise SettingError(
-        f"data.source = {data.source!r} is not an existing folder and has no known form; known: "
-        f"{forms}"
+        f"data.source = {source!r} is not an existing folder and has no known form; known: {forms}"
     )
