@@ -43,20 +43,22 @@ def encode(
             f"{recipe} does not state where the features go: give --set data.features=FOLDER"
         )
     if check:
-        verify(plan.data.features)
+        verify(plan, plan.data.features)
     else:
         fill(plan, plan.data.features)
 
 
-def verify(folder: Path) -> None:
-    """Read every file; ImpromptError if one is not what was written."""
+def verify(plan: "Recipe", folder: Path) -> None:
+    """Read every file, of features and set; ImpromptError if one is not what it was."""
     from imprompt.training.cache import read_manifest
     from imprompt.training.cache import verify_folder as faults_of
+    from imprompt.training.data_pipeline import check_features
 
     if faults := faults_of(folder):
         raise ImpromptError(
             f"{'; '.join(faults)}. Remove what is damaged and run imprompt data encode again"
         )
+    check_features(plan, thorough=True)
     print(f"{folder}  {len(read_manifest(folder)['shards']):,} shards, none damaged")
 
 

@@ -103,16 +103,25 @@ def verify_folder(folder: Path) -> list[str]:
     """
     manifest = read_manifest(folder)
     rows = [manifest["nulls"], *manifest["shards"], *(row["table"] for row in manifest["shards"])]
-    return [f"{folder / row['file']} {fault}" for row in rows if (fault := _fault(folder, row))]
+    return [f"{folder / row['file']} {fault}" for row in rows if (fault := file_fault(folder, row))]
 
 
-def _fault(folder: Path, row: Mapping[str, Any]) -> str | None:
+def file_fault(folder: Path, row: Mapping[str, Any]) -> str | None:
+    """Return how a file differs from its row of the manifest; None if it does not."""
     path: Path = folder / row["file"]
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != row["bytes"]:
         return f"has {size:,} bytes instead of {row['bytes']:,}"
     return "is damaged (another sha256)" if sha256(path) != row["sha256"] else None
+
+
+def shard_tables(folder: Path, plan: Mapping[str, Any]) -> list[Table]:
+    """Read the tables of all shards; OSError, ValueError."""
+    return [
+        json.loads(shard_file(folder, number, ".json").read_bytes())
+        for number in range(len(shard_sizes(plan)))
+    ]
 
 
 def open_features(folder: Path, wanted: Mapping[str, Any]) -> "FeatureReader":
@@ -144,10 +153,10 @@ class FeatureReader:
         self.identity: Table = self._plan["identity"]
         self.shards = shard_sizes(self._plan)
         try:
-            tables = [
-                json.loads(shard_file(folder, number, ".json").read_bytes())
-                for number in range(len(self.shards))
-            ]
+            for row in (self._plan["nulls"], *(row["table"] for row in self._plan["shards"])):
+                if fault := file_fault(folder, row):
+                    raise ValueError(f"{row['file']} {fault}")
+            tables = shard_tables(folder, self._plan)
             self.nulls = load_file(folder / "nulls.safetensors")
             self.bucket = np.concatenate([table["buckets"] for table in tables])
             # (samples, 3): offset, bytes, crc32; 0 for a bad sample

@@ -21,6 +21,7 @@ from imprompt.training.augmented import SampleReader
 from imprompt.training.batches import Composer, RankSlice
 from imprompt.training.data_pipeline import (
     DataPipeline,
+    check_features,
     encode_features,
     have_features,
     read_features,
@@ -91,6 +92,7 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
     check_folder(recipe.output)
     measured = measure_model(recipe)
     # errors in the set are raised before the models are loaded
+    check_features(recipe)
     source = None if have_features(recipe) else open_source(recipe.data)
     state = load_state(recipe.output, recipe)
     accelerator = open_accelerator(recipe)

@@ -14,21 +14,26 @@ from imprompt.training.shards import ShardSource, expand_braces
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of source: how it is written, how it is recognized, what opens it."""
+    """A kind of source: how it is written, how it is recognized, what opens it.
+
+    local  whether all of a source of this kind is on this disk, so that looking at it is cheap
+    """
 
     form: str
     fits: Callable[[str], bool]
     open: Callable[[Data], Source]
+    local: Callable[[str], bool]
 
 
 SOURCES = (
-    Form("hub:owner/name", lambda source: source.startswith("hub:"), open_hub),
-    Form("a folder with metadata.jsonl", os.path.isdir, open_folder),
-    Form("list.json", lambda source: source.endswith(".json"), open_list),
+    Form("hub:owner/name", lambda source: source.startswith("hub:"), open_hub, lambda _: False),
+    Form("a folder with metadata.jsonl", os.path.isdir, open_folder, os.path.isdir),
+    Form("list.json", lambda source: source.endswith(".json"), open_list, os.path.isfile),
     Form(
         "shards/{0000..0099}.tar",
         lambda source: source.startswith("pipe:") or ".tar" in source,
         ShardSource,
+        lambda source: all(map(os.path.isfile, expand_braces(source))),
     ),
 )
 
@@ -39,6 +44,12 @@ def open_source(data: Data) -> Source:
     Raise SettingError with one line if its form is unknown or it is malformed.
     """
     return form_of(data.source).open(data)
+
+
+def is_local(data: Data) -> bool:
+    """Return whether the training set is still on this disk."""
+    row = next((row for row in SOURCES if row.fits(data.source)), None)
+    return row is not None and row.local(data.source)
 
 
 def refuse_commands(data: Data) -> None:
