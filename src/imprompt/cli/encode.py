@@ -52,13 +52,13 @@ def verify(plan: "Recipe", folder: Path) -> None:
     """Read every file, of features and set; ImpromptError if one is not what it was."""
     from imprompt.training.cache import read_manifest
     from imprompt.training.cache import verify_folder as faults_of
-    from imprompt.training.data_pipeline import check_features
+    from imprompt.training.data_pipeline import refuse_edited
 
     if faults := faults_of(folder):
         raise ImpromptError(
             f"{'; '.join(faults)}. Remove what is damaged and run imprompt data encode again"
         )
-    check_features(plan, thorough=True)
+    refuse_edited(plan, thorough=True)
     print(f"{folder}  {len(read_manifest(folder)['shards']):,} shards, none damaged")
 
 

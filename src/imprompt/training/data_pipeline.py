@@ -49,7 +49,7 @@ def have_features(recipe: Recipe) -> bool:
     return recipe.data.features is not None and (recipe.data.features / "manifest.json").exists()
 
 
-def check_features(recipe: Recipe, thorough: bool = False) -> None:
+def refuse_edited(recipe: Recipe, thorough: bool = False) -> None:
     """Raise SettingError if the set was edited since its features were encoded.
 
     A set that is not on this disk any more, or not at all, is not compared.

@@ -21,11 +21,11 @@ from imprompt.training.augmented import SampleReader
 from imprompt.training.batches import Composer, RankSlice
 from imprompt.training.data_pipeline import (
     DataPipeline,
-    check_features,
     encode_features,
     have_features,
     read_features,
     read_pictures,
+    refuse_edited,
 )
 from imprompt.training.endings import locked_features
 from imprompt.training.features import FeatureEncoder
@@ -92,7 +92,7 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
     check_folder(recipe.output)
     measured = measure_model(recipe)
     # errors in the set are raised before the models are loaded
-    check_features(recipe)
+    refuse_edited(recipe)
     source = None if have_features(recipe) else open_source(recipe.data)
     state = load_state(recipe.output, recipe)
     accelerator = open_accelerator(recipe)
