@@ -132,7 +132,7 @@ class Run:
         self.trainer.load(adapter.state_dict(), state.training)
         if (samples := state.facts.samples) != len(self.data_pipeline.reader):
             raise ImpromptError(
-                f"{self.setup.recipe.output} was started with {samples:,} samples, "
+                f"{self.setup.recipe.output} was started with {samples or 0:,} samples, "
                 "the set has "
                 f"{len(self.data_pipeline.reader):,} now: give another output, and start = "
                 f"{str(state.folder)!r} to go on from there"
