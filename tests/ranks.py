@@ -102,7 +102,7 @@ def one(plan: Recipe, rank: int, ranks: int, port: int, changes: Sequence[Change
     try:
         loop.train(plan)
     except ImpromptError as error:
-        fail(str(error))
+        fail(str(error), error.code)
 
 
 def notes_of(run: Path) -> Path:

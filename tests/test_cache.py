@@ -28,6 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 from imprompt import files
 from imprompt.cli import app, commands
@@ -37,6 +38,7 @@ from imprompt.training.augmented import FeatureContent, PictureReader
 from imprompt.training.buckets import bucket_sizes, fit, to_pixels
 from imprompt.training.cache import FeatureReader, open_features, read_manifest, verify_folder
 from imprompt.training.encoding import encode_set, source_origin
+from imprompt.training.endings import lock_output
 from imprompt.training.examples import Example, Examples, bucket_of, read_example
 from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.recipe import Columns, Data
@@ -131,7 +133,11 @@ def one_thread() -> Iterator[None]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != ".lock"
+    }
 
 
 class Quick:
@@ -694,8 +700,6 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str) -> Any:
-    from typer.testing import CliRunner
-
     commands()
     return CliRunner().invoke(app, ["data", "encode", *arguments])
 
@@ -719,6 +723,101 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     )
     overwrite(folder / "shard-000000.tar", 5000)
     assert "shard-000000.tar is damaged" in str(command(str(recipe), "--verify").exception)
+
+
+def retext(recipe: Path) -> None:
+    listing = recipe.with_name("metadata.jsonl")
+    listing.write_text(listing.read_text().replace("picture 1", "picture one"))
+
+
+def repaint(recipe: Path) -> None:
+    picture(77, SIZES[1]).save(recipe.with_name("1.png"))
+
+
+@pytest.mark.parametrize("edit", [retext, repaint])
+def test_edited_samples_are_noticed_and_encoded_again(
+    edit: Callable[[Path], None], recipe: Path, tmp_path: Path
+) -> None:
+    assert command(str(recipe)).exit_code == 0
+    edit(recipe)
+    words = "holds features of 1 samples that were edited since ("
+    for arguments in (["train", str(recipe)], ["data", "encode", str(recipe), "--verify"]):
+        refused = CliRunner().invoke(app, arguments).exception
+        assert isinstance(refused, SettingError)
+        assert f"{words}{tmp_path}/1.png): imprompt data encode RECIPE enc" in str(refused)
+    assert command(str(recipe)).exit_code == 0
+    assert command(str(recipe), "--verify").exit_code == 0
+    fresh = f"data.features={tmp_path}/fresh"
+    assert command(str(recipe), "--set", fresh).exit_code == 0
+    assert digests(tmp_path / "features") == digests(tmp_path / "fresh")
+
+
+def test_only_content_counts_and_verifying_reads_all_of_it(recipe: Path, tmp_path: Path) -> None:
+    assert command(str(recipe)).exit_code == 0
+    held, target = digests(tmp_path / "features"), tmp_path / "1.png"
+    os.utime(target)  # another time, the same content
+    assert command(str(recipe), "--verify").exit_code == 0
+    assert command(str(recipe)).exit_code == 0
+    assert digests(tmp_path / "features") == held
+    status = (tmp_path / "2.png").stat()
+    overwrite(tmp_path / "2.png", status.st_size // 2)  # the same size and time, other content
+    os.utime(tmp_path / "2.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert "edited since" in str(command(str(recipe), "--verify").exception)
+    for path in tmp_path.glob("*.png"):  # features outlive their set
+        path.unlink()
+    assert command(str(recipe), "--verify").exit_code == 0
+
+
+def test_a_set_that_has_grown_does_not_train_on_old_features(recipe: Path, tmp_path: Path) -> None:
+    assert command(str(recipe)).exit_code == 0
+    with (tmp_path / "metadata.jsonl").open("a") as listing:
+        listing.write('\n{"file_name": "0.png", "text": "again"}')
+    refused = CliRunner().invoke(app, ["train", str(recipe)]).exception
+    assert "features holds features of samples 7 (this recipe: 8)" in str(refused)
+
+
+def test_a_tampered_file_is_refused_and_encoded_again(filled: Path, tmp_path: Path) -> None:
+    """One bit, where the file stays one that can be read."""
+    for name, old, new in (
+        ("nulls.safetensors", b"", b""),
+        ("shard-000002.json", b'"buckets": [', b'"buckets":\t['),
+    ):
+        folder = Path(shutil.copytree(filled, tmp_path / name))
+        data = (folder / name).read_bytes()
+        data = data.replace(old, new) if old else data[:-1] + bytes([data[-1] ^ 1])
+        (folder / name).write_bytes(data)
+        with pytest.raises(SettingError, match=rf"{name} is damaged \(another sha256\)"):
+            FeatureReader(folder)
+        (fault,) = verify_folder(folder)
+        assert fault == f"{folder / name} is damaged (another sha256)"
+    fill(tmp_path / "nulls.safetensors", Noise(bad=BAD), data=SETTINGS)
+    assert digests(tmp_path / "nulls.safetensors") == digests(filled)
+    file = tmp_path / "shard-000002.json" / "shard-000002.json"
+    table = json.loads((filled / file.name).read_text())
+    table["buckets"][0] += 1
+    file.write_text(json.dumps(table))
+    fill(file.parent, Noise(bad=BAD), data=SETTINGS)
+    assert digests(file.parent) == digests(filled)
+
+
+def test_a_folder_is_filled_by_one_launch(recipe: Path, tmp_path: Path) -> None:
+    lock = lock_output(tmp_path / "features", "encoding features into")
+    for arguments in (["data", "encode", str(recipe)], ["train", str(recipe)]):
+        done = subprocess.run(
+            [sys.executable, "-m", "imprompt", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == (
+            f"imprompt: another process is encoding features into {tmp_path / 'features'}: wait "
+            "for it, or give another folder"
+        )
+    assert sorted(path.name for path in (tmp_path / "features").iterdir()) == [".lock"]
+    lock.release()
+    assert command(str(recipe)).exit_code == 0
 
 
 SCRIPT = """

@@ -3,11 +3,13 @@ a run that was left alone.
 """
 
 import json
+import os
 import shutil
+import signal
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,7 +24,18 @@ from imprompt.checkpoints.adapters import read_adapter
 from imprompt.training.recipe import Recipe
 from imprompt.training.state import save_state
 from imprompt.training.watch import Metrics
-from tests.commands import CONTEXT, After, Ended, Events, Saving, imprompt, smallest_model, written
+from tests.commands import (
+    CONTEXT,
+    After,
+    Ended,
+    Events,
+    Saving,
+    command,
+    imprompt,
+    smallest_model,
+    written,
+)
+from tests.ranks import PATIENCE, before
 from tests.runs import names, recipe, tensors
 from tests.sets import MAKERS, damaged, items
 
@@ -165,6 +178,7 @@ def kept(state: Path) -> list[Any]:
     """What a state holds, without the recipe, which names its folder."""
     facts = json.loads((state / "state.json").read_text())
     facts.pop("recipe")
+    assert sorted(facts.pop("files")) == ["adapter.safetensors", "training.pt"]
     adapter = read_adapter(state)
     return [
         facts,
@@ -209,6 +223,58 @@ def test_twenty_kills_change_nothing(source: str, model: Path, tmp_path: Path) -
     toll = trial(source, model, tmp_path, kills=20)
     assert toll.kills["saving"] >= 5
     print(f"\n{source}: {toll}")
+
+
+def struck(arguments: Sequence[str], notes: Path, signals: Sequence[int]) -> None:
+    """A command that gets these signals in its fourth step, as a terminal sends them: the processes
+    that read ahead get them too.
+    """
+    os.setsid()
+
+    def strike(parts: Iterable[Any]) -> Iterable[Any]:
+        for number in signals:
+            os.killpg(0, number)
+        return parts
+
+    before(3, strike)
+    command(arguments, notes, None, {})
+
+
+@pytest.mark.parametrize(
+    ("signals", "saved"),
+    [
+        ([signal.SIGINT], True),
+        ([signal.SIGTERM], True),
+        ([signal.SIGINT, signal.SIGINT], False),
+        ([signal.SIGTERM, signal.SIGINT], False),
+    ],
+    ids=["ctrl-c", "sigterm", "ctrl-c twice", "both"],
+)
+def test_the_first_signal_saves_and_the_second_ends_at_once(
+    signals: list[int], saved: bool, model: Path, tmp_path: Path
+) -> None:
+    plan = plans("list", model, tmp_path)("run").model_copy(update={"save_every": 100})
+    arguments = ["train", str(written(plan, tmp_path / "run.toml"))]
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("doing", "saves"):
+        (notes / name).touch()
+    process = CONTEXT.Process(target=struck, args=(arguments, notes, signals))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 128 + signals[0]
+    finishing, *_, last = (notes / "err").read_text().splitlines()
+    assert finishing.startswith("imprompt: finishing this step, then saving")
+    if saved:
+        assert last.endswith(f"{plan.output}/step-0000004; the same command goes on from there")
+    else:
+        assert last.endswith("No state was saved yet; the same command starts again")
+        assert not list(plan.output.glob("*step-*"))
+    assert attempt(plan).code == 0
+    said = (tmp_path / "run-notes" / "out").read_text()
+    assert ("resumed at step 4 of 12 from" in said) == saved
+    steps = [row["step"] for row in told(plan.output) if "loss" in row]
+    assert steps == list(range(1, STEPS + 1))
 
 
 def save(run: Path, step: int, loss: float) -> None:

@@ -210,12 +210,25 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 
 
 def test_a_terminated_run_goes_on_with_more_processes(place: Place, alone: Path) -> None:
-    ended = ranks.train(place.plan("terminated"), 1, ranks.Struck(0, 5, signal.SIGTERM))
-    assert ended.codes == [2]
+    """It finishes the step that the signal met, the fifth, and saves its state."""
+    ended = ranks.train(place.plan("terminated"), 1, ranks.Struck(0, 4, signal.SIGTERM))
+    assert ended.codes == [128 + signal.SIGTERM]
     assert re.match(
-        r"imprompt: this process was told to end \(SIGTERM\).*\. " + GOES_ON, ended.said[0]
+        r"imprompt: this process was told to end \(SIGTERM\).*\. "
+        + GOES_ON.replace("step-0000004", "step-0000005"),
+        ended.said[0],
     )
     assert farthest(place.train("terminated", 2), alone) < CLOSE
+
+
+def test_a_signal_to_one_process_saves_and_ends_all_at_one_step(place: Place, pair: Path) -> None:
+    ended = ranks.train(place.plan("interrupted"), 2, ranks.Struck(1, 4, signal.SIGINT))
+    assert ended.codes == [128 + signal.SIGTERM, 128 + signal.SIGINT]
+    causes = ("another process of this run was told to end", r"this process .* \(Ctrl-C\)")
+    for said, cause in zip(ended.said, causes, strict=True):
+        goes_on = GOES_ON.replace("step-0000004", "step-0000005")
+        assert re.match(rf"imprompt: {cause}\. {goes_on}", said)
+    assert farthest(place.train("interrupted", 2), pair) == 0
 
 
 def test_a_process_killed_while_features_are_encoded_ends_the_run(place: Place) -> None:

@@ -28,6 +28,7 @@ from PIL import Image
 
 from imprompt.errors import SettingError
 from imprompt.images import image_size, open_image, open_mask
+from imprompt.training.contents import digest_of, edited_samples, stamp_of
 from imprompt.training.order import Order
 from imprompt.training.recipe import Columns, Data
 from imprompt.training.samples import BadSample, Opener, Sample, Source
@@ -952,3 +953,60 @@ def test_make_list_needs_its_root(tmp_path: Path) -> None:
     data = make_list(tmp_path, 2)
     with pytest.raises(BadSample, match=r"0000.png: the file does not exist"):
         open_source(data.model_copy(update={"root": None})).read(0)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_samples_have_marks_of_their_content(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal in a copy of the set, others where the caption, the picture or the mask differs."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hub-cache"))
+    made = masked(items(4))
+    other = [
+        made[0],
+        replace(made[1], text="another"),
+        replace(made[2], data=made[3].data),
+        replace(made[3], mask=made[2].mask),
+    ]
+    one, copy, changed = (
+        open_source(MAKERS[kind](tmp_path / name, part).model_copy(update=MASKS))
+        for name, part in (("one", made), ("copy", made), ("changed", other))
+    )
+    marks = [[digest_of(source, index) for index in range(4)] for source in (one, copy, changed)]
+    assert marks[0] == marks[1]
+    assert len(set(marks[0])) == 4
+    assert [a == b for a, b in zip(marks[0], marks[2], strict=True)] == [True, False, False, False]
+    assert stamp_of(one, 0) == stamp_of(one, 0) != ""
+    table = {"digests": marks[0], "stamps": [stamp_of(one, index) for index in range(4)]}
+    assert edited_samples(one, range(4), table) == []
+    assert edited_samples(copy, range(4), table) == []
+    assert edited_samples(changed, range(4), table) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("command", [["train"], ["data", "encode"], ["data", "check"]])
+@pytest.mark.parametrize(
+    "source", ["pipe:touch {}/ran; cat a.tar", "b.tar::pi{{pe:touch {}/ran,c}}"]
+)
+def test_commands_in_a_recipe_run_only_if_they_are_allowed(
+    command: list[str], source: str, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from imprompt.cli import app, commands
+
+    commands()
+    recipe, source = tmp_path / "recipe.toml", source.format(tmp_path)
+    recipe.write_text(
+        f'model = "emoji"\noutput = "{tmp_path}/run"\n[optimization]\nsteps = 1\n'
+        f'[data]\nsource = "{source}"\nfeatures = "{tmp_path}/features"\n'
+    )
+    refused = CliRunner().invoke(app, [*command, str(recipe)]).exception
+    assert isinstance(refused, SettingError)
+    shell = "touch {}/ran" if "::" in source else "touch {}/ran; cat a.tar"
+    assert str(refused) == (
+        f"data.source would run the shell command {shell.format(tmp_path)!r}: give --allow-pipe if "
+        "you trust it"
+    )
+    assert not (tmp_path / "ran").exists()
+    CliRunner().invoke(app, [*command, str(recipe), "--allow-pipe"])
+    assert (tmp_path / "ran").exists()

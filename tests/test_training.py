@@ -1,6 +1,9 @@
 """Whole runs of a few steps on small models, from the same entry that users call."""
 
 import json
+import shutil
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,10 @@ from PIL import Image
 
 from imprompt.checkpoints.adapters import load_adapter, read_adapter, write_adapter
 from imprompt.errors import CheckpointError, ImpromptError, MismatchError, SettingError
+from imprompt.models import find_adapter, find_model
 from imprompt.training import loop, setup, state, step
 from imprompt.training.model import AdaptedModel
+from imprompt.training.signals import StopRequest, Wish, Wishes
 from imprompt.training.watch import LogRow, Metrics, Watcher
 from imprompt.variants import TRAINABLE
 from tests.runs import begun, losses, names, picture_folder, recipe, saved_pipeline, tensors
@@ -413,9 +418,185 @@ def test_a_torn_save_leaves_the_last_state(
     assert names(run) == ["latest", "metrics.jsonl", "step-0000002"]
     loop.train(recipe(folder, run, steps=4))
     assert json.loads((run / "latest" / "state.json").read_text())["step"] == 4
-    (run / "latest" / "training.pt").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="damaged"):
+    for state_folder in run.glob("step-*"):
+        (state_folder / "training.pt").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"no whole state: .*step-0000004/training.pt is dam"):
         loop.train(recipe(folder, run, steps=5))
+
+
+class Told(Watcher):
+    """Keeps what is said about the state that a run goes on from."""
+
+    def __init__(self) -> None:
+        self.from_state: list[Any] = []
+        self.warnings: list[str] = []
+
+    def resumed(self, state: Path, step: int, steps: int, changed: Sequence[str]) -> None:
+        self.from_state = [state.name, step, steps, list(changed)]
+
+    def warned(self, line: str) -> None:
+        self.warnings.append(line)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def followed(run: Path) -> None:
+    """Make the links folders, as cp -rL does."""
+    for link in (run / "latest", run / "best"):
+        if link.is_symlink():
+            state_folder = link.resolve()
+            link.unlink()
+            shutil.copytree(state_folder, link)
+
+
+LOST: dict[str, Callable[[Path], Any]] = {
+    "lost": lambda run: (run / "latest").unlink(),
+    "dangling": lambda run: [
+        (run / "latest").unlink(),
+        (run / "latest").symlink_to("step-0000009"),
+    ],
+    "followed": followed,
+    "only the copy": lambda run: [
+        followed(run),
+        *(shutil.rmtree(path) for path in run.glob("step-*")),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_the_newest_state_is_found_whatever_became_of_the_links(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    changes: dict[str, Any] = {"data": {"held_out": 2}}
+    loop.train(recipe(folder, whole, 6, **changes))
+    with pytest.raises(Stop):
+        loop.train(recipe(folder, run, 6, **changes), StopAfter(5))
+    LOST[kind](run)
+    told = Told()
+    last = loop.train(recipe(folder, run, 6, **changes), told)
+    assert told.from_state[1:] == [4, 6, []]
+    assert losses(run) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(last), tensors(whole), strict=True))
+    assert (run / "latest").resolve().name == "step-0000006"
+    assert (run / "best").is_symlink()
+    assert not [path for path in run.iterdir() if path.name.startswith("latest-")]
+
+
+def test_a_disk_without_links_keeps_states(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    plan = recipe(folder, tmp_path, 4, data={"held_out": 2})
+    assert loop.train(plan).name == "step-0000004"
+    assert names(tmp_path) == ["metrics.jsonl", "step-0000002", "step-0000004"]
+    told = Told()
+    loop.train(recipe(folder, tmp_path, 6, data={"held_out": 2}), told)
+    assert told.from_state == ["step-0000004", 4, 6, ["optimization.steps = 6 (was 4)"]]
+    losses_of = {
+        path: json.loads((path / "state.json").read_text())["held_out_loss"]
+        for path in tmp_path.glob("step-*")
+    }
+    assert find_adapter(find_model("emoji"), str(tmp_path / "latest")).path.name == "step-0000006"
+    assert find_adapter(find_model("emoji"), str(tmp_path / "best")).path == min(
+        losses_of, key=lambda path: losses_of[path]
+    )
+
+
+def test_a_run_is_an_adapter_by_its_newest_whole_state(folder: Path, tmp_path: Path) -> None:
+    plan = recipe(folder, tmp_path / "run", 4)
+    newest = tensors(loop.train(plan))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(tmp_path / "run"), newest, strict=True))
+    started = begun(recipe(folder, tmp_path / "other", 1, start=str(tmp_path / "run")))
+    given = load_adapter(tmp_path / "run" / "step-0000004", started.setup.base).state_dict()
+    assert all(torch.equal(given[key], value) for key, value in started.trainer.weights().items())
+    flip_a_bit(tmp_path / "run" / "step-0000004" / "adapter.safetensors")
+    older = tensors(tmp_path / "run" / "step-0000002")
+    assert all(torch.equal(a, b) for a, b in zip(tensors(tmp_path / "run"), older, strict=True))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_state_is_named_and_the_one_before_is_taken(
+    name: str, folder: Path, tmp_path: Path
+) -> None:
+    loop.train(recipe(folder, tmp_path / "run", 4))
+    damaged = tmp_path / "run" / "step-0000004" / name
+    (damaged.write_text("{") if name == "state.json" else flip_a_bit(damaged))
+    told = Told()
+    loop.train(recipe(folder, tmp_path / "run", 6), told)
+    assert told.from_state[:3] == ["step-0000002", 2, 6]
+    assert told.warnings[0].startswith(f"{damaged} is damaged (")
+    loop.train(recipe(folder, tmp_path / "whole", 6))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    for state_folder in (tmp_path / "run").glob("step-*"):
+        flip_a_bit(state_folder / "training.pt")
+    with pytest.raises(CheckpointError, match=r"holds no whole state: .*another sha256.*again"):
+        loop.train(recipe(folder, tmp_path / "run", 6))
+
+
+def test_a_damaged_best_state_is_replaced(folder: Path, tmp_path: Path) -> None:
+    plan = recipe(folder, tmp_path, 2, data={"held_out": 2})
+    loop.train(plan)
+    (tmp_path / "best" / "state.json").write_bytes(b'{"st\x01')
+    with pytest.raises(CheckpointError, match="holds no whole state"):
+        loop.train(plan)
+    shutil.copytree(tmp_path / "step-0000002", tmp_path / "step-0000001")
+    flip_a_bit(tmp_path / "step-0000001" / "training.pt")
+    said: list[str] = []
+    state.save_state(tmp_path, 3, {}, {"held_out_loss": 9.0}, 1, said.append)
+    assert (tmp_path / "best").resolve().name == "step-0000003"
+    assert [line.split(" is damaged")[0] for line in said] == [
+        str(tmp_path / name / "state.json") for name in ("step-0000001", "step-0000002")
+    ]
+    assert (tmp_path / "step-0000002").exists()
+
+
+def test_changed_values_are_said_and_those_without_effect_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    loop.train(recipe(folder, tmp_path, 2))
+    changes = {"optimization": {"learning_rate": 0.5}, "noise": {"min_snr": 5.0}}
+    with pytest.raises(
+        SettingError,
+        match=r"has taken its 2 steps, so optimization.learning_rate = 0.5 \(was 0.001\), "
+        r"noise.min_snr = 5.0 \(was None\) has no effect: give optimization.steps above 2",
+    ):
+        loop.train(recipe(folder, tmp_path, 2, **changes))
+    told = Told()
+    loop.train(recipe(folder, tmp_path, 2), told)
+    assert told.from_state == ["step-0000002", 2, 2, []]
+    loop.train(recipe(folder, tmp_path, 4, **changes), told)
+    assert told.from_state[3] == [
+        "optimization.steps = 4 (was 2)",
+        "optimization.learning_rate = 0.5 (was 0.001)",
+        "noise.min_snr = 5.0 (was None)",
+    ]
+
+
+def test_a_state_is_saved_every_so_many_minutes() -> None:
+    seconds = [0.0]
+    wishes = Wishes(10, ranks=1, now=lambda: seconds[0])
+    request = StopRequest(stepping=True, said=False)
+    for now, expected in ((599.0, Wish.nothing), (600.0, Wish.save), (700.0, Wish.save)):
+        seconds[0] = now
+        assert wishes.after_step(request) is expected
+    wishes.saved()
+    assert wishes.after_step(request) is Wish.nothing
+    request(signal.SIGTERM, None)
+    assert wishes.after_step(request) is Wish.stop
+    assert Wishes(None, ranks=1, now=lambda: 1e9).after_step(StopRequest()) is Wish.nothing
+
+
+def test_states_by_minutes_come_between_those_by_steps(folder: Path, tmp_path: Path) -> None:
+    loop.train(recipe(folder, tmp_path, 3, save_every=100, save_minutes=1e-9, keep=5))
+    assert names(tmp_path)[-3:] == ["step-0000001", "step-0000002", "step-0000003"]
 
 
 def test_a_folder_of_an_unpointed_state_is_written_anew(tmp_path: Path) -> None:

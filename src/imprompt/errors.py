@@ -5,7 +5,12 @@ Each message is one line that states what is wrong and what would be right.
 
 
 class ImpromptError(Exception):
-    """A mistake of the user, or refused input; the command line prints it and exits with code 2."""
+    """A mistake of the user, or refused input.
+
+    The command line prints it and exits with its `code`.
+    """
+
+    code = 2
 
 
 class ImageError(ImpromptError):
@@ -22,6 +27,14 @@ class MismatchError(ImpromptError):
 
 class SettingError(ImpromptError):
     """A setting out of its range, or an unknown name."""
+
+
+class Stopped(ImpromptError):
+    """The end of work that a signal asked for; its code is 128 and the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal
 
 
 def first_line(error: BaseException) -> str:

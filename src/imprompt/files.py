@@ -1,5 +1,6 @@
 """Files that are written completely or not at all, and checks that results can be written."""
 
+import hashlib
 import os
 import secrets
 import tempfile
@@ -94,6 +95,12 @@ def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
     refuse_inputs(out, inputs)
     if out.is_file() and not force:
         raise SettingError(f"{out} exists: give another name, or --force to replace it")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

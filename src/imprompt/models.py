@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from imprompt.checkpoints.states import state_at
 from imprompt.errors import CheckpointError, SettingError, first_line
 
 PACKAGED = Path(__file__).parent / "weights"
@@ -284,9 +285,9 @@ class FoundAdapter(NamedTuple):
 def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
     """Return an adapter's file, and its image encoder and variant if the name determines them.
 
-    `name` is one of the model's adapters (None: its first), a file, a folder with a training state,
-    or a file on the Hub as owner/repository/path.safetensors. Raises SettingError if it is none of
-    these, CheckpointError if it could not be downloaded.
+    `name` is one of the model's adapters (None: its first), a file, a folder with a training state
+    or run, or a file on the Hub as owner/repository/path.safetensors. Raises SettingError if it is
+    none of these, CheckpointError if it could not be downloaded.
     """
     if name is None and model.adapters:
         name = next(iter(model.adapters))
@@ -299,8 +300,8 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
         known = model.adapters[name]
         return FoundAdapter(known.file.fetch_file(), known.encoder, known.variant)
     refuse_url(name)
-    if Path(name).exists():
-        return FoundAdapter(Path(name))
+    if (place := state_at(Path(name))).exists():
+        return FoundAdapter(place)
     owner, _, rest = name.partition("/")
     repository, _, path = rest.partition("/")
     if path and not name.startswith((".", "/")) and not Path(owner, repository).is_dir():

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from imprompt.checkpoints.states import LATEST, state_at
 from imprompt.files import atomic_write
 from imprompt.training.endings import explained_termination, lock_output
 from imprompt.training.model import bf16_is_fast
@@ -200,7 +201,7 @@ def load_state(world: World, name: str) -> dict[str, Any] | None:
     Older states are files in the world's folder, some under a former name of the stage.
     """
     former = (world.folder / f"{one}.state" for one in (name, FORMER_NAMES.get(name, name)))
-    files = (states_of(world, name) / "latest" / STATE, *former)
+    files = (state_at(states_of(world, name) / LATEST) / STATE, *former)
     file = next((path for path in files if path.exists()), None)
     if file is None:
         return None

@@ -21,6 +21,7 @@ from imprompt.attention.low_rank import AttentionLowRank, ModelLowRank
 from imprompt.checkpoints import layouts
 from imprompt.checkpoints.integrity import blank_projection, check_whole, shapes_of, text_dim
 from imprompt.checkpoints.layouts import Layout
+from imprompt.checkpoints.states import state_at
 from imprompt.checkpoints.tensors import check_plain, read_tensors, some, write_tensors
 from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
 from imprompt.families.base import Family, family_of
@@ -158,6 +159,8 @@ class AdapterFile:
 
 def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> AdapterFile:
     """Read an adapter of any known layout from a file, or from a folder that holds one.
+
+    The folder may be a training run: then its newest whole state is read.
 
     `variant` is needed where the tensors do not determine it: faceid-plus or faceid-plus-v2,
     portrait-unnorm or InstantID. Raises CheckpointError, one line, if the file is missing, damaged,
@@ -369,13 +372,12 @@ def _variant_rows(row: Variant) -> list[tuple[str, str]]:
 
 
 def _file_at(path: Path) -> Path:
-    """Return the file to read for `path`, which may be a folder."""
-    if not path.is_dir():
-        return path
-    found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
-    if found is None:
+    """Return the file to read for `path`, which may be a folder: of a state, or a training run."""
+    places = [folder / name for folder in (path, state_at(path)) for name in IN_FOLDERS]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None and path.is_dir():
         raise CheckpointError(f"{path} holds no adapter: none of {', '.join(IN_FOLDERS)} is in it")
-    return found
+    return found or path
 
 
 def _fill(blank: nn.Module, tensors: Mapping[str, Tensor]) -> None:

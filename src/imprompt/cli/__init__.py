@@ -103,7 +103,10 @@ def commands() -> None:
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line on standard error and exit code 2."""
+    """Run a command; a user's mistake is one line on standard error and exit code 2.
+
+    A command that a signal ended exits with 128 and the signal's number.
+    """
     commands()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -112,7 +115,7 @@ def main() -> None:
     try:
         app()
     except ImpromptError as error:
-        fail(str(error))
+        fail(str(error), error.code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -70,7 +70,7 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
         print(f"{label:{wide}}  {value}")
 
 
-def fail(message: str) -> None:
-    """Print a message as one line on standard error and exit with code 2."""
+def fail(message: str, code: int = 2) -> None:
+    """Print a message as one line on standard error and exit with a code."""
     print("imprompt: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from imprompt.cli.recipes import AllowPipe, open_recipe
+
 if TYPE_CHECKING:
     from imprompt.training.check import Finding, SetReport
     from imprompt.training.recipe import Data
@@ -45,6 +47,7 @@ def check(
     ] = False,
     examples: Annotated[int, typer.Option(min=0, help="Names to show for each finding.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Read a training set and report unusable samples, picture sizes and duplicates.
 
@@ -57,7 +60,7 @@ def check(
     from imprompt.training.sources import open_source
 
     given = {"root": root, "captions": captions and captions.value, "size": size}
-    data = data_of(source).model_copy(
+    data = data_of(source, allow_pipe).model_copy(
         update={key: value for key, value in given.items() if value is not None}
     )
     console = Console(stderr=True)
@@ -79,11 +82,13 @@ def check(
         raise typer.Exit(1)
 
 
-def data_of(source: str) -> "Data":
+def data_of(source: str, allow_pipe: bool) -> "Data":
     """Return the data of a recipe, or the data for a bare source."""
-    from imprompt.training.recipe import Data, read_recipe
+    from imprompt.training.recipe import Data
 
-    return read_recipe(Path(source)).data if source.endswith(".toml") else Data(source=source)
+    if source.endswith(".toml"):
+        return open_recipe(Path(source), None, allow_pipe).data
+    return Data(source=source)
 
 
 def finding_rows(report: "SetReport", size: int | None) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from imprompt.cli.recipes import AllowPipe, open_recipe
 from imprompt.errors import ImpromptError, SettingError
 
 if TYPE_CHECKING:
@@ -31,34 +32,35 @@ def encode(
             "--verify", help="Encode nothing; read a filled folder and name damaged files."
         ),
     ] = False,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Encode the pictures and captions of a training set once, as features for training.
 
     The same command again resumes. On several GPUs: torchrun --nproc-per-node 8 --no-python
     imprompt data encode RECIPE.
     """
-    from imprompt.training.recipe import read_recipe
-
-    plan = read_recipe(recipe, overrides or [])
+    plan = open_recipe(recipe, overrides, allow_pipe)
     if plan.data.features is None:
         raise SettingError(
             f"{recipe} does not state where the features go: give --set data.features=FOLDER"
         )
     if check:
-        verify(plan.data.features)
+        verify(plan, plan.data.features)
     else:
         fill(plan, plan.data.features)
 
 
-def verify(folder: Path) -> None:
-    """Read every file; ImpromptError if one is not what was written."""
+def verify(plan: "Recipe", folder: Path) -> None:
+    """Read every file, of features and set; ImpromptError if one is not what it was."""
     from imprompt.training.cache import read_manifest
     from imprompt.training.cache import verify_folder as faults_of
+    from imprompt.training.data_pipeline import refuse_edited
 
     if faults := faults_of(folder):
         raise ImpromptError(
             f"{'; '.join(faults)}. Remove what is damaged and run imprompt data encode again"
         )
+    refuse_edited(plan, thorough=True)
     print(f"{folder}  {len(read_manifest(folder)['shards']):,} shards, none damaged")
 
 
@@ -74,6 +76,7 @@ def fill(plan: "Recipe", folder: Path) -> None:
     from imprompt.training.batches import RankSlice
     from imprompt.training.cache import read_manifest
     from imprompt.training.data_pipeline import encode_features
+    from imprompt.training.endings import locked_features
     from imprompt.training.model import open_base, open_frozen
     from imprompt.training.sources import open_source
 
@@ -94,14 +97,9 @@ def fill(plan: "Recipe", folder: Path) -> None:
         def on_done(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        encode_features(
-            plan,
-            source,
-            frozen,
-            RankSlice(processes.process_index, processes.num_processes),
-            on_done,
-        )
-    processes.wait_for_everyone()
+        share = RankSlice(processes.process_index, processes.num_processes)
+        with locked_features(folder, processes):
+            encode_features(plan, source, frozen, share, on_done)
     if processes.is_main_process:
         totals = read_manifest(folder)["totals"]
         rows = (

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from imprompt.cli.recipes import AllowPipe, open_recipe
+
 
 def train_command(
     recipe: Annotated[
@@ -21,14 +23,14 @@ def train_command(
             "--dry-run", help="Print the resolved recipe, sizes, memory and time; touch nothing."
         ),
     ] = False,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Train an adapter.
 
-    The same command again resumes. RUN/latest is a loadable adapter at any time.
+    The same command again resumes. RUN/latest is a loadable adapter at any time. Ctrl-C saves a
+    state first; a second Ctrl-C ends at once.
     """
-    from imprompt.training.recipe import read_recipe
-
-    plan = read_recipe(recipe, overrides or [])
+    plan = open_recipe(recipe, overrides, allow_pipe)
     if dry_run:
         from imprompt.cli.console import print_rows
         from imprompt.training.estimate import estimate_rows, estimate_run

@@ -21,6 +21,7 @@ from imprompt.training.augmented import (
 )
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.order import SampleIndex
+from imprompt.training.signals import ignore_signals
 
 
 class RankSlice(NamedTuple):
@@ -52,6 +53,7 @@ def loader(
             batch_sampler=_Once(parts),  # pyright: ignore[reportArgumentType] - it takes any iterable of lists
             num_workers=workers,
             collate_fn=AugmentedSample.stack,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
             **reading,
         )

@@ -14,7 +14,6 @@
 references of a sample.
 """
 
-import hashlib
 import json
 import os
 import zlib
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 
 from imprompt.errors import SettingError, first_line
+from imprompt.files import sha256
 from imprompt.training.augmented import FeatureContent
 from imprompt.training.samples import BadSample
 
@@ -45,12 +45,6 @@ def shard_sizes(plan: Mapping[str, Any]) -> list[int]:
     """Return the number of samples in each shard."""
     samples, size = plan["samples"], plan["shard"]
     return [min(size, samples - start) for start in range(0, samples, size)]
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_facts(plan: Mapping[str, Any]) -> Table:
@@ -109,16 +103,25 @@ def verify_folder(folder: Path) -> list[str]:
     """
     manifest = read_manifest(folder)
     rows = [manifest["nulls"], *manifest["shards"], *(row["table"] for row in manifest["shards"])]
-    return [f"{folder / row['file']} {fault}" for row in rows if (fault := _fault(folder, row))]
+    return [f"{folder / row['file']} {fault}" for row in rows if (fault := file_fault(folder, row))]
 
 
-def _fault(folder: Path, row: Mapping[str, Any]) -> str | None:
+def file_fault(folder: Path, row: Mapping[str, Any]) -> str | None:
+    """Return how a file differs from its row of the manifest; None if it does not."""
     path: Path = folder / row["file"]
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != row["bytes"]:
         return f"has {size:,} bytes instead of {row['bytes']:,}"
     return "is damaged (another sha256)" if sha256(path) != row["sha256"] else None
+
+
+def shard_tables(folder: Path, plan: Mapping[str, Any]) -> list[Table]:
+    """Read the tables of all shards; OSError, ValueError."""
+    return [
+        json.loads(shard_file(folder, number, ".json").read_bytes())
+        for number in range(len(shard_sizes(plan)))
+    ]
 
 
 def open_features(folder: Path, wanted: Mapping[str, Any]) -> "FeatureReader":
@@ -150,10 +153,10 @@ class FeatureReader:
         self.identity: Table = self._plan["identity"]
         self.shards = shard_sizes(self._plan)
         try:
-            tables = [
-                json.loads(shard_file(folder, number, ".json").read_bytes())
-                for number in range(len(self.shards))
-            ]
+            for row in (self._plan["nulls"], *(row["table"] for row in self._plan["shards"])):
+                if fault := file_fault(folder, row):
+                    raise ValueError(f"{row['file']} {fault}")
+            tables = shard_tables(folder, self._plan)
             self.nulls = load_file(folder / "nulls.safetensors")
             self.bucket = np.concatenate([table["buckets"] for table in tables])
             # (samples, 3): offset, bytes, crc32; 0 for a bad sample

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from imprompt.errors import ImpromptError
+from imprompt.errors import ImpromptError, SettingError
 from imprompt.files import atomic_write
 from imprompt.training.augmented import (
     AugmentedSample,
@@ -21,7 +21,15 @@ from imprompt.training.augmented import (
 )
 from imprompt.training.batches import Composer, RankSlice, loader
 from imprompt.training.buckets import bucket_sizes
-from imprompt.training.cache import FeatureReader, open_features
+from imprompt.training.cache import (
+    FeatureReader,
+    open_features,
+    read_manifest,
+    refuse_others,
+    shard_sizes,
+    shard_tables,
+)
+from imprompt.training.contents import edited_samples
 from imprompt.training.encoding import encode_set, source_origin
 from imprompt.training.examples import Examples
 from imprompt.training.features import FeatureEncoder, wanted_identity
@@ -30,6 +38,7 @@ from imprompt.training.order import Order, SampleIndex
 from imprompt.training.recipe import Data, Recipe
 from imprompt.training.samples import BadSample, Source
 from imprompt.training.shards import KEEP
+from imprompt.training.sources import is_local, open_source
 
 # remote shards mixed at a time: slow processes may still read the window before
 REMOTE_WINDOW = KEEP // 2
@@ -38,6 +47,34 @@ REMOTE_WINDOW = KEEP // 2
 def have_features(recipe: Recipe) -> bool:
     """Return whether all features are encoded, so that their models are not needed."""
     return recipe.data.features is not None and (recipe.data.features / "manifest.json").exists()
+
+
+def refuse_edited(recipe: Recipe, thorough: bool = False) -> None:
+    """Raise SettingError if the set was edited since its features were encoded.
+
+    A set that is not on this disk any more, or not at all, is not compared.
+
+    thorough  whether to read files whose size and time have not changed
+    """
+    folder = recipe.data.features
+    if folder is None or not have_features(recipe) or not is_local(recipe.data):
+        return
+    source, plan = open_source(recipe.data), read_manifest(folder)
+    refuse_others(folder, {"samples": plan["samples"]}, {"samples": len(source)})
+    try:
+        tables = shard_tables(folder, plan)
+    except (OSError, ValueError):  # reported when they are opened
+        return
+    edited: list[int] = []
+    for number, (size, table) in enumerate(zip(shard_sizes(plan), tables, strict=True)):
+        start = number * plan["shard"]
+        edited += edited_samples(source, range(start, start + size), table, thorough)
+    if edited:
+        names = ", ".join(source.name(index) for index in edited[:5])
+        raise SettingError(
+            f"{folder} holds features of {len(edited):,} samples that were edited since ({names}): "
+            "imprompt data encode RECIPE encodes them again"
+        )
 
 
 def encode_features(

@@ -5,6 +5,7 @@ shard's number: not on which process encodes it, nor on how often encoding was s
 letters as in `imprompt.training.features`; R the references of a sample.
 """
 
+import hashlib
 import io
 import json
 import re
@@ -23,17 +24,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from imprompt.errors import ImpromptError
-from imprompt.files import atomic_write, flush
+from imprompt.files import atomic_write, flush, sha256
 from imprompt.training.buckets import Size, bucket_sizes
 from imprompt.training.cache import (
     Table,
+    file_fault,
     plan_facts,
     read_table,
     refuse_others,
-    sha256,
     shard_file,
     shard_sizes,
 )
+from imprompt.training.contents import digest_of, edited_samples, stamp_of
 from imprompt.training.examples import Example, bucket_of
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Data
@@ -56,7 +58,7 @@ def encode_set(
     on_done: Callable[[int, int], None] = lambda _done, _total: None,
     shard: int = SHARD,
 ) -> None:
-    """Encode this process's shards that are not in `folder` yet.
+    """Encode this process's shards that are not in `folder` yet, or whose samples were edited.
 
     The process that finds all shards complete writes the manifest.
 
@@ -76,7 +78,9 @@ def encode_set(
     }
     own = {number: samples for number, samples in own.items() if number % ranks == rank}
     absent = {
-        number: samples for number, samples in own.items() if shard_table(folder, number) is None
+        number: samples
+        for number, samples in own.items()
+        if (table := shard_table(folder, number)) is None or edited_samples(source, samples, table)
     }
     if absent:
         (folder / "manifest.json").unlink(missing_ok=True)
@@ -96,7 +100,11 @@ def encode_set(
             index: source.name(index).encode(errors="backslashreplace").decode()
             for index in samples
         }
-        write_shard(folder, number, names, islice(rows, len(samples)), rank)
+        marks = {
+            "stamps": [stamp_of(source, index) for index in samples],
+            "digests": [digest_of(source, index) for index in samples],
+        }
+        write_shard(folder, number, names, islice(rows, len(samples)), marks, rank)
     if manifest := finish_folder(folder, plan, rank):
         check_bad(folder, manifest, data.max_bad)
 
@@ -138,7 +146,7 @@ def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> 
 
 
 def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, ranks: int) -> None:
-    """Write the plan and the null features unless they exist.
+    """Write the null features, and the plan with their hash, unless they exist and are whole.
 
     Raise SettingError if there is another plan. Remove the temporary files of killed processes.
     """
@@ -150,12 +158,15 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
     filled = any(folder.glob("shard-*"))
     if plan_file.exists() or filled:
         # shards are looked for before the plan: another process may be starting the folder
-        refuse_others(folder, plan_facts(read_table(plan_file)), plan_facts(plan))
-    else:
-        write_table(plan_file, plan, rank)
-    if not nulls_file.exists():
-        with temporary_file(nulls_file, rank) as file:
-            file.write(save(stored(encoder.nulls())))
+        theirs = read_table(plan_file)
+        refuse_others(folder, plan_facts(theirs), plan_facts(plan))
+        # plans of older versions state no hash
+        own = theirs.get("nulls") or (described(nulls_file) if nulls_file.exists() else None)
+        if own is not None and file_fault(folder, own) is None:
+            return
+    with temporary_file(nulls_file, rank) as file:
+        file.write(save(stored(encoder.nulls())))
+    write_table(plan_file, {**plan, "nulls": described(nulls_file)}, rank)
 
 
 def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
@@ -178,7 +189,8 @@ def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
     manifest = {
         **plan,
         "totals": totals,
-        "nulls": described(folder / "nulls.safetensors"),
+        "nulls": read_table(folder / "plan.json").get("nulls")
+        or described(folder / "nulls.safetensors"),
         "shards": shards,
         "bad": bad,
     }
@@ -213,14 +225,23 @@ def described(path: Path) -> Table:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def seal(table: Table) -> str:
+    """Return a hash of a table without its seal."""
+    held = {key: value for key, value in table.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
 def shard_table(folder: Path, number: int) -> Table | None:
-    """Return the shard's table, or None unless the shard exists with the right length."""
+    """Return the shard's table, or None unless it is whole and the shard has the right length.
+
+    Tables written before there were seals have none.
+    """
     try:
         table = json.loads(shard_file(folder, number, ".json").read_bytes())
-        return (
-            table if shard_file(folder, number, ".tar").stat().st_size == table["bytes"] else None
-        )
-    except (OSError, ValueError, LookupError, TypeError):
+        sealed = table.get("seal", seal(table)) == seal(table)
+        whole = shard_file(folder, number, ".tar").stat().st_size == table["bytes"]
+        return table if sealed and whole else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -237,11 +258,17 @@ class EncodedRow(NamedTuple):
 
 
 def write_shard(
-    folder: Path, number: int, names: Mapping[int, str], rows: Iterable[EncodedRow], rank: int
+    folder: Path,
+    number: int,
+    names: Mapping[int, str],
+    rows: Iterable[EncodedRow],
+    marks: Table,
+    rank: int,
 ) -> None:
     """Write a shard's tar, then its table.
 
-    `names` are those of all its samples, in order. The rows may come in any order.
+    `names` are those of all its samples, in order, `marks` their stamps and digests. The rows may
+    come in any order.
     """
     path = shard_file(folder, number, ".tar")
     buckets: dict[int, int] = {}
@@ -270,7 +297,9 @@ def write_shard(
         "buckets": [buckets[index] for index in names],
         "places": list(places.values()),
         "bad": [bad[index] for index in sorted(bad)],
+        **marks,
     }
+    table["seal"] = seal(table)
     write_table(shard_file(folder, number, ".json"), table, rank)
 
 

@@ -3,43 +3,44 @@
 A run's folder has one process that writes.
 """
 
+import os
 import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import NoReturn
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch.distributed import DistError
 
-from imprompt.errors import ImpromptError, SettingError, first_line
+from imprompt.checkpoints.states import newest_state
+from imprompt.errors import ImpromptError, SettingError, Stopped, first_line
+from imprompt.training.signals import SIGNALS, StopRequest, Terminated
 from imprompt.training.step import Diverged
 
-
-class Terminated(BaseException):
-    """Arrival of SIGTERM; a BaseException, so that the current step does not handle it."""
+TERMINATED = "this process was told to end (SIGTERM), as when another process of its run has ended"
+CAUSES: dict[int, str] = {
+    signal.SIGINT: "this process was interrupted (Ctrl-C)",
+    signal.SIGTERM: TERMINATED,
+}
 
 
 @contextmanager
-def explained_termination(output: Path) -> Iterator[None]:
+def explained_termination(output: Path) -> Iterator[StopRequest]:
     """Turn what ends a run before its last step into an error that says how to resume.
 
     Launchers send SIGTERM to the remaining processes when one has ended; schedulers send it before
-    they take the machine.
+    they take the machine. Yield the request to stop, which a run may look at after every step.
     """
-
-    def end(*_: object) -> NoReturn:
-        # ignore further signals, so that the error is reported
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end) if current_thread() is main_thread() else None
+    request = StopRequest(said=not int(os.environ.get("RANK", "0")))
+    main = current_thread() is main_thread()
+    before = {each: signal.signal(each, request) for each in SIGNALS} if main else {}
     try:
-        yield
+        yield request
     except Terminated as error:
-        raise ImpromptError(f"{TERMINATED}. {resume_hint(output)}") from error
+        raise stop_error(request.received, output) from error
     except Diverged as error:
         raise ImpromptError(f"{error}. {resume_hint(output)}") from error
     except RuntimeError as error:
@@ -47,19 +48,23 @@ def explained_termination(output: Path) -> Iterator[None]:
             raise
         raise ImpromptError(f"{what}. {resume_hint(output)}") from error
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def stop_error(number: int, output: Path) -> Stopped:
+    """Return the error of a run that a signal ended; 0: another process of it received one."""
+    cause = CAUSES.get(number, "another process of this run was told to end")
+    return Stopped(f"{cause}. {resume_hint(output)}", number or signal.SIGTERM)
 
 
 def resume_hint(output: Path) -> str:
     """Return a sentence that names the state from which the run can resume."""
-    latest = output / "latest"
-    if not latest.exists():
+    if (state := newest_state(output)) is None:
         return "No state was saved yet; the same command starts again"
-    return f"The last good state is {latest.resolve()}; the same command goes on from there"
+    return f"The last good state is {state.resolve()}; the same command goes on from there"
 
 
-TERMINATED = "this process was told to end (SIGTERM), as when another process of its run has ended"
 # messages of gloo, NCCL and the rendezvous store for a process that has ended or does not answer
 LOST = re.compile(
     r"connection (was likely )?(closed|reset|refused)|broken pipe|remote "
@@ -90,8 +95,34 @@ def end_of_another(error: RuntimeError) -> str | None:
     )
 
 
-def lock_output(output: Path) -> FileLock:
-    """Acquire the sole right to write into a run's folder.
+@contextmanager
+def locked_features(folder: Path, processes: Any) -> Iterator[None]:
+    """Hold the sole right to fill a folder of features, for all processes of one launch together.
+
+    processes  accelerate's Accelerator or PartialState
+
+    Raise SettingError in all of them if another launch has it.
+    """
+    from accelerate.utils import gather_object
+
+    lock, faults = None, []
+    if processes.is_main_process:
+        try:
+            lock = lock_output(folder, "encoding features into")
+        except SettingError as error:
+            faults.append(str(error))
+    if faults := gather_object(faults):  # the others wait here until the lock is held
+        raise SettingError(faults[0])
+    try:
+        yield
+        processes.wait_for_everyone()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def lock_output(output: Path, purpose: str = "training into") -> FileLock:
+    """Acquire the sole right to write into a run's folder, or a folder of features.
 
     It ends with this process at the latest. Raise SettingError if another process has it.
     """
@@ -100,5 +131,5 @@ def lock_output(output: Path) -> FileLock:
         return FileLock(output / ".lock", blocking=False).acquire().lock
     except Timeout as error:
         raise SettingError(
-            f"another process is training into {output}: wait for it, or give another output"
+            f"another process is {purpose} {output}: wait for it, or give another folder"
         ) from error

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter, save_adapter
+from imprompt.checkpoints.states import LATEST, state_at
 from imprompt.errors import ImpromptError
 from imprompt.training.augmented import AugmentedSample
 from imprompt.training.batches import Batch
 from imprompt.training.data_pipeline import Bad, bad_of
-from imprompt.training.endings import explained_termination, lock_output
+from imprompt.training.endings import explained_termination, lock_output, stop_error
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 from imprompt.training.setup import Setup, gathered, set_up
+from imprompt.training.signals import StopRequest, Wish, Wishes
 from imprompt.training.state import save_state
 from imprompt.training.step import NaNGuard
 from imprompt.training.validation import held_out_loss
@@ -43,23 +45,29 @@ HELD_OUT_DRAWS = 4  # timesteps at which every held-out sample's loss is measure
 def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
     """Train to the last step, from the latest state of `recipe.output` if there is one.
 
-    Return the folder of the last state.
+    Return the folder of the last state. Raise Stopped if a signal ended it before: its state is
+    saved.
     """
-    with explained_termination(recipe.output):
+    with explained_termination(recipe.output) as request:
         watcher = watcher or Watcher()
-        run = Run(set_up(recipe, watcher.encoded), watcher)
+        run = Run(set_up(recipe, watcher.encoded), watcher, request)
         try:
             run.go()
         finally:
             run.close()
-    return recipe.output / "latest"
+    return state_at(recipe.output / LATEST)
 
 
 class Run:
-    """The steps of a run, with its log, saved states and validation."""
+    """The steps of a run, with its log, saved states and validation.
 
-    def __init__(self, setup: Setup, watcher: Watcher) -> None:
+    request  the request to stop, looked at after every step
+    """
+
+    def __init__(self, setup: Setup, watcher: Watcher, request: StopRequest | None = None) -> None:
         self.setup, self.watcher = setup, watcher
+        self.request = request or StopRequest()
+        self.wishes = Wishes(setup.recipe.save_minutes, setup.accelerator.num_processes)
         self.trainer, self.data_pipeline = setup.trainer, setup.data_pipeline
         recipe, reader = setup.recipe, setup.data_pipeline.reader
         self.metrics = Metrics(recipe.output)
@@ -80,6 +88,8 @@ class Run:
             self.metrics.cut(done)
             self.trackers = open_trackers(recipe, done, self.watcher.warned)
         self._count(done)
+        self.request.stepping = True
+        self.wishes.saved()
         clock = Clock()
         guard = NaNGuard(gathered, scaled=self.setup.accelerator.scaler is not None)
         samples = self.data_pipeline.samples_from(done) if done < plan.steps else iter(())
@@ -93,8 +103,9 @@ class Run:
             clock.step(plan.batch_size)
             self.watcher.advanced(step + 1)
             last = step + 1 == plan.steps
+            wish = self.wishes.after_step(self.request)
             saving, validating = (
-                last or (step + 1) % recipe.save_every == 0,
+                last or wish > Wish.nothing or (step + 1) % recipe.save_every == 0,
                 self._validates(step + 1),
             )
             if saving or validating or (step + 1) % recipe.logging.every == 0:
@@ -106,16 +117,22 @@ class Run:
                 # saved last: a resumed run reports again what its state does not include
                 if saving:
                     self._save(step + 1)
+            if wish == Wish.stop and not last:
+                raise stop_error(self.request.received, recipe.output)
 
     def _resume(self) -> int:
         """Load the latest state; return the number of steps done."""
         if (state := self.setup.state) is None:
             return 0
+        steps = self.setup.recipe.optimization.steps
+        self.watcher.resumed(state.folder, state.step, steps, state.changed)
+        for fault in state.damaged:
+            self.watcher.warned(f"{fault}: resumed at step {state.step} instead")
         adapter = build_adapter(read_adapter(state.folder), self.setup.cpu_copy.family)
         self.trainer.load(adapter.state_dict(), state.training)
-        if state.facts["samples"] != len(self.data_pipeline.reader):
+        if (samples := state.facts.samples) != len(self.data_pipeline.reader):
             raise ImpromptError(
-                f"{self.setup.recipe.output} was started with {state.facts['samples']:,} samples, "
+                f"{self.setup.recipe.output} was started with {samples or 0:,} samples, "
                 "the set has "
                 f"{len(self.data_pipeline.reader):,} now: give another output, and start = "
                 f"{str(state.folder)!r} to go on from there"
@@ -187,10 +204,10 @@ class Run:
             }
             if "held_out_loss" in facts:
                 self._log_validation(step, {"held_out_loss": facts["held_out_loss"]})
-            self.watcher.saved(
-                save_state(self.setup.recipe.output, step, files, facts, self.setup.recipe.keep)
-            )
+            output, keep = self.setup.recipe.output, self.setup.recipe.keep
+            self.watcher.saved(save_state(output, step, files, facts, keep, self.watcher.warned))
         self.setup.accelerator.wait_for_everyone()
+        self.wishes.saved()
 
     def _load_copy(self, weights: dict[str, Tensor]) -> IPAdapter:
         self.setup.cpu_copy.load_state_dict(weights)

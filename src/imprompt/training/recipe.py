@@ -136,7 +136,7 @@ class Validation(Part):
     texts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
     scales: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
     steps: Count = 25
-    guidance: Annotated[float, Field(ge=0)] = 7.5
+    guidance: Annotated[float, Field(ge=0)] | None = None  # the model's own if not given
     seed: int = 0
     # folder or Hub id of a CLIP for CLIP-I and CLIP-T; else CLIP-I by the adapter's encoder
     clip: str | None = None
@@ -166,6 +166,7 @@ class Recipe(Part):
     output: Path
     seed: int = 0
     save_every: Count = 1000  # steps
+    save_minutes: Annotated[float, Field(gt=0)] | None = 10.0  # as well; None: by steps alone
     keep: Count = 2  # newest states; the best one is kept as well
     licence: str = ""
     data: Data

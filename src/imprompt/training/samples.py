@@ -1,5 +1,6 @@
 """A training sample, and the interface of every source: samples by number."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +104,15 @@ class Source(Protocol):
 class PictureOpener:
     """Opener of one picture of a sample.
 
-    `part` names the picture: "the file", "the reference …", "the mask …".
+    `part` names the picture: "the file", "the reference …", "the mask …". `file` holds the bytes
+    that a function reads; None if that is not on this disk.
     """
 
     sample: str
     part: str
     place: Path | bytes | Callable[[], bytes]  # the function raises BadSample
     opened: Callable[..., Image.Image] = open_image  # how to open it
+    file: Path | None = None
 
     def __call__(self) -> Image.Image:
         """Open the picture; raise BadSample if it cannot be used."""
@@ -118,6 +121,24 @@ class PictureOpener:
     def size(self) -> Size:
         """Return (width, height) from the header alone; raise BadSample."""
         return self._do(image_size)
+
+    def stamp(self) -> str:
+        """Return size and time of the file, or the digest of bytes in memory; OSError."""
+        file = self.place if isinstance(self.place, Path) else self.file
+        if file is None:
+            return self.digest()
+        status = file.stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    def digest(self) -> str:
+        """Return a hash of the bytes; "" if they are not on this disk. Raise BadSample, OSError."""
+        if isinstance(self.place, Path):
+            data = self.place.read_bytes()
+        elif callable(self.place):
+            data = self.place() if self.file is not None else b""
+        else:
+            data = self.place
+        return hashlib.blake2b(data, digest_size=8).hexdigest() if data else ""
 
     def _do(self, work: Callable[..., T]) -> T:
         try:

@@ -25,7 +25,9 @@ from imprompt.training.data_pipeline import (
     have_features,
     read_features,
     read_pictures,
+    refuse_edited,
 )
+from imprompt.training.endings import locked_features
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.model import (
     AdaptedModel,
@@ -90,6 +92,7 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
     check_folder(recipe.output)
     measured = measure_model(recipe)
     # errors in the set are raised before the models are loaded
+    refuse_edited(recipe)
     source = None if have_features(recipe) else open_source(recipe.data)
     state = load_state(recipe.output, recipe)
     accelerator = open_accelerator(recipe)
@@ -196,10 +199,10 @@ def open_models(recipe: Recipe, source: Source | None, accelerator: Any, share: 
     Encode the features that are not encoded yet.
     """
     device, cached = accelerator.device, recipe.data.features is not None
-    if cached and any(gathered([source is not None])):
+    if recipe.data.features is not None and any(gathered([source is not None])):
         encoders = open_frozen(recipe, open_base(recipe, device, whole=True))
-        encode_features(recipe, source or open_source(recipe.data), encoders, share, on_encoded)
-        accelerator.wait_for_everyone()
+        with locked_features(recipe.data.features, accelerator):
+            encode_features(recipe, source or open_source(recipe.data), encoders, share, on_encoded)
     around = not cached or recipe.validation.every is not None
     pipeline = open_base(recipe, torch.device("cpu") if cached else device, whole=around)
     return pipeline, open_frozen(recipe, pipeline) if around else None

@@ -327,8 +327,9 @@ class ShardSource:
         ending: str,
         opened: Callable[..., Image.Image] = open_image,
     ) -> PictureOpener:
+        file = tar.place if isinstance(tar, TarIndex) and isinstance(tar.place, Path) else None
         return PictureOpener(
-            tar.name(number), f"the {ending}", partial(tar.read, number, ending), opened
+            tar.name(number), f"the {ending}", partial(tar.read, number, ending), opened, file
         )
 
     def _text(

@@ -27,7 +27,7 @@ from imprompt.generation.prepare import Attached
 from imprompt.generation.request import save_png
 from imprompt.generation.settings import Settings
 from imprompt.images import WHITE, grid, open_image
-from imprompt.models import Location
+from imprompt.models import Location, find_model
 from imprompt.training.objective import prediction_type
 from imprompt.training.recipe import Recipe
 from imprompt.variants import Variant
@@ -228,7 +228,9 @@ class Validator:
             )
         own = copy.copy(pipeline)  # the same models, with another scheduler
         own.scheduler = sampling_scheduler(pipeline.scheduler, recipe.noise.zero_terminal_snr)
-        self.pipe = ImagePromptPipeline(own, Attached(adapter, Reader(encoder, variant)))
+        self.pipe = ImagePromptPipeline(
+            own, Attached(adapter, Reader(encoder, variant)), model=find_model(recipe.model)
+        )
         common = {
             "steps": plan.steps,
             "guidance": plan.guidance,

@@ -5,7 +5,7 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -313,6 +313,9 @@ class Watcher:
     def stepped(self, row: LogRow) -> None:
         """Receive the numbers of a logged step."""
 
+    def resumed(self, state: Path, step: int, steps: int, changed: Sequence[str]) -> None:
+        """Receive the state that the run goes on from, and what the recipe changes since."""
+
     def saved(self, folder: Path) -> None:
         """Receive the folder of a saved state."""
 
@@ -372,6 +375,13 @@ class ProgressWatcher(Watcher):
         self._progress.update(self._training, numbers=numbers(row, self.steps))
         if not self.console.is_interactive:
             self._say(f"step {row.step} of {self.steps}  {numbers(row, self.steps)}")
+
+    def resumed(self, state: Path, step: int, steps: int, changed: Sequence[str]) -> None:
+        """Print the step that the run goes on from, and every value that changed."""
+        finished = " (finished: nothing is left to train)" if step >= steps else ""
+        self._say(f"resumed at step {step:,} of {steps:,} from {state}{finished}")
+        if changed:
+            self._say(f"changed since: {', '.join(changed)}")
 
     def saved(self, folder: Path) -> None:
         """Print the folder of a saved state."""
