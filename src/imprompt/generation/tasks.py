@@ -119,7 +119,7 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
     place = model.controlnets.get(name) or Location(name)
     source, subfolder = place.fetch_folder()
     try:
-        net: Any = ControlNetModel.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
+        net: Any = ControlNetModel.from_pretrained(source, subfolder=subfolder, dtype=dtype)
     except Exception as error:  # a folder can be wrong in any way
         raise CheckpointError(
             f"no ControlNet can be loaded from {place} ({first_line(error)})"
