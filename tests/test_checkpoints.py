@@ -766,3 +766,12 @@ def test_files_are_readable_by_others_as_the_umask_says(tmp_path: Path) -> None:
     for suffix in (".safetensors", ".bin"):
         write_adapter(tmp_path / f"a{suffix}", made(), "paper")
         assert (tmp_path / f"a{suffix}").stat().st_mode == plain.stat().st_mode
+
+
+def test_one_adapter_gives_the_same_bytes_every_time(tmp_path: Path) -> None:
+    for number in range(12):
+        write_adapter(tmp_path / f"{number}.safetensors", made())
+    (held,) = {path.read_bytes() for path in tmp_path.iterdir()}
+    length = int.from_bytes(held[:8], "little")
+    assert length % 8 == 0
+    assert list(json.loads(held[8 : 8 + length])["__metadata__"]) == ["format", "imprompt"]
