@@ -121,7 +121,7 @@ class Family(ABC):
     """A kind of base models: where and how adapters are injected into them."""
 
     name: str
-    classes: tuple[str, ...]  # names of diffusers' models that can be built from a configuration
+    classes: tuple[str, ...]  # names of diffusers' models that belong to it; the first is usual
     pipelines: Mapping[str, TaskTable]  # by the class that a model was saved with
     channel: str | None  # keyword by which the model passes arguments to its attentions, if it does
     arguments: tuple[str, str, str]  # names of latents, timestep and text in the forward pass
@@ -139,9 +139,10 @@ class Family(ABC):
         """Copy and pickle the family by name: there is one object of each family."""
         return find_family, (self.name,)
 
-    @abstractmethod
     def matches(self, model: nn.Module) -> bool:
-        """Return whether `model` belongs to this family."""
+        """Return whether `model` is of a class of this family and has text cross-attentions."""
+        kinds = {kind.__name__ for kind in type(original(model)).__mro__}
+        return not kinds.isdisjoint(self.classes) and bool(self.layers(model))
 
     @abstractmethod
     def layers(self, model: nn.Module) -> dict[str, Any]:
@@ -223,10 +224,14 @@ class Family(ABC):
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
 
 
+def original(model: nn.Module) -> nn.Module:
+    """Return the model inside what `torch.compile` returned, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def positional_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names that a model's forward pass gives its arguments, in order."""
-    original = getattr(model, "_orig_mod", model)  # inside what torch.compile returns
-    return tuple(signature(type(original).forward).parameters)[1:]
+    return tuple(signature(type(original(model)).forward).parameters)[1:]
 
 
 def find_family(name: str) -> Family:
@@ -242,9 +247,10 @@ def family_of(model: nn.Module) -> Family:
     for name in FAMILIES:
         if (found := find_family(name)).matches(model):
             return found
+    known = ", ".join(f"{own.name}: {' or '.join(own.classes)}" for own in families())
     raise MismatchError(
-        f"{type(model).__name__} is not of a known family ({', '.join(FAMILIES)}): "
-        "it has no text cross-attention for image prompts"
+        f"{type(original(model)).__name__} is not of a known family ({known}), or it has no text "
+        "cross-attention for image prompts"
     )
 
 

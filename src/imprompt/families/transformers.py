@@ -23,6 +23,7 @@ from imprompt.families.base import (
     ModelCall,
     Tasks,
     TaskTable,
+    original,
     schedule_place,
 )
 from imprompt.families.processor import (
@@ -196,15 +197,11 @@ class TransformerFamily(Family):
         self.separate_branches = row.separate_branches
         self.pattern = re.compile(row.layers)
 
-    def matches(self, model: nn.Module) -> bool:
-        """Return whether `model` is of the class that the row names, or a subclass."""
-        return any(kind.__name__ == self.row.model for kind in type(model).__mro__)
-
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """Return the attentions whose names match the row's pattern."""
         return {
             name: module
-            for name, module in model.named_modules()
+            for name, module in original(model).named_modules()
             if self.pattern.fullmatch(name) and hasattr(module, "set_processor")
         }
 
