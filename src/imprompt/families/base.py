@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from inspect import signature
+from math import lcm
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -132,6 +133,7 @@ class Family(ABC):
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     grain = 1  # a picture's side, in latents, must be a multiple of it
+    pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     call_options: Mapping[str, Any] = {}  # what its pipelines are always called with
     no_words: str | None = None  # the negative text that its pipelines need where none is given
 
@@ -200,6 +202,10 @@ class Family(ABC):
         """Return the side, in pixels, of the pictures that the pipeline's model was made for."""
         model = getattr(pipeline, self.component)
         return self.native_latents(model.config) * pipeline.vae_scale_factor
+
+    def side_unit(self, pipeline: Any) -> int:
+        """Return what the sides of a picture, in pixels, must be multiples of."""
+        return lcm(pipeline.vae_scale_factor * self.grain, self.pixel_grain)
 
     def guided(self, pipeline: Any, guidance: float, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
         """Return whether the pipeline runs a negative branch with these arguments."""

@@ -297,6 +297,7 @@ class UNetFamily(Family):
         f"{prefix}Pipeline": task_table(prefix)
         for prefix in ("StableDiffusion", "StableDiffusionXL")
     }
+    pixel_grain = 8
     channel = "cross_attention_kwargs"
     arguments = ("sample", "timestep", "encoder_hidden_states")
     text_arguments = (

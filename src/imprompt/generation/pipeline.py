@@ -397,7 +397,7 @@ class ImagePromptPipeline:
 
         Defaults are the model's steps, guidance and size, and a random seed.
         """
-        unit = self.pipeline.vae_scale_factor * self.family.grain
+        unit = self.family.side_unit(self.pipeline)
         native = self.family.native_side(self.pipeline)
         # the native area, with the aspect ratio of the picture to start from
         ratio = 1.0 if start is None else (start.width / start.height) ** 0.5
@@ -415,7 +415,8 @@ class ImagePromptPipeline:
         resolved = Resolved.model_validate({"seed": randbelow(2**31), **own, **given})
         for name, value in (("width", resolved.width), ("height", resolved.height)):
             if value % unit:
-                sizes = " or ".join(str(n * unit) for n in (value // unit, value // unit + 1) if n)
+                near = (value // unit * unit, (value // unit + 1) * unit)
+                sizes = " or ".join(str(side) for side in near if 0 < side <= MAX_SIDE)
                 raise SettingError(
                     f"{name} = {value}: this model takes multiples of {unit}, such as {sizes}"
                 )
