@@ -226,6 +226,55 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
         ),
         (
             BLUE,
+            {"pipeline_options": {"return_dict": False}},
+            "pipeline_options['return_dict']: a call always returns a Result: leave it out",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"ip_adapter_image": BLUE}},
+            "pipeline_options['ip_adapter_image']: the call's first argument takes image prompts",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"callback_on_step_end_tensor_inputs": ["latents"]}},
+            "on_step is told of steps, not of tensors: leave it out",
+        ),
+        (
+            BLUE,
+            {"init_image": BLUE, "pipeline_options": {"image": BLUE}},
+            "pipeline_options['image']: the call gives it already, by init_image",
+        ),
+        (
+            BLUE,
+            {"init_image": BLUE, "mask_image": LEFT, "pipeline_options": {"output_type": "np"}},
+            "pipeline_options['output_type']: with mask_image only 'pil' can be made",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"output_type": "numpy"}},
+            "pipeline_options['output_type']: unknown; known: pil, np, pt, latent",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"prompt_embeds": torch.zeros(3, 8, 192)}},
+            "pipeline_options['prompt_embeds']: give a tensor of one row for all, or of 1",
+        ),
+        (
+            BLUE,
+            {"prompt": "a cat", "pipeline_options": {"prompt_embeds": torch.zeros(1, 8, 192)}},
+            "pipeline_options['prompt_embeds']: give it or prompt, not both",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"sigmas": [14.0, 3.0, 0.5]}},
+            "a StableDiffusionPipeline refuses this call: The current scheduler class",
+        ),
+        (BLUE, {"num_inference_steps": 3}, "'num_inference_steps': give it as steps"),
+        (BLUE, {"generator": None}, "'generator': give it as seed, a whole number"),
+        (BLUE, {"num_images_per_prompt": 2}, "'num_images_per_prompt': give it as num_images"),
+        (BLUE, {"guidance_scale": 2}, "unknown setting 'guidance_scale': give it as guidance"),
+        (
+            BLUE,
             {"image_guidance": 2, "guidance": 3, "pipeline_options": {"guidance_rescale": 0.5}},
             "do not go together",
         ),
@@ -247,6 +296,34 @@ def test_wrong_use_is_one_line(
         pipe(item if isinstance(item, list) else [item], **QUICK | settings)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_encoded_texts_replace_words(pipe: ImagePromptPipeline) -> None:
+    words = ["a rocket", "a cat"]
+    encoded = [pipe.pipeline.encode_prompt(text, "cpu", 1, True) for text in (*words, "a")]
+    texts, negatives = (torch.cat(part) for part in zip(*encoded, strict=True))
+    settings: dict[str, Any] = QUICK | {"num_images": 2}
+    one = pipe(BLUE, "a rocket", **settings).images
+    given = {"prompt_embeds": texts[:1], "negative_prompt_embeds": negatives[:1]}
+    for embeds in (given, {"prompt_embeds": texts[:1]}):
+        for plain, same in zip(
+            one, pipe(BLUE, pipeline_options=embeds, **settings).images, strict=True
+        ):
+            assert difference(plain, same) == 0
+    each = pipe([BLUE, RED], words, negative_prompt="a", batch_size=3, **settings).images
+    given = {"prompt_embeds": texts[:2], "negative_prompt_embeds": texts[2:]}
+    for embeds, more in ((given, {}), ({"prompt_embeds": texts[:2]}, {"negative_prompt": "a"})):
+        same = pipe([BLUE, RED], batch_size=3, pipeline_options=embeds, **settings, **more).images
+        for number, plain in enumerate(each):
+            assert difference(plain, same[number]) <= 1, number
+    assert difference(each[0], each[2]) > 5
+
+
+@pytest.mark.parametrize("kind", ["np", "pt", "latent"])
+def test_other_outputs_than_pictures(pipe: ImagePromptPipeline, kind: str) -> None:
+    (made,) = pipe(BLUE, pipeline_options={"output_type": kind}, **QUICK).images
+    shapes = {"np": (128, 128, 3), "pt": (3, 128, 128), "latent": (4, 16, 16)}
+    assert tuple(made.shape) == shapes[kind]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
