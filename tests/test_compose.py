@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter import IPAdapter
+from imprompt.checkpoints.adapters import save_adapter
 from imprompt.encoders.embedding_files import Embedding, save_embedding
 from imprompt.encoders.face import Face, FaceFeatures
 from imprompt.encoders.noise import Noise
@@ -26,6 +27,7 @@ from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.prepare import Attached
 from imprompt.generation.references import AdapterChoice, Reference
 from imprompt.generation.request import Request, read_request, save_results
+from imprompt.generation.settings import Settings
 from imprompt.projections.mlp import FaceProjection
 from imprompt.variants import find_variant
 from tests.tiny import (
@@ -785,6 +787,46 @@ def test_a_failed_attachment_leaves_the_base_model_alone(pipe: ImagePromptPipeli
         ImagePromptPipeline.from_pipeline(other, [], model="emoji")
     assert all(other.unet.attn_processors[name] is processor for name, processor in own.items())
     assert not other.unet._forward_pre_hooks
+
+
+def test_a_later_adapter_that_fails_takes_the_earlier_ones_off(tmp_path: Path) -> None:
+    pipeline = PIPELINES["sd1"]()
+    encoder = tmp_path / "encoder"
+    tiny_encoder().model.save_pretrained(encoder)
+    tiny_encoder().processor.save_pretrained(encoder)
+    row = find_variant("base")
+    models = {"good": pipeline.unet, "bad": tiny_unet("sd1", cross_attention_dim=48)}
+    for name, unet in models.items():
+        layers = [*family_of(unet).layers(unet)]
+        save_adapter(tmp_path / f"{name}.safetensors", tiny_adapter(unet), row, layers)
+    good, bad = (
+        AdapterChoice(adapter=str(tmp_path / f"{name}.safetensors"), encoder=str(encoder))
+        for name in models
+    )
+    own = dict(pipeline.unet.attn_processors)
+    with pytest.raises(MismatchError, match="trained for 48-wide text"):
+        ImagePromptPipeline.from_pipeline(pipeline, [good, bad])
+    assert all(pipeline.unet.attn_processors[name] is kept for name, kept in own.items())
+    assert not pipeline.unet._forward_pre_hooks
+    ImagePromptPipeline.from_pipeline(pipeline, [good])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mask_has_the_rows_and_columns_of_the_latents(
+    pipe: ImagePromptPipeline, turned: bool
+) -> None:
+    stripes = Image.new("L", (96, 48))  # one latent wide each
+    for left in range(0, 96, 16):
+        stripes.paste(255, (left, 0, left + 8, 48))
+    expected = torch.tensor([1.0, 0.0]).repeat(6).expand(1, 6, 12)
+    width, height = stripes.size
+    if turned:
+        stripes, expected = stripes.transpose(Image.Transpose.TRANSPOSE), expected.mT
+        width, height = height, width
+    settings = Settings(width=width, height=height, **QUICK)
+    ((prepared,),) = pipe.prepare(Reference(images=BLUE, mask=stripes), settings).references
+    assert prepared.mask is not None
+    assert torch.equal(prepared.mask, expected)
 
 
 def test_windows_need_training_timesteps(pipe: ImagePromptPipeline) -> None:

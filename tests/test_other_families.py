@@ -217,7 +217,8 @@ def test_two_items_are_evaluated(saved: Saved, tmp_path: Path) -> None:
     folder.mkdir()
     for name, picture in (("a", RED), ("b", BLUE)):
         picture.save(folder / f"{name}.png")
-    lines = [{"file_name": f"{name}.png", "text": "a cat"} for name in ("a", "b")]
+    (folder / "c.png").touch()
+    lines = [{"file_name": f"{name}.png", "text": "a cat"} for name in ("a", "b", "c")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tiny_clip(tmp_path / "clip")
     plan = Plan(
@@ -229,7 +230,11 @@ def test_two_items_are_evaluated(saved: Saved, tmp_path: Path) -> None:
         encoder=str(saved.model / "image_encoder"),
         clip=str(tmp_path / "clip"),
         dino=None,
+        skip_bad=True,
         device="cpu",
     )
     evaluate(plan)
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())["set"]
+    assert facts["items"] == 2
+    assert [line.rpartition("/")[-1] for line in facts["skipped"]] == ["c.png is empty"]
     assert len(list((tmp_path / "out").rglob("*.png"))) >= 2
