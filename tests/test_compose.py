@@ -23,7 +23,7 @@ from imprompt.encoders.noise import Noise
 from imprompt.errors import ImpromptError, MismatchError, SettingError
 from imprompt.families.base import family_of
 from imprompt.generation.features import Reader
-from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.pipeline import ImagePromptPipeline, pictures_of
 from imprompt.generation.prepare import Attached
 from imprompt.generation.references import AdapterChoice, Reference
 from imprompt.generation.request import Request, read_request, save_results
@@ -565,6 +565,62 @@ def test_on_a_pipeline_of_diffusers(base: str) -> None:
             control,
             Attached(live.attach(control.unet), Reader(tiny_encoder(), find_variant("base"))),
         )(BLUE, init_image=BLUE, steps=2)
+
+
+OTHER_WAYS: list[tuple[str, dict[str, Any], str]] = [  # pipelines, options and what is said
+    (
+        "StableDiffusionSAGPipeline",
+        {"guidance": 5.0},
+        "StableDiffusionSAGPipeline calls the base model with 1 rows, .* are for 2",
+    ),
+    ("StableDiffusionSAGPipeline", {"guidance": 1.0}, ""),
+    (
+        "StableDiffusionAttendAndExcitePipeline",
+        {"guidance": 5.0, "pipeline_options": {"token_indices": [1]}},
+        "AttendAndExcitePipeline calls the base model with 1 rows, .* are for 2",
+    ),
+    (
+        "StableDiffusionAttendAndExcitePipeline",
+        {"guidance": 1.0, "pipeline_options": {"token_indices": [1]}},
+        "AttendExciteAttnProcessor replaced the adapter's processor .*in every call does not go",
+    ),
+    ("TextToVideoZeroPipeline", {}, "does not take num_images_per_prompt, so that settings do"),
+    ("LEditsPPPipelineStableDiffusion", {}, "does not take prompt and num_images_per_prompt and"),
+    ("StableDiffusionPanoramaPipeline", {}, ""),
+    (
+        "StableDiffusionInstructPix2PixPipeline",
+        {},
+        "InstructPix2PixPipeline refuses this call: `image` input cannot be undefined",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "says"), OTHER_WAYS)
+def test_a_pipeline_of_another_way_follows_the_picture_or_says_why_not(
+    name: str, settings: dict[str, Any], says: str
+) -> None:
+    pipeline = PIPELINES["sd1"]()
+    pipeline.unet.register_to_config(_diffusers_version=diffusers.__version__, sample_size=64)
+
+    def made(**more: Any) -> Image.Image:
+        own = as_pipeline(pipeline, name)
+        live = Attached(
+            tiny_adapter(own.unet).attach(own.unet), Reader(tiny_encoder(), find_variant("base"))
+        )
+        pipe = ImagePromptPipeline(own, live)
+        sizes = {"steps": 2, "seed": 1, "width": 32, "height": 32}
+        return pipe(BLUE, "a b", **sizes | settings | more).images[0]
+
+    if says:
+        with pytest.raises(ImpromptError, match=says):
+            made()
+    else:
+        assert difference(made(), made(scale=0.0)) > 5
+
+
+def test_a_result_without_images_is_said() -> None:
+    with pytest.raises(MismatchError, match="a StableDiffusionPipeline gives frames, not images"):
+        pictures_of({"frames": []}, PIPELINES["sd1"]())
 
 
 def test_published_presets_on_a_model_of_their_structure() -> None:

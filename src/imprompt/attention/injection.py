@@ -69,11 +69,9 @@ class ModelInjection(ABC):
         self.layers = family.layers(model)
         self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
-        self.hooks = [
-            model.register_forward_pre_hook(self.before_call, with_kwargs=True),
-            model.register_forward_hook(self.after_call, always_call=True),
-        ]
+        self.hooks: list[Any] = []
         self.local = threading.local()
+        self.hook(model)
 
     @classmethod
     def of(cls, model: nn.Module, make: Callable[[], Self]) -> Self:
@@ -82,6 +80,15 @@ class ModelInjection(ABC):
         found = next((hook for hook in hooks if isinstance(hook, cls)), None) or make()
         found.adapters += 1
         return found
+
+    def hook(self, model: nn.Module) -> None:
+        """Be called before and after each call of `model`, and of no other."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = [
+            model.register_forward_pre_hook(self.before_call, with_kwargs=True),
+            model.register_forward_hook(self.after_call, always_call=True),
+        ]
 
     def replace(self, attentions: dict[str, Any], processors: Mapping[str, object]) -> None:
         """Replace the processors of those attentions, and remember the original ones."""

@@ -101,6 +101,10 @@ class Injection(Protocol):
         """Condition this thread's calls of the model on the prompts in a `with` block."""
         ...
 
+    def hook(self, model: nn.Module) -> None:
+        """Be called before and after each call of `model`, and of no other."""
+        ...
+
     def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call of the model by name."""
         ...

@@ -261,11 +261,7 @@ class ImagePromptPipeline:
 
         Any thread may call it.
         """
-        if base_of(self.pipeline) is not self.engine.model:
-            raise MismatchError(
-                "the pipeline's base model was exchanged: attach the adapters to the new one, by "
-                "from_pipeline"
-            )
+        self.engine.use(base_of(self.pipeline))
         begin, control = (
             None if picture is None else open_image(picture)
             for picture in (init_image, control_image)
@@ -350,14 +346,15 @@ class ImagePromptPipeline:
             self.engine.request(job.pipeline, seat) as pipeline,
             refusals(pipeline, lambda: seat.calls),
         ):
-            return pipeline(
+            result = pipeline(
                 **texts_for(chosen, job.texts, batch, self.family.no_words if job.guided else None),
                 num_inference_steps=chosen.steps,
                 guidance_scale=chosen.guidance,
                 generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
                 **followed(job.pipeline, seat, report, chosen.steps),
                 **job.options,
-            ).images
+            )
+        return pictures_of(result, pipeline)
 
     def _call(self, settings: Resolved, guided: bool) -> CallContext:
         unit, timesteps = (
@@ -444,6 +441,16 @@ def prompts_for(
     ready = {id(one): one for item in batch for one in item}
     made = {key: one.prompt() for key, one in ready.items()}
     return stack_items([[made[id(one)] for one in item] for item in batch], order)
+
+
+def pictures_of(result: Any, pipeline: Any) -> Any:
+    """Return the pictures that a pipeline made; MismatchError if it makes something else."""
+    if not hasattr(result, "images"):
+        raise MismatchError(
+            f"a {type(pipeline).__name__} gives {' and '.join(result)}, not images: call it "
+            "yourself in `with adapter.using(prompt):` (docs/ecosystem.md)"
+        )
+    return result.images
 
 
 def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
