@@ -23,7 +23,7 @@ from imprompt.encoders.noise import Noise
 from imprompt.errors import ImpromptError, MismatchError, SettingError
 from imprompt.families.base import family_of
 from imprompt.generation.features import Reader
-from imprompt.generation.pipeline import ImagePromptPipeline, pictures_of
+from imprompt.generation.pipeline import ImagePromptPipeline, images_made
 from imprompt.generation.prepare import Attached
 from imprompt.generation.references import AdapterChoice, Reference
 from imprompt.generation.request import Request, read_request, save_results
@@ -620,7 +620,7 @@ def test_a_pipeline_of_another_way_follows_the_picture_or_says_why_not(
 
 def test_a_result_without_images_is_said() -> None:
     with pytest.raises(MismatchError, match="a StableDiffusionPipeline gives frames, not images"):
-        pictures_of({"frames": []}, PIPELINES["sd1"]())
+        images_made({"frames": []}, PIPELINES["sd1"]())
 
 
 def test_published_presets_on_a_model_of_their_structure() -> None:
@@ -885,14 +885,18 @@ def test_a_mask_has_the_rows_and_columns_of_the_latents(
     assert torch.equal(prepared.mask, expected)
 
 
-def test_windows_need_training_timesteps(pipe: ImagePromptPipeline) -> None:
+def test_windows_of_a_scheduler_with_numbers_of_its_own(pipe: ImagePromptPipeline) -> None:
     edm = diffusers.StableDiffusionPipeline(
         **pipe.pipeline.components, requires_safety_checker=False
     )
     edm.scheduler = diffusers.EDMEulerScheduler()
     other = ImagePromptPipeline(edm, pipe.first)
-    with pytest.raises(SettingError, match="this EDM scheduler has none"):
-        other(Reference(images=BLUE, end=0.5), **QUICK)
+    whole, half, none = (
+        other(Reference(images=BLUE, **window), **QUICK).images[0]
+        for window in ({}, {"end": 0.5}, {"scale": 0.0})
+    )
+    assert difference(half, whole) > 5
+    assert difference(half, none) > 5
 
 
 def test_paths_of_weights_are_the_request_s_folder_s(tmp_path: Path) -> None:

@@ -96,9 +96,12 @@ class Injection(Protocol):
         """Return image tokens (B, N, D) as wide as the text that the layers read."""
         ...
 
-    def using(self, prompts: Sequence[ImagePrompt],
-              image_guidance: float | None = None) -> AbstractContextManager[None]:  # fmt: skip
-        """Condition this thread's calls of the model on the prompts in a `with` block."""
+    def using(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None,
+              *, timed: bool = False) -> AbstractContextManager[None]:  # fmt: skip
+        """Condition this thread's calls of the model on the prompts in a `with` block.
+
+        timed  whether timesteps are known to tell progress
+        """
         ...
 
     def hook(self, model: nn.Module) -> None:

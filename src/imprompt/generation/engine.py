@@ -25,6 +25,7 @@ from imprompt.attention.injection import Scope
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
 from imprompt.families.base import Family, Injection, original
+from imprompt.generation.schedule import SchedulerProgress
 from imprompt.prompt import ImagePrompt, stack
 
 PATIENCE = 0.2  # seconds that a call waits for requests that are between two steps
@@ -44,6 +45,7 @@ class Seat:
         self.scope = Scope(prompts, image_guidance)
         self.calls = 0
         self.caller = "pipeline"  # class of the pipeline that it is in
+        self.progress = SchedulerProgress(None)  # of that pipeline's scheduler
         self.outside = False  # whether it holds the engine's lock `outside`
         self.waiting: SeatCall | None = None
         self.group: Hashable = None  # group of its last call, while it is in its loop
@@ -72,8 +74,10 @@ class Seat:
         call = engine.family.call(engine.model, given, engine.injection.timesteps)
         separate = engine.family.separate_branches
         positive = self.scope.positive(call) if separate and self.scope.prompts else None
+        timestep = given[engine.family.arguments[1]]
+        prompts = [self.progress.at_this_step(one, timestep) for one in self.scope.prompts]
         try:
-            prompts = [for_rows(prompt, call, positive) for prompt in self.scope.prompts]
+            prompts = [for_rows(prompt, call, positive) for prompt in prompts]
         except MismatchError as error:
             rows = max(prompt.rows for prompt in self.scope.prompts)
             raise MismatchError(
@@ -252,7 +256,7 @@ class Engine:
 
     def model_output(self, given: Mapping[str, Any], prompts: Sequence[ImagePrompt]) -> Tensor:
         """Call the model with these arguments and image prompts, without gradients."""
-        with torch.no_grad(), self.injection.using(prompts):
+        with torch.no_grad(), self.injection.using(prompts, timed=True):
             return self.model(**given, return_dict=False)[0]
 
     def merged(self, path: str, values: Sequence[Any], rows: Sequence[int]) -> Any:
@@ -289,9 +293,9 @@ class Engine:
         MismatchError if the pipeline has image prompts and never called the base model.
         """
         own = copy.copy(pipeline)
-        seat.caller = type(pipeline).__name__
         own.__dict__[self.family.component] = seat
         own.__dict__["scheduler"] = copy.deepcopy(pipeline.scheduler)
+        seat.caller, seat.progress = type(pipeline).__name__, SchedulerProgress(own.scheduler)
         seat.keep_others_out()
         try:
             yield own

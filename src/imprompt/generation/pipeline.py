@@ -35,6 +35,7 @@ from imprompt.generation.prepare import (
     normalise_masks,
 )
 from imprompt.generation.references import AdapterChoice, Item, Reference, items_of
+from imprompt.generation.schedule import check_scheduler
 from imprompt.generation.settings import MAX_SIDE, Resolved, Settings, SettingValues
 from imprompt.generation.tasks import InputImages, open_controlnet, task
 from imprompt.images import open_image, open_mask
@@ -87,6 +88,7 @@ class ImagePromptPipeline:
         several = [adapters] if isinstance(adapters, Attached) else list(adapters)
         self.pipeline = pipeline
         check_takes_settings(pipeline)
+        check_scheduler(pipeline.scheduler)
         base = base_of(pipeline)
         self.family = family_of(base)
         self.engine = Engine(base, self.family, several[0].adapter.injection)
@@ -262,6 +264,7 @@ class ImagePromptPipeline:
         Any thread may call it.
         """
         self.engine.use(base_of(self.pipeline))
+        check_scheduler(self.pipeline.scheduler)
         begin, control = (
             None if picture is None else open_image(picture)
             for picture in (init_image, control_image)
@@ -354,7 +357,7 @@ class ImagePromptPipeline:
                 **followed(job.pipeline, seat, report, chosen.steps),
                 **job.options,
             )
-        return pictures_of(result, pipeline)
+        return images_made(result, pipeline)
 
     def _call(self, settings: Resolved, guided: bool) -> CallContext:
         unit, timesteps = (
@@ -378,11 +381,6 @@ class ImagePromptPipeline:
                     f"{', '.join(map(repr, self.adapters))}"
                 )
             self.adapter_for(reference).reader.check(reference)
-            if reference.timed and type(self.pipeline.scheduler).__name__.startswith("EDM"):
-                raise SettingError(
-                    "start, end and easing need a scheduler with discrete timesteps; this EDM "
-                    "scheduler has none"
-                )
 
     def adapter_for(self, reference: Reference) -> Attached:
         """Return the adapter that a reference names, or the first."""
@@ -443,7 +441,7 @@ def prompts_for(
     return stack_items([[made[id(one)] for one in item] for item in batch], order)
 
 
-def pictures_of(result: Any, pipeline: Any) -> Any:
+def images_made(result: Any, pipeline: Any) -> Any:
     """Return the pictures that a pipeline made; MismatchError if it makes something else."""
     if not hasattr(result, "images"):
         raise MismatchError(
