@@ -137,7 +137,8 @@ class ImagePromptPipeline:
         `model` is a name ("emoji", "sd15", "sdxl"), a folder or a Hub id; `adapter` is a name, a
         file or a Hub file, an `AdapterChoice`, or a list of them for several adapters. Raise
         MismatchError before anything runs if adapter, image encoder and base model were not made
-        for each other. `encoder` and `variant` are for what a single adapter does not state;
+        for each other. `encoder` and `variant` are for what a single adapter does not state (files
+        of fp16 weights are found by themselves where a folder has no others);
         `faces` encodes faces for FaceID (insightface if not given): see `imprompt.encoders.face`.
         `controlnet` is one that the model knows by name, a folder or a Hub id, for calls with a
         `control_image`. `compile` makes the first steps of a new size slow and all others faster
