@@ -18,7 +18,7 @@ def main(adapter: str, picture: str, out: str, device: str) -> None:
     """Generate one picture from an image prompt and save it as `out`."""
     known, file = MODELS["emoji"], Path(adapter)
     dtype = torch.float16 if device == "cuda" else torch.float32  # as imprompt chooses
-    pipe = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji", torch_dtype=dtype).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji", dtype=dtype).to(device)
     pipe.load_ip_adapter(
         str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None
     )

@@ -365,12 +365,12 @@ BAD_REQUESTS = [
     (
         "width odd",
         WITH_CAT + " --width 33",
-        "width = 33: this model takes multiples of 2, such as 32 or 34",
+        "width = 33: this model takes multiples of 8, such as 32 or 40",
     ),
     (
         "height odd",
         WITH_CAT + " --height 17",
-        "height = 17: this model takes multiples of 2, such as 16 or 18",
+        "height = 17: this model takes multiples of 8, such as 16 or 24",
     ),
     (
         "width too small",

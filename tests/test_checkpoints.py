@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch import Tensor
 
 from imprompt.adapter import ImageKV, ImageProjection, IPAdapter
 from imprompt.checkpoints import layouts
@@ -28,12 +29,13 @@ from imprompt.checkpoints.adapters import (
     save_adapter,
     write_adapter,
 )
-from imprompt.errors import CheckpointError, MismatchError
+from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families import unet_layers
 from imprompt.families.unet import UNET
 from imprompt.projections.mlp import FullProjection
 from imprompt.projections.resampler import Resampler
 from imprompt.variants import find_variant
+from tests.tiny import seeded, smallest_unet
 
 LAYERS = unet_layers.layer_names(unet_layers.SD)
 ORIGIN = Origin(
@@ -766,3 +768,63 @@ def test_files_are_readable_by_others_as_the_umask_says(tmp_path: Path) -> None:
     for suffix in (".safetensors", ".bin"):
         write_adapter(tmp_path / f"a{suffix}", made(), "paper")
         assert (tmp_path / f"a{suffix}").stat().st_mode == plain.stat().st_mode
+
+
+def test_one_adapter_gives_the_same_bytes_every_time(tmp_path: Path) -> None:
+    for number in range(12):
+        write_adapter(tmp_path / f"{number}.safetensors", made())
+    (held,) = {path.read_bytes() for path in tmp_path.iterdir()}
+    length = int.from_bytes(held[:8], "little")
+    assert length % 8 == 0
+    assert list(json.loads(held[8 : 8 + length])["__metadata__"]) == ["format", "imprompt"]
+
+
+def test_heads_of_another_width(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No tensor shows how wide a resampler's heads are: 32 and 64 compute something else."""
+    unet = smallest_unet()
+    layers = [*UNET.layers(unet)]
+    with seeded(1):
+        resampler = Resampler(24, 32, tokens=3, width=64, inner=64, depth=2, head_dim=32)
+        adapter = IPAdapter.for_model(unet, resampler)
+    features = torch.randn(1, 5, 24)
+    expected, own = adapter.tokens(features), tmp_path / "own.safetensors"
+
+    def tokens(path: Path, **said: int) -> Tensor:
+        return build_adapter(read_adapter(path, **said), UNET).tokens(features)
+
+    save_adapter(own, adapter, find_variant("plus"), layers)
+    header = read_adapter(own).header
+    assert header is not None
+    assert header.head_dim == 32
+    assert torch.equal(tokens(own), expected)
+    assert not caplog.records
+    with pytest.raises(SettingError, match="its header states heads 32 wide, not 64"):
+        read_adapter(own, head_dim=64)
+
+    foreign, written = tmp_path / "foreign.safetensors", tmp_path / "written.safetensors"
+    bare = replace(read_adapter(own), header=None)
+    write_adapter(foreign, bare, "paper")
+    assert not torch.allclose(tokens(foreign), expected)
+    assert "its resampler are taken to be 64 wide" in caplog.text
+    assert torch.equal(tokens(foreign, head_dim=32), expected)
+    with pytest.raises(SettingError, match="head_dim = 48 does not divide its resampler's 64"):
+        read_adapter(foreign, head_dim=48)
+    write_adapter(written, read_adapter(foreign, head_dim=32), layers=layers)
+    assert torch.equal(tokens(written), expected)
+    write_adapter(foreign, made(), "paper")
+    with pytest.raises(SettingError, match=r"head_dim = 32 .*: it has no resampler"):
+        read_adapter(foreign, head_dim=32)
+
+
+def test_a_published_shape_needs_no_word_on_its_heads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = smallest_unet()
+    adapter = IPAdapter.for_model(unet, Resampler(24, 32, tokens=3, width=768, hidden=8, depth=1))
+    layers = [*UNET.layers(unet)]
+    file = adapter_file(adapter, find_variant("plus"), layers)
+    assert file.header is not None
+    assert "head_dim" not in file.header.as_json()
+    write_adapter(tmp_path / "a.safetensors", replace(file, header=None), "paper")
+    assert read_adapter(tmp_path / "a.safetensors").head_dim is None
+    assert not caplog.records

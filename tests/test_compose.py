@@ -16,16 +16,18 @@ from PIL import Image
 from torch import Tensor
 
 from imprompt.adapter import IPAdapter
+from imprompt.checkpoints.adapters import save_adapter
 from imprompt.encoders.embedding_files import Embedding, save_embedding
 from imprompt.encoders.face import Face, FaceFeatures
 from imprompt.encoders.noise import Noise
 from imprompt.errors import ImpromptError, MismatchError, SettingError
 from imprompt.families.base import family_of
 from imprompt.generation.features import Reader
-from imprompt.generation.pipeline import ImagePromptPipeline
+from imprompt.generation.pipeline import ImagePromptPipeline, images_made
 from imprompt.generation.prepare import Attached
 from imprompt.generation.references import AdapterChoice, Reference
 from imprompt.generation.request import Request, read_request, save_results
+from imprompt.generation.settings import Settings
 from imprompt.projections.mlp import FaceProjection
 from imprompt.variants import find_variant
 from tests.tiny import (
@@ -226,6 +228,55 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
         ),
         (
             BLUE,
+            {"pipeline_options": {"return_dict": False}},
+            "pipeline_options['return_dict']: a call always returns a Result: leave it out",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"ip_adapter_image": BLUE}},
+            "pipeline_options['ip_adapter_image']: the call's first argument takes image prompts",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"callback_on_step_end_tensor_inputs": ["latents"]}},
+            "on_step is told of steps, not of tensors: leave it out",
+        ),
+        (
+            BLUE,
+            {"init_image": BLUE, "pipeline_options": {"image": BLUE}},
+            "pipeline_options['image']: the call gives it already, by init_image",
+        ),
+        (
+            BLUE,
+            {"init_image": BLUE, "mask_image": LEFT, "pipeline_options": {"output_type": "np"}},
+            "pipeline_options['output_type']: with mask_image only 'pil' can be made",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"output_type": "numpy"}},
+            "pipeline_options['output_type']: unknown; known: pil, np, pt, latent",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"prompt_embeds": torch.zeros(3, 8, 192)}},
+            "pipeline_options['prompt_embeds']: give a tensor of one row for all, or of 1",
+        ),
+        (
+            BLUE,
+            {"prompt": "a cat", "pipeline_options": {"prompt_embeds": torch.zeros(1, 8, 192)}},
+            "pipeline_options['prompt_embeds']: give it or prompt, not both",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"sigmas": [14.0, 3.0, 0.5]}},
+            "a StableDiffusionPipeline refuses this call: The current scheduler class",
+        ),
+        (BLUE, {"num_inference_steps": 3}, "'num_inference_steps': give it as steps"),
+        (BLUE, {"generator": None}, "'generator': give it as seed, a whole number"),
+        (BLUE, {"num_images_per_prompt": 2}, "'num_images_per_prompt': give it as num_images"),
+        (BLUE, {"guidance_scale": 2}, "unknown setting 'guidance_scale': give it as guidance"),
+        (
+            BLUE,
             {"image_guidance": 2, "guidance": 3, "pipeline_options": {"guidance_rescale": 0.5}},
             "do not go together",
         ),
@@ -247,6 +298,34 @@ def test_wrong_use_is_one_line(
         pipe(item if isinstance(item, list) else [item], **QUICK | settings)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_encoded_texts_replace_words(pipe: ImagePromptPipeline) -> None:
+    words = ["a rocket", "a cat"]
+    encoded = [pipe.pipeline.encode_prompt(text, "cpu", 1, True) for text in (*words, "a")]
+    texts, negatives = (torch.cat(part) for part in zip(*encoded, strict=True))
+    settings: dict[str, Any] = QUICK | {"num_images": 2}
+    one = pipe(BLUE, "a rocket", **settings).images
+    given = {"prompt_embeds": texts[:1], "negative_prompt_embeds": negatives[:1]}
+    for embeds in (given, {"prompt_embeds": texts[:1]}):
+        for plain, same in zip(
+            one, pipe(BLUE, pipeline_options=embeds, **settings).images, strict=True
+        ):
+            assert difference(plain, same) == 0
+    each = pipe([BLUE, RED], words, negative_prompt="a", batch_size=3, **settings).images
+    given = {"prompt_embeds": texts[:2], "negative_prompt_embeds": texts[2:]}
+    for embeds, more in ((given, {}), ({"prompt_embeds": texts[:2]}, {"negative_prompt": "a"})):
+        same = pipe([BLUE, RED], batch_size=3, pipeline_options=embeds, **settings, **more).images
+        for number, plain in enumerate(each):
+            assert difference(plain, same[number]) <= 1, number
+    assert difference(each[0], each[2]) > 5
+
+
+@pytest.mark.parametrize("kind", ["np", "pt", "latent"])
+def test_other_outputs_than_pictures(pipe: ImagePromptPipeline, kind: str) -> None:
+    (made,) = pipe(BLUE, pipeline_options={"output_type": kind}, **QUICK).images
+    shapes = {"np": (128, 128, 3), "pt": (3, 128, 128), "latent": (4, 16, 16)}
+    assert tuple(made.shape) == shapes[kind]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
@@ -488,6 +567,62 @@ def test_on_a_pipeline_of_diffusers(base: str) -> None:
         )(BLUE, init_image=BLUE, steps=2)
 
 
+OTHER_WAYS: list[tuple[str, dict[str, Any], str]] = [  # pipelines, options and what is said
+    (
+        "StableDiffusionSAGPipeline",
+        {"guidance": 5.0},
+        "StableDiffusionSAGPipeline calls the base model with 1 rows, .* are for 2",
+    ),
+    ("StableDiffusionSAGPipeline", {"guidance": 1.0}, ""),
+    (
+        "StableDiffusionAttendAndExcitePipeline",
+        {"guidance": 5.0, "pipeline_options": {"token_indices": [1]}},
+        "AttendAndExcitePipeline calls the base model with 1 rows, .* are for 2",
+    ),
+    (
+        "StableDiffusionAttendAndExcitePipeline",
+        {"guidance": 1.0, "pipeline_options": {"token_indices": [1]}},
+        "AttendExciteAttnProcessor replaced the adapter's processor .*in every call does not go",
+    ),
+    ("TextToVideoZeroPipeline", {}, "does not take num_images_per_prompt, so that settings do"),
+    ("LEditsPPPipelineStableDiffusion", {}, "does not take prompt and num_images_per_prompt and"),
+    ("StableDiffusionPanoramaPipeline", {}, ""),
+    (
+        "StableDiffusionInstructPix2PixPipeline",
+        {},
+        "InstructPix2PixPipeline refuses this call: `image` input cannot be undefined",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "says"), OTHER_WAYS)
+def test_a_pipeline_of_another_way_follows_the_picture_or_says_why_not(
+    name: str, settings: dict[str, Any], says: str
+) -> None:
+    pipeline = PIPELINES["sd1"]()
+    pipeline.unet.register_to_config(_diffusers_version=diffusers.__version__, sample_size=64)
+
+    def made(**more: Any) -> Image.Image:
+        own = as_pipeline(pipeline, name)
+        live = Attached(
+            tiny_adapter(own.unet).attach(own.unet), Reader(tiny_encoder(), find_variant("base"))
+        )
+        pipe = ImagePromptPipeline(own, live)
+        sizes = {"steps": 2, "seed": 1, "width": 32, "height": 32}
+        return pipe(BLUE, "a b", **sizes | settings | more).images[0]
+
+    if says:
+        with pytest.raises(ImpromptError, match=says):
+            made()
+    else:
+        assert difference(made(), made(scale=0.0)) > 5
+
+
+def test_a_result_without_images_is_said() -> None:
+    with pytest.raises(MismatchError, match="a StableDiffusionPipeline gives frames, not images"):
+        images_made({"frames": []}, PIPELINES["sd1"]())
+
+
 def test_published_presets_on_a_model_of_their_structure() -> None:
     pipeline = PIPELINES["sdxl"]()
     with seeded(1):
@@ -710,14 +845,58 @@ def test_a_failed_attachment_leaves_the_base_model_alone(pipe: ImagePromptPipeli
     assert not other.unet._forward_pre_hooks
 
 
-def test_windows_need_training_timesteps(pipe: ImagePromptPipeline) -> None:
+def test_a_later_adapter_that_fails_takes_the_earlier_ones_off(tmp_path: Path) -> None:
+    pipeline = PIPELINES["sd1"]()
+    encoder = tmp_path / "encoder"
+    tiny_encoder().model.save_pretrained(encoder)
+    tiny_encoder().processor.save_pretrained(encoder)
+    row = find_variant("base")
+    models = {"good": pipeline.unet, "bad": tiny_unet("sd1", cross_attention_dim=48)}
+    for name, unet in models.items():
+        layers = [*family_of(unet).layers(unet)]
+        save_adapter(tmp_path / f"{name}.safetensors", tiny_adapter(unet), row, layers)
+    good, bad = (
+        AdapterChoice(adapter=str(tmp_path / f"{name}.safetensors"), encoder=str(encoder))
+        for name in models
+    )
+    own = dict(pipeline.unet.attn_processors)
+    with pytest.raises(MismatchError, match="trained for 48-wide text"):
+        ImagePromptPipeline.from_pipeline(pipeline, [good, bad])
+    assert all(pipeline.unet.attn_processors[name] is kept for name, kept in own.items())
+    assert not pipeline.unet._forward_pre_hooks
+    ImagePromptPipeline.from_pipeline(pipeline, [good])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_mask_has_the_rows_and_columns_of_the_latents(
+    pipe: ImagePromptPipeline, turned: bool
+) -> None:
+    stripes = Image.new("L", (96, 48))  # one latent wide each
+    for left in range(0, 96, 16):
+        stripes.paste(255, (left, 0, left + 8, 48))
+    expected = torch.tensor([1.0, 0.0]).repeat(6).expand(1, 6, 12)
+    width, height = stripes.size
+    if turned:
+        stripes, expected = stripes.transpose(Image.Transpose.TRANSPOSE), expected.mT
+        width, height = height, width
+    settings = Settings(width=width, height=height, **QUICK)
+    ((prepared,),) = pipe.prepare(Reference(images=BLUE, mask=stripes), settings).references
+    assert prepared.mask is not None
+    assert torch.equal(prepared.mask, expected)
+
+
+def test_windows_of_a_scheduler_with_numbers_of_its_own(pipe: ImagePromptPipeline) -> None:
     edm = diffusers.StableDiffusionPipeline(
         **pipe.pipeline.components, requires_safety_checker=False
     )
     edm.scheduler = diffusers.EDMEulerScheduler()
     other = ImagePromptPipeline(edm, pipe.first)
-    with pytest.raises(SettingError, match="this EDM scheduler has none"):
-        other(Reference(images=BLUE, end=0.5), **QUICK)
+    whole, half, none = (
+        other(Reference(images=BLUE, **window), **QUICK).images[0]
+        for window in ({}, {"end": 0.5}, {"scale": 0.0})
+    )
+    assert difference(half, whole) > 5
+    assert difference(half, none) > 5
 
 
 def test_paths_of_weights_are_the_request_s_folder_s(tmp_path: Path) -> None:

@@ -142,6 +142,28 @@ def test_an_exchanged_base_model_is_reported(pipe: ImagePromptPipeline) -> None:
         pipe.pipeline.unet = own
 
 
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_model_that_the_user_compiled_is_the_same_model(
+    pipe: ImagePromptPipeline, fullgraph: bool
+) -> None:
+    own, plain = pipe.pipeline.unet, pipe(PICTURE, steps=2, seed=0)
+    calls = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    pipe.pipeline.unet = torch.compile(own, backend=backend, fullgraph=fullgraph)
+    try:
+        compiled = pipe(PICTURE, steps=2, seed=0)
+        assert calls
+        assert abs(pixels(compiled) - pixels(plain)).max() <= 1
+        assert not own._forward_pre_hooks  # outside the graph
+    finally:
+        pipe.pipeline.unet = own
+    assert abs(pixels(pipe(PICTURE, steps=2, seed=0)) - pixels(plain)).max() == 0
+
+
 def test_pictures_come_as_they_are_made(pipe: ImagePromptPipeline) -> None:
     prepared = pipe.prepare(PICTURE, Settings(steps=2, num_images=3), batch_size=1)
     made = pipe.make(prepared)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from imprompt.errors import ImageError, SettingError
-from imprompt.evaluation.sets import open_set
+from imprompt.evaluation.sets import open_set, set_facts
 
 
 def picture(path: Path, colour: str = "red") -> Path:
@@ -200,6 +200,10 @@ def test_what_cannot_be_read_is_named_or_skipped(tmp_path: Path) -> None:
         "1.png is empty",
         "3.png does not exist",
     ]
+    facts = set_facts(found, None)
+    assert facts["items"] == 2
+    assert facts["skipped"] == list(found.skipped)
+    assert "skipped" not in set_facts(open_set(tmp_path, limit=1), 1)
     assert len(open_set(tmp_path, limit=1).items) == 1
     (tmp_path / "0.png").unlink()
     with pytest.raises(ImageError, match=r"0.png does not exist"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, NamedTuple
 
+import diffusers
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -61,6 +62,51 @@ TINY: dict[str, Callable[[], Tiny]] = {"unet": unet, "pixart": pixart, "flux": f
 
 def test_every_family_is_tested() -> None:
     assert TINY.keys() == FAMILIES.keys()
+
+
+BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "cross_attention_dim": 8,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+}
+OF_NO_FAMILY: dict[str, dict[str, Any]] = {  # diffusers' models with blocks as a UNet's
+    "UNet3DConditionModel": BLOCKS
+    | {
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    },
+    "UNetSpatioTemporalConditionModel": {
+        "block_out_channels": (32, 32),
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+        "num_attention_heads": 2,
+        "projection_class_embeddings_input_dim": 96,
+        "addition_time_embed_dim": 32,
+    },
+    "ControlNetModel": BLOCKS | {"conditioning_embedding_out_channels": (8, 8)},
+    "AudioLDM2UNet2DConditionModel": BLOCKS
+    | {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": (8, 8)},
+}
+
+
+@pytest.mark.parametrize("kind", OF_NO_FAMILY)
+def test_models_that_resemble_a_family_are_refused(kind: str) -> None:
+    model = getattr(diffusers, kind)(**OF_NO_FAMILY[kind])
+    with pytest.raises(MismatchError, match=f"^{kind} is not of a known family") as raised:
+        family_of(model)
+    assert "unet: UNet2DConditionModel or UNetMotionModel" in str(raised.value)
+
+
+def test_what_is_compiled_is_of_the_family(tiny: Tiny) -> None:
+    family = family_of(tiny.model)
+    compiled = torch.compile(tiny.model, backend="eager")
+    assert family_of(compiled) is family
+    assert [*family.layers(compiled)] == [*family.layers(tiny.model)]
 
 
 @pytest.fixture(params=TINY)

@@ -6,13 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image, ImageDraw
+from transformers import CLIPVisionModelWithProjection
 
 from imprompt.encoders.matching import check_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.request import Request, read_request, save_results
 from imprompt.images import open_image
+from imprompt.models import PACKAGED, load_weights, weights_variant
 
 STEPS = 3
 
@@ -168,7 +171,6 @@ def test_any_diffusers_pipeline_in_three_lines(pipe: ImagePromptPipeline) -> Non
     from diffusers import StableDiffusionPipeline
 
     from imprompt.checkpoints.adapters import load_adapter
-    from imprompt.models import PACKAGED
 
     ours = pipe(BLUE, "a rocket", scale=0.5, seed=8, steps=STEPS).images[0]
     plain = StableDiffusionPipeline.from_pretrained(PACKAGED / "emoji")
@@ -200,7 +202,6 @@ def test_diffusers_own_loader_gives_the_same_picture(
     from diffusers import StableDiffusionPipeline
 
     from imprompt.checkpoints.adapters import read_adapter, write_adapter
-    from imprompt.models import PACKAGED
 
     write_adapter(
         tmp_path / "ip.safetensors",
@@ -225,6 +226,54 @@ def test_diffusers_own_loader_gives_the_same_picture(
         generator=[torch.Generator().manual_seed(4)],
     ).images[0]
     assert difference(pipe(BLUE, "a panda", scale=0.7, seed=4, steps=STEPS).images[0], made) <= 1
+
+
+def test_weights_of_a_variant_are_found_by_themselves(
+    pipe: ImagePromptPipeline, tmp_path: Path
+) -> None:
+    """A folder with *.fp16.safetensors alone, as many are: here the weights are the plain ones'."""
+    world, edges = PACKAGED / "emoji", PACKAGED / "emoji" / "controlnets" / "edges"
+    model, encoder, control = (tmp_path / name for name in ("model", "encoder", "control"))
+    pipe.pipeline.save_pretrained(model, variant="fp16")
+    CLIPVisionModelWithProjection.from_pretrained(world / "image_encoder").save_pretrained(
+        encoder, variant="fp16"
+    )
+    ControlNetModel.from_pretrained(edges).save_pretrained(control, variant="fp16")
+    weights = [path.name for path in tmp_path.rglob("*.safetensors")]
+    assert len(weights) >= 5
+    assert all(".fp16." in name for name in weights)
+    assert [weights_variant(folder) for folder in (encoder, control, world / "unet")] == [
+        "fp16",
+        "fp16",
+        None,
+    ]
+    own = {"adapter": world / "adapters" / "base.safetensors", "device": "cpu"}
+    other = ImagePromptPipeline.from_pretrained(
+        str(model), encoder=encoder, controlnet=control, **own
+    )
+    settings: dict[str, Any] = {"seed": 1, "steps": 2, "guidance": 3.0}
+    assert difference(*(one(BLUE, **settings).images[0] for one in (pipe, other))) == 0
+    with pytest.raises(SettingError, match=r"the adapter's variant here, such as faceid; .*fp16"):
+        ImagePromptPipeline.from_pretrained(str(model), encoder=encoder, variant="fp16", **own)
+
+
+@pytest.mark.parametrize("missing", ["", "it does not appear to have a file named model"])
+def test_weights_of_the_hub_are_tried_as_fp16(missing: str) -> None:
+    tried = []
+
+    def load(variant: str | None) -> str:
+        tried.append(variant)
+        if variant is None:
+            raise OSError(missing or "no network")
+        return "loaded"
+
+    if missing:
+        assert load_weights("owner/model", load) == "loaded"
+        assert tried == [None, "fp16"]
+    else:
+        with pytest.raises(OSError, match="no network"):
+            load_weights("owner/model", load)
+        assert tried == [None]
 
 
 def test_progress_is_reported(pipe: ImagePromptPipeline) -> None:
@@ -263,7 +312,6 @@ def test_a_png_repeats_its_picture(pipe: ImagePromptPipeline, tmp_path: Path) ->
 
 def test_the_encoder_is_checked(pipe: ImagePromptPipeline) -> None:
     from imprompt.checkpoints.adapters import read_adapter
-    from imprompt.models import PACKAGED
 
     file = read_adapter(PACKAGED / "emoji" / "adapters" / "base.safetensors")
     check_encoder(pipe.first.reader.encoder, file)

@@ -426,3 +426,16 @@ def test_grey_multiplied_by_its_alpha() -> None:
     picture = Image.new("LA", (2, 1), (200, 255))
     picture.putpixel((1, 0), (200, 0))
     assert pixels(open_image(picture.convert("La"))) == [(200, 200, 200), WHITE]
+
+
+def test_dark_integers_in_memory_are_of_8_bits_or_of_16(tmp_path: Path) -> None:
+    of_array("<i4", 0, 100, 189)(tmp_path / "dark.ppm")
+    with Image.open(tmp_path / "dark.ppm") as picture:
+        copy = picture.copy()  # forgets that its file was of 16 bits
+        assert pixels(open_image(picture)) == grey(0, 0, 1)
+    with pytest.raises(ImageError, match="mode I whose values reach 189 is of 8 bits, or a dark"):
+        open_image(copy)
+    assert pixels(open_image(copy.convert("L"))) == grey(0, 100, 189)
+    assert pixels(open_image(copy.convert("I;16"))) == grey(0, 0, 1)
+    bright: Image.Image = Image.fromarray(np.array([[0, 65535]], np.int32))
+    assert pixels(open_image(bright)) == [BLACK, WHITE]

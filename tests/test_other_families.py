@@ -162,8 +162,12 @@ def test_threads_make_the_serial_pictures(saved: Saved) -> None:
 
 def test_what_it_cannot_do_is_refused_in_one_line(saved: Saved) -> None:
     pipe = saved.pipeline()
-    with pytest.raises(SettingError, match="multiples of 4"):
+    unit, near = {"pixart": (8, (24, 32)), "flux": (4, (24, 28))}[saved.name]
+    said = f"width = 26: this model takes multiples of {unit}, such as {near[0]} or {near[1]}"
+    with pytest.raises(SettingError, match=said):
         pipe(RED, width=26, height=32, steps=2)
+    for width in near:
+        assert pipe(RED, width=width, height=32, steps=1).images[0].size == (width, 32)
     if saved.name == "pixart":
         with pytest.raises(SettingError, match="own way to start from pictures"):
             pipe(RED, init_image=BLUE, **SIZE)
@@ -213,7 +217,8 @@ def test_two_items_are_evaluated(saved: Saved, tmp_path: Path) -> None:
     folder.mkdir()
     for name, picture in (("a", RED), ("b", BLUE)):
         picture.save(folder / f"{name}.png")
-    lines = [{"file_name": f"{name}.png", "text": "a cat"} for name in ("a", "b")]
+    (folder / "c.png").touch()
+    lines = [{"file_name": f"{name}.png", "text": "a cat"} for name in ("a", "b", "c")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tiny_clip(tmp_path / "clip")
     plan = Plan(
@@ -225,7 +230,11 @@ def test_two_items_are_evaluated(saved: Saved, tmp_path: Path) -> None:
         encoder=str(saved.model / "image_encoder"),
         clip=str(tmp_path / "clip"),
         dino=None,
+        skip_bad=True,
         device="cpu",
     )
     evaluate(plan)
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())["set"]
+    assert facts["items"] == 2
+    assert [line.rpartition("/")[-1] for line in facts["skipped"]] == ["c.png is empty"]
     assert len(list((tmp_path / "out").rglob("*.png"))) >= 2

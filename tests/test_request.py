@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack, get_type_hints
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ from imprompt.generation.request import (
     text_in,
     write_results,
 )
-from imprompt.generation.settings import Settings
+from imprompt.generation.settings import Settings, SettingValues
 from imprompt.images import open_image
 from imprompt.models import PACKAGED
 from imprompt.validation import Flag
@@ -61,6 +61,15 @@ def test_every_field_has_a_flag_or_a_reason_to_have_none(schema: str) -> None:
     assert flags | reasons.keys() == SCHEMAS[schema].model_fields.keys()
     assert not flags & reasons.keys()
     assert all(reasons.values())
+
+
+def test_editors_see_the_arguments_of_a_call() -> None:
+    fields = {name: field.annotation for name, field in Settings.model_fields.items()}
+    del fields["prompt"]  # an argument by its own name
+    assert get_type_hints(SettingValues) == fields
+    (*_, last) = inspect.signature(ImagePromptPipeline.__call__).parameters.values()
+    assert last.kind is last.VAR_KEYWORD
+    assert last.annotation == Unpack[SettingValues]
 
 
 def test_every_flag_has_a_name_of_its_own_and_help() -> None:

@@ -147,21 +147,39 @@ def _check_file(path: Path, name: str) -> None:
 
 def to_rgb(picture: Image.Image, paper: tuple[int, int, int] = WHITE) -> Image.Image:
     """Convert a picture of any Pillow mode to upright RGB, in sRGB colours."""
-    wide = picture.format == "PPM"  # Pillow scales its values of more than 8 bits to 16 bits
+    stored = picture.format  # which a changed picture forgets
     picture = upright(picture)
     if not picture.width * picture.height:
         raise ImageError(f"a picture of {picture.width}×{picture.height} pixels shows nothing")
     if picture.mode == "La":  # grey multiplied by its alpha, which can only be converted to LA
         picture = picture.convert("LA")
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and wide):
-        picture = Image.fromarray(to_eight_bits(np.asarray(picture), 65535))
-    elif picture.mode in ("I", "F"):
-        picture = Image.fromarray(to_eight_bits(np.asarray(picture)))
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        full = full_scale(picture, stored)
+        picture = Image.fromarray(to_eight_bits(np.asarray(picture), full))
     picture = in_srgb(picture)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
         whole = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, paper), whole).convert("RGB")
     return picture.convert("RGB")
+
+
+def full_scale(picture: Image.Image, stored: str | None) -> float | None:
+    """Return the value of white in a grey picture of more than 8 bits; None if its values tell it.
+
+    stored  format of its file; None if it is in memory only
+
+    Raises ImageError where it cannot be told: a picture in memory of integers up to 255 is of 8
+    bits, or a dark one of 16 bits.
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and stored == "PPM"):
+        return 65535  # Pillow scales a PPM's values of more than 8 bits to 16 bits
+    high = np.asarray(picture).max()
+    if picture.mode == "I" and stored is None and 1 < high <= 255:
+        raise ImageError(
+            f"a picture of mode I whose values reach {high} is of 8 bits, or a dark one of 16: "
+            "convert it to mode L or I;16, or give its file"
+        )
+    return None
 
 
 def in_srgb(picture: Image.Image) -> Image.Image:

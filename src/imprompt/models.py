@@ -4,7 +4,7 @@ import gc
 import logging
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -325,6 +325,45 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
     )
 
 
+WEIGHTS = re.compile(  # plain or of a variant, whole or a shard
+    r"(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?(\.(?P<variant>\w+))?(-\d+-of-\d+)?"
+    r"\.(safetensors|bin)"
+)
+
+
+def weights_variant(folder: Path, parts: Collection[str] = ("",)) -> str | None:
+    """Return the variant of weights that a part of a folder has in place of plain ones, or None.
+
+    It is "fp16" for diffusion_pytorch_model.fp16.safetensors. Parts that are not there are ignored.
+    """
+    for part in parts:
+        names = [path.name for path in (folder / part).glob("*") if path.is_file()]
+        held = {found["variant"] for name in names if (found := WEIGHTS.fullmatch(name))}
+        if held and None not in held:
+            return min(held)
+    return None
+
+
+def load_weights(
+    source: str, load: Callable[[str | None], Any], parts: Collection[str] = ("",)
+) -> Any:
+    """Call `load` with the variant of weights that a folder or Hub repository holds.
+
+    It is None for plain weights. On the Hub, "fp16" is tried where there are no plain ones.
+    """
+    if Path(source).is_dir():
+        return load(weights_variant(Path(source), parts))
+    try:
+        return load(None)
+    except OSError as error:
+        if "file named" not in str(error):
+            raise
+        try:
+            return load("fp16")
+        except OSError:
+            raise error from None  # what the plain ones lack is the fault
+
+
 @contextmanager
 def collector_waits() -> Iterator[None]:
     """Pause Python's cyclic garbage collector for the duration of a block.
@@ -370,7 +409,13 @@ def open_pipeline(
             # load an image encoder anyway.
             kind = getattr(pipelines, str(saved.get("_class_name")), DiffusionPipeline)
         absent = dict.fromkeys({"image_encoder", *without} & set(saved))
-        pipeline = kind.from_pretrained(source, **absent, **options, trust_remote_code=False)
+        pipeline = load_weights(
+            source,
+            lambda variant: kind.from_pretrained(
+                source, **absent, **{"variant": variant} | options, trust_remote_code=False
+            ),
+            set(saved) - set(absent),
+        )
     except Exception as error:  # a folder can be wrong in any way
         raise CheckpointError(
             f"the model {model.name} cannot be loaded ({first_line(error)})"

@@ -5,9 +5,9 @@ This module needs neither torch nor anything that computes with it.
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
@@ -22,12 +22,14 @@ class Validated(BaseModel, frozen=True):
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    familiar: ClassVar[Mapping[str, str]] = {}  # names that users know from elsewhere -> ours
 
     def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise SettingError(one_line(error, type(self).model_fields)) from error
+            own = type(self)
+            raise SettingError(one_line(error, own.model_fields, own.familiar)) from error
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,21 @@ class Flag:
     read: Callable[[Any], Any] = lambda given: given
 
 
-def one_line(error: ValidationError, known: Iterable[str] = ()) -> str:
+def one_line(
+    error: ValidationError, known: Iterable[str] = (), familiar: Mapping[str, str] | None = None
+) -> str:
     """Return pydantic's first error as one sentence.
 
-    known  names of the settings, from which suggestions for an unknown name are taken
+    known     names of the settings, from which suggestions for an unknown name are taken
+    familiar  names that users know from elsewhere -> ours
     """
     faults = error.errors()
     # a missing setting may be a misspelt one
     first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     name = ".".join(map(str, first["loc"])) or "settings"
     if first["type"] == "extra_forbidden":
+        if own := (familiar or {}).get(name):
+            return f"unknown setting {name!r}: give it as {own}"
         return f"unknown setting {name!r}{suggestions(name, known)}"
     given = "" if first["type"] == "missing" else f" = {reprlib.repr(first['input'])}"
     return f"{name}{given}: {first['msg'][0].lower()}{first['msg'][1:]}"

@@ -273,8 +273,16 @@ TRAINABLE = {row.name: row for row in VARIANTS}
 BY_NAME = {row.name: row for row in (*VARIANTS, *FACES)}
 
 
+OF_WEIGHTS = ("fp16", "bf16", "fp32", "ema", "non_ema")  # which diffusers calls variants
+
+
 def find_variant(name: str) -> Variant:
     """Return the variant of that name; SettingError, with similar names, if there is none."""
+    if name in OF_WEIGHTS:
+        raise SettingError(
+            f"variant = {name!r}: it is the adapter's variant here, such as faceid; files of "
+            f"{name} weights are found by themselves where there are no others, so leave it out"
+        )
     if name not in BY_NAME:
         raise SettingError(f"unknown variant {name!r}{suggestions(name, BY_NAME)}")
     return BY_NAME[name]

@@ -53,7 +53,8 @@ def check_processors(attentions: Mapping[str, Any], ours: Collection[type]) -> N
         if type(attention.processor) not in ours:
             raise MismatchError(
                 f"{type(attention.processor).__name__} replaced the adapter's processor at {name}, "
-                "so image prompts have no effect there: call detach(), then attach(model) again"
+                "so image prompts have no effect there: call detach(), then attach(model) again (a "
+                "pipeline that replaces processors in every call does not go with image prompts)"
             )
 
 

@@ -25,6 +25,7 @@ from imprompt.errors import MismatchError
 from imprompt.families.base import Family, LayerSize, ModelCall, positional_names
 from imprompt.prompt import KEY, ImagePrompt
 
+SLACK = 2  # timesteps by which the first and the last of a schedule may differ from the model's
 FINE = 2**20  # points of a table fine enough to distinguish the times of calls
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,8 +33,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class Scope:
     """Image prompts that this thread's calls of a model are conditioned on in a `with` block."""
 
-    def __init__(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None) -> None:
-        self.prompts, self.image_guidance = tuple(prompts), image_guidance
+    def __init__(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None,
+                 timed: bool = False) -> None:  # fmt: skip
+        self.prompts, self.image_guidance, self.timed = tuple(prompts), image_guidance, timed
         self.calls = 0
         self.text_in_thirds = CachedValue()
         self.texts: list[Tensor] = []  # of this picture's branches, the positive one first
@@ -69,11 +71,9 @@ class ModelInjection(ABC):
         self.layers = family.layers(model)
         self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
-        self.hooks = [
-            model.register_forward_pre_hook(self.before_call, with_kwargs=True),
-            model.register_forward_hook(self.after_call, always_call=True),
-        ]
+        self.hooks: list[Any] = []
         self.local = threading.local()
+        self.hook(model)
 
     @classmethod
     def of(cls, model: nn.Module, make: Callable[[], Self]) -> Self:
@@ -82,6 +82,15 @@ class ModelInjection(ABC):
         found = next((hook for hook in hooks if isinstance(hook, cls)), None) or make()
         found.adapters += 1
         return found
+
+    def hook(self, model: nn.Module) -> None:
+        """Be called before and after each call of `model`, and of no other."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = [
+            model.register_forward_pre_hook(self.before_call, with_kwargs=True),
+            model.register_forward_hook(self.after_call, always_call=True),
+        ]
 
     def replace(self, attentions: dict[str, Any], processors: Mapping[str, object]) -> None:
         """Replace the processors of those attentions, and remember the original ones."""
@@ -137,11 +146,12 @@ class ModelInjection(ABC):
         """Remove the cached text states."""
 
     @contextmanager
-    def using(self, prompts: Sequence[ImagePrompt],
-              image_guidance: float | None = None) -> Iterator[None]:  # fmt: skip
+    def using(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None,
+              *, timed: bool = False) -> Iterator[None]:  # fmt: skip
         """Condition this thread's calls of the model on the prompts in a `with` block.
 
         image_guidance  a guidance scale for the image: see `imprompt.attention.image_guidance`
+        timed           whether timesteps are known to tell progress; else the first call is checked
 
         Raises MismatchError if prompts are in use already, or at the end if no call was
         conditioned.
@@ -150,7 +160,7 @@ class ModelInjection(ABC):
             raise MismatchError(
                 "image prompts are in use already: give all of them to one using(...)"
             )
-        scope = self.local.scope = Scope(prompts, image_guidance)
+        scope = self.local.scope = Scope(prompts, image_guidance, timed)
         try:
             yield
         finally:
@@ -189,6 +199,8 @@ class ModelInjection(ABC):
             args, kwargs = (), in_thirds(self.family, given, scope.text_in_thirds)
             prompts = tuple(prompt.with_branches(BRANCHES) for prompt in prompts)
         call = self.family.call(model, self.by_name(args, kwargs), self.timesteps)
+        if any(prompt.scale.ndim == 3 for prompt in prompts):
+            self.check_time(call, scope)
         positive = None
         if self.family.separate_branches:
             if scope is None and any(prompt.branches > 1 for prompt in prompts):
@@ -201,6 +213,27 @@ class ModelInjection(ABC):
         return self.hand_over(
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )
+
+    def check_time(self, call: ModelCall, scope: Scope | None) -> None:
+        """Raise MismatchError if the timestep of a call cannot tell progress.
+
+        Of the calls in a `with` block only the first is checked: a real number that stands for the
+        schedule's end is then taken for a scheduler's own.
+        """
+        if scope is not None and scope.timed:
+            return
+        timestep = torch.as_tensor(call.given[self.family.arguments[1]])
+        progress, slack = call.place(FINE) / FINE, SLACK / self.timesteps
+        stray = (progress < -slack) | (progress > 1 + slack)
+        if scope is not None:
+            scope.timed = True
+            stray |= (progress > 1 - slack) & (timestep != 0) & timestep.is_floating_point()
+        if stray.any():
+            raise MismatchError(
+                "a scale that changes over time needs the timesteps that the model was trained "
+                f"with; this scheduler gives {timestep.flatten()[0].item():.4g}: use "
+                "ImagePromptPipeline, which asks the scheduler, or another scheduler"
+            )
 
     def after_call(self, model: nn.Module, _args: Any, out: Any) -> Any:
         """Finish the call, even if it failed, as the model's forward hook."""

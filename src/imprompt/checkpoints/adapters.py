@@ -6,6 +6,7 @@ name their tensors. Shape letters as in `imprompt.adapter`.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,12 @@ from imprompt.errors import CheckpointError, MismatchError, SettingError, first_
 from imprompt.families.base import Family, family_of
 from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
 from imprompt.models import refuse_url
+from imprompt.projections.resampler import HEAD_DIM, PUBLISHED, head_dim_of
 from imprompt.variants import BY_NAME, CheckpointEvidence, Variant, bearing, find_variant
 
 FORMAT = 1
 METADATA_KEY = "imprompt"
+TO_Q = "layers.0.0.to_q.weight"  # of a resampler's first attention
 # Files that are read from a folder: an adapter of ours, accelerate's training states, an adapter
 # that is stored with its encoder's name.
 IN_FOLDERS = ("adapter.safetensors", "model.safetensors", "pytorch_model.bin", "ip_adapter.bin")
@@ -55,12 +58,14 @@ class Origin(BaseModel):
 class Header(Origin):
     """Header of a file in the imprompt layout, stored as JSON in the safetensors metadata.
 
-    feature  what it reads of the image encoder, where that is not the variant's own feature
+    feature   what it reads of the image encoder, where that is not the variant's own feature
+    head_dim  width of a resampler's attention heads, where it is not the published one
     """
 
     format: Literal[1] = FORMAT
     variant: str
     feature: str = ""
+    head_dim: int | None = Field(None, ge=1)
     family: str
     tokens: int | None  # None: one per patch
     token_dim: int
@@ -71,9 +76,11 @@ class Header(Origin):
     def as_json(self) -> str:
         """Return the header as JSON.
 
-        `feature` is left out if it is the variant's own, so that an older imprompt reads the file.
+        `feature` and `head_dim` are left out if they are the usual ones, so that an older imprompt
+        reads the file.
         """
-        return self.model_dump_json(exclude=None if self.feature else {"feature"})
+        usual = {name for name in ("feature", "head_dim") if not getattr(self, name)}
+        return self.model_dump_json(exclude=usual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +93,7 @@ class AdapterFile:
     header      None if the file has none
     lora        low-rank parts of every attention, self-attentions too, by the names that
                 `AttentionLowRank` uses; None if there are none
+    head_dim    width of a resampler's attention heads; None: the published one
     """
 
     variant: Variant
@@ -95,6 +103,7 @@ class AdapterFile:
     header: Header | None
     layout: str
     lora: list[dict[str, Tensor]] | None = None
+    head_dim: int | None = None
 
     @property
     def feature_dim(self) -> int:
@@ -157,15 +166,20 @@ class AdapterFile:
         return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
 
 
-def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> AdapterFile:
+def read_adapter(
+    path: str | os.PathLike[str], variant: str | None = None, head_dim: int | None = None
+) -> AdapterFile:
     """Read an adapter of any known layout from a file, or from a folder that holds one.
 
     The folder may be a training run: then its newest whole state is read.
 
     `variant` is needed where the tensors do not determine it: faceid-plus or faceid-plus-v2,
-    portrait-unnorm or InstantID. Raises CheckpointError, one line, if the file is missing, damaged,
-    unsafe, of another kind, ambiguous, or incomplete: then every missing, unexpected and misshapen
-    tensor is named at once. Raises SettingError if `variant` contradicts the file.
+    portrait-unnorm or InstantID. `head_dim` is the width of a resampler's attention heads, which
+    tensors do not determine: without it, what the header states, or else that of all published
+    files; a warning says where that is assumed for another shape. Raises CheckpointError, one
+    line, if the file is missing, damaged, unsafe, of another kind, ambiguous, or incomplete: then
+    every missing, unexpected and misshapen tensor is named at once. Raises SettingError if
+    `variant` or `head_dim` contradicts the file.
     """
     refuse_url(os.fspath(path))
     file = _file_at(Path(path))
@@ -190,7 +204,8 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
         shapes_of(projection), layout.has_lora(tensors), text_dim(layout, layers, shapes)
     )
     row = _reading(file, _variant_of(file, seen, header, variant), header)
-    check_whole(file, row, layout, layers, shapes)
+    head_dim = _head_dim(file, seen, header, head_dim)
+    check_whole(file, row, layout, layers, shapes, head_dim)
     kv = [(tensors[layout.key(layer, "k")], tensors[layout.key(layer, "v")]) for layer in layers]
     names = header.layers if header else None if layout.numbered else layers
     lora = (
@@ -199,7 +214,7 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
         else None
     )
     parts = [{name: tensors[key] for name, key in keys.items()} for keys in lora] if lora else None
-    found = AdapterFile(row, projection, kv, names, header, layout.name, parts)
+    found = AdapterFile(row, projection, kv, names, header, layout.name, parts, head_dim)
     _check_header(file, found)
     return found
 
@@ -256,7 +271,7 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
             f"this adapter is for base models of the {made_for} family; this one is of the "
             f"{family.name} family"
         )
-    projection = blank_projection(file.variant, shapes_of(file.projection))
+    projection = blank_projection(file.variant, shapes_of(file.projection), file.head_dim)
     with torch.device("meta"):
         image_kv = [ImageKV(key.shape[1], key.shape[0]) for key, _ in file.kv]
         lora = [AttentionLowRank.from_shapes(shapes_of(parts)) for parts in file.lora or ()]
@@ -283,11 +298,19 @@ def adapter_file(
         else None
     )
     bare = AdapterFile(
-        variant, adapter.projection.state_dict(), kv, tuple(layers), None, "imprompt", lora
+        variant,
+        adapter.projection.state_dict(),
+        kv,
+        tuple(layers),
+        None,
+        "imprompt",
+        lora,
+        _unusual(head_dim_of(adapter.projection)),
     )
     header = Header(
         **_facts(bare),
         feature="" if variant == find_variant(variant.name) else variant.feature,
+        head_dim=bare.head_dim,
         family=adapter.family.name,
         layers=tuple(layers),
         **(origin or Origin()).model_dump(),
@@ -455,6 +478,36 @@ def _reading(path: Path, row: Variant, header: Header | None) -> Variant:
         raise CheckpointError(f"{path} has a header that contradicts itself: {error}") from error
 
 
+def _unusual(head_dim: int | None) -> int | None:
+    """Return a width of heads, or None if it is the published one."""
+    return None if head_dim == HEAD_DIM else head_dim
+
+
+def _head_dim(
+    path: Path, seen: CheckpointEvidence, header: Header | None, given: int | None
+) -> int | None:
+    """Return the width of a resampler's heads that the user or the header states, if unusual."""
+    inner = next((shape[0] for key, shape in seen.projection.items() if key.endswith(TO_Q)), None)
+    stated = (header.head_dim or HEAD_DIM) if header else None
+    if given is None:
+        if stated is None and inner is not None and inner not in PUBLISHED:
+            logging.getLogger(__name__).warning(
+                "%s: the heads of its resampler are taken to be %d wide, as in all published "
+                "files; its shape is of none of them: give head_dim if they are not",
+                path,
+                HEAD_DIM,
+            )
+        return _unusual(stated)
+    if inner is None or given < 1 or inner % given:
+        raise SettingError(
+            f"{path}: head_dim = {given} does not divide "
+            + ("anything: it has no resampler" if inner is None else f"its resampler's {inner}")
+        )
+    if stated not in (None, given):
+        raise SettingError(f"{path}: its header states heads {stated} wide, not {given}")
+    return _unusual(given)
+
+
 def _layer_labels(layout: Layout, keys: Iterable[str], header: Header | None) -> tuple[str, ...]:
     """Return the layout's names of the layers, in the base model's order."""
     if header is None:
@@ -500,4 +553,4 @@ def _named_header(file: AdapterFile, layers: Sequence[str] | None) -> Header:
         )
     if file.header:
         return file.header.model_copy(update={"layers": tuple(names)})
-    return Header(**_facts(file), family=OLDEST, layers=tuple(names))
+    return Header(**_facts(file), head_dim=file.head_dim, family=OLDEST, layers=tuple(names))

@@ -6,6 +6,7 @@ letters as in `imprompt.adapter`.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +26,37 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def blank_projection(row: Variant, shapes: Shapes) -> nn.Module:
+def blank_projection(row: Variant, shapes: Shapes, head_dim: int | None = None) -> nn.Module:
     """Build the projection of these sizes on the meta device.
 
     It takes no memory, and no random initialisation is computed.
+
+    head_dim  width of a resampler's attention heads, if it is another than the published one
     """
+    heads: Any = {} if head_dim is None else {"head_dim": head_dim}
     with torch.device("meta"):
-        return row.projection.from_shapes(shapes)
+        return row.projection.from_shapes(shapes, **heads)
 
 
 def check_whole(
-    path: Path, row: Variant, layout: Layout, layers: Sequence[str], shapes: Shapes
+    path: Path,
+    row: Variant,
+    layout: Layout,
+    layers: Sequence[str],
+    shapes: Shapes,
+    head_dim: int | None = None,
 ) -> None:
     """Raise CheckpointError unless `shapes` are exactly those of this variant.
 
-    The message names the missing, unexpected and misshapen tensors.
+    The message names the missing, unexpected and misshapen tensors. `head_dim` is as in
+    `blank_projection`.
     """
     own = {
         key.removeprefix(layout.projection): shape
         for key, shape in shapes.items()
         if key.startswith(layout.projection)
     }
-    projection, token_dim = _expected_projection(row, own)
+    projection, token_dim = _expected_projection(row, own, head_dim)
     if token_dim is None or row.widened:
         # the added projections are then compared with the first of them
         token_dim = text_dim(layout, layers, shapes)
@@ -95,14 +105,16 @@ class _Sizes(dict[str, tuple[int, ...]]):
         return self.get(key, (1,) if "norm" in key else (1, 1))
 
 
-def _expected_projection(row: Variant, shapes: Shapes) -> tuple[dict[str, Expected], int | None]:
+def _expected_projection(
+    row: Variant, shapes: Shapes, head_dim: int | None
+) -> tuple[dict[str, Expected], int | None]:
     """Return the shape of every key that this variant's projection must have, and D.
 
     D is None if the shapes do not determine it.
     """
     sizes = _Sizes(shapes)
     try:
-        needed = shapes_of(blank_projection(row, sizes).state_dict())
+        needed = shapes_of(blank_projection(row, sizes, head_dim).state_dict())
         if any(key not in shapes for key in sizes.asked):
             return dict.fromkeys(needed), None
         return dict(needed), row.token_shape(needed)[1]

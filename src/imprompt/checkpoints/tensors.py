@@ -1,5 +1,6 @@
 """Tensor files: read without executing code in them, and written completely or not at all."""
 
+import json
 import os
 import pickle
 import warnings
@@ -71,7 +72,8 @@ def check_plain(path: Path, held: Mapping[str, Any]) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors by flat key, as safetensors or as a pickle, depending on the suffix.
 
-    Safetensors hold the metadata, the nested pickle does not. The tensors are written to a
+    Safetensors hold the metadata, the nested pickle does not. Equal tensors and metadata give equal
+    bytes. The tensors are written to a
     temporary file that is then renamed, so nobody reads an incomplete file, even after a crash.
     Raises CheckpointError if that fails; an older file of that name is then unchanged.
     """
@@ -85,9 +87,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
                 torch.save(nested(ready), temporary)
             else:
                 save_file(ready, temporary, {"format": "pt", **metadata})
+                sort_header(temporary)
             temporary.chmod(mode)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
+
+
+def sort_header(path: Path) -> None:
+    """Sort the header of a safetensors file, whose metadata are written in a random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        in_place = text.encode().ljust(length)
+        assert len(in_place) == length
+        file.seek(8)
+        file.write(in_place)
 
 
 def _mapped(path: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, str]]:

@@ -23,6 +23,14 @@ Answer = Annotated[
 ]
 
 
+HeadDim = Annotated[
+    int | None,
+    typer.Option(
+        help="Width of the resampler's attention heads, if it is not 64: no tensor shows it."
+    ),
+]
+
+
 def inspect(
     file: Annotated[
         Path,
@@ -61,6 +69,7 @@ def convert(
         typer.Option(help="The base model, if the file only numbers the layers of an unknown one."),
     ] = None,
     variant: Answer = None,
+    head_dim: HeadDim = None,
     force: Force = False,
 ) -> None:
     """Write an adapter in another layout, its weights bit for bit.
@@ -71,9 +80,8 @@ def convert(
     from imprompt.files import check_output
 
     check_output(target, [source], force)
-    write_adapter(
-        target, read_adapter(source, variant), to.value, layers_of(model) if model else None
-    )
+    file = read_adapter(source, variant, head_dim)
+    write_adapter(target, file, to.value, layers_of(model) if model else None)
     print(f"{target}  {to.value} layout")
 
 

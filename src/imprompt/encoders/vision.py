@@ -18,7 +18,7 @@ from imprompt.checkpoints.tensors import some
 from imprompt.encoders.kinds import EncoderKind, EncoderStructure, find_kind
 from imprompt.encoders.preparation import side_of, without_ends
 from imprompt.errors import CheckpointError, first_line
-from imprompt.models import Location, collector_waits, quiet_imports
+from imprompt.models import Location, collector_waits, load_weights, quiet_imports
 from imprompt.variants import Feature, Variant
 
 # Either file may hold the settings of the image processor.
@@ -184,8 +184,16 @@ def open_encoder(place: Location, device: str | torch.device, dtype: torch.dtype
     source, subfolder = place.fetch_folder()
     kind, _, processor = describe_encoder(place)
     with as_checkpoint_error(place):
-        network, report = getattr(transformers, kind.model).from_pretrained(
-            source, subfolder=subfolder or "", dtype=dtype, output_loading_info=True
+        network, report = load_weights(
+            source,
+            lambda variant: getattr(transformers, kind.model).from_pretrained(
+                source,
+                subfolder=subfolder or "",
+                dtype=dtype,
+                variant=variant,
+                output_loading_info=True,
+            ),
+            (subfolder or "",),
         )
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random values
         raise CheckpointError(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from inspect import signature
+from math import lcm
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -95,9 +96,16 @@ class Injection(Protocol):
         """Return image tokens (B, N, D) as wide as the text that the layers read."""
         ...
 
-    def using(self, prompts: Sequence[ImagePrompt],
-              image_guidance: float | None = None) -> AbstractContextManager[None]:  # fmt: skip
-        """Condition this thread's calls of the model on the prompts in a `with` block."""
+    def using(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None,
+              *, timed: bool = False) -> AbstractContextManager[None]:  # fmt: skip
+        """Condition this thread's calls of the model on the prompts in a `with` block.
+
+        timed  whether timesteps are known to tell progress
+        """
+        ...
+
+    def hook(self, model: nn.Module) -> None:
+        """Be called before and after each call of `model`, and of no other."""
         ...
 
     def by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +129,7 @@ class Family(ABC):
     """A kind of base models: where and how adapters are injected into them."""
 
     name: str
-    classes: tuple[str, ...]  # names of diffusers' models that can be built from a configuration
+    classes: tuple[str, ...]  # names of diffusers' models that belong to it; the first is usual
     pipelines: Mapping[str, TaskTable]  # by the class that a model was saved with
     channel: str | None  # keyword by which the model passes arguments to its attentions, if it does
     arguments: tuple[str, str, str]  # names of latents, timestep and text in the forward pass
@@ -132,6 +140,7 @@ class Family(ABC):
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     grain = 1  # a picture's side, in latents, must be a multiple of it
+    pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     call_options: Mapping[str, Any] = {}  # what its pipelines are always called with
     no_words: str | None = None  # the negative text that its pipelines need where none is given
 
@@ -139,9 +148,10 @@ class Family(ABC):
         """Copy and pickle the family by name: there is one object of each family."""
         return find_family, (self.name,)
 
-    @abstractmethod
     def matches(self, model: nn.Module) -> bool:
-        """Return whether `model` belongs to this family."""
+        """Return whether `model` is of a class of this family and has text cross-attentions."""
+        kinds = {kind.__name__ for kind in type(original(model)).__mro__}
+        return not kinds.isdisjoint(self.classes) and bool(self.layers(model))
 
     @abstractmethod
     def layers(self, model: nn.Module) -> dict[str, Any]:
@@ -200,6 +210,10 @@ class Family(ABC):
         model = getattr(pipeline, self.component)
         return self.native_latents(model.config) * pipeline.vae_scale_factor
 
+    def side_unit(self, pipeline: Any) -> int:
+        """Return what the sides of a picture, in pixels, must be multiples of."""
+        return lcm(pipeline.vae_scale_factor * self.grain, self.pixel_grain)
+
     def guided(self, pipeline: Any, guidance: float, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
         """Return whether the pipeline runs a negative branch with these arguments."""
         return guidance > 1
@@ -223,10 +237,14 @@ class Family(ABC):
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
 
 
+def original(model: nn.Module) -> nn.Module:
+    """Return the model inside what `torch.compile` returned, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def positional_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names that a model's forward pass gives its arguments, in order."""
-    original = getattr(model, "_orig_mod", model)  # inside what torch.compile returns
-    return tuple(signature(type(original).forward).parameters)[1:]
+    return tuple(signature(type(original(model)).forward).parameters)[1:]
 
 
 def find_family(name: str) -> Family:
@@ -242,9 +260,10 @@ def family_of(model: nn.Module) -> Family:
     for name in FAMILIES:
         if (found := find_family(name)).matches(model):
             return found
+    known = ", ".join(f"{own.name}: {' or '.join(own.classes)}" for own in families())
     raise MismatchError(
-        f"{type(model).__name__} is not of a known family ({', '.join(FAMILIES)}): "
-        "it has no text cross-attention for image prompts"
+        f"{type(original(model)).__name__} is not of a known family ({known}), or it has no text "
+        "cross-attention for image prompts"
     )
 
 

@@ -23,6 +23,7 @@ from imprompt.families.base import (
     ModelCall,
     Tasks,
     TaskTable,
+    original,
     schedule_place,
 )
 from imprompt.families.processor import (
@@ -68,6 +69,7 @@ class TransformerRow:
     native_latents     of a configuration: side, in latents, of the pictures that it was made for
     text_tokens        that its pipelines encode
     grain              a picture's side, in latents, must be a multiple of it
+    pixel_grain        and, in pixels, of this, whatever the VAE
     call_options       what its pipelines are always called with
     negative           option of a pipeline's call that turns on a negative branch when above 1
     """
@@ -86,6 +88,7 @@ class TransformerRow:
     condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
     text_tokens: int
     grain: int
+    pixel_grain: int = 1
     latent_channels: Callable[[Given], int] = lambda config: config["in_channels"]
     native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
     call_options: Mapping[str, Any] = field(default_factory=dict)
@@ -189,22 +192,19 @@ class TransformerFamily(Family):
     def __init__(self, name: str, row: TransformerRow) -> None:
         self.name, self.row, self.component = name, row, "transformer"
         self.classes, self.pipelines, self.no_words = (row.model,), row.pipelines, ""
-        self.grain, self.call_options = row.grain, row.call_options
+        self.grain, self.pixel_grain = row.grain, row.pixel_grain
+        self.call_options = row.call_options
         self.text_tokens = row.text_tokens
         self.shared, self.text_arguments = row.shared, row.text_arguments
         self.channel, self.arguments = row.channel, row.arguments
         self.separate_branches = row.separate_branches
         self.pattern = re.compile(row.layers)
 
-    def matches(self, model: nn.Module) -> bool:
-        """Return whether `model` is of the class that the row names, or a subclass."""
-        return any(kind.__name__ == self.row.model for kind in type(model).__mro__)
-
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """Return the attentions whose names match the row's pattern."""
         return {
             name: module
-            for name, module in model.named_modules()
+            for name, module in original(model).named_modules()
             if self.pattern.fullmatch(name) and hasattr(module, "set_processor")
         }
 
@@ -370,6 +370,7 @@ PIXART = TransformerFamily(
         },
         text_tokens=300,
         grain=2,
+        pixel_grain=8,
         call_options={"clean_caption": False, "use_resolution_binning": False},
     ),
 )

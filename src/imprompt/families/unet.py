@@ -292,22 +292,18 @@ class UNetFamily(Family):
 
     name = "unet"
     component = "unet"
-    classes = ("UNet2DConditionModel",)
+    classes = ("UNet2DConditionModel", "UNetMotionModel")
     pipelines: Mapping[str, TaskTable] = {
         f"{prefix}Pipeline": task_table(prefix)
         for prefix in ("StableDiffusion", "StableDiffusionXL")
     }
+    pixel_grain = 8
     channel = "cross_attention_kwargs"
     arguments = ("sample", "timestep", "encoder_hidden_states")
     text_arguments = (
         "encoder_hidden_states", "added_cond_kwargs", "encoder_attention_mask", "class_labels"
     )  # fmt: skip
     text_widths: Mapping[int, str] = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
-
-    def matches(self, model: nn.Module) -> bool:
-        """Return whether `model` has the blocks of a UNet, and text cross-attentions."""
-        blocks = hasattr(model, "attn_processors") and hasattr(model, "down_blocks")
-        return blocks and bool(self.layers(model))
 
     def attentions(self, model: Any) -> dict[str, Any]:
         """Return cross- and self-attentions by name, in the order of published checkpoints."""

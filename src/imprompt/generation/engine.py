@@ -24,7 +24,8 @@ from imprompt.attention.image_guidance import in_halves, in_thirds
 from imprompt.attention.injection import Scope
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
-from imprompt.families.base import Family, Injection
+from imprompt.families.base import Family, Injection, original
+from imprompt.generation.schedule import SchedulerProgress
 from imprompt.prompt import ImagePrompt, stack
 
 PATIENCE = 0.2  # seconds that a call waits for requests that are between two steps
@@ -43,6 +44,8 @@ class Seat:
         self.engine = engine
         self.scope = Scope(prompts, image_guidance)
         self.calls = 0
+        self.caller = "pipeline"  # class of the pipeline that it is in
+        self.progress = SchedulerProgress(None)  # of that pipeline's scheduler
         self.outside = False  # whether it holds the engine's lock `outside`
         self.waiting: SeatCall | None = None
         self.group: Hashable = None  # group of its last call, while it is in its loop
@@ -71,7 +74,17 @@ class Seat:
         call = engine.family.call(engine.model, given, engine.injection.timesteps)
         separate = engine.family.separate_branches
         positive = self.scope.positive(call) if separate and self.scope.prompts else None
-        prompts = [for_rows(prompt, call, positive) for prompt in self.scope.prompts]
+        timestep = given[engine.family.arguments[1]]
+        prompts = [self.progress.at_this_step(one, timestep) for one in self.scope.prompts]
+        try:
+            prompts = [for_rows(prompt, call, positive) for prompt in prompts]
+        except MismatchError as error:
+            rows = max(prompt.rows for prompt in self.scope.prompts)
+            raise MismatchError(
+                f"a {self.caller} calls the base model with {call.rows} rows, and the image "
+                f"prompts of this call are for {rows}: it runs the branches of guidance in a way "
+                "of its own; give guidance=1, or another pipeline"
+            ) from error
         return engine.submit(self, SeatCall(given, call.rows, prompts))
 
     def signature(self, call: "SeatCall") -> Hashable:
@@ -142,6 +155,21 @@ class Engine:
     def device(self) -> torch.device:
         """Device on which the model computes."""
         return next(self.model.parameters()).device
+
+    def use(self, model: nn.Module) -> None:
+        """Call `model` from now on, if it has the same weights, such as a compiled one.
+
+        Raise MismatchError if it is another model.
+        """
+        if model is self.model:
+            return
+        if original(model) is not original(self.model):
+            raise MismatchError(
+                "the pipeline's base model was exchanged: attach the adapters to the new one, by "
+                "from_pipeline"
+            )
+        self.injection.hook(model)
+        self.model = model
 
     def submit(self, seat: Seat, call: SeatCall) -> Tensor:
         """Submit a call and wait for its output.
@@ -228,7 +256,7 @@ class Engine:
 
     def model_output(self, given: Mapping[str, Any], prompts: Sequence[ImagePrompt]) -> Tensor:
         """Call the model with these arguments and image prompts, without gradients."""
-        with torch.no_grad(), self.injection.using(prompts):
+        with torch.no_grad(), self.injection.using(prompts, timed=True):
             return self.model(**given, return_dict=False)[0]
 
     def merged(self, path: str, values: Sequence[Any], rows: Sequence[int]) -> Any:
@@ -267,6 +295,7 @@ class Engine:
         own = copy.copy(pipeline)
         own.__dict__[self.family.component] = seat
         own.__dict__["scheduler"] = copy.deepcopy(pipeline.scheduler)
+        seat.caller, seat.progress = type(pipeline).__name__, SchedulerProgress(own.scheduler)
         seat.keep_others_out()
         try:
             yield own

@@ -5,10 +5,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import randbelow
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, Unpack
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from imprompt.attention.image_guidance import BRANCHES
 from imprompt.encoders.feature_cache import FeatureFolder, Store
@@ -16,6 +17,14 @@ from imprompt.errors import MismatchError, SettingError, first_line
 from imprompt.families.base import base_of, family_of, pipeline_family
 from imprompt.generation.engine import Engine, Seat
 from imprompt.generation.memory import MemoryOptions
+from imprompt.generation.options import (
+    check_takes_settings,
+    check_texts,
+    checked_options,
+    refusals,
+    texts_for,
+    without_texts,
+)
 from imprompt.generation.prepare import (
     Attached,
     CallContext,
@@ -27,12 +36,12 @@ from imprompt.generation.prepare import (
 )
 from imprompt.generation.record import fingerprints
 from imprompt.generation.references import AdapterChoice, Item, Reference, items_of
-from imprompt.generation.settings import MAX_SIDE, Resolved, Settings
+from imprompt.generation.schedule import check_scheduler
+from imprompt.generation.settings import MAX_SIDE, Resolved, Settings, SettingValues
 from imprompt.generation.tasks import InputImages, open_controlnet, task
 from imprompt.images import open_image, open_mask
 from imprompt.models import KnownModel, Location, find_model, open_pipeline
 from imprompt.prompt import ImagePrompt, stack_items
-from imprompt.validation import suggestions
 
 Picture = str | Path | Image.Image
 ImageInput = Picture | Reference
@@ -80,6 +89,8 @@ class ImagePromptPipeline:
         """
         several = [adapters] if isinstance(adapters, Attached) else list(adapters)
         self.pipeline = pipeline
+        check_takes_settings(pipeline)
+        check_scheduler(pipeline.scheduler)
         base = base_of(pipeline)
         self.family = family_of(base)
         self.engine = Engine(base, self.family, several[0].adapter.injection)
@@ -129,7 +140,8 @@ class ImagePromptPipeline:
         `model` is a name ("emoji", "sd15", "sdxl"), a folder or a Hub id; `adapter` is a name, a
         file or a Hub file, an `AdapterChoice`, or a list of them for several adapters. Raise
         MismatchError before anything runs if adapter, image encoder and base model were not made
-        for each other. `encoder` and `variant` are for what a single adapter does not state;
+        for each other. `encoder` and `variant` are for what a single adapter does not state (files
+        of fp16 weights are found by themselves where a folder has no others);
         `faces` encodes faces for FaceID (insightface if not given): see `imprompt.encoders.face`.
         `controlnet` is one that the model knows by name, a folder or a Hub id, for calls with a
         `control_image`. `compile` makes the first steps of a new size slow and all others faster
@@ -217,7 +229,7 @@ class ImagePromptPipeline:
         only: int | None = None,
         on_step: OnStep | None = None,
         pipeline_options: dict[str, Any] | None = None,
-        **settings: Any,
+        **settings: Unpack[SettingValues],
     ) -> Result:
         """Make pictures that follow `image`: a picture, a file of features, or a `Reference`.
 
@@ -258,11 +270,8 @@ class ImagePromptPipeline:
 
         Any thread may call it.
         """
-        if base_of(self.pipeline) is not self.engine.model:
-            raise MismatchError(
-                "the pipeline's base model was exchanged: attach the adapters to the new one, by "
-                "from_pipeline"
-            )
+        self.engine.use(base_of(self.pipeline))
+        check_scheduler(self.pipeline.scheduler)
         begin, control = (
             None if picture is None else open_image(picture)
             for picture in (init_image, control_image)
@@ -270,17 +279,14 @@ class ImagePromptPipeline:
         start = InputImages(begin, None if mask_image is None else open_mask(mask_image), control)
         chosen = self.resolve(settings, begin or control)
         items = items_of(image, chosen.together)
-        if not isinstance(chosen.prompt, str) and len(chosen.prompt) != len(items):
-            raise SettingError(
-                f"{len(chosen.prompt)} texts for {len(items)} image prompts: give one for all, or "
-                "one for each"
-            )
         if not isinstance(batch_size, int) or batch_size < 1:
             raise SettingError(f"batch_size = {batch_size!r}: make at least one picture at once")
         pipeline, options = task(
             self.pipeline, start, chosen, self.controlnet if control else None, self.savers
         )
-        extra = own_options(pipeline_options, pipeline, chosen)
+        extra = checked_options(pipeline_options, pipeline, chosen, options)
+        rest, texts = without_texts(extra)
+        check_texts(chosen, texts, len(items))
         guided = self.family.guided(self.pipeline, chosen.guidance, extra)
         if chosen.image_guidance is not None and not guided:
             raise SettingError(
@@ -305,7 +311,8 @@ class ImagePromptPipeline:
         return Job(
             chosen,
             pipeline,
-            {**self.family.call_options, **options, **extra},
+            {**self.family.call_options, **options, **rest},
+            texts,
             start,
             references,
             rounds,
@@ -345,15 +352,19 @@ class ImagePromptPipeline:
         order = BRANCHES if chosen.image_guidance is not None else (0, -1) if job.guided else (-1,)
         prompts = prompts_for([job.references[i // chosen.num_images] for i in batch], order)
         seat = Seat(self.engine, prompts, chosen.image_guidance)
-        with self.engine.request(job.pipeline, seat) as pipeline:
-            return pipeline(
-                **worded(chosen, batch, self.family.no_words if job.guided else None),
+        with (
+            self.engine.request(job.pipeline, seat) as pipeline,
+            refusals(pipeline, lambda: seat.calls),
+        ):
+            result = pipeline(
+                **texts_for(chosen, job.texts, batch, self.family.no_words if job.guided else None),
                 num_inference_steps=chosen.steps,
                 guidance_scale=chosen.guidance,
                 generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
                 **followed(job.pipeline, seat, report, chosen.steps),
                 **job.options,
-            ).images
+            )
+        return images_made(result, pipeline)
 
     def _call(self, settings: Resolved, guided: bool) -> CallContext:
         unit, timesteps = (
@@ -377,11 +388,6 @@ class ImagePromptPipeline:
                     f"{', '.join(map(repr, self.adapters))}"
                 )
             self.adapter_for(reference).reader.check(reference)
-            if reference.timed and type(self.pipeline.scheduler).__name__.startswith("EDM"):
-                raise SettingError(
-                    "start, end and easing need a scheduler with discrete timesteps; this EDM "
-                    "scheduler has none"
-                )
 
     def adapter_for(self, reference: Reference) -> Attached:
         """Return the adapter that a reference names, or the first."""
@@ -403,7 +409,7 @@ class ImagePromptPipeline:
 
         Defaults are the model's steps, guidance and size, and a random seed.
         """
-        unit = self.pipeline.vae_scale_factor * self.family.grain
+        unit = self.family.side_unit(self.pipeline)
         native = self.family.native_side(self.pipeline)
         # the native area, with the aspect ratio of the picture to start from
         ratio = 1.0 if start is None else (start.width / start.height) ** 0.5
@@ -421,7 +427,8 @@ class ImagePromptPipeline:
         resolved = Resolved.model_validate({"seed": randbelow(2**31), **own, **given})
         for name, value in (("width", resolved.width), ("height", resolved.height)):
             if value % unit:
-                sizes = " or ".join(str(n * unit) for n in (value // unit, value // unit + 1) if n)
+                near = (value // unit * unit, (value // unit + 1) * unit)
+                sizes = " or ".join(str(side) for side in near if 0 < side <= MAX_SIDE)
                 raise SettingError(
                     f"{name} = {value}: this model takes multiples of {unit}, such as {sizes}"
                 )
@@ -441,55 +448,14 @@ def prompts_for(
     return stack_items([[made[id(one)] for one in item] for item in batch], order)
 
 
-def worded(settings: Resolved, batch: Sequence[int], no_words: str | None) -> dict[str, Any]:
-    """Return the texts of a batch as diffusers takes them; one text for all is encoded once.
-
-    no_words  negative text if none is given; None leaves it out
-    """
-    negative: Any = settings.negative_prompt or no_words
-    if isinstance(settings.prompt, str):
-        texts, each = settings.prompt, len(batch)
-    else:
-        texts, each = [settings.prompt[i // settings.num_images] for i in batch], 1
-        negative = None if negative is None else [negative] * len(batch)
-    negatives = {} if negative is None else {"negative_prompt": negative}
-    return {"prompt": texts, "num_images_per_prompt": each, **negatives}
-
-
-OWN_NAMES = {  # parameter of a diffusers pipeline's call -> its name here
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "num_images_per_prompt": "num_images",
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance",
-    "generator": "seed",
-    "width": "width",
-    "height": "height",
-    "strength": "strength",
-    "callback_on_step_end": "on_step",
-    "controlnet_conditioning_scale": "control_scale",
-}
-
-
-def own_options(
-    options: dict[str, Any] | None, pipeline: Any, settings: Resolved
-) -> dict[str, Any]:
-    """Return the `pipeline_options` of a call, checked; SettingError."""
-    options = options or {}
-    takes = inspect.signature(pipeline.__call__).parameters
-    if unknown := [name for name in options if name not in takes]:
-        raise SettingError(
-            f"pipeline_options[{unknown[0]!r}]: a {type(pipeline).__name__} has "
-            f"no such option{suggestions(unknown[0], takes)}"
+def images_made(result: Any, pipeline: Any) -> Any:
+    """Return the pictures that a pipeline made; MismatchError if it makes something else."""
+    if not hasattr(result, "images"):
+        raise MismatchError(
+            f"a {type(pipeline).__name__} gives {' and '.join(result)}, not images: call it "
+            "yourself in `with adapter.using(prompt):` (docs/ecosystem.md)"
         )
-    if taken := [name for name in options if name in OWN_NAMES]:
-        raise SettingError(f"pipeline_options[{taken[0]!r}]: give it as {OWN_NAMES[taken[0]]}")
-    if settings.image_guidance is not None and options.get("guidance_rescale"):
-        raise SettingError(
-            "image_guidance and guidance_rescale do not go together: the latter would measure "
-            "another prediction"
-        )
-    return options
+    return result.images
 
 
 def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
@@ -556,6 +522,7 @@ class Job(NamedTuple):
     """A checked call whose image prompts are encoded, ready to be run.
 
     options  for diffusers' pipeline, in addition to texts and numbers
+    texts    encoded texts that replace words, by the pipeline's names
     rounds   numbers of the pictures that are made in one batch
     filled   size to which a round is padded
     guided   whether there is classifier-free guidance
@@ -565,6 +532,7 @@ class Job(NamedTuple):
     settings: Resolved
     pipeline: Any
     options: dict[str, Any]
+    texts: dict[str, Tensor]
     start: InputImages
     references: list[list[PreparedReference]]
     rounds: list[range]

@@ -1,6 +1,6 @@
 """Define the settings of a call: checked once, stored in the PNG, enough to repeat the picture."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
@@ -47,12 +47,31 @@ OverlapName = Literal["add", "normalise"]
 Overlap = Annotated[OverlapName, one_of(OverlapName)]
 
 
+OWN_NAMES = {  # argument of a diffusers pipeline's call -> its name here
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "num_images_per_prompt": "num_images",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "generator": "seed, a whole number",
+    "width": "width",
+    "height": "height",
+    "strength": "strength",
+    "callback_on_step_end": "on_step",
+    "callback": "on_step",
+    "callback_steps": "on_step",
+    "controlnet_conditioning_scale": "control_scale",
+}
+
+
 class Settings(Validated, frozen=True):
     """Numbers and texts of one call, each with its flag of `imprompt generate`.
 
     `steps`, `guidance`, `width` and `height` of None are the model's own. `prompt` is one text for
     all results, or one for each image prompt.
     """
+
+    familiar: ClassVar = OWN_NAMES
 
     prompt: Annotated[Prompt, Field(description="Text that goes with the image prompt.")] = ""
     negative_prompt: Annotated[
@@ -106,6 +125,24 @@ class Settings(Validated, frozen=True):
         Overlap,
         Field(description="Where the regions of one result overlap: add, or normalise."),
     ] = "add"
+
+
+class SettingValues(TypedDict, total=False):
+    """Types of the fields of `Settings` other than `prompt`, for editors and type checkers."""
+
+    negative_prompt: str
+    scale: float
+    num_images: int
+    steps: int | None
+    guidance: float | None
+    seed: int | None
+    width: int | None
+    height: int | None
+    strength: float
+    together: bool
+    image_guidance: float | None
+    control_scale: float
+    overlap: OverlapName
 
 
 class Resolved(Settings, frozen=True):

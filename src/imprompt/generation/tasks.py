@@ -15,7 +15,7 @@ from imprompt.errors import CheckpointError, MismatchError, SettingError, first_
 from imprompt.families.base import TaskTable, base_of, family_of
 from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.settings import Resolved
-from imprompt.models import KnownModel, Location, may_be_on_hub, refuse_url
+from imprompt.models import KnownModel, Location, load_weights, may_be_on_hub, refuse_url
 
 # parameters of a pipeline's constructor that are not components
 FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
@@ -120,7 +120,13 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
     place = model.controlnets.get(name) or Location(name)
     source, subfolder = place.fetch_folder()
     try:
-        net: Any = ControlNetModel.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
+        net: Any = load_weights(
+            source,
+            lambda variant: ControlNetModel.from_pretrained(
+                source, subfolder=subfolder, dtype=dtype, variant=variant
+            ),
+            (subfolder or "",),
+        )
     except Exception as error:  # a folder can be wrong in any way
         raise CheckpointError(
             f"no ControlNet can be loaded from {place} ({first_line(error)})"

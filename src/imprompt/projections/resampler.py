@@ -15,6 +15,7 @@ from imprompt.adapter import split_heads
 from imprompt.projections.mlp import FaceTokens
 
 HEAD_DIM = 64  # of every published checkpoint; the shapes do not determine it
+PUBLISHED = (768, 1280, 2048)  # widths of all heads together in the published checkpoints
 WIDEST = 1280  # of the published resamplers; SDXL's tokens are wider
 
 
@@ -24,9 +25,9 @@ class PerceiverAttention(nn.Module):
     Patches (B, P, W) and queries (B, N, W) -> (B, N, W).
     """
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int, inner: int, head_dim: int) -> None:
         super().__init__()
-        self.heads = inner // HEAD_DIM
+        self.heads = inner // head_dim
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.to_q = nn.Linear(width, inner, bias=False)
@@ -51,17 +52,26 @@ class Perceiver(nn.Module):
     """
 
     def __init__(
-        self, feature_dim: int, token_dim: int, *, width: int, inner: int, hidden: int, depth: int
+        self,
+        feature_dim: int,
+        token_dim: int,
+        *,
+        width: int,
+        inner: int,
+        hidden: int,
+        depth: int,
+        head_dim: int = HEAD_DIM,
     ) -> None:
         super().__init__()
-        if inner % HEAD_DIM:
+        if inner % head_dim:
             raise ValueError(
                 f"the resampler's attention is {inner} wide, which is not a multiple "
-                f"of its heads' {HEAD_DIM}"
+                f"of its heads' {head_dim}"
             )
+        self.head_dim = head_dim
         self.proj_in = nn.Linear(feature_dim, width)
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(width, inner), feed_forward(width, hidden)])
+            nn.ModuleList([PerceiverAttention(width, inner, head_dim), feed_forward(width, hidden)])
             for _ in range(depth)
         )
         self.proj_out = nn.Linear(width, token_dim)
@@ -109,20 +119,28 @@ class Resampler(Perceiver):
         inner: int | None = None,
         hidden: int | None = None,
         depth: int = 4,
+        head_dim: int = HEAD_DIM,
     ) -> None:
         width = width or min(token_dim, WIDEST)
-        inner, hidden = inner or max(width // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * width
+        inner, hidden = inner or max(width // head_dim, 1) * head_dim, hidden or 4 * width
         latents = torch.empty(1, tokens, width).normal_(std=width**-0.5)
         super().__init__(
-            feature_dim, token_dim, width=width, inner=inner, hidden=hidden, depth=depth
+            feature_dim,
+            token_dim,
+            width=width,
+            inner=inner,
+            hidden=hidden,
+            depth=depth,
+            head_dim=head_dim,
         )
         self.latents = nn.Parameter(latents)
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]], head_dim: int = HEAD_DIM) -> Self:
         """Build a projection for tensors of these shapes, by their names in a checkpoint."""
         _, tokens, width = shapes["latents"]
-        return cls(**perceiver_sizes(shapes) | {"tokens": tokens, "width": width})
+        own = perceiver_sizes(shapes) | {"tokens": tokens, "width": width}
+        return cls(**own, head_dim=head_dim)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project patches (B, P, E), or a face embedding (B, E), to image tokens (B, N, D)."""
@@ -148,22 +166,30 @@ class FacePlusProjection(FaceTokens):
         inner: int | None = None,
         hidden: int | None = None,
         depth: int = 4,
+        head_dim: int = HEAD_DIM,
     ) -> None:
         super().__init__(face_dim, token_dim, tokens, face_hidden)
-        inner, hidden = inner or max(token_dim // HEAD_DIM, 1) * HEAD_DIM, hidden or 4 * token_dim
+        inner, hidden = inner or max(token_dim // head_dim, 1) * head_dim, hidden or 4 * token_dim
         self.perceiver_resampler = Perceiver(
-            feature_dim, token_dim, width=token_dim, inner=inner, hidden=hidden, depth=depth
+            feature_dim,
+            token_dim,
+            width=token_dim,
+            inner=inner,
+            hidden=hidden,
+            depth=depth,
+            head_dim=head_dim,
         )
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]], head_dim: int = HEAD_DIM) -> Self:
         """Build a projection for tensors of these shapes, by their names in a checkpoint."""
         face_hidden, face_dim = shapes["proj.0.weight"]
         (token_dim,) = shapes["norm.weight"]
         tokens = shapes["proj.2.weight"][0] // token_dim
         own = perceiver_sizes(shapes, "perceiver_resampler.") | {"token_dim": token_dim}
         del own["width"]  # as wide as the tokens
-        return cls(**own, face_dim=face_dim, tokens=tokens, face_hidden=face_hidden)
+        faces = {"face_dim": face_dim, "face_hidden": face_hidden}
+        return cls(**own, **faces, tokens=tokens, head_dim=head_dim)
 
     def forward(self, face: Tensor, states: Tensor) -> Tensor:
         """Project face (B, 512) and hidden states (B, P, E) to image tokens (B, N, D)."""
@@ -186,6 +212,12 @@ class FacePlusV2Projection(FacePlusProjection):
         if isinstance(strength, Tensor):
             strength = strength.view(-1, 1, 1)
         return tokens + strength * self.perceiver_resampler.read(tokens, states)
+
+
+def head_dim_of(projection: nn.Module) -> int | None:
+    """Return the width of a projection's attention heads; None if it has none."""
+    own = [part.head_dim for part in projection.modules() if isinstance(part, Perceiver)]
+    return own[0] if own else None
 
 
 def feed_forward(width: int, hidden: int) -> nn.Sequential:

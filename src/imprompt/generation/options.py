@@ -1,0 +1,165 @@
+"""Arguments of a diffusers pipeline's call: which are said in other words here, and which pass."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from imprompt.errors import SettingError, first_line
+from imprompt.generation.settings import OWN_NAMES, Resolved
+from imprompt.validation import suggestions
+
+# what a pipeline must take, to be called with settings
+NEEDED = ("prompt", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "generator")
+REFUSED = {  # argument -> why it is not passed on
+    "return_dict": "a call always returns a Result",
+    "ip_adapter_image": "the call's first argument takes image prompts",
+    "ip_adapter_image_embeds": "the call's first argument takes image prompts, as files of features"
+    " too",
+    "callback_on_step_end_tensor_inputs": "on_step is told of steps, not of tensors",
+}
+PICTURES = {  # argument -> its name here, where the call gives that picture
+    "image": "init_image or control_image",
+    "mask_image": "mask_image",
+    "control_image": "control_image",
+}
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+TEXTS = {  # encoded text, one row for all results or one for each image prompt -> what it replaces
+    "prompt_embeds": "prompt",
+    "negative_prompt_embeds": "negative_prompt",
+    "pooled_prompt_embeds": "",
+    "negative_pooled_prompt_embeds": "",
+    "prompt_attention_mask": "",
+    "negative_prompt_attention_mask": "",
+}
+
+
+def check_takes_settings(pipeline: Any) -> None:
+    """Raise SettingError if a pipeline cannot be called with the settings of a call."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    if missing := [name for name in NEEDED if name not in takes]:
+        raise SettingError(
+            f"a {type(pipeline).__name__} does not take {' and '.join(missing)}, so that settings "
+            "do not reach it: call it yourself in `with adapter.using(prompt):` (docs/ecosystem.md)"
+        )
+
+
+@contextmanager
+def refusals(pipeline: Any, started: Callable[[], object]) -> Iterator[None]:
+    """Raise what a pipeline says of its arguments, before its first step, as SettingError.
+
+    started  whether the pipeline has called the base model
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        if started():
+            raise
+        raise SettingError(
+            f"a {type(pipeline).__name__} refuses this call: {first_line(error)}"
+        ) from error
+
+
+def checked_options(
+    given: Mapping[str, Any] | None, pipeline: Any, settings: Resolved, ours: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the `pipeline_options` of a call, checked; SettingError.
+
+    ours  options that the call itself gives the pipeline, such as its first picture
+    """
+    options = dict(given or {})
+    takes = inspect.signature(pipeline.__call__).parameters
+    for name in options:
+        if name not in takes:
+            raise _refused(
+                name, f"a {type(pipeline).__name__} has no such option{suggestions(name, takes)}"
+            )
+        if name in OWN_NAMES:
+            raise _refused(name, f"give it as {OWN_NAMES[name]}")
+        if name in REFUSED:
+            raise _refused(name, f"{REFUSED[name]}: leave it out")
+        if name in ours:
+            raise _refused(name, f"the call gives it already, by {PICTURES.get(name, name)}")
+    if settings.image_guidance is not None and options.get("guidance_rescale"):
+        raise SettingError(
+            "image_guidance and guidance_rescale do not go together: the latter would measure "
+            "another prediction"
+        )
+    _check_output(options.get("output_type", "pil"), "mask_image" in ours)
+    return options
+
+
+def _check_output(kind: Any, pasted: bool) -> None:
+    """Raise SettingError for an unknown kind of output, or one that cannot be pasted on."""
+    if kind not in OUTPUT_TYPES:
+        raise _refused("output_type", f"unknown{suggestions(kind, OUTPUT_TYPES)}")
+    if pasted and kind != "pil":
+        raise _refused(
+            "output_type",
+            "with mask_image only 'pil' can be made, as the rest of init_image is pasted on it",
+        )
+
+
+def _refused(name: str, why: str) -> SettingError:
+    return SettingError(f"pipeline_options[{name!r}]: {why}")
+
+
+def without_texts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the options other than encoded text, and the encoded text."""
+    texts = {name: value for name, value in options.items() if name in TEXTS and value is not None}
+    return {name: value for name, value in options.items() if name not in TEXTS}, texts
+
+
+def check_texts(settings: Resolved, encoded: Mapping[str, Any], items: int) -> None:
+    """Raise SettingError unless there is one text for all image prompts or one for each.
+
+    encoded  texts among the `pipeline_options`
+    """
+    for name, replaces in TEXTS.items():
+        if name not in encoded:
+            continue
+        if replaces and getattr(settings, replaces):
+            raise _refused(name, f"give it or {replaces}, not both")
+        if not isinstance(encoded[name], Tensor) or len(encoded[name]) not in (1, items):
+            raise _refused(
+                name, f"give a tensor of one row for all, or of {items}: one for each image prompt"
+            )
+    if not isinstance(settings.prompt, str) and len(settings.prompt) != items:
+        raise SettingError(
+            f"{len(settings.prompt)} texts for {items} image prompts: give one for all, or one for "
+            "each"
+        )
+
+
+def texts_for(
+    settings: Resolved,
+    encoded: Mapping[str, Tensor],
+    batch: Sequence[int],
+    no_words: str | None,
+) -> dict[str, Any]:
+    """Return the texts of a batch as diffusers takes them; one text for all is encoded once.
+
+    encoded   texts that are given in place of words
+    no_words  negative text if none is given; None leaves it out
+    """
+    words = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt or no_words}
+    replaced = {TEXTS[name] for name in encoded}
+    texts: dict[str, Any] = {**words, **encoded}
+    texts = {name: text for name, text in texts.items() if name not in replaced}
+    texts = {name: text for name, text in texts.items() if text is not None}
+    if all(isinstance(text, str) or len(text) == 1 for text in texts.values()):
+        return {**texts, "num_images_per_prompt": len(batch)}
+    numbers = [i // settings.num_images for i in batch]
+    rows = {name: _rows(text, numbers) for name, text in texts.items()}
+    return {**rows, "num_images_per_prompt": 1}
+
+
+def _rows(text: Any, numbers: Sequence[int]) -> Any:
+    """Return the text of each of these image prompts, from one for all or one for each."""
+    if isinstance(text, str):
+        return [text] * len(numbers)
+    if isinstance(text, Tensor):
+        return text.expand(len(numbers), *text.shape[1:]) if len(text) == 1 else text[numbers]
+    return [text[number] for number in numbers]
