@@ -19,7 +19,7 @@ COMMANDS = (
     ["embed", "cat.png", "--out", "cat.safetensors"],
     ["blocks"],
     ["inspect", "out/cat-3.png"],
-    ["data", "check", "."],
+    ["data", "check", "src", "--help"],
     ["train", "recipes/sd15-base.toml", "--set", "data.source=.", "--help"],
     ["evaluate", "run", "--help"],
 )
