@@ -199,8 +199,8 @@ class ModelInjection(ABC):
             args, kwargs = (), in_thirds(self.family, given, scope.text_in_thirds)
             prompts = tuple(prompt.with_branches(BRANCHES) for prompt in prompts)
         call = self.family.call(model, self.by_name(args, kwargs), self.timesteps)
-        if any(prompt.scale.ndim == 3 for prompt in prompts):
-            self.check_time(call, scope)
+        if changing := [prompt.scale for prompt in prompts if prompt.scale.ndim == 3]:
+            self.check_time(call, scope, changing[0])
         positive = None
         if self.family.separate_branches:
             if scope is None and any(prompt.branches > 1 for prompt in prompts):
@@ -214,15 +214,18 @@ class ModelInjection(ABC):
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )
 
-    def check_time(self, call: ModelCall, scope: Scope | None) -> None:
+    def check_time(self, call: ModelCall, scope: Scope | None, scale: Tensor) -> None:
         """Raise MismatchError if the timestep of a call cannot tell progress.
 
-        Of the calls in a `with` block only the first is checked: a real number that stands for the
-        schedule's end is then taken for a scheduler's own.
+        Only the first call is checked, in a `with` block or with this scale: a check waits for the
+        device. In a block a real number that stands for the schedule's end is then taken for a
+        scheduler's own.
         """
-        if scope is not None and scope.timed:
-            return
         timestep = torch.as_tensor(call.given[self.family.arguments[1]])
+        known = scope.timed if scope is not None else getattr(self.local, "timed", None) is scale
+        if known or timestep.is_meta:
+            return
+        self.local.timed = scale
         progress, slack = call.place(FINE) / FINE, SLACK / self.timesteps
         stray = (progress < -slack) | (progress > 1 + slack)
         if scope is not None:

@@ -83,8 +83,7 @@ def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: MemoryOptions
 
     Raise SettingError if diffusers has none for this pipeline.
     """
-    own = type(pipeline).__name__
-    table = family_of(base_of(pipeline)).pipelines.get(own, TaskTable())
+    own, table = type(pipeline).__name__, tasks_of(pipeline)
     names = table.plain if controlnet is None else table.controlled
     name = getattr(names, kind, "")
     if name == own or (kind == "text" and controlnet is None):
@@ -102,6 +101,11 @@ def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: MemoryOptions
     return other
 
 
+def tasks_of(pipeline: Any) -> TaskTable:
+    """Return diffusers' pipelines over the same networks; empty if none are known."""
+    return family_of(base_of(pipeline)).pipelines.get(type(pipeline).__name__, TaskTable())
+
+
 def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dtype) -> Any:
     """Load a ControlNet for the pipeline's base model on the CPU.
 
@@ -112,6 +116,10 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
     from diffusers.models.controlnets.controlnet import ControlNetModel
 
     refuse_url(name)
+    if tasks_of(pipeline).controlled is None:
+        raise SettingError(
+            f"no ControlNet is known for a {type(pipeline).__name__}: leave controlnet out"
+        )
     if name not in model.controlnets and not Path(name).is_dir() and not may_be_on_hub(name):
         known = f"one of {', '.join(model.controlnets)}, " if model.controlnets else ""
         raise SettingError(
