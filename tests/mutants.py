@@ -24,7 +24,7 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome
 ROOT = Path(__file__).parents[1]
 PACKAGE = "src/imprompt"
 COPY = ROOT / "runs" / "mutants"
-SECONDS = 400  # a run of a room's tests that takes longer has noticed the fault
+SECONDS = 900  # a run of a room's tests that takes longer has noticed the fault
 
 
 class Room(NamedTuple):

@@ -161,7 +161,7 @@ def test_threads_make_the_serial_pictures(saved: Saved) -> None:
 
 
 def test_what_it_cannot_do_is_refused_in_one_line(saved: Saved) -> None:
-    with pytest.raises(SettingError, match="no ControlNet is known for a .*Pipeline: leave"):
+    with pytest.raises(SettingError, match=r"no ControlNet is known for a \w+Pipeline: leave"):
         saved.pipeline(controlnet=str(saved.model))
     pipe = saved.pipeline()
     unit, near = {"pixart": (8, (24, 32)), "flux": (4, (24, 28))}[saved.name]
