@@ -4,6 +4,7 @@
 # make claims  measure the paper's claims on the packaged model (under an hour), then write docs/reports/claims.md
 # make world  make the packaged model from nothing and measure it (hours); BUDGET=gpu: the larger one
 # make floors  do the core tests pass with the oldest versions that pyproject.toml allows?
+# make mutants  puts small faults into the code and counts what the tests notice (hours; MUTANTS='--rooms training --count 9')
 # make rehearse  the same in 20 steps a stage, in a clone: does every stage run?
 PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
@@ -13,7 +14,7 @@ DEV_INSTALLED := .venv/.installed-dev
 BUDGET ?= cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install
 
-.PHONY: demo bench claims world rehearse test test-slow lint floors types check clean
+.PHONY: demo bench claims world rehearse test test-slow lint floors mutants types check clean
 
 demo: $(INSTALLED)
 	$(BIN)/imprompt demo
@@ -52,6 +53,10 @@ floors: $(DEV_INSTALLED)
 	$(BIN)/uv pip install --no-config --python runs/floors/$(notdir $(BIN))/python --resolution lowest-direct \
 		-e '.[train,evaluate]' --group dev
 	runs/floors/$(notdir $(BIN))/python -m pytest -W default $(CORE:%=tests/test_%.py) -k 'not half_precision'
+
+mutants: $(DEV_INSTALLED)
+	$(PIP) -c constraints.txt --group mutants
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 types: $(DEV_INSTALLED)
 	$(BIN)/pyright
