@@ -604,3 +604,14 @@ def test_a_folder_of_an_unpointed_state_is_written_anew(tmp_path: Path) -> None:
     (tmp_path / "step-0000002" / "torn").touch()
     state.save_state(tmp_path, 2, {"a": lambda path: path.write_text("x") and None}, {}, keep=1)
     assert names(tmp_path / "latest") == ["a", "state.json"]
+
+
+def test_links_that_a_kill_left_behind_are_set_when_the_run_goes_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    plan = recipe(folder, tmp_path, 4)
+    loop.train(plan)
+    (link := tmp_path / "latest").unlink()
+    link.symlink_to("step-0000002")
+    loop.train(plan)
+    assert link.resolve().name == "step-0000004"

@@ -26,7 +26,7 @@ from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 from imprompt.training.setup import Setup, gathered, set_up
 from imprompt.training.signals import StopRequest, Wish, Wishes
-from imprompt.training.state import save_state
+from imprompt.training.state import link_states, save_state
 from imprompt.training.step import NaNGuard
 from imprompt.training.validation import held_out_loss
 from imprompt.training.watch import (
@@ -84,7 +84,10 @@ class Run:
             self.lock = lock_output(recipe.output)
         self.setup.accelerator.wait_for_everyone()
         done = self._resume()
+        self.setup.accelerator.wait_for_everyone()  # all have read the state that links lead to
         if self.setup.main:
+            if done:
+                link_states(recipe.output, done)
             self.metrics.cut(done)
             self.trackers = open_trackers(recipe, done, self.watcher.warned)
         self._count(done)

@@ -97,16 +97,25 @@ def save_state(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    best = link_states(run, step)
+    whole = list(_readable(run, warn))
+    for old in {*whole} - {final, best, *whole[-keep:]}:
+        _drop(old)
+    return final
+
+
+def link_states(run: Path, step: int) -> Path | None:
+    """Link RUN/latest to the state of that step and RUN/best to the best one; return the latter.
+
+    A run that is resumed does it too, as a kill may come between a state and its links.
+    """
     for copy in filter(is_copy, (run / LATEST, run / BEST)):
         _make_room(copy)
     best = best_state(run)
     if best is not None:
         _link(run / BEST, best)
-    _link(run / LATEST, final)
-    whole = list(_readable(run, warn))
-    for old in {*whole} - {final, best, *whole[-keep:]}:
-        _drop(old)
-    return final
+    _link(run / LATEST, run / f"step-{step:07d}")
+    return best
 
 
 def _readable(run: Path, warn: Warn) -> Iterator[Path]:
