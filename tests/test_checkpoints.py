@@ -523,7 +523,7 @@ def test_sizes_that_make_no_projection(tmp_path: Path) -> None:
 def test_values_that_are_no_plain_tensors(tmp_path: Path) -> None:
     tensors = paper_tensors(made(), tmp_path)
     odd = {
-        "epoch": 5,
+        "strength": 5,
         "image_proj.proj.bias": torch.ones(3072, dtype=torch.int64),
         "image_proj.norm.bias": torch.ones(1).expand(10**9),
         "ip_adapter.1.to_k_ip.weight": torch.ones(4, WIDTH).to_sparse(),

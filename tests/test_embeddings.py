@@ -235,8 +235,13 @@ REFUSED: list[tuple[str, str, Write, str]] = [
     ("empty", "safetensors", Path.touch, "is empty"),
     ("empty", "ipadpt", Path.touch, "cut short"),
     ("text", "safetensors", lambda path: path.write_text("features"), "is damaged or cut short"),
-    ("text", "ipadpt", lambda path: path.write_text("features"), "is damaged, cut short"),
-    ("code", "ipadpt", pickled(Trap()), "holds code, not only a tensor; refused"),
+    (
+        "text",
+        "ipadpt",
+        lambda path: path.write_text("features"),
+        "is damaged or cut short",
+    ),
+    ("code", "ipadpt", pickled(Trap()), "holds code, not only tensors; refused"),
     ("a list", "ipadpt", pickled([ROW, ROW]), "holds a list instead of one tensor"),
     (
         "whole numbers",

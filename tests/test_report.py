@@ -357,7 +357,8 @@ def test_a_folder_that_holds_no_finished_run(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no pictures of scale=0"):
         write_report(folder)
     for text, said in (
-        ("[]", "its summary.json lacks 'run'"),
+        ("[]", r"its summary.json holds \[\]: input should be a valid dictionary"),
+        ("{}", "its summary.json lacks 'run'"),
         ('{"run": {}, "settings": [{"name": "a"}]}', "lacks 'axes'"),
     ):
         (folder / "summary.json").write_text(text)

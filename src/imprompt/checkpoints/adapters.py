@@ -5,10 +5,10 @@
 name their tensors. Shape letters as in `imprompt.adapter`.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ from imprompt.attention.low_rank import AttentionLowRank, ModelLowRank
 from imprompt.checkpoints import layouts
 from imprompt.checkpoints.integrity import blank_projection, check_whole, shapes_of, text_dim
 from imprompt.checkpoints.layouts import Layout
-from imprompt.checkpoints.tensors import check_plain, read_tensors, some, write_tensors
-from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
+from imprompt.checkpoints.spellings import original_spelling
+from imprompt.checkpoints.tensors import INDEX, check_plain, read_tensors, some, write_tensors
+from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import Family, family_of
 from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
+from imprompt.untrusted import parse_json
 from imprompt.variants import BY_NAME, CheckpointEvidence, Variant, bearing, find_variant
 
 FORMAT = 1
@@ -164,7 +166,7 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
     tensor is named at once. Raises SettingError if `variant` contradicts the file.
     """
     file = _file_at(Path(path))
-    tensors, metadata = read_tensors(file, layouts.adapter_keys)
+    tensors, metadata = read_tensors(file, partial(layouts.adapter_keys, file))
     if kind := layouts.foreign(tensors):
         raise CheckpointError(f"{file} is {kind}")
     layout = layouts.layout_of(tensors)
@@ -174,6 +176,7 @@ def read_adapter(path: str | os.PathLike[str], variant: str | None = None) -> Ad
             f"{some(tensors) or 'no tensors'}"
         )
     check_plain(file, tensors)
+    tensors = original_spelling(tensors, layout.projection)
     header = _read_header(file, metadata)
     projection = {
         key.removeprefix(layout.projection): tensors[key]
@@ -370,7 +373,8 @@ def _file_at(path: Path) -> Path:
     """Return the file to read for `path`, which may be a folder."""
     if not path.is_dir():
         return path
-    found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
+    named = [path / name for name in IN_FOLDERS if (path / name).is_file()]
+    found = next(iter([*named, *sorted(path.glob(f"*{INDEX}"))]), None)
     if found is None:
         raise CheckpointError(f"{path} holds no adapter: none of {', '.join(IN_FOLDERS)} is in it")
     return found
@@ -384,7 +388,7 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
     if METADATA_KEY not in metadata:
         return None
     try:
-        fields = json.loads(metadata[METADATA_KEY])
+        fields = parse_json(metadata[METADATA_KEY])
         if isinstance(fields, dict) and fields.get("format") != FORMAT:
             theirs = repr(fields.get("format"))
             raise CheckpointError(
@@ -400,10 +404,8 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
         raise CheckpointError(
             f"{path} has a header that this imprompt cannot read ({some(faults)})"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} has a header that is not valid JSON: {first_line(error)}"
-        ) from error
+    except SettingError as error:
+        raise CheckpointError(f"{path} has a header that is not valid JSON: {error}") from error
 
 
 def _variant_of(

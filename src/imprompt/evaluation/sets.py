@@ -19,12 +19,11 @@ from imprompt.training.listings import (
     FOLDER_FORM,
     json_lines,
     json_list,
-    parse_json,
     read_listing,
-    read_text,
 )
 from imprompt.training.recipe import Columns
 from imprompt.training.samples import Names
+from imprompt.untrusted import read_json, read_text
 from imprompt.validation import suggestions
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
@@ -105,7 +104,7 @@ def coco_items(root: Path) -> Iterator[Item]:
     """
     path = captions_file(root)
     assert path is not None
-    facts = parse_json(read_text(path), path)
+    facts = read_json(path, lenient=True)
     try:
         first = {}
         for annotation in sorted(facts["annotations"], key=lambda one: one["id"]):

@@ -1,12 +1,14 @@
 """Write rows.jsonl and summary.json from all chunks: means, intervals, distances."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import create_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,8 +23,12 @@ from imprompt.evaluation.metrics import (
     kernel_distances,
 )
 from imprompt.evaluation.plan import Chunk
-from imprompt.evaluation.results import Row, cluster
+from imprompt.evaluation.results import PictureRow, Row, cluster
 from imprompt.files import atomic_write
+from imprompt.untrusted import read_json_lines
+
+SCORES: Any = dict.fromkeys(METRICS, (float, math.nan))
+ScoredRow = create_model("ScoredRow", __base__=PictureRow, **SCORES)
 
 
 def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str, Any]:
@@ -60,8 +66,8 @@ def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str,
 def read_rows(chunk: Chunk) -> list[Row]:
     """Return the rows of a chunk; SettingError if its file is missing or damaged."""
     try:
-        rows = [json.loads(line) for line in chunk.rows.read_text("utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
+        rows = read_json_lines(chunk.rows, ScoredRow, lenient=True)
+    except (OSError, SettingError) as error:
         raise damaged(chunk.rows, chunk) from error
     if len(rows) != chunk.pictures:
         raise damaged(chunk.rows, chunk)
@@ -95,11 +101,11 @@ def features_of(chunks: Sequence[Chunk], key: str) -> tuple[Tensor, Tensor]:
     for chunk in chunks:
         try:
             held = load_file(chunk.embeddings)
-        except (OSError, SafetensorError) as error:
+            targets = [path for item in chunk.items for path in item.targets]
+            real |= zip(targets, held[f"{key}.targets"], strict=True)
+            made.append(held[key])
+        except (OSError, SafetensorError, LookupError, ValueError) as error:
             raise damaged(chunk.embeddings, chunk) from error
-        targets = [path for item in chunk.items for path in item.targets]
-        real |= zip(targets, held[f"{key}.targets"], strict=True)
-        made.append(held[key])
     return torch.stack([*real.values()]), torch.cat(made)
 
 

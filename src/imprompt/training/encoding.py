@@ -22,10 +22,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imprompt.errors import ImpromptError
+from imprompt.errors import ImpromptError, SettingError
 from imprompt.files import atomic_write, flush
 from imprompt.training.buckets import Size, bucket_sizes
 from imprompt.training.cache import (
+    FeaturePlan,
+    ShardTable,
     Table,
     plan_facts,
     read_table,
@@ -38,6 +40,7 @@ from imprompt.training.examples import Example, bucket_of
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Source
+from imprompt.untrusted import read_json
 
 SHARD = 256  # samples in a shard
 AT_ONCE = 16  # pictures that the models take at a time
@@ -150,7 +153,7 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
     filled = any(folder.glob("shard-*"))
     if plan_file.exists() or filled:
         # shards are looked for before the plan: another process may be starting the folder
-        refuse_others(folder, plan_facts(read_table(plan_file)), plan_facts(plan))
+        refuse_others(folder, plan_facts(read_table(plan_file, FeaturePlan)), plan_facts(plan))
     else:
         write_table(plan_file, plan, rank)
     if not nulls_file.exists():
@@ -216,11 +219,11 @@ def described(path: Path) -> Table:
 def shard_table(folder: Path, number: int) -> Table | None:
     """Return the shard's table, or None unless the shard exists with the right length."""
     try:
-        table = json.loads(shard_file(folder, number, ".json").read_bytes())
+        table = read_json(shard_file(folder, number, ".json"), ShardTable)
         return (
             table if shard_file(folder, number, ".tar").stat().st_size == table["bytes"] else None
         )
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, SettingError):
         return None
 
 

@@ -1,6 +1,5 @@
 """Training pictures in files, listed in a folder's metadata.jsonl or the paper's JSON list."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from imprompt.training.samples import (
     first_of,
     given_size,
 )
+from imprompt.untrusted import parse_json, read_json, read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,43 +130,16 @@ def read_listing(
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of every line that is not blank."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", parse_json(line, path, number)
+    for number, line in read_lines(path):
+        yield f"line {number}", parse_json(line, path, number, lenient=True)
 
 
 def json_list(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of every element; raise SettingError if it is not a list."""
-    items = parse_json(read_text(path), path)
+    items = read_json(path, lenient=True)
     if not isinstance(items, list):
         raise SettingError(f"{path} holds a {type(items).__name__}, not a list of pictures")
     yield from ((f"entry {number}", item) for number, item in enumerate(items, 1))
-
-
-def read_text(path: Path) -> str:
-    """Read a file as UTF-8; raise SettingError, with the line, if it is not UTF-8."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")  # some editors write a byte order mark first
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SettingError(f"{path}, line {line}: not UTF-8 text") from error
-
-
-def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """Parse JSON text that begins at `line` of the file.
-
-    Raise SettingError, with the line, if it is not valid.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SettingError(
-            f"{path}, line {line + error.lineno - 1}: not valid JSON "
-            f"({error.msg} at column {error.colno})"
-        ) from error
-    except RecursionError as error:
-        raise SettingError(f"{path}, line {line}: nested too deep") from error
 
 
 FOLDER_FORM = '{"file_name": "0001.png", "text": "a cat"}'

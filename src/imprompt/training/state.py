@@ -14,13 +14,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+from pydantic import Field
 
-from imprompt.errors import CheckpointError, SettingError, first_line
+from imprompt.checkpoints.tensors import load_pickle
+from imprompt.errors import CheckpointError, ImpromptError, SettingError, first_line
 from imprompt.files import flush
 from imprompt.training.recipe import Recipe
+from imprompt.untrusted import StoredTable, read_json
 
 # Keys of a recipe that a run keeps from first to last step; others may change when it resumes.
 FIXED = (
@@ -32,6 +34,14 @@ FIXED = (
     *(f"optimization.{key}" for key in ("batch_size", "optimizer", "ema")),
 )
 Write = Callable[[Path], None]
+
+
+class StateFacts(StoredTable):
+    """Content of state.json."""
+
+    step: Annotated[int, Field(ge=0)]
+    recipe: dict[str, Any]
+    held_out_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +115,9 @@ def load_state(run: Path, recipe: Recipe) -> State | None:
     if not folder.exists():
         return None
     try:
-        facts = json.loads((folder / "state.json").read_text())
-        training = torch.load(folder / "training.pt", weights_only=True, map_location="cpu")
-        stored = facts["recipe"]
-    except Exception as error:  # a damaged pickle may raise any error
+        facts = read_json(folder / "state.json", StateFacts, lenient=True)
+        training, stored = load_pickle(folder / "training.pt"), facts["recipe"]
+    except (OSError, ImpromptError) as error:
         raise CheckpointError(
             f"{folder} is damaged ({first_line(error)}); remove it and point latest to an older "
             "step"
@@ -136,7 +145,8 @@ def _at(recipe: Mapping[str, Any], key: str) -> Any:
 def _better(loss: float | None, best: Path) -> bool:
     if loss is None or not best.exists():
         return loss is not None
-    return loss < json.loads((best / "state.json").read_text())["held_out_loss"]
+    lowest = read_json(best / "state.json", StateFacts, lenient=True).get("held_out_loss")
+    return lowest is None or loss < lowest
 
 
 def _point(link: Path, folder: Path) -> None:
