@@ -183,7 +183,8 @@ def load_pickle(path: Path) -> Any:
 def check_pickle(path: Path) -> None:
     """Raise CheckpointError if unpickling a file could take more memory than its size explains.
 
-    Other damage raises other errors. torch.save writes a zip archive without compression, or before version 1.6 plain pickles.
+    Other damage raises other errors. torch.save writes a zip archive without compression, or before
+    version 1.6 plain pickles.
     """
     with open_regular(path) as file:
         try:

@@ -204,7 +204,12 @@ def name_in(root: Path, path: Path) -> str:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Return the picture files of a folder, sorted."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        # macOS writes ._a.png next to a.png, which is no picture
+        if path.suffix.lower() in PICTURES and not path.name.startswith("._")
+    )
 
 
 def has_subjects(root: Path) -> bool:

@@ -291,8 +291,8 @@ class ShardSource:
         """Read a sample; raise BadSample if it is damaged or lacks a required part."""
         tar, number = self._find(index)
         name, members = tar.name(number), tar.members(number)
-        text = caption(name, self._text(tar, number, members), self.captions_required)
         target = self._picture(tar, number, self._target(name, members))
+        text = caption(name, self._text(tar, number, members), self.captions_required)
         references = (
             self._picture(tar, number, ending) for ending in fitting(members, self.names.reference)
         )
@@ -324,7 +324,8 @@ class ShardSource:
         if found is None:
             raise BadSample(
                 name,
-                f"holds no picture, only {', '.join(members)}; data.columns.image names the ending",
+                f"holds no picture, only {', '.join(members)}; data.columns.image names the ending "
+                "(all that follows the first dot)",
                 "absent",
             )
         return found
