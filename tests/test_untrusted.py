@@ -291,11 +291,21 @@ def test_what_stands_in_place_of_safetensors_is_named(start: bytes, tmp_path: Pa
 
 
 def test_braces_are_counted_before_they_are_expanded() -> None:
-    for source in ("x{0..999999999999}.tar", "x{0..9999}{0..9999}.tar"):
-        with pytest.raises(SettingError, match=r"these braces name more than 1,000,000 shards"):
+    for source in (
+        "x{0..999999999999}.tar",
+        "x{0..9999}{0..9999}.tar",
+        "{a,b}" * 40,
+        "{0..1" + "0" * 30 + "}",
+    ):
+        with pytest.raises(
+            SettingError, match=r"these braces name too many shards, 300,000 are allowed"
+        ):
             expand_braces(source)
-    with pytest.raises(SettingError, match=r"data\.source"):
-        expand_braces("{" * 5000 + "a,b" + "}" * 5000)
+    for source in ("{" * 5000 + "a,b" + "}" * 5000, "{a"):
+        with pytest.raises(SettingError, match=r"data\.source = .*nested too deep, or not closed"):
+            expand_braces(source)
+    assert expand_braces("{a,{0..2}}{b,c}")[-1] == "2c"
+    assert len(expand_braces("a{0..9999}.tar::b{0..9999}.tar")) == 20_000
     assert expand_braces("x{08..10}.tar") == ["x08.tar", "x09.tar", "x10.tar"]
 
 

@@ -6,7 +6,6 @@ defines which shards are meant, how members group into samples, and how remote s
 
 import glob
 import hashlib
-import math
 import os
 import re
 import shutil
@@ -37,8 +36,11 @@ IMAGES = "jpg,jpeg,png,webp,gif,avif,tiff,tif,bmp,ppm,jp2"  # file endings, the 
 HEADER = 65536  # bytes that hold the header of nearly every picture
 # members that the library skips, and those that macOS adds
 NOT_SAMPLES = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX/|\._)")
-MAX_SHARDS = 1_000_000  # shards that braces may name
-RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+MAX_SHARDS, MAX_NAMES = 300_000, 1 << 28  # shards that braces may name, and their characters
+MAX_URL = 4096  # characters
+MAX_NESTED = 8  # braces inside each other
+INNERMOST = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\n?")
 FETCHES = 4  # shards fetched at once
 KEEP = 16  # streamed shards of a set that stay on the disk
 T = TypeVar("T")
@@ -371,9 +373,7 @@ def expand_braces(source: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     try:
-        many = math.prod(abs(int(last) - int(first)) + 1 for first, last in RANGE.findall(source))
-        if many > MAX_SHARDS:
-            raise ValueError(f"these braces name more than {MAX_SHARDS:,} shards")
+        refuse_many(source)
         urls = expand_urls(source)
     except (ValueError, AssertionError, RecursionError) as error:
         raise SettingError(f"data.source = {source!r}: {first_line(error)}") from error
@@ -384,6 +384,32 @@ def expand_braces(source: str) -> list[str]:
     if not found:
         raise SettingError(f"data.source = {source!r}: no file fits this pattern")
     return found
+
+
+def refuse_many(source: str) -> None:
+    """Raise ValueError if braces name more than MAX_SHARDS, or their names take too much memory."""
+    urls = source.split("::")
+    if any(len(url) > MAX_URL for url in urls):
+        raise ValueError(f"a name of more than {MAX_URL:,} characters")
+    many = sum(map(count_braces, urls))
+    if many > MAX_SHARDS or many * len(source) > MAX_NAMES:
+        raise ValueError(f"these braces name too many shards, {MAX_SHARDS:,} are allowed")
+
+
+def count_braces(url: str) -> int:
+    """Return how many URLs braces name at most; more than there are where braces are nested.
+
+    Raise ValueError if they are nested too deep to count.
+    """
+    many, left = 1, re.sub(r"\\.", "", url)  # without what is escaped
+    for _ in range(MAX_NESTED):
+        for inside in INNERMOST.findall(left):
+            ends = RANGE.fullmatch(inside)
+            many *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inside.count(",") + 1
+        left = INNERMOST.sub("", left)
+    if "{" in left:
+        raise ValueError("these braces are nested too deep, or not closed")
+    return many
 
 
 def is_remote(url: str) -> bool:
