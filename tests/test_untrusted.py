@@ -301,7 +301,7 @@ def test_braces_are_counted_before_they_are_expanded() -> None:
             SettingError, match=r"these braces name too many shards, 300,000 are allowed"
         ):
             expand_braces(source)
-    for source in ("{" * 5000 + "a,b" + "}" * 5000, "{a"):
+    for source in ("{" * 1000 + "a,b" + "}" * 1000, "{a"):
         with pytest.raises(SettingError, match=r"data\.source = .*nested too deep, or not closed"):
             expand_braces(source)
     assert expand_braces("{a,{0..2}}{b,c}")[-1] == "2c"

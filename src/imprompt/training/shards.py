@@ -376,7 +376,8 @@ def expand_braces(source: str) -> list[str]:
         refuse_many(source)
         urls = expand_urls(source)
     except (ValueError, AssertionError, RecursionError) as error:
-        raise SettingError(f"data.source = {source!r}: {first_line(error)}") from error
+        shown = source if len(source) <= 200 else f"{source[:199]}…"
+        raise SettingError(f"data.source = {shown!r}: {first_line(error)}") from error
     found = []
     for url in urls:
         pattern = not is_remote(url) and glob.has_magic(url) and not os.path.exists(url)
