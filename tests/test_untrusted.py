@@ -301,9 +301,8 @@ def test_braces_are_counted_before_they_are_expanded() -> None:
             SettingError, match=r"these braces name too many shards, 300,000 are allowed"
         ):
             expand_braces(source)
-    for source in ("{" * 1000 + "a,b" + "}" * 1000, "{a"):
-        with pytest.raises(SettingError, match=r"data\.source = .*nested too deep, or not closed"):
-            expand_braces(source)
+    with pytest.raises(SettingError, match=r"data\.source = .*nested deeper than 8"):
+        expand_braces("{" * 1000 + "a,b" + "}" * 1000)
     assert expand_braces("{a,{0..2}}{b,c}")[-1] == "2c"
     assert len(expand_braces("a{0..9999}.tar::b{0..9999}.tar")) == 20_000
     assert expand_braces("x{08..10}.tar") == ["x08.tar", "x09.tar", "x10.tar"]

@@ -228,7 +228,7 @@ def _joined(index: Path, choose: Choice) -> tuple[dict[str, Any], dict[str, str]
         parts = read_json(index, ShardIndex)["weight_map"]
     except (OSError, SettingError) as error:
         raise CheckpointError(f"{index} cannot be read: {first_line(error)}") from error
-    if outside := [name for name in parts.values() if Path(name).name != name]:
+    if outside := [name for name in parts.values() if not name or Path(name).name != name]:
         raise CheckpointError(f"{index} names a file outside its folder: {some(outside)}")
     wanted = choose(parts)
     tensors: dict[str, Any] = {}

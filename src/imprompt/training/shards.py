@@ -408,8 +408,8 @@ def count_braces(url: str) -> int:
             ends = RANGE.fullmatch(inside)
             many *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inside.count(",") + 1
         left = INNERMOST.sub("", left)
-    if "{" in left:
-        raise ValueError("these braces are nested too deep, or not closed")
+    if INNERMOST.search(left):
+        raise ValueError(f"these braces are nested deeper than {MAX_NESTED}")
     return many
 
 

@@ -37,11 +37,16 @@ Write = Callable[[Path], None]
 
 
 class StateFacts(StoredTable):
-    """Content of state.json."""
+    """Content of state.json that tells how good a state is."""
 
     step: Annotated[int, Field(ge=0)]
-    recipe: dict[str, Any]
     held_out_loss: float | None = None
+
+
+class WholeStateFacts(StateFacts):
+    """Content of state.json that a run needs to resume."""
+
+    recipe: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def load_state(run: Path, recipe: Recipe) -> State | None:
     if not folder.exists():
         return None
     try:
-        facts = read_json(folder / "state.json", StateFacts, lenient=True)
+        facts = read_json(folder / "state.json", WholeStateFacts, lenient=True)
         training, stored = load_pickle(folder / "training.pt"), facts["recipe"]
     except (OSError, ImpromptError) as error:
         raise CheckpointError(
