@@ -53,6 +53,8 @@ def edited_samples(
     """
     if "digests" not in table:
         return []
+    if not len(samples) == len(table["digests"]) == len(table.get("stamps", ())):
+        return list(samples)  # a changed table, which tells of none
     marks = zip(samples, table["stamps"], table["digests"], strict=True)
     return [
         index
