@@ -54,7 +54,7 @@ def edited_samples(
     if "digests" not in table:
         return []
     if not len(samples) == len(table["digests"]) == len(table.get("stamps", ())):
-        return list(samples)  # a changed table, which tells of none
+        return list(samples)  # the table was changed, so its marks show nothing
     marks = zip(samples, table["stamps"], table["digests"], strict=True)
     return [
         index
