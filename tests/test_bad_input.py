@@ -195,7 +195,7 @@ def save_results(at: Path) -> None:
 def save_recipes(at: Path) -> None:
     for name in ("pictures", "no-pictures", "bad-listing"):
         (at / name).mkdir()
-    (at / "pictures" / "metadata.jsonl").write_text('{"file_name": "gone.png"}')
+    (at / "pictures" / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "a"}')
     (at / "bad-listing" / "metadata.jsonl").write_text('{"file_name": "a.png"}\nno json')
     (at / "recipe.toml").write_text(
         RECIPE.format(model=at / "model", run=at / "run", pictures=at / "pictures")

@@ -7,10 +7,13 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from diffusers.loaders import UNet2DConditionLoadersMixin
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -525,7 +528,7 @@ def test_sizes_that_make_no_projection(tmp_path: Path) -> None:
 def test_values_that_are_no_plain_tensors(tmp_path: Path) -> None:
     tensors = paper_tensors(made(), tmp_path)
     odd = {
-        "epoch": 5,
+        "strength": 5,
         "image_proj.proj.bias": torch.ones(3072, dtype=torch.int64),
         "image_proj.norm.bias": torch.ones(1).expand(10**9),
         "ip_adapter.1.to_k_ip.weight": torch.ones(4, WIDTH).to_sparse(),
@@ -828,3 +831,85 @@ def test_a_published_shape_needs_no_word_on_its_heads(
     write_adapter(tmp_path / "a.safetensors", replace(file, header=None), "paper")
     assert read_adapter(tmp_path / "a.safetensors").head_dim is None
     assert not caplog.records
+
+
+def nested_in(wrappers: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The tensors under the names that a training script wraps them in."""
+    wrapped: Any = {}
+    for key, tensor in tensors.items():
+        outer, inner = key.split(".", 1)
+        wrapped[f"{outer}.module.{inner}" if wrappers == "inner" else key] = tensor
+    for name in reversed(wrappers.split(".")) if wrappers != "inner" else ():
+        prefix = name in ("module", "_orig_mod")
+        wrapped = {f"{name}.{key}": t for key, t in wrapped.items()} if prefix else {name: wrapped}
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "wrappers",
+    ["module", "_orig_mod", "state_dict", "model", "ema", "inner", "state_dict.ema_model.module"],
+)
+def test_wrappers_of_training_scripts_are_taken_off(wrappers: str, tmp_path: Path) -> None:
+    file = made()
+    wrapped = nested_in(wrappers, paper_tensors(file, tmp_path))
+    torch.save(wrapped | {"epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "a.bin")
+    assert_same_tensors(bare(file), read_adapter(tmp_path / "a.bin"))
+
+
+def test_two_adapters_in_one_file_are_not_chosen_from(tmp_path: Path) -> None:
+    tensors = paper_tensors(made(), tmp_path)
+    torch.save({"model": tensors, "ema": dict(tensors)}, tmp_path / "a.bin")
+    said = "a.bin holds an adapter under each of model, ema: save one of them alone"
+    assert said in refusal(tmp_path / "a.bin")
+    torch.save({"shadow_params": [*tensors.values()], "decay": 0.9}, tmp_path / "b.bin")
+    assert "averaged weights without the names of their tensors" in refusal(tmp_path / "b.bin")
+
+
+def split_in_two(file: AdapterFile, at: Path) -> Path:
+    """Write the tensors to two files with an index; return it."""
+    tensors = paper_tensors(file, at)
+    at = at / "split"
+    at.mkdir()
+    named = {key: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, key in enumerate(tensors)}
+    for name in set(named.values()):
+        safetensors.torch.save_file(
+            {key: tensors[key] for key in tensors if named[key] == name}, at / name
+        )
+    (at / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+    return at / "model.safetensors.index.json"
+
+
+def test_a_split_file_is_read_by_its_index(tmp_path: Path) -> None:
+    file = made()
+    index = split_in_two(file, tmp_path)
+    for path in (index, index.parent):
+        assert_same_tensors(bare(file), read_adapter(path))
+    named = json.loads(index.read_text())["weight_map"]
+    for change, words in (
+        ({"image_proj.more": "model-00001-of-00002.safetensors"}, "its files lack image_proj.more"),
+        ({"image_proj.more": "../a.safetensors"}, "names a file outside its folder: ../a.safeten"),
+        ({"image_proj.more": 3}, "weight_map.image_proj.more = 3: input should be a valid string"),
+    ):
+        index.write_text(json.dumps({"weight_map": named | change}))
+        assert words in refusal(index)
+    index.write_text(json.dumps({"weight_map": named | {"image_proj.more": "b.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"b.safetensors: there is no such file"):
+        read_adapter(index)
+
+
+def test_diffusers_spelling_of_a_resampler_is_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    own = Resampler(24, WIDTH, tokens=4, width=64, depth=4)
+    file = replace(made("plus-2-5"), projection=dict(own.state_dict()))
+    file = replace(bare(file), variant=find_variant("plus"))
+    write_adapter(tmp_path / "a.safetensors", file, "paper")
+    convert = UNet2DConditionLoadersMixin._convert_ip_adapter_image_proj_to_diffusers
+    theirs = convert(SimpleNamespace(), dict(own.state_dict()), low_cpu_mem_usage=False)
+    respelt = {f"image_proj.{key}": tensor for key, tensor in theirs.state_dict().items()}
+    assert "image_proj.layers.0.attn.to_q.weight" in respelt
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    layers = {key: tensor for key, tensor in tensors.items() if key.startswith("ip_adapter.")}
+    safetensors.torch.save_file(respelt | layers, tmp_path / "b.safetensors")
+    assert_same_tensors(
+        read_adapter(tmp_path / "a.safetensors"), read_adapter(tmp_path / "b.safetensors")
+    )

@@ -237,8 +237,13 @@ REFUSED: list[tuple[str, str, Write, str]] = [
     ("empty", "safetensors", Path.touch, "is empty"),
     ("empty", "ipadpt", Path.touch, "cut short"),
     ("text", "safetensors", lambda path: path.write_text("features"), "is damaged or cut short"),
-    ("text", "ipadpt", lambda path: path.write_text("features"), "is damaged, cut short"),
-    ("code", "ipadpt", pickled(Trap()), "holds code, not only a tensor; refused"),
+    (
+        "text",
+        "ipadpt",
+        lambda path: path.write_text("features"),
+        "is damaged or cut short",
+    ),
+    ("code", "ipadpt", pickled(Trap()), "holds code, not only tensors; refused"),
     ("a list", "ipadpt", pickled([ROW, ROW]), "holds a list instead of one tensor"),
     (
         "whole numbers",
@@ -442,3 +447,26 @@ def test_wrong_use_is_reported_in_one_line(
         embed(photos[0], *arguments)
     one_line(caught, words)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+NEGATIVE = torch.zeros(1, 1, 24)
+POOLED, STATES = random_features(1, 24), random_features(1, 6, 24)
+
+
+@pytest.mark.parametrize(
+    ("held", "features"),
+    [
+        (POOLED, POOLED),  # ComfyUI
+        (POOLED[None], POOLED),  # ComfyUI, of one token
+        ([torch.cat([NEGATIVE, POOLED[None]])], POOLED),  # diffusers with guidance
+        ([POOLED[None]], POOLED),  # and without
+        (STATES, STATES),
+        ([torch.stack([torch.zeros_like(STATES), STATES])], STATES),
+        ([STATES[None]], STATES),
+    ],
+)
+def test_features_of_each_writer_of_ipadpt(held: Any, features: Tensor, tmp_path: Path) -> None:
+    torch.save(held, tmp_path / "a.ipadpt")
+    found = load_embedding(tmp_path / "a.ipadpt")
+    assert found.parts[0].equal(features)
+    assert found.feature == {2: "pooled", 3: "penultimate"}[features.ndim]

@@ -319,7 +319,7 @@ def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
         match=r"holds parts of a run, but no run.json that describes it: give another --out",
     ):
         evaluate(plan(place, "headless", protocol={}))
-    for text in ("{}", "[]", "{"):
+    for text in ("{}", "[]", "{", "null", "[" * 100_000, '{"judges": [1], "adapters": []}'):
         (headless / "run.json").write_text(text)
         with pytest.raises(SettingError, match=r"run.json is damaged \(.*give another --out"):
             evaluate(plan(place, "headless", protocol={}))
@@ -330,6 +330,14 @@ def test_what_is_left_of_a_run_is_never_taken_for_another(place: Path) -> None:
         SettingError,
         match=rf"{first.name} is gone or damaged: delete .*{first.name}, and the same command",
     ):
+        evaluate(plan(place, "cut", protocol={}))
+    rows = [json.loads(line) for line in parts(place / "whole")[0].read_text().splitlines()]
+    for row in ([1], {**rows[0], "clip_i": "high"}, {**rows[0], "item": 3}):
+        first.write_text("".join(json.dumps(row) + "\n" for _ in rows))
+        with pytest.raises(SettingError, match=rf"{first.name} is gone or damaged"):
+            evaluate(plan(place, "cut", protocol={}))
+    first.write_text(("[" * 100_000 + "\n") * len(rows))
+    with pytest.raises(SettingError, match=rf"{first.name} is gone or damaged"):
         evaluate(plan(place, "cut", protocol={}))
     shutil.copy(parts(place / "whole")[0], first)
     embeddings = first.with_suffix(".safetensors")

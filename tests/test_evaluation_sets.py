@@ -241,3 +241,18 @@ def test_an_empty_list_is_reported(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("")
     with pytest.raises(SettingError, match="lists no pictures"):
         open_set(tmp_path)
+
+
+def test_a_row_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "/", "text": "a"}')
+    with pytest.raises(SettingError, match="line 1: no text under file_name"):
+        open_set(tmp_path)
+
+
+def test_what_macos_adds_to_a_folder_is_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "a.png")
+    (tmp_path / "cat" / "._a.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "prompts.txt").write_text("a {}")
+    (item,) = open_set(tmp_path).items
+    assert [path.name for path in item.targets] == ["a.png"]

@@ -371,8 +371,16 @@ def test_a_folder_that_holds_no_finished_run(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no pictures of scale=0"):
         write_report(folder)
     for text, said in (
-        ("[]", "its summary.json lacks 'run'"),
+        ("[]", r"its summary.json holds \[\]: input should be a valid dictionary"),
+        ("{}", "its summary.json lacks 'run'"),
         ('{"run": {}, "settings": [{"name": "a"}]}', "lacks 'axes'"),
+        ('{"run": {}, "settings": [], "notes": 3}', "holds notes"),
+        (
+            '{"run": {}, "settings": [{"name": "a", "axes": {}, "count": 1, "items": 1, '
+            '"metrics": {"clip_i": 3}}]}',
+            "holds settings.0.metrics.clip_i = 3",
+        ),
+        ("[" * 100_000, r"summary\.json cannot be read .*nested too deep"),
     ):
         (folder / "summary.json").write_text(text)
         with pytest.raises(SettingError, match=said):

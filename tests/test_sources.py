@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import random
+import re
 import shutil
 import tarfile
 import threading
@@ -18,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -1010,3 +1012,80 @@ def test_commands_in_a_recipe_run_only_if_they_are_allowed(
     assert not (tmp_path / "ran").exists()
     CliRunner().invoke(app, [*command, str(recipe), "--allow-pipe"])
     assert (tmp_path / "ran").exists()
+
+
+def listed(at: Path, line: str, captions: Literal["required", "optional"] = "required") -> Source:
+    (at / "metadata.jsonl").write_text(line, encoding="utf-8")
+    return open_source(Data(source=str(at), captions=captions))
+
+
+def test_an_absent_caption_of_pandas_is_one_bad_sample(tmp_path: Path) -> None:
+    make_folder(tmp_path, 2)
+    line = '{"file_name": "0000.png", "text": NaN}\n{"file_name": "0001.png", "text": "a"}'
+    with pytest.raises(BadSample, match="has no caption"):
+        listed(tmp_path, line).read(0)
+    assert listed(tmp_path, line).read(1).text == "a"
+    assert listed(tmp_path, line, "optional").read(0).text == ""
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "name"),
+    [
+        ("inner/a.png", r"inner\a.png"),
+        ("e\u0301.png", "\u00e9.png"),
+        ("\u00e9.png", "e\u0301.png"),
+        ("inner/e\u0301.png", "inner\\\u00e9.png"),
+        (r"odd\name.png", r"odd\name.png"),
+    ],
+)
+def test_a_name_is_found_in_any_spelling(on_disk: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / on_disk).parent.mkdir(exist_ok=True)
+    noise_picture(0, (16, 16)).save(tmp_path / on_disk)
+    row = {"file_name": name, "text": "a", "reference": name}
+    source = listed(tmp_path, json.dumps(row))
+    assert source.name(0) == str(tmp_path / on_disk)
+    sample = source.read(0)
+    assert sample.picture().size == sample.references[0]().size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            '{"image": "0000.png", "caption": "a"}',
+            "no text under file_name, which names the picture; its keys are 'image', 'caption': "
+            "data.columns.image gives another",
+        ),
+        (
+            '{"file_name": "0000.png", "prompt": "a"}',
+            "has no captions: text is in none of its entries, only file_name, prompt "
+            '(data.columns.text gives another name, data.captions = "optional" trains without)',
+        ),
+        ('{"file_name": "/", "text": "a"}', "no text under file_name"),
+    ],
+)
+def test_a_refused_listing_says_which_keys_there_are(line: str, words: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, 1)
+    with pytest.raises(SettingError, match=re.escape(words)):
+        listed(tmp_path, line)
+
+
+def test_what_macos_adds_to_a_tar_is_no_sample(tmp_path: Path) -> None:
+    names = ("./._a.png", "./a.png", "__MACOSX/a.png", "./__MACOSX/._a.png", "b/._a.png", "b/a.png")
+    write_tar(tmp_path / "a.tar", [(name, b"x") for name in names])
+    assert TarIndex(tmp_path / "a.tar").keys == ["./a", "b/a"]
+
+
+def test_a_dotted_name_in_a_tar_is_explained(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.b.png", b"x"), ("a.b.txt", b"a cat")])
+    with pytest.raises(BadSample, match=r"holds no picture, only b.png, b.txt; .*first dot"):
+        open_source(Data(source=str(tmp_path / "a.tar"))).read(0)
+
+
+def test_headers_that_continue_each_other_without_end_are_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 512
+    block = header.tobuf(tarfile.GNU_FORMAT) + b"a".ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(block * 3000)
+    with pytest.raises(SettingError, match=r"a.tar: is not a tar file"):
+        open_source(Data(source=str(tmp_path / "a.tar")))

@@ -37,6 +37,23 @@ class Stopped(ImpromptError):
         self.code = 128 + signal
 
 
+# What takes less memory than the default; libraries say that there is too little in their own ways.
+SAVING = (
+    "out of memory ({}); less is needed with smaller --width and --height, --batch-size 1, "
+    "--tiling, --offload or --quantize; in training with a smaller data.size, more "
+    "optimization.accumulate or optimization.checkpointing"
+)
+SHORT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Return one line about what needs less memory if an error is of too little; else None."""
+    told = isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in SHORT_OF_MEMORY
+    )
+    return SAVING.format(first_line(error)) if told else None
+
+
 def first_line(error: BaseException) -> str:
     """Return another error's message as one line, without error number and file names."""
     message = (

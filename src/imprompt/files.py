@@ -103,6 +103,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_root() -> Path:
+    """Return the folder of what can be fetched or computed again.
+
+    It is IMPROMPT_CACHE, or imprompt in XDG_CACHE_HOME or ~/.cache. Raise SettingError if there is
+    no home folder either.
+    """
+    if chosen := os.environ.get("IMPROMPT_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imprompt"
+    except RuntimeError as error:  # neither HOME nor a user of this number
+        raise SettingError(
+            "there is no home folder to cache files in: set IMPROMPT_CACHE to a folder"
+        ) from error
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -5,11 +5,11 @@
 name their tensors. Shape letters as in `imprompt.adapter`.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +22,15 @@ from imprompt.attention.low_rank import AttentionLowRank, ModelLowRank
 from imprompt.checkpoints import layouts
 from imprompt.checkpoints.integrity import blank_projection, check_whole, shapes_of, text_dim
 from imprompt.checkpoints.layouts import Layout
+from imprompt.checkpoints.spellings import original_spelling
 from imprompt.checkpoints.states import state_at
-from imprompt.checkpoints.tensors import check_plain, read_tensors, some, write_tensors
-from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
+from imprompt.checkpoints.tensors import INDEX, check_plain, read_tensors, some, write_tensors
+from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import Family, family_of
 from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
 from imprompt.models import refuse_url
 from imprompt.projections.resampler import HEAD_DIM, PUBLISHED, head_dim_of
+from imprompt.untrusted import parse_json
 from imprompt.variants import BY_NAME, CheckpointEvidence, Variant, bearing, find_variant
 
 FORMAT = 1
@@ -183,7 +185,7 @@ def read_adapter(
     """
     refuse_url(os.fspath(path))
     file = _file_at(Path(path))
-    tensors, metadata = read_tensors(file, layouts.adapter_keys)
+    tensors, metadata = read_tensors(file, partial(layouts.adapter_keys, file))
     if kind := layouts.foreign(tensors):
         raise CheckpointError(f"{file} is {kind}")
     layout = layouts.layout_of(tensors)
@@ -193,6 +195,7 @@ def read_adapter(
             f"{some(tensors) or 'no tensors'}"
         )
     check_plain(file, tensors)
+    tensors = original_spelling(tensors, layout.projection)
     header = _read_header(file, metadata)
     projection = {
         key.removeprefix(layout.projection): tensors[key]
@@ -396,8 +399,10 @@ def _variant_rows(row: Variant) -> list[tuple[str, str]]:
 
 def _file_at(path: Path) -> Path:
     """Return the file to read for `path`, which may be a folder: of a state, or a training run."""
-    places = [folder / name for folder in (path, state_at(path)) for name in IN_FOLDERS]
-    found = next((place for place in places if place.is_file()), None)
+    folders = [folder for folder in (path, state_at(path)) if folder.is_dir()]
+    named = [folder / name for folder in folders for name in IN_FOLDERS]
+    split = [index for folder in folders for index in sorted(folder.glob(f"*{INDEX}"))]
+    found = next((file for file in (*named, *split) if file.is_file()), None)
     if found is None and path.is_dir():
         raise CheckpointError(f"{path} holds no adapter: none of {', '.join(IN_FOLDERS)} is in it")
     return found or path
@@ -411,7 +416,7 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
     if METADATA_KEY not in metadata:
         return None
     try:
-        fields = json.loads(metadata[METADATA_KEY])
+        fields = parse_json(metadata[METADATA_KEY])
         if isinstance(fields, dict) and fields.get("format") != FORMAT:
             theirs = repr(fields.get("format"))
             raise CheckpointError(
@@ -427,10 +432,8 @@ def _read_header(path: Path, metadata: Mapping[str, str]) -> Header | None:
         raise CheckpointError(
             f"{path} has a header that this imprompt cannot read ({some(faults)})"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} has a header that is not valid JSON: {first_line(error)}"
-        ) from error
+    except SettingError as error:
+        raise CheckpointError(f"{path} has a header that is not valid JSON: {error}") from error
 
 
 def _variant_of(

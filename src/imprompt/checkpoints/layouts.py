@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from imprompt.errors import CheckpointError
 from imprompt.families.published import published_encoder
@@ -158,12 +159,31 @@ FOREIGN = (
 )
 # Files without an image projection, in the form of `FOREIGN`.
 NO_ADAPTERS = (
+    (
+        "averaged weights without the names of their tensors: save the module's state_dict",
+        (r"^(\w+\.)?shadow_params$",),
+    ),
     ("a LoRA, not an image-prompt adapter", (r"(?i)lora",)),
     ("an image encoder, not an adapter", (r"^(vision_model|visual)\.",)),
     (
         "a base model, not an adapter",
         (r"^(state_dict\.)?model\.diffusion_model\.|^conv_in\.weight$",),
     ),
+)
+
+
+# Parts of keys that a wrapper of the module adds: torch's data parallel, torch.compile.
+INNER = ("module", "_orig_mod")
+# Names under which training scripts save the module, averaged weights among them.
+OUTER = (
+    *("state_dict", "model_state_dict", "model", "net", "network", "adapter", "params"),
+    *("ema", "ema_model", "model_ema", "ema_state_dict", "averaged"),
+)
+# What they save next to it.
+BESIDE = (
+    *("epoch", "step", "global_step", "iteration", "loss", "config", "args", "hyper_parameters"),
+    *("optimizer", "optimizer_state_dict", "optimizer_states", "scheduler", "lr_scheduler"),
+    *("lr_schedulers", "scaler", "callbacks", "loops", "pytorch-lightning_version", "version"),
 )
 
 
@@ -184,21 +204,51 @@ FEATURES: dict[Feature, str] = {
 }
 
 
-def adapter_keys(keys: Collection[str]) -> list[str]:
-    """Return the keys without those of the frozen base model in accelerate's training states.
+def adapter_keys(path: Path, held: Collection[str]) -> dict[str, str]:
+    """Return the adapter's keys, without wrappers, as a mapping to the keys of the file.
 
-    Such a state may hold the adapter twice, as `adapter_modules.*` and inside the base model: the
-    former is kept. A LoRA is kept too if there is no image projection, because it identifies a file
-    that is not an adapter.
+    Those of the frozen base model in accelerate's training states are left out. Such a state may
+    hold the adapter twice, as `adapter_modules.*` and inside the base model: the former is kept. A
+    LoRA is kept too if there is no image projection, because it identifies a file that is not an
+    adapter. Raise CheckpointError if there are several adapters.
     """
+    try:
+        keys = unwrapped(held)
+    except ValueError as error:
+        raise CheckpointError(f"{path} {error}") from error
     twice, alone = any(key.startswith("adapter_modules.") for key in keys), not projects(keys)
-    return [
-        key
-        for key in keys
+    return {
+        key: own
+        for key, own in keys.items()
         if not key.startswith(STATE_PREFIX)
         or (".processor." in key and not twice)
         or (alone and "lora" in key.lower())
-    ]
+    }
+
+
+def unwrapped(keys: Collection[str]) -> dict[str, str]:
+    """Return the keys of an adapter inside wrappers, by their names without them.
+
+    INNER wrappers are left out wherever they stand. Of OUTER ones, the group that holds an image
+    projection is taken, and what stands BESIDE it is left out. Without such a group, all keys are
+    returned as they are. Raise ValueError if several groups hold an adapter.
+    """
+    plain = {".".join(part for part in key.split(".") if part not in INNER): key for key in keys}
+    if projects(plain):
+        return {name: key for name, key in plain.items() if name.split(".")[0] not in BESIDE}
+    groups: dict[str, dict[str, str]] = {}
+    for name, key in plain.items():
+        outer, _, rest = name.partition(".")
+        if outer in OUTER and rest:
+            groups.setdefault(outer, {})[rest] = key
+    found = {outer: inner for outer, group in groups.items() if projects(inner := unwrapped(group))}
+    if len(found) > 1:
+        raise ValueError(
+            f"holds an adapter under each of {', '.join(found)}: save one of them alone"
+        )
+    for outer, inner in found.items():
+        return {name: groups[outer][key] for name, key in inner.items()}
+    return {key: key for key in keys}
 
 
 def projects(keys: Collection[str]) -> bool:

@@ -15,30 +15,31 @@ The states alone say which is the newest and which the best: the links only serv
 import math
 import re
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from imprompt.errors import CheckpointError
+from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import sha256
-from imprompt.validation import one_line
+from imprompt.untrusted import StoredTable, checked, parse_json, read_text
 
 STATE_NAME = re.compile(r"step-(\d+)")
 LATEST, BEST = "latest", "best"
 
 
-class StateFacts(BaseModel):
+class StateFacts(StoredTable):
     """Contents of a state's state.json.
 
     files  SHA-256 of every other file of the state, by name; states of older versions have none
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(frozen=True)  # with StoredTable's
 
-    step: int = Field(ge=0)
-    recipe: dict = {}
+    step: Annotated[int, Field(ge=0)]
+    recipe: dict[str, Any] = Field(default_factory=dict)
     samples: int | None = None
     held_out_loss: float | None = None
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -51,11 +52,12 @@ def read_facts(state: Path) -> StateFacts:
     """Read a state's state.json; raise CheckpointError if it is missing or damaged."""
     file = state / "state.json"
     try:
-        facts = StateFacts.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        raise CheckpointError(f"{file} is damaged ({one_line(error)})") from error
+        held = checked(parse_json(read_text(file), lenient=True), StateFacts, "it")
+    except SettingError as error:
+        raise CheckpointError(f"{file} is damaged ({error})") from error
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)})") from error
+    facts = StateFacts(**held)
     named = STATE_NAME.fullmatch(state.name)
     if named and int(named[1]) != facts.step:
         raise CheckpointError(f"{file} is damaged (it states step {facts.step})")
@@ -69,10 +71,14 @@ def check_state(state: Path) -> StateFacts:
     """
     facts = read_facts(state)
     for name, digest in facts.files.items():
-        if not (state / name).is_file():
-            raise CheckpointError(f"{state / name} is missing")
-        if sha256(state / name) != digest:
-            raise CheckpointError(f"{state / name} is damaged (another sha256)")
+        file = state / name
+        try:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if sha256(file) != digest:
+                raise CheckpointError(f"{file} is damaged (another sha256)")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({first_line(error)})") from error
     return facts
 
 

@@ -14,7 +14,7 @@ import typer
 
 from imprompt import __version__
 from imprompt.cli.console import LateCommand, fail
-from imprompt.errors import ImpromptError
+from imprompt.errors import ImpromptError, out_of_memory
 
 app = typer.Typer(
     name="imprompt",
@@ -119,7 +119,14 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        fail(
+            out_of_memory(error)
+            or f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        )
+    except (MemoryError, RuntimeError) as error:  # torch's errors are RuntimeErrors
+        if (message := out_of_memory(error)) is None:
+            raise
+        fail(message)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -5,8 +5,6 @@ The files of this package are safetensors with a JSON header that names the enco
 rank and width of their features can be checked. Shape letters as in `imprompt.adapter`.
 """
 
-import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -15,8 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from imprompt.checkpoints.tensors import CODE_SIGNS, check_plain, read_tensors, some, write_tensors
-from imprompt.errors import CheckpointError, MismatchError, first_line
+from imprompt.checkpoints.tensors import check_plain, load_pickle, read_tensors, some, write_tensors
+from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
+from imprompt.untrusted import parse_json
 
 KEY = "imprompt"  # of the file's metadata
 FORMAT = 1
@@ -155,7 +154,7 @@ def names_of(parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 def _ours(path: Path) -> Embedding:
     held, metadata = read_tensors(
-        path, lambda keys: [key for key in keys if key.startswith("features.")]
+        path, lambda keys: {key: key for key in keys if key.startswith("features.")}
     )
     header = _header(path, metadata)
     if header is None or not held:
@@ -169,11 +168,9 @@ def _ours(path: Path) -> Embedding:
 def _header(path: Path, metadata: Mapping[str, str]) -> EmbeddingHeader | None:
     """Return the header of an embedding file; None for another, such as an adapter's."""
     try:
-        told = json.loads(metadata.get(KEY, "null"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} has a header that is not valid JSON: {first_line(error)}"
-        ) from error
+        told = parse_json(metadata.get(KEY, "null"))
+    except SettingError as error:
+        raise CheckpointError(f"{path} has a header that is not valid JSON: {error}") from error
     if not isinstance(told, dict) or told.get("holds") != "image features":
         return None
     if told.get("format") != FORMAT:
@@ -191,24 +188,38 @@ def _header(path: Path, metadata: Mapping[str, str]) -> EmbeddingHeader | None:
 
 
 def _foreign(path: Path) -> Embedding:
-    """Read an `.ipadpt` file; the rank of its features decides which feature they are."""
+    """Read an `.ipadpt` file; the rank of its features decides which feature they are.
+
+    It is a tensor, as ComfyUI's node packs write it, or a list with the one of an adapter, as
+    diffusers' `prepare_ip_adapter_image_embeds` returns it.
+    """
     try:
-        with warnings.catch_warnings():
-            # torch warns of unusual pickles, which are valid or refused here
-            warnings.simplefilter("ignore")
-            held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged input makes the reader raise nearly anything
-        if any(sign in str(error) for sign in CODE_SIGNS):
-            raise CheckpointError(f"{path} holds code, not only a tensor; refused") from error
-        why = (
-            first_line(error)
-            if isinstance(error, OSError)
-            else "it is damaged, cut short, or not an .ipadpt file"
-        )
-        raise CheckpointError(f"{path} cannot be read: {why}") from error
+        held = load_pickle(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    if isinstance(held, list) and len(held) == 1:
+        held = _without_negative(held[0])
     if not isinstance(held, Tensor):
         raise CheckpointError(
             f"{path} holds a {type(held).__name__} instead of one tensor: save the features of one "
             "adapter alone"
         )
+    check_plain(path, names_of((held,)))
+    if held.ndim == 3 and held.shape[1] == 1:  # of one "patch": pooled
+        held = held[:, 0]
     return Embedding(held, RANKS.get(held.ndim, ""))
+
+
+def _without_negative(held: Any) -> Any:
+    """Return the features (K, …) of diffusers' (1, K, …), or (2, K, …) with the negative first.
+
+    The adapter's own features of no image stand in place of the negative.
+    """
+    if (
+        isinstance(held, Tensor)
+        and held.layout == torch.strided
+        and held.ndim > 2
+        and len(held) in (1, 2)
+    ):
+        return held[-1]
+    return held

@@ -24,6 +24,7 @@ from imprompt.encoders.vision import VisionEncoder, describe_encoder
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import check_folder
 from imprompt.models import Location
+from imprompt.untrusted import parse_json
 from imprompt.variants import Feature, Variant
 
 KEY = "imprompt"  # of the file's metadata
@@ -112,7 +113,7 @@ class FeatureFolder:
         """Read the feature of these facts, on the CPU; None if it is absent or damaged."""
         try:
             with safe_open(self._path(facts), "pt") as file:
-                feature, header = file.get_tensor("feature"), json.loads(file.metadata()[KEY])
+                feature, header = file.get_tensor("feature"), parse_json(file.metadata()[KEY])
             whole = header == {
                 **facts,
                 "fingerprint": header["fingerprint"],

@@ -4,20 +4,35 @@ A row holds the hash of its picture; a chunk's table holds those of its rows and
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
+from pydantic import create_model
 from torch import Tensor
 
 from imprompt.checkpoints.tensors import write_tensors
 from imprompt.errors import SettingError
+from imprompt.evaluation.metrics import METRICS
 from imprompt.evaluation.plan import Chunk
-from imprompt.evaluation.results import Row
+from imprompt.evaluation.results import PictureRow, Row
 from imprompt.files import atomic_write
 from imprompt.generation.references import hash_of
 from imprompt.generation.request import save_png
+from imprompt.untrusted import StoredTable, read_json, read_json_lines
+
+SCORES: Any = dict.fromkeys(METRICS, (float, math.nan))
+ScoredRow = create_model("ScoredRow", __base__=PictureRow, **SCORES)
+
+
+class PartHashes(StoredTable):
+    """Content of a chunk's table: SHA-256 of its files."""
+
+    rows: str
+    embeddings: str
 
 
 def write_chunk(
@@ -46,10 +61,10 @@ def is_complete(out: Path, chunk: Chunk) -> bool:
         return False
     rows = read_rows(chunk)
     try:
-        hashes = json.loads(chunk.table.read_text("utf-8"))
+        hashes = read_json(chunk.table, PartHashes)
         wanted = {chunk.rows: hashes["rows"], chunk.embeddings: hashes["embeddings"]}
         wanted |= {out / row["image"]: row["sha256"] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, SettingError, KeyError) as error:  # KeyError: a row without a hash
         raise damaged(chunk.table, chunk) from error
     there = {path: value for path, value in wanted.items() if path.exists()}
     if changed := next((path for path, value in there.items() if hash_of(path) != value), None):
@@ -60,10 +75,10 @@ def is_complete(out: Path, chunk: Chunk) -> bool:
 def read_rows(chunk: Chunk) -> list[Row]:
     """Return the rows of a chunk; SettingError if its file is missing or damaged."""
     try:
-        rows = [json.loads(line) for line in chunk.rows.read_text("utf-8").split("\n") if line]
-    except (OSError, ValueError, RecursionError) as error:
+        rows = read_json_lines(chunk.rows, ScoredRow, lenient=True)
+    except (OSError, SettingError) as error:
         raise damaged(chunk.rows, chunk) from error
-    if len(rows) != chunk.pictures or not all(isinstance(row, dict) for row in rows):
+    if len(rows) != chunk.pictures:
         raise damaged(chunk.rows, chunk)
     return rows
 

@@ -4,16 +4,66 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pydantic import Field
+
 from imprompt.errors import SettingError, first_line
+from imprompt.files import sha256
 from imprompt.generation.record import recorded_path
+from imprompt.untrusted import StoredTable, checked, read_json, read_json_lines
 
 Row = dict[str, Any]  # one picture, as in rows.jsonl
 Setting = dict[str, Any]  # name, axes, count, items, metrics, as in summary.json
+
+
+class PictureRow(StoredTable):
+    """A line of rows.jsonl: one picture, with its metrics as further keys."""
+
+    __pydantic_extra__: dict[str, str | float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    setting: str
+    item: str
+    group: str = ""
+    caption: str = ""
+    seed: int
+    image: str
+    reference: str
+
+
+class MetricSummary(StoredTable, extra="forbid"):
+    """Mean of a metric in summary.json: the fields of `metrics.Interval`."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class SettingSummary(StoredTable):
+    """A setting in summary.json."""
+
+    name: str
+    axes: dict[str, Any]
+    count: int
+    items: int
+    metrics: dict[str, MetricSummary]
+
+
+class RunFacts(StoredTable):
+    """Content of run.json; a page shows what else there is."""
+
+    set: dict[str, Any] | None = None
+    judges: list[dict[str, Any]] | None = None
+
+
+class Summary(StoredTable):
+    """Content of summary.json."""
+
+    run: RunFacts
+    settings: list[SettingSummary]
+    notes: tuple[str, ...] | list[str] = ()
+    sha256: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,27 +83,11 @@ class Results:
 
 def read_results(folder: Path) -> Results:
     """Read the folder of a finished run; SettingError if it is not one."""
-    summary = _read(folder, "summary.json", json.loads)
-    lines = _read(
-        folder, "rows.jsonl", lambda text: [json.loads(line) for line in text.split("\n") if line]
-    )
+    summary = _read(folder, "summary.json", read_json, Summary)
+    lines = _read(folder, "rows.jsonl", read_json_lines, list[PictureRow])
     rows: dict[str, dict[str, list[Row]]] = {}
     _check_hash(folder, summary)
-    _check("summary.json", summary, {"run": dict, "settings": list}, folder)
-    for setting in summary["settings"]:
-        _check(
-            "summary.json",
-            setting,
-            {"name": str, "axes": dict, "metrics": dict, "count": int, "items": int},
-            folder,
-        )
     for row in lines:
-        _check(
-            "rows.jsonl",
-            row,
-            {"setting": str, "item": str, "seed": int, "image": str, "reference": str},
-            folder,
-        )
         rows.setdefault(row["setting"], {}).setdefault(row["item"], []).append(row)
     unmade = [setting["name"] for setting in summary["settings"] if setting["name"] not in rows]
     run = without_folders(summary["run"], folder)
@@ -91,42 +125,34 @@ def _named_from(folder: Path, settings: list[Setting]) -> list[Setting]:
     return shown if len({label_of(one) for one in shown}) == len(shown) else settings
 
 
-def _check_hash(folder: Path, summary: Any) -> None:
+def _check_hash(folder: Path, summary: Mapping[str, Any]) -> None:
     """Raise SettingError if the rows are not those that the summary is of, by their hash."""
-    hashes = summary.get("sha256") if isinstance(summary, dict) else None
-    wanted = hashes.get("rows.jsonl") if isinstance(hashes, dict) else None
-    if wanted and wanted != sha256((folder / "rows.jsonl").read_bytes()).hexdigest():
+    wanted = summary.get("sha256", {}).get("rows.jsonl")
+    if wanted and wanted != sha256(folder / "rows.jsonl"):
         raise SettingError(
             f"{folder / 'rows.jsonl'} was changed since the run: the same `imprompt evaluate run` "
             "writes it again"
         )
 
 
-def _check(name: str, content: Any, kinds: Mapping[str, type], folder: Path) -> None:
-    """Raise SettingError unless `content`, of the file `name`, holds values of these kinds."""
-    wrong = [
-        key
-        for key, kind in kinds.items()
-        if not (isinstance(content, dict) and isinstance(content.get(key), kind))
-    ]
-    if wrong:
-        raise SettingError(
-            f"{folder} is not a finished run: its {name} lacks {wrong[0]!r}; "
-            "run the evaluation again"
-        )
-
-
-def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
+def _read(folder: Path, name: str, read: Callable[..., Any], form: Any) -> Any:
+    """Return the content of a file that has the form of a type; else raise SettingError."""
     try:
-        return parse((folder / name).read_text("utf-8"))
+        content = read(folder / name, lenient=True)
     except FileNotFoundError as error:
         raise SettingError(
             f"{folder} is not a finished run: it has no {name}; `imprompt evaluate run` writes it "
             "at its end"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, SettingError) as error:
         raise SettingError(
             f"{folder / name} cannot be read ({first_line(error)}); run the evaluation again"
+        ) from error
+    try:
+        return checked(content, form, f"its {name}")
+    except SettingError as error:
+        raise SettingError(
+            f"{folder} is not a finished run: {error}; run the evaluation again"
         ) from error
 
 

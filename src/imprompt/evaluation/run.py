@@ -41,6 +41,7 @@ from imprompt.generation.pipeline import check_device, default_device
 from imprompt.generation.settings import Settings
 from imprompt.images import open_image
 from imprompt.training.endings import end_of_another
+from imprompt.untrusted import StoredTable, parse_json, read_json
 
 PATIENCE = timedelta(hours=2)  # how long processes wait for the slowest
 DIGITS = 6  # decimal places of a row's numbers
@@ -212,19 +213,36 @@ def record(
     }
 
 
+class NamedJudge(StoredTable):
+    """A judge in run.json."""
+
+    key: str
+
+
+class NamedAdapter(StoredTable):
+    """An adapter in run.json."""
+
+    name: str
+
+
+class RunRecord(StoredTable):
+    """Content of run.json: what `by_name` needs of it."""
+
+    judges: list[NamedJudge]
+    adapters: list[NamedAdapter]
+
+
 def read_record(out: Path) -> dict[str, Any] | None:
     """Return the content of run.json, or None if there is none; SettingError if it is damaged."""
     path = out / "run.json"
     if not path.exists():
         return None
     try:
-        run = json.loads(path.read_text("utf-8"))
-        by_name(run)
-    except (ValueError, KeyError, TypeError) as error:
+        return read_json(path, RunRecord, lenient=True)
+    except (OSError, SettingError) as error:
         raise SettingError(
             f"{path} is damaged ({first_line(error)}); give another --out"
         ) from error
-    return run
 
 
 def check_same(out: Path, run: Mapping[str, Any]) -> None:
@@ -236,7 +254,8 @@ def check_same(out: Path, run: Mapping[str, Any]) -> None:
                 f"{out} holds parts of a run, but no run.json that describes it: give another --out"
             )
         return
-    was, now = dict(flat(by_name(stored))), dict(flat(by_name(json.loads(json.dumps(run)))))
+    same_types = parse_json(json.dumps(run), lenient=True)
+    was, now = (dict(flat(by_name(one))) for one in (stored, same_types))
     changed = [
         f"{key} = {was.get(key)!r} (now {now.get(key)!r})"
         for key in {**was, **now}

@@ -19,12 +19,11 @@ from imprompt.training.listings import (
     FOLDER_FORM,
     json_lines,
     json_list,
-    parse_json,
     read_listing,
-    read_text,
 )
 from imprompt.training.recipe import Columns
 from imprompt.training.samples import Names
+from imprompt.untrusted import read_json, read_text
 from imprompt.validation import suggestions
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif")
@@ -105,7 +104,7 @@ def coco_items(root: Path) -> Iterator[Item]:
     """
     path = captions_file(root)
     assert path is not None
-    facts = parse_json(read_text(path), path)
+    facts = read_json(path, lenient=True)
     try:
         first = {}
         for annotation in sorted(facts["annotations"], key=lambda one: one["id"]):
@@ -205,7 +204,12 @@ def name_in(root: Path, path: Path) -> str:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Return the picture files of a folder, sorted."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+    return sorted(
+        path
+        for path in folder.iterdir()
+        # macOS writes ._a.png next to a.png, which is no picture
+        if path.suffix.lower() in PICTURES and not path.name.startswith("._")
+    )
 
 
 def has_subjects(root: Path) -> bool:

@@ -79,11 +79,11 @@ def features_of(chunks: Sequence[Chunk], key: str) -> tuple[Tensor, Tensor]:
     for chunk in chunks:
         try:
             held = load_file(chunk.embeddings)
-        except (OSError, SafetensorError) as error:
+            targets = [path for item in chunk.items for path in item.targets]
+            real |= zip(targets, held[f"{key}.targets"], strict=True)
+            made.append(held[key])
+        except (OSError, SafetensorError, LookupError, ValueError) as error:
             raise damaged(chunk.embeddings, chunk) from error
-        targets = [path for item in chunk.items for path in item.targets]
-        real |= zip(targets, held[f"{key}.targets"], strict=True)
-        made.append(held[key])
     return torch.stack([*real.values()]), torch.cat(made)
 
 

@@ -7,7 +7,6 @@ start reads it.
 
 import functools
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from imprompt.errors import SettingError
 from imprompt.families.base import family_of, positional_names
+from imprompt.files import cache_root
 from imprompt.prompt import KEY
 
 # PyTorch's variable; its default is a folder of /tmp, which is lost at the next boot
@@ -37,11 +37,8 @@ def compile_base(model: nn.Module, **options: Any) -> None:
     most GRAPHS times; after that it runs uncompiled. Raise SettingError, at that first call, where
     compiling is not possible.
     """
-    cache = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imprompt" / "compiled"
-    )
     if os.environ.get(CACHE) in (None, default_cache_dir()):  # PyTorch writes its own choice there
-        os.environ[CACHE] = str(cache)
+        os.environ[CACHE] = str(cache_root() / "compiled")
     graphs = next(model.parameters()).device.type == "cuda"
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     forward: Any = model.forward

@@ -5,7 +5,6 @@ fingerprints, so that another machine finds them again or says which changed.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from imprompt.errors import SettingError
 from imprompt.generation.references import PictureFile, hash_of
+from imprompt.untrusted import parse_json
 
 # field of a request -> beginnings of the names of the weights that it changes
 CHANGES = {
@@ -80,8 +80,8 @@ def find_weights(name: str, folder: Path) -> str:
 def same_result(text: str | None, own: str) -> bool:
     """Return whether a file's record, if any, is of our result, wherever the pictures were."""
     try:
-        return text is not None and _by_hash(json.loads(text)) == _by_hash(json.loads(own))
-    except (ValueError, RecursionError):  # a damaged one
+        return text is not None and _by_hash(parse_json(text)) == _by_hash(parse_json(own))
+    except SettingError:  # a damaged one
         return False
 
 

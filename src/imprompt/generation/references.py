@@ -6,7 +6,6 @@ fields are flags of `imprompt generate`.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -24,6 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from imprompt.encoders.choices import Crop, Noise, NoiseKind
 from imprompt.errors import ImageError, SettingError
+from imprompt.untrusted import parse_json
 from imprompt.validation import Flag, Validated, one_line, one_of
 
 FEATURES = (".safetensors", ".ipadpt")  # endings of files of image features
@@ -131,8 +131,10 @@ def _blocks(value: Any) -> Any:
 def parsed_blocks(given: str) -> Any:
     """Read blocks from a command line: a preset's name, a number, or a map as JSON."""
     try:
-        return json.loads(given)
-    except ValueError:
+        return parse_json(given, "--blocks")
+    except SettingError:
+        if given.lstrip().startswith(("{", "[")):
+            raise
         return given
 
 

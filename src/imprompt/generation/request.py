@@ -1,7 +1,6 @@
 """Store requests in files and PNGs: a request is enough to repeat a picture bit for bit."""
 
 import json
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +40,7 @@ from imprompt.generation.settings import (
     VariantName,
 )
 from imprompt.models import MODELS
+from imprompt.untrusted import MAX_SETTINGS, parse_json, parse_toml, read_text
 from imprompt.validation import Flag, Validated
 
 if TYPE_CHECKING:
@@ -293,9 +293,9 @@ def read_request(path: Path) -> Request:
             "it holds no request to repeat"
         )
     try:
-        told = json.loads(text)
+        told = parse_json(text)
         request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (AttributeError, TypeError) as error:
         raise ImageError(f"{path}: its metadata is damaged") from error
     except SettingError as error:
         raise ImageError(
@@ -315,19 +315,17 @@ def text_in(path: Path) -> str | None:
         return None
 
 
-FORMATS = {".toml": tomllib.loads, ".json": json.loads}
+FORMATS = {".toml": parse_toml, ".json": parse_json}
 
 
 def request_file(path: Path) -> Request:
     """Return the request in a TOML or JSON file; SettingError."""
     try:
-        told = FORMATS[path.suffix.lower()](path.read_text("utf-8"))
+        told = FORMATS[path.suffix.lower()](read_text(path, MAX_SETTINGS))
     except OSError as error:
         raise SettingError(f"{path} cannot be read ({first_line(error)})") from error
-    except (ValueError, RecursionError) as error:
-        raise SettingError(
-            f"{path} is not valid {path.suffix[1:].upper()}: {first_line(error)}"
-        ) from error
+    except SettingError as error:
+        raise SettingError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(told, dict):
         raise SettingError(
             f"{path} does not hold a request: it should name settings, such as images = ['cat.png']"

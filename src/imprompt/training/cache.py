@@ -19,10 +19,11 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 
@@ -30,10 +31,89 @@ from imprompt.errors import SettingError, first_line
 from imprompt.files import sha256
 from imprompt.training.augmented import FeatureContent
 from imprompt.training.samples import BadSample
+from imprompt.untrusted import StoredTable, read_json
 
+# what reading damaged tables raises
+DAMAGE = (OSError, ValueError, LookupError, TypeError, SafetensorError, SettingError)
 OPEN_SHARDS = 64  # files that a reading process keeps open
 
 Table = dict[str, Any]  # what a JSON file holds
+
+
+class BadRow(StoredTable):
+    """A bad sample in a shard's table or in the manifest."""
+
+    sample: int
+    name: str
+    why: str
+    kind: str
+
+
+class ShardTable(StoredTable):
+    """Content of shard-000012.json."""
+
+    file: str
+    bytes: int
+    sha256: str
+    samples: int
+    names: list[str]
+    buckets: list[int]
+    places: list[list[int]]
+    bad: list[BadRow]
+    stamps: list[str] = Field(default_factory=list)
+    digests: list[str] = Field(default_factory=list)
+    seal: str = ""
+
+
+class BadShard(StoredTable):
+    """A shard of the source that could not be opened."""
+
+    name: str
+    why: str
+    kind: str
+    samples: int
+
+
+class FeaturePlan(StoredTable):
+    """What plan.json and manifest.json have in common."""
+
+    identity: dict[str, Any]
+    source: dict[str, Any]
+    samples: Annotated[int, Field(ge=1)]
+    shard: Annotated[int, Field(ge=1)]
+    bad_shards: list[BadShard]
+    unit: Annotated[int, Field(ge=1)]
+    channels: int
+
+
+class StoredFile(StoredTable):
+    """A file of the folder as the manifest states it."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class StoredPlan(FeaturePlan):
+    """Content of plan.json; those of older versions state no hash."""
+
+    nulls: StoredFile | None = None
+
+
+class StoredShard(StoredFile):
+    """A shard as the manifest states it, with its table."""
+
+    samples: int
+    table: StoredFile
+
+
+class Manifest(FeaturePlan):
+    """Content of manifest.json."""
+
+    totals: dict[str, int]
+    nulls: StoredFile
+    shards: list[StoredShard]
+    bad: list[BadRow]
 
 
 def shard_file(folder: Path, number: int, suffix: str) -> Path:
@@ -75,11 +155,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def read_table(path: Path) -> Table:
-    """Read a JSON file of the folder; raise SettingError if it cannot be read."""
+def read_table(path: Path, form: type[StoredTable]) -> Table:
+    """Read a JSON file of the folder; raise SettingError if it has another form."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return read_json(path, form)
+    except (OSError, SettingError) as error:
         raise SettingError(
             f"{path} cannot be read ({first_line(error)}): remove it and run imprompt data encode "
             "again"
@@ -93,7 +173,7 @@ def read_manifest(folder: Path) -> Table:
             f"{folder} does not hold all its features yet: imprompt data encode RECIPE goes on "
             "where it stopped"
         )
-    return read_table(folder / "manifest.json")
+    return read_table(folder / "manifest.json", Manifest)
 
 
 def verify_folder(folder: Path) -> list[str]:
@@ -117,9 +197,9 @@ def file_fault(folder: Path, row: Mapping[str, Any]) -> str | None:
 
 
 def shard_tables(folder: Path, plan: Mapping[str, Any]) -> list[Table]:
-    """Read the tables of all shards; OSError, ValueError."""
+    """Read the tables of all shards; raise OSError, or SettingError if one has another form."""
     return [
-        json.loads(shard_file(folder, number, ".json").read_bytes())
+        read_json(shard_file(folder, number, ".json"), ShardTable)
         for number in range(len(shard_sizes(plan)))
     ]
 
@@ -171,7 +251,7 @@ class FeatureReader:
             self.bad_shards: Sequence[BadSample] = [
                 BadSample(**row) for row in self._plan["bad_shards"]
             ]
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        except DAMAGE as error:
             raise SettingError(
                 f"{folder} is damaged ({first_line(error)}): imprompt data encode RECIPE --verify "
                 "names the files"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from imprompt.errors import ImpromptError, SettingError
+from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.files import atomic_write
 from imprompt.training.augmented import (
     AugmentedSample,
@@ -39,6 +39,7 @@ from imprompt.training.recipe import Data, Recipe
 from imprompt.training.samples import BadSample, Source
 from imprompt.training.shards import KEEP
 from imprompt.training.sources import is_local, open_source
+from imprompt.untrusted import StoredTable, read_json_lines
 
 # remote shards mixed at a time: slow processes may still read the window before
 REMOTE_WINDOW = KEEP // 2
@@ -63,7 +64,7 @@ def refuse_edited(recipe: Recipe, thorough: bool = False) -> None:
     refuse_others(folder, {"samples": plan["samples"]}, {"samples": len(source)})
     try:
         tables = shard_tables(folder, plan)
-    except (OSError, ValueError):  # reported when they are opened
+    except (OSError, SettingError):  # reported when they are opened
         return
     edited: list[int] = []
     for number, (size, table) in enumerate(zip(shard_sizes(plan), tables, strict=True)):
@@ -192,6 +193,15 @@ class DataPipeline:
                 yield part, AugmentedSample.stack([augmented[index] for index in drawn])
 
 
+class FoundBad(StoredTable):
+    """A line of bad.jsonl."""
+
+    step: int
+    name: str
+    why: str
+    samples: int
+
+
 class Bad:
     """Samples and shards that could not be used, listed in RUN/bad.jsonl.
 
@@ -210,10 +220,14 @@ class Bad:
         """
         self.file, self.allowed, self.write = run / "bad.jsonl", allowed, write
         self.samples = len(reader) + sum(shard.samples for shard in reader.bad_shards)
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
-        self._written: dict[str, dict[str, Any]] = {
-            row["name"]: row for row in map(json.loads, lines)
-        }
+        try:
+            rows = read_json_lines(self.file, FoundBad) if self.file.exists() else []
+        except (OSError, SettingError) as error:
+            raise SettingError(
+                f"{self.file} is damaged ({first_line(error)}): remove it, and what it lists is "
+                "found again"
+            ) from error
+        self._written: dict[str, dict[str, Any]] = {row["name"]: row for row in rows}
         self.known = {name: row for name, row in self._written.items() if row["step"] <= step}
 
     @property

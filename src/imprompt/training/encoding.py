@@ -23,10 +23,12 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from imprompt.errors import ImpromptError
+from imprompt.errors import ImpromptError, SettingError
 from imprompt.files import atomic_write, flush, sha256
 from imprompt.training.buckets import Size, bucket_sizes
 from imprompt.training.cache import (
+    ShardTable,
+    StoredPlan,
     Table,
     file_fault,
     plan_facts,
@@ -40,6 +42,7 @@ from imprompt.training.examples import Example, bucket_of
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Source
+from imprompt.untrusted import read_json
 
 SHARD = 256  # samples in a shard
 AT_ONCE = 16  # pictures that the models take at a time
@@ -158,7 +161,7 @@ def start_folder(folder: Path, plan: Table, encoder: FeatureEncoder, rank: int, 
     filled = any(folder.glob("shard-*"))
     if plan_file.exists() or filled:
         # shards are looked for before the plan: another process may be starting the folder
-        theirs = read_table(plan_file)
+        theirs = read_table(plan_file, StoredPlan)
         refuse_others(folder, plan_facts(theirs), plan_facts(plan))
         # plans of older versions state no hash
         own = theirs.get("nulls") or (described(nulls_file) if nulls_file.exists() else None)
@@ -189,7 +192,7 @@ def finish_folder(folder: Path, plan: Table, rank: int) -> Table | None:
     manifest = {
         **plan,
         "totals": totals,
-        "nulls": read_table(folder / "plan.json").get("nulls")
+        "nulls": read_table(folder / "plan.json", StoredPlan).get("nulls")
         or described(folder / "nulls.safetensors"),
         "shards": shards,
         "bad": bad,
@@ -237,11 +240,11 @@ def shard_table(folder: Path, number: int) -> Table | None:
     Tables written before there were seals have none.
     """
     try:
-        table = json.loads(shard_file(folder, number, ".json").read_bytes())
+        table = read_json(shard_file(folder, number, ".json"), ShardTable)
         sealed = table.get("seal", seal(table)) == seal(table)
         whole = shard_file(folder, number, ".tar").stat().st_size == table["bytes"]
         return table if sealed and whole else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (OSError, SettingError):
         return None
 
 

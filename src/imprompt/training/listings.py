@@ -1,11 +1,12 @@
 """Training pictures in files, listed in a folder's metadata.jsonl or the paper's JSON list."""
 
-import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from imprompt.errors import SettingError
 from imprompt.images import open_mask
@@ -21,6 +22,7 @@ from imprompt.training.samples import (
     first_of,
     given_size,
 )
+from imprompt.untrusted import parse_json, read_json, read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,13 @@ def parse_row(item: Any, names: Names, root: str) -> ListingRow:
     parts = (names.image, names.text, names.reference, names.mask)
     picture, text, references, mask = (first_of(item, part) for part in parts)
     references = [references] if isinstance(references, str) else references or []
-    if not (isinstance(picture, str) and picture):
-        raise ValueError(f"no text under {' or '.join(names.image)}, which names the picture")
+    if not (isinstance(picture, str) and Path(picture).name):
+        raise ValueError(
+            f"no text under {' or '.join(names.image)}, which names the picture; its keys are "
+            f"{', '.join(map(repr, item)) or 'none'}: data.columns.image gives another"
+        )
+    if isinstance(text, float) and math.isnan(text):  # pandas' absent value
+        text = None
     if not isinstance(text, str | None):
         raise ValueError(f"{' or '.join(names.text)} is not a string")
     if not (
@@ -94,10 +101,24 @@ def parse_row(item: Any, names: Names, root: str) -> ListingRow:
         )
     if mask is not None and not (isinstance(mask, str) and mask):
         raise ValueError(f"{' or '.join(names.mask)} is not a file name")
-    target, *others = (os.path.join(root, path) for path in (picture, *references))
+    target, *others = (spelt_as_on_disk(root, path) for path in (picture, *references))
     return ListingRow(
-        target, tuple(others), text, given_size(item), mask and os.path.join(root, mask)
+        target, tuple(others), text, given_size(item), mask and spelt_as_on_disk(root, mask)
     )
+
+
+def spelt_as_on_disk(root: str, name: str) -> str:
+    r"""Return the path of a file in `root`, in the spelling in which it exists.
+
+    Windows writes a\b for a/b, and macOS decomposes letters with accents (é as e and an accent).
+    A path that exists in no spelling is returned as given.
+    """
+    given = os.path.join(root, name)
+    if (name.isascii() and "\\" not in name) or os.path.exists(given):
+        return given
+    slashed = given.replace("\\", "/")
+    spellings = [normalize(form, path) for path in (given, slashed) for form in ("NFC", "NFD")]
+    return next(filter(os.path.exists, [slashed, *spellings]), given)
 
 
 def read_listing(
@@ -106,16 +127,18 @@ def read_listing(
     form: str,
     names: Names,
     root: Path,
+    captions: bool = False,
 ) -> list[ListingRow]:
     """Read all rows of a listing.
 
     Raise SettingError, with the place in it, if one is malformed; also if it names no pictures, or
-    none of the masks that the recipe needs.
+    none of the masks or captions that the recipe needs.
     """
-    rows = []
+    rows, keys = [], dict[str, None]()
     for place, item in entries(path):
         try:
             rows.append(parse_row(item, names, str(root)))
+            keys |= dict.fromkeys(item)
         except ValueError as error:
             raise SettingError(f"{path}, {place}: {error}; entries look like {form}") from error
     if not rows:
@@ -125,48 +148,27 @@ def read_listing(
             f"{path} names no masks: data.columns.mask = {','.join(names.mask)!r} is in none of "
             "its entries"
         )
+    if captions and not any(row.text for row in rows) and not keys.keys() & names.text:
+        raise SettingError(
+            f"{path} has no captions: {' or '.join(names.text)} is in none of its entries, only "
+            f"{', '.join(keys)} (data.columns.text gives another name, data.captions = "
+            '"optional" trains without)'
+        )
     return rows
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of every line that is not blank."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", parse_json(line, path, number)
+    for number, line in read_lines(path):
+        yield f"line {number}", parse_json(line, path, number, lenient=True)
 
 
 def json_list(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of every element; raise SettingError if it is not a list."""
-    items = parse_json(read_text(path), path)
+    items = read_json(path, lenient=True)
     if not isinstance(items, list):
         raise SettingError(f"{path} holds a {type(items).__name__}, not a list of pictures")
     yield from ((f"entry {number}", item) for number, item in enumerate(items, 1))
-
-
-def read_text(path: Path) -> str:
-    """Read a file as UTF-8; raise SettingError, with the line, if it is not UTF-8."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")  # some editors write a byte order mark first
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise SettingError(f"{path}, line {line}: not UTF-8 text") from error
-
-
-def parse_json(text: str, path: Path, line: int = 1) -> Any:
-    """Parse JSON text that begins at `line` of the file.
-
-    Raise SettingError, with the line, if it is not valid.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SettingError(
-            f"{path}, line {line + error.lineno - 1}: not valid JSON "
-            f"({error.msg} at column {error.colno})"
-        ) from error
-    except RecursionError as error:
-        raise SettingError(f"{path}, line {line}: nested too deep") from error
 
 
 FOLDER_FORM = '{"file_name": "0001.png", "text": "a cat"}'
@@ -185,9 +187,8 @@ def open_folder(data: Data) -> Source:
     # the last two names are imagefolder's
     references = "reference,references,reference_file_name,reference_file_names"
     names = Names.of(data.columns, "file_name", "text", references)
-    return Listing(
-        read_listing(listing, json_lines, FOLDER_FORM, names, root), data.captions == "required"
-    )
+    needed = data.captions == "required"
+    return Listing(read_listing(listing, json_lines, FOLDER_FORM, names, root, needed), needed)
 
 
 def open_list(data: Data) -> Source:
@@ -196,5 +197,6 @@ def open_list(data: Data) -> Source:
     if not listing.is_file():
         raise SettingError(f"data.source = {data.source!r}: there is no such file")
     names = Names.of(data.columns, "image_file", "text", "reference_file,reference_files")
-    rows = read_listing(listing, json_list, LIST_FORM, names, data.root or listing.parent)
-    return Listing(rows, data.captions == "required")
+    needed = data.captions == "required"
+    rows = read_listing(listing, json_list, LIST_FORM, names, data.root or listing.parent, needed)
+    return Listing(rows, needed)

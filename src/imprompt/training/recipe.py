@@ -1,7 +1,7 @@
 """The recipe of a training run, read from a TOML file."""
 
 import difflib
-import tomllib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from imprompt.errors import SettingError, first_line
+from imprompt.untrusted import MAX_SETTINGS, parse_toml, read_text
 from imprompt.variants import TRAINABLE, Feature, Variant
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -222,23 +223,25 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raise SettingError with one line that names the key.
     """
     try:
-        table = tomllib.loads(find_recipe(path).read_text(encoding="utf-8"))
-        for override in overrides:
-            _set(table, override)
-        return Recipe.model_validate(table)
+        table = parse_toml(read_text(find_recipe(path), MAX_SETTINGS))
     except OSError as error:
         raise SettingError(
             f"no recipe {path} ({first_line(error)}); give a TOML file, or one of the package: "
             + ", ".join(f"recipes/{name.name}" for name in sorted(RECIPES.glob("*.toml")))
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except SettingError as error:
         raise SettingError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _set(table, override)
+    try:
+        return Recipe.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "recipe"
         if first["type"] == "extra_forbidden":
             raise SettingError(f"{path}: unknown key {name}{_meant(first['loc'])}") from error
-        given = f" = {first['input']!r}" if first["type"] not in ("missing", "value_error") else ""
+        told = first["type"] in ("missing", "value_error")
+        given = "" if told else f" = {reprlib.repr(first['input'])}"
         words = (
             "Input should be a path"
             if first["type"] == "path_type"
@@ -252,8 +255,8 @@ def _set(table: dict[str, Any], override: str) -> None:
     if not equals:
         raise SettingError(f"--set {override}: write key=value, such as optimization.steps=100")
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"v = {text}")["v"]
+    except SettingError:
         value = text  # a word without quotes is a string
     groups, _, name = key.strip().rpartition(".")
     for group in filter(None, groups.split(".")):

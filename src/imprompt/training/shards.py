@@ -23,22 +23,28 @@ from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image
-from pydantic import NonNegativeInt, TypeAdapter
-from pydantic_core import from_json
+from pydantic import NonNegativeInt
 
 from imprompt.errors import ImageError, SettingError, first_line
-from imprompt.files import atomic_write
+from imprompt.files import atomic_write, cache_root
 from imprompt.images import image_size, open_image, open_mask
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Names, PictureOpener, Sample, Size, caption
+from imprompt.untrusted import adapter_for, open_regular, read_json
 
 IMAGES = "jpg,jpeg,png,webp,gif,avif,tiff,tif,bmp,ppm,jp2"  # file endings, the likeliest first
 HEADER = 65536  # bytes that hold the header of nearly every picture
-NOT_SAMPLES = re.compile(r"__[^/]*__($|/)")  # members that the library skips
+# members that the library skips, and those that macOS adds
+NOT_SAMPLES = re.compile(r"__[^/]*__($|/)|(.*/)?(__MACOSX/|\._)")
+MAX_SHARDS, MAX_NAMES = 300_000, 1 << 28  # shards that braces may name, and their characters
+MAX_URL = 4096  # characters
+MAX_NESTED = 8  # braces inside each other
+INNERMOST = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\n?")
 FETCHES = 4  # shards fetched at once
 KEEP = 16  # streamed shards of a set that stay on the disk
 T = TypeVar("T")
-Counts = dict[str, int]  # of samples, by the shard's file name or URL
+Counts = dict[str, NonNegativeInt]  # of samples, by the shard's file name or URL
 
 # Files next to remote shards that may give the number of samples in each -> these counts.
 # OpenCLIP reads the first, {"0000.tar": 1000}; wids, which belongs to webdataset, the second,
@@ -113,7 +119,7 @@ class TarIndex:
         start, size = self.members(number)[ending]
         wanted = size if most is None else min(size, most)
         try:
-            with self.place.open("rb") as file:
+            with self._opened() as file:
                 file.seek(start)
                 data = file.read(wanted)
         except OSError as error:
@@ -126,13 +132,18 @@ class TarIndex:
             )
         return data
 
+    def _opened(self) -> BinaryIO:
+        if isinstance(self.place, Path):
+            return open_regular(self.place)
+        return self.place.open("rb")
+
     def _headers(self) -> Iterator[tuple[str, int, int]]:
         """Yield (name, start, size) of every file in the tar up to its end or its first damage.
 
         Raise BadSample if it is not a tar file.
         """
         try:
-            with self.place.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with self._opened() as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 yield from self._walk(tar)
         except FileNotFoundError as error:
             raise BadSample(self.label, "does not exist", "absent") from error
@@ -140,7 +151,7 @@ class TarIndex:
             raise BadSample(
                 self.label, f"cannot be read ({first_line(error)})", "not readable"
             ) from error
-        except (tarfile.TarError, ValueError) as error:
+        except (tarfile.TarError, ValueError, RecursionError) as error:
             why = f"is not a tar file, or is a compressed one ({first_line(error)})"
             raise BadSample(self.label, why, "no tar") from error
 
@@ -154,7 +165,7 @@ class TarIndex:
                     return
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
-        except (tarfile.TarError, ValueError):
+        except (tarfile.TarError, ValueError, RecursionError):
             # cut off or damaged in the middle; what came before is good
             return
         file.seek(tar.offset)
@@ -282,8 +293,8 @@ class ShardSource:
         """Read a sample; raise BadSample if it is damaged or lacks a required part."""
         tar, number = self._find(index)
         name, members = tar.name(number), tar.members(number)
-        text = caption(name, self._text(tar, number, members), self.captions_required)
         target = self._picture(tar, number, self._target(name, members))
+        text = caption(name, self._text(tar, number, members), self.captions_required)
         references = (
             self._picture(tar, number, ending) for ending in fitting(members, self.names.reference)
         )
@@ -315,7 +326,8 @@ class ShardSource:
         if found is None:
             raise BadSample(
                 name,
-                f"holds no picture, only {', '.join(members)}; data.columns.image names the ending",
+                f"holds no picture, only {', '.join(members)}; data.columns.image names the ending "
+                "(all that follows the first dot)",
                 "absent",
             )
         return found
@@ -362,9 +374,11 @@ def expand_braces(source: str) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     try:
+        refuse_many(source)
         urls = expand_urls(source)
-    except (ValueError, AssertionError) as error:
-        raise SettingError(f"data.source = {source!r}: {first_line(error)}") from error
+    except (ValueError, AssertionError, RecursionError) as error:
+        shown = source if len(source) <= 200 else f"{source[:199]}…"
+        raise SettingError(f"data.source = {shown!r}: {first_line(error)}") from error
     found = []
     for url in urls:
         pattern = not is_remote(url) and glob.has_magic(url) and not os.path.exists(url)
@@ -372,6 +386,32 @@ def expand_braces(source: str) -> list[str]:
     if not found:
         raise SettingError(f"data.source = {source!r}: no file fits this pattern")
     return found
+
+
+def refuse_many(source: str) -> None:
+    """Raise ValueError if braces name more than MAX_SHARDS, or their names take too much memory."""
+    urls = source.split("::")
+    if any(len(url) > MAX_URL for url in urls):
+        raise ValueError(f"a name of more than {MAX_URL:,} characters")
+    many = sum(map(count_braces, urls))
+    if many > MAX_SHARDS or many * len(source) > MAX_NAMES:
+        raise ValueError(f"these braces name too many shards, {MAX_SHARDS:,} are allowed")
+
+
+def count_braces(url: str) -> int:
+    """Return how many URLs braces name at most; more than there are where braces are nested.
+
+    Raise ValueError if they are nested too deep to count.
+    """
+    many, left = 1, re.sub(r"\\.", "", url)  # without what is escaped
+    for _ in range(MAX_NESTED):
+        for inside in INNERMOST.findall(left):
+            ends = RANGE.fullmatch(inside)
+            many *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else inside.count(",") + 1
+        left = INNERMOST.sub("", left)
+    if INNERMOST.search(left):
+        raise ValueError(f"these braces are nested deeper than {MAX_NESTED}")
+    return many
 
 
 def is_remote(url: str) -> bool:
@@ -427,10 +467,8 @@ def folder_counts(folder: str) -> Counts:
 def read_counts(path: Path, form: Callable[[Any], Counts]) -> Counts:
     """Return an index's counts by file name; raise BadSample if it has another form."""
     try:
-        counts = TypeAdapter(dict[str, NonNegativeInt]).validate_python(
-            form(from_json(path.read_bytes()))
-        )
-    except (ValueError, LookupError, TypeError) as error:
+        counts = adapter_for(Counts).validate_python(form(read_json(path)))
+    except (OSError, SettingError, ValueError, LookupError, TypeError) as error:
         # an error page, or the index.json of another program
         raise BadSample(str(path), "is not an index of shards") from error
     return {url.rpartition("/")[2]: count for url, count in counts.items()}
@@ -450,11 +488,11 @@ def fetched(url: str, ending: str, read: Callable[[Path], T]) -> T:
 
 
 def cache_folder() -> Path:
-    """Return the folder of fetched shards: IMPROMPT_CACHE/shards.
+    """Return the folder of fetched shards.
 
     Streamed ones are in a folder of their set.
     """
-    return Path(os.environ.get("IMPROMPT_CACHE") or Path.home() / ".cache" / "imprompt") / "shards"
+    return cache_root() / "shards"
 
 
 def hashed(text: str) -> str:

@@ -8,8 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from imprompt.checkpoints.states import (
     BEST,
     LATEST,
@@ -20,6 +18,7 @@ from imprompt.checkpoints.states import (
     read_facts,
     states_of,
 )
+from imprompt.checkpoints.tensors import load_pickle
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.files import flush, sha256
 from imprompt.training.recipe import Recipe
@@ -195,9 +194,9 @@ def _read_state(folder: Path) -> tuple[StateFacts, dict[str, Any]]:
     facts = check_state(folder)
     file = folder / "training.pt"
     try:
-        return facts, torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # a damaged pickle may raise any error
-        raise CheckpointError(f"{file} is damaged ({first_line(error)})") from error
+        return facts, load_pickle(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)})") from error
 
 
 def changed_values(stored: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:

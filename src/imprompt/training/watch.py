@@ -20,6 +20,7 @@ from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.files import atomic_write
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
+from imprompt.untrusted import MAX_SETTINGS, parse_json, read_bytes, read_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,7 +85,7 @@ class Metrics:
 
     def read(self) -> list[dict[str, Any]]:
         """Return the complete rows, without a last line that a kill has cut off."""
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        text = read_bytes(self.path).decode(errors="replace") if self.path.exists() else ""
         return [row for line in text.split("\n") if (row := whole(line)) is not None]
 
     def cut(self, step: int) -> None:
@@ -117,8 +118,8 @@ def as_json(value: Any) -> Any:
 def whole(line: str) -> dict[str, Any] | None:
     """Return the row on a line of metrics.jsonl, or None if the line is incomplete."""
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = parse_json(line, lenient=True)
+    except SettingError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
@@ -251,7 +252,7 @@ class WandB:
             project="imprompt",
             name=recipe.output.name,
             dir=str(recipe.output),
-            id=mark.read_text(),
+            id=read_text(mark, MAX_SETTINGS),
             resume="allow",
             config=recipe.model_dump(mode="json"),
         )
