@@ -38,7 +38,7 @@ from imprompt.generation.combine import (
     with_negative_layers,
 )
 from imprompt.generation.references import CombineName, EasingName, ScalingName
-from imprompt.prompt import ImagePrompt, stack_items
+from imprompt.prompt import ImagePrompt, branches, stack_items
 from tests.tiny import noise, noise_inputs, random_prompt, tiny_adapter, tiny_unet
 
 QUICK = settings(max_examples=25, deadline=None)
@@ -706,3 +706,12 @@ def test_regions_of_a_picture_larger_than_the_latents(
     assert torch.equal(both[:, :, 4:], only_b[:, :, 4:])
     assert not torch.allclose(both[:, :, 3], only_a[:, :, 3], atol=1e-3)
     assert not torch.allclose(both[:, :, 3], only_b[:, :, 3], atol=1e-3)
+
+
+def test_branches_are_parts_of_the_rows() -> None:
+    rows = torch.arange(24.0).view(4, 6)
+    first, second = branches(rows, 2, 0)
+    assert torch.equal(first, rows[:2])
+    assert torch.equal(second, rows[2:])
+    assert all(part is not None and torch.equal(part, rows[:1]) for part in branches(rows[:1], 3, 0))
+    assert [tuple(part.shape) for part in branches(rows, 3, 1)] == [(4, 2)] * 3

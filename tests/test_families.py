@@ -186,6 +186,28 @@ def test_arguments_may_be_positional(tiny: Tiny) -> None:
 
 
 @torch.no_grad()
+def test_calls_of_separate_branches_get_their_own() -> None:
+    """Flux runs the negative text in a call of its own, which gets the negative branch."""
+    with seeded(0):
+        tiny = flux()
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    image, null = tokens(adapter), torch.zeros_like(tokens(adapter))
+    texts = [tiny.inputs["encoder_hidden_states"].clone() for _ in range(2)]
+
+    def call(text: int, time: float) -> Tensor:
+        now = {"encoder_hidden_states": texts[text], "timestep": torch.full((2,), time)}
+        return tiny.model(**{**tiny.inputs, **now}, return_dict=False)[0]
+
+    order = [(text, time) for time in (0.9, 0.5) for text in (0, 1)]
+    with adapter.using(adapter.prompt(image, null)):
+        found = [call(*one) for one in order]
+    for (text, time), made in zip(order, found, strict=True):
+        with adapter.using(adapter.prompt((image, null)[text])):
+            assert torch.equal(made, call(text, time))
+    assert not torch.equal(found[0], found[1])
+
+
+@torch.no_grad()
 def test_rows_have_prompts_of_their_own(tiny: Tiny) -> None:
     adapter = adapter_for(tiny.model).attach(tiny.model)
     both = tokens(adapter)

@@ -104,6 +104,15 @@ def test_the_facade_follows_an_image_prompt(saved: Saved) -> None:
     assert difference(pipe(RED, seed=1, scale=0.0, guidance=1.0, **SIZE).images[0], bare) == 0
 
 
+def test_guidance_is_what_runs_a_negative_branch(saved: Saved) -> None:
+    """Flux's guidance_scale is an input of the model; true_cfg_scale turns on a negative branch."""
+    pipe = saved.pipeline()
+    own = saved.name == "flux"
+    assert pipe.family.guided(pipe.pipeline, 3.5, {}) is not own
+    assert pipe.family.guided(pipe.pipeline, 3.5, {"true_cfg_scale": 1.0}) is not own
+    assert pipe.family.guided(pipe.pipeline, 1.0, {"true_cfg_scale": 2.0}) is own
+
+
 def test_items_of_a_batch_are_what_they_are_alone(saved: Saved) -> None:
     pipe, options = saved.pipeline(), guided(saved)
     left = Image.new("L", (24, 32))

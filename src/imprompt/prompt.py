@@ -96,7 +96,7 @@ class ImagePrompt(NamedTuple):
         return self.map_rows(part)._replace(branches=len(order))
 
 
-def branches(tensor: Tensor, count: int, axis: int = 0) -> tuple[Tensor, ...]:
+def branches(tensor: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
     """Split a tensor into the rows of each branch; a single row is used for every branch."""
     return (tensor,) * count if tensor.shape[axis] == 1 else tensor.chunk(count, axis)
 
