@@ -615,3 +615,17 @@ def test_links_that_a_kill_left_behind_are_set_when_the_run_goes_on(
     link.symlink_to("step-0000002")
     loop.train(plan)
     assert link.resolve().name == "step-0000004"
+
+
+def test_a_damaged_copy_of_the_only_state_is_not_taken_for_no_state(
+    folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    newest = loop.train(recipe(folder, run, 2)).resolve()
+    (run / "latest").unlink()
+    newest.rename(run / "latest")
+    for state in run.glob("step-*"):
+        shutil.rmtree(state)
+    (run / "latest" / "state.json").write_text("{")
+    with pytest.raises(ImpromptError, match="damaged"):
+        loop.train(recipe(folder, run, 4))

@@ -93,8 +93,8 @@ def states_of(run: Path) -> list[Path]:
         if (named := STATE_NAME.fullmatch(path.name)) and path.is_dir()
     ]
     steps = {step for step, _ in numbered}
-    for copy in (run / LATEST, run / BEST):
-        if is_copy(copy) and (step := _step(copy)) is not None and step not in steps:
+    for copy in filter(is_copy, (run / LATEST, run / BEST)):
+        if (step := _step(copy)) not in steps:
             steps.add(step)
             numbered.append((step, copy))
     return [path for _, path in sorted(numbered)]
@@ -105,11 +105,12 @@ def is_copy(link: Path) -> bool:
     return link.is_dir() and not link.is_symlink()
 
 
-def _step(state: Path) -> int | None:
+def _step(state: Path) -> int:
+    """Return a state's step; -1 if it is damaged, so that it is older than all others."""
     try:
         return read_facts(state).step
     except CheckpointError:
-        return None
+        return -1
 
 
 def whole_states(run: Path) -> list[Path]:
