@@ -624,8 +624,8 @@ def test_a_damaged_copy_of_the_only_state_is_not_taken_for_no_state(
     newest = loop.train(recipe(folder, run, 2)).resolve()
     (run / "latest").unlink()
     newest.rename(run / "latest")
-    for state in run.glob("step-*"):
-        shutil.rmtree(state)
+    for other in run.glob("step-*"):
+        shutil.rmtree(other)
     (run / "latest" / "state.json").write_text("{")
     with pytest.raises(ImpromptError, match="damaged"):
         loop.train(recipe(folder, run, 4))
