@@ -186,6 +186,23 @@ def test_arguments_may_be_positional(tiny: Tiny) -> None:
 
 
 @torch.no_grad()
+def test_a_scale_of_one_training_step_is_active_in_that_step_alone() -> None:
+    with seeded(0):
+        tiny = unet()
+    adapter = adapter_for(tiny.model).attach(tiny.model)
+    only = torch.nn.functional.one_hot(torch.tensor(999 - 250), 1000).float()
+    prompt = adapter.prompt(tokens(adapter)).with_scale(only.expand(len(adapter.image_kv), 1, -1))
+
+    def effect(timestep: int) -> float:
+        now = {**tiny.inputs, "timestep": torch.tensor(timestep)}
+        base = tiny.model(**now, return_dict=False)[0]
+        with adapter.using(prompt):
+            return (tiny.model(**now, return_dict=False)[0] - base).abs().max().item()
+
+    assert [effect(timestep) > 0 for timestep in (249, 250, 251)] == [False, True, False]
+
+
+@torch.no_grad()
 def test_calls_of_separate_branches_get_their_own() -> None:
     """Flux runs the negative text in a call of its own, which gets the negative branch."""
     with seeded(0):
