@@ -183,6 +183,8 @@ def test_what_it_cannot_do_is_refused_in_one_line(saved: Saved) -> None:
         with pytest.raises(SettingError, match="own way to start from pictures"):
             pipe(RED, init_image=BLUE, **SIZE)
     else:
+        with pytest.raises(SettingError, match="a FluxPipeline runs them in separate calls"):
+            pipe([RED, BLUE], image_guidance=2.0, **SIZE, **guided(saved))
         assert pipe(RED, init_image=BLUE, seed=1, strength=0.7, **SIZE).images[0].size == (24, 32)
 
 

@@ -288,6 +288,11 @@ class ImagePromptPipeline:
         rest, texts = without_texts(extra)
         check_texts(chosen, texts, len(items))
         guided = self.family.guided(self.pipeline, chosen.guidance, extra)
+        if chosen.image_guidance is not None and self.family.separate_branches:
+            raise SettingError(
+                "image_guidance needs both branches of guidance in one call; a "
+                f"{type(self.pipeline).__name__} runs them in separate calls: leave it out"
+            )
         if chosen.image_guidance is not None and not guided:
             raise SettingError(
                 "image_guidance needs the text's guidance, which is off at "
