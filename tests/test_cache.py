@@ -33,12 +33,12 @@ from typer.testing import CliRunner
 from imprompt import files
 from imprompt.cli import app, commands
 from imprompt.errors import ImpromptError, SettingError
+from imprompt.files import lock_folder
 from imprompt.training import encoding
 from imprompt.training.augmented import FeatureContent, PictureReader
 from imprompt.training.buckets import bucket_sizes, fit, to_pixels
 from imprompt.training.cache import FeatureReader, open_features, read_manifest, verify_folder
 from imprompt.training.encoding import encode_set, source_origin
-from imprompt.training.endings import lock_output
 from imprompt.training.examples import Example, Examples, bucket_of, read_example
 from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.recipe import Columns, Data
@@ -801,7 +801,7 @@ def test_a_tampered_file_is_refused_and_encoded_again(filled: Path, tmp_path: Pa
 
 
 def test_a_folder_is_filled_by_one_launch(recipe: Path, tmp_path: Path) -> None:
-    lock = lock_output(tmp_path / "features", "encoding features into")
+    lock = lock_folder(tmp_path / "features", "encoding features into")
     for arguments in (["data", "encode", str(recipe)], ["train", str(recipe)]):
         done = subprocess.run(
             [sys.executable, "-m", "imprompt", *arguments],

@@ -17,6 +17,7 @@ import pytest
 from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
 from imprompt.errors import SettingError
+from imprompt.files import lock_folder
 from imprompt.training import endings
 from imprompt.training.order import SampleIndex
 from imprompt.training.recipe import Recipe
@@ -252,11 +253,11 @@ def test_a_killed_run_goes_on_at_once(place: Place, alone: Path) -> None:
 
 
 def test_a_folder_is_written_by_one_run(tmp_path: Path) -> None:
-    first = endings.lock_output(tmp_path)
+    first = lock_folder(tmp_path, "training into")
     with pytest.raises(SettingError, match="another process is training into"):
-        endings.lock_output(tmp_path)
+        lock_folder(tmp_path, "training into")
     first.release()
-    endings.lock_output(tmp_path).release()
+    lock_folder(tmp_path, "training into").release()
 
 
 @pytest.mark.usefixtures("alone")

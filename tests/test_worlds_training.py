@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt.errors import ImpromptError, SettingError
-from imprompt.training.endings import lock_output
+from imprompt.files import lock_folder
 from studies.emoji.__main__ import STAGES
 from worlds.emoji import train_utils
 from worlds.emoji.stages import MAKING, Stage, main
@@ -114,7 +114,7 @@ def test_a_loss_that_is_no_number_ends_a_stage_before_it_is_saved(tmp_path: Path
 
 
 def test_two_processes_do_not_train_the_same_stage(tmp_path: Path) -> None:
-    lock = lock_output(states_of(World("cpu", tmp_path), "stage"))
+    lock = lock_folder(states_of(World("cpu", tmp_path), "stage"), "training into")
     with pytest.raises(SettingError, match="another process"):
         trained(tmp_path)
     lock.release()

@@ -8,8 +8,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imprompt.errors import SettingError, first_line
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 @contextmanager
@@ -95,6 +99,25 @@ def check_output(out: Path, inputs: Iterable[Path], force: bool) -> None:
     refuse_inputs(out, inputs)
     if out.is_file() and not force:
         raise SettingError(f"{out} exists: give another name, or --force to replace it")
+
+
+def lock_folder(folder: Path, doing: str, instead: str = "folder") -> "FileLock":
+    """Acquire the sole right to write into a folder, which is made if it does not exist.
+
+    It ends with this process at the latest. Raise SettingError if another process has it.
+
+    doing    what a process does with the folder, for the message
+    instead  what the message says to give another of
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(folder / ".lock", blocking=False).acquire().lock
+    except Timeout as error:
+        raise SettingError(
+            f"another process is {doing} {folder}: wait for it, or give another {instead}"
+        ) from error
 
 
 def sha256(path: Path) -> str:

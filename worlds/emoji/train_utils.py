@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from imprompt.checkpoints.states import LATEST, state_at
-from imprompt.files import atomic_write
-from imprompt.training.endings import explained_termination, lock_output
+from imprompt.files import atomic_write, lock_folder
+from imprompt.training.endings import explained_termination
 from imprompt.training.model import bf16_is_fast
 from imprompt.training.muon import Muon, weight_matrices
 from imprompt.training.state import save_state
@@ -248,7 +248,7 @@ def fit(
     with ExitStack() as stack:
         stack.enter_context(explained_termination(folder))
         if first:
-            stack.callback(lock_output(folder).release)
+            stack.callback(lock_folder(folder, "training into").release)
         start = 0
         if (state := load_state(world, name)) is not None:
             start = training.load(state)

@@ -45,9 +45,9 @@ def embed(
 
     from imprompt.cli.console import loading, quiet
     from imprompt.encoders.embedding_files import SUFFIX, Embedding, save_embedding
-    from imprompt.files import check_folder, check_output
+    from imprompt.files import check_folder, check_output, sha256
     from imprompt.generation.record import recorded_name
-    from imprompt.generation.references import Reference, hash_of
+    from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
 
     if out.suffix != SUFFIX:
@@ -63,7 +63,7 @@ def embed(
         reader = open_reader(request, device)
     features, encoder_of = reader.features(reference)[0], reader.encoder
     out.parent.mkdir(parents=True, exist_ok=True)
-    feature, hashes = reader.variant.feature, tuple(map(hash_of, images))
+    feature, hashes = reader.variant.feature, tuple(map(sha256, images))
     source = recorded_name(encoder_of.source, out.parent) if encoder_of.source else ""
     embedding = Embedding(features, feature, source, encoder_of.fingerprint(), hashes)
     save_embedding(out, embedding)

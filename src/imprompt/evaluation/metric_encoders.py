@@ -19,6 +19,7 @@ from imprompt.checkpoints.tensors import some
 from imprompt.encoders.preparation import cut_ends
 from imprompt.encoders.vision import open_encoder
 from imprompt.errors import CheckpointError, first_line
+from imprompt.files import sha256
 from imprompt.models import Location, collector_waits
 from imprompt.training.validation import Clip
 
@@ -173,9 +174,7 @@ def open_inception(source: str, device: str) -> MetricEncoder:
         return network(pixels.to(device), return_features=True)
 
     how = "8-bit RGB, resized to 299×299 by the network"
-    return MetricEncoder(
-        "inception", source, hashlib.sha256(path.read_bytes()).hexdigest(), how, cpu(embed)
-    )
+    return MetricEncoder("inception", source, sha256(path), how, cpu(embed))
 
 
 JUDGES: dict[str, Callable[[str, str], MetricEncoder]] = {

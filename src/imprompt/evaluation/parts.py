@@ -3,10 +3,10 @@
 A row holds the hash of its picture; a chunk's table holds those of its rows and its embeddings.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from imprompt.errors import SettingError
 from imprompt.evaluation.metrics import METRICS
 from imprompt.evaluation.plan import Chunk
 from imprompt.evaluation.results import PictureRow, Row
-from imprompt.files import atomic_write
-from imprompt.generation.references import hash_of
+from imprompt.files import atomic_write, sha256
 from imprompt.generation.request import save_png
 from imprompt.untrusted import StoredTable, read_json, read_json_lines
 
@@ -46,10 +45,13 @@ def write_chunk(
     for path in (chunk.stem, *(out / row["image"] for row in rows)):
         path.parent.mkdir(parents=True, exist_ok=True)
     for row, picture in zip(rows, pictures, strict=True):
-        row["sha256"] = hash_of(save_png(picture, out / row["image"]))
+        row["sha256"] = sha256(save_png(picture, out / row["image"]))
     write_tensors(chunk.embeddings, embeddings, {})
     text = lines_of_json(rows)
-    hashes = {"rows": sha256(text.encode()).hexdigest(), "embeddings": hash_of(chunk.embeddings)}
+    hashes = {
+        "rows": hashlib.sha256(text.encode()).hexdigest(),
+        "embeddings": sha256(chunk.embeddings),
+    }
     write_text(chunk.table, json.dumps(hashes))
     write_text(chunk.rows, text)
 
@@ -67,7 +69,7 @@ def is_complete(out: Path, chunk: Chunk) -> bool:
     except (OSError, SettingError, KeyError) as error:  # KeyError: a row without a hash
         raise damaged(chunk.table, chunk) from error
     there = {path: value for path, value in wanted.items() if path.exists()}
-    if changed := next((path for path, value in there.items() if hash_of(path) != value), None):
+    if changed := next((path for path, value in there.items() if sha256(path) != value), None):
         raise damaged(changed, chunk)
     return len(there) == len(wanted)
 

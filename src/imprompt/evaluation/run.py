@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL.Image import Image
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from imprompt.evaluation.plan import Chunk, Plan, chunks_of
 from imprompt.evaluation.protocols import settings_of
 from imprompt.evaluation.sets import EvaluationSet, Item, open_set, set_facts
 from imprompt.evaluation.summary import gather
-from imprompt.files import check_folder, refuse_inputs
+from imprompt.files import check_folder, lock_folder, refuse_inputs
 from imprompt.generation.pipeline import check_device, default_device
 from imprompt.generation.settings import Settings
 from imprompt.images import open_image
@@ -78,7 +78,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
     check_same(plan.out, run)
     with explained_interruption(plan.out):
         ranks.wait_for_everyone()  # all processes check before the first one writes
-        lock = lock_folder(plan.out, run) if ranks.is_main_process else None
+        lock = begin(plan.out, run) if ranks.is_main_process else None
         # left-over files are removed before any process writes new ones
         ranks.wait_for_everyone()
         try:
@@ -276,18 +276,9 @@ def by_name(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**run, **{part: {one[name]: one for one in run[part]} for part, name in lists.items()}}
 
 
-def lock_folder(out: Path, run: Mapping[str, Any]) -> Any:
-    """Take the lock for writing into the folder; SettingError if another process holds it.
-
-    It ends with this process at the latest. Files that a killed process left over are removed.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(out / ".lock", blocking=False).acquire().lock
-    except Timeout as error:
-        raise SettingError(
-            f"another process is evaluating into {out}: wait for it, or give another --out"
-        ) from error
+def begin(out: Path, run: Mapping[str, Any]) -> FileLock:
+    """Lock the run's folder, remove what a killed process left there, and write run.json."""
+    lock = lock_folder(out, "evaluating into", instead="--out")
     for left in out.rglob(".*.part"):  # left over from a killed process
         left.unlink()
     if read_record(out) is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from imprompt.errors import ImageError, SettingError
 from imprompt.evaluation.names import unique_names
+from imprompt.files import sha256
 from imprompt.images import open_image
 from imprompt.training.listings import (
     FOLDER_FORM,
@@ -330,7 +331,7 @@ def looked_at(path: Path) -> str:
     """Return the SHA-256 of a picture file, or what is wrong with it after a space."""
     try:
         open_image(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256(path)
     except ImageError as error:
         return f" {error}"
 

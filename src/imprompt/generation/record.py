@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from imprompt.errors import SettingError
-from imprompt.generation.references import PictureFile, hash_of
+from imprompt.files import sha256
+from imprompt.generation.references import PictureFile
 from imprompt.untrusted import parse_json
 
 # field of a request -> beginnings of the names of the weights that it changes
@@ -66,7 +67,7 @@ def find_picture(file: PictureFile, folder: Path) -> PictureFile:
     if file.sha256:
         places += [file.path, folder / file.path.name, Path(file.path.name)]
     there = [path for path in places if path.is_file()]
-    same = (path for path in there if not file.sha256 or hash_of(path) == file.sha256)
+    same = (path for path in there if not file.sha256 or sha256(path) == file.sha256)
     path = next(same, (there or places)[0])
     return file.model_copy(update={"path": Path(os.path.abspath(path))})
 

@@ -5,7 +5,6 @@ metadata hold references. A reference is checked without torch, before any weigh
 fields are flags of `imprompt generate`.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from imprompt.encoders.choices import Crop, Noise, NoiseKind
 from imprompt.errors import ImageError, SettingError
+from imprompt.files import sha256
 from imprompt.untrusted import parse_json
 from imprompt.validation import Flag, Validated, one_line, one_of
 
@@ -51,7 +51,7 @@ class PictureFile(Validated, frozen=True):
                 f"{str(self.path)!r}: its name is not Unicode text, so a result cannot record "
                 "it; rename the file"
             )
-        if self.sha256 and hash_of(self.path) != self.sha256:
+        if self.sha256 and sha256(self.path) != self.sha256:
             raise ImageError(
                 f"{self.path} is not the picture that it was: "
                 "the result would differ from the one to repeat"
@@ -71,11 +71,6 @@ def plain_picture(picture: Any) -> Any:
 def is_face(image: Any) -> bool:
     """Return whether `image` is an `encoders.face.Face`, without importing torch for its class."""
     return hasattr(image, "embedding")
-
-
-def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _picture(value: Any) -> Any:

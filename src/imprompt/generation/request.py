@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, PlainValidator, field_serializer, model_validator
 
 from imprompt.errors import ImageError, SettingError, first_line
-from imprompt.files import atomic_write, taken_names, temporary, written_new
+from imprompt.files import atomic_write, sha256, taken_names, temporary, written_new
 from imprompt.generation.record import (
     find_picture,
     find_weights,
@@ -25,7 +25,6 @@ from imprompt.generation.references import (
     PictureFile,
     adapters_of,
     files_in,
-    hash_of,
     item_as_json,
     plain_picture,
     with_files,
@@ -253,7 +252,7 @@ class Request(Validated, frozen=True):
 
         def picture(file: PictureFile) -> PictureFile:
             path = file.path.absolute() if paths else recorded_path(file.path, out)
-            return PictureFile(path=Path(path.as_posix()), sha256=hash_of(file.path))
+            return PictureFile(path=Path(path.as_posix()), sha256=sha256(file.path))
 
         return self.renamed(
             picture, lambda name: find_weights(name, Path()) if paths else recorded_name(name, out)

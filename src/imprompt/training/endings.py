@@ -12,11 +12,11 @@ from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch.distributed import DistError
 
 from imprompt.checkpoints.states import newest_state
 from imprompt.errors import ImpromptError, SettingError, Stopped, first_line
+from imprompt.files import lock_folder
 from imprompt.training.signals import SIGNALS, StopRequest, Terminated
 from imprompt.training.step import Diverged
 
@@ -108,7 +108,7 @@ def locked_features(folder: Path, processes: Any) -> Iterator[None]:
     lock, faults = None, []
     if processes.is_main_process:
         try:
-            lock = lock_output(folder, "encoding features into")
+            lock = lock_folder(folder, "encoding features into")
         except SettingError as error:
             faults.append(str(error))
     if faults := gather_object(faults):  # the others wait here until the lock is held
@@ -119,17 +119,3 @@ def locked_features(folder: Path, processes: Any) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
-
-
-def lock_output(output: Path, purpose: str = "training into") -> FileLock:
-    """Acquire the sole right to write into a run's folder, or a folder of features.
-
-    It ends with this process at the latest. Raise SettingError if another process has it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        return FileLock(output / ".lock", blocking=False).acquire().lock
-    except Timeout as error:
-        raise SettingError(
-            f"another process is {purpose} {output}: wait for it, or give another folder"
-        ) from error

@@ -18,10 +18,11 @@ from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter, save_adapter
 from imprompt.checkpoints.states import LATEST, state_at
 from imprompt.errors import ImpromptError
+from imprompt.files import lock_folder
 from imprompt.training.augmented import AugmentedSample
 from imprompt.training.batches import Batch
 from imprompt.training.data_pipeline import Bad, bad_of
-from imprompt.training.endings import explained_termination, lock_output, stop_error
+from imprompt.training.endings import explained_termination, stop_error
 from imprompt.training.recipe import Recipe
 from imprompt.training.samples import BadSample
 from imprompt.training.setup import Setup, gathered, set_up
@@ -81,7 +82,7 @@ class Run:
         """Take every step after the latest state."""
         recipe, plan = self.setup.recipe, self.setup.recipe.optimization
         if self.setup.main:
-            self.lock = lock_output(recipe.output)
+            self.lock = lock_folder(recipe.output, "training into")
         self.setup.accelerator.wait_for_everyone()
         done = self._resume()
         self.setup.accelerator.wait_for_everyone()  # all have read the state that links lead to
