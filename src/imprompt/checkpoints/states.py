@@ -113,11 +113,6 @@ def _step(state: Path) -> int:
         return -1
 
 
-def whole_states(run: Path) -> list[Path]:
-    """Return the states whose files are what was written, oldest first."""
-    return [state for state in states_of(run) if _is_whole(state)]
-
-
 def _is_whole(state: Path) -> bool:
     try:
         check_state(state)

@@ -63,7 +63,7 @@ def refusals(pipeline: Any, started: Callable[[], object]) -> Iterator[None]:
 
 
 def checked_options(
-    given: Mapping[str, Any] | None, pipeline: Any, settings: Resolved, ours: Mapping[str, Any]
+    given: Mapping[str, Any] | None, pipeline: Any, ours: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the `pipeline_options` of a call, checked; SettingError.
 
@@ -82,13 +82,32 @@ def checked_options(
             raise _refused(name, f"{REFUSED[name]}: leave it out")
         if name in ours:
             raise _refused(name, f"the call gives it already, by {PICTURES.get(name, name)}")
-    if settings.image_guidance is not None and options.get("guidance_rescale"):
+    _check_output(options.get("output_type", "pil"), "mask_image" in ours)
+    return options
+
+
+def check_image_guidance(settings: Resolved, pipeline: Any, options: Mapping[str, Any], *,
+                         guided: bool, separate: bool) -> None:  # fmt: skip
+    """Raise SettingError if a call's image guidance cannot be applied.
+
+    guided    whether the call has the text's guidance
+    separate  whether the pipeline runs each branch of guidance in a separate call
+    """
+    if separate:
+        raise SettingError(
+            "image_guidance needs both branches of guidance in one call; a "
+            f"{type(pipeline).__name__} runs them in separate calls: leave it out"
+        )
+    if not guided:
+        raise SettingError(
+            "image_guidance needs the text's guidance, which is off at "
+            f"{settings.guidance}: give more than 1"
+        )
+    if options.get("guidance_rescale"):
         raise SettingError(
             "image_guidance and guidance_rescale do not go together: the latter would measure "
             "another prediction"
         )
-    _check_output(options.get("output_type", "pil"), "mask_image" in ours)
-    return options
 
 
 def _check_output(kind: Any, pasted: bool) -> None:

@@ -18,6 +18,7 @@ from imprompt.families.base import base_of, family_of, pipeline_family
 from imprompt.generation.engine import Engine, Seat
 from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.options import (
+    check_image_guidance,
     check_takes_settings,
     check_texts,
     checked_options,
@@ -284,20 +285,13 @@ class ImagePromptPipeline:
         pipeline, options = task(
             self.pipeline, start, chosen, self.controlnet if control else None, self.savers
         )
-        extra = checked_options(pipeline_options, pipeline, chosen, options)
+        extra = checked_options(pipeline_options, pipeline, options)
         rest, texts = without_texts(extra)
         check_texts(chosen, texts, len(items))
         guided = self.family.guided(self.pipeline, chosen.guidance, extra)
-        if chosen.image_guidance is not None and self.family.separate_branches:
-            raise SettingError(
-                "image_guidance needs both branches of guidance in one call; a "
-                f"{type(self.pipeline).__name__} runs them in separate calls: leave it out"
-            )
-        if chosen.image_guidance is not None and not guided:
-            raise SettingError(
-                "image_guidance needs the text's guidance, which is off at "
-                f"{chosen.guidance}: give more than 1"
-            )
+        if chosen.image_guidance is not None:
+            separate = self.family.separate_branches
+            check_image_guidance(chosen, pipeline, extra, guided=guided, separate=separate)
         for item in items:
             self.check(item)
         call = self._call(chosen, guided)

@@ -86,13 +86,13 @@ def same_result(text: str | None, own: str) -> bool:
         return False
 
 
-def _by_hash(told: Any) -> Any:
-    if isinstance(told, list):
-        return [_by_hash(one) for one in told]
-    if isinstance(told, dict):
-        hashed = told.get("sha256")
-        return {name: _by_hash(one) for name, one in told.items() if name != "path" or not hashed}
-    return told
+def _by_hash(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_by_hash(one) for one in value]
+    if isinstance(value, dict):
+        hashed = value.get("sha256")
+        return {name: _by_hash(one) for name, one in value.items() if name != "path" or not hashed}
+    return value
 
 
 def fingerprints(

@@ -153,9 +153,9 @@ class Request(Validated, frozen=True):
         self.renamed(lambda file: file, lambda name: names.append(name) or name)
         return [file.path for file in self.pictures()] + list(map(Path, names))
 
-    def changed(self, told: dict[str, Any]) -> Self:
+    def changed(self, fields: dict[str, Any]) -> Self:
         """Return the request with other values of some fields, checked again; SettingError."""
-        return type(self).model_validate(dict(self) | told)
+        return type(self).model_validate(dict(self) | fields)
 
     def alone(self) -> Self:
         """Return a request that makes only picture `only`, with that picture's text and seed.
@@ -271,8 +271,13 @@ class Request(Validated, frozen=True):
         from imprompt import __version__
 
         whole = self.model_copy(update={"settings": settings, "only": number})
-        told = {"imprompt": __version__, **whole.model_dump(mode="json")}
-        return json.dumps(told, ensure_ascii=False)
+        record = {"imprompt": __version__, **whole.model_dump(mode="json")}
+        return json.dumps(record, ensure_ascii=False)
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Self:
+        """Return the request that `text_for` wrote, or that a file holds; SettingError."""
+        return cls(**{name: value for name, value in record.items() if name != "imprompt"})
 
 
 def read_request(path: Path) -> Request:
@@ -292,8 +297,7 @@ def read_request(path: Path) -> Request:
             "it holds no request to repeat"
         )
     try:
-        told = parse_json(text)
-        request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
+        request = Request.of_record(parse_json(text))
     except (AttributeError, TypeError) as error:
         raise ImageError(f"{path}: its metadata is damaged") from error
     except SettingError as error:
@@ -320,17 +324,16 @@ FORMATS = {".toml": parse_toml, ".json": parse_json}
 def request_file(path: Path) -> Request:
     """Return the request in a TOML or JSON file; SettingError."""
     try:
-        told = FORMATS[path.suffix.lower()](read_text(path, MAX_SETTINGS))
+        record = FORMATS[path.suffix.lower()](read_text(path, MAX_SETTINGS))
     except OSError as error:
         raise SettingError(f"{path} cannot be read ({first_line(error)})") from error
     except SettingError as error:
         raise SettingError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
-    if not isinstance(told, dict):
+    if not isinstance(record, dict):
         raise SettingError(
             f"{path} does not hold a request: it should name settings, such as images = ['cat.png']"
         )
-    request = Request(**{name: value for name, value in told.items() if name != "imprompt"})
-    return request.located(path.parent)
+    return Request.of_record(record).located(path.parent)
 
 
 class ResultFiles(NamedTuple):
@@ -451,14 +454,14 @@ def results_at(out: Path) -> tuple[Path, str]:
 
 def save_png(picture: "Image.Image", path: Path, text: str | None = None) -> Path:
     """Write a PNG atomically, with `text` as its request."""
-    with told(path), atomic_write(path) as part:
+    with writing(path), atomic_write(path) as part:
         write_png(picture, part, text)
     return path
 
 
 def save_new(picture: "Image.Image", wanted: Path, text: str | None = None) -> Path:
     """Write a PNG atomically under the wanted name or the next unused one; return that name."""
-    with told(wanted), temporary(wanted) as part:
+    with writing(wanted), temporary(wanted) as part:
         write_png(picture, part, text)
         return written_new(part, wanted)
 
@@ -474,7 +477,7 @@ def write_png(picture: "Image.Image", path: Path, text: str | None) -> None:
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Raise errors in writing a file as ImageError."""
     try:
         yield
