@@ -41,7 +41,7 @@ class Room(NamedTuple):
 ROOMS = {
     "attention": Room(
         ("adapter.py", "prompt.py", "attention/injection.py", "attention/conditioning.py",
-         "attention/low_rank.py", "attention/text_cache.py", "attention/image_guidance.py",
+         "attention/low_rank.py", "attention/text_cache.py",
          "families/processor.py", "families/unet.py", "families/transformers.py"),
         ("test_families", "test_injection", "test_controls", "test_lora",
          "parity/test_diffusers_controls", "parity/test_diffusers_faces",
@@ -50,9 +50,10 @@ ROOMS = {
     "generation": Room(
         ("generation/combine.py", "generation/blocks.py", "generation/prepare.py",
          "generation/engine.py", "generation/pipeline.py", "generation/references.py",
-         "generation/request.py", "generation/features.py"),
-        ("test_blocks", "test_kept", "test_bad_input", "test_controls", "test_request",
-         "test_generate", "test_engine", "test_compose", "test_same_pixels"),
+         "generation/request.py", "generation/features.py", "attention/image_guidance.py"),
+        ("test_blocks", "test_kept", "parity/test_diffusers_controls", "test_bad_input",
+         "test_controls", "test_request", "test_face_files", "test_generate", "test_engine",
+         "test_compose", "test_same_pixels"),
     ),
     "training": Room(
         ("training/batches.py", "training/objective.py", "training/step.py", "training/loop.py",
