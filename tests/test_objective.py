@@ -239,6 +239,16 @@ def test_offset_noise_moves_whole_channels() -> None:
     assert torch.equal(objective("sdxl").shift(noise, offset), noise)
 
 
+@pytest.mark.parametrize(
+    "stated", [{"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True}]
+)
+def test_one_setting_of_a_flow_is_enough(stated: dict[str, Any]) -> None:
+    scheduler = DPMSolverMultistepScheduler(flow_shift=3.0, **stated)
+    goal = Objective(scheduler, NoiseSettings())
+    assert goal.prediction_type == "flow"
+    assert torch.equal(goal.sigma, objective("sana").sigma)
+
+
 def test_zero_terminal_snr_by_the_recipe_or_by_the_model() -> None:
     by_recipe, by_model = objective("sd2-v", zero_terminal_snr=True), objective("emoji")
     assert torch.equal(by_recipe.alpha, by_model.alpha)

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from imprompt.checkpoints.adapters import load_adapter, read_adapter, write_adapter
-from imprompt.errors import CheckpointError, ImpromptError, MismatchError, SettingError
+from imprompt.errors import CheckpointError, ImpromptError, MismatchError, SettingError, Stopped
 from imprompt.models import find_adapter, find_model
 from imprompt.training import loop, setup, state, step
 from imprompt.training.model import AdaptedModel
@@ -597,6 +598,32 @@ def test_a_state_is_saved_every_so_many_minutes() -> None:
 def test_states_by_minutes_come_between_those_by_steps(folder: Path, tmp_path: Path) -> None:
     loop.train(recipe(folder, tmp_path, 3, save_every=100, save_minutes=1e-9, keep=5))
     assert names(tmp_path)[-3:] == ["step-0000001", "step-0000002", "step-0000003"]
+
+
+def test_the_last_step_is_saved_between_those_of_save_every(folder: Path, tmp_path: Path) -> None:
+    latest = loop.train(recipe(folder, tmp_path, 3, save_every=2, keep=5))
+    assert names(tmp_path) == ["latest", "metrics.jsonl", "step-0000002", "step-0000003"]
+    assert latest.resolve().name == "step-0000003"
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+def test_a_run_that_is_asked_to_stop_in_its_last_step_is_complete(
+    asked: int, folder: Path, tmp_path: Path
+) -> None:
+    run = begun(recipe(folder, tmp_path, 2, save_every=100))
+    run.request.said = False
+
+    def advanced(step: int) -> None:
+        if step == asked:
+            run.request(signal.SIGTERM, None)
+
+    run.watcher.advanced = advanced
+    try:
+        with nullcontext() if asked == 2 else pytest.raises(Stopped):
+            run.go()
+    finally:
+        run.close()
+    assert (tmp_path / "latest").resolve().name == f"step-000000{asked}"
 
 
 def test_a_folder_of_an_unpointed_state_is_written_anew(tmp_path: Path) -> None:
