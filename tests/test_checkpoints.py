@@ -897,6 +897,21 @@ def test_a_split_file_is_read_by_its_index(tmp_path: Path) -> None:
         read_adapter(index)
 
 
+@pytest.mark.parametrize("stated", [0, 1])
+def test_a_tensor_in_two_parts_is_read_from_the_one_that_the_index_names(
+    stated: int, tmp_path: Path
+) -> None:
+    key, index = "image_proj.norm.bias", split_in_two(made(), tmp_path)
+    named = json.loads(index.read_text())["weight_map"]
+    parts = sorted(set(named.values()))
+    for number, part in enumerate(parts):
+        tensors = safetensors.torch.load_file(index.with_name(part))
+        value = torch.full((made().token_dim,), float(number))
+        safetensors.torch.save_file(tensors | {key: value}, index.with_name(part))
+    index.write_text(json.dumps({"weight_map": named | {key: parts[stated]}}))
+    assert read_adapter(index).projection["norm.bias"].unique().tolist() == [stated]
+
+
 def test_diffusers_spelling_of_a_resampler_is_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     own = Resampler(24, WIDTH, tokens=4, width=64, depth=4)

@@ -25,7 +25,10 @@ from imprompt.checkpoints.adapters import (
 from imprompt.errors import CheckpointError, SettingError
 from imprompt.families import unet_layers
 from imprompt.families.unet import UNET
-from imprompt.models import MODELS, Location, find_adapter
+from imprompt.generation.memory import MemoryOptions
+from imprompt.generation.prepare import LoadedAdapter
+from imprompt.generation.references import AdapterChoice
+from imprompt.models import MODELS, KnownAdapter, KnownModel, Location, find_adapter
 from imprompt.projections.mlp import FaceProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.variants import BY_NAME, FACES, find_variant
@@ -199,6 +202,24 @@ def test_what_cannot_be_known_is_asked(tmp_path: Path, name: str) -> None:
     read = read_adapter(path, name)
     assert read.variant.name == name
     assert type(build_adapter(read, UNET).projection) is find_variant(name).projection
+
+
+def test_the_name_of_a_known_adapter_determines_its_variant(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write_adapter(path, made("portrait-unnorm"), "paper")
+
+    def read(stated: str | None, known: str) -> str:
+        adapters = {"faces": KnownAdapter(Location("", str(path)), None, known)}
+        model = KnownModel("own", "", Location(""), adapters=adapters)
+        choice = AdapterChoice(adapter="faces", variant=stated)
+        memory = MemoryOptions("cpu")
+        loaded = LoadedAdapter.read(choice, model, object(), "cpu", torch.float32, None, memory)
+        return loaded.file.variant.name
+
+    assert read(None, "portrait-unnorm") == "portrait-unnorm"
+    assert read("portrait-unnorm", "plus") == "portrait-unnorm"  # what the user states counts
+    with pytest.raises(CheckpointError, match="do not distinguish them"):
+        read(None, "")
 
 
 def test_the_answer_is_kept_in_the_header(tmp_path: Path) -> None:
