@@ -12,9 +12,10 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from imprompt.adapter import ImageProjection, IPAdapter
+from imprompt.adapter import ImageProjection, IPAdapter, attention
 from imprompt.errors import MismatchError
 from imprompt.families.base import FAMILIES, family_of
+from imprompt.families.processor import LayerConditioning, with_image
 from tests.tiny import noise_inputs, seeded, smallest_unet, tiny_flux_model, tiny_pixart_model
 
 FEATURES = 12
@@ -225,6 +226,22 @@ def test_calls_of_separate_branches_get_their_own() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("text", [0, 1, 7])  # shorter and longer than a head is wide
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_image_is_added_to_the_picture_after_a_text(text: int, whole: bool) -> None:
+    width, places, wider = 4, 3, 2
+    with seeded(3):
+        query, key, value = (torch.randn(2, 1, n, width) for n in (text + places, 5, 5))
+        x = torch.randn(2, text * whole + places, width + wider)
+    image = attention(query[:, :, text:], key, value)[:, 0]
+    expected = x.clone()
+    expected[:, -places:, :width] += 0.5 * image
+    conditioning = LayerConditioning(
+        ((key, value),), torch.full((1, 1, 1, 1, 1), 0.5), slice(text, None)
+    )
+    torch.testing.assert_close(with_image(x, query, conditioning), expected)
+
+
 def test_rows_have_prompts_of_their_own(tiny: Tiny) -> None:
     adapter = adapter_for(tiny.model).attach(tiny.model)
     both = tokens(adapter)

@@ -48,6 +48,36 @@ def counted(unet: nn.Module) -> Iterator[list[int]]:
 # The text
 
 
+def test_calls_of_one_kind_share_their_choices_of_a_kernel(unet: UNet2DConditionModel) -> None:
+    adapter = tiny_adapter(unet).attach(unet)
+    injection, prompt = adapter.injection, random_prompt(adapter, 2)
+
+    def chosen(prompt: Any = prompt, text: int = 5, **given: Any) -> list[bool | None]:
+        given = noise_inputs(unet, 2) | {"encoder_hidden_states": torch.ones(2, text, 8)} | given
+        call = injection.family.call(unet, given, injection.timesteps)
+        return injection.kernel_choices(call, [prompt])
+
+    with torch.no_grad():
+        first = chosen()
+        assert first == [None] * LAYERS
+        assert chosen() is first
+        assert chosen(prompt.with_scale(0.3)) is first
+        longer = prompt._replace(
+            keys=tuple(key.repeat(1, 1, 2, 1) for key in prompt.keys),
+            values=tuple(value.repeat(1, 1, 2, 1) for value in prompt.values),
+        )
+        others = [
+            chosen(text=6),
+            chosen(longer),
+            chosen(prompt._replace(mask=torch.ones(1, 8, 8))),
+            chosen(prompt._replace(keys=tuple(key.half() for key in prompt.keys))),
+            chosen(sample=torch.ones(2, 4, 32, 32)),
+            chosen(sample=torch.ones(4, 4, 16, 8)),
+        ]
+    others.append(chosen())  # with gradients
+    assert len({id(each) for each in (first, *others)}) == 1 + len(others)
+
+
 @torch.no_grad()
 def test_text_is_projected_once(unet: UNet2DConditionModel) -> None:
     inputs = noise_inputs(unet, 2)
