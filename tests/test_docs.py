@@ -13,6 +13,7 @@ from PIL import Image
 
 from imprompt.cli import app
 from imprompt.cli import commands as register_commands
+from imprompt.families.table import as_markdown
 from imprompt.generation.blocks import presets
 from imprompt.training.recipe import RECIPES
 
@@ -91,3 +92,7 @@ def test_presets_of_the_docs_are_those_that_there_are() -> None:
         )
     )
     assert presets().items() <= rows
+
+
+def test_the_table_of_families_is_the_one_that_the_command_prints() -> None:
+    assert as_markdown() in (ROOT / "docs/families.md").read_text()

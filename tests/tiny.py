@@ -17,6 +17,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -429,10 +431,50 @@ def tiny_flux() -> FluxPipeline:
     )
 
 
+def tiny_sd3_model(**changes: Any) -> SD3Transformer2DModel:
+    """Three joint blocks, of which the last has no text after it."""
+    config = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 4,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 2 * POOLED_DIM,
+        "out_channels": 4,
+        "pos_embed_max_size": 32,
+        "qk_norm": "rms_norm",
+    }
+    with seeded(0):
+        return awake(SD3Transformer2DModel(**config | changes))
+
+
+def tiny_sd3() -> StableDiffusion3Pipeline:
+    t5, tokenizer = tiny_t5(), tiny_tokenizer()
+    first, second = (
+        tiny_text_encoder(CLIPTextModelWithProjection, tokenizer, 16, seed=seed) for seed in (8, 9)
+    )
+    return quiet(
+        StableDiffusion3Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift=0.1),
+            text_encoder=first,
+            tokenizer=tokenizer,
+            text_encoder_2=second,
+            tokenizer_2=tokenizer,
+            text_encoder_3=t5["text_encoder"],
+            tokenizer_3=t5["tokenizer"],
+            transformer=tiny_sd3_model(),
+        )
+    )
+
+
 def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 PIPELINES = {"sd1": tiny_sd, "sdxl": tiny_sdxl}
-OTHERS = {"pixart": tiny_pixart, "flux": tiny_flux}  # of other families
+OTHERS = {"pixart": tiny_pixart, "flux": tiny_flux, "sd3": tiny_sd3}  # of other families

@@ -5,6 +5,7 @@ over progress.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -89,25 +90,24 @@ def check_rows(prompt: ImagePrompt, rows: int) -> None:
         )
 
 
-def masks_at(masks: Sequence[Tensor | None], grids: Sequence[tuple[int, int]],
+def masks_at(masks: Sequence[Tensor | None], grids: Sequence[tuple[int, ...]],
              dtype: torch.dtype) -> Masks:  # fmt: skip
     """Resize the masks (R or 1, h, w) to latents of these sizes.
 
+    A mask is the same in every frame of a video, whose number stands before its rows and columns.
     Returns an empty dictionary if no prompt has a mask.
     """
     if all(mask is None for mask in masks):
         return {}
-    return {
-        rows * columns: [resized(mask, (rows, columns), dtype) for mask in masks]
-        for rows, columns in grids
-    }
+    return {prod(grid): [resized(mask, grid, dtype) for mask in masks] for grid in grids}
 
 
-def resized(mask: Tensor | None, grid: tuple[int, int], dtype: torch.dtype) -> Tensor | None:
+def resized(mask: Tensor | None, grid: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """Resize a mask (R or 1, h, w) to (R or 1, 1, L, 1); each place is the mean of its area."""
     if mask is None:
         return None
-    return F.interpolate(mask[:, None].float(), grid, mode="area").flatten(2)[..., None].to(dtype)
+    frame = F.interpolate(mask[:, None].float(), grid[-2:], mode="area").flatten(2)
+    return frame.repeat(1, 1, prod(grid[:-2]))[..., None].to(dtype)
 
 
 def weights_at(scales: Sequence[Tensor], masks: Masks, place: Callable[[int], Tensor],
@@ -167,15 +167,19 @@ def low_ranks_of(prompts: Sequence[ImagePrompt]) -> tuple[LowRank, ...]:
     return tuple(map(summed, zip(*parts.values(), strict=True)))
 
 
-def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> ImagePrompt:
+def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None,
+             positive_first: bool = False) -> ImagePrompt:  # fmt: skip
     """Return the prompt for the rows of a call, after a check of its sizes.
 
-    positive  whether a call with one branch of guidance is the positive one; None if the family
-              does not know
+    positive        whether a call with one branch of guidance is the positive one; None if the
+                    family does not know
+    positive_first  whether a call with both branches has the positive one first
     """
     alone = prompt.branches == 2 and prompt.rows in (2, 2 * call.rows) and call.rows != prompt.rows
     if positive is not None and alone:
         prompt = prompt.branch(-1 if positive else 0)
+    elif positive_first and prompt.branches == 2:
+        prompt = prompt.with_branches((-1, 0))._replace(branches=1)
     check_rows(prompt, call.rows)
     return prompt
 

@@ -30,8 +30,13 @@ def in_thirds(family: Family, given: Mapping[str, Any], kept: CachedValue) -> di
 
     kept  cache of the converted text, which must be the same tensor in every step
 
-    Raises MismatchError for a batch that has no two halves.
+    Raises MismatchError for a batch that has no two halves, the negative one first.
     """
+    if family.positive_first:
+        raise MismatchError(
+            f"image guidance is not supported for base models of the {family.name} family, which "
+            "take the branches of guidance in another order"
+        )
     latents, _, text = family.arguments
     rows = len(given[latents])
     if rows % 2:

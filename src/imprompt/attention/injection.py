@@ -131,7 +131,7 @@ class ModelInjection(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Precision that the layers compute in; weights may be stored in 8 bits."""
-        stored: torch.dtype = next(iter(self.layers.values())).to_q.weight.dtype
+        stored: torch.dtype = next(next(iter(self.layers.values())).parameters()).dtype
         return stored if stored.itemsize > 1 else self.computes_in
 
     def widen(self, tokens: Tensor) -> Tensor:
@@ -211,7 +211,11 @@ class ModelInjection(ABC):
                 )
             positive = scope.positive(call) if scope is not None else None
         return self.hand_over(
-            (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
+            (args, kwargs),
+            call,
+            tuple(
+                for_rows(prompt, call, positive, self.family.positive_first) for prompt in prompts
+            ),
         )
 
     def check_time(self, call: ModelCall, scope: Scope | None, scale: Tensor) -> None:

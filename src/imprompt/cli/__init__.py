@@ -44,6 +44,7 @@ COMMANDS = {  # group -> its commands; "" is the program itself
         ),
         Command("demo", "demo", "demo"),
         Command("models", "generate", "models"),
+        Command("families", "families", "families_command"),
         Command("blocks", "generate", "blocks"),
         Command(
             "embed",

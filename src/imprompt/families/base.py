@@ -19,10 +19,19 @@ from imprompt.errors import MismatchError, SettingError
 from imprompt.prompt import KEY, ImagePrompt
 
 ROUNDING = 1e-2  # tolerance in points: progress is computed in float32
-FAMILIES = {  # name -> module and attribute that hold it
-    "unet": ("imprompt.families.unet", "UNET"),
-    "pixart": ("imprompt.families.transformers", "PIXART"),
-    "flux": ("imprompt.families.transformers", "FLUX"),
+UNET = "imprompt.families.unet"
+ROWS = "imprompt.families.rows"
+FAMILIES = {  # name -> module that holds it in a table of its `FAMILIES`
+    "unet": UNET,
+    **dict.fromkeys(
+        (
+            *("pixart", "flux", "sd3", "chroma", "bria", "ovis", "longcat", "flux2", "flux3"),
+            *("sana", "hunyuandit", "lumina2", "lumina-next", "auraflow", "qwen-image"),
+            *("qwen-image-2.1", "z-image", "wan", "hidream", "cogview4", "hunyuan-image"),
+            *("hunyuan-video", "kandinsky5", "krea2", "ideogram4", "prx", "ltx", "cosmos"),
+        ),
+        ROWS,
+    ),
 }
 
 
@@ -42,14 +51,15 @@ class ModelCall(NamedTuple):
     text      text states (B, T, D); the same tensor in every step of a picture
     place     gives the call's place, () or (B,), in a table of that many points over the schedule,
               from noise to the picture; between two points it is the later one
-    grids     gives the sizes, rows and columns, in which layers see the latents
+    grids     gives the sizes, rows and columns, in which layers see the latents; of a video the
+              number of frames stands before them
     """
 
     given: Mapping[str, Any]
     rows: int
     text: Tensor
     place: Callable[[int], Tensor]
-    grids: Callable[[], Sequence[tuple[int, int]]]
+    grids: Callable[[], Sequence[tuple[int, ...]]]
 
 
 class Tasks(NamedTuple):
@@ -136,9 +146,13 @@ class Family(ABC):
     component: str  # name of the base model in a pipeline
     shared: tuple[str, ...] = ()  # arguments that are for all rows
     text_arguments: tuple[str, ...] = ()  # those that hold the text, which guidance leaves empty
+    lists: tuple[str, ...] = ()  # arguments that are lists with one entry for each row
+    alone = False  # whether its calls cannot be merged with those of other requests
     separate_branches = False  # whether pipelines run each branch of guidance in a separate call
+    positive_first = False  # whether those that run both in one call put the positive one first
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
+    trains = True  # whether adapters for it can be trained
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     call_options: Mapping[str, Any] = {}  # what its pipelines are always called with
@@ -237,6 +251,13 @@ class Family(ABC):
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
 
 
+def nested_shapes(value: Any) -> Any:
+    """Return the shapes of tensors in nested lists, and None for anything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return tuple(map(nested_shapes, value)) if isinstance(value, list | tuple) else None
+
+
 def original(model: nn.Module) -> nn.Module:
     """Return the model inside what `torch.compile` returned, or the model itself."""
     return getattr(model, "_orig_mod", model)
@@ -251,8 +272,7 @@ def find_family(name: str) -> Family:
     """Return the family of that name; MismatchError if there is none."""
     if name not in FAMILIES:
         raise MismatchError(f"unknown base-model family {name!r}; known: {', '.join(FAMILIES)}")
-    module, attribute = FAMILIES[name]
-    return getattr(import_module(module), attribute)
+    return import_module(FAMILIES[name]).FAMILIES[name]
 
 
 def family_of(model: nn.Module) -> Family:
@@ -260,10 +280,10 @@ def family_of(model: nn.Module) -> Family:
     for name in FAMILIES:
         if (found := find_family(name)).matches(model):
             return found
-    known = ", ".join(f"{own.name}: {' or '.join(own.classes)}" for own in families())
     raise MismatchError(
-        f"{type(original(model)).__name__} is not of a known family ({known}), or it has no text "
-        "cross-attention for image prompts"
+        f"{type(original(model)).__name__} is not of a known family ({', '.join(FAMILIES)}), or it "
+        "has no text cross-attention for image prompts: `imprompt families` prints the table, and "
+        "docs/families.md says how to add a row"
     )
 
 

@@ -28,12 +28,12 @@ class LayerConditioning(NamedTuple):
 
     images   K' and V' (B or 1, H, N, d) of every prompt, and its bias
     weights  (P, B or 1, 1, L or 1, 1)
-    rows     rows of the query that belong to the picture
+    rows     rows of the query that belong to the picture: a slice, or indices (B, picture's rows)
     """
 
     images: tuple[ImageStates, ...]
     weights: Tensor
-    rows: slice
+    rows: slice | Tensor
 
 
 class Taps(NamedTuple):
@@ -126,20 +126,35 @@ def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
 
 
 def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Tensor:
-    """Add the image prompts' attention to x (B, rows, width of the heads or more).
+    """Add the image prompts' attention to the picture's rows of x.
 
-    The query (B, H, L, d) has the rows of x, or those of a text before them as well.
+    query  (B, H, L, d)
+    x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
     images, weights, rows = conditioning
-    picture = query[:, :, rows].to(images[0][0].dtype)
+    picture = picture_rows(query, rows).to(images[0][0].dtype)
     added = add_image_attention(picture.new_zeros(()).expand_as(picture), picture, images, weights)
-    added = added.transpose(1, 2).flatten(2).to(x.dtype)  # (B, H, L, d) -> (B, L, H·d)
-    start = rows.indices(query.shape[2])[0] - (query.shape[2] - x.shape[1])
+    added = added.transpose(1, 2).to(x.dtype)  # (B, H, I, d) -> (B, I, H, d)
+    added = added if x.ndim == 4 else added.flatten(2)
+    if wider := x.shape[-1] - added.shape[-1]:  # in fused layers: first the heads' columns
+        added = F.pad(added, (0, wider))
+    whole = x.shape[1] == query.shape[2]  # else x is the picture's rows, then perhaps references
+    if isinstance(rows, Tensor):
+        index = rows[..., *(None,) * (x.ndim - 2)].expand_as(added)
+        return x.scatter_add(1, index, added)
+    start = rows.indices(query.shape[2])[0] if whole else 0
     after = x.shape[1] - start - added.shape[1]
-    wider = x.shape[-1] - added.shape[-1]  # in fused layers, whose first columns are the heads'
-    if (start, after, wider) != (0, 0, 0):
-        added = F.pad(added, (0, wider, start, after))
+    if (start, after) != (0, 0):
+        added = F.pad(added, (0, 0) * (x.ndim - 2) + (start, after))
     return x + added
+
+
+def picture_rows(query: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return those rows of a query (B, H, L, d)."""
+    if isinstance(rows, slice):
+        return query[:, :, rows]
+    index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index)
 
 
 def processor_for(original: Any, taps: Taps, heads: int) -> ImageProcessor:

@@ -7,38 +7,55 @@ import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imprompt.attention.conditioning import check_widths, images_of, masks_at, weights_at
 from imprompt.attention.injection import Arguments, ModelInjection
-from imprompt.errors import MismatchError
+from imprompt.attention.text_cache import CachedValue
+from imprompt.errors import MismatchError, SettingError
 from imprompt.families.base import (
     Conditions,
     Family,
     LayerSize,
     ModelCall,
-    Tasks,
     TaskTable,
+    nested_shapes,
     original,
     schedule_place,
 )
 from imprompt.families.processor import (
     ImageProcessor,
     LayerConditioning,
-    Layout,
     Taps,
     processor_for,
     unreached,
 )
-from imprompt.prompt import ImagePrompt
+from imprompt.prompt import KEY, ImagePrompt
 
-GUIDANCE = 3.5  # input of guidance-distilled models in training, as in diffusers' scripts
-TIMESTEPS = 1000  # into which Flux divides its time
+QUERIES = ("to_q", "to_query")
 Given = Mapping[str, Any]  # arguments of a call of the model, by name
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training needs to know of one class of transformers.
+
+    encode_text        (pipeline, captions) -> the text part of `Conditions`
+    inputs             (model, latents, timestep, conditions) -> arguments of its forward pass
+    output             (its output, latents) -> the prediction, shaped as the latents
+    condition_shapes   (configuration, text tokens) -> shapes of one sample's `Conditions`
+    latent_channels    of a configuration
+    """
+
+    encode_text: Callable[[Any, list[str]], dict[str, Tensor]]
+    inputs: Callable[[Any, Tensor, Tensor, Conditions], dict[str, Any]]
+    output: Callable[[Tensor, Tensor], Tensor]
+    condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
+    latent_channels: Callable[[Given], int] = lambda config: config["in_channels"]
 
 
 @dataclass(frozen=True)
@@ -47,60 +64,56 @@ class TransformerRow:
 
     model              name of the class
     layers             pattern of the names of the attentions that are conditioned on image prompts
-    layout             of the query
+    taps               (layer) -> where its query is recorded and the image's attention is added
+    grid               (model, arguments) -> rows and columns of the picture's places, in videos
+                       the number of frames before them
+    progress           timestep, as the model gets it, and timesteps -> progress
+    picture            (layer's name, arguments, number of the picture's places) -> which rows of
+                       the query belong to the picture
+    reads              arguments whose values, not shapes, `grid` and `picture` read
     arguments          names of latents, timestep and text in the forward pass
     channel            keyword by which the model passes arguments to its attentions, if it does
-    query              attribute whose result is the query
-    out                attribute of the output layer
-    returns            layers that have no output layer: the image is added to what they return
-    picture            (layer's name, arguments) -> which rows of the query belong to the picture
-    grids              (model, arguments) -> sizes, rows and columns, of the picture's rows
-    progress           timestep, as the model gets it, and timesteps -> progress
-    separate_branches  whether pipelines run each branch of guidance in a separate call
-    shared             arguments that are for all rows of a batch
-    text_arguments     those that hold the text
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
+    separate_branches  whether pipelines run each branch of guidance in a separate call
+    positive_first     whether pipelines that run both in one call put the positive one first
+    shared             arguments that are for all rows of a batch
+    lists              arguments that are lists with one entry for each row
+    alone              whether its calls cannot be merged with those of other requests
+    text_arguments     those that hold the text
     pipelines          tasks by the class of a saved pipeline
-    encode_text        (pipeline, captions) -> the text part of `Conditions`
-    inputs             (model, latents, timestep, conditions) -> arguments of its forward pass
-    output             (its output, latents) -> the prediction, shaped as the latents
-    condition_shapes   (configuration, text tokens) -> shapes of one sample's `Conditions`
-    latent_channels    of a configuration
-    native_latents     of a configuration: side, in latents, of the pictures that it was made for
     text_tokens        that its pipelines encode
     grain              a picture's side, in latents, must be a multiple of it
     pixel_grain        and, in pixels, of this, whatever the VAE
+    native_latents     of a configuration: side, in latents, of the pictures that it was made for
     call_options       what its pipelines are always called with
     negative           option of a pipeline's call that turns on a negative branch when above 1
+    training           what training needs; None if it is not supported
     """
 
     model: str
     layers: str
-    layout: Layout
-    channel: str | None
-    query: str
-    grids: Callable[[Any, Given], list[tuple[int, int]]]
+    taps: Callable[[Any], Taps]
+    grid: Callable[[Any, Given], tuple[int, ...]]
     progress: Callable[[Tensor, int], Tensor]
-    pipelines: Mapping[str, TaskTable]
-    encode_text: Callable[[Any, list[str]], dict[str, Tensor]]
-    inputs: Callable[[Any, Tensor, Tensor, Conditions], dict[str, Any]]
-    output: Callable[[Tensor, Tensor], Tensor]
-    condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
-    text_tokens: int
-    grain: int
+    picture: Callable[[str, Given, int], slice | Tensor] = lambda *_: slice(None)
+    reads: tuple[str, ...] = ()
+    arguments: tuple[str, str, str] = ("hidden_states", "timestep", "encoder_hidden_states")
+    channel: str | None = None
+    text_width: Callable[[Any], int] | None = None
+    separate_branches: bool = False
+    positive_first: bool = False
+    shared: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    alone: bool = False
+    text_arguments: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask")
+    pipelines: Mapping[str, TaskTable] = field(default_factory=dict)
+    text_tokens: int | None = None
+    grain: int = 1
     pixel_grain: int = 1
-    latent_channels: Callable[[Given], int] = lambda config: config["in_channels"]
     native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
     call_options: Mapping[str, Any] = field(default_factory=dict)
     negative: str = "guidance_scale"
-    arguments: tuple[str, str, str] = ("hidden_states", "timestep", "encoder_hidden_states")
-    out: str = "to_out"
-    returns: Callable[[Any], bool] = lambda _layer: False
-    picture: Callable[[str, Given], slice] = lambda _name, _given: slice(None)
-    separate_branches: bool = False
-    shared: tuple[str, ...] = ()
-    text_arguments: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask")
-    text_width: Callable[[Any], int] | None = None
+    training: Training | None = None
 
 
 class TransformerInjection(ModelInjection):
@@ -114,12 +127,11 @@ class TransformerInjection(ModelInjection):
         self.row = family.row
         self.processors: dict[str, ImageProcessor] = {}
         for name, layer in self.layers.items():
-            out = None if self.row.returns(layer) else self.row.out
-            taps = Taps(self.row.query, self.row.layout, out)
-            made = processor_for(layer.processor, taps, self.sizes[name].heads)
+            made = processor_for(layer.processor, self.row.taps(layer), self.sizes[name].heads)
             self.processors[name] = made
         self.replace(self.layers, dict(self.processors))
         self.busy = threading.RLock()  # the processors hold the conditioning of a call
+        self.seen = CachedValue()  # the picture's places, which no step changes
 
     def attentions(self) -> dict[str, Any]:
         """Return the cross-attention layers: no others are injected."""
@@ -130,12 +142,32 @@ class TransformerInjection(ModelInjection):
         return {type(processor) for processor in self.processors.values()}
 
     def idle(self, arguments: Arguments) -> Arguments:
-        """Remove all conditioning, and hold the model for this call until `release`."""
+        """Remove all conditioning, and hold the model for this call until `release`.
+
+        The model is not passed the prompts themselves: most would warn of them, or drop them.
+        """
         self.busy.acquire()
         self.local.holds = True
         for processor in self.processors.values():
             processor.conditioning = None
-        return arguments
+        args, kwargs = arguments
+        keyword = self.family.channel
+        if keyword and KEY in (kwargs.get(keyword) or {}):
+            rest = {name: value for name, value in kwargs[keyword].items() if name != KEY}
+            kwargs = kwargs | {keyword: rest}
+        return args, kwargs
+
+    def picture(self, call: ModelCall) -> tuple[tuple[int, ...], dict[str, slice | Tensor]]:
+        """Return the picture's grid, and which rows of each layer's query belong to it."""
+        given, row = call.given, self.row
+        read = [given[name] for name in row.reads if given.get(name) is not None]
+        shapes = nested_shapes([given[name] for name in row.arguments])
+
+        def compute() -> tuple[tuple[int, ...], dict[str, slice | Tensor]]:
+            grid = call.grids()[0]
+            return grid, {name: row.picture(name, given, prod(grid)) for name in self.processors}
+
+        return self.seen.get(lambda _: (read, shapes), compute)
 
     def hand_over(self, arguments: Arguments, call: ModelCall,
                   prompts: tuple[ImagePrompt, ...]) -> Arguments:  # fmt: skip
@@ -146,15 +178,14 @@ class TransformerInjection(ModelInjection):
         for prompt in prompts:
             check_widths(prompt, self.sizes)
         dtype = prompts[0].keys[0].dtype
-        masked = any(prompt.mask is not None for prompt in prompts)  # only masks need the sizes
-        grids = call.grids() if masked else ()
-        masks = masks_at([prompt.mask for prompt in prompts], grids, dtype)
+        grid, rows = self.picture(call)
+        masks = masks_at([prompt.mask for prompt in prompts], [grid], dtype)
         scales = [prompt.scale for prompt in prompts]
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
         images = images_of(prompts)
         for number, (name, processor) in enumerate(self.processors.items()):
-            rows = self.row.picture(name, call.given)
-            processor.conditioning = LayerConditioning(images[number], weights[number], rows)
+            own = LayerConditioning(images[number], weights[number], rows[name])
+            processor.conditioning = own
             processor.added = False
         return arguments
 
@@ -195,10 +226,22 @@ class TransformerFamily(Family):
         self.grain, self.pixel_grain = row.grain, row.pixel_grain
         self.call_options = row.call_options
         self.text_tokens = row.text_tokens
-        self.shared, self.text_arguments = row.shared, row.text_arguments
+        self.shared, self.lists, self.alone = row.shared, row.lists, row.alone
         self.channel, self.arguments = row.channel, row.arguments
+        self.text_arguments = row.text_arguments
         self.separate_branches = row.separate_branches
+        self.positive_first = row.positive_first
+        self.trains = row.training is not None
         self.pattern = re.compile(row.layers)
+
+    @property
+    def training(self) -> Training:
+        """What training needs to know; SettingError if training is not supported."""
+        if self.row.training is None:
+            raise SettingError(
+                f"training is not supported yet for base models of the {self.name} family"
+            )
+        return self.row.training
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         """Return the attentions whose names match the row's pattern."""
@@ -211,14 +254,18 @@ class TransformerFamily(Family):
     def size(self, layer: Any) -> LayerSize:
         """Return the sizes of a layer; the text's width is the row's or that of its W_k."""
         width = self.row.text_width
-        text = layer.to_k.in_features if width is None else width(layer)
-        return LayerSize(text, layer.to_q.out_features, layer.heads)
+        heads = getattr(layer, "heads", None) or layer.num_heads
+        query = next((getattr(layer, name) for name in QUERIES if hasattr(layer, name)), None)
+        inner = layer.inner_dim if query is None else query.out_features
+        return LayerSize(
+            key_layer(layer).in_features if width is None else width(layer), inner, heads
+        )
 
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
         """Start from the layer's own W_k and W_v if it reads text, else with a small W'_v."""
-        if key.shape == layer.to_k.weight.shape and self.row.text_width is None:
-            key.copy_(layer.to_k.weight.data)
-            value.copy_(layer.to_v.weight.data)
+        if self.row.text_width is None and key.shape == key_layer(layer).weight.shape:
+            key.copy_(key_layer(layer).weight.data)
+            value.copy_(value_layer(layer).weight.data)
         else:
             value.mul_(1e-2)
 
@@ -239,7 +286,7 @@ class TransformerFamily(Family):
             len(latents),
             text,
             lambda points: schedule_place(progress(torch.as_tensor(timestep), timesteps), points),
-            lambda: self.row.grids(model, given),
+            lambda: [self.row.grid(original(model), given)],
         )
 
     def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:  # noqa: ARG002
@@ -248,163 +295,32 @@ class TransformerFamily(Family):
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the text part of `Conditions`, as the row encodes it."""
-        return self.row.encode_text(pipeline, list(captions))
+        return self.training.encode_text(pipeline, list(captions))
 
     def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
         """Return the prediction, shaped as `noisy`, with the row's inputs and output."""
-        inputs = self.row.inputs(model, noisy.to(model.dtype), timestep, conditions)
-        return self.row.output(model(**inputs, **self.channel_kwargs(prompt)).sample, noisy)
+        inputs = self.training.inputs(model, noisy.to(model.dtype), timestep, conditions)
+        return self.training.output(model(**inputs, **self.channel_kwargs(prompt)).sample, noisy)
 
     def condition_shapes(self, config: Given, tokens: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one sample's `Conditions`, as the row states them."""
-        return self.row.condition_shapes(config, tokens)
+        return self.training.condition_shapes(config, tokens)
 
     def latent_channels(self, config: Given) -> int:
         """Return C of the latents (B, C, h, w), as the row states it."""
-        return self.row.latent_channels(config)
+        return self.training.latent_channels(config)
 
     def native_latents(self, config: Given) -> int:
         """Return the side of the pictures in latents, as the row states it."""
         return self.row.native_latents(config)
 
 
-def by_timestep(timestep: Tensor, timesteps: int) -> Tensor:
-    """Return the progress for a model that gets the training timestep."""
-    return 1 - timestep / (timesteps - 1)
+def key_layer(layer: Any) -> Any:
+    """Return the projection W_k of an attention."""
+    return layer.to_k if hasattr(layer, "to_k") else layer.to_key
 
 
-def by_sigma(sigma: Tensor, _timesteps: int) -> Tensor:
-    """Return the progress for a model that gets sigma, from 1 to 0."""
-    return 1 - sigma
-
-
-def patches(model: Any, given: Given) -> list[tuple[int, int]]:
-    """Return the grid of latents (B, C, h, w) that are cut into patches."""
-    height, width = given["hidden_states"].shape[-2:]
-    side = model.config.patch_size
-    return [(height // side, width // side)]
-
-
-def by_ids(_model: Any, given: Given) -> list[tuple[int, int]]:
-    """Return the grid of packed latents (B, L, C) from the ids (L, 3) of their places."""
-    ids = given["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    return [(int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1)]
-
-
-def after_text(name: str, given: Given) -> slice:
-    """Return the picture's rows: all in double blocks, those after the text in single ones."""
-    text = given["encoder_hidden_states"].shape[1]
-    return slice(text if name.startswith("single") else 0, None)
-
-
-def pixart_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
-    """Return T5's states, and the mask of those that belong to the caption."""
-    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device)
-    return {"text": text, "text_mask": mask}
-
-
-def pixart_inputs(
-    model: Any, latents: Tensor, timestep: Tensor, given: Conditions
-) -> dict[str, Any]:
-    """Return the arguments of PixArt's forward pass."""
-    return {
-        "hidden_states": latents,
-        "timestep": timestep,
-        "encoder_hidden_states": given["text"].to(model.dtype),
-        "encoder_attention_mask": given["text_mask"],
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def flux_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
-    """Return T5's states and CLIP's pooled text."""
-    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device)
-    return {"text": text, "pooled": pooled}
-
-
-def flux_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of Flux's forward pass; the latents (B, C, h, w) are packed by 2 × 2."""
-    text, packed = given["text"].to(model.dtype), F.pixel_unshuffle(latents, 2)
-    rows, columns = torch.meshgrid(*map(torch.arange, packed.shape[2:]), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(packed)
-    guidance = latents.new_full((len(latents),), GUIDANCE) if model.config.guidance_embeds else None
-    return {
-        "hidden_states": packed.flatten(2).mT,
-        "timestep": timestep / TIMESTEPS,
-        "guidance": guidance,
-        "encoder_hidden_states": text,
-        "pooled_projections": given["pooled"].to(model.dtype),
-        "img_ids": places,
-        "txt_ids": text.new_zeros(text.shape[1], 3),
-    }
-
-
-def unpacked(out: Tensor, latents: Tensor) -> Tensor:
-    """Unpack an output (B, L, 4 · C) to the shape of the latents (B, C, h, w)."""
-    height, width = latents.shape[2:]
-    return F.pixel_shuffle(out.mT.unflatten(2, (height // 2, width // 2)), 2)
-
-
-PIXART = TransformerFamily(
-    "pixart",
-    TransformerRow(
-        model="PixArtTransformer2DModel",
-        layers=r"transformer_blocks\.\d+\.attn2",
-        layout="BLD",
-        channel="cross_attention_kwargs",
-        query="to_q",
-        grids=patches,
-        progress=by_timestep,
-        pipelines={
-            f"PixArt{kind}Pipeline": TaskTable(Tasks(f"PixArt{kind}Pipeline", "", ""))
-            for kind in ("Alpha", "Sigma")
-        },
-        encode_text=pixart_text,
-        inputs=pixart_inputs,
-        output=lambda out, latents: out[:, : latents.shape[1]],  # the rest is a learned variance
-        condition_shapes=lambda config, tokens: {
-            "text": (tokens, config["caption_channels"]),
-            "text_mask": (tokens,),
-        },
-        text_tokens=300,
-        grain=2,
-        pixel_grain=8,
-        call_options={"clean_caption": False, "use_resolution_binning": False},
-    ),
-)
-FLUX = TransformerFamily(
-    "flux",
-    TransformerRow(
-        model="FluxTransformer2DModel",
-        layers=r"(single_)?transformer_blocks\.\d+\.attn",
-        layout="BLHd",
-        channel="joint_attention_kwargs",
-        query="norm_q",
-        returns=lambda layer: layer.pre_only,
-        picture=after_text,
-        grids=by_ids,
-        progress=by_sigma,
-        pipelines={
-            "FluxPipeline": TaskTable(
-                Tasks("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
-            )
-        },
-        encode_text=flux_text,
-        inputs=flux_inputs,
-        output=unpacked,
-        condition_shapes=lambda config, tokens: {
-            "text": (tokens, config["joint_attention_dim"]),
-            "pooled": (config["pooled_projection_dim"],),
-        },
-        text_tokens=512,
-        grain=2,
-        latent_channels=lambda config: config["in_channels"] // 4,
-        native_latents=lambda _config: 128,
-        negative="true_cfg_scale",
-        separate_branches=True,
-        shared=("img_ids", "txt_ids"),
-        text_width=lambda layer: layer.to_q.in_features,
-    ),
-)
+def value_layer(layer: Any) -> Any:
+    """Return the projection W_v of an attention."""
+    return layer.to_v if hasattr(layer, "to_v") else layer.to_value

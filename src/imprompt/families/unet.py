@@ -406,3 +406,4 @@ class UNetFamily(Family):
 
 
 UNET = UNetFamily()
+FAMILIES = {"unet": UNET}

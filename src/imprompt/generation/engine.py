@@ -24,7 +24,7 @@ from imprompt.attention.image_guidance import in_halves, in_thirds
 from imprompt.attention.injection import Scope
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
-from imprompt.families.base import Family, Injection, original
+from imprompt.families.base import Family, Injection, nested_shapes, original
 from imprompt.generation.schedule import SchedulerProgress
 from imprompt.prompt import ImagePrompt, stack
 
@@ -77,7 +77,9 @@ class Seat:
         timestep = given[engine.family.arguments[1]]
         prompts = [self.progress.at_this_step(one, timestep) for one in self.scope.prompts]
         try:
-            prompts = [for_rows(prompt, call, positive) for prompt in prompts]
+            prompts = [
+                for_rows(prompt, call, positive, engine.family.positive_first) for prompt in prompts
+            ]
         except MismatchError as error:
             rows = max(prompt.rows for prompt in self.scope.prompts)
             raise MismatchError(
@@ -94,6 +96,8 @@ class Seat:
         def part(value: Any, name: str) -> Hashable:
             if name == family.arguments[1]:
                 return None  # each row has its own timestep
+            if name in family.lists and value is not None:
+                return nested_shapes(value[0])
             if isinstance(value, Mapping):
                 return tuple((key, part(own, key)) for key, own in sorted(value.items()))
             if isinstance(value, list | tuple):
@@ -106,7 +110,7 @@ class Seat:
             held = kept.get(lambda _: ([value], None), lambda: tuple(value.flatten().tolist()))
             return value.dtype, tuple(value.shape), held
 
-        return part(call.given, "")
+        return (id(self) if family.alone else None, part(call.given, ""))
 
     def keep_others_out(self) -> None:
         """Take the lock for encoding and decoding, which one request at a time may do."""
@@ -252,16 +256,25 @@ class Engine:
             "prompts", [*sets, *rows], lambda: stack([(c.rows, c.prompts) for c in calls])
         )
         given = self.merged("", [call.given for call in calls], rows)
-        return self.model_output(given, prompts).split(rows)
+        out = self.model_output(given, prompts)
+        if isinstance(out, Tensor):
+            return out.split(rows)
+        ends = [sum(rows[: number + 1]) for number in range(len(rows))]
+        return [out[end - count : end] for end, count in zip(ends, rows, strict=True)]
 
     def model_output(self, given: Mapping[str, Any], prompts: Sequence[ImagePrompt]) -> Tensor:
         """Call the model with these arguments and image prompts, without gradients."""
         with torch.no_grad(), self.injection.using(prompts, timed=True):
-            return self.model(**given, return_dict=False)[0]
+            out = self.model(**given, return_dict=False)
+        return out[0] if isinstance(out, tuple) else out
 
     def merged(self, path: str, values: Sequence[Any], rows: Sequence[int]) -> Any:
         """Merge the arguments of several calls into those of one call."""
-        first = values[0]
+        first, argument = values[0], path.rpartition(".")[2]
+        if argument in self.family.shared:
+            return first
+        if argument in self.family.lists and first is not None:
+            return [entry for value in values for entry in value]
         if isinstance(first, Mapping):
             return {
                 name: self.merged(f"{path}.{name}", [value[name] for value in values], rows)
@@ -270,11 +283,10 @@ class Engine:
         if isinstance(first, list | tuple):
             several = zip(*values, strict=True)
             return [self.merged(f"{path}.{n}", own, rows) for n, own in enumerate(several)]
-        name = path.rpartition(".")[2]
-        if name == self.family.arguments[1]:  # each row has its own timestep
+        if argument == self.family.arguments[1]:  # each row has its own timestep
             times = [torch.as_tensor(v, device=self.device) for v in values]
             return torch.cat([t.reshape(-1).expand(n) for t, n in zip(times, rows, strict=True)])
-        if isinstance(first, Tensor) and name not in self.family.shared:
+        if isinstance(first, Tensor):
             return self.keep(path, list(values), lambda: torch.cat(list(values)))
         return first
 
