@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from imprompt.checkpoints.adapters import read_adapter
+from imprompt.encoders.embedding_files import Embedding, save_embedding
+from imprompt.files import sha256
+from imprompt.projections.resampler import FacePlusProjection, Perceiver
 from imprompt.training.loop import Run
 from imprompt.training.recipe import Recipe
 from imprompt.training.setup import set_up
 from imprompt.training.watch import Metrics, Watcher
+from imprompt.variants import TRAINABLE
 from tests.tiny import PIPELINES
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange")
@@ -30,6 +35,26 @@ def picture_folder(folder: Path) -> Path:
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a {colour} picture"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def stored_faces(folder: Path, feature: str = "raw face", width: int = 20) -> Path:
+    """A file of random face embeddings of a folder's pictures, beside the folder."""
+    hashes = tuple(sha256(path) for path in sorted(folder.glob("*.png")))
+    faces = 5 * torch.randn(len(hashes), width, generator=torch.Generator().manual_seed(8))
+    path = folder.with_name(f"{folder.name}-faces.safetensors")
+    save_embedding(path, Embedding(faces, feature, "our-faces", "", hashes))
+    return path
+
+
+def of_variant(name: str, folder: Path) -> dict[str, Any]:
+    """Keys of a recipe for a small adapter of that variant; faces are stored beside the set."""
+    row = TRAINABLE[name]
+    given = {
+        "depth": 1 if issubclass(row.projection, Perceiver | FacePlusProjection) else None,
+        "rank": 4 if row.lora else None,
+        "faces": str(stored_faces(folder)) if row.faces else None,
+    }
+    return {"variant": name} | {key: value for key, value in given.items() if value is not None}
 
 
 def saved_pipeline(folder: Path, base: str) -> Path:

@@ -42,6 +42,7 @@ from imprompt.training.encoding import encode_set, source_origin
 from imprompt.training.examples import Example, Examples, bucket_of, read_example
 from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.recipe import Columns, Data
+from imprompt.training.references import Parts, PictureReferences
 from imprompt.training.samples import BadSample, Sample
 from imprompt.variants import find_variant
 from tests.tiny import PIPELINES, tiny_encoder
@@ -117,7 +118,7 @@ def fill(
 ) -> Path:
     source, encoder, data = source or Noise(), encoder or frozen(), data or settings()
     examples = Examples(
-        source, bucket_sizes(data, encoder.size(data)), encoder.unit, encoder.encoder.processor
+        source, bucket_sizes(data, encoder.size(data)), encoder.unit, encoder.references
     )
     encode_set(folder, source, examples, encoder, data, **{"shard": 5} | more)
     return folder
@@ -145,7 +146,7 @@ class Quick:
 
     unit = 2
     pipeline = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(latent_channels=3)))
-    encoder = SimpleNamespace(processor=tiny_encoder().processor)
+    references = PictureReferences(tiny_encoder().processor)
 
     def __init__(self, name: str = "quick") -> None:
         self.name = name
@@ -159,8 +160,8 @@ class Quick:
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
         return {"mean": pixels[..., ::2, ::2], "spread": pixels[..., ::2, ::2].abs()}
 
-    def image(self, pixels: Tensor) -> Tensor:
-        return pixels.mean((2, 3))
+    def image(self, references: Parts) -> Parts:
+        return {"image": references["image"].mean((2, 3))}
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         return {
@@ -216,12 +217,12 @@ def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) 
         for flip, pick in ((False, 0.0), (True, 0.99)):
             read = reader.read(index, flip, pick)
             example = read_example(
-                source.read(index), sizes[bucket], encoder.unit, encoder.encoder.processor, pick
+                source.read(index), sizes[bucket], encoder.unit, encoder.references, pick
             )
             direct = {
                 **encoder.latents((example.pixels.flip(-1) if flip else example.pixels)[None]),
                 **encoder.text([example.text]),
-                "image": encoder.image(example.references),
+                **encoder.image(example.references),
             }
             given = tensors_of(read)
             assert given.keys() == direct.keys() | {"time_ids"}
@@ -239,8 +240,9 @@ def test_what_is_read_is_what_was_encoded(base: str, name: str, tmp_path: Path) 
 
 def tensors_of(content: FeatureContent) -> dict[str, Tensor]:
     """Return all tensors of a sample's features, by name."""
-    named = {name: getattr(content, name) for name in ("mean", "spread", "image", "mask")}
-    return {key: value for key, value in named.items() if value is not None} | content.conditions
+    named = {name: getattr(content, name) for name in ("mean", "spread", "mask")}
+    given = {key: value for key, value in named.items() if value is not None}
+    return given | content.image | content.conditions
 
 
 MASKED = {"columns": Columns(mask="mask"), "buckets": True, "bucket_step": 8}
@@ -251,9 +253,7 @@ def test_masks_are_encoded_with_their_pictures(flip: bool, tmp_path: Path) -> No
     source, encoder, data = Noise(8, masked=True), Quick(), settings(**MASKED, flip=flip)
     fill(tmp_path, source, encoder, data)
     features = FeatureReader(tmp_path)
-    pictures = PictureReader(
-        source, bucket_sizes(data, 32), encoder.encoder.processor, encoder.unit, 3
-    )
+    pictures = PictureReader(source, bucket_sizes(data, 32), encoder.references, encoder.unit, 3)
     for index in range(len(source)):
         read, blank = features.read(index, flip, 0), features.blank(index)
         assert read.mask.any() == (index % 2 == 1)
@@ -320,7 +320,7 @@ def test_a_mask_is_cut_as_its_picture_and_averaged(
     mask = grey(1, size)
     target = partial(Image.merge, "RGB", [mask] * 3)
     example = read_example(
-        Sample("a", target, (target,), "x", lambda: mask), bucket, 8, Quick.encoder.processor
+        Sample("a", target, (target,), "x", lambda: mask), bucket, 8, Quick.references
     )
     means = torch.nn.functional.avg_pool2d((example.pixels[:1] + 1) * 127.5, 8)
     assert example.mask.dtype == torch.uint8
@@ -413,9 +413,9 @@ def test_nothing_is_encoded_twice(tmp_path: Path) -> None:
         if len(seen) == 13:
             raise KeyboardInterrupt
         seen.append(index)
-        return Examples(
-            source, bucket_sizes(settings(), 32), encoder.unit, encoder.encoder.processor
-        )(index)
+        return Examples(source, bucket_sizes(settings(), 32), encoder.unit, encoder.references)(
+            index
+        )
 
     with pytest.raises(KeyboardInterrupt):
         encode_set(tmp_path, source, examples, encoder, settings(), shard=5)
@@ -637,8 +637,10 @@ def test_bad_samples_are_named_and_counted(filled: Path, tmp_path: Path) -> None
 def test_features_that_are_no_numbers_are_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overflowing(_: Quick, pixels: Tensor) -> Tensor:
-        return pixels.mean((2, 3)) + 1e5 * (torch.arange(len(pixels)) == 2)[:, None]
+    def overflowing(_: Quick, references: Parts) -> Parts:
+        pixels = references["image"]
+        large = 1e5 * (torch.arange(len(pixels)) == 2)[:, None]
+        return {"image": pixels.mean((2, 3)) + large}
 
     monkeypatch.setattr(Quick, "image", overflowing)
     fill(tmp_path, Noise(4), Quick(), settings(max_bad=0.5))
@@ -663,19 +665,19 @@ def test_an_example_opens_each_picture_once() -> None:
     def opener(index: int) -> Callable[[], Image.Image]:
         return lambda: opened.append(index) or picture(index, (90, 40))
 
-    target, processor = opener(0), Quick.encoder.processor
-    alone = read_example(Sample("a", target, (target,), "x"), (32, 48), 8, processor)
+    target, references = opener(0), Quick.references
+    alone = read_example(Sample("a", target, (target,), "x"), (32, 48), 8, references)
     assert opened == [0]
     assert alone.pixels.shape == (3, 48, 32)
     assert torch.equal(alone.pixels, to_pixels(fit(picture(0, (90, 40)), (32, 48))[0]))
     assert alone.time_ids.tolist() == [40, 90, 0, 38, 48, 32]
     sample = Sample("a", target, (opener(1), opener(2), opener(3)), "x")
-    whole = read_example(sample, (32, 32), 8, processor)
+    whole = read_example(sample, (32, 32), 8, references)
     opened.clear()
     for pick, index in ((0.0, 0), (0.5, 1), (0.999, 2)):
         assert torch.equal(
-            read_example(sample, (32, 32), 8, processor, pick).references,
-            whole.references[index : index + 1],
+            read_example(sample, (32, 32), 8, references, pick).references["image"],
+            whole.references["image"][index : index + 1],
         )
     assert opened == [0, 1, 0, 2, 0, 3]
 

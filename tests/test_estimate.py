@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map_only
 
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import read_adapter
@@ -40,6 +41,7 @@ from imprompt.training.model import best_device
 from imprompt.training.recipe import Recipe
 from imprompt.variants import TRAINABLE
 from tests.tiny import (
+    FACE_DIM,
     FEATURE_DIMS,
     smallest_unet,
     tiny_adapter,
@@ -75,16 +77,18 @@ def activations(found: Estimate) -> int:
 
 
 def tiny_sizes(base: Any, variant: str) -> Sizes:
-    image = {"pooled": (FEATURE_DIMS["pooled"],), "penultimate": (257, FEATURE_DIMS["penultimate"])}
-    return Sizes(
-        (4, 16, 16), image[TRAINABLE[variant].feature], UNET.condition_shapes(base.config, 11)
-    )
+    row = TRAINABLE[variant]
+    shapes = {
+        "pooled": (FEATURE_DIMS["pooled"],),
+        "penultimate": (257, FEATURE_DIMS["penultimate"]),
+    }
+    image = {"face": (FACE_DIM,)} if row.faces else {}
+    image |= {"image": shapes[row.image_feature]} if row.image_feature else {}
+    return Sizes((4, 16, 16), image, UNET.condition_shapes(base.config, 11))
 
 
 def with_contents(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    *tensors, conditions = batch
-    filled = [torch.randn(part.shape) for part in tensors]
-    return *filled, {key: torch.randn(value.shape) for key, value in conditions.items()}
+    return tree_map_only(torch.Tensor, lambda tensor: torch.randn(tensor.shape), batch)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_the_peak_is_above_what_is_saved_for_the_backward_pass(
         for model in (base, adapter)
         for weight in model.parameters()
     }
-    own |= {given.untyped_storage().data_ptr() for given in (noisy, t, text, image)}
+    own |= {given.untyped_storage().data_ptr() for given in (noisy, t, text, image["image"])}
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,7 +141,7 @@ def test_the_peak_is_above_what_is_saved_for_the_backward_pass(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        prompt = adapter.prompt(adapter.tokens(image))
+        prompt = adapter.prompt(adapter.tokens(image["image"]))
         out = base(noisy, t, text, cross_attention_kwargs={"ip_hidden_states": prompt}).sample
     held = sum(size for storage, size in saved.items() if storage not in own)
     del out

@@ -36,7 +36,7 @@ from tests.commands import (
     written,
 )
 from tests.ranks import PATIENCE, before
-from tests.runs import names, recipe, tensors
+from tests.runs import names, recipe, stored_faces, tensors
 from tests.sets import MAKERS, damaged, items
 
 FILES = ["adapter.safetensors", "state.json", "training.pt"]
@@ -50,6 +50,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "shards": {"save_every": 2, "optimization": {"accumulate": 3}},
     "hub": {"keep": 1},
     "features": {"data": {"flip": True}, "optimization": {"optimizer": "muon"}},
+    "faces": {"variant": "faceid", "rank": 2},
 }
 Plan = Callable[[str], Recipe]  # of the run of that name
 
@@ -71,6 +72,8 @@ def plans(source: str, model: Path, at: Path) -> Plan:
     data = {"size": 16, "held_out": 2, "max_bad": 0.1, "root": made.root, **other.get("data", {})}
     optimization = {"batch_size": BATCH, "ema": 0.9, **other.get("optimization", {})}
     changes = {"save_every": 1, **other, "optimization": optimization, "model": str(model)}
+    if source == "faces":
+        changes["faces"] = str(stored_faces(at / "set"))
 
     def plan(name: str) -> Recipe:
         features = at / f"{name}-features" if source == "features" else None
@@ -211,7 +214,7 @@ def trial(source: str, model: Path, at: Path, kills: int) -> Toll:
     return survive(plan, at / "whole", moments(random, seconds, alone[0].saves), kills)
 
 
-@pytest.mark.parametrize("source", ["shards", "features"])
+@pytest.mark.parametrize("source", ["shards", "features", "faces"])
 def test_a_killed_run_ends_as_if_it_had_not_been(source: str, model: Path, tmp_path: Path) -> None:
     toll = trial(source, model, tmp_path, kills=3)
     assert toll.kills["saving"]

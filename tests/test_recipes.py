@@ -15,7 +15,7 @@ from imprompt.families.published import BASES, ENCODERS
 from imprompt.training import estimate as module
 from imprompt.training.estimate import Estimate, estimate_rows, estimate_run
 from imprompt.training.recipe import RECIPES, Recipe, read_recipe
-from imprompt.variants import TRAINABLE
+from imprompt.variants import FACE_DIM, TRAINABLE
 
 FOLDER = RECIPES
 NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -23,6 +23,8 @@ TRAINED = {
     "emoji-base": 640_128,
     "emoji-plus": 1_416_192,
     "sd15-base": 22_319_616,
+    "sd15-faceid": 48_354_816,
+    "sd15-faceid-plus-v2": 78_260_736,
     "sd15-full": 21_794_304,
     "sd15-plus": 49_087_488,
     "sdxl-base-1024": 349_188_096,
@@ -64,13 +66,20 @@ def gigabytes(recipe: Recipe, processes: int = 1) -> float:
 
 
 def projection_shapes(variant: str, token_dim: int) -> list[tuple[int, ...]]:
-    """Of the published files: ip-adapter_*, ip-adapter-plus_*, ip-adapter-full-face_*."""
+    """Of the published files: ip-adapter_*, ip-adapter-plus_*, ip-adapter-full-face_*, FaceID."""
     norm = [(token_dim,)] * 2
     if variant == "base":
         return [(4 * token_dim, VIT_H.pooled), (4 * token_dim,), *norm]
     if variant == "full":
         width = VIT_H.penultimate
         return [(width, width), (width,), (token_dim, width), (token_dim,), *norm]
+    if variant == "faceid":
+        face = [(2 * FACE_DIM, FACE_DIM), (2 * FACE_DIM,)]
+        return [*face, (4 * token_dim, 2 * FACE_DIM), (4 * token_dim,), *norm]
+    if variant == "faceid-plus-v2":  # a face's tokens in the place of latents
+        latents, *resampler = projection_shapes("plus", token_dim)
+        assert latents == (1, 16, token_dim)
+        return projection_shapes("faceid", token_dim) + resampler
     width = {768: 768, 2048: 1280}[token_dim]  # 12 and 20 heads of 64
     attention = [(width,)] * 4 + [(width, width), (2 * width, width), (width, width)]
     feed = [(width,)] * 2 + [(4 * width, width), (width, 4 * width)]
@@ -127,7 +136,20 @@ def test_parameters_are_those_of_the_published_file(name: str) -> None:
     shapes = projection_shapes(recipe.variant, token_dim) + [
         (2 * width, token_dim) for width in KEYS[recipe.model]
     ]
+    if TRAINABLE[recipe.variant].lora:
+        shapes += low_rank_shapes(KEYS[recipe.model], token_dim)
     assert sum(map(prod, shapes)) == TRAINED[name]
+
+
+def low_rank_shapes(widths: list[int], token_dim: int) -> list[tuple[int, ...]]:
+    """Of rank 128: down and up of query, key, value and output, of self- and cross-attentions."""
+    pairs = [(width, read) for width in widths for read in (width, token_dim)]
+    return [
+        shape
+        for width, text in pairs
+        for reads in (width, text, text, width)
+        for shape in ((128, reads), (width, 128))
+    ]
 
 
 @pytest.mark.parametrize("variant", ["base", "plus"])

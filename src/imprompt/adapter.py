@@ -148,15 +148,18 @@ class IPAdapter(nn.Module):
         self._injection: Injection | None = None
 
     @classmethod
-    def for_model(cls, model: nn.Module, projection: nn.Module) -> Self:
-        """Make a new adapter for `model`; its family initialises W' (section 3.2.2)."""
+    def for_model(cls, model: nn.Module, projection: nn.Module, low_rank: Any = None) -> Self:
+        """Make a new adapter for `model`; its family initialises W' (section 3.2.2).
+
+        low_rank  as in `__init__`
+        """
         family = family_of(model)
         image_kv = []
         for layer in family.layers(model).values():
             size = family.size(layer)
             image_kv.append(new := ImageKV(size.text, size.inner))
             family.start(layer, new.to_k.weight.data, new.to_v.weight.data)
-        return cls(projection, image_kv, family)
+        return cls(projection, image_kv, family, low_rank)
 
     def tokens(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Project image features to image tokens (B, N, D), in the projection's precision.

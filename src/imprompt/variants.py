@@ -30,6 +30,11 @@ BESIDE_A_FACE: Mapping[Feature, Feature | None] = {
     "face and crop": "penultimate",
     "raw face and square": "penultimate",
 }
+# Parts of what an adapter reads, in the order in which its projection takes them.
+PARTS = ("face", "image")
+# insightface's packages of weights, all of ArcFace embeddings
+PACKS = ("buffalo_l", "antelopev2", "buffalo_m", "buffalo_s", "buffalo_sc")
+FACE_DIM = 512  # of ArcFace's embeddings
 LEVELS = re.compile(r"levels (0|[1-9]\d*)(,(0|[1-9]\d*))*")
 
 
@@ -91,6 +96,8 @@ class Variant:
     ambiguous_with   kinds whose tensors look like this variant's but that compute something else,
                      if they are not in the table
     faces            insightface's package of weights whose embedding it was trained with
+    tokens           number of image tokens of the published files, where it is not the projection's
+                     default
     """
 
     name: str
@@ -106,6 +113,7 @@ class Variant:
     equivalent_to: tuple[str, ...] = ()
     ambiguous_with: tuple[str, ...] = ()
     faces: str = ""
+    tokens: int | None = None
 
     @property
     def image_feature(self) -> Feature | None:
@@ -147,7 +155,6 @@ def by_latents(shapes: Shapes) -> tuple[int, int]:
     return shapes["latents"][1], shapes["norm_out.weight"][0]
 
 
-FACE_DIM = 512  # of ArcFace's embeddings
 STATES = "perceiver_resampler.proj_in.weight"
 
 
@@ -244,6 +251,7 @@ FACES = (  # they read features of a face
         of_kolors,
         widened=True,
         faces="antelopev2",
+        tokens=6,
     ),
     Variant(
         "faceid",
@@ -267,10 +275,12 @@ FACES = (  # they read features of a face
         by_norm,
         lambda seen: not seen.lora,
         faces="buffalo_l",
+        tokens=16,
     ),
 )
-TRAINABLE = {row.name: row for row in VARIANTS}
 BY_NAME = {row.name: row for row in (*VARIANTS, *FACES)}
+# Kolors, whose text projection the tokens of its FaceID pass, is no family that can be trained on.
+TRAINABLE = {name: row for name, row in BY_NAME.items() if not row.widened}
 
 
 OF_WEIGHTS = ("fp16", "bf16", "fp32", "ema", "non_ema")  # which diffusers calls variants

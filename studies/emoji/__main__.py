@@ -18,6 +18,7 @@ STAGES = {
     "compose": Stage("studies.emoji.compose:compose", in_all=False),
     "blind": Stage("studies.emoji.blind:blind", in_all=False),
     "optimizers": Stage("studies.emoji.optimizers:compare", in_all=False),
+    "identities": Stage("studies.emoji.identities:measure", in_all=False),
     "baselines": Stage("studies.emoji.baselines:train_all", in_all=False),
     "claims": Stage("studies.emoji.page:measure_all", in_all=False),
 }

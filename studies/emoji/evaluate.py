@@ -280,6 +280,7 @@ def parts() -> str:
 PERCENT = {
     "retrieval",
     "own glyph",
+    "own glyph, metric encoder",
     "text's glyph",
     "image's glyph",
     "image's palette",

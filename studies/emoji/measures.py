@@ -63,6 +63,16 @@ class Classifier:
         return cls(ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval())
 
     @torch.no_grad()
+    def embed(self, pictures: Tensor) -> Tensor:
+        """Return what the last layer reads (N, 192); pictures are (N, 3, S, S) in [0, 1]."""
+        return torch.cat(
+            [
+                self.network.resnet(preprocess(p)).pooler_output.flatten(1)
+                for p in pictures.split(64)
+            ]
+        )
+
+    @torch.no_grad()
     def classify(self, pictures: Tensor) -> Tensor:
         """Return each picture's most likely label (N,); pictures are (N, 3, S, S) in [0, 1].
 

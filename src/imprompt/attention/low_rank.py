@@ -15,16 +15,22 @@ from torch import Tensor, nn
 from imprompt.adapter import KV, split_heads
 
 PARTS = ("to_q", "to_k", "to_v", "to_out")
+RANK = 128  # of the published FaceID adapters
 Pair = tuple[Tensor, Tensor]  # down (r, in) and up (out, r)
 
 
 class LowRankLayer(nn.Module):
-    """The product up · down, of rank r, that is added to a matrix (out, in)."""
+    """The product up · down, of rank r, that is added to a matrix (out, in).
+
+    It starts as in the paper's FaceID training: up is zero, so that nothing is added.
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=False)
+        nn.init.normal_(self.down.weight, std=1 / rank)
+        nn.init.zeros_(self.up.weight)
 
 
 class LowRank(NamedTuple):
@@ -47,6 +53,15 @@ class AttentionLowRank(nn.Module):
         super().__init__()
         for part in PARTS:
             setattr(self, part, LowRankLayer(*sizes[part]))
+
+    @classmethod
+    def for_attention(cls, attention: Any, rank: int) -> Self:
+        """Create new parts of that rank for one of diffusers' attentions."""
+        layers = {part: getattr(attention, part) for part in PARTS[:3]}
+        layers["to_out"] = attention.to_out[0]
+        return cls(
+            {part: (one.in_features, one.out_features, rank) for part, one in layers.items()}
+        )
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
@@ -85,19 +100,20 @@ class ModelLowRank(nn.ModuleList):
         """Return the matrices of every attention.
 
         The result is the identical tuple as long as nothing has changed, so that several prompts of
-        one adapter add it once.
+        one adapter add it once. In training it is computed in every call and not kept: sharded
+        weights change without a trace, see `version`.
         """
+        parts: Any = self
+        if torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters()):
+            self.__dict__.pop("_made", None)
+            return tuple(part.weights(self.strength, dtype) for part in parts)
         versions = (
             self.strength,
             dtype,
             [(parameter.data_ptr(), version(parameter)) for parameter in self.parameters()],
         )
         found = self.__dict__.get("_made")
-        trained = torch.is_grad_enabled() and any(
-            parameter.requires_grad for parameter in self.parameters()
-        )
-        if found is None or found[0] != versions or trained:
-            parts: Any = self
+        if found is None or found[0] != versions:
             found = self.__dict__["_made"] = (
                 versions,
                 tuple(part.weights(self.strength, dtype) for part in parts),

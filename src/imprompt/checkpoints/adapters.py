@@ -31,7 +31,14 @@ from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
 from imprompt.models import refuse_url
 from imprompt.projections.resampler import HEAD_DIM, PUBLISHED, head_dim_of
 from imprompt.untrusted import parse_json
-from imprompt.variants import BY_NAME, CheckpointEvidence, Variant, bearing, find_variant
+from imprompt.variants import (
+    BY_NAME,
+    PACKS,
+    CheckpointEvidence,
+    Variant,
+    bearing,
+    find_variant,
+)
 
 FORMAT = 1
 METADATA_KEY = "imprompt"
@@ -52,6 +59,7 @@ class Origin(BaseModel):
     base: str = ""  # the model that the adapter was trained for
     encoder: str = ""  # the image encoder whose features it reads
     encoder_fingerprint: str = ""
+    faces: str = ""  # the face encoder whose embeddings it reads, if it reads faces
     prediction_type: Literal["epsilon", "v_prediction", "flow", ""] = ""
     training_steps: int | None = None
     licence: str = ""
@@ -78,10 +86,10 @@ class Header(Origin):
     def as_json(self) -> str:
         """Return the header as JSON.
 
-        `feature` and `head_dim` are left out if they are the usual ones, so that an older imprompt
-        reads the file.
+        `feature`, `head_dim` and `faces` are left out if they are the usual ones, so that an older
+        imprompt reads the file.
         """
-        usual = {name for name in ("feature", "head_dim") if not getattr(self, name)}
+        usual = {name for name in ("feature", "head_dim", "faces") if not getattr(self, name)}
         return self.model_dump_json(exclude=usual)
 
 
@@ -122,6 +130,11 @@ class AdapterFile:
             if self.variant.faces
             else None
         )
+
+    @property
+    def faces(self) -> str:
+        """Face encoder whose embeddings it reads: the header's, else the variant's own."""
+        return (self.header.faces if self.header is not None else "") or self.variant.faces
 
     @property
     def token_dim(self) -> int:
@@ -341,7 +354,7 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     rows = [
         ("layout", " / ".join((file.layout, *layouts.other_names(file.layout)))),
         ("variant", file.variant.name),
-        *_variant_rows(file.variant),
+        *_variant_rows(file.variant, file.faces),
         ("image tokens", f"{file.tokens or 'one per patch'}, {file.token_width} wide"),
         *(
             [
@@ -361,7 +374,11 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     ]
     if file.header is None:
         return [*rows, ("header", "none: this file does not state its origin")]
-    facts = [(name.replace("_", " "), getattr(file.header, name)) for name in Origin.model_fields]
+    facts = [
+        (name.replace("_", " "), getattr(file.header, name))
+        for name in Origin.model_fields
+        if name != "faces"
+    ]
     return [
         *rows,
         ("family", file.header.family),
@@ -372,8 +389,8 @@ def describe(file: AdapterFile) -> list[tuple[str, str]]:
     ]
 
 
-def _variant_rows(row: Variant) -> list[tuple[str, str]]:
-    """Return labels and values that describe a variant beyond its name."""
+def _variant_rows(row: Variant, faces: str) -> list[tuple[str, str]]:
+    """Return labels and values that describe a variant, and its face encoder, beyond its name."""
     equivalent_to = (
         [
             (
@@ -389,10 +406,12 @@ def _variant_rows(row: Variant) -> list[tuple[str, str]]:
         [
             (
                 "face encoder",
-                f"insightface's {row.faces}; its weights are for non-commercial research only",
+                f"insightface's {faces}; its weights are for non-commercial research only"
+                if faces in PACKS
+                else faces,
             )
         ]
-        if row.faces
+        if faces
         else []
     )
 

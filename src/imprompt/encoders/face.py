@@ -21,7 +21,7 @@ from torch import Tensor
 from imprompt.encoders.feature_cache import CachedFeatures
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import CheckpointError, ImageError, MismatchError, SettingError, first_line
-from imprompt.variants import BY_NAME, Feature, Variant, image_feature
+from imprompt.variants import BY_NAME, FACE_DIM, Feature, Variant, image_feature
 
 SIDE = 224  # pixels of an aligned face
 # sides of the detector's input: a face that fills the picture is found at a smaller side
@@ -92,11 +92,11 @@ class FaceFeatures:
         faces: FaceEncoder | None,
         vision: VisionEncoder | CachedFeatures | None = None,
         *,
-        width: int | None = 512,
+        width: int | None = FACE_DIM,
         device: str | torch.device = "cpu",
     ) -> None:
         self.faces, self.vision = faces, vision
-        self.width = width or 512
+        self.width = width or FACE_DIM
         self.device = torch.device(device)
         self.source = vision.source if vision is not None else ""
 
@@ -135,7 +135,9 @@ class FaceFeatures:
         `FaceEncoder.encode_face`.
         """
         faces = [image if isinstance(image, Face) else self.find(image, face) for image in images]
-        embeddings = torch.stack([self._embedding(face, feature) for face in faces])
+        embeddings = torch.stack([embedding_of(face, feature, self.width) for face in faces]).to(
+            self.device
+        )
         if feature in ("face", "raw face"):
             return embeddings
         return embeddings, self._vision().features(
@@ -154,28 +156,6 @@ class FaceFeatures:
         states = self._vision().null_features(BY_NAME["plus"]).to(self.device)
         return nothing, states if variant.null == "zero picture" else torch.zeros_like(states)
 
-    def _embedding(self, face: Face, feature: Feature) -> Tensor:
-        """Return the embedding (512,) in the form that the feature needs; MismatchError."""
-        embedding = torch.as_tensor(
-            face.embedding, dtype=torch.float32, device=self.device
-        ).detach()
-        if embedding.shape != (self.width,):
-            raise MismatchError(
-                f"this adapter reads face embeddings of {self.width} numbers; one has the shape "
-                f"{list(embedding.shape)}"
-            )
-        if not embedding.isfinite().all():
-            raise MismatchError("a face embedding holds NaN or infinite numbers")
-        if not feature.startswith("raw"):
-            return F.normalize(embedding, dim=0)
-        if torch.isclose(embedding.norm(), embedding.new_ones(()), atol=1e-3):
-            raise MismatchError(
-                "this adapter reads face embeddings as the face encoder gives them; one is of unit "
-                "length: "
-                "give insightface's embedding, not its normed_embedding"
-            )
-        return embedding
-
     def _vision(self) -> VisionEncoder | CachedFeatures:
         if self.vision is None:
             raise MismatchError(
@@ -183,6 +163,30 @@ class FaceFeatures:
                 "it was trained with"
             )
         return self.vision
+
+
+def embedding_of(face: Face, feature: Feature, width: int = FACE_DIM) -> Tensor:
+    """Return a face's embedding (E,) in the form that the feature needs, in float32.
+
+    Raise MismatchError if it is not of that width, not finite, or of unit length where a "raw"
+    feature needs it as the face encoder gives it.
+    """
+    embedding = torch.as_tensor(face.embedding, dtype=torch.float32).detach()
+    if embedding.shape != (width,):
+        raise MismatchError(
+            f"this adapter reads face embeddings of {width} numbers; one has the shape "
+            f"{list(embedding.shape)}"
+        )
+    if not embedding.isfinite().all():
+        raise MismatchError("a face embedding holds NaN or infinite numbers")
+    if not feature.startswith("raw"):
+        return F.normalize(embedding, dim=0)
+    if torch.isclose(embedding.norm(), embedding.new_ones(()), atol=1e-3):
+        raise MismatchError(
+            "this adapter reads face embeddings as the face encoder gives them; one is of unit "
+            "length: give insightface's embedding, not its normed_embedding"
+        )
+    return embedding
 
 
 def picture_of(face: Face, feature: Feature) -> Image.Image:
@@ -224,12 +228,20 @@ class InsightFace:
     ) -> None:
         """Choose the package of weights, which is loaded later.
 
-        pack      "buffalo_l" (FaceID) or "antelopev2" (Kolors, InstantID)
+        pack      "buffalo_l" (FaceID) or "antelopev2" (Kolors, InstantID); or a folder with such
+                  .onnx files, by its absolute path
         root      the folder whose models/ holds it; insightface's own, ~/.insightface, if not given
         analysis  an `insightface.app.FaceAnalysis` that is already prepared
         """
         self.pack, self.device, self.root = pack, device, root
         self._analysis, self._lock = analysis, Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the lock, so that reading processes can have copies."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=Lock())
 
     @property
     def analysis(self) -> Any:

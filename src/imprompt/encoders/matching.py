@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from imprompt.encoders.face import FaceEncoder, FaceFeatures, InsightFace
+from imprompt.encoders.face import FaceEncoder, FaceFeatures
+from imprompt.encoders.face_sources import UnknownFaces, face_encoder
 from imprompt.encoders.feature_cache import CachedFeatures, Store
 from imprompt.encoders.vision import VisionEncoder, open_encoder
 from imprompt.errors import MismatchError, SettingError
@@ -30,9 +31,10 @@ def load_encoder(
     """Load the image encoder of an adapter file and check that it matches.
 
     It is the given one, or else the one that the adapter's name (`location`), header, base model or
-    feature width implies. For a FaceID adapter it reads faces: `faces` finds them; without it,
-    insightface does, loaded when the first picture is given. `keep` is a cache of features: with
-    it, the encoder is opened and checked when a feature is needed that the cache does not hold, or
+    feature width implies. For a FaceID adapter it reads faces: `faces` finds them; without it, the
+    face encoder that the file states or its variant implies does, loaded when the first picture is
+    given. `keep` is a cache of features: with it, the encoder is opened and checked when a feature
+    is needed that the cache does not hold, or
     at once if the cache is empty. `prepare` is called with the network after it is opened and
     checked. Raise MismatchError, with both widths, if they differ, or if the encoder's weights are
     not those that the adapter was trained with.
@@ -44,7 +46,7 @@ def load_encoder(
     )
     if file.variant.faces:
         return FaceFeatures(
-            faces or InsightFace(file.variant.faces, device),
+            faces or face_encoder(file.faces, device) or UnknownFaces(file.faces),
             clip,
             width=file.face_dim,
             device=device,

@@ -179,6 +179,13 @@ class Family(ABC):
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
         """Initialise W'_k and W'_v, each (inner, text), of a new adapter at that layer."""
 
+    def attentions(self, model: Any) -> dict[str, Any]:
+        """Return the attentions that a low-rank part is added to, in the order of its files.
+
+        Raise MismatchError if the family has none.
+        """
+        raise MismatchError(f"FaceID's low-rank part is for UNets, not for {type(model).__name__}")
+
     @abstractmethod
     def inject(self, model: nn.Module, low_rank: bool) -> Injection:
         """Inject one more adapter; with `low_rank` it acts on self-attentions too."""

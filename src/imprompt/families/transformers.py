@@ -272,9 +272,7 @@ class TransformerFamily(Family):
     def inject(self, model: nn.Module, low_rank: bool) -> TransformerInjection:
         """Inject one more adapter; MismatchError if it has a low-rank part."""
         if low_rank:
-            raise MismatchError(
-                f"FaceID's low-rank part is for UNets, not for {type(model).__name__}"
-            )
+            self.attentions(model)
         return TransformerInjection.of(model, lambda: TransformerInjection(model, self))
 
     def call(self, model: Any, given: Given, timesteps: int) -> ModelCall:

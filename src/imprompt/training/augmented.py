@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from imprompt.encoders.preparation import side_of
 from imprompt.training.buckets import Size
 from imprompt.training.examples import bucket_of, read_example
 from imprompt.training.order import SampleIndex
 from imprompt.training.recipe import Data
+from imprompt.training.references import Parts, References
 from imprompt.training.samples import BadSample, Source
 
 
@@ -68,7 +68,7 @@ class PictureContent(Stackable):
     """Pictures of a sample, which the training step encodes."""
 
     pixels: Tensor  # (3, H, W) in [-1, 1]
-    reference: Tensor  # (3, S, S), the image encoder's input
+    reference: Parts  # one prepared picture: see `imprompt.training.references`
     captions: list[str]
     conditions: dict[str, Tensor]  # "time_ids" (6,)
     mask: Tensor  # (1, h, w) of 8 bits
@@ -80,7 +80,7 @@ class FeatureContent(Stackable):
 
     mean: Tensor  # (C, h, w) of the VAE's posterior, unscaled
     spread: Tensor  # (C, h, w), the posterior's standard deviation
-    image: Tensor  # image features (E,) or (patches, E)
+    image: Parts  # image features (E,) or (patches, E), by part
     conditions: dict[str, Tensor]  # the text's, and "time_ids" (6,)
     mask: Tensor | None = None  # (1, h, w) of 8 bits; None where none were encoded
 
@@ -146,9 +146,14 @@ class PictureReader:
     """Reader of pictures, which the training step encodes."""
 
     def __init__(
-        self, source: Source, sizes: Sequence[Size], processor: Any, unit: int, channels: int
+        self,
+        source: Source,
+        sizes: Sequence[Size],
+        references: References,
+        unit: int,
+        channels: int,
     ) -> None:
-        self.source, self.sizes, self.processor = source, sizes, processor
+        self.source, self.sizes, self.references = source, sizes, references
         self.unit, self.channels = unit, channels  # pixels per latent, and C
         self.shards, self.bad_shards = source.shards, source.bad_shards
         self.bucket = np.array([bucket_of(source, index, sizes) for index in range(len(source))])
@@ -171,17 +176,18 @@ class PictureReader:
         Raise BadSample if they cannot be read.
         """
         size = self.sizes[self.bucket[index]]
-        example = read_example(self.source.read(index), size, self.unit, self.processor, pick)
+        example = read_example(self.source.read(index), size, self.unit, self.references, pick)
         pixels, mask = (part.flip(-1) if flip else part for part in (example.pixels, example.mask))
         sizes = {"time_ids": example.time_ids}
-        return PictureContent(pixels, example.references[0], [example.text], sizes, mask)
+        reference = {part: value[0] for part, value in example.references.items()}
+        return PictureContent(pixels, reference, [example.text], sizes, mask)
 
     def blank(self, index: int) -> PictureContent:
         """Return zeros and an empty caption, with the shapes of `read`."""
-        (wide, high), side = self.sizes[self.bucket[index]], side_of(self.processor)
+        wide, high = self.sizes[self.bucket[index]]
         return PictureContent(
             torch.zeros(3, high, wide),
-            torch.zeros(3, side, side),
+            self.references.blank(),
             [""],
             {"time_ids": torch.zeros(6)},
             torch.zeros(1, *self.latent_shape(index)[1:], dtype=torch.uint8),

@@ -80,7 +80,7 @@ class Batch:
     noise: Tensor  # (B, C, h, w)
     offset: Tensor  # (B, C, 1, 1)
     u: Tensor  # (B,) in [0, 1): selects the timestep
-    image: Tensor  # image features
+    image: dict[str, Tensor]  # image features by part
     # other inputs of the base model: `imprompt.families.base.Conditions`
     conditions: dict[str, Tensor]
     # (B, 1, h, w) in [0, 1]: where an error counts more; None for features without masks
@@ -117,7 +117,10 @@ class Composer:
             noise=samples.noise,
             offset=samples.offset,
             u=samples.u,
-            image=self._dropped("image", read.image, samples.no_image),
+            image={
+                key: self._dropped(key, value, samples.no_image)
+                for key, value in read.image.items()
+            },
             conditions={
                 key: self._dropped(key, value, samples.no_text) if key in self.nulls else value
                 for key, value in read.conditions.items()

@@ -32,6 +32,7 @@ from imprompt.files import sha256
 from imprompt.training.augmented import FeatureContent
 from imprompt.training.samples import BadSample
 from imprompt.untrusted import StoredTable, read_json
+from imprompt.variants import PARTS
 
 # what reading damaged tables raises
 DAMAGE = (OSError, ValueError, LookupError, TypeError, SafetensorError, SettingError)
@@ -223,7 +224,8 @@ class FeatureReader:
     shards      number of samples in each shard
     bad_shards  shards of the source that could not be opened
     bucket      of every sample (samples,)
-    nulls       "image" (1, …), and the text part of `imprompt.families.base.Conditions`
+    nulls       parts of the image's features (1, …), and the text part of
+                `imprompt.families.base.Conditions`
     identity    what the features depend on: `FeatureEncoder.identity`
     """
 
@@ -277,7 +279,7 @@ class FeatureReader:
     def read(self, index: int, flip: bool, pick: float) -> FeatureContent:
         """Return a sample's features, mirrored or not, with the reference that `pick` selects.
 
-        All are float16, except "time_ids" in float32.
+        All are float16, except "face" and "time_ids" in float32.
 
         Raise BadSample if it was bad when it was encoded, or its bytes are not those that were
         written.
@@ -299,11 +301,12 @@ class FeatureReader:
             )
         tensors = load(held)
         side = "_flip" if flip else ""
-        mask, references = tensors.pop("mask", None), tensors.pop("image")
+        mask = tensors.pop("mask", None)
+        references = {part: tensors.pop(part) for part in PARTS if part in tensors}
         return FeatureContent(
             mean=tensors["mean" + side],
             spread=tensors["spread" + side],
-            image=references[int(pick * len(references))],
+            image={part: rows[int(pick * len(rows))] for part, rows in references.items()},
             conditions={
                 key: value
                 for key, value in tensors.items()
@@ -317,10 +320,11 @@ class FeatureReader:
         shape = self.latent_shape(index)
         latent = torch.zeros(shape, dtype=torch.float16)
         conditions = {key: torch.zeros_like(null[0]) for key, null in self.nulls.items()}
+        image = {part: conditions.pop(part) for part in PARTS if part in conditions}
         return FeatureContent(
             mean=latent,
             spread=latent,
-            image=conditions.pop("image"),
+            image=image,
             conditions={**conditions, "time_ids": torch.zeros(6)},
             mask=torch.zeros(1, *shape[1:], dtype=torch.uint8)
             if self._plan["source"].get("mask")

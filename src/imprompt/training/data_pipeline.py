@@ -88,7 +88,7 @@ def encode_features(
     """Encode this process's part of the recipe's features folder."""
     assert recipe.data.features is not None
     sizes = bucket_sizes(recipe.data, frozen.size(recipe.data))
-    examples = Examples(source, sizes, frozen.unit, frozen.encoder.processor)
+    examples = Examples(source, sizes, frozen.unit, frozen.references)
     encode_set(
         recipe.data.features,
         source,
@@ -104,9 +104,11 @@ def encode_features(
 def read_features(recipe: Recipe, measured: Measures) -> FeatureReader:
     """Open the recipe's features; raise SettingError if its folder holds different ones."""
     assert recipe.data.features is not None
-    place = str(encoder_place(recipe))
     variant = recipe.adapter_variant
-    identity = wanted_identity(recipe.model, place, variant, recipe.data, measured.size)
+    place = str(encoder_place(recipe)) if variant.image_feature else ""
+    identity = wanted_identity(
+        recipe.model, place, variant, recipe.data, measured.size, recipe.face_source
+    )
     return open_features(recipe.data.features, {**identity, **source_origin(recipe.data)})
 
 
@@ -115,7 +117,7 @@ def read_pictures(
 ) -> PictureReader:
     """Return a reader of the source's pictures in the sizes of the recipe's buckets."""
     sizes = bucket_sizes(recipe.data, measured.size)
-    return PictureReader(source, sizes, frozen.encoder.processor, measured.unit, measured.channels)
+    return PictureReader(source, sizes, frozen.references, measured.unit, measured.channels)
 
 
 @dataclass

@@ -43,6 +43,7 @@ from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Source
 from imprompt.untrusted import read_json
+from imprompt.variants import PARTS
 
 SHARD = 256  # samples in a shard
 AT_ONCE = 16  # pictures that the models take at a time
@@ -345,7 +346,7 @@ class Read(NamedTuple):
     good: list[int]
     texts: list[str]
     references: list[int]  # how many each good sample has
-    # "pixels" (B, 3, H, W), "mask" (B, 1, h, w), "references" (ΣR, 3, S, S), "time_ids" (B, 6)
+    # "pixels" (B, 3, H, W), "mask" (B, 1, h, w), "time_ids" (B, 6), parts of references (ΣR, …)
     tensors: dict[str, Tensor]
 
 
@@ -369,7 +370,7 @@ class Reading(Dataset[Read]):
                 bad[index] = error
         texts, references = (
             [e.text for e in good.values()],
-            [len(e.references) for e in good.values()],
+            [len(next(iter(e.references.values()))) for e in good.values()],
         )
         return Read(
             bucket, bad, list(good), texts, references, stacked_tensors(list(good.values()))
@@ -383,8 +384,11 @@ def stacked_tensors(examples: Sequence[Example]) -> dict[str, Tensor]:
     return {
         "pixels": torch.stack([example.pixels for example in examples]),
         "mask": torch.stack([example.mask for example in examples]),
-        "references": torch.cat([example.references for example in examples]),
         "time_ids": torch.stack([example.time_ids for example in examples]),
+        **{
+            part: torch.cat([example.references[part] for example in examples])
+            for part in examples[0].references
+        },
     }
 
 
@@ -441,10 +445,13 @@ def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[st
     parts = {**encoder.latents(pixels), **encoder.text(read.texts)}
     if data.flip:
         parts |= {f"{key}_flip": value for key, value in encoder.latents(pixels.flip(-1)).items()}
-    images = torch.cat([encoder.image(part) for part in read.tensors["references"].split(AT_ONCE)])
+    references = {part: read.tensors[part] for part in PARTS if part in read.tensors}
+    split = zip(*(value.split(AT_ONCE) for value in references.values()), strict=True)
+    images = [encoder.image(dict(zip(references, values, strict=True))) for values in split]
+    joined = stored({part: torch.cat([image[part] for image in images]) for part in references})
     rows = {
         **{key: value.unbind() for key, value in stored(parts).items()},
-        "image": stored({"image": images})["image"].split(read.references),
+        **{part: value.split(read.references) for part, value in joined.items()},
         "time_ids": read.tensors["time_ids"].unbind(),
     }
     if data.columns.mask:
@@ -454,8 +461,11 @@ def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[st
 
 
 def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert tensors to the stored form: float16, contiguous, on the CPU."""
-    return {key: tensor.to("cpu", torch.float16).contiguous() for key, tensor in tensors.items()}
+    """Convert tensors to the stored form: float16, "face" in float32, contiguous, on the CPU."""
+    return {
+        key: tensor.to("cpu", torch.float32 if key == "face" else torch.float16).contiguous()
+        for key, tensor in tensors.items()
+    }
 
 
 def with_progress(

@@ -22,11 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from imprompt.adapter import LONG, IPAdapter
+from imprompt.encoders.face_sources import open_face_source
 from imprompt.families.base import find_family
 from imprompt.families.published import BaseStructure, base_structure, encoder_structure
 from imprompt.models import find_model
 from imprompt.training.buckets import training_size
-from imprompt.training.model import DTYPES, encoder_place, precision, start_adapter
+from imprompt.training.model import DTYPES, encoder_place, in_order, precision, start_adapter
 from imprompt.training.muon import weight_matrices
 from imprompt.training.recipe import Recipe
 
@@ -47,29 +48,31 @@ class Sizes:
     """Shapes of one sample's inputs."""
 
     latents: tuple[int, int, int]  # (C, h, w)
-    image: tuple[int, ...]  # (E,) or (patches, E)
+    image: Mapping[str, tuple[int, ...]]  # (E,) or (patches, E), by part
     conditions: Mapping[str, tuple[int, ...]]  # of `imprompt.families.base.Conditions`
 
     def encoded(self, flip: bool, masked: bool) -> int:
         """Return the bytes of the sample's encoded features.
 
         Latents as mean and spread, mirrored too with `flip`, image and text are in float16; a mask
-        is in 8 bits.
+        is in 8 bits, a face embedding in float32.
         """
         texts = sum(prod(shape) for name, shape in self.conditions.items() if name != "time_ids")
-        features = 2 * (2 * (1 + flip) * prod(self.latents) + prod(self.image) + texts)
+        images = sum((1 + (part == "face")) * prod(shape) for part, shape in self.image.items())
+        features = 2 * (2 * (1 + flip) * prod(self.latents) + images + texts)
         return features + masked * prod(self.latents[1:])
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def batch(self, size: int) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Return noisy latents, timesteps, image features and conditions of `size` samples.
 
         They are on the meta device.
         """
         with torch.device("meta"):
-            noisy, image = (torch.empty(size, *shape) for shape in (self.latents, self.image))
-            conditions = {
-                name: torch.empty(size, *shape) for name, shape in self.conditions.items()
-            }
+            noisy = torch.empty(size, *self.latents)
+            image, conditions = (
+                {name: torch.empty(size, *shape) for name, shape in shapes.items()}
+                for shapes in (self.image, self.conditions)
+            )
             return noisy, torch.empty(size), image, conditions
 
 
@@ -162,16 +165,19 @@ def blank_base(structure: BaseStructure, dtype: torch.dtype) -> Any:
 def blank_adapter(recipe: Recipe, base: Any, sizes: Sizes) -> IPAdapter:
     """Return a new adapter of the recipe on the meta device, attached to the base model."""
     with torch.device("meta"):
-        return start_adapter(
-            recipe.model_copy(update={"start": None}), base, sizes.image[-1]
-        ).attach(base)
+        widths = {part: shape[-1] for part, shape in sizes.image.items()}
+        return start_adapter(recipe.model_copy(update={"start": None}), base, widths).attach(base)
 
 
 def sizes_of(recipe: Recipe, base: Any, structure: BaseStructure) -> Sizes:
     """Return the shapes of one sample's inputs for the recipe and its base model."""
     of, unit = find_family(structure.family), structure.unit
     side = training_size(recipe.data, structure.side, unit * of.grain) // unit
-    image = encoder_structure(encoder_place(recipe)).shape(recipe.adapter_variant.feature)
+    row, faces, image = recipe.adapter_variant, recipe.face_source, {}
+    if faces is not None:
+        image["face"] = (open_face_source(faces, row.feature).width,)
+    if row.image_feature is not None:
+        image["image"] = encoder_structure(encoder_place(recipe)).shape(row.image_feature)
     latents = of.latent_channels(base.config), side, side
     return Sizes(latents, image, of.condition_shapes(base.config, structure.text_tokens))
 
@@ -192,7 +198,7 @@ def one_step(base: Any, adapter: IPAdapter, batch: tuple[Any, ...], fused: bool)
     # on the meta device torch would choose the implementation
     attend = mock.patch.object(F, "scaled_dot_product_attention", flash if fused else written_out)
     with counter, live, attend:
-        prompt = adapter.prompt(adapter.tokens(image))
+        prompt = adapter.prompt(adapter.tokens(in_order(image)))
         prediction = adapter.family.predict(base, prompt, noisy, timestep, conditions)
         loss = (prediction.float() - noisy).square().mean()
         del prompt, prediction

@@ -6,13 +6,12 @@ references.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from imprompt.encoders.vision import preprocess
 from imprompt.training.buckets import Size, fit, nearest, to_latents, to_pixels
+from imprompt.training.references import Parts, References
 from imprompt.training.samples import BadSample, Sample, Source
 
 
@@ -25,20 +24,21 @@ class Example:
 
     name: str
     pixels: Tensor  # (3, H, W) in [-1, 1]
-    references: Tensor  # (R, 3, S, S)
+    references: Parts  # each (R, …): see `imprompt.training.references`
     text: str
     time_ids: Tensor  # (6,): see `imprompt.training.buckets.fit`
     mask: Tensor  # (1, h, w) of 8 bits; black, which counts evenly, where the sample has none
 
 
 def read_example(
-    sample: Sample, bucket: Size, unit: int, processor: Any, pick: float | None = None
+    sample: Sample, bucket: Size, unit: int, references: References, pick: float | None = None
 ) -> Example:
     """Open and crop a sample's pictures: all references, or the one that `pick` in [0, 1) selects.
 
     Raise BadSample if one of them cannot be used.
 
-    unit  pixels a side that one latent stands for
+    unit        pixels a side that one latent stands for
+    references  prepares the pictures that prompt
     """
     picture = sample.picture()
     mask = sample.checked_mask(picture)
@@ -47,7 +47,7 @@ def read_example(
         if pick is None
         else [sample.references[int(pick * len(sample.references))]]
     )
-    references = [picture if opener is sample.picture else opener() for opener in chosen]
+    opened = [(one, picture if one is sample.picture else one()) for one in chosen]
     cut, time_ids = fit(picture, bucket)
     wide, high = (side // unit for side in bucket)
     small = (
@@ -56,7 +56,12 @@ def read_example(
         else to_latents(fit(mask, bucket)[0], unit)
     )
     return Example(
-        sample.name, to_pixels(cut), preprocess(processor, references), sample.text, time_ids, small
+        sample.name,
+        to_pixels(cut),
+        references.prepare(sample.name, opened),
+        sample.text,
+        time_ids,
+        small,
     )
 
 
@@ -80,9 +85,9 @@ class Examples:
     source: Source
     sizes: Sequence[Size]
     unit: int
-    processor: Any
+    references: References
 
     def __call__(self, index: int) -> Example:
         """Return the example of a sample number; raise BadSample if it cannot be used."""
         bucket = self.sizes[bucket_of(self.source, index, self.sizes)]
-        return read_example(self.source.read(index), bucket, self.unit, self.processor)
+        return read_example(self.source.read(index), bucket, self.unit, self.references)

@@ -12,21 +12,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imprompt.encoders.face import FaceFeatures
+from imprompt.encoders.face_sources import FaceSource
 from imprompt.encoders.vision import VisionEncoder, fingerprint
 from imprompt.families.base import Family, pipeline_family
 from imprompt.training.buckets import bucket_sizes, training_size
 from imprompt.training.recipe import Data
-from imprompt.variants import Variant
+from imprompt.training.references import FaceReferences, Parts, PictureReferences, References
+from imprompt.variants import PARTS, Variant
 
 
 @dataclass(frozen=True)
 class FeatureEncoder:
-    """The frozen models around the adapted one: VAE, image encoder and text encoders."""
+    """The frozen models around the adapted one: VAE, image encoder and text encoders.
+
+    encoder  None if the variant reads a face's embedding alone
+    model    as the recipe names it
+    faces    where faces come from, for a variant that reads them
+    """
 
     pipeline: Any
-    encoder: VisionEncoder
+    encoder: VisionEncoder | None
     variant: Variant
-    model: str  # as the recipe names it
+    model: str
+    faces: FaceSource | None = None
+
+    @cached_property
+    def references(self) -> References:
+        """Preparation of the pictures that prompt."""
+        pictures = None if self.encoder is None else PictureReferences(self.encoder.processor)
+        if self.faces is not None:
+            return FaceReferences(self.faces, self.variant.feature, pictures)
+        assert pictures is not None
+        return pictures
+
+    def reader(self, device: torch.device) -> VisionEncoder | FaceFeatures:
+        """Return the encoder of prompts as generation uses it; of faces, given as `Face`."""
+        if self.faces is not None:
+            return FaceFeatures(None, self.encoder, width=self.faces.width, device=device)
+        assert self.encoder is not None
+        return self.encoder
 
     @cached_property
     def family(self) -> Family:
@@ -55,12 +80,16 @@ class FeatureEncoder:
         return {"mean": posterior.mean, "spread": posterior.std}
 
     @torch.no_grad()
-    def image(self, pixels: Tensor) -> Tensor:
-        """Encode preprocessed pictures (B, 3, S, S) to features (B, E) or (B, patches, E)."""
+    def image(self, references: Parts) -> Parts:
+        """Encode prepared references (B, …) to features, part by part.
+
+        Pictures (B, 3, S, S) become (B, E) or (B, patches, E); face embeddings stay what they are.
+        """
+        if self.encoder is None or self.variant.image_feature is None:
+            return references
         network = self.encoder.model
-        return self.encoder.features_of(
-            pixels.to(network.device, network.dtype), self.variant.feature
-        )
+        pixels = references["image"].to(network.device, network.dtype)
+        return references | {"image": self.encoder.features_of(pixels, self.variant.image_feature)}
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -70,9 +99,11 @@ class FeatureEncoder:
     def nulls(self) -> dict[str, Tensor]:
         """Return the features that replace dropped ones.
 
-        They are "image" (1, …) and the conditions of the empty caption.
+        They are the parts of the image's (1, …) and the conditions of the empty caption.
         """
-        return {"image": self.encoder.null_features(self.variant), **self.text([""])}
+        nulls = self.reader(torch.device("cpu")).null_features(self.variant)
+        values = nulls if isinstance(nulls, tuple) else (nulls,)
+        return {**dict(zip(parts_of(self.variant), values, strict=True)), **self.text([""])}
 
     def identity(self, data: Data) -> dict[str, Any]:
         """Return what features depend on, as plain values.
@@ -84,18 +115,44 @@ class FeatureEncoder:
             for name, part in self.pipeline.components.items()
             if name.startswith("text_encoder")
         )
+        encoder, faces = self.encoder, self.faces
+        wanted = wanted_identity(
+            self.model,
+            encoder.source if encoder is not None else "",
+            self.variant,
+            data,
+            self.size(data),
+            faces.name if faces is not None else None,
+        )
+        of_faces = (
+            {}
+            if faces is None
+            else {"face_encoder": faces.encoder, "faces_fingerprint": faces.fingerprint}
+        )
         return {
-            **wanted_identity(self.model, self.encoder.source, self.variant, data, self.size(data)),
+            **wanted,
             "vae_fingerprint": fingerprint(self.pipeline.vae),
-            "encoder_fingerprint": self.encoder.fingerprint(),
+            "encoder_fingerprint": encoder.fingerprint() if encoder is not None else "",
+            **of_faces,
             "text_fingerprint": " ".join(fingerprint(part) for part in texts if part is not None),
         }
 
 
+def parts_of(variant: Variant) -> tuple[str, ...]:
+    """Return the names of the parts that a variant reads, in the order of its projection."""
+    reads = {"face": variant.faces, "image": variant.image_feature}
+    return tuple(part for part in PARTS if reads[part])
+
+
 def wanted_identity(
-    model: str, encoder: str, variant: Variant, data: Data, size: int
+    model: str, encoder: str, variant: Variant, data: Data, size: int, faces: str | None = None
 ) -> dict[str, Any]:
-    """Return the part of the identity that is known without loading a model."""
+    """Return the part of the identity that is known without loading a model.
+
+    encoder  location of the image encoder; "" for a variant that reads none
+    faces    as the recipe states them, for a variant that reads faces
+    """
+    of_faces = {} if faces is None else {"faces": faces}
     return {
         "model": model,
         "encoder": encoder,
@@ -104,4 +161,5 @@ def wanted_identity(
         "size": size,
         "buckets": [list(bucket) for bucket in bucket_sizes(data, size)],
         "flip": data.flip,
+        **of_faces,
     }

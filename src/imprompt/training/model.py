@@ -3,6 +3,7 @@
 Shape letters as in `imprompt.training.features`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from imprompt.adapter import IPAdapter
+from imprompt.attention.low_rank import RANK, AttentionLowRank, ModelLowRank
 from imprompt.checkpoints.adapters import build_adapter, read_adapter
+from imprompt.encoders.face_sources import open_face_source
 from imprompt.encoders.matching import given_place
 from imprompt.encoders.vision import open_encoder
 from imprompt.errors import MismatchError, SettingError
-from imprompt.families.base import Conditions, family_of
+from imprompt.families.base import Conditions, Family, family_of
 from imprompt.families.published import model_parts
 from imprompt.models import Location, find_adapter, find_model, open_pipeline, part_config
 from imprompt.training.buckets import training_size
 from imprompt.training.features import FeatureEncoder
 from imprompt.training.recipe import Optimization, Recipe
+from imprompt.variants import PARTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,15 +42,20 @@ class AdaptedModel(nn.Module):
         self._base = (base.requires_grad_(False),)
 
     def forward(
-        self, noisy: Tensor, timestep: Tensor, image: Tensor, conditions: Conditions
+        self, noisy: Tensor, timestep: Tensor, image: Mapping[str, Tensor], conditions: Conditions
     ) -> Tensor:
         """Predict (B, C, h, w) from noisy latents, timesteps, image features and conditions.
 
-        Noisy latents are (B, C, h, w), timesteps (B,).
+        Noisy latents are (B, C, h, w), timesteps (B,), image features (B, …) by part.
         """
         with torch.autocast(noisy.device.type, enabled=False):
-            prompt = self.adapter.prompt(self.adapter.tokens(image))
+            prompt = self.adapter.prompt(self.adapter.tokens(in_order(image)))
         return self.adapter.family.predict(self._base[0], prompt, noisy, timestep, conditions)
+
+
+def in_order(image: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Return image features by part as a projection takes them."""
+    return tuple(image[part] for part in PARTS if part in image)
 
 
 def open_base(recipe: Recipe, device: torch.device, *, whole: bool) -> Any:
@@ -71,8 +80,10 @@ def open_frozen(recipe: Recipe, pipeline: Any) -> FeatureEncoder:
     """Open the frozen models around the base, on the device of the pipeline's VAE."""
     device: torch.device = pipeline.vae.device
     dtype = pipeline.vae.dtype if device.type == "cuda" else torch.float32
-    encoder = open_encoder(encoder_place(recipe), device, dtype)
-    return FeatureEncoder(pipeline, encoder, recipe.adapter_variant, recipe.model)
+    row, faces = recipe.adapter_variant, recipe.face_source
+    source = None if faces is None else open_face_source(faces, row.feature)
+    encoder = open_encoder(encoder_place(recipe), device, dtype) if row.image_feature else None
+    return FeatureEncoder(pipeline, encoder, row, recipe.model, source)
 
 
 def prepare_base(base: Any, plan: Optimization, device: torch.device) -> Any:
@@ -89,23 +100,26 @@ def prepare_base(base: Any, plan: Optimization, device: torch.device) -> Any:
     return base
 
 
-def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
+def start_adapter(recipe: Recipe, base: Any, widths: Mapping[str, int]) -> IPAdapter:
     """Return the adapter that training starts from: `recipe.start`, or a new one.
 
     It is in float32 and not attached. Raise MismatchError if `recipe.start` does not fit the
-    recipe.
+    recipe, or the base model takes no such adapter.
+
+    widths  of the image features, by part
     """
     family, row = family_of(base), recipe.adapter_variant
+    feature_dim = widths.get("image") or widths["face"]
+    face_dim = widths["face"] if row.image_feature and row.faces else None
     layers = family.layers(base)
     if recipe.start is None:
         token_dim = family.size(next(iter(layers.values()))).text
-        sizes = {
-            key: value
-            for key, value in (("tokens", recipe.tokens), ("depth", recipe.depth))
-            if value is not None
-        }
+        given = {"tokens": recipe.tokens or row.tokens, "depth": recipe.depth, "face_dim": face_dim}
+        sizes: Any = {key: value for key, value in given.items() if value is not None}
         torch.manual_seed(recipe.seed)
-        return IPAdapter.for_model(base, row.projection(feature_dim, token_dim, **sizes)).float()
+        projection = row.projection(feature_dim, token_dim, **sizes)
+        low_rank = new_low_rank(family, base, recipe.rank or RANK) if row.lora else None
+        return IPAdapter.for_model(base, projection, low_rank).float()
     file = read_adapter(find_adapter(find_model(recipe.model), recipe.start)[0])
     if (file.variant, file.feature_dim) != (row, feature_dim):
         raise MismatchError(
@@ -114,9 +128,25 @@ def start_adapter(recipe: Recipe, base: Any, feature_dim: int) -> IPAdapter:
             f"this recipe trains a {row.name} one of {feature_dim}-wide features "
             f"({file.variant.feature} there, {row.feature} here)"
         )
+    if row.faces and file.face_dim != widths["face"]:
+        raise MismatchError(
+            f"start = {recipe.start!r} reads {file.face_dim}-wide face embeddings; those of this "
+            f"recipe are {widths['face']} wide"
+        )
+    if recipe.rank and file.ranks != [recipe.rank] * 2:
+        raise MismatchError(
+            f"start = {recipe.start!r} has a low-rank part of rank {file.ranks[-1]}; the recipe "
+            f"asks for rank {recipe.rank}: leave rank out to keep it"
+        )
     adapter = build_adapter(file, family)
     adapter.check_fits(base)
     return adapter.float()
+
+
+def new_low_rank(family: Family, base: Any, rank: int) -> ModelLowRank:
+    """Return a new low-rank part for every attention of the base model; it adds nothing yet."""
+    attentions = family.attentions(base).values()
+    return ModelLowRank(AttentionLowRank.for_attention(one, rank) for one in attentions)
 
 
 def encoder_place(recipe: Recipe) -> Location:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from imprompt.errors import SettingError, first_line
+from imprompt.projections.resampler import FacePlusProjection, Perceiver
 from imprompt.untrusted import MAX_SETTINGS, parse_toml, read_text
 from imprompt.variants import TRAINABLE, Feature, Variant
 
@@ -157,11 +158,15 @@ class Recipe(Part):
     model: str
     variant: str = "base"
     tokens: Count | None = None  # the variant's own if not given
-    depth: Count | None = None  # layers of the resampler (plus)
+    depth: Count | None = None  # layers of the resampler (plus, faceid-plus, portrait-unnorm)
     encoder: str | None = None  # CLIP, SigLIP or DINOv2; the model's default if not given
     # what plus and full read of it: "penultimate" (if not given), "last", or several levels
     # concatenated, as "levels 7,13,26": level 0 is the first layer's input, n the nth's output
     feature: Feature | None = None
+    # face encoder (FaceID): insightface's package of weights or a folder of one, or a .safetensors
+    # file of embeddings as `imprompt embed` writes them; the variant's own package if not given
+    faces: str | None = None
+    rank: Count | None = None  # of the low-rank part (FaceID); 128, as published, if not given
     # adapter to start from: a name, file, state folder or Hub file; a new one if not given
     start: str | None = None
     output: Path
@@ -184,8 +189,7 @@ class Recipe(Part):
             _ = self.adapter_variant
         except SettingError as error:
             raise ValueError(str(error)) from error
-        if self.depth is not None and self.variant != "plus":
-            raise ValueError("depth is an option of the plus variant only")
+        self._check_options()
         if self.tokens is not None and self.variant == "full":
             raise ValueError("the full variant has one token per patch: leave tokens out")
         if self.noise.mask_weight and not self.data.columns.mask:
@@ -200,6 +204,24 @@ class Recipe(Part):
                 f"{self.optimization.accumulate} equal parts (optimization.accumulate)"
             )
         return self
+
+    def _check_options(self) -> None:
+        """Raise ValueError for an option that only other variants have."""
+        options = {
+            "depth": lambda row: issubclass(row.projection, Perceiver | FacePlusProjection),
+            "rank": lambda row: row.lora,
+            "faces": lambda row: bool(row.faces),
+            "encoder": lambda row: row.image_feature is not None,
+        }
+        for key, suits in options.items():
+            if getattr(self, key) is not None and not suits(TRAINABLE[self.variant]):
+                names = ", ".join(name for name, row in TRAINABLE.items() if suits(row))
+                raise ValueError(f"{key} is an option of {names} only")
+
+    @property
+    def face_source(self) -> str | None:
+        """Where face embeddings come from; None for a variant that reads none."""
+        return self.faces or TRAINABLE[self.variant].faces or None
 
     @property
     def adapter_variant(self) -> Variant:

@@ -132,13 +132,17 @@ class PictureOpener:
 
     def digest(self) -> str:
         """Return a hash of the bytes; "" if they are not on this disk. Raise BadSample, OSError."""
-        if isinstance(self.place, Path):
-            data = self.place.read_bytes()
-        elif callable(self.place):
-            data = self.place() if self.file is not None else b""
-        else:
-            data = self.place
+        data = b"" if callable(self.place) and self.file is None else self._bytes()
         return hashlib.blake2b(data, digest_size=8).hexdigest() if data else ""
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the bytes; raise BadSample or OSError if they cannot be read."""
+        return hashlib.sha256(self._bytes()).hexdigest()
+
+    def _bytes(self) -> bytes:
+        if isinstance(self.place, Path):
+            return self.place.read_bytes()
+        return self.place() if callable(self.place) else self.place
 
     def _do(self, work: Callable[..., T]) -> T:
         try:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import Origin
+from imprompt.encoders.face import Face
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.families.base import base_of, family_of
 from imprompt.files import check_folder
@@ -41,11 +42,12 @@ from imprompt.training.model import (
 )
 from imprompt.training.objective import Objective
 from imprompt.training.recipe import Recipe
-from imprompt.training.samples import BadSample, Source
+from imprompt.training.samples import BadSample, PictureOpener, Source
 from imprompt.training.sources import open_source
 from imprompt.training.state import State, load_state
 from imprompt.training.step import Trainer
 from imprompt.training.validation import Validator
+from imprompt.variants import PARTS
 
 # how long processes wait for one that works alone: it validates, or has more to encode
 PATIENCE = timedelta(hours=2)
@@ -108,7 +110,8 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
         reader = read_pictures(recipe, source, measured, frozen)
         nulls, identity, online = frozen.nulls(), frozen.identity(recipe.data), frozen
     base, device = base_of(pipeline), accelerator.device
-    adapter = start_adapter(recipe, base, nulls["image"].shape[-1])
+    widths = {part: nulls[part].shape[-1] for part in PARTS if part in nulls}
+    adapter = start_adapter(recipe, base, widths)
     cpu_copy = deepcopy(adapter)
     objective = Objective(pipeline.scheduler, recipe.noise)
     model = AdaptedModel(prepare_base(base, recipe.optimization, device), adapter)
@@ -120,15 +123,17 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
         base=recipe.model,
         encoder=identity["encoder"],
         encoder_fingerprint=identity["encoder_fingerprint"],
+        faces=identity.get("face_encoder", ""),
         prediction_type=objective.prediction_type,
         licence=recipe.licence,
     )
     validator = None
     if recipe.validation.every is not None and accelerator.is_main_process:
         assert frozen is not None
-        held_out = pictures(source or open_source(recipe.data), data_pipeline.held_out.tolist())
+        opened = source or open_source(recipe.data)
+        held_out = prompts(recipe, frozen, opened, data_pipeline.held_out.tolist())
         validator = Validator(
-            recipe, pipeline, frozen.encoder, frozen.variant, cpu_copy.attach(base), held_out
+            recipe, pipeline, frozen.reader(device), frozen.variant, cpu_copy.attach(base), held_out
         )
     trainer = Trainer(accelerator, model, objective, recipe.optimization)
     layers = list(family_of(base).layers(base))
@@ -215,10 +220,20 @@ def gathered(mine: list[Any]) -> list[Any]:
     return gather_object(mine)
 
 
-def pictures(source: Source, numbers: list[int]) -> Iterator[Image.Image]:
-    """Yield the first reference of those samples that can be read."""
-    for index in numbers:
+def prompts(
+    recipe: Recipe, frozen: FeatureEncoder, source: Source, numbers: list[int]
+) -> Iterator[Image.Image | Face]:
+    """Yield image prompts for validation: the recipe's pictures, or those of held-out samples.
+
+    These are the first references of the samples that can be read. Of a picture, its largest face
+    prompts if the adapter reads faces; raise BadSample if there is none in one of the recipe's.
+    """
+    for path in recipe.validation.images:
+        opener = PictureOpener(str(path), "the file", path)
+        yield frozen.references.prompt(str(path), (opener, opener()))
+    for index in () if recipe.validation.images else numbers:
         try:
-            yield source.read(index).references[0]()
+            opener = source.read(index).references[0]
+            yield frozen.references.prompt(source.name(index), (opener, opener()))
         except BadSample:
             continue

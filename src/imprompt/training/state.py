@@ -25,7 +25,18 @@ from imprompt.training.recipe import Recipe
 
 # Keys of a recipe that a run keeps from first to last step; others may change when it resumes.
 FIXED = (
-    *("model", "variant", "tokens", "depth", "encoder", "feature", "start", "seed"),
+    *(
+        "model",
+        "variant",
+        "tokens",
+        "depth",
+        "encoder",
+        "feature",
+        "faces",
+        "rank",
+        "start",
+        "seed",
+    ),
     *(
         f"data.{key}"
         for key in ("source", "size", "buckets", "bucket_step", "max_aspect", "held_out")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.tensors import some
+from imprompt.encoders.face import SIDE, Face, FaceFeatures
 from imprompt.encoders.vision import VisionEncoder, preprocess
 from imprompt.errors import CheckpointError, SettingError, first_line
 from imprompt.families.base import base_of
@@ -150,6 +151,21 @@ class Clip:
         return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
 
 
+def own_measure(encoder: VisionEncoder | FaceFeatures) -> OwnEncoder | None:
+    """Return the measure by the adapter's image encoder; None if that reads faces.
+
+    What is in a face's crop is not comparable with a whole picture.
+    """
+    return None if isinstance(encoder, FaceFeatures) else OwnEncoder(encoder)
+
+
+def shown_by(prompt: Image.Image | Face) -> Image.Image:
+    """Return the picture that shows an image prompt: of a face its crop."""
+    if isinstance(prompt, Image.Image):
+        return prompt
+    return prompt.crop or Image.new("RGB", (SIDE, SIDE), FAINT)
+
+
 def similarities(
     measure: Clip | OwnEncoder,
     prompts: Sequence[Image.Image],
@@ -206,21 +222,25 @@ class Validator:
         self,
         recipe: Recipe,
         pipeline: Any,
-        encoder: VisionEncoder,
+        encoder: VisionEncoder | FaceFeatures,
         variant: Variant,
         adapter: IPAdapter,
-        held_out: Iterable[Image.Image] = (),
+        held_out: Iterable[Image.Image | Face] = (),
     ) -> None:
         """Check all settings of the validation.
 
         Raise SettingError, ImageError or CheckpointError if one is wrong.
 
         `adapter` must be attached to the pipeline's base model. `held_out` are pictures to prompt
-        with if the recipe names none.
+        with if the recipe names none; for an adapter that reads faces, the faces of those that it
+        names, or of others.
         """
         plan, side, training = recipe.validation, recipe.data.size, recipe.optimization
         self.folder = recipe.output / "validation"
-        self.prompts = [open_image(path) for path in plan.images] or list(islice(held_out, PROMPTS))
+        own_pictures = () if variant.faces else plan.images
+        self.prompts: Any = [open_image(path) for path in own_pictures] or list(
+            islice(held_out, len(plan.images) or PROMPTS)
+        )
         if not self.prompts:
             raise SettingError(
                 "validation has no image prompts: name pictures in validation.images, or set "
@@ -245,7 +265,7 @@ class Validator:
         ]
         for column in self.columns:
             self.pipe.resolve(column)
-        self.measure = Clip(plan.clip) if plan.clip else OwnEncoder(encoder)
+        self.measure = Clip(plan.clip) if plan.clip else own_measure(encoder)
         # no more than training, which fits into memory
         self.at_once = min(MADE_AT_ONCE, training.batch_size // training.accumulate)
         self.compiled = training.compile
@@ -262,9 +282,10 @@ class Validator:
                 self.pipe(self.prompts, batch_size=self.at_once, **settings).images
                 for settings in fields
             ]
-            scores = similarities(self.measure, self.prompts, self.columns, made)
+            shown = [shown_by(prompt) for prompt in self.prompts]
+            scores = similarities(self.measure, shown, self.columns, made) if self.measure else {}
         return save_png(
-            sheet(self.prompts, self.columns, made, step), self.folder / f"step-{step:07d}.png"
+            sheet(shown, self.columns, made, step), self.folder / f"step-{step:07d}.png"
         ), scores
 
     @contextmanager
@@ -275,7 +296,8 @@ class Validator:
             for part in self.pipe.pipeline.components.values()
             if isinstance(part, nn.Module) and part is not base
         ]
-        measuring = [self.pipe.first.reader.encoder.model, self.measure.model]
+        encoders = (self.pipe.first.reader.encoder, self.measure)
+        measuring = [one.model for one in encoders if one is not None and one.model is not None]
         # Compiling for batch sizes that differ from training's would take minutes.
         stance = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         with (
