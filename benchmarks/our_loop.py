@@ -124,9 +124,8 @@ class MemoryReader:
     def read(self, index: int, flip: bool, pick: float) -> FeatureContent:  # noqa: ARG002 - nothing is mirrored, one reference
         """Return a sample's features; it is never mirrored and has one reference."""
         conditions = {key: value[index] for key, value in self.conditions.items()}
-        return FeatureContent(
-            **{key: value[index] for key, value in self.features.items()}, conditions=conditions
-        )
+        mean, spread, image = (value[index] for value in self.features.values())
+        return FeatureContent(mean, spread, {"image": image}, conditions)
 
     def blank(self, index: int) -> FeatureContent:
         """Return features that stand in for a sample that is not readable."""

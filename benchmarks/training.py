@@ -142,7 +142,7 @@ def flops(setting: TrainingSetting) -> float:
     with torch.device("meta"):
         adapter = IPAdapter.for_model(base, ImageProjection(embedding, token_dim)).attach(base)
     conditions = find_family(of.base.family).condition_shapes(base.config, of.base.text_tokens)
-    sizes = Sizes((4, setting.side, setting.side), (embedding,), conditions)
+    sizes = Sizes((4, setting.side, setting.side), {"image": (embedding,)}, conditions)
     return one_step(base, adapter, sizes.batch(1), fused=True)[0]
 
 

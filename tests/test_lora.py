@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imprompt.adapter import IPAdapter
 from imprompt.attention.low_rank import PARTS, AttentionLowRank, ModelLowRank
@@ -46,6 +46,9 @@ def with_lora(adapter: IPAdapter, unet: Any, rank: int = 3, seed: int = 8) -> IP
                     for name, layer in layers(attention).items()
                 }
             )
+            for layer in part.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()  # a new part adds nothing
             parts.append(part.requires_grad_(False))
     adapter.low_rank = ModelLowRank(parts)
     return adapter
