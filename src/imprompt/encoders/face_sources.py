@@ -89,8 +89,8 @@ class StoredFaces:
 
     @property
     def encoder(self) -> str:
-        """Name of the face encoder, as the file states it."""
-        return self.embedding.encoder
+        """Name of the face encoder as the file states it; "" if it names that of crops."""
+        return self.embedding.encoder if len(self.embedding.parts) == 1 else ""
 
     @property
     def faces(self) -> Tensor:
