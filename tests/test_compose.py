@@ -584,6 +584,23 @@ OTHER_WAYS: list[tuple[str, dict[str, Any], str]] = [  # pipelines, options and 
         {"guidance": 1.0, "pipeline_options": {"token_indices": [1]}},
         "AttendExciteAttnProcessor replaced the adapter's processor .*in every call does not go",
     ),
+    (
+        "StableDiffusionSAGPipeline",
+        {"guidance": 5.0, "image_guidance": 2.0},
+        r"image_guidance does not go .* guidance of a StableDiffusionSAGPipeline \(sag_scale\)",
+    ),
+    (
+        "StableDiffusionAttendAndExcitePipeline",
+        {"guidance": 5.0, "image_guidance": 2.0, "pipeline_options": {"token_indices": [1]}},
+        r"image_guidance .* StableDiffusionAttendAndExcitePipeline \(token_indices\)",
+    ),
+    (
+        "StableDiffusionPAGPipeline",
+        {"guidance": 5.0, "image_guidance": 2.0},
+        r"image_guidance .* StableDiffusionPAGPipeline \(pag_scale\)",
+    ),
+    ("TextToVideoZeroSDXLPipeline", {}, "does not take num_images_per_prompt, so that settings do"),
+    ("LEditsPPPipelineStableDiffusionXL", {}, "does not take prompt and num_images_per_prompt and"),
     ("TextToVideoZeroPipeline", {}, "does not take num_images_per_prompt, so that settings do"),
     ("LEditsPPPipelineStableDiffusion", {}, "does not take prompt and num_images_per_prompt and"),
     ("StableDiffusionPanoramaPipeline", {}, ""),
@@ -599,7 +616,7 @@ OTHER_WAYS: list[tuple[str, dict[str, Any], str]] = [  # pipelines, options and 
 def test_a_pipeline_of_another_way_follows_the_picture_or_says_why_not(
     name: str, settings: dict[str, Any], says: str
 ) -> None:
-    pipeline = PIPELINES["sd1"]()
+    pipeline = PIPELINES["sdxl" if "XL" in name else "sd1"]()
     pipeline.unet.register_to_config(_diffusers_version=diffusers.__version__, sample_size=64)
 
     def made(**more: Any) -> Image.Image:

@@ -36,6 +36,7 @@ from imprompt.evaluation.sets import Item
 from imprompt.evaluation.summary import distances, notes_on, of_rows
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.models import PACKAGED
+from imprompt.training.validation import Clip
 from tests import commands
 from tests.judges import tiny_clip, tiny_dino, tiny_dinov2, tiny_inception
 from tests.ranks import CONTEXT, PATIENCE
@@ -540,6 +541,21 @@ def test_judges_are_known_by_their_weights(place: Path, tmp_path: Path) -> None:
     assert open_dino(str(tiny_dinov2(tmp_path / "two")), "cpu").images(shown).shape == (2, 16)
     tower = open_clip("packaged:emoji/image_encoder", "cpu")
     assert (tower.texts, len(tower.images(shown))) == (None, 2)
+
+
+def test_judges_of_fp16_weights_alone_are_found_by_themselves(place: Path, tmp_path: Path) -> None:
+    """Folders with *.fp16.safetensors alone, as many are: here they hold the plain ones' values."""
+    shown = pictures(2)
+    for key, opened in (("clip", open_clip), ("dino", open_dino)):
+        folder = Path(shutil.copytree(place / key, tmp_path / key))
+        (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+        plain, other = opened(str(place / key), "cpu"), opened(str(folder), "cpu")
+        assert other.sha256 == plain.sha256
+        assert torch.equal(other.images(shown), plain.images(shown))
+    measure = Clip(str(tmp_path / "clip"))  # training's validation
+    wanted = open_clip(str(place / "clip"), "cpu").texts
+    assert wanted is not None
+    assert torch.equal(measure.texts(["a cat"]), wanted(["a cat"]))
 
 
 def test_inceptions_features_are_taken_for_fid(tmp_path: Path) -> None:

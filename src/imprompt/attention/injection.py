@@ -222,8 +222,8 @@ class ModelInjection(ABC):
         """Raise MismatchError if the timestep of a call cannot tell progress.
 
         Only the first call is checked, in a `with` block or with this scale: a check waits for the
-        device. In a block a real number that stands for the schedule's end is then taken for a
-        scheduler's own.
+        device. A real number that stands for the schedule's end is then taken for a scheduler's
+        own.
         """
         timestep = torch.as_tensor(call.given[self.family.arguments[1]])
         known = scope.timed if scope is not None else getattr(self.local, "timed", None) is scale
@@ -232,9 +232,9 @@ class ModelInjection(ABC):
         self.local.timed = scale
         progress, slack = call.place(FINE) / FINE, SLACK / self.timesteps
         stray = (progress < -slack) | (progress > 1 + slack)
+        stray |= (progress > 1 - slack) & (timestep != 0) & timestep.is_floating_point()
         if scope is not None:
             scope.timed = True
-            stray |= (progress > 1 - slack) & (timestep != 0) & timestep.is_floating_point()
         if stray.any():
             raise MismatchError(
                 "a scale that changes over time needs the timesteps that the model was trained "

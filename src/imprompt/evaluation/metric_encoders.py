@@ -20,7 +20,7 @@ from imprompt.encoders.preparation import cut_ends
 from imprompt.encoders.vision import open_encoder
 from imprompt.errors import CheckpointError, first_line
 from imprompt.files import sha256
-from imprompt.models import Location, collector_waits
+from imprompt.models import Location, collector_waits, load_weights
 from imprompt.training.validation import Clip
 
 PHOTO = "A photo depicts "  # what CLIPScore's authors put before a caption
@@ -116,8 +116,15 @@ def open_dino(source: str, device: str) -> MetricEncoder:
 
     try:
         folder, _ = Location(source).fetch_folder()
-        loaded: Any = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        loaded: Any = load_weights(
+            folder,
+            lambda variant: AutoModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                variant=variant,
+                output_loading_info=True,
+                trust_remote_code=False,
+            ),
         )
         processor: Any = AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=False

@@ -25,6 +25,8 @@ PICTURES = {  # argument -> its name here, where the call gives that picture
     "mask_image": "mask_image",
     "control_image": "control_image",
 }
+# arguments of pipelines that take each batch of the base model for two branches, or add their own
+OWN_GUIDANCE = {"sag_scale", "pag_scale", "token_indices"}
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TEXTS = {  # encoded text, one row for all results or one for each image prompt -> what it replaces
     "prompt_embeds": "prompt",
@@ -97,6 +99,11 @@ def check_image_guidance(settings: Resolved, pipeline: Any, options: Mapping[str
         raise SettingError(
             "image_guidance needs both branches of guidance in one call; a "
             f"{type(pipeline).__name__} runs them in separate calls: leave it out"
+        )
+    if own := OWN_GUIDANCE & {*inspect.signature(pipeline.__call__).parameters}:
+        raise SettingError(
+            f"image_guidance does not go together with the guidance of a {type(pipeline).__name__} "
+            f"({', '.join(sorted(own))}), which counts two branches itself: leave it out"
         )
     if not guided:
         raise SettingError(

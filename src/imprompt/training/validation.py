@@ -28,7 +28,7 @@ from imprompt.generation.prepare import Attached
 from imprompt.generation.request import save_png
 from imprompt.generation.settings import Settings
 from imprompt.images import WHITE, grid, open_image
-from imprompt.models import Location, find_model
+from imprompt.models import Location, find_model, load_weights
 from imprompt.training.objective import prediction_type
 from imprompt.training.recipe import Recipe
 from imprompt.variants import Variant
@@ -110,8 +110,11 @@ class Clip:
             folder, _ = Location(source).fetch_folder()
             if (kind := CLIPConfig.get_config_dict(folder)[0].get("model_type", "clip")) != "clip":
                 raise ValueError(f"it holds a {kind}, not a whole CLIP")
-            loaded: Any = CLIPModel.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
+            loaded: Any = load_weights(
+                folder,
+                lambda variant: CLIPModel.from_pretrained(
+                    folder, dtype=torch.float32, variant=variant, output_loading_info=True
+                ),
             )
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(folder)
         except Exception as error:  # a damaged folder may raise any error
