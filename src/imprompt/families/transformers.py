@@ -131,7 +131,8 @@ class TransformerInjection(ModelInjection):
 
     def idle(self, arguments: Arguments) -> Arguments:
         """Remove all conditioning, and hold the model for this call until `release`."""
-        self.busy.acquire()
+        if not torch.compiler.is_compiling():  # a graph holds the conditioning of its call itself
+            self.busy.acquire()
         self.local.holds = True
         for processor in self.processors.values():
             processor.conditioning = None
@@ -170,7 +171,8 @@ class TransformerInjection(ModelInjection):
                     processor.conditioning = None
         finally:
             self.local.holds = False
-            self.busy.release()
+            if not torch.compiler.is_compiling():
+                self.busy.release()
         if missed and ended:
             raise MismatchError(
                 f"{len(missed)} of the {len(self.processors)} layers of this "
