@@ -2,10 +2,8 @@
 second start that is quick.
 """
 
-import functools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,6 @@ from tests.tiny import noise, noise_inputs, random_prompt, smallest_unet, tiny_a
 
 STEPS = 2
 RED, BLUE = (Image.new("RGB", (64, 64), name) for name in ("red", "blue"))
-
-
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[CompileCounterWithBackend]:
-    """Counts compilations; nothing is generated, as that would take a minute."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    monkeypatch.setenv(compiled.CACHE, str(tmp_path))
-    yield counter
-    torch._dynamo.reset()
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:

@@ -2,6 +2,7 @@
 adapter.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from imprompt.adapter import ImageProjection, IPAdapter, attention
 from imprompt.errors import MismatchError
@@ -163,6 +165,50 @@ def test_each_layer_conditions(tiny: Tiny) -> None:
     for layer in range(layers):
         with adapter.using(prompt.with_scale(torch.eye(layers)[layer])):
             assert (run(tiny) - base).abs().max() > 1e-6, layer
+
+
+def whole(model: Any, backend: Any) -> Any:
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def blocks(model: Any, backend: Any) -> Any:
+    """Each kind of block as one graph; not every class of diffusers names its blocks."""
+    model._repeated_blocks = model._repeated_blocks or ["BasicTransformerBlock"]
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [whole, blocks])
+@pytest.mark.parametrize("first", ["attach", "compile"])
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+@torch.no_grad()
+def test_compiled_by_a_user_it_needs_no_graph_for_a_new_prompt_or_scale(
+    name: str, first: str, compiled: Callable[[Any, Any], Any]
+) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with seeded(0):
+        tiny = TINY[name]()
+    plain, model = tiny.model, copy.deepcopy(tiny.model)
+    adapter, other = adapter_for(plain).attach(plain), adapter_for(model)
+    if first == "attach":
+        model = compiled(other.attach(model) and model, counter)
+    else:
+        other.attach(model := compiled(model, counter))
+    counts = []
+    for seed, scale in ((2, 1.0), (3, 1.0), (3, 0.4), (4, 0.0)):
+        with seeded(seed):
+            features = torch.randn(2, FEATURES)
+        outputs = []
+        for own, called in ((adapter, plain), (other, model)):
+            with own.using(own.prompt(own.tokens(features), scale=scale)):
+                outputs.append(called(**tiny.inputs, return_dict=False)[0])
+        assert torch.equal(*outputs)
+        counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts == counts[:1] * 4
+    torch._dynamo.reset()
 
 
 @torch.no_grad()

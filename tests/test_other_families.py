@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from imprompt import ImagePromptPipeline, Reference
 from imprompt.adapter import ImageProjection, IPAdapter
@@ -145,6 +146,24 @@ def test_a_mask_and_a_window_apply_where_and_when_they_say(saved: Saved) -> None
     assert difference(all_of_it, half) > 2
     assert difference(half, unconditioned) > 2
     assert difference(late, unconditioned) < difference(all_of_it, unconditioned)
+
+
+def test_compiled_it_is_one_graph_for_everything_that_a_user_changes(
+    saved: Saved, counter: CompileCounterWithBackend
+) -> None:
+    fast, plain = saved.pipeline(compile=True), saved.pipeline()
+    calls: list[dict[str, Any]] = [
+        {},
+        {"prompt": "a cat", "seed": 2},
+        {"scale": 0.4},
+        {"scale": 0.0},
+        {"image": BLUE, "steps": 2},
+    ]
+    for call in calls:
+        settings = {"image": RED, "seed": 1, **SIZE, **guided(saved), **call}
+        made, wanted = (pipe(**settings).images[0] for pipe in (fast, plain))
+        assert difference(made, wanted) <= 1
+        assert counter.frame_count == 1, call
 
 
 def test_threads_make_the_serial_pictures(saved: Saved) -> None:

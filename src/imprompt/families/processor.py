@@ -9,9 +9,8 @@ effect.
 Shape letters: B batch, L rows of the query, H heads, d head width; P image prompts.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -166,13 +165,14 @@ def processor_for(original: Any, taps: Taps, heads: int) -> ImageProcessor:
 def processor_class(original: type) -> type[ImageProcessor]:
     """Return the class of processors that replace those of class `original`.
 
-    Its call has the original's signature: diffusers passes on only the arguments named there.
+    Its call wraps the original's, so that it has the same signature: diffusers passes on only the
+    arguments named there, and `torch.compile` cannot read a signature that is set by itself.
     """
 
+    @wraps(original.__call__)
     def call(self: ImageProcessor, attention: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run(attention, *args, **kwargs)
 
-    call.__signature__ = inspect.signature(original.__call__)  # pyright: ignore[reportFunctionMemberAccess]
     members = {name: forwarded(name) for name in FORWARDED if hasattr(original, name)}
     return type(f"Image{original.__name__}", (ImageProcessor,), {"__call__": call, **members})
 

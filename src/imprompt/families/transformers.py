@@ -146,7 +146,8 @@ class TransformerInjection(ModelInjection):
 
         The model is not passed the prompts themselves: most would warn of them, or drop them.
         """
-        self.busy.acquire()
+        if not torch.compiler.is_compiling():  # a graph holds the conditioning of its call itself
+            self.busy.acquire()
         self.local.holds = True
         for processor in self.processors.values():
             processor.conditioning = None
@@ -201,7 +202,8 @@ class TransformerInjection(ModelInjection):
                     processor.conditioning = None
         finally:
             self.local.holds = False
-            self.busy.release()
+            if not torch.compiler.is_compiling():
+                self.busy.release()
         if missed and ended:
             raise MismatchError(
                 f"{len(missed)} of the {len(self.processors)} layers of this "
