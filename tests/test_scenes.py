@@ -20,7 +20,7 @@ from worlds.emoji.scenes import (
     sample_scenes,
 )
 from worlds.emoji.train_utils import World, learning_rate
-from worlds.emoji.unet import relaxed
+from worlds.emoji.base import relaxed
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,14 @@ class TransformerRow:
     text_arguments     those that hold the text
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
     pipelines          tasks by the class of a saved pipeline
-    encode_text        (pipeline, captions) -> the text part of `Conditions`
+    encode_text        (pipeline, captions, options of its encoder) -> the text part of `Conditions`
     inputs             (model, latents, timestep, conditions) -> arguments of its forward pass
     output             (its output, latents) -> the prediction, shaped as the latents
     condition_shapes   (configuration, text tokens) -> shapes of one sample's `Conditions`
     latent_channels    of a configuration
     native_latents     of a configuration: side, in latents, of the pictures that it was made for
-    text_tokens        that its pipelines encode
+    text_tokens        that its pipelines encode, or fewer where the tokenizer takes fewer
+    tokenizer          name, in a pipeline, of the tokenizer of that text
     grain              a picture's side, in latents, must be a multiple of it
     pixel_grain        and, in pixels, of this, whatever the VAE
     call_options       what its pipelines are always called with
@@ -82,12 +83,13 @@ class TransformerRow:
     grids: Callable[[Any, Given], list[tuple[int, int]]]
     progress: Callable[[Tensor, int], Tensor]
     pipelines: Mapping[str, TaskTable]
-    encode_text: Callable[[Any, list[str]], dict[str, Tensor]]
+    encode_text: Callable[[Any, list[str], Given], dict[str, Tensor]]
     inputs: Callable[[Any, Tensor, Tensor, Conditions], dict[str, Any]]
     output: Callable[[Tensor, Tensor], Tensor]
     condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
     text_tokens: int
     grain: int
+    tokenizer: str = "tokenizer"
     pixel_grain: int = 1
     latent_channels: Callable[[Given], int] = lambda config: config["in_channels"]
     native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
@@ -193,7 +195,6 @@ class TransformerFamily(Family):
         self.name, self.row, self.component = name, row, "transformer"
         self.classes, self.pipelines, self.no_words = (row.model,), row.pipelines, ""
         self.grain, self.pixel_grain = row.grain, row.pixel_grain
-        self.call_options = row.call_options
         self.text_tokens = row.text_tokens
         self.shared, self.text_arguments = row.shared, row.text_arguments
         self.channel, self.arguments = row.channel, row.arguments
@@ -248,9 +249,22 @@ class TransformerFamily(Family):
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the text part of `Conditions`, as the row encodes it."""
-        return self.row.encode_text(pipeline, list(captions))
+        return self.row.encode_text(pipeline, list(captions), self.text_limit(pipeline))
 
-    def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
+    def text_limit(self, pipeline: Any) -> dict[str, int]:
+        """Return the option that limits a text to the tokens that the pipeline's tokenizer takes.
+
+        It is empty where these are not fewer than the row states.
+        """
+        usual, tokenizer = self.row.text_tokens, getattr(pipeline, self.row.tokenizer)
+        own = getattr(tokenizer, "model_max_length", usual)  # a pipeline may come without one
+        return {"max_sequence_length": own} if own < usual else {}
+
+    def call_options(self, pipeline: Any) -> dict[str, Any]:
+        """Return the row's options, and the limit of the pipeline's texts."""
+        return {**self.row.call_options, **self.text_limit(pipeline)}
+
+    def predict(self, model: Any, prompt: ImagePrompt | None, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
         """Return the prediction, shaped as `noisy`, with the row's inputs and output."""
         inputs = self.row.inputs(model, noisy.to(model.dtype), timestep, conditions)
@@ -299,9 +313,9 @@ def after_text(name: str, given: Given) -> slice:
     return slice(text if name.startswith("single") else 0, None)
 
 
-def pixart_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+def pixart_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
     """Return T5's states, and the mask of those that belong to the caption."""
-    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device)
+    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device, **options)
     return {"text": text, "text_mask": mask}
 
 
@@ -318,9 +332,9 @@ def pixart_inputs(
     }
 
 
-def flux_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+def flux_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
     """Return T5's states and CLIP's pooled text."""
-    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device)
+    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device, **options)
     return {"text": text, "pooled": pooled}
 
 
@@ -399,6 +413,7 @@ FLUX = TransformerFamily(
             "pooled": (config["pooled_projection_dim"],),
         },
         text_tokens=512,
+        tokenizer="tokenizer_2",
         grain=2,
         latent_channels=lambda config: config["in_channels"] // 4,
         native_latents=lambda _config: 128,
