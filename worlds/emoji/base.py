@@ -5,6 +5,7 @@ beside it. All are trained by one loop, by the objective that the package takes 
 scheduler. Shape letters: N scenes, C channels of a latent, h latent pixels a side.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,7 +97,8 @@ def sample_batch(
     noise = torch.randn(latents.shape, generator=generator)
     rows = objective.draw(1 - torch.rand(count, generator=generator))
     parts = (*objective.corrupt(latents, noise, rows), pool.figures[index].float())
-    return NoisyBatch(*(part.to(world.device) for part in parts), captions, index)
+    noisy, t, target, covered = (part.to(world.device) for part in parts)
+    return NoisyBatch(noisy, t, target, covered, captions, index)
 
 
 def train(world: World, name: str) -> None:
@@ -127,6 +129,10 @@ def train(world: World, name: str) -> None:
     )
     if rank()[0] == 0:
         pipeline.save_pretrained(world.folder / row.folder)
+        for part in ("image_encoder", "feature_extractor"):  # which adapters are trained with
+            shutil.copytree(
+                world.folder / "clip" / part, world.folder / row.folder / part, dirs_exist_ok=True
+            )
         print(f"{name}: the base model is saved")
 
 

@@ -48,6 +48,7 @@ MAKING = {
     "lines": Stage("worlds.emoji.style:train_lines"),
     "dit": Stage("worlds.emoji.base:train_dit", in_all=False),
     "mmdit": Stage("worlds.emoji.base:train_mmdit", in_all=False),
+    "transformer-adapters": Stage("worlds.emoji.assemble:transformer_adapters", in_all=False),
 }
 
 
