@@ -99,9 +99,8 @@ def test_the_facade_follows_an_image_prompt(saved: Saved) -> None:
         assert difference(text, unconditioned) > 0
     plain = OTHERS[saved.name]()
     call = {"num_inference_steps": 3, "width": 24, "height": 32, "guidance_scale": 1.0}
-    bare = plain(
-        "", **call, **pipe.family.call_options, generator=torch.Generator().manual_seed(1)
-    ).images[0]
+    options = pipe.family.call_options(plain)
+    bare = plain("", **call, **options, generator=torch.Generator().manual_seed(1)).images[0]
     assert difference(pipe(RED, seed=1, scale=0.0, guidance=1.0, **SIZE).images[0], bare) == 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from worlds.emoji.base import relaxed
 from worlds.emoji.clip import cells, loosened, shares
 from worlds.emoji.glyphs import Glyphs, lists
 from worlds.emoji.scenes import (
@@ -20,7 +21,6 @@ from worlds.emoji.scenes import (
     sample_scenes,
 )
 from worlds.emoji.train_utils import World, learning_rate
-from worlds.emoji.unet import relaxed
 
 
 @pytest.fixture(scope="module")

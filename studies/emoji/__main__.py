@@ -15,6 +15,7 @@ STAGES = {
     "held-out": Stage("studies.emoji.held_out:held_out"),
     "probes": Stage("studies.emoji.probes:probe"),
     "evaluate": Stage("studies.emoji.evaluate:evaluate"),
+    "transformers": Stage("studies.emoji.evaluate:evaluate_transformers", in_all=False),
     "compose": Stage("studies.emoji.compose:compose", in_all=False),
     "blind": Stage("studies.emoji.blind:blind", in_all=False),
     "optimizers": Stage("studies.emoji.optimizers:compare", in_all=False),

@@ -1,14 +1,16 @@
-"""Measure what the shipped model can do: `python -m studies.emoji evaluate`.
+"""Measure what a world's model can do: `python -m studies.emoji evaluate`, and `transformers`.
 
-Prints the table that the model card contains. The metric encoder has a seed and a size of its own
+The first prints the table that the model card contains, the second that of the two transformers in
+the world's folder. The metric encoder has a seed and a size of its own
 and never conditioned anything; colours and shapes are compared with the scenes' own factors. Shape
 letters: N scenes, S pixels a side.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from imprompt.evaluation.metrics import Interval, bootstrap_interval
 from imprompt.generation.pipeline import ImagePromptPipeline
-from worlds.emoji.assemble import ADAPTERS, SHIPPED, weights_in
+from worlds.emoji.assemble import ADAPTERS, SHIPPED, TRANSFORMERS, weights_in
 from worlds.emoji.glyphs import Glyphs
 from worlds.emoji.scenes import (
     COLOUR_NAMES,
@@ -46,7 +48,7 @@ from .measures import (
     to_tensor,
 )
 from .paths import REPORTS
-from .sampler import FRONT, Sampler
+from .sampler import FRONT, GUIDANCE, STEPS
 from .sheets import draw_sheet, sheet
 
 SHEETS = REPORTS / "emoji"
@@ -85,6 +87,49 @@ SETS = {
 Row = dict[str, Interval | float]
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model to measure, by the options with which it makes pictures."""
+
+    name: str  # of the package, or a folder
+    adapters: Mapping[str, str]  # name in the tables -> adapter
+    options: Mapping[str, Any] = field(default_factory=dict)  # of diffusers' pipeline
+
+    def open(self, adapter: str) -> ImagePromptPipeline:
+        """Open the model with one of its adapters, on the CPU."""
+        return ImagePromptPipeline.from_pretrained(
+            self.name, adapter=self.adapters[adapter], device="cpu"
+        )
+
+    def make(
+        self,
+        pipe: ImagePromptPipeline,
+        prompts: Tensor,
+        texts: Sequence[str] | str = "",
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Make a result (N, 3, S, S) for each image prompt (N, 3, S, S); number i has seed i."""
+        side = prompts.shape[-1]
+        result = pipe(
+            [to_image(prompt) for prompt in prompts],
+            texts,
+            scale=scale,
+            seed=0,
+            batch_size=32,
+            width=side,
+            height=side,
+            steps=STEPS,
+            guidance=GUIDANCE,
+            pipeline_options=dict(self.options),
+        )
+        return to_tensor(result.images)
+
+
+PACKAGED = Model("emoji", {name: name for name in ADAPTERS})
+# options that guide the transformers by the negative text, each in its pipeline's words
+GUIDED = {"dit": {}, "mmdit": {"true_cfg_scale": GUIDANCE}}
+
+
 def means(values: Mapping[str, Tensor]) -> Row:
     """Return the means of values by picture (N,) with their intervals; NaN values are left out.
 
@@ -98,15 +143,19 @@ def means(values: Mapping[str, Tensor]) -> Row:
 
 
 def follow(
-    pipe: ImagePromptPipeline, glyphs: Glyphs, scenes: Scenes, generator: torch.Generator
+    model: Model,
+    pipe: ImagePromptPipeline,
+    world: World,
+    glyphs: Glyphs,
+    scenes: Scenes,
+    generator: torch.Generator,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Measure whether results at scale 1 follow their own image prompt and not another's.
 
     There is no text. Returns values by picture (N,), the prompts and the results.
     """
-    side = pipe.pipeline.unet.config.sample_size * pipe.pipeline.vae_scale_factor
-    prompts = render(scenes, glyphs, side)
-    made = to_tensor(pipe([to_image(p) for p in prompts], seed=0, batch_size=32).images)
+    prompts = render(scenes, glyphs, world.side)
+    made = model.make(pipe, prompts)
     return measured(prompts, made, glyphs, scenes, generator), prompts, made
 
 
@@ -142,7 +191,7 @@ def count_of(world: World) -> int:
 
 
 def with_text(
-    pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float
+    model: Model, pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, scale: float
 ) -> tuple[Row, Tensor, Tensor]:
     """Measure results whose text names one glyph and whose image prompt shows another.
 
@@ -156,9 +205,7 @@ def with_text(
     ) % glyphs.core
     prompts = render(scenes, glyphs, world.side)
     texts = [article(glyphs.names[g]) for g in named.tolist()]
-    made = to_tensor(
-        pipe([to_image(p) for p in prompts], texts, scale=scale, seed=0, batch_size=32).images
-    )
+    made = model.make(pipe, prompts, texts, scale)
     error, other = colour_error(made, scenes), colour_error(made, shuffled(scenes))
     found = Classifier.load().classify(made)
     glyph, palette = found.eq(named), error < RIGHT * other.mean()
@@ -171,9 +218,15 @@ def with_text(
     return means({name: value.float() for name, value in values.items()}), prompts, made
 
 
-def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
-    """Measure the base alone: whether the text's glyph and background colour are in the results."""
-    sampler, rows, count = Sampler(), {}, count_of(world)
+def by_text(
+    model: Model, pipe: ImagePromptPipeline, glyphs: Glyphs, world: World, folder: Path
+) -> dict[str, Row]:
+    """Measure the base alone: whether the text's glyph and background colour are in the results.
+
+    At scale 0 the results are the base's own.
+    """
+    rows, count = {}, count_of(world)
+    blank = torch.ones(count, 3, world.side, world.side)
     for label, ids in {
         "core glyphs": range(glyphs.core),
         "other seen glyphs": range(glyphs.core, glyphs.seen),
@@ -185,10 +238,7 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             f"{article(glyphs.names[g])} on {article(COLOUR_NAMES[c])} background"
             for g, c in zip(named.tolist(), colours.tolist(), strict=True)
         ]
-        parts = {start: texts[start : start + 32] for start in range(0, count, 32)}
-        made = torch.cat(
-            [sampler.sample(len(part), texts=part, seed=start) for start, part in parts.items()]
-        )
+        made = model.make(pipe, blank, texts, scale=0.0)
         ground = torch.tensor(list(PALETTE.values()))[colours]
         edge = torch.cat([made[:, :, :6].flatten(2), made[:, :, -6:].flatten(2)], 2).mean(2)
         rows[label] = means(
@@ -198,7 +248,7 @@ def by_text(world: World, glyphs: Glyphs) -> dict[str, Row]:
             }
         )
         draw_sheet(
-            SHEETS / f"text-{label.replace(' ', '-')}.jpg",
+            folder / f"text-{label.replace(' ', '-')}.jpg",
             [""] * 8,
             [("", [*made[i : i + 8]]) for i in range(0, min(48, count), 8)],
         )
@@ -240,28 +290,50 @@ def evaluate(world: World) -> None:
         results[f"autoencoder: {label}"] = means(
             {"PSNR": psnr(reconstruct(vae, pictures), pictures)}
         )
-    results |= {f"text alone: {label}": row for label, row in by_text(world, glyphs).items()}
-    for name in ADAPTERS:
-        pipe = ImagePromptPipeline.from_pretrained("emoji", adapter=name)
-        for number, (label, kind) in enumerate(SETS.items()):
-            generator = world.generator(42, number)
-            values, prompts, made = follow(
-                pipe, glyphs, kind.scenes(glyphs, count_of(world), generator), generator
-            )
-            results[f"{name}: {label}"] = means(values)
-            sheet(prompts, made, SHEETS / f"{name}-{label.replace(',', '').replace(' ', '-')}.jpg")
-            print(name, label, results[f"{name}: {label}"], flush=True)
-            if name == FRONT and not number:
-                sheet(prompts, made, SHEETS / "prompts-and-results.jpg", pairs=15, columns=5)
-        for scale in SCALES:
-            row, prompts, made = with_text(pipe, glyphs, world, scale)
-            results[f"{name}: text and image, scale {scale}"] = row
-            print(name, "text", scale, row, flush=True)
-            if scale == 0.5:
-                sheet(prompts, made, SHEETS / f"{name}-with-text.jpg")
+    results |= measure_model(PACKAGED, world, glyphs, SHEETS)
     (SHEETS / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     fill_sections(SHIPPED / "README.md", {"parts": parts(), "measured": table(results)})
     print(table(results))
+
+
+def measure_model(model: Model, world: World, glyphs: Glyphs, folder: Path) -> dict[str, Row]:
+    """Measure a model by text alone, by its adapters, and by both; draw sheets into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Row] = {}
+    for name in model.adapters:
+        pipe = model.open(name)
+        if not results:
+            texts = by_text(model, pipe, glyphs, world, folder)
+            results |= {f"text alone: {label}": row for label, row in texts.items()}
+        for number, (label, kind) in enumerate(SETS.items()):
+            generator = world.generator(42, number)
+            scenes = kind.scenes(glyphs, count_of(world), generator)
+            values, prompts, made = follow(model, pipe, world, glyphs, scenes, generator)
+            results[f"{name}: {label}"] = means(values)
+            sheet(prompts, made, folder / f"{name}-{label.replace(',', '').replace(' ', '-')}.jpg")
+            print(name, label, results[f"{name}: {label}"], flush=True)
+            if name == FRONT and not number:
+                sheet(prompts, made, folder / "prompts-and-results.jpg", pairs=15, columns=5)
+        for scale in SCALES:
+            row, prompts, made = with_text(model, pipe, glyphs, world, scale)
+            results[f"{name}: text and image, scale {scale}"] = row
+            print(name, "text", scale, row, flush=True)
+            if scale == 0.5:
+                sheet(prompts, made, folder / f"{name}-with-text.jpg")
+    return results
+
+
+def evaluate_transformers(world: World) -> None:
+    """Measure the transformers in the world's folder; write their results, sheets and tables."""
+    world = replace(world, device="cpu")
+    glyphs = world.glyphs()
+    for name in TRANSFORMERS:
+        adapters = {name: str(world.folder / f"adapter-{name}")}
+        model = Model(str(world.folder / name), adapters, GUIDED[name])
+        results = measure_model(model, world, glyphs, SHEETS / name)
+        (SHEETS / name / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (SHEETS / name / "results.md").write_text(table(results) + "\n")
+        print(table(results))
 
 
 def parts() -> str:

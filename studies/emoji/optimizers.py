@@ -6,6 +6,7 @@ another seed. Writes a table and a figure for docs/training.md.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -13,14 +14,13 @@ from typing import NamedTuple
 import torch
 
 from imprompt.evaluation.metrics import bootstrap_interval
-from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.training.loop import train
 from imprompt.training.recipe import RECIPES, read_recipe
 from imprompt.training.watch import Metrics
 from worlds.emoji.assemble import recipe_changes
 from worlds.emoji.train_utils import World
 
-from .evaluate import SETS, follow
+from .evaluate import PACKAGED, SETS, follow
 from .markdown_tables import fill_sections, markdown_table
 from .paths import DOCS, REPORTS
 
@@ -110,10 +110,8 @@ def measured(world: World, folder: Path) -> dict[str, torch.Tensor]:
     """Measure what results take from their prompts, by picture (N,)."""
     glyphs, generator = world.glyphs(), world.generator(47)
     scenes = SETS["core glyphs, new compositions"].scenes(glyphs, SCENES, generator)
-    pipe = ImagePromptPipeline.from_pretrained(
-        "emoji", adapter=str(folder / "latest"), device="cpu"
-    )
-    values, _, _ = follow(pipe, glyphs, scenes, generator)
+    model = replace(PACKAGED, adapters={"tried": str(folder / "latest")})
+    values, _, _ = follow(model, model.open("tried"), world, glyphs, scenes, generator)
     return {name: values[name] for name in MEASURES}
 
 

@@ -23,6 +23,8 @@ from .train_utils import World
 
 SHIPPED = PACKAGED / "emoji"
 ADAPTERS = ("base", "plus")
+TRANSFORMERS = ("dit", "mmdit")  # stages, with an adapter each
+OWN_RECIPES = Path(__file__).parent / "recipes"  # of what the package does not contain
 DEMO = {
     "demo.png": ("fox", "mint"),
     "demo-other.png": ("rocket", "yellow"),
@@ -142,6 +144,13 @@ def adapters(world: World) -> None:
     """Train the adapters by their recipes, in this world's folder."""
     for name in ADAPTERS:
         train(read_recipe(RECIPES / f"emoji-{name}.toml", recipe_changes(world, name)))
+
+
+def transformer_adapters(world: World) -> None:
+    """Train an adapter of each transformer by its recipe, in this world's folder."""
+    for name in TRANSFORMERS:
+        model = f'model="{world.folder}/{name}"'
+        train(read_recipe(OWN_RECIPES / f"{name}.toml", [model, *recipe_changes(world, name)]))
 
 
 def recipe_changes(world: World, name: str) -> list[str]:

@@ -123,7 +123,7 @@ def train(world: World, name: str = "clip") -> None:
             attn_implementation="eager",  # on a CPU twice as fast as the fused kernel
         )
     )
-    text = CLIPTextModelWithProjection(text_config(world, tokenizer, plan["projection"]))
+    text = CLIPTextModelWithProjection(text_config(world["text"], tokenizer, plan["projection"]))
     temperature = nn.Linear(1, 1, bias=False)
     nn.init.constant_(temperature.weight, 2.6)
     heads = heads_for(world, name, glyphs)

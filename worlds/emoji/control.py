@@ -12,12 +12,16 @@ from diffusers import ControlNetModel, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
+from imprompt.families.unet import UNET
+from imprompt.training.objective import Objective
+from imprompt.training.recipe import NoiseSettings
+
 from .assemble import SHIPPED, report, tidy
+from .base import NoisyBatch, loss, sample_batch
 from .edges import edges
 from .pool import Pool, open_pool
 from .scenes import render
 from .train_utils import World, fit, rank
-from .unet import NoisyBatch, loss, sample_batch
 
 EDGES = SHIPPED / "controlnets" / "edges"
 TEXT_DROP = 0.5  # half of the samples have no text, so that it works with an image prompt alone
@@ -26,35 +30,30 @@ EMBEDDING = (16, 32, 48, 64)
 
 
 class FrozenBase:
-    """The frozen base model, which additions to it are trained with, and their samples."""
+    """The frozen base model, which additions to it are trained with, and their samples.
 
-    def __init__(self, world: World) -> None:
+    power  1 draws timesteps uniformly; larger values draw noisier ones more often
+    """
+
+    def __init__(self, world: World, power: float = 1.0) -> None:
         self.world = world
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(SHIPPED)
         for part in (self.pipe.unet, self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).to(world.device)
         if world.device == "cpu":
             self.pipe.unet.set_attn_processor(AttnProcessor())  # faster for attention this small
+        self.objective = Objective(self.pipe.scheduler, NoiseSettings(power=power))
 
     def sample_batch(
-        self, pool: Pool, count: int, generator: torch.Generator, drop: float, power: float = 1.0
+        self, pool: Pool, count: int, generator: torch.Generator, drop: float
     ) -> tuple[NoisyBatch, Tensor]:
         """Draw samples of the pool, and their captions' text states (N, T, D).
 
         A share `drop` of the captions is empty.
         """
-        batch = sample_batch(
-            self.world,
-            pool,
-            self.pipe.tokenizer,
-            self.pipe.scheduler,
-            count,
-            generator,
-            drop=drop,
-            power=power,
-        )
+        batch = sample_batch(self.world, pool, self.objective, count, generator, drop=drop)
         with torch.no_grad():
-            return batch, self.pipe.text_encoder(batch.ids).last_hidden_state
+            return batch, UNET.encode_text(self.pipe, batch.captions)["text"]
 
 
 def build(base: FrozenBase) -> ControlNetModel:
@@ -78,15 +77,13 @@ def build(base: FrozenBase) -> ControlNetModel:
 def train(world: World) -> None:
     """Train the ControlNet on edge maps of the pool's scenes, and save it into the package."""
     torch.manual_seed(world.seed + 5)
-    plan, base, pool = world["control"], FrozenBase(world), open_pool(world)
+    # noisier timesteps more often: the place of a shape is decided at high noise
+    plan, base, pool = world["control"], FrozenBase(world, power=2.0), open_pool(world)
     net = build(base)
     here = plan["batch"] // rank()[1]
 
     def losses(step: int) -> dict[str, Tensor]:
-        # noisier timesteps more often: the place of a shape is decided at high noise
-        batch, text = base.sample_batch(
-            pool, here, world.generator(61, step, rank()[0]), TEXT_DROP, power=2.0
-        )
+        batch, text = base.sample_batch(pool, here, world.generator(61, step, rank()[0]), TEXT_DROP)
         maps = edges(render(pool.scenes[batch.index], pool.glyphs, world.side)).to(world.device)
         down, mid = net(batch.noisy, batch.t, text, controlnet_cond=maps, return_dict=False)
         residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}

@@ -38,7 +38,7 @@ MAKING = {
     "decoder": Stage("worlds.emoji.vae:train_decoder"),
     "clip": Stage("worlds.emoji.clip:train"),
     "pool": Stage("worlds.emoji.pool:fill_pool"),
-    "unet": Stage("worlds.emoji.unet:train"),
+    "unet": Stage("worlds.emoji.base:train_unet"),
     "assemble": Stage("worlds.emoji.assemble:assemble"),
     "scenes": Stage("worlds.emoji.assemble:scenes"),
     "adapters": Stage("worlds.emoji.assemble:adapters"),
@@ -46,6 +46,9 @@ MAKING = {
     "control": Stage("worlds.emoji.control:train"),
     "flat": Stage("worlds.emoji.style:train_flat"),
     "lines": Stage("worlds.emoji.style:train_lines"),
+    "dit": Stage("worlds.emoji.base:train_dit", in_all=False),
+    "mmdit": Stage("worlds.emoji.base:train_mmdit", in_all=False),
+    "transformer-adapters": Stage("worlds.emoji.assemble:transformer_adapters", in_all=False),
 }
 
 

@@ -14,10 +14,10 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .assemble import SHIPPED, report
+from .base import TEXT_DROP, loss
 from .control import FrozenBase
 from .pool import open_pool
 from .train_utils import World, fit, rank
-from .unet import TEXT_DROP, loss
 
 STYLES_FOLDER = SHIPPED / "styles"
 LAYERS = [

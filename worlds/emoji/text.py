@@ -1,7 +1,11 @@
-"""The world's tokenizer and text encoder configuration."""
+"""The world's tokenizers and text encoder configurations."""
+
+from collections.abc import Mapping
+from string import ascii_lowercase
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from .glyphs import english_name, lists
 from .scenes import COLOUR_NAMES, PATTERNS
@@ -11,14 +15,18 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 GLUE = "a photo of an and on the at in with background middle top bottom left right small large"
 
 
+def glyph_names() -> list[str]:
+    """Return the English names of all glyphs, the held-out ones included."""
+    return [english_name(slug) for group in lists().values() for slug in group]
+
+
 def build_tokenizer(tokens: int) -> CLIPTokenizer:
     """Train byte-pair codes, in CLIP's format, on all glyphs' names and the captions' words.
 
     Pairs that are equally frequent get their numbers in an arbitrary order: a model that was
     trained with one tokenizer needs that one.
     """
-    names = [english_name(slug) for group in lists().values() for slug in group]
-    corpus = names + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
+    corpus = glyph_names() + [*COLOUR_NAMES, *PATTERNS, GLUE] * 50
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,9 +73,41 @@ def open_tokenizer(world: World) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def text_config(world: World, tokenizer: CLIPTokenizer, projection: int) -> CLIPTextConfig:
-    """Return the text encoder's configuration for the world's sizes and this tokenizer."""
-    plan = world["text"]
+def build_word_tokenizer(world: World) -> T5Tokenizer:
+    """Build a tokenizer in T5's format: a token for each word of the captions.
+
+    Other words are spelled in letters; what is not a letter of English is unknown.
+    """
+    texts = [*glyph_names(), *COLOUR_NAMES, *PATTERNS, GLUE]
+    words = sorted({word for text in texts for word in text.lower().split()})
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -30.0), ("▁", -10.0)]
+    vocabulary += [(f"▁{word}", -5.0) for word in words] + [
+        (letter, -10.0) for letter in ascii_lowercase
+    ]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=world["text"]["tokens"])
+
+
+def build_t5(plan: Mapping[str, Any], tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """Build an untrained T5 encoder of a plan's width, layers and heads, for that tokenizer."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=plan["width"],
+            d_kv=plan["width"] // plan["heads"],
+            d_ff=4 * plan["width"],
+            num_layers=plan["layers"],
+            num_heads=plan["heads"],
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def text_config(
+    plan: Mapping[str, Any], tokenizer: CLIPTokenizer, projection: int
+) -> CLIPTextConfig:
+    """Return a CLIP text encoder's configuration for a plan's sizes and this tokenizer."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=plan["width"],

@@ -32,7 +32,17 @@ STATE = "training.pt"  # the file in a state's folder, named as in an adapter's
 FORMER_NAMES = {"metric-encoder": "judge", "glyph-classifier": "namer", "style-classifier": "hands"}
 FORMER_MODULES = {"namer.": "classifier."}
 # names of layers that take data or give results: Muon is for inner layers alone
-ENDS = ("conv_in", "conv_out", "quant_conv", "patch_embedding", "heads", "temperature")
+ENDS = (
+    "conv_in",
+    "conv_out",
+    "quant_conv",
+    "patch_embedding",
+    "heads",
+    "temperature",
+    "pos_embed",
+    "x_embedder",
+    "transformer.proj_out",
+)
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,6 @@ class Family(ABC):
     trains = True  # whether adapters for it can be trained
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
-    call_options: Mapping[str, Any] = {}  # what its pipelines are always called with
     no_words: str | None = None  # the negative text that its pipelines need where none is given
 
     def __reduce__(self) -> Any:
@@ -202,10 +201,11 @@ class Family(ABC):
         """Return the text part of `Conditions`, as the family's pipelines encode captions."""
 
     @abstractmethod
-    def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
+    def predict(self, model: Any, prompt: ImagePrompt | None, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
         """Return the prediction (B, C, h, w) for latents of that shape, in the model's precision.
 
+        prompt    None for the base model alone
         timestep  (B,) as the scheduler numbers them
         """
 
@@ -242,8 +242,14 @@ class Family(ABC):
     def quicken(self, model: Any) -> None:  # noqa: B027 - most train as they are
         """Make the model train faster on a CPU; its results are equal up to rounding."""
 
-    def channel_kwargs(self, prompt: ImagePrompt) -> dict[str, Any]:
-        """Return the keyword that passes an image prompt to a model that has a channel."""
+    def call_options(self, pipeline: Any) -> dict[str, Any]:  # noqa: ARG002
+        """Return what every call of the pipeline is given."""
+        return {}
+
+    def channel_kwargs(self, prompt: ImagePrompt | None) -> dict[str, Any]:
+        """Return the keyword that passes an image prompt, if any, to a model that has a channel."""
+        if prompt is None:
+            return {}
         assert self.channel is not None
         return {self.channel: {KEY: prompt}}
 

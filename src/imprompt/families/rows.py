@@ -170,9 +170,9 @@ def own_width(layer: Any) -> int:
 # --- Training.
 
 
-def pixart_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+def pixart_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
     """Return T5's states, and the mask of those that belong to the caption."""
-    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device)
+    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device, **options)
     return {"text": text, "text_mask": mask}
 
 
@@ -189,9 +189,9 @@ def pixart_inputs(
     }
 
 
-def flux_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+def flux_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
     """Return T5's states and CLIP's pooled text."""
-    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device)
+    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device, **options)
     return {"text": text, "pooled": pooled}
 
 
@@ -218,10 +218,10 @@ def unpacked(out: Tensor, latents: Tensor) -> Tensor:
     return F.pixel_shuffle(out.mT.unflatten(2, (height // 2, width // 2)), 2)
 
 
-def sd3_text(pipeline: Any, captions: list[str]) -> dict[str, Tensor]:
+def sd3_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
     """Return the joined states of two CLIPs and T5, and the CLIPs' pooled text."""
     text, _, pooled, _ = pipeline.encode_prompt(
-        captions, None, None, device=pipeline.device, do_classifier_free_guidance=False
+        captions, None, None, device=pipeline.device, do_classifier_free_guidance=False, **options
     )
     return {"text": text, "pooled": pooled}
 
@@ -296,6 +296,7 @@ ROWS = {
         channel=JOINT,
         pipelines=three_tasks("Flux"),
         text_tokens=512,
+        tokenizer="tokenizer_2",
         native_latents=lambda _config: 128,
         negative="true_cfg_scale",
         training=Training(
@@ -320,6 +321,7 @@ ROWS = {
         pipelines=three_tasks("StableDiffusion3"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
         text_tokens=77 + 256,
+        tokenizer="tokenizer_3",
         grain=2,
         training=Training(
             encode_text=sd3_text,

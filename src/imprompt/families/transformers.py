@@ -44,14 +44,14 @@ Given = Mapping[str, Any]  # arguments of a call of the model, by name
 class Training:
     """What training needs to know of one class of transformers.
 
-    encode_text        (pipeline, captions) -> the text part of `Conditions`
+    encode_text        (pipeline, captions, options of its encoder) -> the text part of `Conditions`
     inputs             (model, latents, timestep, conditions) -> arguments of its forward pass
     output             (its output, latents) -> the prediction, shaped as the latents
     condition_shapes   (configuration, text tokens) -> shapes of one sample's `Conditions`
     latent_channels    of a configuration
     """
 
-    encode_text: Callable[[Any, list[str]], dict[str, Tensor]]
+    encode_text: Callable[[Any, list[str], Given], dict[str, Tensor]]
     inputs: Callable[[Any, Tensor, Tensor, Conditions], dict[str, Any]]
     output: Callable[[Tensor, Tensor], Tensor]
     condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
@@ -81,7 +81,8 @@ class TransformerRow:
     alone              whether its calls cannot be merged with those of other requests
     text_arguments     those that hold the text
     pipelines          tasks by the class of a saved pipeline
-    text_tokens        that its pipelines encode
+    text_tokens        that its pipelines encode, or fewer where the tokenizer takes fewer
+    tokenizer          name, in a pipeline, of the tokenizer of that text
     grain              a picture's side, in latents, must be a multiple of it
     pixel_grain        and, in pixels, of this, whatever the VAE
     native_latents     of a configuration: side, in latents, of the pictures that it was made for
@@ -108,6 +109,7 @@ class TransformerRow:
     text_arguments: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask")
     pipelines: Mapping[str, TaskTable] = field(default_factory=dict)
     text_tokens: int | None = None
+    tokenizer: str = "tokenizer"
     grain: int = 1
     pixel_grain: int = 1
     native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
@@ -226,7 +228,6 @@ class TransformerFamily(Family):
         self.name, self.row, self.component = name, row, "transformer"
         self.classes, self.pipelines, self.no_words = (row.model,), row.pipelines, ""
         self.grain, self.pixel_grain = row.grain, row.pixel_grain
-        self.call_options = row.call_options
         self.text_tokens = row.text_tokens
         self.shared, self.lists, self.alone = row.shared, row.lists, row.alone
         self.channel, self.arguments = row.channel, row.arguments
@@ -295,9 +296,22 @@ class TransformerFamily(Family):
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the text part of `Conditions`, as the row encodes it."""
-        return self.training.encode_text(pipeline, list(captions))
+        return self.training.encode_text(pipeline, list(captions), self.text_limit(pipeline))
 
-    def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
+    def text_limit(self, pipeline: Any) -> dict[str, int]:
+        """Return the option that limits a text to the tokens that the pipeline's tokenizer takes.
+
+        It is empty where these are not fewer than the row states.
+        """
+        usual, tokenizer = self.row.text_tokens, getattr(pipeline, self.row.tokenizer, None)
+        own = getattr(tokenizer, "model_max_length", usual)  # a pipeline may come without one
+        return {"max_sequence_length": own} if usual and own and own < usual else {}
+
+    def call_options(self, pipeline: Any) -> dict[str, Any]:
+        """Return the row's options, and the limit of the pipeline's texts."""
+        return {**self.row.call_options, **self.text_limit(pipeline)}
+
+    def predict(self, model: Any, prompt: ImagePrompt | None, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
         """Return the prediction, shaped as `noisy`, with the row's inputs and output."""
         inputs = self.training.inputs(model, noisy.to(model.dtype), timestep, conditions)

@@ -351,7 +351,7 @@ class UNetFamily(Family):
         names = ("text", None, "pooled", None)  # None: results for the negative branch
         return {name: part for name, part in zip(names, found, strict=False) if name}
 
-    def predict(self, model: Any, prompt: ImagePrompt, noisy: Tensor, timestep: Tensor,
+    def predict(self, model: Any, prompt: ImagePrompt | None, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
         """Return the UNet's prediction (B, C, h, w) for noisy latents of that shape."""
         added = None

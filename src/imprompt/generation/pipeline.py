@@ -310,7 +310,7 @@ class ImagePromptPipeline:
         return Job(
             chosen,
             pipeline,
-            {**self.family.call_options, **options, **rest},
+            {**self.family.call_options(pipeline), **options, **rest},
             texts,
             start,
             references,
