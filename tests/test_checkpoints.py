@@ -553,16 +553,13 @@ FOREIGN = {
         "image_proj.time_embedding.linear_1.weight",
         "ip_adapter.0.to_k_ip.weight",
     ],
-    "a Flux adapter by XLabs": [
-        "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",
-        "ip_adapter_proj_model.proj.weight",
-    ],
-    "an adapter for Flux": [
-        "image_proj.proj.0.weight",
-        "image_proj.proj.2.weight",
-        "image_proj.norm.weight",
+    "an InstantCharacter adapter": [
+        "image_proj.proj.weight",
+        "ip_adapter.0.norm_ip_q.weight",
         "ip_adapter.0.to_k_ip.weight",
     ],
+    "an adapter for Flux": ["image_proj.latents", "ip_adapter.0.to_k_ip.weight"],
+    "a Redux model": ["redux_up.weight", "redux_down.weight"],
     "a LoRA": ["unet.down_blocks.0.attn1.processor.to_q_lora.down.weight"],
     "an image encoder": ["vision_model.embeddings.class_embedding", "visual_projection.weight"],
     "a base model": ["model.diffusion_model.input_blocks.0.0.weight"],

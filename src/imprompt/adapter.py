@@ -133,18 +133,19 @@ class IPAdapter(nn.Module):
     """
 
     def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family,
-                 low_rank: Any = None) -> None:  # fmt: skip
+                 low_rank: Any = None, form: Any = None) -> None:  # fmt: skip
         """Assemble an adapter from its parts.
 
         family    family of base models that the adapter is for
         low_rank  low-rank part that FaceID adapters add to every attention:
                   `imprompt.attention.low_rank.ModelLowRank`
+        form      published way to attend, of an adapter that has one: `imprompt.families.forms`
         """
         super().__init__()
         self.projection = projection
         self.image_kv = nn.ModuleList(image_kv)
         self.low_rank = low_rank
-        self.family = family
+        self.family, self.form = family, form
         self._injection: Injection | None = None
 
     @classmethod
@@ -183,13 +184,14 @@ class IPAdapter(nn.Module):
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
         tokens, dtype = injection.widen(tokens), injection.dtype
         keys, values = [], []
-        for kv, size in zip(self.image_kv, injection.sizes.values(), strict=True):
+        for kv, size in zip(self.image_kv, self.conditioned(injection.sizes).values(), strict=True):
             key, value = kv(tokens, size.heads)
             keys.append(key.to(dtype))
             values.append(value.to(dtype))
         low_rank = () if self.low_rank is None else self.low_rank.weights(dtype)
         ones = tokens.new_ones(len(keys), 1)
-        prompt = ImagePrompt(tuple(keys), tuple(values), ones, low_rank=low_rank, branches=branches)
+        prompt = ImagePrompt(tuple(keys), tuple(values), ones, low_rank=low_rank, branches=branches,
+                             form=self.form)  # fmt: skip
         return prompt.with_scale(scale)
 
     @property
@@ -207,13 +209,14 @@ class IPAdapter(nn.Module):
         """
         if self._injection is not None:
             raise MismatchError("the adapter is attached already: call detach() first")
-        if (found := family_of(model)) is not self.family:
+        fits = (self.family.name, *(self.form.families if self.form else ()))
+        if (found := family_of(model)).name not in fits:
             raise MismatchError(
                 f"this adapter is for base models of the {self.family.name} family; "
                 f"this one is of the {found.name} family"
             )
         self.check_fits(model)
-        self._injection = self.family.inject(model, self.low_rank is not None)
+        self._injection = found.inject(model, self.low_rank is not None)
         return self
 
     def detach(self) -> None:
@@ -246,11 +249,18 @@ class IPAdapter(nn.Module):
         """Return the state without the injection: a copy or pickle is attached to no model."""
         return {**super().__getstate__(), "_injection": None}
 
+    def conditioned(self, layers: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return those of a model's layers that the adapter conditions, by name."""
+        return self.form.of(layers) if self.form else layers
+
     def check_fits(self, model: nn.Module) -> None:
         """Raise MismatchError, with both sizes, unless the adapter fits the layers of `model`."""
-        sizes = {name: self.family.size(layer) for name, layer in self.family.layers(model).items()}
+        family = family_of(model)
+        layers = self.conditioned(family.layers(model))
+        sizes = {name: family.size(layer) for name, layer in layers.items()}
         for (name, size), kv in zip(sizes.items(), self.image_kv, strict=False):
-            self._check_text(name, size, kv.to_k.in_features)  # pyright: ignore
+            if self.form is None:  # a published one reads tokens of a width of its own
+                self._check_text(name, size, kv.to_k.in_features)  # pyright: ignore
         if len(sizes) != len(self.image_kv):
             raise MismatchError(
                 f"this adapter is for {len(self.image_kv)} cross-attentions; "

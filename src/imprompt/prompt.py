@@ -19,7 +19,7 @@ class ImagePrompt(NamedTuple):
     """K' and V' of every cross-attention layer for one image prompt, and how strongly each applies.
 
     Image tokens do not change while a picture is sampled, so they are projected once per prompt,
-    not once per step. All fields are tensors: changing them does not recompile a compiled model.
+    not once per step. Changing the tensors does not recompile a compiled model.
 
     keys, values  per layer (R, H, N, d), or (1, H, N, d) for all rows
     scale         (layers, R or 1), or (layers, R or 1, P) over progress from 0 to 1, for windows
@@ -27,6 +27,8 @@ class ImagePrompt(NamedTuple):
     bias          (R or 1, N): logarithm of each token's weight; weight 2 acts as the token twice
     low_rank      per attention, self-attentions too: see `imprompt.attention.low_rank`
     branches      of guidance in R: 1, or 2 with all negative rows before all positive ones
+    form          of a published adapter for a transformer: see `imprompt.families.forms`; its keys
+                  are those of the layers that the form conditions
     """
 
     keys: tuple[Tensor, ...]
@@ -36,6 +38,7 @@ class ImagePrompt(NamedTuple):
     bias: Tensor | None = None
     low_rank: tuple[Any, ...] = ()
     branches: int = 1
+    form: Any = None
 
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
         """Return the prompt with another scale.
@@ -168,7 +171,7 @@ def expand(tensor: Tensor, rows: int, axis: int = 0) -> Tensor:
 def sharing_key(prompt: ImagePrompt) -> Any:
     """Return a key that is equal for prompts that can share an attention."""
     low_rank = id(prompt.low_rank) if prompt.low_rank else None
-    return [key.shape[1:] for key in prompt.keys], prompt.bias is None, low_rank
+    return [key.shape[1:] for key in prompt.keys], prompt.bias is None, low_rank, prompt.form
 
 
 # number of rows, and the prompts that condition them, each of that many rows or of 1

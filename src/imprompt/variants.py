@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from imprompt.adapter import ImageProjection
 from imprompt.errors import SettingError
-from imprompt.projections.mlp import FaceProjection, FullProjection
+from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.validation import suggestions
 
@@ -19,6 +19,7 @@ Projection = (
     | type[FullProjection]
     | type[Resampler]
     | type[FaceProjection]
+    | type[TransposedProjection]
     | type[FacePlusProjection]
     | type[FacePlusV2Projection]
 )
@@ -278,9 +279,34 @@ FACES = (  # they read features of a face
         tokens=16,
     ),
 )
-BY_NAME = {row.name: row for row in (*VARIANTS, *FACES)}
+TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkpoints.published`
+    Variant(
+        "instantx",
+        "pooled",
+        "zero embedding",
+        FaceProjection,
+        "proj.2.weight",
+        "proj.0.weight",
+        by_norm,
+        lambda _: False,
+    ),
+    Variant(
+        "hunyuandit",
+        "pooled",
+        "zero embedding",
+        TransposedProjection,
+        "proj.weight",
+        "proj.weight",
+        lambda shapes: (
+            shapes["proj.weight"][0] // shapes["norm.weight"][0],
+            shapes["norm.weight"][0],
+        ),
+        lambda _: False,
+    ),
+)
+BY_NAME = {row.name: row for row in (*VARIANTS, *FACES, *TRANSFORMERS)}
 # Kolors, whose text projection the tokens of its FaceID pass, is no family that can be trained on.
-TRAINABLE = {name: row for name, row in BY_NAME.items() if not row.widened}
+TRAINABLE = {row.name: row for row in (*VARIANTS, *FACES) if not row.widened}
 
 
 OF_WEIGHTS = ("fp16", "bf16", "fp32", "ema", "non_ema")  # which diffusers calls variants

@@ -22,17 +22,18 @@ Masks = dict[int, list[Tensor | None]]  # by L, of each prompt: (R or 1, 1, L, 1
 Weights = dict[int, Tensor]  # (layers, P, R or 1, 1, L or 1, 1) by L; without masks, only key 0
 
 
-def check_prompt(prompt: Any, layers: Collection[str]) -> None:
-    """Raise MismatchError unless `prompt` is an image prompt for that number of layers."""
+def check_prompt(prompt: Any, layers: Mapping[str, Any]) -> None:
+    """Raise MismatchError unless `prompt` is an image prompt for these layers of a model."""
     if not isinstance(prompt, ImagePrompt):
         raise MismatchError(
             f"{KEY} takes what adapter.prompt(...) gives, or a list of that; "
             f"this is a {type(prompt).__name__}"
         )
-    if len(prompt.keys) != len(layers):
+    own = layers if prompt.form is None else prompt.form.of(layers)
+    if len(prompt.keys) != len(own):
         raise MismatchError(
             f"the image prompt was made for {len(prompt.keys)} cross-attentions; "
-            f"this model has {len(layers)}"
+            f"this model has {len(own)}"
         )
 
 

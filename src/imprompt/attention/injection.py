@@ -189,6 +189,11 @@ class ModelInjection(ABC):
             return self.idle((args, kwargs))
         for prompt in prompts:
             check_prompt(prompt, self.layers)
+            if prompt.form is not None and self.family.name not in prompt.form.families:
+                raise MismatchError(
+                    f"the image prompt is of an adapter for {', '.join(prompt.form.families)}; "
+                    f"this model is of the {self.family.name} family"
+                )
             check_low_rank(prompt, self.originals)
         low_rank = any(prompt.low_rank for prompt in prompts)
         attentions = self.attentions()

@@ -22,11 +22,20 @@ from imprompt.attention.low_rank import AttentionLowRank, ModelLowRank
 from imprompt.checkpoints import layouts
 from imprompt.checkpoints.integrity import blank_projection, check_whole, shapes_of, text_dim
 from imprompt.checkpoints.layouts import Layout
+from imprompt.checkpoints.published import (
+    check_form,
+    file_tensors,
+    form_named,
+    module_tensors,
+    published_layout,
+)
 from imprompt.checkpoints.spellings import original_spelling
 from imprompt.checkpoints.states import state_at
 from imprompt.checkpoints.tensors import INDEX, check_plain, read_tensors, some, write_tensors
 from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import Family, family_of
+from imprompt.families.forms import AttentionForm
+from imprompt.families.published_files import PUBLISHED_LAYOUTS, PublishedLayout
 from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
 from imprompt.models import refuse_url
 from imprompt.projections.resampler import HEAD_DIM, PUBLISHED, head_dim_of
@@ -41,6 +50,8 @@ from imprompt.variants import (
 )
 
 FORMAT = 1
+NEWER = ("feature", "head_dim", "faces", "form")  # fields that the oldest headers lack
+OURS = "image_kv.{layer}."  # prefix of a layer's tensors in the imprompt layout
 METADATA_KEY = "imprompt"
 TO_Q = "layers.0.0.to_q.weight"  # of a resampler's first attention
 # Files that are read from a folder: an adapter of ours, accelerate's training states, an adapter
@@ -70,12 +81,14 @@ class Header(Origin):
 
     feature   what it reads of the image encoder, where that is not the variant's own feature
     head_dim  width of a resampler's attention heads, where it is not the published one
+    form      published way to attend, of an adapter that has one: `imprompt.families.forms`
     """
 
     format: Literal[1] = FORMAT
     variant: str
     feature: str = ""
     head_dim: int | None = Field(None, ge=1)
+    form: str = ""
     family: str
     tokens: int | None  # None: one per patch
     token_dim: int
@@ -86,10 +99,10 @@ class Header(Origin):
     def as_json(self) -> str:
         """Return the header as JSON.
 
-        `feature`, `head_dim` and `faces` are left out if they are the usual ones, so that an older
-        imprompt reads the file.
+        What is in `NEWER` is left out where it is usual, so that an older imprompt reads the
+        file.
         """
-        usual = {name for name in ("feature", "head_dim", "faces") if not getattr(self, name)}
+        usual = {name for name in NEWER if not getattr(self, name)}
         return self.model_dump_json(exclude=usual)
 
 
@@ -104,6 +117,8 @@ class AdapterFile:
     lora        low-rank parts of every attention, self-attentions too, by the names that
                 `AttentionLowRank` uses; None if there are none
     head_dim    width of a resampler's attention heads; None: the published one
+    form        of a published adapter for a transformer; None for the family's own way
+    more        tensors of every layer beside W'_k and W'_v, by the names in the form's module
     """
 
     variant: Variant
@@ -114,6 +129,17 @@ class AdapterFile:
     layout: str
     lora: list[dict[str, Tensor]] | None = None
     head_dim: int | None = None
+    form: AttentionForm | None = None
+    more: list[dict[str, Tensor]] | None = None
+
+    @property
+    def states(self) -> list[dict[str, Tensor]]:
+        """Tensors of every layer, by the names in the layer's module."""
+        more = self.more or [{}] * len(self.kv)
+        return [
+            {"to_k.weight": key, "to_v.weight": value, **rest}
+            for (key, value), rest in zip(self.kv, more, strict=True)
+        ]
 
     @property
     def feature_dim(self) -> int:
@@ -166,7 +192,8 @@ class AdapterFile:
     def tensors(self) -> list[Tensor]:
         """All tensors of the file: of the projection, of the layers, and low-rank parts."""
         lora = [tensor for attention in self.lora or () for tensor in attention.values()]
-        return [*self.projection.values(), *(tensor for pair in self.kv for tensor in pair), *lora]
+        layers = [tensor for layer in self.states for tensor in layer.values()]
+        return [*self.projection.values(), *layers, *lora]
 
     @property
     def parameters(self) -> int:
@@ -178,6 +205,12 @@ class AdapterFile:
 
         They are inferred from its sizes.
         """
+        if self.form is not None:
+            bases = " and ".join(self.form.families)
+            return (
+                f"base models of the {bases} family with {len(self.kv)} conditioned layers; image "
+                f"encoder: one with {self.feature_dim}-wide pooled embedding"
+            )
         return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
 
 
@@ -199,6 +232,8 @@ def read_adapter(
     refuse_url(os.fspath(path))
     file = _file_at(Path(path))
     tensors, metadata = read_tensors(file, partial(layouts.adapter_keys, file))
+    if published := published_layout(tensors):
+        return _read_published(file, published, tensors, variant)
     if kind := layouts.foreign(tensors):
         raise CheckpointError(f"{file} is {kind}")
     layout = layouts.layout_of(tensors)
@@ -208,8 +243,11 @@ def read_adapter(
             f"{some(tensors) or 'no tensors'}"
         )
     check_plain(file, tensors)
+    if (header := _read_header(file, metadata)) and header.form:
+        found = _read_ours(file, layout, tensors, header)
+        _check_header(file, found)
+        return found
     tensors = original_spelling(tensors, layout.projection)
-    header = _read_header(file, metadata)
     projection = {
         key.removeprefix(layout.projection): tensors[key]
         for key in tensors
@@ -235,6 +273,64 @@ def read_adapter(
     return found
 
 
+def _read_published(
+    path: Path, row: PublishedLayout, tensors: dict[str, Tensor], variant: str | None
+) -> AdapterFile:
+    """Return the contents of a file in a published layout for transformers."""
+    if variant not in (None, row.variant):
+        raise SettingError(f"{path} is {row.variant} by its tensors, not {variant}")
+    check_plain(path, tensors)
+    projection, layers = module_tensors(row, tensors, path)
+    found = _of_form(path, row.form, row.variant, projection, layers, row.name)
+    if not row.layer:
+        return found
+    return replace(found, layers=tuple(row.layer.format(n) for n in range(len(layers))))
+
+
+def _beside_weights(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a layer other than the matrices of W'_k and W'_v."""
+    matrices = ("to_k.weight", "to_v.weight")
+    return {name: tensor for name, tensor in layer.items() if name not in matrices}
+
+
+def _read_ours(
+    path: Path, layout: layouts.Layout, tensors: dict[str, Tensor], header: Header
+) -> AdapterFile:
+    """Return the contents of a file of a published form in the imprompt layout."""
+    projection = {
+        key.removeprefix(layout.projection): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(layout.projection)
+    }
+    layers: list[dict[str, Tensor]] = []
+    for name in header.layers:
+        prefix = OURS.format(layer=name)
+        layers.append(
+            {k.removeprefix(prefix): one for k, one in tensors.items() if k.startswith(prefix)}
+        )
+    if len(projection) + sum(map(len, layers)) != len(tensors):
+        raise CheckpointError(f"{path} has tensors of layers that its header does not name")
+    return _of_form(path, header.form, header.variant, projection, layers, layout.name, header)
+
+
+def _of_form(
+    path: Path,
+    form: str,
+    variant: str,
+    projection: dict[str, Tensor],
+    layers: list[dict[str, Tensor]],
+    layout: str,
+    header: Header | None = None,
+) -> AdapterFile:
+    """Return the contents of a file of a published form, after a check of all shapes."""
+    own, row = form_named(form, path), find_variant(variant)
+    check_form(path, own, projection, layers, row)
+    kv = [(layer["to_k.weight"], layer["to_v.weight"]) for layer in layers]
+    more = [_beside_weights(layer) for layer in layers]
+    names = header.layers if header else None
+    return AdapterFile(row, projection, kv, names, header, layout, form=own, more=more)
+
+
 def write_adapter(
     path: str | os.PathLike[str],
     file: AdapterFile,
@@ -248,7 +344,15 @@ def write_adapter(
     or if the file cannot be written.
     """
     path = Path(path)
+    if row := next((own for own in PUBLISHED_LAYOUTS if own.name == layout), None):
+        if file.form is None or file.form.name != row.form:
+            raise CheckpointError(f"the {layout} layout is for other adapters than this one")
+        write_tensors(path, file_tensors(row, file.projection, file.states), {})
+        return
     form = layouts.layout_to_write(layout, path.suffix)
+    if file.form is not None:
+        _write_ours(path, file, form, layers)
+        return
     header = file.header if form.numbered else _named_header(file, layers)
     labels = header.layers if header and not form.numbered else numbered_layers(len(file.kv))
     tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
@@ -259,6 +363,21 @@ def write_adapter(
     ):
         tensors |= {key: parts[name] for name, key in form.lora_keys(label).items()}
     write_tensors(path, tensors, {METADATA_KEY: header.as_json()} if header else {})
+
+
+def _write_ours(
+    path: Path, file: AdapterFile, form: layouts.Layout, layers: Sequence[str] | None
+) -> None:
+    """Write an adapter of a published form in the imprompt layout."""
+    assert file.form is not None
+    if form.numbered:
+        own = " or ".join(row.name for row in PUBLISHED_LAYOUTS if row.form == file.form.name)
+        raise CheckpointError(f"the {form.name} layout cannot hold it: write imprompt or {own}")
+    header = _named_header(file, layers and [*file.form.of(dict.fromkeys(layers))])
+    tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
+    for name, states in zip(header.layers, file.states, strict=True):
+        tensors |= {OURS.format(layer=name) + key: tensor for key, tensor in states.items()}
+    write_tensors(path, tensors, {METADATA_KEY: header.as_json()})
 
 
 def load_adapter(
@@ -281,22 +400,29 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
 
     Raises MismatchError if it was made for another family of base models.
     """
-    made_for = file.header.family if file.header else OLDEST  # the only one of older layouts
-    if made_for != family.name:
+    oldest = (OLDEST,)  # the only one of older layouts
+    fits = file.form.families if file.form else (file.header.family,) if file.header else oldest
+    if family.name not in fits:
         raise MismatchError(
-            f"this adapter is for base models of the {made_for} family; this one is of the "
-            f"{family.name} family"
+            f"this adapter is for base models of the {' or '.join(fits)} family; this one is of "
+            f"the {family.name} family"
         )
     projection = blank_projection(file.variant, shapes_of(file.projection), file.head_dim)
     with torch.device("meta"):
-        image_kv = [ImageKV(key.shape[1], key.shape[0]) for key, _ in file.kv]
+        image_kv = [
+            ImageKV(states["to_k.weight"].shape[1], states["to_k.weight"].shape[0])
+            if file.form is None
+            else file.form.states.from_shapes(shapes_of(states))
+            for states in file.states
+        ]
         lora = [AttentionLowRank.from_shapes(shapes_of(parts)) for parts in file.lora or ()]
     _fill(projection, file.projection)
-    for module, (key, value) in zip(image_kv, file.kv, strict=True):
-        _fill(module, {"to_k.weight": key, "to_v.weight": value})
+    for module, states in zip(image_kv, file.states, strict=True):
+        _fill(module, states)
     for module, parts in zip(lora, file.lora or (), strict=True):
         _fill(module, parts)
-    return IPAdapter(projection, image_kv, family, ModelLowRank(lora) if lora else None)
+    low_rank = ModelLowRank(lora) if lora else None
+    return IPAdapter(projection, image_kv, family, low_rank, file.form)
 
 
 def adapter_file(
@@ -322,11 +448,14 @@ def adapter_file(
         "imprompt",
         lora,
         _unusual(head_dim_of(adapter.projection)),
+        adapter.form,
+        [_beside_weights(pair.state_dict()) for pair in pairs] if adapter.form else None,
     )
     header = Header(
         **_facts(bare),
         feature="" if variant == find_variant(variant.name) else variant.feature,
         head_dim=bare.head_dim,
+        form=adapter.form.name if adapter.form else "",
         family=adapter.family.name,
         layers=tuple(layers),
         **(origin or Origin()).model_dump(),
@@ -575,4 +704,10 @@ def _named_header(file: AdapterFile, layers: Sequence[str] | None) -> Header:
         )
     if file.header:
         return file.header.model_copy(update={"layers": tuple(names)})
-    return Header(**_facts(file), head_dim=file.head_dim, family=OLDEST, layers=tuple(names))
+    return Header(
+        **_facts(file),
+        head_dim=file.head_dim,
+        form=file.form.name if file.form else "",
+        family=file.form.families[0] if file.form else OLDEST,
+        layers=tuple(names),
+    )

@@ -149,9 +149,11 @@ FOREIGN = (
         (r"time_embedding\.linear_1\.|layers\.\d+\.2\.1\.|\.norm_ip\.",),
     ),
     (
-        "a Flux adapter by XLabs: not supported yet",
-        (r"ip_adapter_double_stream|ip_adapter_proj_model\.|\.to_[kv]_ip\.bias$",),
+        "an InstantCharacter adapter: not supported yet",
+        (r"\.norm_ip_q\.",),
     ),
+    ("a Redux model: not supported yet", (r"^redux_(up|down)\.",)),
+    ("a PuLID adapter: not supported yet", (r"^pulid_ca\.",)),
     (
         "an adapter for Flux or another transformer model: not supported yet",
         (r"^ip_?adapter(_modules)?\.0\.to_k_ip\.",),

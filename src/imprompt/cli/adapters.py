@@ -15,6 +15,11 @@ class LayoutName(StrEnum):
     imprompt = "imprompt"
     paper = "paper"
     diffusers = "diffusers"
+    xlabs = "xlabs"
+    diffusers_xlabs = "diffusers-xlabs"
+    instantx = "instantx"
+    diffsynth = "diffsynth"
+    hunyuandit = "hunyuandit"
 
 
 Answer = Annotated[

@@ -9,14 +9,16 @@ effect.
 Shape letters: B batch, L rows of the query, H heads, d head width; P image prompts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from imprompt.adapter import ImageStates, add_image_attention
+from imprompt.families.forms import AttentionForm
 
 Layout = Literal["BLHd", "BHLd", "BLD"]
 FORWARDED = ("_attention_backend", "_parallel_config")  # attributes set by diffusers
@@ -27,12 +29,14 @@ class LayerConditioning(NamedTuple):
 
     images   K' and V' (B or 1, H, N, d) of every prompt, and its bias
     weights  (P, B or 1, 1, L or 1, 1)
-    rows     rows of the query that belong to the picture: a slice, or indices (B, picture's rows)
+    rows     rows of the query that are conditioned: a slice, or indices (B, picture's rows)
+    form     published way to attend; None: that of new adapters
     """
 
     images: tuple[ImageStates, ...]
     weights: Tensor
     rows: slice | Tensor
+    form: AttentionForm | None = None
 
 
 class Taps(NamedTuple):
@@ -88,33 +92,57 @@ class ImageProcessor:
 
     def __init__(self, original: Any, taps: Taps, heads: int) -> None:
         self.original, self.taps, self.heads = original, taps, heads
-        self.conditioning: LayerConditioning | None = None
+        self.conditioning: tuple[LayerConditioning, ...] | None = None  # one for each form
         self.added = False  # in the last call: layers that added nothing are reported
 
     def run(self, attention: Any, *args: Any, **kwargs: Any) -> Any:
         """Compute the attention, and add the image prompts' attention if there is one."""
-        conditioning = self.conditioning
-        if conditioning is None:
+        if self.conditioning is None:
             return self.original(attention, *args, **kwargs)
         taps, layer = self.taps, getattr(attention, self.taps.query)
+        before, after = (
+            [one for one in self.conditioning if after_block(one) is late] for late in (False, True)
+        )
         recorded: list[Tensor] = []
 
         def record(x: Tensor) -> Tensor:
             recorded.append(query := layer(x))
             return query
 
-        def add(x: Tensor) -> Tensor:
+        def added(x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
             self.added = True
             query = as_heads(recorded[-1], taps.layout, self.heads)
-            return with_image(x, query, conditioning)
+            for one in conditioning:
+                x = with_image(x, rotated(query, one.form, kwargs), one)
+            return x
+
+        def add(x: Tensor) -> Tensor:
+            return added(x, before) if before else x
 
         replaced: dict[str, Any] = {taps.query: record}
         if taps.out is not None:
             replaced[taps.out] = OutputTap(getattr(attention, taps.out), add)
         out = self.original(AttentionView(attention, replaced), *args, **kwargs)
-        if taps.out is not None:
+        if taps.out is None:
+            out = (add(out[0]), *out[1:]) if isinstance(out, tuple) else add(out)
+        if not after:
             return out
-        return (add(out[0]), *out[1:]) if isinstance(out, tuple) else add(out)
+        whole = out if isinstance(out, tuple) else (out,)
+        return *whole, added(torch.zeros_like(whole[0]), after)  # the block adds its third part
+
+
+def after_block(conditioning: LayerConditioning) -> bool:
+    """Return whether the image's attention is added after the whole block."""
+    return conditioning.form is not None and conditioning.form.after_block
+
+
+def rotated(query: Tensor, form: AttentionForm | None, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return a query (B, H, L, d), rotated by its places if the form has it so."""
+    if form is None or not form.rotary or kwargs.get(form.rotary) is None:
+        return query
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(query, kwargs[form.rotary])  # pyright: ignore[reportReturnType]
 
 
 def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
@@ -130,7 +158,7 @@ def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Ten
     query  (B, H, L, d)
     x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
-    images, weights, rows = conditioning
+    images, weights, rows, _ = conditioning
     picture = picture_rows(query, rows).to(images[0][0].dtype)
     added = add_image_attention(picture.new_zeros(()).expand_as(picture), picture, images, weights)
     added = added.transpose(1, 2).to(x.dtype)  # (B, H, I, d) -> (B, I, H, d)
@@ -191,4 +219,4 @@ def forwarded(name: str) -> property:
 
 def unreached(processors: Sequence[tuple[str, ImageProcessor]]) -> list[str]:
     """Return the names of layers that added nothing in the last call."""
-    return [name for name, processor in processors if not processor.added]
+    return [name for name, one in processors if one.conditioning and not one.added]

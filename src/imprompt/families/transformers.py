@@ -27,6 +27,7 @@ from imprompt.families.base import (
     original,
     schedule_place,
 )
+from imprompt.families.forms import AttentionForm
 from imprompt.families.processor import (
     ImageProcessor,
     LayerConditioning,
@@ -178,27 +179,37 @@ class TransformerInjection(ModelInjection):
         arguments = self.idle(arguments)
         if not prompts:
             return arguments
-        for prompt in prompts:
-            check_widths(prompt, self.sizes)
-        dtype = prompts[0].keys[0].dtype
         grid, rows = self.picture(call)
+        forms = {prompt.form: None for prompt in prompts}
+        for form in forms:
+            self.condition([one for one in prompts if one.form is form], form, call, grid, rows)
+        return arguments
+
+    def condition(self, prompts: Sequence[ImagePrompt], form: AttentionForm | None, call: ModelCall,
+                  grid: tuple[int, ...], rows: Mapping[str, slice | Tensor]) -> None:  # fmt: skip
+        """Set the conditioning of the layers of a form by its prompts."""
+        sizes = self.sizes if form is None else form.of(self.sizes)
+        for prompt in prompts:
+            check_widths(prompt, sizes)
+        dtype = prompts[0].keys[0].dtype
         masks = masks_at([prompt.mask for prompt in prompts], [grid], dtype)
         scales = [prompt.scale for prompt in prompts]
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
         images = images_of(prompts)
-        for number, (name, processor) in enumerate(self.processors.items()):
-            own = LayerConditioning(images[number], weights[number], rows[name])
-            processor.conditioning = own
+        whole = form is not None and form.all_rows and not masks
+        for number, name in enumerate(sizes):
+            own = slice(None) if whole else rows[name]
+            processor = self.processors[name]
+            made = LayerConditioning(images[number], weights[number], own, form)
+            processor.conditioning = (*(processor.conditioning or ()), made)
             processor.added = False
-        return arguments
 
     def release(self, model: nn.Module, ended: bool) -> None:
         """Release the model; MismatchError if the image prompts did not reach some layers."""
         if not getattr(self.local, "holds", False):
             return
         try:
-            conditioned = any(one.conditioning is not None for one in self.processors.values())
-            missed = unreached([*self.processors.items()]) if conditioned else []
+            missed = unreached([*self.processors.items()])
             if not torch.is_grad_enabled():  # else a checkpointed layer is run again by backward
                 for processor in self.processors.values():
                     processor.conditioning = None

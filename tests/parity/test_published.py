@@ -1,0 +1,386 @@
+"""Published adapters for transformers: their files, their sizes, and the pictures of the originals.
+
+The reference is diffusers where it has the adapter, else attention written out from the original's
+formula.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, HunyuanDiT2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imprompt.adapter import IPAdapter
+from imprompt.checkpoints.adapters import (
+    adapter_file,
+    load_adapter,
+    read_adapter,
+    write_adapter,
+)
+from imprompt.checkpoints.published import module_tensors, published_layout
+from imprompt.errors import CheckpointError, MismatchError, SettingError
+from imprompt.families.base import find_family
+from imprompt.families.forms import FORMS
+from imprompt.families.published_files import PUBLISHED_LAYOUTS
+from tests.tiny import seeded
+from tests.zoo import answer, inputs_of, specimen
+
+E, N = 8, 4  # width of the image embedding, image tokens
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape) * 0.5
+
+
+def xlabs(width: int, inner: int, layers: int, tokens: int = N, embedding: int = E) -> Any:
+    """A file as XLabs publishes it; every tensor is noise."""
+    key = "double_blocks.{}.processor.ip_adapter_double_stream_{}_proj.{}"
+    made = {
+        "ip_adapter_proj_model.proj.weight": noise(tokens * width, embedding),
+        "ip_adapter_proj_model.proj.bias": noise(tokens * width),
+        "ip_adapter_proj_model.norm.weight": noise(width),
+        "ip_adapter_proj_model.norm.bias": noise(width),
+    }
+    for layer in range(layers):
+        for part in "kv":
+            made[key.format(layer, part, "weight")] = noise(inner, width)
+            made[key.format(layer, part, "bias")] = noise(inner)
+    return made
+
+
+def instantx(width: int, inner: int, layers: int, tokens: int = N, embedding: int = E) -> Any:
+    made = {
+        "image_proj.proj.0.weight": noise(2 * embedding, embedding),
+        "image_proj.proj.0.bias": noise(2 * embedding),
+        "image_proj.proj.2.weight": noise(tokens * width, 2 * embedding),
+        "image_proj.proj.2.bias": noise(tokens * width),
+        "image_proj.norm.weight": noise(width),
+        "image_proj.norm.bias": noise(width),
+    }
+    for layer in range(layers):
+        for part in "kv":
+            made[f"ip_adapter.{layer}.to_{part}_ip.weight"] = noise(inner, width)
+    return made
+
+
+def hunyuandit(
+    width: int, inner: int, layers: int, tokens: int = N, embedding: int = E, head: int = 8
+) -> Any:
+    made = {
+        "ip_adapter_clip_len_trans_block.weight": noise(tokens * width, embedding),
+        "ip_adapter_clip_len_trans_block.bias": noise(tokens * width),
+        "ip_adapter_img_norm_cond.weight": noise(width),
+        "ip_adapter_img_norm_cond.bias": noise(width),
+    }
+    for layer in range(layers):
+        key = f"blocks.{layer}.attn2."
+        made[key + "kv_proj_ip_adapter.weight"] = noise(2 * inner, width)
+        made[key + "kv_proj_ip_adapter.bias"] = noise(2 * inner)
+        made[key + "k_norm_ip_adapter.weight"] = noise(head)
+        made[key + "k_norm_ip_adapter.bias"] = noise(head)
+    return made
+
+
+# family, (text width, width of the heads together, layers of the specimen), maker
+KINDS = {
+    "xlabs": ("flux", (32, 32, 2), xlabs),
+    "xlabs on chroma": ("chroma", (32, 32, 2), xlabs),
+    "instantx": ("flux", (32, 32, 4), instantx),
+    "hunyuandit": ("hunyuandit", (8, 16, 2), hunyuandit),
+}
+
+
+class Kind:
+    def __init__(self, name: str, folder: Path) -> None:
+        self.family, sizes, make = KINDS[name]
+        self.path = folder / "adapter.safetensors"
+        with seeded(11):
+            self.tensors = make(*sizes)
+            save_file(self.tensors, self.path)
+            self.embedding = torch.randn(2, E)
+        self.model, self.inputs = specimen(self.family), inputs_of(self.family, 2)
+        self.adapter = load_adapter(self.path, self.model)
+
+    def ours(self, scale: float = 0.7, adapter: IPAdapter | None = None, **fields: Any) -> Tensor:
+        adapter = adapter or self.adapter
+        with torch.no_grad(), adapter.attached(self.model):
+            prompt = adapter.prompt(adapter.tokens(self.embedding), scale=scale)
+            with adapter.using(prompt._replace(**fields)):
+                return answer(self.model, self.inputs)
+
+    def alone(self) -> Tensor:
+        with torch.no_grad():
+            return answer(self.model, self.inputs)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
+    return Kind(request.param, tmp_path)
+
+
+def test_idle_at_scale_zero_and_detached_the_base_is_bit_equal(kind: Kind) -> None:
+    alone = kind.alone()
+    assert torch.equal(kind.ours(0.0), alone)
+    assert (kind.ours() - alone).abs().max() > 0.05
+    assert torch.equal(kind.alone(), alone)
+
+
+def test_it_is_read_written_and_converted_without_loss(kind: Kind, tmp_path: Path) -> None:
+    file = read_adapter(kind.path)
+    assert file.parameters == sum(tensor.numel() for tensor in kind.tensors.values())
+    assert file.tokens == N
+    back, own = tmp_path / "back.safetensors", tmp_path / "own.safetensors"
+    write_adapter(back, file, file.layout)
+    again = read_adapter(back)
+    assert back.read_bytes() != b""
+    for one, other in zip(file.tensors, again.tensors, strict=True):
+        assert torch.equal(one, other)
+    family = find_family(kind.family)
+    layers = [*kind.adapter.conditioned(family.layers(kind.model))]
+    write_adapter(own, file, layers=layers)
+    converted = load_adapter(own, kind.model)
+    assert torch.equal(kind.ours(adapter=converted), kind.ours())
+    live = adapter_file(kind.adapter, file.variant, layers)
+    write_adapter(own, live)
+    assert torch.equal(kind.ours(adapter=load_adapter(own, kind.model)), kind.ours())
+
+
+def test_a_mask_limits_it_to_the_picture(kind: Kind) -> None:
+    assert torch.equal(kind.ours(mask=torch.zeros(1, 4, 4)), kind.alone())
+
+
+def test_what_does_not_fit_is_one_line(kind: Kind, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="this adapter is for base models of the"):
+        load_adapter(kind.path, specimen("sana"))
+    with pytest.raises(SettingError, match="by its tensors, not full"):
+        read_adapter(kind.path, "full")
+    damaged = tmp_path / "damaged.safetensors"
+    last = list(kind.tensors)[-1]
+    save_file({key: one for key, one in kind.tensors.items() if key != last}, damaged)
+    with pytest.raises(CheckpointError, match=f"lacks .*{last.split('.')[-2]}"):
+        read_adapter(damaged)
+    save_file(kind.tensors | {last: torch.zeros(3)}, damaged)
+    with pytest.raises(CheckpointError, match=r"has shape|do not fit together"):
+        read_adapter(damaged)
+    save_file(kind.tensors | {"extra": torch.zeros(3)}, damaged)
+    with pytest.raises(CheckpointError, match="has unexpected extra"):
+        read_adapter(damaged)
+
+
+@pytest.mark.parametrize("name", ["xlabs", "xlabs on chroma"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_xlabs_is_diffusers(name: str, tmp_path: Path) -> None:
+    kind = Kind(name, tmp_path)
+    theirs: Any = specimen(kind.family)
+    own = read_adapter(kind.path)
+    states = {
+        "image_proj": own.projection,
+        "ip_adapter": {
+            f"{number}.{key.replace('.', '_ip.')}": tensor
+            for number, layer in enumerate(own.states)
+            for key, tensor in layer.items()
+        },
+    }
+    theirs._load_ip_adapter_weights([states], low_cpu_mem_usage=False)
+    for processor in theirs.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [0.7]
+    with torch.no_grad():
+        given = {"ip_adapter_image_embeds": [kind.embedding[:, None]]}
+        out = answer(theirs, kind.inputs | {"joint_attention_kwargs": given})
+    torch.testing.assert_close(kind.ours(), out, **CLOSE)
+
+
+class InstantX:
+    """The official attention for Flux: two softmaxes, added before the output layer to all rows."""
+
+    def __init__(self, tokens: Tensor, to_k: Tensor, to_v: Tensor, scale: float) -> None:
+        self.tokens, self.to_k, self.to_v, self.scale = tokens, to_k, to_v, scale
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 - passed on by its signature
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1))
+
+        q, k, v = (heads(f(hidden_states)) for f in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        key = heads(self.tokens @ self.to_k.T)
+        key = key * (key.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+        value = heads(self.tokens @ self.to_v.T)
+        image = attend(q, key, value) * self.scale
+        text = 0
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            tq, tk, tv = (heads(f(encoder_hidden_states)) for f in added)
+            q = torch.cat([attn.norm_added_q(tq), q], 1)
+            k = torch.cat([attn.norm_added_k(tk), k], 1)
+            v = torch.cat([tv, v], 1)
+        q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        out = attend(q, k, v)
+        if encoder_hidden_states is None:
+            return out + image
+        return attn.to_out[0](out[:, text:] + image), attn.to_add_out(out[:, :text])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (B, L, H, d), its heads joined."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def test_instantx_is_the_official_formula(tmp_path: Path) -> None:
+    kind = Kind("instantx", tmp_path)
+    t, theirs = kind.tensors, specimen("flux")
+    hidden = F.gelu(kind.embedding @ t["image_proj.proj.0.weight"].T + t["image_proj.proj.0.bias"])
+    spread = hidden @ t["image_proj.proj.2.weight"].T + t["image_proj.proj.2.bias"]
+    norm = t["image_proj.norm.weight"], t["image_proj.norm.bias"]
+    tokens = F.layer_norm(spread.view(2, N, -1), (32,), *norm)
+    for number, layer in enumerate(attentions(theirs, ".attn")):
+        pair = [t[f"ip_adapter.{number}.to_{part}_ip.weight"] for part in "kv"]
+        layer.processor = InstantX(tokens, *pair, scale=0.7)
+    with torch.no_grad():
+        torch.testing.assert_close(kind.ours(), answer(theirs, kind.inputs), **CLOSE)
+
+
+def attentions(model: nn.Module, ending: str) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith(ending)]
+
+
+class HunyuanDiT:
+    """The official attention: the image's query is rotated, its keys pass a layer norm."""
+
+    def __init__(self, tokens: Tensor, tensors: dict[str, Tensor], scale: float) -> None:
+        self.tokens, self.t, self.scale = tokens, tensors, scale
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 - passed on by its signature
+        image_rotary_emb: Any = None,
+    ) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        q = attn.norm_q(heads(attn.to_q(hidden_states)))
+        k = attn.norm_k(heads(attn.to_k(encoder_hidden_states)))
+        v = heads(attn.to_v(encoder_hidden_states))
+        q = apply_rotary_emb(q, image_rotary_emb)
+        both = self.tokens @ self.t["kv_proj_ip_adapter.weight"].T
+        key, value = map(heads, (both + self.t["kv_proj_ip_adapter.bias"]).chunk(2, -1))
+        norm = self.t["k_norm_ip_adapter.weight"], self.t["k_norm_ip_adapter.bias"]
+        key = F.layer_norm(key, key.shape[-1:], *norm, eps=1e-6)
+        out = F.scaled_dot_product_attention(q, k, v)
+        out = out + self.scale * F.scaled_dot_product_attention(q, key, value)
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def test_hunyuandit_is_the_official_formula(tmp_path: Path) -> None:
+    kind = Kind("hunyuandit", tmp_path)
+    t, theirs = kind.tensors, specimen("hunyuandit")
+    unit = kind.embedding / kind.embedding.norm(dim=-1, keepdim=True)
+    block = "ip_adapter_clip_len_trans_block."
+    spread = unit @ t[block + "weight"].T + t[block + "bias"]
+    norm = t["ip_adapter_img_norm_cond.weight"], t["ip_adapter_img_norm_cond.bias"]
+    tokens = F.layer_norm(spread.reshape(2, 8, N).transpose(1, 2), (8,), *norm)
+    for number, layer in enumerate(attentions(theirs, "attn2")):
+        prefix = f"blocks.{number}.attn2."
+        own = {k.removeprefix(prefix): v for k, v in t.items() if k.startswith(prefix)}
+        layer.processor = HunyuanDiT(tokens, own, 0.7)
+    with torch.no_grad():
+        torch.testing.assert_close(kind.ours(), answer(theirs, kind.inputs), **CLOSE)
+
+
+def test_forms_of_several_adapters_join_in_one_call(tmp_path: Path) -> None:
+    """XLabs' and InstantX' prompts together: each alone is what it is with the other at 0."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = Kind("xlabs", tmp_path / "one"), Kind("instantx", tmp_path / "two")
+    first, second = one.adapter, load_adapter(two.path, one.model)
+    with torch.no_grad(), first.attached(one.model), second.attached(one.model):
+        a, b = (
+            first.prompt(first.tokens(one.embedding)),
+            second.prompt(second.tokens(one.embedding)),
+        )
+        outs = []
+        for left, right in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+            with first.using(a.with_scale(left), b.with_scale(right)):
+                outs.append(answer(one.model, one.inputs))
+        with first.using(a):
+            alone = answer(one.model, one.inputs)
+        with second.using(b):
+            other = answer(one.model, one.inputs)
+    torch.testing.assert_close(outs[0], alone, **CLOSE)
+    torch.testing.assert_close(outs[1], other, **CLOSE)
+    assert (outs[2] - alone).abs().max() > 0.05
+
+
+# As published: family's class and its layers, sizes of the file, parameters.
+SIZES = [
+    ("XLabs v1", FluxTransformer2DModel, {}, xlabs, (4096, 3072, 19, 4, 768), 490_874_880),
+    ("XLabs v2", FluxTransformer2DModel, {}, xlabs, (4096, 3072, 19, 16, 768), 528_672_768),
+    ("XLabs v2", ChromaTransformer2DModel, {}, xlabs, (4096, 3072, 19, 16, 768), 528_672_768),
+    (
+        "InstantX",
+        FluxTransformer2DModel,
+        {},
+        instantx,
+        (4096, 3072, 57, 128, 1152),
+        2_645_600_512,
+    ),
+    (
+        "HunyuanDiT",
+        HunyuanDiT2DModel,
+        {
+            "num_layers": 40,
+            "hidden_size": 1408,
+            "num_attention_heads": 16,
+            "attention_head_dim": 88,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 128,
+        },
+        hunyuandit,
+        (1024, 1408, 40, 8, 1024, 88),
+        123_861_888,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "config", "make", "sizes", "count"), SIZES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_sizes_are_those_of_the_published_files(
+    name: str, kind: Any, config: dict[str, Any], make: Any, sizes: tuple[int, ...], count: int
+) -> None:
+    with torch.device("meta"):
+        tensors, model = make(*sizes), kind(**config)
+    assert sum(tensor.numel() for tensor in tensors.values()) == count, name
+    row = published_layout(tensors)
+    assert row is not None
+    _, layers = module_tensors(row, tensors, Path("file"))
+    form = FORMS[row.form]
+    family = find_family(form.families[0] if kind is not ChromaTransformer2DModel else "chroma")
+    found = form.of(family.layers(model))
+    assert len(found) == len(layers)
+    for layer, states in zip(found.values(), layers, strict=True):
+        assert family.size(layer).inner == states["to_k.weight"].shape[0]
+
+
+def test_every_layout_and_form_is_tested() -> None:
+    assert {row.form for row in PUBLISHED_LAYOUTS} == FORMS.keys()
+    assert {name.split()[0] for name in KINDS} == FORMS.keys()
