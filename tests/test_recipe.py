@@ -105,7 +105,7 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(
         ("data.drop_text=2", "data.drop_text = 2"),
         ("data.drop_text=0.95", "add up to 1.05: 1 at most"),
         ("variant=pluss", "unknown variant 'pluss'"),
-        ("depth=2", "depth is an option of the plus variant"),
+        ("depth=2", "depth is an option of plus, portrait-unnorm, "),
         ("data.columns={}", r"noise.mask_weight = 3 needs masks: data.columns.mask names"),
         ("steps", "write key=value"),
         ("model.x=1", "model is not a group"),
