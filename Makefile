@@ -51,7 +51,7 @@ CORE := package adapter checkpoints encoders families other_families generate re
 floors: $(DEV_INSTALLED)
 	$(BIN)/uv venv --no-config --quiet --clear runs/floors
 	$(BIN)/uv pip install --no-config --python runs/floors/$(notdir $(BIN))/python --resolution lowest-direct \
-		-e '.[train,evaluate]' --group dev
+		-e '.[train,evaluate,kolors]' --group dev
 	runs/floors/$(notdir $(BIN))/python -m pytest -W default $(CORE:%=tests/test_%.py) -k 'not half_precision'
 
 mutants: $(DEV_INSTALLED)
@@ -78,7 +78,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV_INSTALLED): $(INSTALLED)
 	@echo "Installing what tests and benchmarks need ..."
-	$(PIP) -c constraints.txt -e '.[train,quantized,evaluate]' --group dev --group world
+	$(PIP) -c constraints.txt -e '.[train,quantized,evaluate,kolors]' --group dev --group world
 	touch $@
 
 clean:

@@ -28,7 +28,7 @@ from imprompt.cli import main
 from imprompt.families.unet import UNET
 from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.request import Request
-from imprompt.models import PACKAGED
+from imprompt.models import PACKAGED, hub_answers
 from imprompt.training.state import save_state
 from imprompt.variants import find_variant
 from tests.tiny import FEATURE_DIMS, tiny_adapter, tiny_encoder, tiny_sd
@@ -253,6 +253,7 @@ def imprompt(
 ) -> Callable[[str], Ended]:
     """Runs a command as the shell would; {names} are files, and {out} is a new folder."""
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    hub_answers.cache_clear()  # another test may have asked in this minute
     monkeypatch.chdir(tmp_path)
 
     def run(command: str) -> Ended:

@@ -31,7 +31,7 @@ from imprompt.generation.references import AdapterChoice
 from imprompt.models import MODELS, KnownAdapter, KnownModel, Location, find_adapter
 from imprompt.projections.mlp import FaceProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
-from imprompt.variants import BY_NAME, FACES, find_variant
+from imprompt.variants import BY_NAME, FACES, CheckpointEvidence, find_variant, of_kolors
 from tests.test_checkpoints import LAYERS, ORIGIN, WIDTH, WRITTEN, assert_same_tensors, bare
 
 ASKED = {
@@ -427,6 +427,26 @@ def test_kolors_as_it_is_published(tmp_path: Path) -> None:
     read = read_adapter(tmp_path / "ipa-faceid-plus.bin")
     assert_same_tensors(read, file)
     assert (read.layout, read.variant.name) == ("modules", "faceid-plus-kolors")
+
+
+@pytest.mark.parametrize(
+    ("norm", "text", "kolors"), [(4096, 2048, True), (768, 768, False), (768, None, False)]
+)
+def test_kolors_is_known_by_two_widths(norm: int, text: int | None, kolors: bool) -> None:
+    assert of_kolors(CheckpointEvidence({"norm.weight": (norm,)}, False, text)) is kolors
+    assert not of_kolors(CheckpointEvidence({"norm.weight": (norm,)}, True, text))
+    assert not of_kolors(CheckpointEvidence({}, False, text))
+
+
+@pytest.mark.parametrize("name", ["faceid-plus", "faceid-plus-v2"])
+def test_a_file_without_added_projections_is_told_what_is_missing(
+    tmp_path: Path, name: str
+) -> None:
+    file = made(name)
+    torch.save({"image_proj": file.projection, "ip_adapter": {}}, tmp_path / "a.bin")
+    said = refusal(tmp_path / "a.bin")
+    assert "is not a complete faceid-plus adapter (paper layout). missing: ip_adapter.*" in said
+    assert "kolors" not in said.lower()
 
 
 def test_kolors_plus_with_an_inner_width_of_its_own(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Families beside the UNet, end to end on tiny random models: generate, train, save, load,
-evaluate.
+"""Families beside the UNet, and Kolors, end to end on tiny random models: generate, train, save,
+load, evaluate.
 """
 
 import json
@@ -64,6 +64,8 @@ class Saved:
 
 @pytest.fixture(scope="module", params=OTHERS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    if request.param == "kolors":
+        pytest.importorskip("sentencepiece")
     return Saved(tmp_path_factory.mktemp(request.param), request.param)
 
 
@@ -150,6 +152,8 @@ def test_a_mask_and_a_window_apply_where_and_when_they_say(saved: Saved) -> None
 def test_compiled_it_is_one_graph_for_everything_that_a_user_changes(
     saved: Saved, counter: CompileCounterWithBackend
 ) -> None:
+    if saved.name == "kolors":
+        return  # a UNet: tests.test_compiled
     fast, plain = saved.pipeline(compile=True), saved.pipeline()
     calls: list[dict[str, Any]] = [
         {},
@@ -191,20 +195,47 @@ def test_what_it_cannot_do_is_refused_in_one_line(saved: Saved) -> None:
     with pytest.raises(SettingError, match=r"no ControlNet is known for a \w+Pipeline: leave"):
         saved.pipeline(controlnet=str(saved.model))
     pipe = saved.pipeline()
-    unit, near = {"pixart": (8, (24, 32))}.get(saved.name, (4, (24, 28)))
+    unit, near = (8, (24, 32)) if saved.name in ("pixart", "kolors") else (4, (24, 28))
     said = f"width = 26: this model takes multiples of {unit}, such as {near[0]} or {near[1]}"
     with pytest.raises(SettingError, match=said):
         pipe(RED, width=26, height=32, steps=2)
     for width in near:
         assert pipe(RED, width=width, height=32, steps=1).images[0].size == (width, 32)
-    if saved.name == "pixart":
+    mask = {} if saved.name == "pixart" else {"mask_image": Image.new("L", (8, 8), 255)}
+    if saved.name in ("pixart", "kolors"):
         with pytest.raises(SettingError, match="own way to start from pictures"):
-            pipe(RED, init_image=BLUE, **SIZE)
-    else:
-        if saved.name == "flux":
-            with pytest.raises(SettingError, match="a FluxPipeline runs them in separate calls"):
-                pipe([RED, BLUE], image_guidance=2.0, **SIZE, **guided(saved))
+            pipe(RED, init_image=BLUE, **mask, **SIZE)
+    if saved.name != "pixart":
         assert pipe(RED, init_image=BLUE, seed=1, strength=0.7, **SIZE).images[0].size == (24, 32)
+
+
+def test_image_guidance_needs_both_branches_in_one_call(saved: Saved) -> None:
+    pipe, options = saved.pipeline(), guided(saved)
+    if saved.name == "flux":
+        with pytest.raises(SettingError, match="a FluxPipeline runs them in separate calls"):
+            pipe([RED, BLUE], image_guidance=2.0, **SIZE, **options)
+        return
+    plain, more = (
+        pipe(RED, seed=1, image_guidance=scale, **SIZE, **options).images[0] for scale in (3.0, 9.0)
+    )
+    assert difference(plain, pipe(RED, seed=1, **SIZE, **options).images[0]) <= 1
+    assert difference(plain, more) > 2
+
+
+def test_encoded_text_is_what_its_words_are(saved: Saved) -> None:
+    """One row of it for several pictures too, which Kolors' pipeline does not repeat."""
+    if saved.name != "kolors":
+        return
+    pipe = saved.pipeline()
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+             "negative_pooled_prompt_embeds")  # fmt: skip
+    with torch.no_grad():
+        encoded = pipe.pipeline.encode_prompt("a cat", negative_prompt="a dog")
+    asked: dict[str, Any] = {"seed": 1, "num_images": 2, **SIZE, **guided(saved)}
+    words = pipe(RED, prompt="a cat", negative_prompt="a dog", **asked).images
+    rows = pipe(RED, pipeline_options=dict(zip(names, encoded, strict=True)), **asked).images
+    for one, other in zip(words, rows, strict=True):
+        assert difference(one, other) == 0
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -223,7 +254,7 @@ def test_it_trains_saves_loads_and_goes_on(saved: Saved, tmp_path: Path, kept: b
     assert len(losses(output)) == 3
     file = read_adapter(last)
     assert file.header is not None
-    assert file.header.family == saved.name
+    assert file.header.family == ("unet" if saved.name == "kolors" else saved.name)
     assert any(
         (one != two).any()
         for one, two in zip(

@@ -3,8 +3,10 @@
 Their structure is that of the real ones; only widths shrink.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -416,6 +418,60 @@ def tiny_pixart() -> PixArtSigmaPipeline:
     )
 
 
+def tiny_kolors() -> Any:
+    """A UNet as SDXL's that projects its text; ChatGLM's tokenizer needs sentencepiece."""
+    import sentencepiece
+
+    with warnings.catch_warnings(action="ignore"):  # it runs torch.jit
+        from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer, KolorsPipeline
+        from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    width = 48
+    letters = " ".join(chr(code) for code in range(ord("a"), ord("z") + 1))
+    vocab = mkdtemp()  # it stays: the tokenizer copies the file when it is saved
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([letters] * 3),
+        model_prefix=f"{vocab}/tokenizer",
+        model_type="char",
+        vocab_size=30,
+        minloglevel=2,
+    )
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=64,
+        hidden_size=width,
+        ffn_hidden_size=40,
+        kv_channels=12,
+        num_attention_heads=4,
+        multi_query_attention=True,
+        multi_query_group_num=2,
+        add_qkv_bias=True,
+        original_rope=True,
+        use_cache=True,
+    )
+    with seeded(10):
+        text_encoder = freeze(ChatGLMModel(config, empty_init=False))
+        for parameter in text_encoder.parameters():
+            parameter.data.normal_(std=0.2)  # diffusers leaves some of them uninitialised
+    parts = pipeline_parts("sdxl")
+    unet = tiny_unet(
+        "sdxl",
+        cross_attention_dim=32,
+        encoder_hid_dim=width,
+        encoder_hid_dim_type="text_proj",
+        projection_class_embeddings_input_dim=6 * 8 + width,
+    )
+    return quiet(
+        KolorsPipeline(
+            vae=parts["vae"],
+            text_encoder=text_encoder,
+            tokenizer=ChatGLMTokenizer(f"{vocab}/tokenizer.model"),
+            unet=unet,
+            scheduler=parts["scheduler"],
+        )
+    )
+
+
 def tiny_flux() -> FluxPipeline:
     t5, tokenizer = tiny_t5(), tiny_tokenizer()
     return quiet(
@@ -477,4 +533,5 @@ def quiet(pipe: Any) -> Any:
 
 
 PIPELINES = {"sd1": tiny_sd, "sdxl": tiny_sdxl}
-OTHERS = {"pixart": tiny_pixart, "flux": tiny_flux, "sd3": tiny_sd3}  # of other families
+# of other families, and Kolors
+OTHERS = {"pixart": tiny_pixart, "flux": tiny_flux, "sd3": tiny_sd3, "kolors": tiny_kolors}

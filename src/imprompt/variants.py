@@ -163,9 +163,11 @@ def of_kolors(seen: CheckpointEvidence) -> bool:
     """Return whether a file is of Kolors' FaceID, by its low-rank part and its widths.
 
     It has no low-rank part. Its tokens are as wide as Kolors' text before the base model's own
-    projection, and W' reads text after it, so that the two widths differ.
+    projection, and W' reads text after it, so that the two widths differ. A file that lacks a width
+    is not.
     """
-    return not seen.lora and width(seen.projection, "norm.weight") != seen.text_dim
+    widths = {width(seen.projection, "norm.weight"), seen.text_dim} - {0, None}
+    return not seen.lora and len(widths) == 2
 
 
 # Both tables are in the order in which signatures are tried.

@@ -613,7 +613,8 @@ def _variant_of(
         *(row.name for row in likely),
         *(name for row in likely for name in row.ambiguous_with),
     ]
-    if len(names) > 1 and header is None:
+    whole = seen.text_dim is not None  # else what is missing is said, whatever the variant
+    if len(names) > 1 and header is None and whole:
         raise CheckpointError(
             f"{path} is {' or '.join(names)}, its tensors do not distinguish them: "
             "give one as variant="

@@ -215,6 +215,13 @@ class Family(ABC):
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one sample's `Conditions` for a text of that many tokens."""
 
+    def text_length(self, config: Mapping[str, Any]) -> int:
+        """Return the number of text tokens that its pipelines encode.
+
+        config  of the text encoder, whose number it is if the family has none
+        """
+        return self.text_tokens or config["max_position_embeddings"]
+
     def latent_channels(self, config: Mapping[str, Any]) -> int:
         """Return C of the latents (B, C, h, w) that a model of this configuration reads."""
         return config["in_channels"]

@@ -121,8 +121,7 @@ def base_structure(model: KnownModel) -> BaseStructure:
     )
     unit = 2 ** (len(vae["block_out_channels"]) - 1)
     side = known.native_latents(config) * unit
-    tokens = known.text_tokens or text["max_position_embeddings"]
-    return BaseStructure(config, side, unit, tokens, known.name)
+    return BaseStructure(config, side, unit, known.text_length(text), known.name)
 
 
 def model_parts(model: KnownModel) -> tuple[list[str], Family]:

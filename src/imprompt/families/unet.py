@@ -49,6 +49,8 @@ from imprompt.families.base import (
 )
 from imprompt.prompt import KEY, ImagePrompt
 
+KOLORS_TOKENS = 256  # of its texts; the configuration of its text encoder states no number
+
 
 class StepConditioning(NamedTuple):
     """Conditioning of the attentions in one call of the model.
@@ -296,7 +298,7 @@ class UNetFamily(Family):
     pipelines: Mapping[str, TaskTable] = {
         f"{prefix}Pipeline": task_table(prefix)
         for prefix in ("StableDiffusion", "StableDiffusionXL")
-    }
+    } | {"KolorsPipeline": TaskTable(Tasks("KolorsPipeline", "KolorsImg2ImgPipeline", ""))}
     pixel_grain = 8
     channel = "cross_attention_kwargs"
     arguments = ("sample", "timestep", "encoder_hidden_states")
@@ -369,11 +371,16 @@ class UNetFamily(Family):
         quicker = {name: quick if ".attn1." in name else one for name, one in own.items()}
         model.set_attn_processor(quicker)
 
+    def text_length(self, config: Mapping[str, Any]) -> int:
+        """Return the text encoder's number of tokens; Kolors' pipelines encode KOLORS_TOKENS."""
+        return config.get("max_position_embeddings", KOLORS_TOKENS)
+
     def condition_shapes(
         self, config: Mapping[str, Any], tokens: int
     ) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of one sample's text and, in SDXL, pooled text and sizes."""
-        shapes = {"text": (tokens, config["cross_attention_dim"])}
+        """Return the shapes of one sample's text and, in SDXL and Kolors, pooled text and sizes."""
+        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+        shapes = {"text": (tokens, width)}
         if config.get("addition_embed_type") != "text_time":  # pooled text and six sizes
             return shapes
         width = config["projection_class_embeddings_input_dim"]

@@ -175,7 +175,8 @@ def texts_for(
     texts: dict[str, Any] = {**words, **encoded}
     texts = {name: text for name, text in texts.items() if name not in replaced}
     texts = {name: text for name, text in texts.items() if text is not None}
-    if all(isinstance(text, str) or len(text) == 1 for text in texts.values()):
+    # not every pipeline repeats encoded text
+    if not encoded and all(isinstance(text, str) or len(text) == 1 for text in texts.values()):
         return {**texts, "num_images_per_prompt": len(batch)}
     numbers = [i // settings.num_images for i in batch]
     rows = {name: _rows(text, numbers) for name, text in texts.items()}
