@@ -25,10 +25,13 @@ PLUS = {
 }
 FACE = {"face_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT, "hidden": WIDTH}
 SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
-    "base": st.fixed_dictionaries({"embedding_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT}),
+    **dict.fromkeys(
+        ("base", "hunyuandit"),
+        st.fixed_dictionaries({"embedding_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT}),
+    ),
     "full": st.fixed_dictionaries({"feature_dim": WIDTH, "token_dim": WIDTH}),
     **dict.fromkeys(("plus", "portrait-unnorm"), st.fixed_dictionaries(PLUS | {"width": WIDTH})),
-    **dict.fromkeys(("faceid", "portrait"), st.fixed_dictionaries(FACE)),
+    **dict.fromkeys(("faceid", "portrait", "instantx"), st.fixed_dictionaries(FACE)),
     **dict.fromkeys(
         ("faceid-plus", "faceid-plus-v2", "faceid-plus-kolors"),
         st.fixed_dictionaries(PLUS | {"face_dim": WIDTH, "face_hidden": WIDTH}),

@@ -45,7 +45,7 @@ from imprompt.attention.low_rank import PARTS, AttentionLowRank, ModelLowRank
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.families.base import family_of
 from imprompt.families.published import SD1, SD2, SDXL
-from imprompt.projections.mlp import FaceProjection, FullProjection
+from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import find_variant
@@ -162,9 +162,8 @@ def tiny_projection(name: str, token_dim: int) -> nn.Module:
         )
     if name == "portrait":
         return FaceProjection(feature_dim, token_dim, tokens=7)
-    return {"base": ImageProjection, "full": FullProjection, "faceid": FaceProjection}[name](
-        feature_dim, token_dim
-    )
+    kinds = {"base": ImageProjection, "full": FullProjection, "hunyuandit": TransposedProjection}
+    return kinds.get(name, FaceProjection)(feature_dim, token_dim)
 
 
 def tiny_lora(model: UNet2DConditionModel, rank: int = 3) -> ModelLowRank:

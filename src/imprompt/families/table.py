@@ -4,6 +4,7 @@ Pipelines are found by walking diffusers: a new one appears in the table by itse
 """
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -64,7 +65,13 @@ def whole_pipelines(family: Family) -> Iterator[str]:
 
 def pipelines_by_model() -> dict[str, list[str]]:
     """Return the names of diffusers' pipelines by the class of base model that they take."""
-    diffusers = import_module("diffusers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what diffusers' modules say of themselves when imported
+        return walked(import_module("diffusers"))
+
+
+def walked(diffusers: Any) -> dict[str, list[str]]:
+    """Return the names of that package's pipelines by the class of base model that they take."""
     base: Any = diffusers.DiffusionPipeline
     known = {model for family in families() for model in family.classes}
     found: dict[str, list[str]] = {}
