@@ -131,10 +131,9 @@ def test_rows_say_what_was_made_and_measured(place: Path) -> None:
     clip, dino = open_clip(str(place / "clip"), "cpu"), open_dino(str(place / "dino"), "cpu")
     assert clip.texts is not None
     for row in rows:
-        assert Path(row["reference"]) == place / "set" / f"{row['item']}.png"
-        made, wanted = (
-            [Image.open(path).convert("RGB")] for path in (held / row["image"], row["reference"])
-        )
+        assert row["reference"] == f"{row['item']}.png"  # from the set's folder
+        files = held / row["image"], place / "set" / row["reference"]
+        made, wanted = ([Image.open(path).convert("RGB")] for path in files)
         assert row["clip_i"] == pytest.approx(
             cosine(clip.images(made), clip.images(wanted)).item(), abs=2e-6
         )
@@ -153,7 +152,11 @@ def test_the_pictures_are_those_of_the_facade(place: Path) -> None:
     for row in rows_of(place / "whole")[-3:]:
         scale = float(row["setting"].removeprefix("scale="))
         again = pipe(
-            row["reference"], row["caption"], scale=scale, steps=STEPS, seed=row["seed"]
+            place / "set" / row["reference"],
+            row["caption"],
+            scale=scale,
+            steps=STEPS,
+            seed=row["seed"],
         ).images[0]
         made = Image.open(place / "whole" / row["image"])
         assert np.abs(np.asarray(again).astype(int) - np.asarray(made)).max() <= 1
@@ -181,7 +184,7 @@ def test_the_summary_is_of_the_rows(place: Path) -> None:
     real, made = (
         clip.images([Image.open(path).convert("RGB") for path in paths])
         for paths in (
-            dict.fromkeys(row["reference"] for row in rows),
+            dict.fromkeys(place / "set" / row["reference"] for row in rows),
             [place / "whole" / row["image"] for row in rows],
         )
     )
@@ -290,8 +293,8 @@ def test_a_folder_of_other_settings_is_refused(place: Path) -> None:
     with pytest.raises(
         SettingError,
         match=(
-            r"started with judges.dino.key = 'dino' \(now None\), judges.dino.name = .* "
-            r"and 2 more: give"
+            r"started with judges.dino.key = 'dino' \(now None\), judges.dino.sha256 = .* "
+            r"judges.dino.preprocessing = .* \(now None\): give"
         ),
     ):
         evaluate(plan(place, "whole", dino=None))
@@ -466,8 +469,10 @@ def test_references_take_turns_and_all_targets_count(tmp_path: Path) -> None:
     (setting,) = settings_of(Protocol(seeds=3, seed=7), {})
     judge = MetricEncoder("clip", "", "", "", colours, None)
     made = [Image.new("RGB", (4, 4), name) for name in ("red", "blue", "magenta")]
-    rows, held = Measure({"clip": judge})(Chunk(setting, [item], 2, tmp_path / "000001"), made)
-    assert [Path(row["reference"]) for row in rows] == [red, green, red]
+    rows, held = Measure({"clip": judge}, tmp_path)(
+        Chunk(setting, [item], 2, tmp_path / "000001"), made
+    )
+    assert [row["reference"] for row in rows] == ["red.png", "lime.png", "red.png"]
     assert reference_of(item, 1) == green
     assert [row["seed"] for row in rows] == [13, 14, 15]  # 7 + 2 · 3 + k
     half = 2**-0.5
@@ -480,7 +485,7 @@ def test_references_take_turns_and_all_targets_count(tmp_path: Path) -> None:
     (lone,) = settings_of(Protocol(seeds=1), {})
     assert (
         "diversity"
-        not in Measure({"clip": judge})(Chunk(lone, [item], 0, tmp_path), made[:1])[0][0]
+        not in Measure({"clip": judge}, tmp_path)(Chunk(lone, [item], 0, tmp_path), made[:1])[0][0]
     )
 
 

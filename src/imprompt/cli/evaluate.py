@@ -128,17 +128,26 @@ def interval_text(interval: dict[str, float | None] | None, digits: int) -> str:
     return f"{value:.{digits}f}{reach}"
 
 
-def report(out: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+PicturesNow = Annotated[
+    Path | None,
+    typer.Option("--set", help="The set's folder, if it is not where the run names it."),
+]
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="A run's folder.")], pictures: PicturesNow = None
+) -> None:
     """Write a run's tables, plots and pictures as one page, OUT/report.html."""
     from imprompt.evaluation.report import write_report
 
-    print(write_report(out))
+    print(write_report(out, pictures))
 
 
 def compare(
     first: Annotated[Path, typer.Argument(help="A run's folder.")],
     second: Annotated[Path, typer.Argument(help="Another run's folder.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("comparison.html"),
+    pictures: PicturesNow = None,
     force: Force = False,
 ) -> None:
     """Write a page that compares two runs over the items that both have, with intervals."""
@@ -148,4 +157,4 @@ def compare(
 
     # an older page of ours may be replaced: the same command writes it again
     check_output(out, [], force or (out.is_file() and is_page(out)))
-    print(write_comparison(first, second, out))
+    print(write_comparison(first, second, out, pictures))

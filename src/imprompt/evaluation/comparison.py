@@ -76,14 +76,16 @@ class Pair:
     metrics: list[Compared]
 
 
-def write_comparison(a: Path, b: Path, out: Path) -> Path:
+def write_comparison(a: Path, b: Path, out: Path, pictures: Path | None = None) -> Path:
     """Write a page that compares the finished runs in folders `a` and `b`.
 
     Raise SettingError if they share no setting, item or metric.
+
+    pictures  folder of their set, if it is not where the runs name it
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise SettingError(f"--out {out}: a page is written, so give a name that ends in .html")
-    first, second = read_results(a), read_results(b)
+    first, second = read_results(a, pictures), read_results(b, pictures)
     pairs = [_pair(first, second, *both) for both in _settings(first, second)]
     pairs = [pair for pair in pairs if pair.items]
     if not pairs:
@@ -229,6 +231,7 @@ def _warnings(a: Results, b: Results, pairs: list[Pair]) -> Iterator[str]:
             f"Only the {counts} items that both have are compared; distances between whole sets "
             "are left out."
         )
+    yield from dict.fromkeys(filter(None, (a.unseen, b.unseen)))
 
 
 def _names(a: Path, b: Path, shown: tuple[str, str]) -> tuple[str, str]:
@@ -280,7 +283,7 @@ def _most(
             make_card(
                 ours[item][0],
                 [
-                    prompt_picture(ours[item][0], thumbnail),
+                    prompt_picture(first, ours[item][0], thumbnail),
                     *(
                         result_picture(first, row, f"A, seed {row['seed']}", thumbnail)
                         for row in ours[item][:PICTURES_OF_ITEM]

@@ -80,10 +80,10 @@ def evenly_spread(things: Sequence[T], count: int) -> list[T]:
     return [things[index * len(things) // count] for index in range(count)]
 
 
-def prompt_picture(row: Row, thumbnail: Thumbnails) -> CardPicture:
+def prompt_picture(results: Results, row: Row, thumbnail: Thumbnails) -> CardPicture:
     """Return the first image prompt of an item."""
     return CardPicture(
-        thumbnail(Path(row["reference"])),
+        thumbnail(results.pictures / row["reference"]),
         "image prompt",
         f"image prompt of {row['item']}",
         reference=True,
@@ -139,7 +139,7 @@ def _card(results: Results, settings: list[Setting], item: str, thumbnail: Thumb
     return make_card(
         first,
         [
-            prompt_picture(first, thumbnail),
+            prompt_picture(results, first, thumbnail),
             *(result_picture(results, *one, thumbnail) for one in picked),
         ],
     )
@@ -170,7 +170,7 @@ def extremes(
             make_card(
                 rows[item][0],
                 [
-                    prompt_picture(rows[item][0], thumbnail),
+                    prompt_picture(results, rows[item][0], thumbnail),
                     *(
                         result_picture(results, row, f"seed {row['seed']}", thumbnail)
                         for row in rows[item][:SEEDS]

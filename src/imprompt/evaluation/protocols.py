@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -163,8 +164,8 @@ def settings_of(plan: Protocol, sweep: Sweep) -> list[Setting]:
 def value_name(value: Any) -> str:
     """Return a value as a part of a setting's name.
 
-    A number is as short as is exact, a path has no first slash.
+    A number is as short as is exact; an absolute path is the name of its file or folder.
     """
     if isinstance(value, float):
         return short if float(short := f"{value:g}") == value else repr(value)
-    return str(value).lstrip("/")
+    return Path(value).name if Path(str(value)).is_absolute() else str(value)

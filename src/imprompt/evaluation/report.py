@@ -23,19 +23,21 @@ from imprompt.evaluation.results import Results, Setting, known, label_of, read_
 __all__ = ["report_table", "write_comparison", "write_report"]
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, pictures: Path | None = None) -> Path:
     """Write `folder`/report.html, which needs no other file.
 
     Raise SettingError if `folder` does not hold a finished run.
+
+    pictures  folder of the set, if it is not where the run names it
     """
-    results = read_results(folder)
+    results = read_results(folder, pictures)
     thumbnails = Thumbnails()
     return write_page(
         folder / "report.html",
         "report.html.jinja",
         thumbnails,
         title=title_of(results),
-        notes=results.notes,
+        notes=[*results.notes, *filter(None, [results.unseen])],
         facts=run_facts(results.run),
         run=json.dumps(results.run, indent=2, ensure_ascii=False),
         settings=[(label_of(setting), setting) for setting in results.settings],

@@ -71,7 +71,8 @@ class Results:
     """Contents of a run's folder.
 
     `run` is run.json, without the user's folders; `rows` are by setting and by item, in the order
-    of the files.
+    of the files. `pictures` is the folder from which rows name their image prompts; `unseen` says
+    what to do if there is none.
     """
 
     folder: Path
@@ -79,10 +80,17 @@ class Results:
     settings: list[Setting]
     notes: list[str]
     rows: dict[str, dict[str, list[Row]]]
+    pictures: Path
+    unseen: str = ""
 
 
-def read_results(folder: Path) -> Results:
-    """Read the folder of a finished run; SettingError if it is not one."""
+def read_results(folder: Path, pictures: Path | None = None) -> Results:
+    """Read the folder of a finished run; SettingError if it is not one.
+
+    pictures  folder of the set, if it is not where run.json names it
+    """
+    if pictures is not None and not pictures.is_dir():
+        raise SettingError(f"--set {pictures}: there is no such folder; give that of the run's set")
     summary = _read(folder, "summary.json", read_json, Summary)
     lines = _read(folder, "rows.jsonl", read_json_lines, list[PictureRow])
     rows: dict[str, dict[str, list[Row]]] = {}
@@ -92,13 +100,34 @@ def read_results(folder: Path) -> Results:
     unmade = [setting["name"] for setting in summary["settings"] if setting["name"] not in rows]
     run = without_folders(summary["run"], folder)
     settings = _named_from(folder, summary["settings"])
-    results = Results(folder, run, settings, summary.get("notes", []), rows)
+    named = str((run.get("set") or {}).get("path", ""))
+    found = pictures or find_set(named, folder)
+    results = Results(
+        folder,
+        run,
+        settings,
+        summary.get("notes", []),
+        rows,
+        found or folder,
+        "" if found else not_found(named),
+    )
     if unmade or not results.settings:
         raise SettingError(
             f"{folder} is not a finished run: "
             f"no pictures of {unmade[0] if unmade else 'any setting'} are in rows.jsonl"
         )
     return results
+
+
+def not_found(named: str) -> str:
+    """Return a note for a page whose image prompts are in a set that was not found."""
+    return f"The set {named!r} was not found: give its folder as --set to show the image prompts."
+
+
+def find_set(named: str, folder: Path) -> Path | None:
+    """Return the folder of a set that the run in `folder` names, if it is there."""
+    places = (folder / named, Path(named))
+    return next((place for place in places if place.is_dir()), None)
 
 
 def without_folders(value: Any, folder: Path, root: str = "") -> Any:

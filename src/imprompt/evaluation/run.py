@@ -31,19 +31,23 @@ from imprompt.errors import ImpromptError, SettingError, first_line
 from imprompt.evaluation.generator import Generator, reference_of
 from imprompt.evaluation.metric_encoders import PHOTO, MetricEncoder, open_judges
 from imprompt.evaluation.metrics import clip_score, cosine, diversity
+from imprompt.evaluation.names import unique_names
 from imprompt.evaluation.parts import is_complete, write_chunk, write_text
 from imprompt.evaluation.plan import Chunk, Plan, chunks_of
 from imprompt.evaluation.protocols import settings_of
+from imprompt.evaluation.results import without_folders
 from imprompt.evaluation.sets import EvaluationSet, Item, open_set, set_facts
 from imprompt.evaluation.summary import gather
 from imprompt.files import check_folder, lock_folder, refuse_inputs
 from imprompt.generation.pipeline import check_device, default_device
+from imprompt.generation.record import recorded_path
 from imprompt.generation.settings import Settings
 from imprompt.images import open_image
 from imprompt.training.endings import end_of_another
 from imprompt.untrusted import StoredTable, parse_json, read_json
 
 PATIENCE = timedelta(hours=2)  # how long processes wait for the slowest
+PLACES = ("path", "source", "base", "name")  # of what has a hash beside them in run.json
 DIGITS = 6  # decimal places of a row's numbers
 OnDone = Callable[[int, int], None]  # (finished chunks of this process, all of its chunks)
 
@@ -84,7 +88,7 @@ def evaluate(plan: Plan, on_done: OnDone | None = None) -> dict[str, Any]:
         try:
             chunks = chunks_of(plan, settings, whole.items)
             mine = chunks[ranks.process_index :: ranks.num_processes]
-            work(mine, plan, maker, Measure(judges), on_done)
+            work(mine, plan, maker, Measure(judges, whole.path), on_done)
             ranks.wait_for_everyone()
             summary = gather(plan.out, chunks, run) if ranks.is_main_process else {}
             ranks.wait_for_everyone()
@@ -115,11 +119,12 @@ def work(
 class Measure:
     """Computation of rows and embeddings of chunks.
 
-    A target is embedded once, alone, so that no number depends on what came before.
+    A target is embedded once, alone, so that no number depends on what came before. Rows name image
+    prompts from the set's folder `root`.
     """
 
-    def __init__(self, judges: Mapping[str, MetricEncoder]) -> None:
-        self.judges = judges
+    def __init__(self, judges: Mapping[str, MetricEncoder], root: Path) -> None:
+        self.judges, self.root = judges, root
         self._targets: dict[tuple[str, Path], Tensor] = {}
 
     def __call__(
@@ -144,7 +149,7 @@ class Measure:
                         "seed": seed,
                         "caption": item.caption,
                         "image": f"images/{chunk.setting.name}/{item.name}-{seed}.png",
-                        "reference": str(reference_of(item, k)),
+                        "reference": recorded_path(reference_of(item, k), self.root).as_posix(),
                         **{key: round(values[k].item(), DIGITS) for key, values in columns.items()},
                     }
                 )
@@ -185,7 +190,10 @@ def record(
     judges: Mapping[str, MetricEncoder],
     device: str,
 ) -> dict[str, Any]:
-    """Return the content of run.json: everything that the numbers depend on."""
+    """Return the content of run.json: everything that the numbers depend on.
+
+    Files and folders are named from the run's folder, or by their names alone, beside their hashes.
+    """
     import diffusers
     import transformers
 
@@ -197,7 +205,7 @@ def record(
     )
     protocol = plan.protocol.model_dump() | {"steps": resolved.steps, "guidance": resolved.guidance}
     on_gpu = device.startswith("cuda")
-    return {
+    facts = {
         "imprompt": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -211,6 +219,7 @@ def record(
         "judges": [judge.facts() for judge in judges.values()],
         "features": next((key for key in ("inception", "clip") if key in judges), None),
     }
+    return without_folders(facts, plan.out)
 
 
 class NamedJudge(StoredTable):
@@ -226,7 +235,7 @@ class NamedAdapter(StoredTable):
 
 
 class RunRecord(StoredTable):
-    """Content of run.json: what `by_name` needs of it."""
+    """Content of run.json: what `comparable` needs of it."""
 
     judges: list[NamedJudge]
     adapters: list[NamedAdapter]
@@ -255,7 +264,7 @@ def check_same(out: Path, run: Mapping[str, Any]) -> None:
             )
         return
     same_types = parse_json(json.dumps(run), lenient=True)
-    was, now = (dict(flat(by_name(one))) for one in (stored, same_types))
+    was, now = (dict(flat(comparable(one))) for one in (stored, same_types))
     changed = [
         f"{key} = {was.get(key)!r} (now {now.get(key)!r})"
         for key in {**was, **now}
@@ -267,13 +276,34 @@ def check_same(out: Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def by_name(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return run.json with its lists of judges and adapters as mappings.
+def comparable(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of run.json must be equal for a run to go on.
 
-    So a difference between two records has a short name.
+    What has a hash is known by it, wherever it is. Judges and adapters are mappings by name, so
+    that a difference between two records has a short name.
     """
-    lists = {"judges": "key", "adapters": "name"}
-    return {**run, **{part: {one[name]: one for one in run[part]} for part, name in lists.items()}}
+    by_hash = without_places(run)
+    names = {
+        "judges": [judge["key"] for judge in run["judges"]],
+        "adapters": unique_names(Path(adapter["name"]).name for adapter in run["adapters"]),
+    }
+    for part, known in names.items():
+        by_hash[part] = dict(zip(known, by_hash[part], strict=True))
+    if adapters := by_hash.get("sweep", {}).get("adapter"):
+        by_hash["sweep"]["adapter"] = [Path(name).name for name in adapters]
+    return by_hash
+
+
+def without_places(value: Any) -> Any:
+    """Return a record's values without the names and places of what has a hash."""
+    if isinstance(value, list):
+        return [without_places(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    hashed = "sha256" in value or "fingerprint" in value
+    return {
+        name: without_places(one) for name, one in value.items() if not (hashed and name in PLACES)
+    }
 
 
 def begin(out: Path, run: Mapping[str, Any]) -> FileLock:

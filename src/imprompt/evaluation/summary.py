@@ -1,6 +1,7 @@
 """Write rows.jsonl and summary.json from all chunks: means, intervals, distances."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from itertools import groupby
@@ -22,7 +23,7 @@ from imprompt.evaluation.metrics import (
 )
 from imprompt.evaluation.parts import damaged, lines_of_json, read_rows, write_text
 from imprompt.evaluation.plan import Chunk
-from imprompt.evaluation.results import Row, cluster
+from imprompt.evaluation.results import Row, Setting, cluster, without_folders
 
 
 def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str, Any]:
@@ -45,18 +46,29 @@ def gather(out: Path, chunks: Sequence[Chunk], run: dict[str, Any]) -> dict[str,
         settings.append(
             {
                 "name": setting.name,
-                "axes": dict(setting.axes),
+                "axes": without_folders(setting.axes, out),
                 "count": len(mine),
                 "items": items,
                 "metrics": metrics,
             }
         )
+    number_equal(settings)
     text = lines_of_json(rows)
     hashes = {"rows.jsonl": sha256(text.encode()).hexdigest()}
     summary = {"run": run, "settings": settings, "notes": [*notes], "sha256": hashes}
     write_text(out / "rows.jsonl", text)
     write_text(out / "summary.json", json.dumps(summary, indent=1))
     return summary
+
+
+def number_equal(settings: Sequence[Setting]) -> None:
+    """Tell adapters of equal names apart, by a number, in the axes of settings."""
+    often: Counter[str] = Counter()
+    for one in settings:
+        axes = json.dumps(one["axes"])
+        often[axes] += 1
+        if often[axes] > 1:
+            one["axes"]["adapter"] += f" ({often[axes]})"
 
 
 def of_rows(rows: Sequence[Row]) -> Iterable[tuple[str, Interval]]:
