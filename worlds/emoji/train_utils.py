@@ -163,12 +163,15 @@ class Training:
 
     def state(self, step: int) -> dict[str, Any]:
         """Return what a run needs to continue after `step` steps."""
-        names = [name for name, _ in self.modules.named_parameters()]
-        means = self.average.means if self.average else []
+        averaged = self.average.means if self.average else []
+        own = zip(self.modules.parameters(), averaged, strict=False)
+        means = {id(parameter): mean for parameter, mean in own}
+        # weights that are tied have a mean under each of their names
+        names = self.modules.named_parameters(remove_duplicate=False)
         return {
             "modules": self.modules.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "mean": dict(zip(names, means, strict=False)),
+            "mean": {name: means[id(one)] for name, one in names if id(one) in means},
             "step": step,
         }
 
