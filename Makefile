@@ -64,7 +64,8 @@ types: $(DEV_INSTALLED)
 check: lint types test
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "imprompt needs Python 3.11 or newer; say which: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "imprompt needs Python 3.11 or newer; say which: make PYTHON=python3.12")'
+	@echo "Making .venv, where everything is installed ..."
 	$(PYTHON) -m venv .venv
 	$(PIP) 'pip>=25.1'
 

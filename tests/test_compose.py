@@ -271,6 +271,16 @@ def test_features_of_a_file_are_as_the_picture(pipe: ImagePromptPipeline, tmp_pa
             {"pipeline_options": {"sigmas": [14.0, 3.0, 0.5]}},
             "a StableDiffusionPipeline refuses this call: The current scheduler class",
         ),
+        (
+            BLUE,
+            {"num_images": 3, "pipeline_options": {"latents": torch.zeros(2, 4, 16, 16)}},
+            "pipeline_options['latents']: give a tensor of one row for all, or of 3: one for each",
+        ),
+        (
+            BLUE,
+            {"pipeline_options": {"clip_skip": 99}},
+            "a StableDiffusionPipeline refuses this call: tuple index out of range",
+        ),
         (BLUE, {"num_inference_steps": 3}, "'num_inference_steps': give it as steps"),
         (BLUE, {"generator": None}, "'generator': give it as seed, a whole number"),
         (BLUE, {"num_images_per_prompt": 2}, "'num_images_per_prompt': give it as num_images"),
@@ -319,6 +329,50 @@ def test_encoded_texts_replace_words(pipe: ImagePromptPipeline) -> None:
         for number, plain in enumerate(each):
             assert difference(plain, same[number]) <= 1, number
     assert difference(each[0], each[2]) > 5
+
+
+def test_first_latents_are_those_of_each_picture(pipe: ImagePromptPipeline) -> None:
+    """In any batch, and they are what diffusers' own pipeline starts from."""
+    latents = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    settings: dict[str, Any] = QUICK | {"num_images": 3, "scale": 0.0, "guidance": 3.0}
+    own = pipe.pipeline(
+        "a cat", num_inference_steps=6, guidance_scale=3.0, num_images_per_prompt=3, latents=latents
+    ).images
+    for batch in (3, 2, 1):
+        made = pipe(
+            BLUE, "a cat", batch_size=batch, pipeline_options={"latents": latents}, **settings
+        )
+        for picture, wanted in zip(made.images, own, strict=True):
+            assert difference(picture, wanted) <= 1
+    options = {"latents": latents}
+    (last,) = pipe(BLUE, "a cat", batch_size=2, only=2, pipeline_options=options, **settings).images
+    assert difference(last, own[2]) <= 1
+    one, other, _ = pipe(
+        BLUE, "a cat", batch_size=2, pipeline_options={"latents": latents[:1]}, **settings
+    ).images
+    assert difference(one, own[0]) <= 1
+    assert difference(one, other) <= 1
+
+
+def test_clip_skip_is_diffusers_own(pipe: ImagePromptPipeline) -> None:
+    """Layers of the text encoder are left out for the text alone; its last norm stays."""
+    encoder = pipe.pipeline.text_encoder
+    names = list(encoder.state_dict())
+    made = {
+        skip: pipe(BLUE, "a cat", scale=0.0, pipeline_options={"clip_skip": skip}, **QUICK).images
+        for skip in (None, 0, 1)
+    }
+    tokens = pipe.pipeline.tokenizer(
+        "a cat", padding="max_length", max_length=24, return_tensors="pt"
+    )
+    with torch.no_grad():
+        states = encoder(tokens.input_ids, output_hidden_states=True).hidden_states
+        text = encoder.final_layer_norm(states[-2])
+    encoded = pipe(BLUE, scale=0.0, pipeline_options={"prompt_embeds": text}, **QUICK).images
+    assert difference(made[1][0], encoded[0]) == 0
+    assert difference(made[0][0], made[None][0]) == 0
+    assert difference(made[1][0], made[None][0]) > 2
+    assert list(encoder.state_dict()) == names
 
 
 @pytest.mark.parametrize("kind", ["np", "pt", "latent"])

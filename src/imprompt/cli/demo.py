@@ -32,13 +32,17 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for the sheet.")] = Path
 
     start = time.monotonic()
     check_folder(out)
+    print("Loading the packaged model ...", flush=True)
     with loading():
         quiet()
         pipeline = ImagePromptPipeline.from_pretrained("emoji", adapter="plus", controlnet="edges")
     pictures = {
         name: open_image(PACKAGED / "emoji" / name) for names in LABELS.values() for name in names
     }
-    results = [pipeline(**call, num_images=RESULTS, seed=SEED).images for call in calls(pictures)]
+    results = []
+    for label, call in zip(LABELS, calls(pictures), strict=True):
+        print(f"Making {RESULTS} pictures: {label} ...", flush=True)
+        results.append(pipeline(**call, num_images=RESULTS, seed=SEED).images)
     rows = [
         ([pictures[name] for name in names], made)
         for names, made in zip(LABELS.values(), results, strict=True)

@@ -41,12 +41,15 @@ def environment() -> dict[str, dict[str, str]]:
     """Return versions, devices and folders by name."""
     import platform
 
+    import torch
+
     return {
         "versions": {
             "imprompt": __version__,
             "python": platform.python_version(),
             "system": platform.platform(),
             **{name: version_of(name) for name in LIBRARIES},
+            "torch": torch.__version__,  # names its build for CUDA too, as its package may not
         },
         "devices": devices(),
         "folders": {name: without_user(path) for name, path in folders().items()},

@@ -36,6 +36,7 @@ TEXTS = {  # encoded text, one row for all results or one for each image prompt 
     "prompt_attention_mask": "",
     "negative_prompt_attention_mask": "",
 }
+PER_PICTURE = ("latents",)  # tensors of one row for all pictures of a call, or one for each
 
 
 def check_takes_settings(pipeline: Any) -> None:
@@ -56,7 +57,7 @@ def refusals(pipeline: Any, started: Callable[[], object]) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         if started():
             raise
         raise SettingError(
@@ -132,6 +133,33 @@ def _refused(name: str, why: str) -> SettingError:
     return SettingError(f"pipeline_options[{name!r}]: {why}")
 
 
+def check_per_picture(options: Mapping[str, Any], pictures: int) -> None:
+    """Raise SettingError unless options that are for each picture have one row, or one for each."""
+    for name in PER_PICTURE:
+        value = options.get(name)
+        if value is None or (isinstance(value, Tensor) and len(value) in (1, pictures)):
+            continue
+        raise _refused(
+            name, f"give a tensor of one row for all, or of {pictures}: one for each picture"
+        )
+
+
+def rows_for(options: Mapping[str, Any], batch: Sequence[int]) -> dict[str, Any]:
+    """Return the options for a batch of pictures; those of `PER_PICTURE` are its own rows."""
+    own = {name: options[name] for name in PER_PICTURE if options.get(name) is not None}
+    return {**options, **{name: _rows(value, batch) for name, value in own.items()}}
+
+
+def allow_clip_skip(pipeline: Any) -> None:
+    """Let a pipeline's `clip_skip` find the last norm of CLIP's text encoder.
+
+    diffusers looks for it in `text_model`, which the encoders of transformers 5 do not have.
+    """
+    encoder = getattr(pipeline, "text_encoder", None)
+    if hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model"):
+        vars(encoder)["text_model"] = encoder  # not as a submodule, which would rename its weights
+
+
 def without_texts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the options other than encoded text, and the encoded text."""
     texts = {name: value for name, value in options.items() if name in TEXTS and value is not None}
@@ -184,7 +212,7 @@ def texts_for(
 
 
 def _rows(text: Any, numbers: Sequence[int]) -> Any:
-    """Return the text of each of these image prompts, from one for all or one for each."""
+    """Return the rows of these numbers, or texts, from one for all or one for each."""
     if isinstance(text, str):
         return [text] * len(numbers)
     if isinstance(text, Tensor):

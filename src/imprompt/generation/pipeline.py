@@ -18,11 +18,14 @@ from imprompt.families.base import base_of, family_of, pipeline_family
 from imprompt.generation.engine import Engine, Seat
 from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.options import (
+    allow_clip_skip,
     check_image_guidance,
+    check_per_picture,
     check_takes_settings,
     check_texts,
     checked_options,
     refusals,
+    rows_for,
     texts_for,
     without_texts,
 )
@@ -288,6 +291,10 @@ class ImagePromptPipeline:
         extra = checked_options(pipeline_options, pipeline, options)
         rest, texts = without_texts(extra)
         check_texts(chosen, texts, len(items))
+        total = len(items) * chosen.num_images
+        check_per_picture(rest, total)
+        if rest.get("clip_skip") is not None:
+            allow_clip_skip(pipeline)
         guided = self.family.guided(self.pipeline, chosen.guidance, extra)
         if chosen.image_guidance is not None:
             separate = self.family.separate_branches
@@ -297,7 +304,6 @@ class ImagePromptPipeline:
         call = self._call(chosen, guided)
         with self.engine.outside:
             references = [self.prepare_item(item, call) for item in items]
-        total = len(items) * chosen.num_images
         rounds = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
         # a smaller last batch would be compiled again
         filled = len(rounds[0]) if self.compiled else 0
@@ -361,7 +367,7 @@ class ImagePromptPipeline:
                 guidance_scale=chosen.guidance,
                 generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
                 **followed(job.pipeline, seat, report, chosen.steps),
-                **job.options,
+                **rows_for(job.options, batch),
             )
         return images_made(result, pipeline)
 
