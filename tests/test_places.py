@@ -131,7 +131,7 @@ def test_a_run_is_shown_and_goes_on_where_it_was_moved(place: Path, tmp_path: Pa
     assert (results.pictures, results.unseen) == (there, "")
     shown = write_report(run, there).read_text()
     assert "was not found" not in shown
-    assert "cannot be read" not in shown
+    assert "could not be read" not in shown
     with pytest.raises(SettingError, match=r"--set .*none: there is no such folder"):
         read_results(run, there / "none")
 
