@@ -332,7 +332,9 @@ def _of_form(
     kv = [(layer["to_k.weight"], layer["to_v.weight"]) for layer in layers]
     more = [_beside_weights(layer) for layer in layers]
     names = header.layers if header else None
-    return AdapterFile(row, projection, kv, names, header, layout, form=own, more=more)
+    return AdapterFile(
+        row, projection, kv, names, header, layout, form=own, more=more, folder=path.parent
+    )
 
 
 def write_adapter(
