@@ -119,6 +119,7 @@ class AdapterFile:
     head_dim    width of a resampler's attention heads; None: the published one
     form        of a published adapter for a transformer; None for the family's own way
     more        tensors of every layer beside W'_k and W'_v, by the names in the form's module
+    folder      where the file was read, from which its header names folders of weights
     """
 
     variant: Variant
@@ -131,6 +132,7 @@ class AdapterFile:
     head_dim: int | None = None
     form: AttentionForm | None = None
     more: list[dict[str, Tensor]] | None = None
+    folder: Path | None = None
 
     @property
     def states(self) -> list[dict[str, Tensor]]:
@@ -268,7 +270,9 @@ def read_adapter(
         else None
     )
     parts = [{name: tensors[key] for name, key in keys.items()} for keys in lora] if lora else None
-    found = AdapterFile(row, projection, kv, names, header, layout.name, parts, head_dim)
+    found = AdapterFile(
+        row, projection, kv, names, header, layout.name, parts, head_dim, folder=file.parent
+    )
     _check_header(file, found)
     return found
 
@@ -328,7 +332,9 @@ def _of_form(
     kv = [(layer["to_k.weight"], layer["to_v.weight"]) for layer in layers]
     more = [_beside_weights(layer) for layer in layers]
     names = header.layers if header else None
-    return AdapterFile(row, projection, kv, names, header, layout, form=own, more=more)
+    return AdapterFile(
+        row, projection, kv, names, header, layout, form=own, more=more, folder=path.parent
+    )
 
 
 def write_adapter(

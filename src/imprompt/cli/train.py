@@ -49,4 +49,5 @@ def train_command(
         return
     with ProgressWatcher(plan.optimization.steps) as watcher:
         last = train(plan, watcher)
-    print(f"{last}  use it: imprompt generate IMAGE --model {plan.model} --adapter {last}")
+    encoder = f" --encoder {plan.encoder}" if plan.encoder else ""
+    print(f"{last}  use it: imprompt generate IMAGE --model {plan.model} --adapter {last}{encoder}")

@@ -1,6 +1,8 @@
 """Find and open the image encoder of an adapter, and check that they match."""
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from imprompt.errors import MismatchError, SettingError
 from imprompt.families.published import published_encoder
 from imprompt.models import KnownModel, Location, may_be_on_hub, refuse_url
 
+IN_BASE = "image_encoder"  # where a base model holds its encoder
 Encoder = VisionEncoder | CachedFeatures | FaceFeatures
 
 
@@ -104,13 +107,25 @@ def given_place(name: str) -> Location:
 def place_of(file: Any, model: KnownModel) -> Location:
     """Return where an adapter file's encoder is, by its header, the base model or its width.
 
-    Raise MismatchError if none of them states it.
+    A header names folders from the run that wrote the adapter, in a folder of its own. One that is
+    not here, and was a base model's, is that of the base model here. Raise MismatchError if nothing
+    states the encoder, or it is not here.
     """
     if file.header is not None and file.header.encoder:
-        return Location.parse(file.header.encoder)
+        named = Location.parse(file.header.encoder)
+        if named.repo.startswith(".") and file.folder is not None:
+            places = [os.path.abspath(file.folder / up / named.repo) for up in ("..", ".")]
+            named = replace(named, repo=next(filter(os.path.isdir, places), named.repo))
+        if not named.on_hub or may_be_on_hub(named.repo):
+            return named
+        if (named.path or Path(named.repo).name) != IN_BASE:
+            raise MismatchError(
+                f"this adapter reads the image encoder {file.header.encoder}, a folder that is not "
+                "here: give it with encoder="
+            )
     base, _ = model.base.fetch_folder()
-    if (Path(base) / "image_encoder").is_dir():
-        return Location(str(Path(base) / "image_encoder"))
+    if (Path(base) / IN_BASE).is_dir():
+        return Location(str(Path(base) / IN_BASE))
     known = published_encoder(file.variant.feature, file.feature_dim)
     if known is None or not known.alone:
         raise MismatchError(

@@ -7,12 +7,14 @@ fingerprints, so that another machine finds them again or says which changed.
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from imprompt.errors import SettingError
 from imprompt.files import sha256
 from imprompt.generation.references import PictureFile
+from imprompt.models import Location
 from imprompt.untrusted import parse_json
 
 # field of a request -> beginnings of the names of the weights that it changes
@@ -56,6 +58,12 @@ def recorded_name(name: str, out: Path) -> str:
         return name
     path = recorded_path(Path(name), out).as_posix()
     return path if path.startswith("..") else f"./{path}"
+
+
+def recorded_location(text: str, out: Path) -> str:
+    """Return the location of weights, in the form of `Location`, as a file in `out` names it."""
+    place = Location.parse(text)
+    return str(replace(place, repo=recorded_name(place.repo, out))) if place.repo else text
 
 
 def find_picture(file: PictureFile, folder: Path) -> PictureFile:

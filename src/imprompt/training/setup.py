@@ -18,6 +18,7 @@ from imprompt.encoders.face import Face
 from imprompt.errors import ImpromptError, SettingError
 from imprompt.families.base import base_of, family_of
 from imprompt.files import check_folder
+from imprompt.generation.record import recorded_location, recorded_name
 from imprompt.training.augmented import SampleReader
 from imprompt.training.batches import Composer, RankSlice
 from imprompt.training.data_pipeline import (
@@ -120,8 +121,8 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
         reader, recipe.data, recipe.seed, share, recipe.optimization.batch_size, compose
     )
     origin = Origin(
-        base=recipe.model,
-        encoder=identity["encoder"],
+        base=recorded_name(recipe.model, recipe.output),
+        encoder=recorded_location(identity["encoder"], recipe.output),
         encoder_fingerprint=identity["encoder_fingerprint"],
         faces=identity.get("face_encoder", ""),
         prediction_type=objective.prediction_type,
