@@ -184,7 +184,7 @@ class IPAdapter(nn.Module):
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
         tokens, dtype = injection.widen(tokens), injection.dtype
         keys, values = [], []
-        for kv, size in zip(self.image_kv, self.conditioned(injection.sizes).values(), strict=True):
+        for kv, size in zip(self.image_kv, injection.sizes_of(self.form).values(), strict=True):
             key, value = kv(tokens, size.heads)
             keys.append(key.to(dtype))
             values.append(value.to(dtype))

@@ -146,6 +146,11 @@ def width(shapes: Shapes, key: str) -> int:
     return tuple(shapes.get(key) or (0,))[-1]
 
 
+def by_linear(shapes: Shapes) -> tuple[int, int]:
+    """Return (N, D) of a linear projection: it gives N·D, its norm has the width D."""
+    return shapes["proj.weight"][0] // shapes["norm.weight"][0], shapes["norm.weight"][0]
+
+
 def by_norm(shapes: Shapes) -> tuple[int, int]:
     """Return (N, D) of a face projection: its last layer gives N·D, its norm has the width D."""
     return shapes["proj.2.weight"][0] // shapes["norm.weight"][0], shapes["norm.weight"][0]
@@ -179,10 +184,7 @@ VARIANTS = (  # they read features of the whole picture
         ImageProjection,
         "proj.weight",
         "proj.weight",
-        lambda shapes: (
-            shapes["proj.weight"][0] // shapes["norm.weight"][0],
-            shapes["norm.weight"][0],
-        ),
+        by_linear,
         equivalent_to=("light", "light-v11"),
     ),
     Variant(
@@ -299,10 +301,7 @@ TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkp
         TransposedProjection,
         "proj.weight",
         "proj.weight",
-        lambda shapes: (
-            shapes["proj.weight"][0] // shapes["norm.weight"][0],
-            shapes["norm.weight"][0],
-        ),
+        by_linear,
         lambda _: False,
     ),
 )

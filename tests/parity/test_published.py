@@ -4,6 +4,7 @@ The reference is diffusers where it has the adapter, else attention written out 
 formula.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from imprompt.checkpoints.adapters import (
     write_adapter,
 )
 from imprompt.checkpoints.published import module_tensors, published_layout
+from imprompt.cli.adapters import LayoutName
 from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import find_family
 from imprompt.families.forms import FORMS
@@ -306,6 +308,18 @@ def test_hunyuandit_is_the_official_formula(tmp_path: Path) -> None:
         torch.testing.assert_close(kind.ours(), answer(theirs, kind.inputs), **CLOSE)
 
 
+def test_a_copied_prompt_is_heard_as_its_original(kind: Kind) -> None:
+    """Its form is another object, equal to the one of a prompt beside it."""
+    adapter = kind.adapter
+    with torch.no_grad(), adapter.attached(kind.model):
+        one, other = (adapter.prompt(adapter.tokens(kind.embedding), scale=x) for x in (0.7, 0.3))
+        outs = []
+        for second in (other, other._replace(form=replace(other.form))):
+            with adapter.using(one, second):
+                outs.append(answer(kind.model, kind.inputs))
+    assert torch.equal(*outs)
+
+
 def test_forms_of_several_adapters_join_in_one_call(tmp_path: Path) -> None:
     """XLabs' and InstantX' prompts together: each alone is what it is with the other at 0."""
     (tmp_path / "one").mkdir()
@@ -383,4 +397,5 @@ def test_sizes_are_those_of_the_published_files(
 
 def test_every_layout_and_form_is_tested() -> None:
     assert {row.form for row in PUBLISHED_LAYOUTS} == FORMS.keys()
+    assert {row.name for row in PUBLISHED_LAYOUTS} < {layout.value for layout in LayoutName}
     assert {name.split()[0] for name in KINDS} == FORMS.keys()

@@ -22,18 +22,20 @@ Masks = dict[int, list[Tensor | None]]  # by L, of each prompt: (R or 1, 1, L, 1
 Weights = dict[int, Tensor]  # (layers, P, R or 1, 1, L or 1, 1) by L; without masks, only key 0
 
 
-def check_prompt(prompt: Any, layers: Mapping[str, Any]) -> None:
-    """Raise MismatchError unless `prompt` is an image prompt for these layers of a model."""
+def check_prompt(prompt: Any, layers_of: Callable[[Any], Collection[str]]) -> None:
+    """Raise MismatchError unless `prompt` is an image prompt for a model's layers.
+
+    layers_of  gives those that a published form, or None, conditions
+    """
     if not isinstance(prompt, ImagePrompt):
         raise MismatchError(
             f"{KEY} takes what adapter.prompt(...) gives, or a list of that; "
             f"this is a {type(prompt).__name__}"
         )
-    own = layers if prompt.form is None else prompt.form.of(layers)
-    if len(prompt.keys) != len(own):
+    if len(prompt.keys) != (layers := len(layers_of(prompt.form))):
         raise MismatchError(
             f"the image prompt was made for {len(prompt.keys)} cross-attentions; "
-            f"this model has {len(own)}"
+            f"this model has {layers}"
         )
 
 
@@ -168,18 +170,16 @@ def low_ranks_of(prompts: Sequence[ImagePrompt]) -> tuple[LowRank, ...]:
     return tuple(map(summed, zip(*parts.values(), strict=True)))
 
 
-def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None,
-             positive_first: bool = False) -> ImagePrompt:  # fmt: skip
+def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> ImagePrompt:
     """Return the prompt for the rows of a call, after a check of its sizes.
 
-    positive        whether a call with one branch of guidance is the positive one; None if the
-                    family does not know
-    positive_first  whether a call with both branches has the positive one first
+    positive  whether a call with one branch of guidance is the positive one; None if the family
+              does not know
     """
     alone = prompt.branches == 2 and prompt.rows in (2, 2 * call.rows) and call.rows != prompt.rows
     if positive is not None and alone:
         prompt = prompt.branch(-1 if positive else 0)
-    elif positive_first and prompt.branches == 2:
+    elif call.positive_first and prompt.branches == 2:
         prompt = prompt.with_branches((-1, 0))._replace(branches=1)
     check_rows(prompt, call.rows)
     return prompt

@@ -70,6 +70,7 @@ class ModelInjection(ABC):
         self.arguments = positional_names(model)
         self.layers = family.layers(model)
         self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
+        self.of_forms: dict[Any, dict[str, LayerSize]] = {}  # sizes by published form
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
         self.hooks: list[Any] = []
         self.local = threading.local()
@@ -134,6 +135,22 @@ class ModelInjection(ABC):
         stored: torch.dtype = next(next(iter(self.layers.values())).parameters()).dtype
         return stored if stored.itemsize > 1 else self.computes_in
 
+    def sizes_of(self, form: Any) -> Mapping[str, LayerSize]:
+        """Return the sizes, by name, of the layers that adapters of a published form condition.
+
+        These are all layers for None. Raise MismatchError if the form is for other models.
+        """
+        if form is None:
+            return self.sizes
+        if form not in self.of_forms:
+            if self.family.name not in form.families:
+                raise MismatchError(
+                    f"the image prompt is of an adapter for {', '.join(form.families)}; "
+                    f"this model is of the {self.family.name} family"
+                )
+            self.of_forms[form] = form.of(self.sizes)
+        return self.of_forms[form]
+
     def widen(self, tokens: Tensor) -> Tensor:
         """Return image tokens (B, N, D) as wide as the text that the layers read."""
         return tokens
@@ -188,12 +205,7 @@ class ModelInjection(ABC):
         if prompts is None:
             return self.idle((args, kwargs))
         for prompt in prompts:
-            check_prompt(prompt, self.layers)
-            if prompt.form is not None and self.family.name not in prompt.form.families:
-                raise MismatchError(
-                    f"the image prompt is of an adapter for {', '.join(prompt.form.families)}; "
-                    f"this model is of the {self.family.name} family"
-                )
+            check_prompt(prompt, self.sizes_of)
             check_low_rank(prompt, self.originals)
         low_rank = any(prompt.low_rank for prompt in prompts)
         attentions = self.attentions()
@@ -216,11 +228,7 @@ class ModelInjection(ABC):
                 )
             positive = scope.positive(call) if scope is not None else None
         return self.hand_over(
-            (args, kwargs),
-            call,
-            tuple(
-                for_rows(prompt, call, positive, self.family.positive_first) for prompt in prompts
-            ),
+            (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )
 
     def check_time(self, call: ModelCall, scope: Scope | None, scale: Tensor) -> None:

@@ -245,16 +245,12 @@ def read_adapter(
             f"{some(tensors) or 'no tensors'}"
         )
     check_plain(file, tensors)
+    tensors = original_spelling(tensors, layout.projection)
+    projection = _under(layout.projection, tensors)
     if (header := _read_header(file, metadata)) and header.form:
-        found = _read_ours(file, layout, tensors, header)
+        found = _read_ours(file, layout, tensors, projection, header)
         _check_header(file, found)
         return found
-    tensors = original_spelling(tensors, layout.projection)
-    projection = {
-        key.removeprefix(layout.projection): tensors[key]
-        for key in tensors
-        if key.startswith(layout.projection)
-    }
     shapes, layers = shapes_of(tensors), _layer_labels(layout, tensors, header)
     seen = CheckpointEvidence(
         shapes_of(projection), layout.has_lora(tensors), text_dim(layout, layers, shapes)
@@ -297,21 +293,20 @@ def _beside_weights(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in layer.items() if name not in matrices}
 
 
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose keys have that prefix, by their keys without it."""
+    return {key.removeprefix(prefix): one for key, one in tensors.items() if key.startswith(prefix)}
+
+
 def _read_ours(
-    path: Path, layout: layouts.Layout, tensors: dict[str, Tensor], header: Header
+    path: Path,
+    layout: layouts.Layout,
+    tensors: dict[str, Tensor],
+    projection: dict[str, Tensor],
+    header: Header,
 ) -> AdapterFile:
     """Return the contents of a file of a published form in the imprompt layout."""
-    projection = {
-        key.removeprefix(layout.projection): tensor
-        for key, tensor in tensors.items()
-        if key.startswith(layout.projection)
-    }
-    layers: list[dict[str, Tensor]] = []
-    for name in header.layers:
-        prefix = OURS.format(layer=name)
-        layers.append(
-            {k.removeprefix(prefix): one for k, one in tensors.items() if k.startswith(prefix)}
-        )
+    layers = [_under(OURS.format(layer=name), tensors) for name in header.layers]
     if len(projection) + sum(map(len, layers)) != len(tensors):
         raise CheckpointError(f"{path} has tensors of layers that its header does not name")
     return _of_form(path, header.form, header.variant, projection, layers, layout.name, header)
@@ -357,33 +352,22 @@ def write_adapter(
         return
     form = layouts.layout_to_write(layout, path.suffix)
     if file.form is not None:
-        _write_ours(path, file, form, layers)
-        return
+        if form.numbered:
+            own = " or ".join(row.name for row in PUBLISHED_LAYOUTS if row.form == file.form.name)
+            raise CheckpointError(f"the {form.name} layout cannot hold it: write imprompt or {own}")
+        layers = layers and [*file.form.of(dict.fromkeys(layers))]
     header = file.header if form.numbered else _named_header(file, layers)
     labels = header.layers if header and not form.numbered else numbered_layers(len(file.kv))
     tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
     for label, pair in zip(labels, file.kv, strict=True):
         tensors |= {form.key(label, part): tensor for part, tensor in zip("kv", pair, strict=True)}
+    for label, more in zip(labels if file.more else (), file.more or (), strict=True):
+        tensors |= {OURS.format(layer=label) + name: tensor for name, tensor in more.items()}
     for label, parts in zip(
         form.attentions(labels) if file.lora else (), file.lora or (), strict=True
     ):
         tensors |= {key: parts[name] for name, key in form.lora_keys(label).items()}
     write_tensors(path, tensors, {METADATA_KEY: header.as_json()} if header else {})
-
-
-def _write_ours(
-    path: Path, file: AdapterFile, form: layouts.Layout, layers: Sequence[str] | None
-) -> None:
-    """Write an adapter of a published form in the imprompt layout."""
-    assert file.form is not None
-    if form.numbered:
-        own = " or ".join(row.name for row in PUBLISHED_LAYOUTS if row.form == file.form.name)
-        raise CheckpointError(f"the {form.name} layout cannot hold it: write imprompt or {own}")
-    header = _named_header(file, layers and [*file.form.of(dict.fromkeys(layers))])
-    tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
-    for name, states in zip(header.layers, file.states, strict=True):
-        tensors |= {OURS.format(layer=name) + key: tensor for key, tensor in states.items()}
-    write_tensors(path, tensors, {METADATA_KEY: header.as_json()})
 
 
 def load_adapter(

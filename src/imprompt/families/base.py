@@ -53,6 +53,7 @@ class ModelCall(NamedTuple):
               from noise to the picture; between two points it is the later one
     grids     gives the sizes, rows and columns, in which layers see the latents; of a video the
               number of frames stands before them
+    positive_first  whether a call with both branches of guidance has the positive one first
     """
 
     given: Mapping[str, Any]
@@ -60,6 +61,7 @@ class ModelCall(NamedTuple):
     text: Tensor
     place: Callable[[int], Tensor]
     grids: Callable[[], Sequence[tuple[int, ...]]]
+    positive_first: bool = False
 
 
 class Tasks(NamedTuple):
@@ -100,6 +102,10 @@ class Injection(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Precision that the layers compute in."""
+        ...
+
+    def sizes_of(self, form: Any) -> Mapping[str, LayerSize]:
+        """Return the sizes of the layers that adapters of a published form, or None, condition."""
         ...
 
     def widen(self, tokens: Tensor) -> Tensor:

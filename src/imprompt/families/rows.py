@@ -14,7 +14,13 @@ from torch import Tensor
 
 from imprompt.families.base import Conditions, Tasks, TaskTable
 from imprompt.families.processor import Layout, Taps
-from imprompt.families.transformers import Given, Training, TransformerFamily, TransformerRow
+from imprompt.families.transformers import (
+    Given,
+    Training,
+    TransformerFamily,
+    TransformerRow,
+    projection_of,
+)
 
 GUIDANCE = 3.5  # input of guidance-distilled models in training, as in diffusers' scripts
 TIMESTEPS = 1000  # into which models that are given sigma divide their time
@@ -164,7 +170,7 @@ JOINT_INPUTS = ("to_q", "to_qkv_mlp_proj", "img_qkv_proj")
 
 def own_width(layer: Any) -> int:
     """Return the width of the rows that a joint attention reads, picture and text."""
-    return next(getattr(layer, name) for name in JOINT_INPUTS if hasattr(layer, name)).in_features
+    return projection_of(layer, JOINT_INPUTS).in_features
 
 
 # --- Training.

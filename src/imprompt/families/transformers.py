@@ -37,7 +37,7 @@ from imprompt.families.processor import (
 )
 from imprompt.prompt import KEY, ImagePrompt
 
-QUERIES = ("to_q", "to_query")
+QUERIES, KEYS, VALUES = ("to_q", "to_query"), ("to_k", "to_key"), ("to_v", "to_value")
 Given = Mapping[str, Any]  # arguments of a call of the model, by name
 
 
@@ -180,15 +180,14 @@ class TransformerInjection(ModelInjection):
         if not prompts:
             return arguments
         grid, rows = self.picture(call)
-        forms = {prompt.form: None for prompt in prompts}
-        for form in forms:
-            self.condition([one for one in prompts if one.form is form], form, call, grid, rows)
+        for form in dict.fromkeys(prompt.form for prompt in prompts):
+            self.condition([one for one in prompts if one.form == form], form, call, grid, rows)
         return arguments
 
     def condition(self, prompts: Sequence[ImagePrompt], form: AttentionForm | None, call: ModelCall,
                   grid: tuple[int, ...], rows: Mapping[str, slice | Tensor]) -> None:  # fmt: skip
         """Set the conditioning of the layers of a form by its prompts."""
-        sizes = self.sizes if form is None else form.of(self.sizes)
+        sizes = self.sizes_of(form)
         for prompt in prompts:
             check_widths(prompt, sizes)
         dtype = prompts[0].keys[0].dtype
@@ -269,17 +268,17 @@ class TransformerFamily(Family):
         """Return the sizes of a layer; the text's width is the row's or that of its W_k."""
         width = self.row.text_width
         heads = getattr(layer, "heads", None) or layer.num_heads
-        query = next((getattr(layer, name) for name in QUERIES if hasattr(layer, name)), None)
+        query = projection_of(layer, QUERIES)
         inner = layer.inner_dim if query is None else query.out_features
-        return LayerSize(
-            key_layer(layer).in_features if width is None else width(layer), inner, heads
-        )
+        text = projection_of(layer, KEYS).in_features if width is None else width(layer)
+        return LayerSize(text, inner, heads)
 
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
         """Start from the layer's own W_k and W_v if it reads text, else with a small W'_v."""
-        if self.row.text_width is None and key.shape == key_layer(layer).weight.shape:
-            key.copy_(key_layer(layer).weight.data)
-            value.copy_(value_layer(layer).weight.data)
+        own = None if self.row.text_width else projection_of(layer, KEYS).weight.data
+        if own is not None and key.shape == own.shape:
+            key.copy_(own)
+            value.copy_(projection_of(layer, VALUES).weight.data)
         else:
             value.mul_(1e-2)
 
@@ -299,6 +298,7 @@ class TransformerFamily(Family):
             text,
             lambda points: schedule_place(progress(torch.as_tensor(timestep), timesteps), points),
             lambda: [self.row.grid(original(model), given)],
+            self.row.positive_first,
         )
 
     def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:  # noqa: ARG002
@@ -341,11 +341,6 @@ class TransformerFamily(Family):
         return self.row.native_latents(config)
 
 
-def key_layer(layer: Any) -> Any:
-    """Return the projection W_k of an attention."""
-    return layer.to_k if hasattr(layer, "to_k") else layer.to_key
-
-
-def value_layer(layer: Any) -> Any:
-    """Return the projection W_v of an attention."""
-    return layer.to_v if hasattr(layer, "to_v") else layer.to_value
+def projection_of(layer: Any, names: Sequence[str]) -> Any:
+    """Return the first projection of an attention that has one of these names; None if none."""
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)

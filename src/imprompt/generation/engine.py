@@ -77,9 +77,7 @@ class Seat:
         timestep = given[engine.family.arguments[1]]
         prompts = [self.progress.at_this_step(one, timestep) for one in self.scope.prompts]
         try:
-            prompts = [
-                for_rows(prompt, call, positive, engine.family.positive_first) for prompt in prompts
-            ]
+            prompts = [for_rows(prompt, call, positive) for prompt in prompts]
         except MismatchError as error:
             rows = max(prompt.rows for prompt in self.scope.prompts)
             raise MismatchError(

@@ -9,6 +9,8 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imprompt.adapter import ImageProjection
+
 
 class FullProjection(nn.Module):
     """Projection of the full variant: every patch becomes one image token, (B, P, E) -> (B, P, D).
@@ -36,25 +38,12 @@ class FullProjection(nn.Module):
         return self.proj(features)
 
 
-class TransposedProjection(nn.Module):
+class TransposedProjection(ImageProjection):
     """Projection of HunyuanDiT's adapter: an image embedding (B, E) to N image tokens (B, N, D).
 
     The embedding is brought to unit length. The linear layer gives (B, D, N): a token's numbers are
     not next to each other.
     """
-
-    def __init__(self, embedding_dim: int, token_dim: int, tokens: int = 8) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.proj = nn.Linear(embedding_dim, tokens * token_dim)
-        self.norm = nn.LayerNorm(token_dim)
-
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
-        """Build a projection for tensors of these shapes, by their names in this module."""
-        rows, embedding_dim = shapes["proj.weight"]
-        (token_dim,) = shapes["norm.weight"]
-        return cls(embedding_dim, token_dim, rows // token_dim)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Project an image embedding (B, E) to image tokens (B, N, D)."""
