@@ -8,10 +8,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 
 from imprompt.attention.conditioning import (
     check_low_rank,
@@ -28,6 +30,22 @@ from imprompt.prompt import KEY, ImagePrompt
 SLACK = 2  # timesteps by which the first and the last of a schedule may differ from the model's
 FINE = 2**20  # points of a table fine enough to distinguish the times of calls
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a hook of a model out of the graph that `torch.compile` makes of that model.
+
+    PyTorch calls hooks outside that graph, but would make another graph of each: a call's values,
+    such as a picture's sizes, could then not be read. In a larger graph that contains the model's
+    call, the hook is traced.
+    """
+    untraced = torch.compiler.disable(hook)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (hook if torch.compiler.is_compiling() else untraced)(*args, **kwargs)
+
+    skip_code(run.__code__)
+    return wraps(hook)(run)
 
 
 class Scope:
@@ -197,6 +215,7 @@ class ModelInjection(ABC):
         """Return the arguments of a call by name."""
         return dict(zip(self.arguments[: len(args)], args, strict=True)) | dict(kwargs)
 
+    @outside_graphs
     def before_call(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Arguments:
@@ -255,6 +274,7 @@ class ModelInjection(ABC):
                 "ImagePromptPipeline, which asks the scheduler, or another scheduler"
             )
 
+    @outside_graphs
     def after_call(self, model: nn.Module, _args: Any, out: Any) -> Any:
         """Finish the call, even if it failed, as the model's forward hook."""
         self.release(model, out is not None)

@@ -159,6 +159,7 @@ class Family(ABC):
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     trains = True  # whether adapters for it can be trained
+    compiles = "whole"  # as one graph; else its "blocks" are one each, or it compiles in "parts"
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     no_words: str | None = None  # the negative text that its pipelines need where none is given

@@ -381,6 +381,7 @@ ROWS = {
         reads=("encoder_attention_mask",),
         text_width=own_width,
         separate_branches=True,
+        compiles="blocks",
     ),
     "lumina-next": TransformerRow(
         model="LuminaNextDiT2DModel",
@@ -429,6 +430,7 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes",),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask", "img_mask"),
+        compiles="blocks",
     ),
     "z-image": TransformerRow(
         model="ZImageTransformer2DModel",
@@ -467,6 +469,7 @@ ROWS = {
         text_arguments=(
             *("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"),
         ),
+        compiles="parts",
     ),
     "cogview4": TransformerRow(
         model="CogView4Transformer2DModel",

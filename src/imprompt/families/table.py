@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from imprompt.families.base import Family, families
 
-HEAD = ("family", "class", "guidance", "train", "ImagePromptPipeline", "with adapter.using")
+HEAD = (
+    "family",
+    "class",
+    "guidance",
+    "train",
+    "compiles",
+    "ImagePromptPipeline",
+    "with adapter.using",
+)
 KINDS = ("text", "image", "inpaint")
 
 
@@ -20,6 +28,7 @@ class FamilyLine(NamedTuple):
 
     guidance  how its pipelines run the branches of guidance
     train     whether `imprompt train` makes adapters for it
+    compiles  what `torch.compile` makes one graph of
     whole     pipelines that `ImagePromptPipeline` takes
     attached  pipelines of the class that are called by the user, in `with adapter.using(...)`
     """
@@ -28,6 +37,7 @@ class FamilyLine(NamedTuple):
     model: str
     guidance: str
     train: str
+    compiles: str
     whole: tuple[str, ...]
     attached: tuple[str, ...]
 
@@ -44,6 +54,7 @@ def family_lines() -> Iterator[FamilyLine]:
                 model,
                 guidance_of(family),
                 "yes" if family.trains else "not yet",
+                family.compiles,
                 tuple(name for name in whole if name in found.get(model, ())),
                 tuple(others),
             )
@@ -99,6 +110,7 @@ def as_markdown() -> str:
             f"`{line.model}`",
             line.guidance,
             line.train,
+            line.compiles,
             named(line.whole),
             named(line.attached),
         )

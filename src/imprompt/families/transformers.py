@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,8 @@ class TransformerRow:
     call_options       what its pipelines are always called with
     negative           option of a pipeline's call that turns on a negative branch when above 1
     training           what training needs; None if it is not supported
+    compiles           "whole": `torch.compile` makes one graph of the model; "blocks": of each kind
+                       of its blocks; "parts": of neither, because of the class's own code
     """
 
     model: str
@@ -117,6 +119,7 @@ class TransformerRow:
     call_options: Mapping[str, Any] = field(default_factory=dict)
     negative: str = "guidance_scale"
     training: Training | None = None
+    compiles: Literal["whole", "blocks", "parts"] = "whole"
 
 
 class TransformerInjection(ModelInjection):
@@ -244,7 +247,7 @@ class TransformerFamily(Family):
         self.text_arguments = row.text_arguments
         self.separate_branches = row.separate_branches
         self.positive_first = row.positive_first
-        self.trains = row.training is not None
+        self.trains, self.compiles = row.training is not None, row.compiles
         self.pattern = re.compile(row.layers)
 
     @property

@@ -28,21 +28,30 @@ MISSING = {  # PyTorch's error -> what compiling needs, and what to do
     "CppCompileError": "a C++ compiler with Python's headers: install g++ and python3-dev",
     "TritonMissing": "Triton, and it is not installed: pip install triton",
 }
+WITHOUT = {  # how a class compiles that cannot be one graph -> what a user can compile
+    "blocks": "each of its blocks",
+    "parts": "it, without fullgraph,",
+}
 
 
 def compile_base(model: nn.Module, **options: Any) -> None:
     """Compile the forward pass of `model` at its first call; `options` as for `torch.compile`.
 
     On a GPU it runs as CUDA graphs. Another size, batch or number of prompts is compiled again, at
-    most GRAPHS times; after that it runs uncompiled. Raise SettingError, at that first call, where
-    compiling is not possible.
+    most GRAPHS times; after that it runs uncompiled. Raise SettingError if the class cannot be one
+    graph, or, at that first call, where compiling is not possible.
     """
+    family = family_of(model)
+    if family.compiles != "whole":
+        raise SettingError(
+            f"a {type(model).__name__} cannot be compiled as one graph: leave compile out, or call "
+            f"torch.compile on {WITHOUT[family.compiles]} yourself"
+        )
     if os.environ.get(CACHE) in (None, default_cache_dir()):  # PyTorch writes its own choice there
         os.environ[CACHE] = str(cache_root() / "compiled")
     graphs = next(model.parameters()).device.type == "cuda"
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     forward: Any = model.forward
-    family = family_of(model)
     latents, names = family.arguments[0], positional_names(model)
     chosen: dict[str, Any] = ({"mode": "reduce-overhead"} if graphs else {}) | options
     run = torch.compile(forward, fullgraph=True, **chosen)
@@ -57,7 +66,7 @@ def compile_base(model: nn.Module, **options: Any) -> None:
             return forward(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         # some pipelines use another memory layout, which would compile a new graph
-        given[latents] = given[latents].contiguous()
+        given[latents] = tree_map_only(Tensor, Tensor.contiguous, given[latents])
         try:
             out = run(**given)
         except FailOnRecompileLimitHit:
