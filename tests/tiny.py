@@ -350,16 +350,16 @@ def tiny_t5() -> dict[str, Any]:
         return {"tokenizer": tokenizer, "text_encoder": freeze(T5EncoderModel(config))}
 
 
-def tiny_vae(shift: float | None = None) -> AutoencoderKL:
-    """Two pixels a latent."""
+def tiny_vae(shift: float | None = None, channels: int = 4, halvings: int = 1) -> AutoencoderKL:
+    """Two pixels a latent, or twice that for each further halving."""
     with seeded(6):
         return freeze(
             AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                block_out_channels=(8, 16),
+                down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+                up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
+                block_out_channels=(8,) * halvings + (16,),
                 norm_num_groups=4,
-                latent_channels=4,
+                latent_channels=channels,
                 shift_factor=shift,
             )
         )

@@ -173,6 +173,8 @@ def low_ranks_of(prompts: Sequence[ImagePrompt]) -> tuple[LowRank, ...]:
 def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> ImagePrompt:
     """Return the prompt for the rows of a call, after a check of its sizes.
 
+    A call with three branches repeats the positive one: perturbed-attention guidance.
+
     positive  whether a call with one branch of guidance is the positive one; None if the family
               does not know
     """
@@ -181,6 +183,8 @@ def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> Ima
         prompt = prompt.branch(-1 if positive else 0)
     elif call.positive_first and prompt.branches == 2:
         prompt = prompt.with_branches((-1, 0))._replace(branches=1)
+    elif prompt.branches == 2 and 2 * call.rows == 3 * prompt.rows:
+        prompt = prompt.with_branches((0, -1, -1))._replace(branches=1)
     check_rows(prompt, call.rows)
     return prompt
 

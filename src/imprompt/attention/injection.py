@@ -58,6 +58,19 @@ class Scope:
         self.text_in_thirds = CachedValue()
         self.texts: list[Tensor] = []  # of this picture's branches, the positive one first
         self.place: Tensor | None = None  # of the picture's first call
+        self.rows = 0  # of the largest call
+
+    def branch(self, call: ModelCall, separate: bool) -> bool | None:
+        """Return whether a call with one branch of guidance is the positive one.
+
+        separate  whether pipelines of the family run each branch in a separate call; else None
+                  is returned, but for a call with half the rows of one with both branches: that is
+                  the positive branch alone, where guidance ended early or a layer is skipped
+        """
+        if separate:
+            return self.positive(call)
+        self.rows = max(self.rows, call.rows)
+        return True if 2 * call.rows == self.rows else None
 
     def positive(self, call: ModelCall) -> bool:
         """Return whether a call with one branch of guidance is the positive one.
@@ -245,7 +258,8 @@ class ModelInjection(ABC):
                     "calls: "
                     "give image prompts by `with adapter.using(prompt):`"
                 )
-            positive = scope.positive(call) if scope is not None else None
+        if scope is not None:
+            positive = scope.branch(call, self.family.separate_branches)
         return self.hand_over(
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )

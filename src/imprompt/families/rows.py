@@ -6,6 +6,8 @@ places.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -60,16 +62,18 @@ def patches(model: Any, given: Given) -> tuple[int, ...]:
 
 
 def by_ids(ids: Tensor) -> tuple[int, ...]:
-    """Return the grid from the ids (I, 3 or 4) of rows: time, row, column.
-
-    Reference pictures follow with another time.
-    """
+    """Return the grid from the ids (I, 3 or 4) of rows: time, row, column."""
     ids = ids[0] if ids.ndim == 3 else ids
     if ids.is_meta:
         return 1, len(ids)  # the values are not known: an estimate needs their number alone
-    own = ids[ids[:, 0] == ids[0, 0]]
+    own = ids[of_picture(ids)]
     sides = own.amax(0) - own.amin(0) + 1
     return int(sides[1]), int(sides[2])
+
+
+def of_picture(ids: Tensor) -> Tensor:
+    """Return which rows (I,) of ids are the picture's: reference pictures have a later time."""
+    return ids[:, 0] == ids[:, 0].min()
 
 
 def image_ids(_model: Any, given: Given) -> tuple[int, ...]:
@@ -88,9 +92,15 @@ def marked(_model: Any, given: Given) -> tuple[int, ...]:
 
 
 def by_shapes(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of packed latents from the sizes (F, h, w) of each item's pictures."""
-    first = given["img_shapes"][0]
-    return tuple(first[0] if isinstance(first, list) else first)
+    """Return the grid of packed latents from the sizes (F, h, w) of each item's pictures.
+
+    The first is made and the others are references; where layers are made, all but the last are.
+    """
+    own = given["img_shapes"][0]
+    if not isinstance(own, list):
+        return tuple(own)
+    layers = len(own) - 1 if given.get("additional_t_cond") is not None else 1
+    return layers * own[0][0], *own[0][1:]
 
 
 def list_patches(_model: Any, given: Given) -> tuple[int, ...]:
@@ -107,8 +117,24 @@ def last_channels(model: Any, given: Given) -> tuple[int, ...]:
 
 
 def by_sizes(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of a packed video (B, F·h·w, C) from its sizes."""
-    return given["num_frames"], given["height"], given["width"]
+    """Return the grid of a packed video (B, F·h·w, C) from its coordinates, else its sizes."""
+    if given.get("video_coords") is None:
+        return given["num_frames"], given["height"], given["width"]
+    return own_frames(given["video_coords"])[1]
+
+
+def own_frames(coordinates: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Return where a video's own places begin, and their grid, from coordinates (B, 3, places).
+
+    Frames that it is conditioned on stand before or after its own: the longest run of frames in
+    order of time is the video.
+    """
+    frame = [len(one.unique()) for one in coordinates[0, 1:]]
+    times = coordinates[0, 0, :: prod(frame)]
+    breaks = (times.diff() <= 0).nonzero().flatten() + 1
+    bounds = [0, *breaks.tolist(), len(times)]
+    count, begin = max((end - start, start) for start, end in pairwise(bounds))
+    return begin * prod(frame), (count, *frame)
 
 
 # --- Which rows of a query belong to the picture; `count` is the number of its places.
@@ -125,9 +151,15 @@ def last(_name: str, _given: Given, count: int) -> slice:
 
 
 def after_text(name: str, given: Given, count: int) -> slice:
-    """Return the rows after the text in blocks of one stream, else the first; references follow."""
-    double = name.startswith("transformer_blocks") and given.get("img_ids") is not None
-    start = 0 if double else given["encoder_hidden_states"].shape[1]
+    """Return the rows after the text in blocks of one stream, else the first.
+
+    References follow, or stand before them.
+    """
+    ids = given["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    start = 0 if ids.is_meta else int(of_picture(ids).int().argmax())
+    if not name.startswith("transformer_blocks"):
+        start += given["encoder_hidden_states"].shape[1]
     return slice(start, start + count)
 
 
@@ -135,6 +167,13 @@ def after_own_text(_name: str, given: Given, count: int) -> Tensor:
     """Return the indices (B, I) of rows after each item's own text, whose mask tells its length."""
     lengths = given["encoder_attention_mask"].sum(1, keepdim=True).long()
     return lengths + torch.arange(count, device=lengths.device)
+
+
+def own_places(_name: str, given: Given, count: int) -> slice:
+    """Return the rows of a video's own places: see `own_frames`."""
+    coordinates = given.get("video_coords")
+    start = 0 if coordinates is None else own_frames(coordinates)[0]
+    return slice(start, start + count)
 
 
 def where_marked(_name: str, given: Given, count: int) -> Tensor:
@@ -324,6 +363,7 @@ ROWS = {
         grid=patches,
         progress=by_timestep,
         text_width=own_width,
+        skips="skip_layers",
         pipelines=three_tasks("StableDiffusion3"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
         text_tokens=77 + 256,
@@ -390,6 +430,7 @@ ROWS = {
         taps=tapped("norm_q", "BLD", None),
         grid=patches,
         progress=by_progress,
+        positive_first=True,
         shared=("image_rotary_emb",),
         text_arguments=("encoder_hidden_states", "encoder_mask"),
     ),
@@ -554,7 +595,8 @@ ROWS = {
         taps=tapped("norm_q", "BLD"),
         grid=by_sizes,
         progress=by_timestep,
-        picture=first,
+        picture=own_places,
+        reads=("video_coords",),
     ),
     "cosmos": TransformerRow(
         model="CosmosTransformer3DModel",

@@ -72,6 +72,7 @@ class TransformerRow:
     picture            (layer's name, arguments, number of the picture's places) -> which rows of
                        the query belong to the picture
     reads              arguments whose values, not shapes, `grid` and `picture` read
+    skips              argument that holds the numbers of blocks that a call leaves out
     arguments          names of latents, timestep and text in the forward pass
     channel            keyword by which the model passes arguments to its attentions, if it does
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
@@ -101,6 +102,7 @@ class TransformerRow:
     progress: Callable[[Tensor, int], Tensor]
     picture: Callable[[str, Given, int], slice | Tensor] = lambda *_: slice(None)
     reads: tuple[str, ...] = ()
+    skips: str = ""
     arguments: tuple[str, str, str] = ("hidden_states", "timestep", "encoder_hidden_states")
     channel: str | None = None
     text_width: Callable[[Any], int] | None = None
@@ -200,6 +202,8 @@ class TransformerInjection(ModelInjection):
         images = images_of(prompts)
         whole = form is not None and form.all_rows and not masks
         for number, name in enumerate(sizes):
+            if block_number(name) in (call.given.get(self.row.skips) or ()):
+                continue
             own = slice(None) if whole else rows[name]
             processor = self.processors[name]
             made = LayerConditioning(images[number], weights[number], own, form)
@@ -299,7 +303,7 @@ class TransformerFamily(Family):
             given,
             len(latents),
             text,
-            lambda points: schedule_place(progress(torch.as_tensor(timestep), timesteps), points),
+            lambda points: schedule_place(progress(of_rows(timestep), timesteps), points),
             lambda: [self.row.grid(original(model), given)],
             self.row.positive_first,
         )
@@ -342,6 +346,21 @@ class TransformerFamily(Family):
     def native_latents(self, config: Given) -> int:
         """Return the side of the pictures in latents, as the row states it."""
         return self.row.native_latents(config)
+
+
+def of_rows(timestep: Any) -> Tensor:
+    """Return the time () or (B,) of a call from a timestep that may be given for every place.
+
+    Places of a picture that is given, such as a video's first frame, are told an earlier time than
+    those that are made: a row's time is that of its noisiest place, which has the largest value.
+    """
+    time = torch.as_tensor(timestep)
+    return time.flatten(1).amax(1) if time.ndim > 1 else time
+
+
+def block_number(name: str) -> int:
+    """Return the number in a layer's name of the block that holds it."""
+    return int(next(part for part in name.split(".") if part.isdecimal()))
 
 
 def projection_of(layer: Any, names: Sequence[str]) -> Any:

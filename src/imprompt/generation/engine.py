@@ -73,7 +73,7 @@ class Seat:
         engine = self.engine
         call = engine.family.call(engine.model, given, engine.injection.timesteps)
         separate = engine.family.separate_branches
-        positive = self.scope.positive(call) if separate and self.scope.prompts else None
+        positive = self.scope.branch(call, separate) if self.scope.prompts else None
         timestep = given[engine.family.arguments[1]]
         prompts = [self.progress.at_this_step(one, timestep) for one in self.scope.prompts]
         try:
