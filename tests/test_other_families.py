@@ -14,59 +14,27 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from imprompt import ImagePromptPipeline, Reference
-from imprompt.adapter import ImageProjection, IPAdapter
-from imprompt.checkpoints.adapters import adapter_file, read_adapter, write_adapter
+from imprompt.checkpoints.adapters import read_adapter
 from imprompt.errors import SettingError
 from imprompt.evaluation.plan import Plan
 from imprompt.evaluation.protocols import Protocol
 from imprompt.evaluation.run import evaluate
-from imprompt.families.base import base_of, family_of
 from imprompt.training.estimate import estimate_run
 from imprompt.training.loop import train
-from imprompt.variants import find_variant
 from tests.judges import tiny_clip
 from tests.runs import losses, picture_folder, recipe
-from tests.tiny import FEATURE_DIMS, OTHERS, seeded, tiny_encoder
+from tests.tiny import OTHERS
+from tests.tiny_pipelines import Saved
 
 SIZE = {"width": 24, "height": 32, "steps": 3}
 RED, BLUE = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
-
-
-class Saved:
-    """A model of one family in a folder, its image encoder and an adapter for it."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name, self.model, self.file = name, folder / "model", folder / "adapter.safetensors"
-        pipeline: Any = OTHERS[name]()
-        pipeline.save_pretrained(self.model)
-        encoder = tiny_encoder()
-        encoder.model.save_pretrained(self.model / "image_encoder")
-        encoder.processor.save_pretrained(self.model / "image_encoder")
-        base = base_of(pipeline)
-        family = family_of(base)
-        layers = family.layers(base)
-        width = family.size(next(iter(layers.values()))).text
-        with seeded(3):
-            adapter = IPAdapter.for_model(base, ImageProjection(FEATURE_DIMS["pooled"], width))
-            for parameter in adapter.image_kv.parameters():
-                parameter.data.normal_(std=0.5)
-        write_adapter(self.file, adapter_file(adapter, find_variant("base"), list(layers)))
-
-    def pipeline(self, **options: Any) -> ImagePromptPipeline:
-        return ImagePromptPipeline.from_pretrained(
-            str(self.model),
-            adapter=self.file,
-            encoder=self.model / "image_encoder",
-            device="cpu",
-            **options,
-        )
 
 
 @pytest.fixture(scope="module", params=OTHERS)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     if request.param == "kolors":
         pytest.importorskip("sentencepiece")
-    return Saved(tmp_path_factory.mktemp(request.param), request.param)
+    return Saved(tmp_path_factory.mktemp(request.param), request.param, OTHERS[request.param]())
 
 
 def guided(saved: Saved) -> dict[str, Any]:

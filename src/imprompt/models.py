@@ -131,15 +131,18 @@ class KnownAdapter:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A named base model; its first adapter is the default."""
+    """A named base model; its first adapter is the default.
+
+    steps, guidance  None: the defaults of its pipeline
+    """
 
     name: str
     about: str
     base: Location
     adapters: Mapping[str, KnownAdapter] = field(default_factory=dict)
     controlnets: Mapping[str, Location] = field(default_factory=dict)
-    steps: int = 50
-    guidance: float = 7.5
+    steps: int | None = None
+    guidance: float | None = None
 
 
 IP = "h94/IP-Adapter"
@@ -212,6 +215,8 @@ MODELS = {
                 faceid_plus_v2=("faceid-plusv2_{}", VIT_H),
                 portrait=("faceid-portrait-v11_{}", None),
             ),
+            steps=50,
+            guidance=7.5,
         ),
         KnownModel(
             "sdxl",
@@ -231,6 +236,8 @@ MODELS = {
                 portrait=("faceid-portrait_{}", None),
                 portrait_unnorm=("faceid-portrait_{}_unnorm", None),
             ),
+            steps=50,
+            guidance=7.5,
         ),
     )
 }

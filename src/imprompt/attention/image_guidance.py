@@ -54,6 +54,8 @@ def in_thirds(family: Family, given: Mapping[str, Any], kept: CachedValue) -> di
             middle = 0 if name in family.text_arguments else half
             return torch.cat([tensor[:half], tensor[middle : middle + half], tensor[half:]])
 
+        if name in family.shared:
+            return value
         if name == text and not value.is_inference():
             return kept.get(lambda _: ([value], None), lambda: parts(value))
         return tree_map_only(Tensor, parts, value)

@@ -163,6 +163,8 @@ class Family(ABC):
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     no_words: str | None = None  # the negative text that its pipelines need where none is given
+    guidance = "guidance_scale"  # option of their calls that takes the guidance scale
+    one_text = False  # whether another text in a batch changes a picture, as texts are padded to it
 
     def __reduce__(self) -> Any:
         """Copy and pickle the family by name: there is one object of each family."""

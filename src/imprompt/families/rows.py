@@ -281,6 +281,11 @@ def sd3_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions)
     }
 
 
+def text_alone(*names: str) -> Mapping[str, TaskTable]:
+    """Return the tasks of pipelines that start from text alone."""
+    return {f"{name}Pipeline": TaskTable(Tasks(f"{name}Pipeline", "", "")) for name in names}
+
+
 def three_tasks(name: str) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that are named in diffusers' usual way."""
     kinds = (f"{name}{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
@@ -318,10 +323,7 @@ ROWS = {
         taps=tapped("to_q", "BLD"),
         grid=patches,
         progress=by_timestep,
-        pipelines={
-            f"PixArt{kind}Pipeline": TaskTable(Tasks(f"PixArt{kind}Pipeline", "", ""))
-            for kind in ("Alpha", "Sigma")
-        },
+        pipelines=text_alone("PixArtAlpha", "PixArtSigma"),
         text_tokens=300,
         grain=2,
         pixel_grain=8,
@@ -379,11 +381,27 @@ ROWS = {
             },
         ),
     ),
-    "chroma": flux_like("ChromaTransformer2DModel", channel=JOINT),
+    "chroma": flux_like(
+        "ChromaTransformer2DModel",
+        channel=JOINT,
+        pipelines=three_tasks("Chroma"),
+        text_tokens=512,
+    ),
     "bria": flux_like("BriaTransformer2DModel", channel=PLAIN, progress=by_timestep),
     "ovis": flux_like("OvisImageTransformer2DModel", channel=JOINT),
     "longcat": flux_like("LongCatImageTransformer2DModel"),
-    "flux2": flux_like("Flux2Transformer2DModel", channel=JOINT, taps=tapped("norm_q", "BLHd")),
+    "flux2": flux_like(
+        "Flux2Transformer2DModel",
+        channel=JOINT,
+        taps=tapped("norm_q", "BLHd"),
+        pipelines={
+            **text_alone("Flux2"),
+            "Flux2KleinPipeline": TaskTable(
+                Tasks("Flux2KleinPipeline", "", "Flux2KleinInpaintPipeline")
+            ),
+        },
+        text_tokens=512,
+    ),
     "flux3": flux_like(
         "Flux3Transformer2DModel",
         channel=PLAIN,
@@ -397,6 +415,10 @@ ROWS = {
         taps=normed("BLD"),
         grid=patches,
         progress=by_timestep,
+        pipelines=text_alone("Sana"),
+        text_tokens=300,
+        pixel_grain=32,
+        call_options={"use_resolution_binning": False},
     ),
     "hunyuandit": TransformerRow(
         model="HunyuanDiT2DModel",
@@ -409,6 +431,10 @@ ROWS = {
             *("encoder_hidden_states", "text_embedding_mask"),
             *("encoder_hidden_states_t5", "text_embedding_mask_t5"),
         ),
+        pipelines=text_alone("HunyuanDiT"),
+        grain=2,
+        pixel_grain=16,
+        call_options={"use_resolution_binning": False},
     ),
     "lumina2": TransformerRow(
         model="Lumina2Transformer2DModel",
@@ -422,6 +448,9 @@ ROWS = {
         text_width=own_width,
         separate_branches=True,
         compiles="blocks",
+        pipelines=text_alone("Lumina2"),
+        text_tokens=256,
+        grain=2,
     ),
     "lumina-next": TransformerRow(
         model="LuminaNextDiT2DModel",
@@ -443,6 +472,10 @@ ROWS = {
         progress=by_sigma,
         picture=last,
         text_width=own_width,
+        pipelines=text_alone("AuraFlow"),
+        text_tokens=256,
+        grain=2,
+        native_latents=lambda _config: 128,
     ),
     "qwen-image": TransformerRow(
         model="QwenImageTransformer2DModel",
@@ -457,6 +490,11 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes", "txt_seq_lens"),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
+        pipelines=three_tasks("QwenImage"),
+        text_tokens=512,
+        grain=2,
+        guidance="true_cfg_scale",
+        negative="true_cfg_scale",
     ),
     "qwen-image-2.1": TransformerRow(
         model="QwenImage21Transformer2DModel",
@@ -486,6 +524,10 @@ ROWS = {
         positive_first=True,
         lists=("x", "cap_feats"),
         text_arguments=("cap_feats",),
+        pipelines=three_tasks("ZImage"),
+        text_tokens=512,
+        grain=2,
+        unguided=0.0,
     ),
     "wan": TransformerRow(
         model="WanTransformer3DModel",
@@ -522,6 +564,11 @@ ROWS = {
         picture=last,
         text_width=own_width,
         separate_branches=True,
+        pipelines=text_alone("CogView4"),
+        text_tokens=1024,
+        pixel_grain=16,
+        grain=2,
+        one_text=True,
     ),
     "hunyuan-image": TransformerRow(
         model="HunyuanImageTransformer2DModel",

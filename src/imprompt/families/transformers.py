@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from math import prod
 from typing import Any, Literal
 
@@ -89,7 +90,12 @@ class TransformerRow:
     pixel_grain        and, in pixels, of this, whatever the VAE
     native_latents     of a configuration: side, in latents, of the pictures that it was made for
     call_options       what its pipelines are always called with
-    negative           option of a pipeline's call that turns on a negative branch when above 1
+    guidance           option of a pipeline's call that takes the guidance scale
+    negative           option of a pipeline's call that turns on a negative branch when above
+                       `unguided`, in pipelines that take a negative text and are not distilled
+    unguided           its largest value without a negative branch
+    one_text           whether pipelines pad the texts of a batch to the longest, and do not mask
+                       that, so that a picture depends on the other texts of its batch
     training           what training needs; None if it is not supported
     compiles           "whole": `torch.compile` makes one graph of the model; "blocks": of each kind
                        of its blocks; "parts": of neither, because of the class's own code
@@ -119,7 +125,10 @@ class TransformerRow:
     pixel_grain: int = 1
     native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
     call_options: Mapping[str, Any] = field(default_factory=dict)
+    guidance: str = "guidance_scale"
     negative: str = "guidance_scale"
+    unguided: float = 1.0
+    one_text: bool = False
     training: Training | None = None
     compiles: Literal["whole", "blocks", "parts"] = "whole"
 
@@ -249,6 +258,7 @@ class TransformerFamily(Family):
         self.shared, self.lists, self.alone = row.shared, row.lists, row.alone
         self.channel, self.arguments = row.channel, row.arguments
         self.text_arguments = row.text_arguments
+        self.guidance, self.one_text = row.guidance, row.one_text
         self.separate_branches = row.separate_branches
         self.positive_first = row.positive_first
         self.trains, self.compiles = row.training is not None, row.compiles
@@ -308,9 +318,15 @@ class TransformerFamily(Family):
             self.row.positive_first,
         )
 
-    def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:  # noqa: ARG002
-        """Return whether the row's option turns on a negative branch."""
-        return {"guidance_scale": guidance, **options}.get(self.row.negative, 1) > 1
+    def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:
+        """Return whether the row's option turns on a negative branch, if the pipeline has one."""
+        takes = {"negative_prompt", "negative_prompt_embeds"} & {
+            *signature(pipeline.__call__).parameters
+        }
+        if not takes or pipeline.config.get("is_distilled"):
+            return False
+        value = {self.row.guidance: guidance, **options}.get(self.row.negative)
+        return value is not None and value > self.row.unguided
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the text part of `Conditions`, as the row encodes it."""

@@ -99,14 +99,17 @@ def matches(pattern: str, layer: str) -> bool:
     )
 
 
+# parts of a model that it runs in another order than they are registered in
+ORDER = {"down": 0, "mid": 1, "up": 2}
+
+
 def transformers(layers: Iterable[str]) -> list[str]:
     """Return the transformers that contain the layers, such as "mid_block.attentions.0".
 
     They are in the order in which the model runs them.
     """
     found = dict.fromkeys(layer.split(".transformer_blocks.")[0] for layer in layers)
-    # down, mid, up; registered as down, up, mid
-    return sorted(found, key=lambda name: name.split("_")[0])
+    return sorted(found, key=lambda name: ORDER.get(name.split("_")[0], 0))
 
 
 def preset_for(name: str, layers: Sequence[str]) -> Strengths:

@@ -13,8 +13,7 @@ import copy
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from imprompt.attention.image_guidance import in_halves, in_thirds
 from imprompt.attention.injection import Scope
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
-from imprompt.families.base import Family, Injection, nested_shapes, original
+from imprompt.families.base import Family, Injection, original
 from imprompt.generation.schedule import SchedulerProgress
 from imprompt.prompt import ImagePrompt, stack
 
@@ -64,7 +63,7 @@ class Seat:
         else:
             thirds = in_thirds(self.engine.family, given, self.scope.text_in_thirds)
             out = in_halves(self.run(thirds), scale)
-        return SimpleNamespace(sample=out) if whole else (out,)
+        return SeatOutput(out) if whole else (out,)
 
     def run(self, given: dict[str, Any]) -> Tensor:
         """Run one call, conditioned on the image prompts."""
@@ -95,7 +94,7 @@ class Seat:
             if name == family.arguments[1]:
                 return None  # each row has its own timestep
             if name in family.lists and value is not None:
-                return nested_shapes(value[0])
+                return entry_key(value[0])
             if isinstance(value, Mapping):
                 return tuple((key, part(own, key)) for key, own in sorted(value.items()))
             if isinstance(value, list | tuple):
@@ -126,6 +125,19 @@ class Seat:
         """Leave the engine's batches and take the lock: what follows is after the sampling loop."""
         self.engine.leave(self)
         self.keep_others_out()
+
+
+def entry_key(value: Any) -> Hashable:
+    """Return what must be equal in two entries of a list: shapes of tensors, values of the rest."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return tuple(map(entry_key, value)) if isinstance(value, list | tuple) else value
+
+
+class SeatOutput(NamedTuple):
+    """Output of a seat, read by name or by index as diffusers' own."""
+
+    sample: Any
 
 
 class SeatCall:

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from imprompt.errors import SettingError, first_line
+from imprompt.families.base import Family
 from imprompt.generation.settings import OWN_NAMES, Resolved
 from imprompt.validation import suggestions
 
-# what a pipeline must take, to be called with settings
-NEEDED = ("prompt", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "generator")
+# what a pipeline must take besides its guidance, to be called with settings
+NEEDED = ("prompt", "num_images_per_prompt", "num_inference_steps", "generator")
+# what pipelines call their guidance scale
+GUIDANCES = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
 REFUSED = {  # argument -> why it is not passed on
     "return_dict": "a call always returns a Result",
     "ip_adapter_image": "the call's first argument takes image prompts",
@@ -31,6 +34,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 TEXTS = {  # encoded text, one row for all results or one for each image prompt -> what it replaces
     "prompt_embeds": "prompt",
     "negative_prompt_embeds": "negative_prompt",
+    "prompt_embeds_mask": "",
+    "negative_prompt_embeds_mask": "",
     "pooled_prompt_embeds": "",
     "negative_pooled_prompt_embeds": "",
     "prompt_attention_mask": "",
@@ -39,10 +44,13 @@ TEXTS = {  # encoded text, one row for all results or one for each image prompt 
 PER_PICTURE = ("latents",)  # tensors of one row for all pictures of a call, or one for each
 
 
-def check_takes_settings(pipeline: Any) -> None:
-    """Raise SettingError if a pipeline cannot be called with the settings of a call."""
+def check_takes_settings(pipeline: Any, guidance: str) -> None:
+    """Raise SettingError if a pipeline cannot be called with the settings of a call.
+
+    guidance  its option for the guidance scale
+    """
     takes = inspect.signature(pipeline.__call__).parameters
-    if missing := [name for name in NEEDED if name not in takes]:
+    if missing := [name for name in (*NEEDED, guidance) if name not in takes]:
         raise SettingError(
             f"a {type(pipeline).__name__} does not take {' and '.join(missing)}, so that settings "
             "do not reach it: call it yourself in `with adapter.using(prompt):` (docs/ecosystem.md)"
@@ -66,21 +74,23 @@ def refusals(pipeline: Any, started: Callable[[], object]) -> Iterator[None]:
 
 
 def checked_options(
-    given: Mapping[str, Any] | None, pipeline: Any, ours: Mapping[str, Any]
+    given: Mapping[str, Any] | None, pipeline: Any, ours: Mapping[str, Any], guidance: str
 ) -> dict[str, Any]:
     """Return the `pipeline_options` of a call, checked; SettingError.
 
-    ours  options that the call itself gives the pipeline, such as its first picture
+    ours      options that the call itself gives the pipeline, such as its first picture
+    guidance  the pipeline's option for the guidance scale
     """
     options = dict(given or {})
     takes = inspect.signature(pipeline.__call__).parameters
+    own = {name: ours for name, ours in OWN_NAMES.items() if ours != "guidance"}
+    own[guidance] = "guidance"
     for name in options:
         if name not in takes:
-            raise _refused(
-                name, f"a {type(pipeline).__name__} has no such option{suggestions(name, takes)}"
-            )
-        if name in OWN_NAMES:
-            raise _refused(name, f"give it as {OWN_NAMES[name]}")
+            other = "; give guidance" if name in GUIDANCES else suggestions(name, takes)
+            raise _refused(name, f"a {type(pipeline).__name__} has no such option{other}")
+        if name in own:
+            raise _refused(name, f"give it as {own[name]}")
         if name in REFUSED:
             raise _refused(name, f"{REFUSED[name]}: leave it out")
         if name in ours:
@@ -90,13 +100,17 @@ def checked_options(
 
 
 def check_image_guidance(settings: Resolved, pipeline: Any, options: Mapping[str, Any], *,
-                         guided: bool, separate: bool) -> None:  # fmt: skip
+                         guided: bool, family: Family) -> None:  # fmt: skip
     """Raise SettingError if a call's image guidance cannot be applied.
 
-    guided    whether the call has the text's guidance
-    separate  whether the pipeline runs each branch of guidance in a separate call
+    guided  whether the call has the text's guidance
     """
-    if separate:
+    if family.positive_first:
+        raise SettingError(
+            "image_guidance needs the negative branch of guidance first; a "
+            f"{type(pipeline).__name__} runs it last: leave it out"
+        )
+    if family.separate_branches:
         raise SettingError(
             "image_guidance needs both branches of guidance in one call; a "
             f"{type(pipeline).__name__} runs them in separate calls: leave it out"
@@ -166,11 +180,15 @@ def without_texts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Te
     return {name: value for name, value in options.items() if name not in TEXTS}, texts
 
 
-def check_texts(settings: Resolved, encoded: Mapping[str, Any], items: int) -> None:
+def check_texts(settings: Resolved, encoded: Mapping[str, Any], items: int, pipeline: Any) -> None:
     """Raise SettingError unless there is one text for all image prompts or one for each.
+
+    A negative text is refused where the pipeline takes none.
 
     encoded  texts among the `pipeline_options`
     """
+    if settings.negative_prompt and not takes_negative(pipeline):
+        raise SettingError(f"a {type(pipeline).__name__} takes no negative_prompt: leave it out")
     for name, replaces in TEXTS.items():
         if name not in encoded:
             continue
@@ -185,6 +203,11 @@ def check_texts(settings: Resolved, encoded: Mapping[str, Any], items: int) -> N
             f"{len(settings.prompt)} texts for {items} image prompts: give one for all, or one for "
             "each"
         )
+
+
+def takes_negative(pipeline: Any) -> bool:
+    """Return whether a pipeline's call takes a negative text in words."""
+    return "negative_prompt" in inspect.signature(pipeline.__call__).parameters
 
 
 def texts_for(

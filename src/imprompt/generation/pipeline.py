@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 from pathlib import Path
 from secrets import randbelow
 from typing import Any, NamedTuple, Self, Unpack
@@ -26,6 +27,7 @@ from imprompt.generation.options import (
     checked_options,
     refusals,
     rows_for,
+    takes_negative,
     texts_for,
     without_texts,
 )
@@ -93,10 +95,10 @@ class ImagePromptPipeline:
         """
         several = [adapters] if isinstance(adapters, Attached) else list(adapters)
         self.pipeline = pipeline
-        check_takes_settings(pipeline)
-        check_scheduler(pipeline.scheduler)
         base = base_of(pipeline)
         self.family = family_of(base)
+        check_takes_settings(pipeline, self.family.guidance)
+        check_scheduler(pipeline.scheduler)
         self.engine = Engine(base, self.family, several[0].adapter.injection)
         self.engine.injection.timesteps = pipeline.scheduler.config.num_train_timesteps
         self.adapters = {attached.name: attached for attached in several}
@@ -174,8 +176,7 @@ class ImagePromptPipeline:
             savers.place(pipeline, *(one.adapter for one in attached))
         if device.startswith("cuda") and offload is None:
             for part in (base_of(pipeline), pipeline.vae):
-                # the layout that low-precision convolutions read
-                part.to(memory_format=torch.channels_last)
+                convolve_in_channels_last(part)
         if net is not None:
             savers.to_device(net)
         made = cls(pipeline, attached, model=known, controlnet=net, compile=compile, savers=savers)
@@ -288,22 +289,22 @@ class ImagePromptPipeline:
         pipeline, options = task(
             self.pipeline, start, chosen, self.controlnet if control else None, self.savers
         )
-        extra = checked_options(pipeline_options, pipeline, options)
+        extra = checked_options(pipeline_options, pipeline, options, self.family.guidance)
         rest, texts = without_texts(extra)
-        check_texts(chosen, texts, len(items))
+        check_texts(chosen, texts, len(items), pipeline)
         total = len(items) * chosen.num_images
         check_per_picture(rest, total)
         if rest.get("clip_skip") is not None:
             allow_clip_skip(pipeline)
-        guided = self.family.guided(self.pipeline, chosen.guidance, extra)
+        guided = self.family.guided(pipeline, chosen.guidance, extra)
         if chosen.image_guidance is not None:
-            separate = self.family.separate_branches
-            check_image_guidance(chosen, pipeline, extra, guided=guided, separate=separate)
+            check_image_guidance(chosen, pipeline, extra, guided=guided, family=self.family)
         for item in items:
-            self.check(item)
+            self.check(item, guided)
         call = self._call(chosen, guided)
         with self.engine.outside:
             references = [self.prepare_item(item, call) for item in items]
+        batch_size = self.largest_batch(chosen, batch_size)
         rounds = [range(i, min(i + batch_size, total)) for i in range(0, total, batch_size)]
         # a smaller last batch would be compiled again
         filled = len(rounds[0]) if self.compiled else 0
@@ -357,19 +358,30 @@ class ImagePromptPipeline:
         order = BRANCHES if chosen.image_guidance is not None else (0, -1) if job.guided else (-1,)
         prompts = prompts_for([job.references[i // chosen.num_images] for i in batch], order)
         seat = Seat(self.engine, prompts, chosen.image_guidance)
+        words = job.guided and takes_negative(job.pipeline)
+        no_words = self.family.no_words if words else None
         with (
             self.engine.request(job.pipeline, seat) as pipeline,
             refusals(pipeline, lambda: seat.calls),
         ):
             result = pipeline(
-                **texts_for(chosen, job.texts, batch, self.family.no_words if job.guided else None),
+                **texts_for(chosen, job.texts, batch, no_words),
                 num_inference_steps=chosen.steps,
-                guidance_scale=chosen.guidance,
+                **{self.family.guidance: chosen.guidance},
                 generator=[torch.Generator().manual_seed(chosen.seed + i) for i in batch],
                 **followed(job.pipeline, seat, report, chosen.steps),
                 **rows_for(job.options, batch),
             )
         return images_made(result, pipeline)
+
+    def largest_batch(self, settings: Resolved, wanted: int) -> int:
+        """Return a size of batches in which no picture changes by the others' texts.
+
+        wanted  the size that was asked for
+        """
+        if not self.family.one_text or isinstance(settings.prompt, str):
+            return wanted
+        return gcd(settings.num_images, wanted)
 
     def _call(self, settings: Resolved, guided: bool) -> CallContext:
         unit, timesteps = (
@@ -381,12 +393,19 @@ class ImagePromptPipeline:
             guided, settings.scale, settings.overlap, size, timesteps, settings.seed, {}
         )
 
-    def check(self, item: Item) -> None:
+    def check(self, item: Item, guided: bool) -> None:
         """Raise SettingError if a reference asks for what the pipeline cannot do.
 
         It is called before anything is encoded.
+
+        guided  whether the call has a negative branch
         """
         for reference in item:
+            if reference.negative is not None and not guided:
+                raise SettingError(
+                    "negative: guidance moves away from this picture, and this call of a "
+                    f"{type(self.pipeline).__name__} has none: raise it, or leave negative out"
+                )
             if reference.adapter is not None and reference.adapter not in self.adapters:
                 raise SettingError(
                     f"no adapter {reference.adapter!r} is attached; there are "
@@ -412,7 +431,8 @@ class ImagePromptPipeline:
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Return the settings with every default filled in; SettingError.
 
-        Defaults are the model's steps, guidance and size, and a random seed.
+        Defaults are the model's steps and guidance, else its pipeline's, its size, and a random
+        seed.
         """
         unit = self.family.side_unit(self.pipeline)
         native = self.family.native_side(self.pipeline)
@@ -428,8 +448,16 @@ class ImagePromptPipeline:
             "width": width,
             "height": height,
         }
-        given = {name: value for name, value in settings.model_dump().items() if value is not None}
-        resolved = Resolved.model_validate({"seed": randbelow(2**31), **own, **given})
+        takes = inspect.signature(self.pipeline.__call__).parameters
+        usual = {
+            "seed": randbelow(2**31),
+            "steps": takes["num_inference_steps"].default,
+            "guidance": takes[self.family.guidance].default,
+        }
+        chosen: dict[str, Any] = {}
+        for values in (usual, own, settings.model_dump()):
+            chosen |= {name: value for name, value in values.items() if value is not None}
+        resolved = Resolved.model_validate(chosen)
         for name, value in (("width", resolved.width), ("height", resolved.height)):
             if value % unit:
                 near = (value // unit * unit, (value // unit + 1) * unit)
@@ -455,12 +483,13 @@ def prompts_for(
 
 def images_made(result: Any, pipeline: Any) -> Any:
     """Return the pictures that a pipeline made; MismatchError if it makes something else."""
-    if not hasattr(result, "images"):
-        raise MismatchError(
-            f"a {type(pipeline).__name__} gives {' and '.join(result)}, not images: call it "
-            "yourself in `with adapter.using(prompt):` (docs/ecosystem.md)"
-        )
-    return result.images
+    for name in ("images", "image"):
+        if hasattr(result, name):
+            return getattr(result, name)
+    raise MismatchError(
+        f"a {type(pipeline).__name__} gives {' and '.join(result)}, not images: call it "
+        "yourself in `with adapter.using(prompt):` (docs/ecosystem.md)"
+    )
 
 
 def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
@@ -474,6 +503,13 @@ def keep_outside(made: Image.Image, start: InputImages) -> Image.Image:
         picture.resize(made.size, Image.Resampling.LANCZOS) for picture in (start.init, start.mask)
     )
     return Image.composite(made, first, mask)
+
+
+def convolve_in_channels_last(part: Any) -> None:
+    """Store a model's weights of 2-D convolutions in the layout that low precision reads."""
+    for weight in part.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def store_of(place: str | Path | Store | None) -> Store | None:

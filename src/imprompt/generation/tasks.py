@@ -18,7 +18,7 @@ from imprompt.generation.settings import Resolved
 from imprompt.models import KnownModel, Location, load_weights, may_be_on_hub, refuse_url
 
 # parameters of a pipeline's constructor that are not components
-FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+FLAGS = ("requires_safety_checker", "force_zeros_for_empty_prompt", "is_distilled")
 
 
 class InputImages(NamedTuple):
@@ -47,7 +47,6 @@ def task(
             "mask_image marks what to redraw of a picture: give that picture as init_image"
         )
     if start.init is None:
-        control = "image"  # the name by which each of these pipelines takes it
         kind, options = "text", {}
     else:
         if int(settings.steps * settings.strength) < 1:
@@ -55,20 +54,21 @@ def task(
                 f"strength {settings.strength} of {settings.steps} steps leaves no step to run: "
                 "raise either"
             )
-        control = "control_image"
         kind, options = (
             "image",
             {"image": resized_to(start.init, settings), "strength": settings.strength},
         )
         if start.mask is not None:
             kind, options = "inpaint", options | {"mask_image": resized_to(start.mask, settings)}
-    if start.control is not None:
-        options |= {
-            control: resized_to(start.control, settings),
-            "controlnet_conditioning_scale": settings.control_scale,
-        }
     chosen = as_pipeline(pipeline, kind, controlnet, savers)
     takes = inspect.signature(chosen.__call__).parameters
+    if start.control is not None:
+        options |= {
+            "control_image" if "control_image" in takes else "image": resized_to(
+                start.control, settings
+            ),
+            "controlnet_conditioning_scale": settings.control_scale,
+        }
     size = {"width": settings.width, "height": settings.height}
     return chosen, options | {name: side for name, side in size.items() if name in takes}
 
