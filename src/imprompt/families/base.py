@@ -221,6 +221,13 @@ class Family(ABC):
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one sample's `Conditions` for a text of that many tokens."""
 
+    def mu(self, config: Mapping[str, Any], latents: Tensor) -> float:
+        """Return μ, by which timesteps are shifted for latents (B, C, h, w), as in sampling.
+
+        config  of a scheduler with `use_dynamic_shifting`
+        """
+        return mu_by_places(config, latents)
+
     def text_length(self, config: Mapping[str, Any]) -> int:
         """Return the number of text tokens that its pipelines encode.
 
@@ -275,6 +282,17 @@ class Family(ABC):
     def known_by_text(self, width: int) -> str:
         """Return " (the model)" whose text has that width, or an empty string."""
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
+
+
+def mu_by_places(config: Mapping[str, Any], latents: Tensor) -> float:
+    """Return diffusers' usual μ for latents (B, C, h, w) that are packed by 2 × 2.
+
+    It is linear in the number of their places, from `base_shift` to `max_shift`.
+    """
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    places = latents.shape[-2] // 2 * (latents.shape[-1] // 2)
+    return low + (high - low) * (places - few) / (many - few)
 
 
 def nested_shapes(value: Any) -> Any:
