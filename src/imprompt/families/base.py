@@ -159,6 +159,8 @@ class Family(ABC):
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     trains = True  # whether adapters for it can be trained
+    # classes of saved pipelines that adapters can be trained for, besides those of `pipelines`
+    trained_pipelines: tuple[str, ...] = ()
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     no_words: str | None = None  # the negative text that its pipelines need where none is given
@@ -346,10 +348,15 @@ def base_of(pipeline: Any) -> Any:
     )
 
 
-def pipeline_family(kind: str) -> Family:
-    """Return the family that a class of pipelines belongs to; SettingError if none."""
+def pipeline_family(kind: str, *, trained: bool = False) -> Family:
+    """Return the family that a class of pipelines belongs to; SettingError if none.
+
+    trained  whether those count too that adapters are only trained for
+    """
+    names: list[str] = []
     for known in families():
-        if kind in known.pipelines:
+        own = [*known.pipelines, *(known.trained_pipelines if trained else ())]
+        if kind in own:
             return known
-    names = [name for known in families() for name in known.pipelines]
+        names += own
     raise SettingError(f"image prompts are supported for {', '.join(names)}; this is a {kind}")

@@ -47,6 +47,19 @@ def by_progress(time: Tensor, _timesteps: int) -> Tensor:
     return time
 
 
+# --- Time, of the scheduler's timestep, as the model is told it.
+
+
+def sigma_of(timestep: Tensor) -> Tensor:
+    """Return sigma, from 0, the picture, to 1, noise."""
+    return timestep / TIMESTEPS
+
+
+def progress_of(timestep: Tensor) -> Tensor:
+    """Return the progress, from 0, noise, to 1, the picture."""
+    return 1 - timestep / TIMESTEPS
+
+
 # --- Grids: rows and columns of the picture's places, in videos the number of frames before them.
 
 
@@ -182,13 +195,11 @@ def pixart_text(pipeline: Any, captions: list[str], options: Given) -> dict[str,
     return {"text": text, "text_mask": mask}
 
 
-def pixart_inputs(
-    model: Any, latents: Tensor, timestep: Tensor, given: Conditions
-) -> dict[str, Any]:
+def pixart_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
     """Return the arguments of PixArt's forward pass."""
     return {
         "hidden_states": latents,
-        "timestep": timestep,
+        "timestep": time,
         "encoder_hidden_states": given["text"].to(model.dtype),
         "encoder_attention_mask": given["text_mask"],
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
@@ -201,7 +212,7 @@ def flux_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, T
     return {"text": text, "pooled": pooled}
 
 
-def flux_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions) -> dict[str, Any]:
+def flux_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
     """Return the arguments of Flux's forward pass; the latents (B, C, h, w) are packed by 2 × 2."""
     text, packed = given["text"].to(model.dtype), F.pixel_unshuffle(latents, 2)
     rows, columns = torch.meshgrid(*map(torch.arange, packed.shape[2:]), indexing="ij")
@@ -209,13 +220,18 @@ def flux_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions
     guidance = latents.new_full((len(latents),), GUIDANCE) if model.config.guidance_embeds else None
     return {
         "hidden_states": packed.flatten(2).mT,
-        "timestep": timestep / TIMESTEPS,
+        "timestep": time,
         "guidance": guidance,
         "encoder_hidden_states": text,
         "pooled_projections": given["pooled"].to(model.dtype),
         "img_ids": places,
         "txt_ids": text.new_zeros(text.shape[1], 3),
     }
+
+
+def packed_channels(config: Given) -> int:
+    """Return C of latents that the model reads packed by 2 × 2."""
+    return config["in_channels"] // 4
 
 
 def unpacked(out: Tensor, latents: Tensor) -> Tensor:
@@ -232,11 +248,11 @@ def sd3_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Te
     return {"text": text, "pooled": pooled}
 
 
-def sd3_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions) -> dict[str, Any]:
+def sd3_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
     """Return the arguments of Stable Diffusion 3's forward pass."""
     return {
         "hidden_states": latents,
-        "timestep": timestep,
+        "timestep": time,
         "encoder_hidden_states": given["text"].to(model.dtype),
         "pooled_projections": given["pooled"].to(model.dtype),
     }
@@ -313,7 +329,8 @@ ROWS = {
                 "text": (tokens, config["joint_attention_dim"]),
                 "pooled": (config["pooled_projection_dim"],),
             },
-            latent_channels=lambda config: config["in_channels"] // 4,
+            latent_channels=packed_channels,
+            time=sigma_of,
         ),
     ),
     "sd3": TransformerRow(

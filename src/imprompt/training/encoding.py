@@ -136,7 +136,7 @@ def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> 
         "samples": len(source),
         "shard": shard,
         "unit": encoder.unit,
-        "channels": encoder.pipeline.vae.config.latent_channels,
+        "channels": encoder.channels,
         "bad_shards": [
             {
                 "name": trouble.name,

@@ -116,7 +116,7 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
     cpu_copy = deepcopy(adapter)
     objective = Objective(pipeline.scheduler, recipe.noise, family_of(base).mu)
     model = AdaptedModel(prepare_base(base, recipe.optimization, device), adapter)
-    compose = Composer(nulls, device, measured.scaling, measured.shift, online)
+    compose = Composer(nulls, device, measured.normalization, online)
     data_pipeline = DataPipeline(
         reader, recipe.data, recipe.seed, share, recipe.optimization.batch_size, compose
     )
