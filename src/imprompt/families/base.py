@@ -87,8 +87,9 @@ def schedule_place(progress: Tensor, points: int) -> Tensor:
 Conditions = Mapping[str, Tensor]
 """Inputs of a model in training other than latents and timestep.
 
-They are "text" (B, T, D), and by family "pooled" (B, P), "text_mask" (B, T), and "time_ids" (B, 6),
-sizes as `imprompt.training.buckets.fit` gives them.
+They are "text" (B, T, D), and by family "pooled" (B, P), "text_mask" (B, T), a second text and mask
+("text_t5", "text_t5_mask"), and "time_ids" (B, 6), sizes as `imprompt.training.buckets.fit` gives
+them.
 """
 
 
@@ -161,6 +162,7 @@ class Family(ABC):
     trains = True  # whether adapters for it can be trained
     # classes of saved pipelines that adapters can be trained for, besides those of `pipelines`
     trained_pipelines: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()  # settings of saved pipelines that training does not know
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     no_words: str | None = None  # the negative text that its pipelines need where none is given
@@ -287,13 +289,14 @@ class Family(ABC):
 
 
 def mu_by_places(config: Mapping[str, Any], latents: Tensor) -> float:
-    """Return diffusers' usual μ for latents (B, C, h, w) that are packed by 2 × 2.
+    """Return diffusers' usual μ for latents (B, C, h, w) whose places are 2 × 2 of them."""
+    return linear_mu(config, latents.shape[-2] // 2 * (latents.shape[-1] // 2))
 
-    It is linear in the number of their places, from `base_shift` to `max_shift`.
-    """
+
+def linear_mu(config: Mapping[str, Any], places: int) -> float:
+    """Return μ that is linear in the number of places, from `base_shift` to `max_shift`."""
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    places = latents.shape[-2] // 2 * (latents.shape[-1] // 2)
     return low + (high - low) * (places - few) / (many - few)
 
 

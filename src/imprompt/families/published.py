@@ -9,6 +9,7 @@ from typing import Any
 
 from imprompt.encoders.kinds import EncoderStructure
 from imprompt.encoders.vision import describe_encoder
+from imprompt.errors import SettingError
 from imprompt.families.autoencoders import find_autoencoder
 from imprompt.families.base import Family, pipeline_family
 from imprompt.models import BIG_G, VIT_H, KnownModel, Location, index_of, part_config
@@ -128,8 +129,14 @@ def base_structure(model: KnownModel) -> BaseStructure:
 def model_parts(model: KnownModel) -> tuple[list[str], Family]:
     """Read the names of a model's components, and its family, from its index alone."""
     saved = index_of(model)
-    names = [name for name in saved if not name.startswith("_")]
-    return names, pipeline_family(saved["_class_name"], trained=True)
+    names, kind = [name for name in saved if not name.startswith("_")], saved["_class_name"]
+    family = pipeline_family(kind, trained=True)
+    if on := [name for name in family.unlike if saved.get(name)]:
+        raise SettingError(
+            f"{model.name}: adapters cannot be trained for a {kind} with {on[0]} = "
+            f"{saved[on[0]]!r}, which calls its models in another way"
+        )
+    return names, family
 
 
 def encoder_structure(place: Location) -> EncoderStructure:

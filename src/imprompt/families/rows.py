@@ -9,21 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.families.base import Conditions, Tasks, TaskTable
+from imprompt.families.base import Tasks, TaskTable
 from imprompt.families.processor import Layout, Taps
+from imprompt.families.training_rows import TRAINING
 from imprompt.families.transformers import (
     Given,
-    Training,
     TransformerFamily,
     TransformerRow,
     projection_of,
 )
 
-GUIDANCE = 3.5  # input of guidance-distilled models in training, as in diffusers' scripts
-TIMESTEPS = 1000  # into which models that are given sigma divide their time
 # Keywords by which models pass arguments to their attentions.
 JOINT, PLAIN, CROSS = "joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"
 PICTURE = 2  # what Ideogram 4 marks the picture's rows with
@@ -45,19 +42,6 @@ def by_sigma(sigma: Tensor, _timesteps: int) -> Tensor:
 def by_progress(time: Tensor, _timesteps: int) -> Tensor:
     """Return the progress for a model that gets it: from 0, noise, to 1, the picture."""
     return time
-
-
-# --- Time, of the scheduler's timestep, as the model is told it.
-
-
-def sigma_of(timestep: Tensor) -> Tensor:
-    """Return sigma, from 0, the picture, to 1, noise."""
-    return timestep / TIMESTEPS
-
-
-def progress_of(timestep: Tensor) -> Tensor:
-    """Return the progress, from 0, noise, to 1, the picture."""
-    return 1 - timestep / TIMESTEPS
 
 
 # --- Grids: rows and columns of the picture's places, in videos the number of frames before them.
@@ -186,78 +170,6 @@ def own_width(layer: Any) -> int:
     return projection_of(layer, JOINT_INPUTS).in_features
 
 
-# --- Training.
-
-
-def pixart_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
-    """Return T5's states, and the mask of those that belong to the caption."""
-    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device, **options)
-    return {"text": text, "text_mask": mask}
-
-
-def pixart_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of PixArt's forward pass."""
-    return {
-        "hidden_states": latents,
-        "timestep": time,
-        "encoder_hidden_states": given["text"].to(model.dtype),
-        "encoder_attention_mask": given["text_mask"],
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def flux_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
-    """Return T5's states and CLIP's pooled text."""
-    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device, **options)
-    return {"text": text, "pooled": pooled}
-
-
-def flux_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of Flux's forward pass; the latents (B, C, h, w) are packed by 2 × 2."""
-    text, packed = given["text"].to(model.dtype), F.pixel_unshuffle(latents, 2)
-    rows, columns = torch.meshgrid(*map(torch.arange, packed.shape[2:]), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(packed)
-    guidance = latents.new_full((len(latents),), GUIDANCE) if model.config.guidance_embeds else None
-    return {
-        "hidden_states": packed.flatten(2).mT,
-        "timestep": time,
-        "guidance": guidance,
-        "encoder_hidden_states": text,
-        "pooled_projections": given["pooled"].to(model.dtype),
-        "img_ids": places,
-        "txt_ids": text.new_zeros(text.shape[1], 3),
-    }
-
-
-def packed_channels(config: Given) -> int:
-    """Return C of latents that the model reads packed by 2 × 2."""
-    return config["in_channels"] // 4
-
-
-def unpacked(out: Tensor, latents: Tensor) -> Tensor:
-    """Unpack an output (B, L, 4 · C) to the shape of the latents (B, C, h, w)."""
-    height, width = latents.shape[2:]
-    return F.pixel_shuffle(out.mT.unflatten(2, (height // 2, width // 2)), 2)
-
-
-def sd3_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
-    """Return the joined states of two CLIPs and T5, and the CLIPs' pooled text."""
-    text, _, pooled, _ = pipeline.encode_prompt(
-        captions, None, None, device=pipeline.device, do_classifier_free_guidance=False, **options
-    )
-    return {"text": text, "pooled": pooled}
-
-
-def sd3_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of Stable Diffusion 3's forward pass."""
-    return {
-        "hidden_states": latents,
-        "timestep": time,
-        "encoder_hidden_states": given["text"].to(model.dtype),
-        "pooled_projections": given["pooled"].to(model.dtype),
-    }
-
-
 def three_tasks(name: str) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that are named in diffusers' usual way."""
     kinds = (f"{name}{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
@@ -303,15 +215,7 @@ ROWS = {
         grain=2,
         pixel_grain=8,
         call_options={"clean_caption": False, "use_resolution_binning": False},
-        training=Training(
-            encode_text=pixart_text,
-            inputs=pixart_inputs,
-            output=lambda out, latents: out[:, : latents.shape[1]],  # then a learned variance
-            condition_shapes=lambda config, tokens: {
-                "text": (tokens, config["caption_channels"]),
-                "text_mask": (tokens,),
-            },
-        ),
+        training=TRAINING["pixart"],
     ),
     "flux": flux_like(
         "FluxTransformer2DModel",
@@ -321,17 +225,7 @@ ROWS = {
         tokenizer="tokenizer_2",
         native_latents=lambda _config: 128,
         negative="true_cfg_scale",
-        training=Training(
-            encode_text=flux_text,
-            inputs=flux_inputs,
-            output=unpacked,
-            condition_shapes=lambda config, tokens: {
-                "text": (tokens, config["joint_attention_dim"]),
-                "pooled": (config["pooled_projection_dim"],),
-            },
-            latent_channels=packed_channels,
-            time=sigma_of,
-        ),
+        training=TRAINING["flux"],
     ),
     "sd3": TransformerRow(
         model="SD3Transformer2DModel",
@@ -346,21 +240,24 @@ ROWS = {
         text_tokens=77 + 256,
         tokenizer="tokenizer_3",
         grain=2,
-        training=Training(
-            encode_text=sd3_text,
-            inputs=sd3_inputs,
-            output=lambda out, _latents: out,
-            condition_shapes=lambda config, tokens: {
-                "text": (tokens, config["joint_attention_dim"]),
-                "pooled": (config["pooled_projection_dim"],),
-            },
-        ),
+        training=TRAINING["sd3"],
     ),
-    "chroma": flux_like("ChromaTransformer2DModel", channel=JOINT),
+    "chroma": flux_like(
+        "ChromaTransformer2DModel",
+        channel=JOINT,
+        text_tokens=512,
+        training=TRAINING["chroma"],
+    ),
     "bria": flux_like("BriaTransformer2DModel", channel=PLAIN, progress=by_timestep),
     "ovis": flux_like("OvisImageTransformer2DModel", channel=JOINT),
     "longcat": flux_like("LongCatImageTransformer2DModel"),
-    "flux2": flux_like("Flux2Transformer2DModel", channel=JOINT, taps=tapped("norm_q", "BLHd")),
+    "flux2": flux_like(
+        "Flux2Transformer2DModel",
+        channel=JOINT,
+        taps=tapped("norm_q", "BLHd"),
+        text_tokens=512,
+        training=TRAINING["flux2"],
+    ),
     "flux3": flux_like(
         "Flux3Transformer2DModel",
         channel=PLAIN,
@@ -374,6 +271,8 @@ ROWS = {
         taps=normed("BLD"),
         grid=patches,
         progress=by_timestep,
+        text_tokens=300,
+        training=TRAINING["sana"],
     ),
     "hunyuandit": TransformerRow(
         model="HunyuanDiT2DModel",
@@ -386,6 +285,8 @@ ROWS = {
             *("encoder_hidden_states", "text_embedding_mask"),
             *("encoder_hidden_states_t5", "text_embedding_mask_t5"),
         ),
+        grain=2,
+        training=TRAINING["hunyuandit"],
     ),
     "lumina2": TransformerRow(
         model="Lumina2Transformer2DModel",
@@ -398,6 +299,9 @@ ROWS = {
         reads=("encoder_attention_mask",),
         text_width=own_width,
         separate_branches=True,
+        text_tokens=256,
+        grain=2,
+        training=TRAINING["lumina2"],
     ),
     "lumina-next": TransformerRow(
         model="LuminaNextDiT2DModel",
@@ -418,6 +322,10 @@ ROWS = {
         progress=by_sigma,
         picture=last,
         text_width=own_width,
+        text_tokens=256,
+        grain=2,
+        native_latents=lambda _config: 128,
+        training=TRAINING["auraflow"],
     ),
     "qwen-image": TransformerRow(
         model="QwenImageTransformer2DModel",
@@ -432,6 +340,9 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes", "txt_seq_lens"),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
+        text_tokens=512,
+        grain=2,
+        training=TRAINING["qwen-image"],
     ),
     "qwen-image-2.1": TransformerRow(
         model="QwenImage21Transformer2DModel",
@@ -460,6 +371,9 @@ ROWS = {
         positive_first=True,
         lists=("x", "cap_feats"),
         text_arguments=("cap_feats",),
+        text_tokens=512,
+        grain=2,
+        training=TRAINING["z-image"],
     ),
     "wan": TransformerRow(
         model="WanTransformer3DModel",
@@ -469,6 +383,10 @@ ROWS = {
         grid=patches,
         progress=by_timestep,
         separate_branches=True,
+        text_tokens=512,
+        grain=2,
+        native_latents=lambda _config: 80,  # near the area of 832 × 480
+        training=TRAINING["wan"],
     ),
     "hidream": TransformerRow(
         model="HiDreamImageTransformer2DModel",

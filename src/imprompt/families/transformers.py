@@ -58,17 +58,20 @@ class Training:
     mu                 (a scheduler's configuration, latents) -> by how much its pipelines shift
                        timesteps for such latents
     pipelines          classes of saved pipelines that are trained for, besides those of the row
+    unlike             settings of a saved pipeline that, where they are on, make it call its models
+                       in a way that training does not know
     """
 
     encode_text: Callable[[Any, list[str], Given], dict[str, Tensor]]
     inputs: Callable[[Any, Tensor, Tensor, Conditions], dict[str, Any]]
-    output: Callable[[Tensor, Tensor], Tensor]
+    output: Callable[[Any, Tensor], Tensor]
     condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
     latent_channels: Callable[[Given], int] = lambda config: config["in_channels"]
     time: Callable[[Tensor], Tensor] = lambda timestep: timestep
     sign: int = 1
     mu: Callable[[Given, Tensor], float] = mu_by_places
     pipelines: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -258,6 +261,7 @@ class TransformerFamily(Family):
         self.positive_first = row.positive_first
         self.trains = row.training is not None
         self.trained_pipelines = row.training.pipelines if row.training else ()
+        self.unlike = row.training.unlike if row.training else ()
         self.pattern = re.compile(row.layers)
 
     @property
