@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks import random_models
 from benchmarks.setting import TrainingSetting
 from imprompt.adapter import ImageProjection, IPAdapter
+from imprompt.families.autoencoders import Normalization
 from imprompt.training.augmented import FeatureContent
 from imprompt.training.batches import Composer, RankSlice
 from imprompt.training.data_pipeline import DataPipeline
@@ -58,7 +59,9 @@ class OurLoop:
             seed=0,
             share=RankSlice(),
             batch=setting.batch,
-            compose=Composer(reader.nulls, device, of.vae["scaling_factor"], 0.0, None),
+            compose=Composer(
+                reader.nulls, device, Normalization((0.0,), (of.vae["scaling_factor"],)), None
+            ),
         )
         self.items = self.data.samples_from(0)
         self.step = 0

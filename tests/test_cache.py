@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,8 +143,7 @@ def digests(folder: Path) -> dict[str, str]:
 class Quick:
     """An encoder without models: its text is the sample's number."""
 
-    unit = 2
-    pipeline = SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(latent_channels=3)))
+    unit, channels = 2, 3
     references = PictureReferences(tiny_encoder().processor)
 
     def __init__(self, name: str = "quick") -> None:

@@ -19,6 +19,7 @@ from imprompt.errors import MismatchError
 from imprompt.families.base import FAMILIES, family_of, find_family
 from imprompt.families.processor import LayerConditioning, with_image
 from tests.tiny import noise_inputs, seeded, smallest_unet, tiny_flux_model, tiny_pixart_model
+from tests.tiny_trained import TRAINED
 
 FEATURES = 12
 
@@ -64,9 +65,12 @@ TINY: dict[str, Callable[[], Tiny]] = {"unet": unet, "pixart": pixart, "flux": f
 
 
 def test_every_family_is_tested() -> None:
-    """Those that train here, every transformer in tests/test_transformers.py too."""
+    """Those that train in tests/test_trained_families.py, every transformer in
+    tests/test_transformers.py too.
+    """
     trained = {name for name in FAMILIES if find_family(name).trains}
-    assert trained - TINY.keys() == {"sd3"}  # in tests/test_other_families.py
+    assert trained == {"unet", *TRAINED}
+    assert trained >= TINY.keys()
 
 
 BLOCKS = {

@@ -1,6 +1,7 @@
 """The objective against diffusers' own schedulers, and against the algebra that it follows from."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_snr
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imprompt.errors import SettingError
+from imprompt.families.base import mu_by_places
 from imprompt.training.objective import BUCKETS, TARGETS, ByTimestep, Objective, emphasis
 from imprompt.training.recipe import NoiseSettings
 
@@ -221,6 +224,53 @@ def test_draws_are_even_for_diffusion_and_logit_normal_for_flow() -> None:
     assert (normal.mean().abs() < 1e-3, abs(normal.std() - 1) < 1e-2) == (True, True)
 
 
+EVEN = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_uniform_draws_every_timestep_as_often(name: str) -> None:
+    assert set(torch.bincount(objective(name, timesteps="uniform").draw(EVEN)).tolist()) == {100}
+
+
+@given(names, st.floats(-1.5, 1.5), st.floats(0.3, 1.5))
+def test_logit_normal_has_its_mean_and_deviation(name: str, mean: float, std: float) -> None:
+    goal = objective(name, timesteps="logit-normal", logit_mean=mean, logit_std=std)
+    rows = len(goal.alpha)
+    share = (goal.draw(EVEN).double() + 0.5) / rows
+    for point in (0.1, 0.3, 0.5, 0.7, 0.9):  # its distribution function
+        logit = torch.tensor(point, dtype=torch.float64).logit()
+        expected = torch.special.ndtr((logit - mean) / std).item()
+        assert (share < point).double().mean().item() == pytest.approx(expected, abs=0.05)
+    middle = share.median().logit().item()
+    assert middle == pytest.approx(mean, abs=8 / rows)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("timesteps", ["uniform", "logit-normal"])
+@pytest.mark.parametrize("side", [16, 64, 128])
+def test_a_dynamic_shift_is_that_of_sampling(kind: Any, timesteps: str, side: int) -> None:
+    """The sigmas that a pipeline samples with, for a picture of that size, are the quantiles."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    plain, shifted = (
+        Objective(scheduler, NoiseSettings(timesteps=timesteps, shift=shift), mu_by_places)
+        for shift in ("static", "dynamic")
+    )
+    latents = torch.empty(1, 16, side, side)
+    steps, (few, many), (low, high) = 50, (256, 4096), (0.5, 1.15)
+    mu = calculate_shift(side * side // 4, few, many, low, high)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=mu)
+    u = (torch.arange(steps, 0, -1).double() / steps).clamp_max(1 - 1e-9)
+    if timesteps == "logit-normal":  # the same shares of noise
+        u = torch.special.ndtr(u.logit())
+    drawn = shifted.sigma[shifted.draw(u, latents)]
+    assert torch.allclose(drawn, scheduler.sigmas[:-1].float(), atol=2.1e-3)
+    assert torch.equal(shifted.sigma, plain.sigma)  # the table stays
+    median = shifted.draw(EVEN, latents).double().median() / 1000
+    factor = math.exp(mu) if kind == "exponential" else mu  # of the odds of the noise
+    assert median.item() == pytest.approx(factor / (factor + 1), abs=2e-3)
+    assert plain.draw(EVEN, latents).double().median().item() == 499
+
+
 @given(names, st.floats(1.1, 4))
 def test_a_power_draws_noisier_timesteps_more_often(name: str, power: float) -> None:
     u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
@@ -269,6 +319,8 @@ def test_zero_terminal_snr_by_the_recipe_or_by_the_model() -> None:
         (EDMEulerScheduler(), {}, "EDMEulerScheduler has no schedule of betas"),
         (DIFFUSION["sd15"], {"zero_terminal_snr": True}, "needs a model that predicts v"),
         (DDIMScheduler(**SD, rescale_betas_zero_snr=True), {}, "needs a model that predicts v"),
+        (FLOW["sd3"], {"shift": "dynamic"}, "does not shift by the picture's size"),
+        (DIFFUSION["sd15"], {"shift": "dynamic"}, "PNDMScheduler does not shift"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(

@@ -87,8 +87,9 @@ def schedule_place(progress: Tensor, points: int) -> Tensor:
 Conditions = Mapping[str, Tensor]
 """Inputs of a model in training other than latents and timestep.
 
-They are "text" (B, T, D), and by family "pooled" (B, P), "text_mask" (B, T), and "time_ids" (B, 6),
-sizes as `imprompt.training.buckets.fit` gives them.
+They are "text" (B, T, D), and by family "pooled" (B, P), "text_mask" (B, T), a second text and mask
+("text_t5", "text_t5_mask"), and "time_ids" (B, 6), sizes as `imprompt.training.buckets.fit` gives
+them.
 """
 
 
@@ -160,6 +161,9 @@ class Family(ABC):
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     trains = True  # whether adapters for it can be trained
     compiles = "whole"  # as one graph; else its "blocks" are one each, or it compiles in "parts"
+    # classes of saved pipelines that adapters can be trained for, besides those of `pipelines`
+    trained_pipelines: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()  # settings of saved pipelines that training does not know
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it
     no_words: str | None = None  # the negative text that its pipelines need where none is given
@@ -224,6 +228,13 @@ class Family(ABC):
     ) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one sample's `Conditions` for a text of that many tokens."""
 
+    def mu(self, config: Mapping[str, Any], latents: Tensor) -> float:
+        """Return μ, by which timesteps are shifted for latents (B, C, h, w), as in sampling.
+
+        config  of a scheduler with `use_dynamic_shifting`
+        """
+        return mu_by_places(config, latents)
+
     def text_length(self, config: Mapping[str, Any]) -> int:
         """Return the number of text tokens that its pipelines encode.
 
@@ -280,6 +291,18 @@ class Family(ABC):
         return f" ({self.text_widths[width]})" if width in self.text_widths else ""
 
 
+def mu_by_places(config: Mapping[str, Any], latents: Tensor) -> float:
+    """Return diffusers' usual μ for latents (B, C, h, w) whose places are 2 × 2 of them."""
+    return linear_mu(config, latents.shape[-2] // 2 * (latents.shape[-1] // 2))
+
+
+def linear_mu(config: Mapping[str, Any], places: int) -> float:
+    """Return μ that is linear in the number of places, from `base_shift` to `max_shift`."""
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return low + (high - low) * (places - few) / (many - few)
+
+
 def nested_shapes(value: Any) -> Any:
     """Return the shapes of tensors in nested lists, and None for anything else."""
     if isinstance(value, Tensor):
@@ -331,10 +354,15 @@ def base_of(pipeline: Any) -> Any:
     )
 
 
-def pipeline_family(kind: str) -> Family:
-    """Return the family that a class of pipelines belongs to; SettingError if none."""
+def pipeline_family(kind: str, *, trained: bool = False) -> Family:
+    """Return the family that a class of pipelines belongs to; SettingError if none.
+
+    trained  whether those count too that adapters are only trained for
+    """
+    names: list[str] = []
     for known in families():
-        if kind in known.pipelines:
+        own = [*known.pipelines, *(known.trained_pipelines if trained else ())]
+        if kind in own:
             return known
-    names = [name for known in families() for name in known.pipelines]
+        names += own
     raise SettingError(f"image prompts are supported for {', '.join(names)}; this is a {kind}")

@@ -9,6 +9,8 @@ from typing import Any
 
 from imprompt.encoders.kinds import EncoderStructure
 from imprompt.encoders.vision import describe_encoder
+from imprompt.errors import SettingError
+from imprompt.families.autoencoders import find_autoencoder
 from imprompt.families.base import Family, pipeline_family
 from imprompt.models import BIG_G, VIT_H, KnownModel, Location, index_of, part_config
 from imprompt.variants import Feature, image_feature
@@ -119,7 +121,7 @@ def base_structure(model: KnownModel) -> BaseStructure:
     config, vae, text = (
         part_config(model, part) for part in (known.component, "vae", "text_encoder")
     )
-    unit = 2 ** (len(vae["block_out_channels"]) - 1)
+    unit = find_autoencoder(vae["_class_name"]).unit(vae)
     side = known.native_latents(config) * unit
     return BaseStructure(config, side, unit, known.text_length(text), known.name)
 
@@ -127,9 +129,14 @@ def base_structure(model: KnownModel) -> BaseStructure:
 def model_parts(model: KnownModel) -> tuple[list[str], Family]:
     """Read the names of a model's components, and its family, from its index alone."""
     saved = index_of(model)
-    return [name for name in saved if not name.startswith("_")], pipeline_family(
-        saved["_class_name"]
-    )
+    names, kind = [name for name in saved if not name.startswith("_")], saved["_class_name"]
+    family = pipeline_family(kind, trained=True)
+    if on := [name for name in family.unlike if saved.get(name)]:
+        raise SettingError(
+            f"{model.name}: adapters cannot be trained for a {kind} with {on[0]} = "
+            f"{saved[on[0]]!r}, which calls its models in another way"
+        )
+    return names, family
 
 
 def encoder_structure(place: Location) -> EncoderStructure:

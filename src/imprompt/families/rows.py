@@ -11,21 +11,18 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.families.base import Conditions, Tasks, TaskTable
+from imprompt.families.base import Tasks, TaskTable
 from imprompt.families.processor import Layout, Taps
+from imprompt.families.training_rows import TRAINING
 from imprompt.families.transformers import (
     Given,
-    Training,
     TransformerFamily,
     TransformerRow,
     projection_of,
 )
 
-GUIDANCE = 3.5  # input of guidance-distilled models in training, as in diffusers' scripts
-TIMESTEPS = 1000  # into which models that are given sigma divide their time
 # Keywords by which models pass arguments to their attentions.
 JOINT, PLAIN, CROSS = "joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"
 PICTURE = 2  # what Ideogram 4 marks the picture's rows with
@@ -212,75 +209,6 @@ def own_width(layer: Any) -> int:
     return projection_of(layer, JOINT_INPUTS).in_features
 
 
-# --- Training.
-
-
-def pixart_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
-    """Return T5's states, and the mask of those that belong to the caption."""
-    text, mask, *_ = pipeline.encode_prompt(captions, False, device=pipeline.device, **options)
-    return {"text": text, "text_mask": mask}
-
-
-def pixart_inputs(
-    model: Any, latents: Tensor, timestep: Tensor, given: Conditions
-) -> dict[str, Any]:
-    """Return the arguments of PixArt's forward pass."""
-    return {
-        "hidden_states": latents,
-        "timestep": timestep,
-        "encoder_hidden_states": given["text"].to(model.dtype),
-        "encoder_attention_mask": given["text_mask"],
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def flux_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
-    """Return T5's states and CLIP's pooled text."""
-    text, pooled, _ = pipeline.encode_prompt(captions, None, device=pipeline.device, **options)
-    return {"text": text, "pooled": pooled}
-
-
-def flux_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of Flux's forward pass; the latents (B, C, h, w) are packed by 2 × 2."""
-    text, packed = given["text"].to(model.dtype), F.pixel_unshuffle(latents, 2)
-    rows, columns = torch.meshgrid(*map(torch.arange, packed.shape[2:]), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(packed)
-    guidance = latents.new_full((len(latents),), GUIDANCE) if model.config.guidance_embeds else None
-    return {
-        "hidden_states": packed.flatten(2).mT,
-        "timestep": timestep / TIMESTEPS,
-        "guidance": guidance,
-        "encoder_hidden_states": text,
-        "pooled_projections": given["pooled"].to(model.dtype),
-        "img_ids": places,
-        "txt_ids": text.new_zeros(text.shape[1], 3),
-    }
-
-
-def unpacked(out: Tensor, latents: Tensor) -> Tensor:
-    """Unpack an output (B, L, 4 · C) to the shape of the latents (B, C, h, w)."""
-    height, width = latents.shape[2:]
-    return F.pixel_shuffle(out.mT.unflatten(2, (height // 2, width // 2)), 2)
-
-
-def sd3_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Tensor]:
-    """Return the joined states of two CLIPs and T5, and the CLIPs' pooled text."""
-    text, _, pooled, _ = pipeline.encode_prompt(
-        captions, None, None, device=pipeline.device, do_classifier_free_guidance=False, **options
-    )
-    return {"text": text, "pooled": pooled}
-
-
-def sd3_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of Stable Diffusion 3's forward pass."""
-    return {
-        "hidden_states": latents,
-        "timestep": timestep,
-        "encoder_hidden_states": given["text"].to(model.dtype),
-        "pooled_projections": given["pooled"].to(model.dtype),
-    }
-
-
 def text_alone(*names: str) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that start from text alone."""
     return {f"{name}Pipeline": TaskTable(Tasks(f"{name}Pipeline", "", "")) for name in names}
@@ -328,15 +256,7 @@ ROWS = {
         grain=2,
         pixel_grain=8,
         call_options={"clean_caption": False, "use_resolution_binning": False},
-        training=Training(
-            encode_text=pixart_text,
-            inputs=pixart_inputs,
-            output=lambda out, latents: out[:, : latents.shape[1]],  # then a learned variance
-            condition_shapes=lambda config, tokens: {
-                "text": (tokens, config["caption_channels"]),
-                "text_mask": (tokens,),
-            },
-        ),
+        training=TRAINING["pixart"],
     ),
     "flux": flux_like(
         "FluxTransformer2DModel",
@@ -346,16 +266,7 @@ ROWS = {
         tokenizer="tokenizer_2",
         native_latents=lambda _config: 128,
         negative="true_cfg_scale",
-        training=Training(
-            encode_text=flux_text,
-            inputs=flux_inputs,
-            output=unpacked,
-            condition_shapes=lambda config, tokens: {
-                "text": (tokens, config["joint_attention_dim"]),
-                "pooled": (config["pooled_projection_dim"],),
-            },
-            latent_channels=lambda config: config["in_channels"] // 4,
-        ),
+        training=TRAINING["flux"],
     ),
     "sd3": TransformerRow(
         model="SD3Transformer2DModel",
@@ -371,21 +282,14 @@ ROWS = {
         text_tokens=77 + 256,
         tokenizer="tokenizer_3",
         grain=2,
-        training=Training(
-            encode_text=sd3_text,
-            inputs=sd3_inputs,
-            output=lambda out, _latents: out,
-            condition_shapes=lambda config, tokens: {
-                "text": (tokens, config["joint_attention_dim"]),
-                "pooled": (config["pooled_projection_dim"],),
-            },
-        ),
+        training=TRAINING["sd3"],
     ),
     "chroma": flux_like(
         "ChromaTransformer2DModel",
         channel=JOINT,
         pipelines=three_tasks("Chroma"),
         text_tokens=512,
+        training=TRAINING["chroma"],
     ),
     "bria": flux_like("BriaTransformer2DModel", channel=PLAIN, progress=by_timestep),
     "ovis": flux_like("OvisImageTransformer2DModel", channel=JOINT),
@@ -401,6 +305,7 @@ ROWS = {
             ),
         },
         text_tokens=512,
+        training=TRAINING["flux2"],
     ),
     "flux3": flux_like(
         "Flux3Transformer2DModel",
@@ -419,6 +324,7 @@ ROWS = {
         text_tokens=300,
         pixel_grain=32,
         call_options={"use_resolution_binning": False},
+        training=TRAINING["sana"],
     ),
     "hunyuandit": TransformerRow(
         model="HunyuanDiT2DModel",
@@ -435,6 +341,7 @@ ROWS = {
         grain=2,
         pixel_grain=16,
         call_options={"use_resolution_binning": False},
+        training=TRAINING["hunyuandit"],
     ),
     "lumina2": TransformerRow(
         model="Lumina2Transformer2DModel",
@@ -451,6 +358,7 @@ ROWS = {
         pipelines=text_alone("Lumina2"),
         text_tokens=256,
         grain=2,
+        training=TRAINING["lumina2"],
     ),
     "lumina-next": TransformerRow(
         model="LuminaNextDiT2DModel",
@@ -476,6 +384,7 @@ ROWS = {
         text_tokens=256,
         grain=2,
         native_latents=lambda _config: 128,
+        training=TRAINING["auraflow"],
     ),
     "qwen-image": TransformerRow(
         model="QwenImageTransformer2DModel",
@@ -495,6 +404,7 @@ ROWS = {
         grain=2,
         guidance="true_cfg_scale",
         negative="true_cfg_scale",
+        training=TRAINING["qwen-image"],
     ),
     "qwen-image-2.1": TransformerRow(
         model="QwenImage21Transformer2DModel",
@@ -528,6 +438,7 @@ ROWS = {
         text_tokens=512,
         grain=2,
         unguided=0.0,
+        training=TRAINING["z-image"],
     ),
     "wan": TransformerRow(
         model="WanTransformer3DModel",
@@ -537,6 +448,10 @@ ROWS = {
         grid=patches,
         progress=by_timestep,
         separate_branches=True,
+        text_tokens=512,
+        grain=2,
+        native_latents=lambda _config: 80,  # near the area of 832 × 480
+        training=TRAINING["wan"],
     ),
     "hidream": TransformerRow(
         model="HiDreamImageTransformer2DModel",

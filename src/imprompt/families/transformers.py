@@ -5,7 +5,8 @@ Shape letters as in `imprompt.adapter`.
 
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from math import prod
@@ -24,6 +25,7 @@ from imprompt.families.base import (
     LayerSize,
     ModelCall,
     TaskTable,
+    mu_by_places,
     nested_shapes,
     original,
     schedule_place,
@@ -47,17 +49,30 @@ class Training:
     """What training needs to know of one class of transformers.
 
     encode_text        (pipeline, captions, options of its encoder) -> the text part of `Conditions`
-    inputs             (model, latents, timestep, conditions) -> arguments of its forward pass
-    output             (its output, latents) -> the prediction, shaped as the latents
+    inputs             (model, latents, time, conditions) -> arguments of its forward pass
+    output             (its output, latents) -> what it predicts, shaped as the latents
     condition_shapes   (configuration, text tokens) -> shapes of one sample's `Conditions`
     latent_channels    of a configuration
+    time               the scheduler's timesteps -> what the model is told
+    sign               -1 for a model that answers the velocity from noise to picture: its pipelines
+                       negate it for their scheduler, whose velocity leads to the noise
+    mu                 (a scheduler's configuration, latents) -> by how much its pipelines shift
+                       timesteps for such latents
+    pipelines          classes of saved pipelines that are trained for, besides those of the row
+    unlike             settings of a saved pipeline that, where they are on, make it call its models
+                       in a way that training does not know
     """
 
     encode_text: Callable[[Any, list[str], Given], dict[str, Tensor]]
     inputs: Callable[[Any, Tensor, Tensor, Conditions], dict[str, Any]]
-    output: Callable[[Tensor, Tensor], Tensor]
+    output: Callable[[Any, Tensor], Tensor]
     condition_shapes: Callable[[Given, int], dict[str, tuple[int, ...]]]
     latent_channels: Callable[[Given], int] = lambda config: config["in_channels"]
+    time: Callable[[Tensor], Tensor] = lambda timestep: timestep
+    sign: int = 1
+    mu: Callable[[Given, Tensor], float] = mu_by_places
+    pipelines: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,6 +277,8 @@ class TransformerFamily(Family):
         self.separate_branches = row.separate_branches
         self.positive_first = row.positive_first
         self.trains, self.compiles = row.training is not None, row.compiles
+        self.trained_pipelines = row.training.pipelines if row.training else ()
+        self.unlike = row.training.unlike if row.training else ()
         self.pattern = re.compile(row.layers)
 
     @property
@@ -347,9 +364,31 @@ class TransformerFamily(Family):
 
     def predict(self, model: Any, prompt: ImagePrompt | None, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
-        """Return the prediction, shaped as `noisy`, with the row's inputs and output."""
-        inputs = self.training.inputs(model, noisy.to(model.dtype), timestep, conditions)
-        return self.training.output(model(**inputs, **self.channel_kwargs(prompt)).sample, noisy)
+        """Return the prediction, shaped as `noisy`, with the row's inputs, output and sign."""
+        row = self.training
+        inputs = row.inputs(model, noisy.to(model.dtype), row.time(timestep), conditions)
+        with self.prompted(model, prompt) as more:
+            return row.sign * row.output(model(**inputs, **more).sample, noisy)
+
+    @contextmanager
+    def prompted(self, model: Any, prompt: ImagePrompt | None) -> Iterator[dict[str, Any]]:
+        """Yield the keywords that condition a call of an injected model on an image prompt, if any.
+
+        A model without a channel is conditioned while the block runs.
+        """
+        if prompt is None or self.channel is not None:
+            yield self.channel_kwargs(prompt)
+            return
+        injection = self.inject(model, low_rank=False)
+        try:
+            with injection.using([prompt]):
+                yield {}
+        finally:
+            injection.eject()
+
+    def mu(self, config: Given, latents: Tensor) -> float:
+        """Return μ of the latents, as the row computes it."""
+        return self.training.mu(config, latents)
 
     def condition_shapes(self, config: Given, tokens: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of one sample's `Conditions`, as the row states them."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
+from imprompt.families.autoencoders import Normalization
 from imprompt.training.augmented import (
     AugmentedSample,
     AugmentedSamples,
@@ -100,10 +101,13 @@ class Composer:
     It encodes pictures, draws latents from their posterior and replaces dropped parts.
     """
 
-    def __init__(self, nulls: dict[str, Tensor], device: torch.device, scaling: float, shift: float,
-                 encoder: FeatureEncoder | None) -> None:  # fmt: skip
+    def __init__(self, nulls: dict[str, Tensor], device: torch.device,
+                 normalization: Normalization, encoder: FeatureEncoder | None) -> None:  # fmt: skip
         self.nulls = {key: value.to(device).float() for key, value in nulls.items()}
-        self.device, self.scaling, self.shift, self.encoder = device, scaling, shift, encoder
+        self.shift, self.scaling = (
+            torch.tensor(numbers, device=device).view(-1, 1, 1) for numbers in normalization
+        )
+        self.device, self.encoder = device, encoder
 
     def __call__(self, samples: AugmentedSample) -> Batch:
         """Return the batch of stacked samples."""

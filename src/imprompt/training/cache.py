@@ -279,7 +279,8 @@ class FeatureReader:
     def read(self, index: int, flip: bool, pick: float) -> FeatureContent:
         """Return a sample's features, mirrored or not, with the reference that `pick` selects.
 
-        All are float16, except "face" and "time_ids" in float32.
+        All are float16, except "face" and "time_ids" in float32, and texts that are beyond float16
+        in bfloat16.
 
         Raise BadSample if it was bad when it was encoded, or its bytes are not those that were
         written.

@@ -47,6 +47,7 @@ from imprompt.variants import PARTS
 
 SHARD = 256  # samples in a shard
 AT_ONCE = 16  # pictures that the models take at a time
+HALF = torch.finfo(torch.float16).max
 TEMPORARY = re.compile(r"\..+\.(\d+)\.part")  # a temporary file, with the rank of its process
 
 
@@ -136,7 +137,7 @@ def plan_of(source: Source, encoder: FeatureEncoder, data: Data, shard: int) -> 
         "samples": len(source),
         "shard": shard,
         "unit": encoder.unit,
-        "channels": encoder.pipeline.vae.config.latent_channels,
+        "channels": encoder.channels,
         "bad_shards": [
             {
                 "name": trouble.name,
@@ -461,11 +462,22 @@ def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[st
 
 
 def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert tensors to the stored form: float16, "face" in float32, contiguous, on the CPU."""
+    """Convert tensors to the stored form: on the CPU, contiguous, in `stored_dtype`."""
     return {
-        key: tensor.to("cpu", torch.float32 if key == "face" else torch.float16).contiguous()
+        key: tensor.to("cpu", stored_dtype(key, tensor)).contiguous()
         for key, tensor in tensors.items()
     }
+
+
+def stored_dtype(key: str, tensor: Tensor) -> torch.dtype:
+    """Return float16, "face" float32, and bfloat16 for texts with numbers that are beyond float16.
+
+    States of language models may have such numbers before their last norm.
+    """
+    if key == "face":
+        return torch.float32
+    beyond = key.startswith("text") and (tensor.float().abs() > HALF).any()
+    return torch.bfloat16 if beyond else torch.float16
 
 
 def with_progress(

@@ -27,7 +27,14 @@ from imprompt.families.base import find_family
 from imprompt.families.published import BaseStructure, base_structure, encoder_structure
 from imprompt.models import find_model
 from imprompt.training.buckets import training_size
-from imprompt.training.model import DTYPES, encoder_place, in_order, precision, start_adapter
+from imprompt.training.model import (
+    DTYPES,
+    enable_checkpointing,
+    encoder_place,
+    in_order,
+    precision,
+    start_adapter,
+)
 from imprompt.training.muon import weight_matrices
 from imprompt.training.recipe import Recipe
 
@@ -120,7 +127,7 @@ def estimate_run(recipe: Recipe, device: torch.device, processes: int = 1) -> Es
     sizes = sizes_of(recipe, base, structure)
     adapter = blank_adapter(recipe, base, sizes)
     if plan.checkpointing:
-        base.enable_gradient_checkpointing()
+        enable_checkpointing(base)
     a_step = plan.batch_size // processes
     at_once = a_step // plan.accumulate
     flops, activations = one_step(base, adapter, sizes.batch(at_once), fused=device.type != "cpu")

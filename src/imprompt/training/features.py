@@ -15,7 +15,8 @@ from torch import Tensor
 from imprompt.encoders.face import FaceFeatures
 from imprompt.encoders.face_sources import FaceSource
 from imprompt.encoders.vision import VisionEncoder, fingerprint
-from imprompt.families.base import Family, pipeline_family
+from imprompt.families.autoencoders import Autoencoder, find_autoencoder
+from imprompt.families.base import Family, base_of, family_of
 from imprompt.training.buckets import bucket_sizes, training_size
 from imprompt.training.recipe import Data
 from imprompt.training.references import FaceReferences, Parts, PictureReferences, References
@@ -56,28 +57,37 @@ class FeatureEncoder:
     @cached_property
     def family(self) -> Family:
         """Family of the base model."""
-        return pipeline_family(type(self.pipeline).__name__)
+        return family_of(base_of(self.pipeline))
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """Row of the pipeline's autoencoder."""
+        return find_autoencoder(type(self.pipeline.vae).__name__)
 
     @property
     def unit(self) -> int:
         """Pixels a side that one latent stands for."""
-        return self.pipeline.vae_scale_factor
+        return self.autoencoder.unit(self.pipeline.vae.config)
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.autoencoder.channels(self.pipeline.vae.config)
 
     def size(self, data: Data) -> int:
         """Return the side of a training picture in pixels."""
-        return training_size(
-            data, self.family.native_side(self.pipeline), self.unit * self.family.grain
-        )
+        native = self.family.native_latents(base_of(self.pipeline).config) * self.unit
+        return training_size(data, native, self.unit * self.family.grain)
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> dict[str, Tensor]:
         """Encode pixels (B, 3, H, W) in [-1, 1] to the VAE's posterior.
 
-        Return its "mean" and "spread" (B, C, h, w), unscaled.
+        Return its "mean" and "spread" (B, C, h, w), as the row of the autoencoder gives them.
         """
         vae = self.pipeline.vae
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return {"mean": posterior.mean, "spread": posterior.std}
+        mean, spread = self.autoencoder.encode(vae, pixels.to(vae.device, vae.dtype))
+        return {"mean": mean, "spread": spread}
 
     @torch.no_grad()
     def image(self, references: Parts) -> Parts:

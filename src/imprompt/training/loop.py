@@ -224,7 +224,8 @@ class Run:
         """
 
         def losses(batch: Batch, u: Tensor) -> Tensor:
-            index = self.trainer.objective.row(u.to(self.setup.device).float())
+            u = u.to(self.setup.device).float()
+            index = self.trainer.objective.row(u, batch.latents)
             return self.trainer.losses(batch, index).plain[batch.weight > 0]
 
         def composed(samples: AugmentedSample) -> Batch:

@@ -17,6 +17,7 @@ from imprompt.encoders.face_sources import open_face_source
 from imprompt.encoders.matching import given_place
 from imprompt.encoders.vision import open_encoder
 from imprompt.errors import MismatchError, SettingError
+from imprompt.families.autoencoders import Normalization, find_autoencoder
 from imprompt.families.base import Conditions, Family, family_of
 from imprompt.families.published import model_parts
 from imprompt.models import Location, find_adapter, find_model, open_pipeline, part_config
@@ -87,17 +88,31 @@ def open_frozen(recipe: Recipe, pipeline: Any) -> FeatureEncoder:
 
 
 def prepare_base(base: Any, plan: Optimization, device: torch.device) -> Any:
-    """Move the base model to the device, in the form that trains fastest there."""
-    base.to(device, memory_format=torch.channels_last)
+    """Move the base model to the device, in the form that trains fastest there.
+
+    Raise SettingError if its activations cannot be computed again.
+    """
+    videos = any(weight.ndim == 5 for weight in base.parameters())  # have no such format
+    base.to(device, memory_format=torch.preserve_format if videos else torch.channels_last)
     if device.type == "cpu":
         family_of(base).quicken(base)
     if plan.checkpointing:
-        base.enable_gradient_checkpointing()
+        enable_checkpointing(base)
     if plan.compile:
         # To save memory, PyTorch 2.13 may read a gradient before it is written: see
         # `imprompt.training.compiled`.
         base.compile(options={"reorder_for_peak_memory": False} if device.type == "cpu" else None)
     return base
+
+
+def enable_checkpointing(base: Any) -> None:
+    """Let the base model compute its activations again; SettingError if it cannot."""
+    if not base._supports_gradient_checkpointing:
+        raise SettingError(
+            f"optimization.checkpointing = true: a {type(base).__name__} does not support it; "
+            "leave it out, and take more parts (optimization.accumulate) to save memory"
+        )
+    base.enable_gradient_checkpointing()
 
 
 def start_adapter(recipe: Recipe, base: Any, widths: Mapping[str, int]) -> IPAdapter:
@@ -169,22 +184,21 @@ class Measures:
     size: int  # pixels a side
     unit: int  # pixels a side that one latent stands for
     channels: int  # C
-    scaling: float  # latents are (the VAE's output - shift) · scaling
-    shift: float
+    normalization: Normalization
 
 
 def measure_model(recipe: Recipe) -> Measures:
     """Return the sizes of a recipe; raise SettingError if they do not fit the model."""
     model = find_model(recipe.model)
     vae, family = part_config(model, "vae"), model_parts(model)[1]
-    unit = 2 ** (len(vae["block_out_channels"]) - 1)
+    kind = find_autoencoder(vae["_class_name"])
+    unit = kind.unit(vae)
     native = family.native_latents(part_config(model, family.component)) * unit
     return Measures(
         training_size(recipe.data, native, unit * family.grain),
         unit,
-        vae["latent_channels"],
-        vae.get("scaling_factor", 0.18215),
-        vae.get("shift_factor") or 0.0,
+        kind.channels(vae),
+        kind.normalize(vae),
     )
 
 

@@ -15,6 +15,7 @@ from imprompt.training.recipe import NoiseSettings
 
 Prediction = Literal["epsilon", "v_prediction", "flow"]
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Shift = Callable[[Any, Tensor], float]  # a scheduler's configuration and latents -> μ
 BUCKETS = 10
 
 # α and σ of the noisy latents x_t = α · x0 + σ · ε -> l and n of the target l · x0 + n · ε.
@@ -26,6 +27,13 @@ TARGETS: dict[Prediction, Coefficients] = {
     # Liu et al. 2022 (arXiv 2209.03003), equation 1, with time running from the picture to the
     # noise
     "flow": lambda alpha, _: (-torch.ones_like(alpha), torch.ones_like(alpha)),
+}
+
+# How timesteps are drawn where the recipe does not say: what diffusers trains with.
+DRAWN: dict[Prediction, str] = {
+    "epsilon": "uniform",
+    "v_prediction": "uniform",
+    "flow": "logit-normal",
 }
 
 
@@ -64,10 +72,17 @@ class Objective(nn.Module):
     of_noise: Tensor
     weight: Tensor
 
-    def __init__(self, scheduler: Any, noise: NoiseSettings) -> None:
+    def __init__(self, scheduler: Any, noise: NoiseSettings, mu: Shift | None = None) -> None:
+        """Compute the tables.
+
+        mu  `imprompt.families.base.Family.mu` of the model, for `noise.shift` = "dynamic"
+        """
         super().__init__()
         self.prediction_type: Prediction = prediction_type(scheduler)
         self.offset, self.power, self.mask_weight = noise.offset, noise.power, noise.mask_weight
+        self.logit_normal = (noise.timesteps or DRAWN[self.prediction_type]) == "logit-normal"
+        self.mean, self.std = noise.logit_mean, noise.logit_std
+        self.shifted = None if noise.shift == "static" else dynamic_shift(scheduler, mu)
         alpha, sigma, timesteps = (flow if self.prediction_type == "flow" else diffusion)(
             scheduler, noise
         )
@@ -83,21 +98,25 @@ class Objective(nn.Module):
         ).items():
             self.register_buffer(name, table, persistent=False)
 
-    def draw(self, u: Tensor) -> Tensor:
+    def draw(self, u: Tensor, latents: Tensor | None = None) -> Tensor:
         """Return the timesteps to train at (B,), as rows, for uniform numbers in [0, 1) (B,).
 
-        `noise.power` above 1 makes noisier timesteps more frequent.
+        `noise.power` above 1 makes noisier timesteps more frequent. Of the latents (B, C, h, w)
+        only the size matters, and only where `noise.shift` is dynamic.
         """
-        return self.row(u if self.power == 1 else 1 - (1 - u) ** self.power)
+        return self.row(u if self.power == 1 else 1 - (1 - u) ** self.power, latents)
 
-    def row(self, u: Tensor) -> Tensor:
+    def row(self, u: Tensor, latents: Tensor | None = None) -> Tensor:
         """Return timesteps as rows of the tables (B,) for uniform numbers in [0, 1) (B,).
 
-        Diffusion draws them evenly. Flow matching draws those in the middle more often:
-        logit-normal, the best of those compared by Esser et al. 2024 (arXiv 2403.03206, section
-        3.1) and what diffusers trains with.
+        They are drawn as `noise.timesteps` says, then shifted for latents (B, C, h, w) of that size
+        if `noise.shift` is dynamic.
         """
-        share = torch.special.ndtri(u).sigmoid() if self.prediction_type == "flow" else u
+        normal = self.mean + self.std * torch.special.ndtri(u)
+        share = normal.sigmoid() if self.logit_normal else u
+        if self.shifted is not None:
+            assert latents is not None
+            share = self.shifted(share, latents)
         # u may be rounded to 1
         return (share * len(self.alpha)).long().clamp_max(len(self.alpha) - 1)
 
@@ -201,9 +220,10 @@ def diffusion(scheduler: Any, noise: NoiseSettings) -> Schedule:
 def flow(scheduler: Any, _: NoiseSettings) -> Schedule:
     """Return the schedule of flow matching, α = 1 - σ with diffusers' σ.
 
-    σ is shifted as the scheduler's configuration states. The model takes a timestep as σ times the
-    number of timesteps. A shift that depends on the picture's size (`use_dynamic_shifting`) is for
-    sampling only, as in diffusers. The last timestep is pure noise: its SNR is zero in any case.
+    σ is shifted as the scheduler's configuration states. The scheduler numbers a timestep as σ
+    times the number of timesteps. A shift that depends on the picture's size
+    (`use_dynamic_shifting`) is no part of the table: see `dynamic_shift`. The last timestep is pure
+    noise: its SNR is zero in any case.
     """
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
         FlowMatchEulerDiscreteScheduler,
@@ -217,6 +237,28 @@ def flow(scheduler: Any, _: NoiseSettings) -> Schedule:
     )
     sigma = schedule.sigmas.flip(0)
     return Schedule(1 - sigma, sigma, schedule.timesteps.flip(0))
+
+
+def dynamic_shift(scheduler: Any, mu: Shift | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function of shares σ of the noise (B,) and latents that gives shifted shares (B,).
+
+    They are shifted as diffusers shifts those that it samples with, but for `shift_terminal`, which
+    moves the last steps of sampling alone. Raise SettingError if the scheduler does not shift by
+    the picture's size.
+    """
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
+
+    config = scheduler.config
+    if mu is None or not config.get("use_dynamic_shifting"):
+        raise SettingError(
+            f"noise.shift = 'dynamic': this model's {type(scheduler).__name__} does not shift by "
+            "the picture's size (use_dynamic_shifting); leave it out, and its own shift is taken"
+        )
+    kind = config.get("time_shift_type", "exponential")
+    theirs: Any = FlowMatchEulerDiscreteScheduler(time_shift_type=kind)
+    return lambda share, latents: theirs.time_shift(mu(config, latents), 1.0, share)
 
 
 def min_snr(

@@ -121,10 +121,28 @@ class NoiseSettings(Part):
     # Above 1, noisier timesteps, which decide the layout, are drawn more often: t = 1 - u^power
     # (Mou et al. 2023, arXiv 2302.08453, section 3.4, with power 3).
     power: Annotated[float, Field(gt=0)] = 1.0
+    # How timesteps are drawn: all alike, or more often in the middle (Esser et al. 2024, arXiv
+    # 2403.03206, section 3.1). Flow matching draws logit-normal if not given, diffusion uniform.
+    timesteps: Literal["uniform", "logit-normal"] | None = None
+    logit_mean: float = 0.0  # of logit-normal; above 0 more noise
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    # Flow matching takes noisier timesteps for larger pictures, which more noise hides (the same,
+    # section 5.3.2). static: as the scheduler's configuration states. dynamic: by each picture's
+    # size, as the pipelines of Flux and others sample; without it their adapters see little of the
+    # noise that sampling begins with.
+    shift: Literal["static", "dynamic"] = "static"
     # strength of noise that is equal over a channel; 0.05 is usual
     offset: Annotated[float, Field(ge=0)] = 0.0
     # An error weighs 1 + mask_weight times as much where the mask is white as where it is black.
     mask_weight: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.timesteps == "uniform" and (self.logit_mean, self.logit_std) != (0, 1):
+            raise ValueError(
+                "logit_mean and logit_std are of timesteps = 'logit-normal': leave them out"
+            )
+        return self
 
 
 class Validation(Part):

@@ -114,9 +114,9 @@ def set_up(recipe: Recipe, on_encoded: OnEncoded) -> Setup:
     widths = {part: nulls[part].shape[-1] for part in PARTS if part in nulls}
     adapter = start_adapter(recipe, base, widths)
     cpu_copy = deepcopy(adapter)
-    objective = Objective(pipeline.scheduler, recipe.noise)
+    objective = Objective(pipeline.scheduler, recipe.noise, family_of(base).mu)
     model = AdaptedModel(prepare_base(base, recipe.optimization, device), adapter)
-    compose = Composer(nulls, device, measured.scaling, measured.shift, online)
+    compose = Composer(nulls, device, measured.normalization, online)
     data_pipeline = DataPipeline(
         reader, recipe.data, recipe.seed, share, recipe.optimization.batch_size, compose
     )

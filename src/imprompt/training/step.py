@@ -156,7 +156,7 @@ class Trainer:
         """
 
         def backward(part: Batch) -> None:
-            losses = self.losses(part, self.objective.draw(part.u))
+            losses = self.losses(part, self.objective.draw(part.u, part.latents))
             self.accelerator.backward((losses.weighted * part.weight).sum() / len(batch.names))
 
         samples = [partial(backward, sample) for sample in batch.samples()]
@@ -177,7 +177,7 @@ class Trainer:
 
         A sample that could not be read has no weight.
         """
-        index = self.objective.draw(batch.u)
+        index = self.objective.draw(batch.u, batch.latents)
         losses = self.losses(batch, index)
         loss = (losses.weighted * batch.weight).mean() / self.plan.accumulate
         self.accelerator.backward(loss)
