@@ -73,6 +73,7 @@ def recipe(source: Path | str, output: Path, steps: int = 6, **changes: Any) -> 
         "model": "emoji",
         "output": output,
         "save_every": 2,
+        "check_base": False,  # most bases of tests are untrained
         "data": {
             "source": str(source),
             "drop_text": 0.2,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter, save_adapter
 from imprompt.checkpoints.states import LATEST, state_at
 from imprompt.errors import ImpromptError
+from imprompt.families.base import family_of
 from imprompt.files import lock_folder
 from imprompt.training.augmented import AugmentedSample
 from imprompt.training.batches import Batch
+from imprompt.training.comparisons import SAMPLES, base_losses, check_base
 from imprompt.training.data_pipeline import Bad, bad_of
 from imprompt.training.endings import explained_termination, stop_error
 from imprompt.training.recipe import Recipe
@@ -91,6 +94,8 @@ class Run:
                 link_states(recipe.output, done)
             self.metrics.cut(done)
             self.trackers = open_trackers(recipe, done, self.watcher.warned)
+        if not done and recipe.check_base:
+            self._check_base()
         self._count(done)
         self.request.stepping = True
         self.wishes.saved()
@@ -142,6 +147,32 @@ class Run:
                 f"{str(state.folder)!r} to go on from there"
             )
         return state.step
+
+    def _check_base(self) -> None:
+        """Log the base's own loss; raise SettingError if a constant predicts as well."""
+        chosen = self.data_pipeline.first_samples(SAMPLES)
+        batches = [
+            self.data_pipeline.compose(samples)
+            for _, samples in self.data_pipeline.fixed_samples(chosen)
+        ]
+        parts = base_losses(batches, self.trainer.objective, self._predict_alone)
+        if not parts:
+            return
+        means = {
+            "base_loss": fmean(part.base for part in parts),
+            "constant_loss": fmean(part.constant for part in parts),
+        }
+        by_part = {f"base_loss/{part.timesteps}": part.base for part in parts}
+        by_part |= {f"constant_loss/{part.timesteps}": part.constant for part in parts}
+        self._log_scores(0, "base", means | by_part)
+        self.watcher.compared(means)
+        check_base(parts)
+
+    def _predict_alone(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """Return what the frozen base predicts without an image prompt; it is not compiled."""
+        base = self.setup.base
+        with torch.compiler.set_stance("force_eager"):
+            return family_of(base).predict(base, None, noisy, timesteps, batch.conditions)
 
     def _validates(self, step: int) -> bool:
         return (
@@ -207,7 +238,7 @@ class Run:
                 "training.pt": lambda path: torch.save(state, path),
             }
             if "held_out_loss" in facts:
-                self._log_validation(step, {"held_out_loss": facts["held_out_loss"]})
+                self._log_scores(step, "validation", {"held_out_loss": facts["held_out_loss"]})
             output, keep = self.setup.recipe.output, self.setup.recipe.keep
             self.watcher.saved(save_state(output, step, files, facts, keep, self.watcher.warned))
         self.setup.accelerator.wait_for_everyone()
@@ -245,16 +276,19 @@ class Run:
             self._load_copy(weights).to(self.setup.device)
             path, scores = self.setup.validator.grid(step)
             self.setup.cpu_copy.cpu()
-            self._log_validation(step, scores)
+            self._log_scores(step, "validation", scores)
             for tracker in self.trackers:
                 tracker.log_image("validation/grid", Image.open(path).convert("RGB"), step)
             self.watcher.validated(path, scores)
         self.setup.accelerator.wait_for_everyone()
 
-    def _log_validation(self, step: int, scores: dict[str, float]) -> None:
+    def _log_scores(self, step: int, group: str, scores: dict[str, float]) -> None:
+        """Log numbers, which have the group before their names in trackers."""
+        if not self.setup.main:
+            return
         self.metrics.add({"step": step, **scores})
         for tracker in self.trackers:
-            tracker.log({f"validation/{name}": value for name, value in scores.items()}, step)
+            tracker.log({f"{group}/{name}": value for name, value in scores.items()}, step)
 
     def close(self) -> None:
         """Close the trackers and release the lock on the output folder."""

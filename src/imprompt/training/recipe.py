@@ -175,6 +175,8 @@ class Recipe(Part):
     save_minutes: Annotated[float, Field(gt=0)] | None = 10.0  # as well; None: by steps alone
     keep: Count = 2  # newest states; the best one is kept as well
     licence: str = ""
+    # refuse a base whose own loss is not below that of the best constant prediction
+    check_base: bool = True
     data: Data
     optimization: Optimization
     noise: NoiseSettings = NoiseSettings()
