@@ -50,7 +50,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "shards": {"save_every": 2, "optimization": {"accumulate": 3}},
     "hub": {"keep": 1},
     "features": {"data": {"flip": True}, "optimization": {"optimizer": "muon"}},
-    "faces": {"variant": "faceid", "rank": 2},
+    "faces": {"variant": "faceid", "rank": 2, "validation": {"shuffled_every": 5}},
 }
 Plan = Callable[[str], Recipe]  # of the run of that name
 

@@ -28,7 +28,11 @@ from tests.runs import COLOURS, losses, names, of_variant, picture_folder, recip
 
 CLOSE = 1e-5  # between one process and several, which sum gradients in another order
 STEPS = 7  # of 4 samples: each of the seven is shown four times
-AVERAGED = {"data": {"held_out": 2}, "optimization": {"ema": 0.9, "accumulate": 2}}
+AVERAGED = {
+    "data": {"held_out": 2},
+    "optimization": {"ema": 0.9, "accumulate": 2},
+    "validation": {"shuffled_every": 4},
+}
 GOES_ON = r"The last good state is \S*step-0000004; the same command goes on from there$"
 
 
@@ -103,7 +107,10 @@ def measured(run: Path) -> list[float]:
     rows = Metrics(run).read()
     told = [
         row.get(key)
-        for key in ("step", "loss", "plain_loss", "grad_norm", "held_out_loss")
+        for key in (
+            *("step", "loss", "plain_loss", "grad_norm", "held_out_loss"),
+            *("own_loss", "shuffled_loss"),
+        )
         for row in rows
     ]
     return [value for value in told if value is not None] + [

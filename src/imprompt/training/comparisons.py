@@ -5,6 +5,7 @@ letters as in `imprompt.training.features`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ PARTS = 4  # of these timesteps, ordered by their noise, in which the base is co
 
 Predict = Callable[[Tensor, Tensor, Batch], Tensor]
 """(noisy latents, timesteps, batch) -> the base's prediction, without an image prompt."""
+Losses = Callable[[Batch, Tensor], Tensor]
+"""(batch, schedule rows (B,)) -> plain losses (B,) of the adapted model."""
 
 
 class BaseLosses(NamedTuple):
@@ -31,14 +34,24 @@ class BaseLosses(NamedTuple):
     constant: float
 
 
-def drawn(objective: Objective, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield every batch several times, with schedule rows (B,) spread over what is trained at."""
+class ReferenceLosses(NamedTuple):
+    """Loss of the adapted model with every sample's own reference, and with another sample's."""
+
+    own: float
+    shuffled: float
+
+
+def drawn(objective: Objective, batches: Sequence[Batch]) -> Iterator[tuple[int, Tensor]]:
+    """Yield every batch's number several times, with schedule rows (B,).
+
+    The rows are spread evenly over what is trained at.
+    """
     ends = torch.tensor([0, *(len(batch.names) for batch in batches)]).cumsum(0)
-    draws = -(-DRAWS // max(1, int(ends[-1])))
-    for batch, start, end in zip(batches, ends, ends[1:], strict=False):
-        places = schedule_places(torch.arange(int(start), int(end)), draws)
+    draws = -(-DRAWS // int(ends[-1]))
+    for number, batch in enumerate(batches):
+        places = schedule_places(torch.arange(int(ends[number]), int(ends[number + 1])), draws)
         for u in places.to(batch.u).unbind(1):
-            yield batch, objective.draw(u)
+            yield number, objective.draw(u)
 
 
 @torch.no_grad()
@@ -55,13 +68,14 @@ def base_losses(
     Return an empty list if fewer than PARTS timesteps of samples can be measured.
     """
     rows: list[Tensor] = []  # of every sample: its schedule row and loss, its target's moments
-    for batch, index in drawn(objective, batches):
+    for number, index in drawn(objective, batches):
+        batch = batches[number]
         noise = objective.shift(batch.noise, batch.offset)
         noisy, timesteps, target = objective.corrupt(batch.latents, noise, index)
         loss = objective.losses(predict(noisy, timesteps, batch), target, index).plain
         moments = [target.mean((2, 3)), target.square().mean((2, 3))]
         rows.append(torch.cat([torch.stack([index, loss], 1), *moments], 1)[batch.weight > 0])
-    measured = torch.cat(rows).double().cpu() if rows else torch.empty(0, 4)
+    measured = torch.cat(rows).double().cpu()
     if len(measured) < PARTS:
         return []
     measured = measured[measured[:, 0].argsort(stable=True)]
@@ -87,3 +101,40 @@ def check_base(parts: Sequence[BaseLosses]) -> None:
             "untrained, or the VAE's scaling, the time or the sign of its prediction is wrong; "
             "check_base = false trains all the same"
         )
+
+
+@torch.no_grad()
+def reference_losses(
+    batches: Sequence[Batch], objective: Objective, losses: Losses
+) -> ReferenceLosses | None:
+    """Measure the loss with own references and with shuffled ones, at equal noise and timesteps.
+
+    The losses are equal as long as the adapter adds nothing, or the same to every picture; own
+    references below shuffled ones show that it follows them, which the loss alone does not.
+
+    Return None if fewer than two samples could be read.
+    """
+    if sum(int((batch.weight > 0).sum()) for batch in batches) < 2:
+        return None
+    found: list[Tensor] = []  # of every sample that was read: (own, shuffled)
+    others = shuffled(batches)
+    for number, index in drawn(objective, batches):
+        pair = torch.stack([losses(batch[number], index) for batch in (batches, others)], 1)
+        found.append(pair[batches[number].weight > 0])
+    return ReferenceLosses(*torch.cat(found).double().mean(0).tolist())
+
+
+def shuffled(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the batches with the image features of the sample before, of those that were read."""
+    read = torch.cat([batch.weight for batch in batches]) > 0
+    giver = torch.arange(len(read), device=read.device)
+    giver[read] = giver[read].roll(1)
+    sizes = [len(batch.names) for batch in batches]
+    images = {
+        part: torch.cat([batch.image[part] for batch in batches])[giver].split(sizes)
+        for part in batches[0].image
+    }
+    return [
+        replace(batch, image={part: given[number] for part, given in images.items()})
+        for number, batch in enumerate(batches)
+    ]

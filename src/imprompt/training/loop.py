@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -23,7 +24,13 @@ from imprompt.families.base import family_of
 from imprompt.files import lock_folder
 from imprompt.training.augmented import AugmentedSample
 from imprompt.training.batches import Batch
-from imprompt.training.comparisons import SAMPLES, base_losses, check_base
+from imprompt.training.comparisons import (
+    SAMPLES,
+    ReferenceLosses,
+    base_losses,
+    check_base,
+    reference_losses,
+)
 from imprompt.training.data_pipeline import Bad, bad_of
 from imprompt.training.endings import explained_termination, stop_error
 from imprompt.training.recipe import Recipe
@@ -60,6 +67,14 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
         finally:
             run.close()
     return state_at(recipe.output / LATEST)
+
+
+def due(step: int, every: int | None, last: bool = False) -> bool:
+    """Return whether something that is done every so many steps, if at all, is done after one.
+
+    last  whether it is done now in any case
+    """
+    return every is not None and (last or step % every == 0)
 
 
 class Run:
@@ -113,14 +128,15 @@ class Run:
             self.watcher.advanced(step + 1)
             last = step + 1 == plan.steps
             wish = self.wishes.after_step(self.request)
-            saving, validating = (
-                last or wish > Wish.nothing or (step + 1) % recipe.save_every == 0,
-                self._validates(step + 1),
-            )
-            if saving or validating or (step + 1) % recipe.logging.every == 0:
+            saving = last or wish > Wish.nothing or (step + 1) % recipe.save_every == 0
+            validating = due(step + 1, recipe.validation.every)
+            comparing = due(step + 1, recipe.validation.shuffled_every, last)
+            if saving or validating or comparing or (step + 1) % recipe.logging.every == 0:
                 guard.check()
                 self._log(step + 1, clock, stepped.norm.item(), self._count(step + 1))
             with clock.paused():
+                if comparing:
+                    self._compare_references(step + 1)
                 if validating:
                     self._validate(step + 1)
                 # saved last: a resumed run reports again what its state does not include
@@ -150,11 +166,7 @@ class Run:
 
     def _check_base(self) -> None:
         """Log the base's own loss; raise SettingError if a constant predicts as well."""
-        chosen = self.data_pipeline.first_samples(SAMPLES)
-        batches = [
-            self.data_pipeline.compose(samples)
-            for _, samples in self.data_pipeline.fixed_samples(chosen)
-        ]
+        batches = self._compared(self.data_pipeline.first_samples(SAMPLES))
         parts = base_losses(batches, self.trainer.objective, self._predict_alone)
         if not parts:
             return
@@ -174,11 +186,35 @@ class Run:
         with torch.compiler.set_stance("force_eager"):
             return family_of(base).predict(base, None, noisy, timesteps, batch.conditions)
 
-    def _validates(self, step: int) -> bool:
-        return (
-            self.setup.recipe.validation.every is not None
-            and step % self.setup.recipe.validation.every == 0
-        )
+    def _compared(self, chosen: np.ndarray) -> list[Batch]:
+        """Return batches of chosen samples, with fixed noise; bad ones have no weight."""
+        pipeline = self.data_pipeline
+        return [pipeline.compose(samples) for _, samples in pipeline.fixed_samples(chosen)]
+
+    def reference_losses(self) -> ReferenceLosses | None:
+        """Return the losses with own and with shuffled references, equal on every process.
+
+        They are those of held-out samples, else of the first ones that are trained on.
+        """
+        held_out = self.data_pipeline.held_out[:SAMPLES]
+        chosen = held_out if len(held_out) > 1 else self.data_pipeline.first_samples(SAMPLES)
+
+        def losses(batch: Batch, index: Tensor) -> Tensor:
+            return self.trainer.losses(batch, index).plain
+
+        with self.trainer.averaged(), self.trainer.measuring():
+            return reference_losses(self._compared(chosen), self.trainer.objective, losses)
+
+    def _compare_references(self, step: int) -> None:
+        """Log the losses with own and with shuffled references, and their difference."""
+        if found := self.reference_losses():
+            scores = {
+                "own_loss": found.own,
+                "shuffled_loss": found.shuffled,
+                "shuffled_minus_own": found.shuffled - found.own,
+            }
+            self._log_scores(step, "validation", scores)
+            self.watcher.compared(scores)
 
     def _count(self, step: int) -> int:
         """Report the bad samples that all processes found since the last call.
