@@ -21,6 +21,7 @@ from imprompt.evaluation.plan import Plan
 from imprompt.evaluation.protocols import Protocol
 from imprompt.evaluation.run import evaluate
 from imprompt.families.base import base_of, family_of
+from imprompt.families.forms import NORMED
 from imprompt.training.estimate import estimate_run
 from imprompt.training.loop import train
 from imprompt.variants import find_variant
@@ -47,7 +48,9 @@ class Saved:
         layers = family.layers(base)
         width = family.size(next(iter(layers.values()))).text
         with seeded(3):
-            adapter = IPAdapter.for_model(base, ImageProjection(FEATURE_DIMS["pooled"], width))
+            projection = ImageProjection(FEATURE_DIMS["pooled"], width)
+            form = NORMED if family.norms_queries(base) is False else None  # PixArt's
+            adapter = IPAdapter.for_model(base, projection, form=form)
             for parameter in adapter.image_kv.parameters():
                 parameter.data.normal_(std=0.5)
         write_adapter(self.file, adapter_file(adapter, find_variant("base"), list(layers)))

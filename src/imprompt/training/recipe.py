@@ -168,6 +168,9 @@ class Recipe(Part):
     # face encoder (FaceID): insightface's package of weights or a folder of one, or a .safetensors
     # file of embeddings as `imprompt embed` writes them; the variant's own package if not given
     faces: str | None = None
+    # whether the image's queries and keys are normed in each head, for transformers; if not given,
+    # where the base does not norm its own
+    qk_norm: bool | None = None
     rank: Count | None = None  # of the low-rank part (FaceID); 128, as published, if not given
     # adapter to start from: a name, file, state folder or Hub file; a new one if not given
     start: str | None = None
