@@ -27,7 +27,7 @@ from imprompt.cli import main
 from imprompt.training import loop, setup
 from imprompt.training.recipe import Recipe
 from tests.ranks import CONTEXT, PATIENCE
-from tests.tiny import pipeline_parts, quiet, seeded, smallest_unet, tiny_text_encoder
+from tests.tiny import OTHERS, pipeline_parts, quiet, seeded, smallest_unet, tiny_text_encoder
 
 # What a command imports as it runs, and pytest, which every process under it imports.
 CONTEXT.set_forkserver_preload(
@@ -37,11 +37,38 @@ CONTEXT.set_forkserver_preload(
 DISK = {"open", "mkdir", "fsync", "rename", "replace", "symlink", "unlink", "rmdir"}
 
 
-def smallest_model(folder: Path) -> Path:
-    """A pipeline whose UNet has four cross-attentions and whose image encoder has five tokens, as a
-    user's folder.
+# Families beside the UNet, one of each kind: its cross-attentions, joint attentions, both kinds of
+# Flux's blocks.
+KINDS = ("pixart", "sd3", "flux")
+
+
+def smallest_model(folder: Path, kind: str = "unet") -> Path:
+    """A pipeline whose image encoder has five tokens, as a user's folder.
+
+    A UNet has four cross-attentions.
     """
-    parts = pipeline_parts("sd1") | {"unet": smallest_unet()}
+    encoder, processor = smallest_encoder()
+    if kind == "unet":
+        parts = pipeline_parts("sd1") | {"unet": smallest_unet()}
+        text_encoder = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 32, seed=7)
+        pipeline: Any = quiet(
+            StableDiffusionPipeline(
+                **parts,
+                text_encoder=text_encoder,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+        )
+    else:
+        pipeline = OTHERS[kind]()
+    pipeline.save_pretrained(folder)
+    for part in (encoder, processor):
+        part.save_pretrained(folder / "image_encoder")
+    return folder
+
+
+def smallest_encoder() -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessorPil]:
+    """A CLIP of five tokens, and its processor."""
     config = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -52,17 +79,11 @@ def smallest_model(folder: Path) -> Path:
         patch_size=8,
     )
     with seeded(1):
-        parts["image_encoder"] = CLIPVisionModelWithProjection(config)
+        encoder = CLIPVisionModelWithProjection(config)
     side = config.image_size
-    parts["feature_extractor"] = CLIPImageProcessorPil(
+    return encoder, CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
-    text_encoder = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 32, seed=7)
-    pipeline = StableDiffusionPipeline(
-        **parts, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False
-    )
-    quiet(pipeline).save_pretrained(folder)
-    return folder
 
 
 def written(plan: Recipe, path: Path) -> Path:

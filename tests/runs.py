@@ -73,6 +73,7 @@ def recipe(source: Path | str, output: Path, steps: int = 6, **changes: Any) -> 
         "model": "emoji",
         "output": output,
         "save_every": 2,
+        "check_base": False,  # most bases of tests are untrained
         "data": {
             "source": str(source),
             "drop_text": 0.2,
@@ -87,6 +88,7 @@ def recipe(source: Path | str, output: Path, steps: int = 6, **changes: Any) -> 
             "learning_rate": 1e-3,
             "precision": "fp32",
         },
+        "validation": {"shuffled_every": None},
         "logging": {"every": 1, "to": []},
     }
     for key, change in changes.items():

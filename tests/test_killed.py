@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -26,6 +27,7 @@ from imprompt.training.state import save_state
 from imprompt.training.watch import Metrics
 from tests.commands import (
     CONTEXT,
+    KINDS,
     After,
     Ended,
     Events,
@@ -50,14 +52,21 @@ SOURCES: dict[str, dict[str, Any]] = {
     "shards": {"save_every": 2, "optimization": {"accumulate": 3}},
     "hub": {"keep": 1},
     "features": {"data": {"flip": True}, "optimization": {"optimizer": "muon"}},
-    "faces": {"variant": "faceid", "rank": 2},
+    "faces": {"variant": "faceid", "rank": 2, "validation": {"shuffled_every": 5}},
+    **{kind: {"validation": {"shuffled_every": 5}} for kind in KINDS},
 }
 Plan = Callable[[str], Recipe]  # of the run of that name
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smallest_model(tmp_path_factory.mktemp("model"))
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Small models, saved when they are asked for: a UNet's, or that of a kind of transformers."""
+    return cache(lambda kind: smallest_model(tmp_path_factory.mktemp(kind), kind))
+
+
+@pytest.fixture(scope="module")
+def model(models: Callable[[str], Path]) -> Path:
+    return models("unet")
 
 
 def plans(source: str, model: Path, at: Path) -> Plan:
@@ -222,8 +231,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(source: str, model: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
-def test_twenty_kills_change_nothing(source: str, model: Path, tmp_path: Path) -> None:
-    toll = trial(source, model, tmp_path, kills=20)
+def test_twenty_kills_change_nothing(
+    source: str, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    toll = trial(source, models(source if source in KINDS else "unet"), tmp_path, kills=20)
     assert toll.kills["saving"] >= 5
     print(f"\n{source}: {toll}")
 

@@ -23,21 +23,26 @@ from imprompt.training.order import SampleIndex
 from imprompt.training.recipe import Recipe
 from imprompt.training.watch import Metrics
 from tests import ranks
-from tests.commands import smallest_model, written
+from tests.commands import KINDS, smallest_model, written
 from tests.runs import COLOURS, losses, names, of_variant, picture_folder, recipe, tensors
 
 CLOSE = 1e-5  # between one process and several, which sum gradients in another order
 STEPS = 7  # of 4 samples: each of the seven is shown four times
-AVERAGED = {"data": {"held_out": 2}, "optimization": {"ema": 0.9, "accumulate": 2}}
+AVERAGED = {
+    "data": {"held_out": 2},
+    "optimization": {"ema": 0.9, "accumulate": 2},
+    "validation": {"shuffled_every": 4},
+}
 GOES_ON = r"The last good state is \S*step-0000004; the same command goes on from there$"
 
 
 class Place:
     """A folder with a small model, a set of seven pictures, and runs by name."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "unet") -> None:
         self.folder = folder
-        self.model, self.set = smallest_model(folder / "model"), picture_folder(folder / "set")
+        self.model = smallest_model(folder / "model", kind)
+        self.set = picture_folder(folder / "set")
 
     def plan(self, name: str, steps: int = STEPS, save_every: int = 2, **groups: Any) -> Recipe:
         groups["data"] = {
@@ -103,7 +108,10 @@ def measured(run: Path) -> list[float]:
     rows = Metrics(run).read()
     told = [
         row.get(key)
-        for key in ("step", "loss", "plain_loss", "grad_norm", "held_out_loss")
+        for key in (
+            *("step", "loss", "plain_loss", "grad_norm", "held_out_loss"),
+            *("own_loss", "shuffled_loss"),
+        )
         for row in rows
     ]
     return [value for value in told if value is not None] + [
@@ -354,6 +362,33 @@ def test_a_sharded_run_goes_on(
     assert farthest(run, averaged) < CLOSE
     if before == after:
         assert farthest(run, sharded) == 0
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "flux"),
+        "flux",
+    ],
+)
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A place with a transformer, after a run of one process."""
+    place = Place(tmp_path_factory.mktemp(request.param), request.param)
+    place.train("alone", 1, **AVERAGED)
+    return place
+
+
+@pytest.mark.parametrize("changes", [(), (ranks.sharded,)], ids=["two", "sharded"])
+def test_transformers_train_on_several_processes_as_on_one_and_go_on(
+    changes: tuple[ranks.Change, ...], other: Place
+) -> None:
+    """A killed run goes on bit for bit."""
+    whole = other.train(f"whole by {len(changes)}", 2, *changes, **AVERAGED)
+    assert farthest(whole, other.folder / "alone") < CLOSE
+    name = f"killed by {len(changes)}"
+    ended = ranks.train(other.plan(name, **AVERAGED), 2, *changes, ranks.Struck(1, 5))
+    assert ended.codes == [2, -signal.SIGKILL]
+    assert farthest(other.train(name, 2, *changes, **AVERAGED), whole) == 0
 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] "

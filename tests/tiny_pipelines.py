@@ -16,6 +16,7 @@ from imprompt import ImagePromptPipeline
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.checkpoints.adapters import adapter_file, write_adapter
 from imprompt.families.base import base_of, family_of
+from imprompt.families.forms import NORMED
 from imprompt.variants import find_variant
 from tests.tiny import FEATURE_DIMS, freeze, quiet, seeded, tiny_encoder, tiny_t5
 from tests.zoo import specimen
@@ -38,7 +39,9 @@ class Saved:
         layers = family.layers(base)
         width = family.size(next(iter(layers.values()))).text
         with seeded(3):
-            adapter = IPAdapter.for_model(base, ImageProjection(FEATURE_DIMS["pooled"], width))
+            projection = ImageProjection(FEATURE_DIMS["pooled"], width)
+            form = NORMED if family.norms_queries(base) is False else None
+            adapter = IPAdapter.for_model(base, projection, form=form)
             for parameter in adapter.image_kv.parameters():
                 parameter.data.normal_(std=0.5)
         write_adapter(self.file, adapter_file(adapter, find_variant("base"), list(layers)))

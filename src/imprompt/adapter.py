@@ -139,7 +139,7 @@ class IPAdapter(nn.Module):
         family    family of base models that the adapter is for
         low_rank  low-rank part that FaceID adapters add to every attention:
                   `imprompt.attention.low_rank.ModelLowRank`
-        form      published way to attend, of an adapter that has one: `imprompt.families.forms`
+        form      way to attend, of an adapter that has one: `imprompt.families.forms`
         """
         super().__init__()
         self.projection = projection
@@ -149,18 +149,20 @@ class IPAdapter(nn.Module):
         self._injection: Injection | None = None
 
     @classmethod
-    def for_model(cls, model: nn.Module, projection: nn.Module, low_rank: Any = None) -> Self:
+    def for_model(cls, model: nn.Module, projection: nn.Module, low_rank: Any = None,
+                  form: Any = None) -> Self:  # fmt: skip
         """Make a new adapter for `model`; its family initialises W' (section 3.2.2).
 
-        low_rank  as in `__init__`
+        low_rank, form  as in `__init__`
         """
         family = family_of(model)
+        states = ImageKV if form is None else form.states
         image_kv = []
         for layer in family.layers(model).values():
             size = family.size(layer)
-            image_kv.append(new := ImageKV(size.text, size.inner))
+            image_kv.append(new := states(size.text, size.inner))
             family.start(layer, new.to_k.weight.data, new.to_v.weight.data)
-        return cls(projection, image_kv, family, low_rank)
+        return cls(projection, image_kv, family, low_rank, form)
 
     def tokens(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Project image features to image tokens (B, N, D), in the projection's precision.
@@ -209,7 +211,8 @@ class IPAdapter(nn.Module):
         """
         if self._injection is not None:
             raise MismatchError("the adapter is attached already: call detach() first")
-        fits = (self.family.name, *(self.form.families if self.form else ()))
+        own = self.family.name
+        fits = self.form.fits(own) if self.form else (own,)
         if (found := family_of(model)).name not in fits:
             raise MismatchError(
                 f"this adapter is for base models of the {self.family.name} family; "
@@ -249,6 +252,11 @@ class IPAdapter(nn.Module):
         """Return the state without the injection: a copy or pickle is attached to no model."""
         return {**super().__getstate__(), "_injection": None}
 
+    @property
+    def own_width(self) -> bool:
+        """Whether its tokens have a width of their own, as in published forms."""
+        return self.form is not None and bool(self.form.families)
+
     def conditioned(self, layers: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return those of a model's layers that the adapter conditions, by name."""
         return self.form.of(layers) if self.form else layers
@@ -259,7 +267,7 @@ class IPAdapter(nn.Module):
         layers = self.conditioned(family.layers(model))
         sizes = {name: family.size(layer) for name, layer in layers.items()}
         for (name, size), kv in zip(sizes.items(), self.image_kv, strict=False):
-            if self.form is None:  # a published one reads tokens of a width of its own
+            if not self.own_width:
                 self._check_text(name, size, kv.to_k.in_features)  # pyright: ignore
         if len(sizes) != len(self.image_kv):
             raise MismatchError(

@@ -95,6 +95,8 @@ class ModelInjection(ABC):
     It belongs to the model's hook: a copied model has its own injection.
     """
 
+    takes_forms = False  # whether its layers can attend in the ways of `imprompt.families.forms`
+
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.family, self.adapters, self.timesteps = family, 0, 1000
         self.computes_in: torch.dtype = getattr(model, "dtype", torch.float32)
@@ -174,9 +176,10 @@ class ModelInjection(ABC):
         if form is None:
             return self.sizes
         if form not in self.of_forms:
-            if self.family.name not in form.families:
+            if self.family.name not in form.fits(self.family.name) or not self.takes_forms:
+                bases = ", ".join(form.families) or "transformers"
                 raise MismatchError(
-                    f"the image prompt is of an adapter for {', '.join(form.families)}; "
+                    f"the image prompt is of an adapter for {bases}; "
                     f"this model is of the {self.family.name} family"
                 )
             self.of_forms[form] = form.of(self.sizes)

@@ -81,7 +81,7 @@ class Header(Origin):
 
     feature   what it reads of the image encoder, where that is not the variant's own feature
     head_dim  width of a resampler's attention heads, where it is not the published one
-    form      published way to attend, of an adapter that has one: `imprompt.families.forms`
+    form      way to attend, of an adapter that has one: `imprompt.families.forms`
     """
 
     format: Literal[1] = FORMAT
@@ -117,7 +117,7 @@ class AdapterFile:
     lora        low-rank parts of every attention, self-attentions too, by the names that
                 `AttentionLowRank` uses; None if there are none
     head_dim    width of a resampler's attention heads; None: the published one
-    form        of a published adapter for a transformer; None for the family's own way
+    form        way to attend, of an adapter for a transformer that has one
     more        tensors of every layer beside W'_k and W'_v, by the names in the form's module
     folder      where the file was read, from which its header names folders of weights
     """
@@ -207,7 +207,7 @@ class AdapterFile:
 
         They are inferred from its sizes.
         """
-        if self.form is not None:
+        if self.form is not None and self.form.families:
             bases = " and ".join(self.form.families)
             return (
                 f"base models of the {bases} family with {len(self.kv)} conditioned layers; image "
@@ -247,7 +247,9 @@ def read_adapter(
     check_plain(file, tensors)
     tensors = original_spelling(tensors, layout.projection)
     projection = _under(layout.projection, tensors)
-    if (header := _read_header(file, metadata)) and header.form:
+    header = _read_header(file, metadata)
+    form = form_named(header.form, file) if header and header.form else None
+    if header and form and form.families:
         found = _read_ours(file, layout, tensors, projection, header)
         _check_header(file, found)
         return found
@@ -267,7 +269,7 @@ def read_adapter(
     )
     parts = [{name: tensors[key] for name, key in keys.items()} for keys in lora] if lora else None
     found = AdapterFile(
-        row, projection, kv, names, header, layout.name, parts, head_dim, folder=file.parent
+        row, projection, kv, names, header, layout.name, parts, head_dim, form, folder=file.parent
     )
     _check_header(file, found)
     return found
@@ -353,8 +355,9 @@ def write_adapter(
     form = layouts.layout_to_write(layout, path.suffix)
     if file.form is not None:
         if form.numbered:
-            own = " or ".join(row.name for row in PUBLISHED_LAYOUTS if row.form == file.form.name)
-            raise CheckpointError(f"the {form.name} layout cannot hold it: write imprompt or {own}")
+            own = [row.name for row in PUBLISHED_LAYOUTS if row.form == file.form.name]
+            others = " or ".join(["imprompt", *own])
+            raise CheckpointError(f"the {form.name} layout cannot hold it: write {others}")
         layers = layers and [*file.form.of(dict.fromkeys(layers))]
     header = file.header if form.numbered else _named_header(file, layers)
     labels = header.layers if header and not form.numbered else numbered_layers(len(file.kv))
@@ -390,8 +393,8 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
 
     Raises MismatchError if it was made for another family of base models.
     """
-    oldest = (OLDEST,)  # the only one of older layouts
-    fits = file.form.families if file.form else (file.header.family,) if file.header else oldest
+    own = file.header.family if file.header else OLDEST  # the only one of older layouts
+    fits = file.form.fits(own) if file.form else (own,)
     if family.name not in fits:
         raise MismatchError(
             f"this adapter is for base models of the {' or '.join(fits)} family; this one is of "

@@ -13,7 +13,7 @@ from torch import Tensor
 from imprompt.checkpoints.integrity import blank_projection, shapes_of
 from imprompt.checkpoints.tensors import some
 from imprompt.errors import CheckpointError
-from imprompt.families.forms import FORMS, AttentionForm
+from imprompt.families.forms import FORMS, NEW_FORMS, AttentionForm
 from imprompt.families.published_files import PUBLISHED_LAYOUTS, PublishedLayout
 from imprompt.variants import Variant
 
@@ -107,6 +107,6 @@ def check_form(path: Path, form: AttentionForm, projection: Tensors, layers: lis
 
 def form_named(name: str, path: Path) -> AttentionForm:
     """Return the form that a header names; CheckpointError if it is not known."""
-    if name not in FORMS:
+    if name not in FORMS | NEW_FORMS:
         raise CheckpointError(f"{path}: unknown form {name!r} of an adapter for a transformer")
-    return FORMS[name]
+    return (FORMS | NEW_FORMS)[name]

@@ -191,6 +191,13 @@ class Family(ABC):
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
         """Initialise W'_k and W'_v, each (inner, text), of a new adapter at that layer."""
 
+    def norms_queries(self, model: nn.Module) -> bool | None:  # noqa: ARG002
+        """Return whether the model norms the queries that the image's attention reads.
+
+        None where that attention cannot have a norm of its own, as in published UNet layouts.
+        """
+        return None
+
     def attentions(self, model: Any) -> dict[str, Any]:
         """Return the attentions that a low-rank part is added to, in the order of its files.
 

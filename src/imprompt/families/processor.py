@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imprompt.adapter import ImageStates, add_image_attention
-from imprompt.families.forms import AttentionForm
+from imprompt.families.forms import AttentionForm, head_normed
 
 Layout = Literal["BLHd", "BHLd", "BLD"]
 FORWARDED = ("_attention_backend", "_parallel_config")  # attributes set by diffusers
@@ -30,7 +30,7 @@ class LayerConditioning(NamedTuple):
     images   K' and V' (B or 1, H, N, d) of every prompt, and its bias
     weights  (P, B or 1, 1, L or 1, 1)
     rows     rows of the query that are conditioned: a slice, or indices (B, picture's rows)
-    form     published way to attend; None: that of new adapters
+    form     way to attend; None: that of new adapters without a norm
     """
 
     images: tuple[ImageStates, ...]
@@ -158,8 +158,10 @@ def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Ten
     query  (B, H, L, d)
     x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
-    images, weights, rows, _ = conditioning
+    images, weights, rows, form = conditioning
     picture = picture_rows(query, rows).to(images[0][0].dtype)
+    if form is not None and form.normed:
+        picture = head_normed(picture)
     added = add_image_attention(picture.new_zeros(()).expand_as(picture), picture, images, weights)
     added = added.transpose(1, 2).to(x.dtype)  # (B, H, I, d) -> (B, I, H, d)
     added = added if x.ndim == 4 else added.flatten(2)

@@ -154,6 +154,8 @@ class TransformerInjection(ModelInjection):
     Calls of one model run one after the other.
     """
 
+    takes_forms = True
+
     def __init__(self, model: nn.Module, family: "TransformerFamily") -> None:
         super().__init__(model, family)
         self.row = family.row
@@ -306,6 +308,10 @@ class TransformerFamily(Family):
         inner = layer.inner_dim if query is None else query.out_features
         text = projection_of(layer, KEYS).in_features if width is None else width(layer)
         return LayerSize(text, inner, heads)
+
+    def norms_queries(self, model: nn.Module) -> bool:
+        """Return whether every query that the image's attention reads is the result of a norm."""
+        return all("norm" in self.row.taps(layer).query for layer in self.layers(model).values())
 
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
         """Start from the layer's own W_k and W_v if it reads text, else with a small W'_v."""

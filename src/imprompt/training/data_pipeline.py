@@ -6,6 +6,7 @@ It decides which samples are trained on and which are held out, and records whic
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,16 @@ class DataPipeline:
         )
 
     def held_out_samples(self) -> Iterator[tuple[np.ndarray, AugmentedSample]]:
-        """Yield batches of held-out samples with their numbers among the held-out ones.
+        """Yield batches of held-out samples with their numbers among the held-out ones."""
+        return self.fixed_samples(self.held_out)
+
+    def first_samples(self, count: int) -> np.ndarray:
+        """Return the numbers of the `count` samples that are trained on first."""
+        drawn = islice(chain.from_iterable(self.order.steps(0)), count)
+        return np.unique([draw.sample for draw in drawn])
+
+    def fixed_samples(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, AugmentedSample]]:
+        """Yield batches of the chosen samples with their places in `chosen`.
 
         Nothing is dropped or mirrored, and the noise is always the same.
         """
@@ -186,12 +196,12 @@ class DataPipeline:
         )
         augmented = AugmentedSamples(self.reader, plain, self.seed)
         size = max(1, self.batch // (self.share.ranks * self.share.parts))
-        numbers = np.arange(len(self.held_out))
-        of = self.reader.bucket[self.held_out]
+        numbers = np.arange(len(chosen))
+        of = self.reader.bucket[chosen]
         for bucket in np.unique(of):
             here = numbers[of == bucket]
             for part in np.split(here, range(size, len(here), size)):
-                drawn = [SampleIndex(-1, int(self.held_out[number])) for number in part]
+                drawn = [SampleIndex(-1, int(chosen[number])) for number in part]
                 yield part, AugmentedSample.stack([augmented[index] for index in drawn])
 
 

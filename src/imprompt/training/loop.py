@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -18,9 +20,17 @@ from imprompt.adapter import IPAdapter
 from imprompt.checkpoints.adapters import build_adapter, read_adapter, save_adapter
 from imprompt.checkpoints.states import LATEST, state_at
 from imprompt.errors import ImpromptError
+from imprompt.families.base import family_of
 from imprompt.files import lock_folder
 from imprompt.training.augmented import AugmentedSample
 from imprompt.training.batches import Batch
+from imprompt.training.comparisons import (
+    SAMPLES,
+    ReferenceLosses,
+    base_losses,
+    check_base,
+    reference_losses,
+)
 from imprompt.training.data_pipeline import Bad, bad_of
 from imprompt.training.endings import explained_termination, stop_error
 from imprompt.training.recipe import Recipe
@@ -59,6 +69,14 @@ def train(recipe: Recipe, watcher: Watcher | None = None) -> Path:
     return state_at(recipe.output / LATEST)
 
 
+def due(step: int, every: int | None, last: bool = False) -> bool:
+    """Return whether something that is done every so many steps, if at all, is done after one.
+
+    last  whether it is done now in any case
+    """
+    return every is not None and (last or step % every == 0)
+
+
 class Run:
     """The steps of a run, with its log, saved states and validation.
 
@@ -91,6 +109,8 @@ class Run:
                 link_states(recipe.output, done)
             self.metrics.cut(done)
             self.trackers = open_trackers(recipe, done, self.watcher.warned)
+        if not done and recipe.check_base:
+            self._check_base()
         self._count(done)
         self.request.stepping = True
         self.wishes.saved()
@@ -108,14 +128,15 @@ class Run:
             self.watcher.advanced(step + 1)
             last = step + 1 == plan.steps
             wish = self.wishes.after_step(self.request)
-            saving, validating = (
-                last or wish > Wish.nothing or (step + 1) % recipe.save_every == 0,
-                self._validates(step + 1),
-            )
-            if saving or validating or (step + 1) % recipe.logging.every == 0:
+            saving = last or wish > Wish.nothing or (step + 1) % recipe.save_every == 0
+            validating = due(step + 1, recipe.validation.every)
+            comparing = due(step + 1, recipe.validation.shuffled_every, last)
+            if saving or validating or comparing or (step + 1) % recipe.logging.every == 0:
                 guard.check()
                 self._log(step + 1, clock, stepped.norm.item(), self._count(step + 1))
             with clock.paused():
+                if comparing:
+                    self._compare_references(step + 1)
                 if validating:
                     self._validate(step + 1)
                 # saved last: a resumed run reports again what its state does not include
@@ -143,11 +164,57 @@ class Run:
             )
         return state.step
 
-    def _validates(self, step: int) -> bool:
-        return (
-            self.setup.recipe.validation.every is not None
-            and step % self.setup.recipe.validation.every == 0
-        )
+    def _check_base(self) -> None:
+        """Log the base's own loss; raise SettingError if a constant predicts as well."""
+        batches = self._compared(self.data_pipeline.first_samples(SAMPLES))
+        parts = base_losses(batches, self.trainer.objective, self._predict_alone)
+        if not parts:
+            return
+        means = {
+            "base_loss": fmean(part.base for part in parts),
+            "constant_loss": fmean(part.constant for part in parts),
+        }
+        by_part = {f"base_loss/{part.timesteps}": part.base for part in parts}
+        by_part |= {f"constant_loss/{part.timesteps}": part.constant for part in parts}
+        self._log_scores(0, "base", means | by_part)
+        self.watcher.compared(means)
+        check_base(parts)
+
+    def _predict_alone(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """Return what the frozen base predicts without an image prompt; it is not compiled."""
+        base = self.setup.base
+        with torch.compiler.set_stance("force_eager"):
+            return family_of(base).predict(base, None, noisy, timesteps, batch.conditions)
+
+    def _compared(self, chosen: np.ndarray) -> list[Batch]:
+        """Return batches of chosen samples, with fixed noise; bad ones have no weight."""
+        pipeline = self.data_pipeline
+        return [pipeline.compose(samples) for _, samples in pipeline.fixed_samples(chosen)]
+
+    def reference_losses(self) -> ReferenceLosses | None:
+        """Return the losses with own and with shuffled references, equal on every process.
+
+        They are those of held-out samples, else of the first ones that are trained on.
+        """
+        held_out = self.data_pipeline.held_out[:SAMPLES]
+        chosen = held_out if len(held_out) > 1 else self.data_pipeline.first_samples(SAMPLES)
+
+        def losses(batch: Batch, index: Tensor) -> Tensor:
+            return self.trainer.losses(batch, index).plain
+
+        with self.trainer.averaged(), self.trainer.measuring():
+            return reference_losses(self._compared(chosen), self.trainer.objective, losses)
+
+    def _compare_references(self, step: int) -> None:
+        """Log the losses with own and with shuffled references, and their difference."""
+        if found := self.reference_losses():
+            scores = {
+                "own_loss": found.own,
+                "shuffled_loss": found.shuffled,
+                "shuffled_minus_own": found.shuffled - found.own,
+            }
+            self._log_scores(step, "validation", scores)
+            self.watcher.compared(scores)
 
     def _count(self, step: int) -> int:
         """Report the bad samples that all processes found since the last call.
@@ -207,7 +274,7 @@ class Run:
                 "training.pt": lambda path: torch.save(state, path),
             }
             if "held_out_loss" in facts:
-                self._log_validation(step, {"held_out_loss": facts["held_out_loss"]})
+                self._log_scores(step, "validation", {"held_out_loss": facts["held_out_loss"]})
             output, keep = self.setup.recipe.output, self.setup.recipe.keep
             self.watcher.saved(save_state(output, step, files, facts, keep, self.watcher.warned))
         self.setup.accelerator.wait_for_everyone()
@@ -246,16 +313,19 @@ class Run:
             self._load_copy(weights).to(self.setup.device)
             path, scores = self.setup.validator.grid(step)
             self.setup.cpu_copy.cpu()
-            self._log_validation(step, scores)
+            self._log_scores(step, "validation", scores)
             for tracker in self.trackers:
                 tracker.log_image("validation/grid", Image.open(path).convert("RGB"), step)
             self.watcher.validated(path, scores)
         self.setup.accelerator.wait_for_everyone()
 
-    def _log_validation(self, step: int, scores: dict[str, float]) -> None:
+    def _log_scores(self, step: int, group: str, scores: dict[str, float]) -> None:
+        """Log numbers, which have the group before their names in trackers."""
+        if not self.setup.main:
+            return
         self.metrics.add({"step": step, **scores})
         for tracker in self.trackers:
-            tracker.log({f"validation/{name}": value for name, value in scores.items()}, step)
+            tracker.log({f"{group}/{name}": value for name, value in scores.items()}, step)
 
     def close(self) -> None:
         """Close the trackers and release the lock on the output folder."""

@@ -19,6 +19,7 @@ from imprompt.encoders.vision import open_encoder
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.autoencoders import Normalization, find_autoencoder
 from imprompt.families.base import Conditions, Family, family_of
+from imprompt.families.forms import NORMED, AttentionForm
 from imprompt.families.published import model_parts
 from imprompt.models import Location, find_adapter, find_model, open_pipeline, part_config
 from imprompt.training.buckets import training_size
@@ -134,7 +135,8 @@ def start_adapter(recipe: Recipe, base: Any, widths: Mapping[str, int]) -> IPAda
         torch.manual_seed(recipe.seed)
         projection = row.projection(feature_dim, token_dim, **sizes)
         low_rank = new_low_rank(family, base, recipe.rank or RANK) if row.lora else None
-        return IPAdapter.for_model(base, projection, low_rank).float()
+        form = form_for(recipe, family, base)
+        return IPAdapter.for_model(base, projection, low_rank, form).float()
     file = read_adapter(find_adapter(find_model(recipe.model), recipe.start)[0])
     if (file.variant, file.feature_dim) != (row, feature_dim):
         raise MismatchError(
@@ -153,9 +155,29 @@ def start_adapter(recipe: Recipe, base: Any, widths: Mapping[str, int]) -> IPAda
             f"start = {recipe.start!r} has a low-rank part of rank {file.ranks[-1]}; the recipe "
             f"asks for rank {recipe.rank}: leave rank out to keep it"
         )
+    if recipe.qk_norm not in (None, file.form is NORMED):
+        kind = "with" if file.form is NORMED else "without"
+        raise MismatchError(
+            f"start = {recipe.start!r} was trained {kind} qk_norm: leave qk_norm out to keep that"
+        )
     adapter = build_adapter(file, family)
     adapter.check_fits(base)
     return adapter.float()
+
+
+def form_for(recipe: Recipe, family: Family, base: Any) -> AttentionForm | None:
+    """Return how a new adapter attends: with a norm of its own, or without one.
+
+    Raise MismatchError if the recipe asks for a norm where there can be none.
+    """
+    norms = family.norms_queries(base)
+    if recipe.qk_norm and norms is None:
+        raise MismatchError(
+            f"qk_norm = true is for transformers: in the {family.name} family the image's "
+            "attention shares the text's queries; leave qk_norm out"
+        )
+    wanted = norms is False if recipe.qk_norm is None else recipe.qk_norm
+    return NORMED if wanted else None
 
 
 def new_low_rank(family: Family, base: Any, rank: int) -> ModelLowRank:

@@ -152,6 +152,8 @@ class Validation(Part):
     """
 
     every: Count | None = None  # steps; none is made if not given
+    # steps between measurements of the loss with own and with shuffled references; None: never
+    shuffled_every: Count | None = 500
     images: tuple[Path, ...] = ()  # image prompts; the first held-out references if not given
     texts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
     scales: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
@@ -184,6 +186,9 @@ class Recipe(Part):
     # face encoder (FaceID): insightface's package of weights or a folder of one, or a .safetensors
     # file of embeddings as `imprompt embed` writes them; the variant's own package if not given
     faces: str | None = None
+    # whether the image's queries and keys are normed in each head, for transformers; if not given,
+    # where the base does not norm its own
+    qk_norm: bool | None = None
     rank: Count | None = None  # of the low-rank part (FaceID); 128, as published, if not given
     # adapter to start from: a name, file, state folder or Hub file; a new one if not given
     start: str | None = None
@@ -193,6 +198,8 @@ class Recipe(Part):
     save_minutes: Annotated[float, Field(gt=0)] | None = 10.0  # as well; None: by steps alone
     keep: Count = 2  # newest states; the best one is kept as well
     licence: str = ""
+    # refuse a base whose own loss is not below that of the best constant prediction
+    check_base: bool = True
     data: Data
     optimization: Optimization
     noise: NoiseSettings = NoiseSettings()

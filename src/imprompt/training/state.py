@@ -33,6 +33,7 @@ FIXED = (
         "encoder",
         "feature",
         "faces",
+        "qk_norm",
         "rank",
         "start",
         "seed",

@@ -91,11 +91,11 @@ class Metrics:
     def cut(self, step: int) -> None:
         """Keep the rows up to `step`; raise ImpromptError if the file cannot be written.
 
-        The resumed run writes later rows again.
+        The resumed run writes later rows again. One that starts, at step 0, keeps none.
         """
         if not self.path.exists():
             return
-        kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
+        kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step and step]
         try:
             with atomic_write(self.path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
@@ -323,6 +323,9 @@ class Watcher:
     def validated(self, path: Path, scores: Mapping[str, float]) -> None:
         """Receive the path of a grid of pictures, and its scores."""
 
+    def compared(self, losses: Mapping[str, float]) -> None:
+        """Receive losses that belong together: see `imprompt.training.comparisons`."""
+
     def bad(self, sample: BadSample) -> None:
         """Receive a sample that could not be used."""
 
@@ -395,6 +398,10 @@ class ProgressWatcher(Watcher):
                 [f"validated {path}", *(f"{name} {value:.4f}" for name, value in scores.items())]
             )
         )
+
+    def compared(self, losses: Mapping[str, float]) -> None:
+        """Print losses that belong together."""
+        self._say("  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
     def bad(self, sample: BadSample) -> None:
         """Print the first LISTED_BAD samples that could not be used."""
