@@ -54,6 +54,7 @@ class ModelCall(NamedTuple):
     grids     gives the sizes, rows and columns, in which layers see the latents; of a video the
               number of frames stands before them
     positive_first  whether a call with both branches of guidance has the positive one first
+    positive_alone  whether a call with one branch, where both are usual, is the positive one
     """
 
     given: Mapping[str, Any]
@@ -62,6 +63,7 @@ class ModelCall(NamedTuple):
     place: Callable[[int], Tensor]
     grids: Callable[[], Sequence[tuple[int, ...]]]
     positive_first: bool = False
+    positive_alone: bool = False
 
 
 class Tasks(NamedTuple):

@@ -142,6 +142,11 @@ def where_marked(_name: str, given: Given, count: int) -> Tensor:
     return (given["indicator"] == PICTURE).nonzero()[:, 1].view(-1, count)
 
 
+def in_skipped_block(name: str, given: Given) -> bool:
+    """Return whether a layer is in a block that Stable Diffusion 3's call leaves out."""
+    return int(name.split(".")[1]) in (given.get("skip_layers") or ())
+
+
 # --- Taps.
 
 
@@ -325,6 +330,8 @@ ROWS = {
         progress=by_timestep,
         text_width=own_width,
         pipelines=three_tasks("StableDiffusion3"),
+        positive_alone=True,
+        skipped=in_skipped_block,
         text_arguments=("encoder_hidden_states", "pooled_projections"),
         text_tokens=77 + 256,
         tokenizer="tokenizer_3",

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imprompt.attention.conditioning import check_widths, images_of, masks_at, weights_at
+from imprompt.attention.conditioning import (
+    check_rows,
+    check_widths,
+    images_of,
+    masks_at,
+    weights_at,
+)
 from imprompt.attention.injection import Arguments, ModelInjection
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError, SettingError
@@ -35,6 +41,7 @@ from imprompt.families.processor import (
     processor_for,
     unreached,
 )
+from imprompt.families.timed import at_time, norms_of
 from imprompt.prompt import KEY, ImagePrompt
 
 QUERIES, KEYS, VALUES = ("to_q", "to_query"), ("to_k", "to_key"), ("to_v", "to_value")
@@ -77,6 +84,8 @@ class TransformerRow:
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
     separate_branches  whether pipelines run each branch of guidance in a separate call
     positive_first     whether pipelines that run both in one call put the positive one first
+    positive_alone     whether those that run both in one call also run the positive one alone
+    skipped            (layer's name, arguments) -> whether a call leaves out the layer
     shared             arguments that are for all rows of a batch
     lists              arguments that are lists with one entry for each row
     alone              whether its calls cannot be merged with those of other requests
@@ -104,6 +113,8 @@ class TransformerRow:
     text_width: Callable[[Any], int] | None = None
     separate_branches: bool = False
     positive_first: bool = False
+    positive_alone: bool = False
+    skipped: Callable[[str, Given], bool] = lambda *_: False
     shared: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
     alone: bool = False
@@ -188,18 +199,26 @@ class TransformerInjection(ModelInjection):
                   grid: tuple[int, ...], rows: Mapping[str, slice | Tensor]) -> None:  # fmt: skip
         """Set the conditioning of the layers of a form by its prompts."""
         sizes = self.sizes_of(form)
+        if form is not None and form.timed:
+            timestep = call.given[self.family.arguments[1]]
+            prompts = [at_time(prompt, timestep, sizes, self.dtype) for prompt in prompts]
         for prompt in prompts:
+            check_rows(prompt, call.rows)
             check_widths(prompt, sizes)
         dtype = prompts[0].keys[0].dtype
         masks = masks_at([prompt.mask for prompt in prompts], [grid], dtype)
         scales = [prompt.scale for prompt in prompts]
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
-        images = images_of(prompts)
+        images, norms = images_of(prompts), norms_of(form, self.dtype)
         whole = form is not None and form.all_rows and not masks
         for number, name in enumerate(sizes):
+            if self.row.skipped(name, call.given):
+                continue
             own = slice(None) if whole else rows[name]
             processor = self.processors[name]
-            made = LayerConditioning(images[number], weights[number], own, form)
+            made = LayerConditioning(
+                images[number], weights[number], own, form, norms[number] if norms else ()
+            )
             processor.conditioning = (*(processor.conditioning or ()), made)
             processor.added = False
 
@@ -299,6 +318,7 @@ class TransformerFamily(Family):
             lambda points: schedule_place(progress(torch.as_tensor(timestep), timesteps), points),
             lambda: [self.row.grid(original(model), given)],
             self.row.positive_first,
+            self.row.positive_alone,
         )
 
     def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:  # noqa: ARG002
