@@ -47,6 +47,7 @@ from imprompt.families.base import family_of
 from imprompt.families.published import SD1, SD2, SDXL
 from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
+from imprompt.projections.timed import TimeResampler
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import find_variant
 
@@ -155,6 +156,8 @@ def tiny_projection(name: str, token_dim: int) -> nn.Module:
     feature_dim = FEATURE_DIMS[find_variant(name).feature]
     if name in ("plus", "portrait-unnorm"):
         return Resampler(feature_dim, token_dim, tokens=5, width=128)
+    if name == "instantx-sd3":
+        return TimeResampler(feature_dim, token_dim, tokens=5, width=128, sinusoids=32)
     if name.startswith("faceid-plus"):
         kind = FacePlusProjection if name == "faceid-plus" else FacePlusV2Projection
         return kind(

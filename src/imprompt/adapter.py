@@ -114,15 +114,20 @@ def for_batch(image: ImageStates, batch: int) -> ImageStates:
     Raises MismatchError if they were prepared for another batch.
     """
     key, value, *bias = image
-    if (prepared := len(key)) == batch:
+    check_batch(len(key), batch)
+    if len(key) == batch:
         return image
-    if prepared != 1:
+    return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), *bias
+
+
+def check_batch(prepared: int, batch: int) -> None:
+    """Raise MismatchError unless what has `prepared` rows can be expanded to a batch."""
+    if prepared not in (1, batch):
         raise MismatchError(
             f"the image prompt was prepared for a batch of {prepared}, the base model runs a batch "
             f"of {batch}; with guidance the batch holds every unconditional item, then every "
             "conditional one"
         )
-    return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), *bias
 
 
 class IPAdapter(nn.Module):
@@ -167,7 +172,9 @@ class IPAdapter(nn.Module):
     def tokens(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Project image features to image tokens (B, N, D), in the projection's precision.
 
-        features  (B, E), (B, patches, E), or both as a tuple, depending on the variant
+        Where they depend on the time, return what they are made of at each step, (B, P, W).
+
+        features  (B, E), (B, patches, E), or several as a tuple, depending on the variant
         """
         dtype = next(self.projection.parameters()).dtype
         parts = (features,) if isinstance(features, Tensor) else features
@@ -178,13 +185,16 @@ class IPAdapter(nn.Module):
         """Project image tokens (B, N, D) to K' and V' of every layer of the attached model.
 
         For classifier-free guidance, give `null_tokens` too, the projection of the null feature,
-        (B or 1, N, D): the prompt then has two branches, the negative one first.
+        (B or 1, N, D): the prompt then has two branches, the negative one first. Tokens that depend
+        on the time are (B, P, W), or (B, K, P, W) of K pictures, and are projected at each step.
         """
         injection = self.injection
         branches = 1 if null_tokens is None else 2
         if null_tokens is not None:
-            tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
+            tokens = torch.cat([null_tokens.expand(len(tokens), *tokens.shape[1:]), tokens])
         tokens, dtype = injection.widen(tokens), injection.dtype
+        if self.timed:
+            return self.form.timed_prompt(self, tokens, branches).with_scale(scale)
         keys, values = [], []
         for kv, size in zip(self.image_kv, injection.sizes_of(self.form).values(), strict=True):
             key, value = kv(tokens, size.heads)
@@ -195,6 +205,11 @@ class IPAdapter(nn.Module):
         prompt = ImagePrompt(tuple(keys), tuple(values), ones, low_rank=low_rank, branches=branches,
                              form=self.form)  # fmt: skip
         return prompt.with_scale(scale)
+
+    @property
+    def timed(self) -> bool:
+        """Whether its image tokens depend on the time: see `imprompt.families.timed`."""
+        return self.form is not None and self.form.timed
 
     @property
     def injection(self) -> Injection:
@@ -280,6 +295,8 @@ class IPAdapter(nn.Module):
                     f"this adapter was trained for {ours}-wide keys at {name}; "
                     f"this model's are {size.inner} wide"
                 )
+            if self.form is not None:
+                self.form.check_heads(kv, name, size)
 
     def _check_text(self, name: str, size: LayerSize, ours: int) -> None:
         if ours != size.text:

@@ -29,6 +29,8 @@ class ImagePrompt(NamedTuple):
     branches      of guidance in R: 1, or 2 with all negative rows before all positive ones
     form          of a published adapter for a transformer: see `imprompt.families.forms`; its keys
                   are those of the layers that the form conditions
+    patches       (R or 1, K, P, W) what keys and values are made of at each step, of K pictures,
+                  where they depend on the time: see `imprompt.families.timed`; else None
     """
 
     keys: tuple[Tensor, ...]
@@ -39,6 +41,12 @@ class ImagePrompt(NamedTuple):
     low_rank: tuple[Any, ...] = ()
     branches: int = 1
     form: Any = None
+    patches: Tensor | None = None
+
+    @property
+    def layers(self) -> int:
+        """Number of the layers that it conditions."""
+        return len(self.keys if self.patches is None else self.scale)
 
     def with_scale(self, scale: float | Tensor) -> "ImagePrompt":
         """Return the prompt with another scale.
@@ -47,7 +55,7 @@ class ImagePrompt(NamedTuple):
 
         Raises MismatchError for any other shape.
         """
-        layers = len(self.keys)
+        layers = self.layers
         # A number becomes a tensor without waiting for a GPU.
         new = scale.to(self.scale) if isinstance(scale, Tensor) else self.scale.new_full((), scale)
         table = new if new.ndim > 1 else new.reshape(-1, 1)
@@ -61,13 +69,14 @@ class ImagePrompt(NamedTuple):
     @property
     def rows(self) -> int:
         """Number of rows R, or 1 if every part is for all rows."""
-        parts = [*self.keys, *self.values, self.scale[0], self.mask, self.bias]
+        parts = [*self.keys, *self.values, self.scale[0], self.mask, self.bias, self.patches]
         return max(len(part) for part in parts if part is not None)
 
     @property
     def bytes(self) -> int:
-        """Size of the keys and values in bytes."""
-        return sum(state.nbytes for state in self.keys + self.values)
+        """Size of the keys and values, or of what they are made of, in bytes."""
+        made_of = () if self.patches is None else (self.patches,)
+        return sum(state.nbytes for state in self.keys + self.values + made_of)
 
     def map_rows(self, change: Callable[[Tensor, int], Tensor]) -> "ImagePrompt":
         """Apply `change(tensor, axis of the rows)` to every tensor that has rows."""
@@ -77,6 +86,7 @@ class ImagePrompt(NamedTuple):
             scale=change(self.scale, 1),
             mask=None if self.mask is None else change(self.mask, 0),
             bias=None if self.bias is None else change(self.bias, 0),
+            patches=None if self.patches is None else change(self.patches, 0),
         )
 
     def branch(self, number: int) -> "ImagePrompt":
@@ -155,6 +165,7 @@ class PromptGroup:
             scale=cat((timed(part.scale) for part in parts), 1),
             mask=cat(masks),
             bias=cat(part.bias for part in parts),
+            patches=cat(part.patches for part in parts),
             branches=1,
         )
 
@@ -171,7 +182,9 @@ def expand(tensor: Tensor, rows: int, axis: int = 0) -> Tensor:
 def sharing_key(prompt: ImagePrompt) -> Any:
     """Return a key that is equal for prompts that can share an attention."""
     low_rank = id(prompt.low_rank) if prompt.low_rank else None
-    return [key.shape[1:] for key in prompt.keys], prompt.bias is None, low_rank, prompt.form
+    patches = None if prompt.patches is None else prompt.patches.shape[1:]
+    shapes = [key.shape[1:] for key in prompt.keys], patches
+    return shapes, prompt.bias is None, low_rank, prompt.form
 
 
 # number of rows, and the prompts that condition them, each of that many rows or of 1

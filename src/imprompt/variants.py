@@ -9,6 +9,7 @@ from imprompt.adapter import ImageProjection
 from imprompt.errors import SettingError
 from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
+from imprompt.projections.timed import TimeResampler
 from imprompt.validation import suggestions
 
 # Of pictures "pooled", "penultimate", "last" or "levels 7,13,26"; of faces a key of BESIDE_A_FACE.
@@ -305,7 +306,20 @@ TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkp
         lambda _: False,
     ),
 )
-BY_NAME = {row.name: row for row in (*VARIANTS, *FACES, *TRANSFORMERS)}
+TIMED = (  # of those whose tokens depend on the time: see `imprompt.families.timed`
+    Variant(
+        "instantx-sd3",
+        "penultimate",
+        "zero embedding",
+        TimeResampler,
+        "time_embedding.linear_1.weight",
+        "proj_in.weight",
+        by_latents,
+        lambda _: False,
+    ),
+)
+# Files of those whose tokens depend on the time bear the signatures of others too.
+BY_NAME = {row.name: row for row in (*TIMED, *VARIANTS, *FACES, *TRANSFORMERS)}
 # Kolors, whose text projection the tokens of its FaceID pass, is no family that can be trained on.
 TRAINABLE = {row.name: row for row in (*VARIANTS, *FACES) if not row.widened}
 

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel, HunyuanDiT2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.models.embeddings import apply_rotary_emb
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,12 +28,13 @@ from imprompt.checkpoints.adapters import (
     read_adapter,
     write_adapter,
 )
-from imprompt.checkpoints.published import module_tensors, published_layout
+from imprompt.checkpoints.published import check_form, module_tensors, published_layout
 from imprompt.cli.adapters import LayoutName
 from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import find_family
 from imprompt.families.forms import FORMS
 from imprompt.families.published_files import PUBLISHED_LAYOUTS
+from imprompt.variants import find_variant
 from tests.tiny import seeded
 from tests.zoo import answer, inputs_of, specimen
 
@@ -89,13 +95,68 @@ def hunyuandit(
     return made
 
 
+def resampler(width: int, tokens: int, embedding: int, inner: int, sinusoids: int) -> Any:
+    """A resampler that is told the time, of four layers."""
+    made = {
+        "latents": noise(1, tokens, inner),
+        "norm_out.weight": noise(width) + 1,
+        "norm_out.bias": noise(width),
+    }
+    linears = {"proj_in": (inner, embedding), "proj_out": (width, inner)}
+    linears |= {"time_embedding.linear_1": (inner, sinusoids)}
+    linears |= {"time_embedding.linear_2": (inner, inner)}
+    for layer in range(4):
+        key, heads = f"layers.{layer}.", max(64, inner)
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            made |= {f"{key}{norm}.weight": noise(inner) + 1, f"{key}{norm}.bias": noise(inner)}
+        made |= {
+            f"{key}0.to_q.weight": noise(heads, inner),
+            f"{key}0.to_kv.weight": noise(2 * heads, inner),
+            f"{key}0.to_out.weight": noise(inner, heads),
+            f"{key}1.1.weight": noise(4 * inner, inner),
+            f"{key}1.3.weight": noise(inner, 4 * inner),
+        }
+        linears[f"{key}2.1"] = (4 * inner, inner)
+    for name, sizes in linears.items():
+        made |= {f"{name}.weight": noise(*sizes), f"{name}.bias": noise(sizes[0])}
+    return made
+
+
+def sd3(
+    width: int,
+    inner: int,
+    layers: int,
+    tokens: int = N,
+    embedding: int = E,
+    head: int = 8,
+    inside: tuple[int, int] = (16, 8),
+) -> Any:
+    """A file as InstantX publishes it for SD3.5.
+
+    inside  width of its resampler, and number of the time's sinusoids
+    """
+    projection = resampler(width, tokens, embedding, *inside)
+    made = {f"image_proj.{key}": tensor for key, tensor in projection.items()}
+    for layer in range(layers):
+        key = f"ip_adapter.{layer}."
+        made[key + "norm_ip.linear.weight"] = noise(2 * width, inside[0])
+        made[key + "norm_ip.linear.bias"] = noise(2 * width)
+        for part in "kv":
+            made[f"{key}to_{part}_ip.weight"] = noise(inner, width)
+        for norm in ("norm_q", "norm_k", "norm_ip_k"):
+            made[f"{key}{norm}.weight"] = noise(head) + 1
+    return made
+
+
 # family, (text width, width of the heads together, layers of the specimen), maker
 KINDS = {
     "xlabs": ("flux", (32, 32, 2), xlabs),
     "xlabs on chroma": ("chroma", (32, 32, 2), xlabs),
     "instantx": ("flux", (32, 32, 4), instantx),
     "hunyuandit": ("hunyuandit", (8, 16, 2), hunyuandit),
+    "instantx-sd3": ("sd3", (32, 32, 3), sd3),
 }
+PATCHES = 5
 
 
 class Kind:
@@ -105,7 +166,8 @@ class Kind:
         with seeded(11):
             self.tensors = make(*sizes)
             save_file(self.tensors, self.path)
-            self.embedding = torch.randn(2, E)
+            shape = (2, E) if FORMS[name.split()[0]].time == 0 else (2, PATCHES, E)
+            self.embedding = torch.randn(shape)
         self.model, self.inputs = specimen(self.family), inputs_of(self.family, 2)
         self.adapter = load_adapter(self.path, self.model)
 
@@ -373,6 +435,19 @@ SIZES = [
         (1024, 1408, 40, 8, 1024, 88),
         123_861_888,
     ),
+    (
+        "InstantX for SD3.5-Large",
+        SD3Transformer2DModel,
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 2432,
+        },
+        sd3,
+        (2432, 2432, 38, 64, 1152, 64, (1280, 320)),
+        797_925_888,
+    ),
 ]
 
 
@@ -386,8 +461,9 @@ def test_sizes_are_those_of_the_published_files(
     assert sum(tensor.numel() for tensor in tensors.values()) == count, name
     row = published_layout(tensors)
     assert row is not None
-    _, layers = module_tensors(row, tensors, Path("file"))
+    projection, layers = module_tensors(row, tensors, Path("file"))
     form = FORMS[row.form]
+    check_form(Path("file"), form, projection, layers, find_variant(row.variant))
     family = find_family(form.families[0] if kind is not ChromaTransformer2DModel else "chroma")
     found = form.of(family.layers(model))
     assert len(found) == len(layers)

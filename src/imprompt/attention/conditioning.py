@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.adapter import ImageStates, for_batch
+from imprompt.adapter import ImageStates, check_batch
 from imprompt.attention.low_rank import LowRank, summed
 from imprompt.errors import MismatchError
 from imprompt.families.base import LayerSize, ModelCall
@@ -32,9 +32,9 @@ def check_prompt(prompt: Any, layers_of: Callable[[Any], Collection[str]]) -> No
             f"{KEY} takes what adapter.prompt(...) gives, or a list of that; "
             f"this is a {type(prompt).__name__}"
         )
-    if len(prompt.keys) != (layers := len(layers_of(prompt.form))):
+    if prompt.layers != (layers := len(layers_of(prompt.form))):
         raise MismatchError(
-            f"the image prompt was made for {len(prompt.keys)} cross-attentions; "
+            f"the image prompt was made for {prompt.layers} cross-attentions; "
             f"this model has {layers}"
         )
 
@@ -75,15 +75,16 @@ def check_widths(prompt: ImagePrompt, sizes: Mapping[str, LayerSize]) -> None:
 def check_rows(prompt: ImagePrompt, rows: int) -> None:
     """Raise MismatchError unless the prompt is for a batch of that many rows.
 
-    Keys, values, scale, mask and bias are checked.
+    Keys, values, scale, mask and bias are checked; the bias only where there are keys.
     """
-    for_batch((prompt.keys[0], prompt.values[0]), rows)
+    check_batch(len(prompt.keys[0] if prompt.patches is None else prompt.patches), rows)
     if prompt.scale.shape[1] not in (1, rows):
         raise MismatchError(
             f"the scale is for {prompt.scale.shape[1]} items, the base model runs a batch of {rows}"
         )
-    tokens = prompt.keys[0].shape[2]
-    if prompt.bias is not None and prompt.bias.shape not in ((1, tokens), (rows, tokens)):
+    tokens = prompt.keys[0].shape[2] if prompt.keys else None
+    shapes = (1, tokens), (rows, tokens)
+    if prompt.bias is not None and tokens is not None and prompt.bias.shape not in shapes:
         raise MismatchError(
             f"bias of shape {list(prompt.bias.shape)}: give (1 or {rows}, {tokens} image tokens)"
         )

@@ -103,7 +103,7 @@ class ModelInjection(ABC):
         self.arguments = positional_names(model)
         self.layers = family.layers(model)
         self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
-        self.of_forms: dict[Any, dict[str, LayerSize]] = {}  # sizes by published form
+        self.of_forms: dict[str, dict[str, LayerSize]] = {}  # sizes by a published form's layers
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
         self.hooks: list[Any] = []
         self.local = threading.local()
@@ -175,15 +175,15 @@ class ModelInjection(ABC):
         """
         if form is None:
             return self.sizes
-        if form not in self.of_forms:
-            if self.family.name not in form.fits(self.family.name) or not self.takes_forms:
-                bases = ", ".join(form.families) or "transformers"
-                raise MismatchError(
-                    f"the image prompt is of an adapter for {bases}; "
-                    f"this model is of the {self.family.name} family"
-                )
-            self.of_forms[form] = form.of(self.sizes)
-        return self.of_forms[form]
+        if self.family.name not in form.fits(self.family.name) or not self.takes_forms:
+            bases = ", ".join(form.families) or "transformers"
+            raise MismatchError(
+                f"the image prompt is of an adapter for {bases}; "
+                f"this model is of the {self.family.name} family"
+            )
+        if form.layers not in self.of_forms:
+            self.of_forms[form.layers] = form.of(self.sizes)
+        return self.of_forms[form.layers]
 
     def widen(self, tokens: Tensor) -> Tensor:
         """Return image tokens (B, N, D) as wide as the text that the layers read."""

@@ -209,9 +209,10 @@ class AdapterFile:
         """
         if self.form is not None and self.form.families:
             bases = " and ".join(self.form.families)
+            feature = layouts.FEATURES[self.variant.feature]
             return (
                 f"base models of the {bases} family with {len(self.kv)} conditioned layers; image "
-                f"encoder: one with {self.feature_dim}-wide pooled embedding"
+                f"encoder: one with {self.feature_dim}-wide {feature}"
             )
         return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
 
@@ -236,7 +237,7 @@ def read_adapter(
     tensors, metadata = read_tensors(file, partial(layouts.adapter_keys, file))
     if published := published_layout(tensors):
         return _read_published(file, published, tensors, variant)
-    if kind := layouts.foreign(tensors):
+    if METADATA_KEY not in metadata and (kind := layouts.foreign(tensors)):
         raise CheckpointError(f"{file} is {kind}")
     layout = layouts.layout_of(tensors)
     if layout is None:

@@ -145,7 +145,7 @@ FOREIGN = (
     ("a CSGO adapter: not supported yet", (r"content_image_proj\.|to_[kv]_ip_content",)),
     ("an IP-Adapter-Instruct adapter: not supported yet", (r"proj_(new|prompt)_input\.",)),
     (
-        "an SD3 adapter with a TimeResampler: not supported yet",
+        "an SD3 adapter with a TimeResampler, but not complete as InstantX published it",
         (r"time_embedding\.linear_1\.|layers\.\d+\.2\.1\.|\.norm_ip\.",),
     ),
     (

@@ -37,10 +37,9 @@ def module_tensors(
     Raise CheckpointError, naming them all, if keys are missing or unexpected.
     """
     projection = {
-        inner + key.removeprefix(outer): tensor
-        for outer, inner in row.projection.items()
+        row.module_name(key): tensor
         for key, tensor in tensors.items()
-        if key.startswith(outer)
+        if key.startswith(tuple(row.projection))
     }
     wanted = {key: (layer, names) for layer, names, key in row.names(row.count(tensors))}
     missing = [key for key in wanted if key not in tensors]
@@ -61,11 +60,7 @@ def module_tensors(
 
 def file_tensors(row: PublishedLayout, projection: Tensors, layers: list[Tensors]) -> Tensors:
     """Return the tensors of a file, the inverse of `module_tensors`."""
-    tensors: Tensors = {}
-    for outer, inner in row.projection.items():
-        for name, tensor in projection.items():
-            if name.startswith(inner):
-                tensors[outer + name.removeprefix(inner)] = tensor
+    tensors: Tensors = {row.file_key(name): tensor for name, tensor in projection.items()}
     for layer, names, key in row.names(len(layers)):
         parts = [layers[layer][name] for name in names.split("+")]
         tensors[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -77,7 +72,7 @@ def check_form(path: Path, form: AttentionForm, projection: Tensors, layers: lis
     """Raise CheckpointError, naming the first, if a tensor has another shape than its module's."""
     held: list[tuple[str, Tensors]] = [("the projection", projection)]
     held += [(f"layer {number}", layer) for number, layer in enumerate(layers)]
-    token_dim = None
+    token_dim, time_dim = None, None
     for where, tensors in held:
         shapes = shapes_of(tensors)
         try:
@@ -97,11 +92,16 @@ def check_form(path: Path, form: AttentionForm, projection: Tensors, layers: lis
                     f"{path}: {name} of {where} has shape {ours}; it should have {theirs}"
                 )
         if token_dim is None:
-            token_dim = variant.token_shape(shapes)[1]
+            token_dim, time_dim = variant.token_shape(shapes)[1], getattr(blank, "time_dim", None)
         elif needed["to_k.weight"][1] != token_dim:
             raise CheckpointError(
                 f"{path}: {where} reads tokens {needed['to_k.weight'][1]} wide; the projection's "
                 f"are {token_dim} wide"
+            )
+        elif (told := getattr(blank, "time_dim", time_dim)) != time_dim:
+            raise CheckpointError(
+                f"{path}: {where} is told the time in {told} numbers; the projection embeds it in "
+                f"{time_dim}"
             )
 
 

@@ -20,6 +20,8 @@ class LayoutName(StrEnum):
     instantx = "instantx"
     diffsynth = "diffsynth"
     hunyuandit = "hunyuandit"
+    instantx_sd3 = "instantx-sd3"
+    diffusers_sd3 = "diffusers-sd3"
 
 
 Answer = Annotated[

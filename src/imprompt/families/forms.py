@@ -2,26 +2,33 @@
 
 New adapters attend in one way, see `imprompt.families.processor`, with or without a norm of their
 own. Adapters that others trained differ in which layers and rows are conditioned, in what is done
-to query and keys, and in where the image's attention is added.
+to query and keys, in where the image's attention is added, and in whether image tokens depend on
+the time: see `imprompt.families.timed`.
 
 Shape letters as in `imprompt.adapter`.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Self, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imprompt.adapter import KV, ImageKV
+from imprompt.errors import MismatchError
+from imprompt.families.base import LayerSize
+from imprompt.prompt import ImagePrompt
 
 Kept = TypeVar("Kept")
 
 
 class PublishedKV(ImageKV):
     """Projections W'_k and W'_v of a published form, which may have biases."""
+
+    head_dim: int | None = None  # width of the heads, where the adapter's own norms fix it
 
     def __init__(self, token_dim: int, inner_dim: int, bias: bool = False) -> None:
         super().__init__(token_dim, inner_dim)
@@ -55,6 +62,7 @@ class LayerNormedKV(PublishedKV):
 
     def __init__(self, token_dim: int, inner_dim: int, head_dim: int) -> None:
         super().__init__(token_dim, inner_dim, bias=True)
+        self.head_dim = head_dim
         self.norm_k = nn.LayerNorm(head_dim, eps=1e-6)
 
     @classmethod
@@ -67,6 +75,58 @@ class LayerNormedKV(PublishedKV):
         """Project image tokens (B, N, D) to K' and V', each (B, H, N, d)."""
         key, value = super().forward(tokens, heads)
         return self.norm_k(key), value
+
+
+class TimedKV(PublishedKV):
+    """Projections of an adapter whose tokens depend on the time, with norms of its own.
+
+    norms  names of the weights (d,) of its norms of the layer's query, and of the layer's keys if
+           it reads those
+    """
+
+    norms: tuple[str, ...] = ()
+
+    def at(self, tokens: Tensor, heads: int, moment: Tensor) -> KV:  # noqa: ARG002 - some do not need it
+        """Project image tokens (B, N, D), at an embedded time (B, W), to K' and V' (B, H, N, d)."""
+        return self(tokens, heads)
+
+    @staticmethod
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        """Divide heads (B, H, L, d) by their root mean square, and multiply by a weight (d,)."""
+        mean_square = x.float().square().mean(-1, keepdim=True)
+        return (x * torch.rsqrt(mean_square + 1e-6)).to(weight.dtype) * weight
+
+
+class AdaptiveKV(TimedKV):
+    """Projections of InstantX' adapter for SD3: tokens pass a norm that the time modulates.
+
+    The picture's queries and keys, and the image's keys, pass norms of the adapter.
+    """
+
+    norms = ("norm_q.weight", "norm_k.weight")
+
+    def __init__(self, token_dim: int, inner_dim: int, head_dim: int, time_dim: int) -> None:
+        super().__init__(token_dim, inner_dim)
+        self.head_dim, self.time_dim = head_dim, time_dim
+        self.modulation = nn.Linear(time_dim, 2 * token_dim)
+        self.norm_q = nn.RMSNorm(head_dim)
+        self.norm_k = nn.RMSNorm(head_dim)
+        self.norm_image = nn.RMSNorm(head_dim)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build the projections for tensors of these shapes, by their names in this module."""
+        inner_dim, token_dim = shapes["to_k.weight"]
+        (head_dim,), (_, time_dim) = shapes["norm_q.weight"], shapes["modulation.weight"]
+        return cls(token_dim, inner_dim, head_dim, time_dim)
+
+    def at(self, tokens: Tensor, heads: int, moment: Tensor) -> KV:
+        """Project image tokens (B, N, D), at an embedded time (B, W), to K' and V' (B, H, N, d)."""
+        tokens, moment = (x.to(self.to_k.weight.dtype) for x in (tokens, moment))
+        shift, scale = self.modulation(F.silu(moment))[:, None].chunk(2, -1)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        key, value = self(tokens, heads)
+        return self.normed(key, self.norm_image.weight), value
 
 
 @dataclass(frozen=True)
@@ -83,6 +143,12 @@ class AttentionForm:
                  layer; else before the attention's output layer
     rotary       keyword of the attention's call by which the query is rotated first; "" for none
     normed       whether the query is divided by its root mean square in each head
+    taps         projections of the layer whose results it reads as they are, before the layer's own
+                 norms: of the query, and if there is one softmax over the picture's and the image's
+                 keys, of keys and values too; (): the family's query
+    time         what a timestep as the model gets it is multiplied by, to be from 1000 to 0; 0: the
+                 tokens do not depend on the time
+    adapter      adapter that makes keys and values at each step; in the form of its prompts alone
     """
 
     name: str
@@ -93,10 +159,41 @@ class AttentionForm:
     after_block: bool = False
     rotary: str = ""
     normed: bool = False
+    taps: tuple[str, ...] = ()
+    time: float = 0
+    adapter: Any = None
 
     def fits(self, family: str) -> tuple[str, ...]:
         """Return the families of base models that an adapter for `family` fits."""
         return self.families or (family,)
+
+    @property
+    def timed(self) -> bool:
+        """Whether image tokens depend on the time."""
+        return self.time > 0
+
+    def timed_prompt(self, adapter: Any, patches: Tensor, branches: int) -> ImagePrompt:
+        """Return a prompt whose keys and values the adapter makes at each step.
+
+        patches  (R, P, W), or (R, K, P, W) of K pictures: see `imprompt.families.timed`
+        """
+        ones = patches.new_ones(len(adapter.image_kv), 1)
+        patches = patches if patches.ndim == 4 else patches[:, None]
+        form = replace(self, adapter=adapter)
+        return ImagePrompt((), (), ones, branches=branches, form=form, patches=patches)
+
+    @staticmethod
+    def check_heads(kv: Any, layer: str, size: LayerSize) -> None:
+        """Raise MismatchError unless the adapter's own norms fit the heads of a layer."""
+        if kv.head_dim not in (None, size.inner // size.heads):
+            raise MismatchError(
+                f"this adapter's norms are for heads {kv.head_dim} wide; those of this model at "
+                f"{layer} are {size.inner // size.heads} wide"
+            )
+
+    def __deepcopy__(self, _: Any) -> Self:
+        """Return the form itself: it does not change, and copied prompts share their adapter."""
+        return self
 
     def of(self, layers: Mapping[str, Kept]) -> dict[str, Kept]:
         """Return those of a family's layers that this form conditions, by name."""
@@ -121,6 +218,9 @@ FORMS = {
         AttentionForm("instantx", ("flux", "chroma"), r".*", HeadNormedKV, all_rows=True),
         AttentionForm(
             "hunyuandit", ("hunyuandit",), r".*", LayerNormedKV, rotary="image_rotary_emb"
+        ),
+        AttentionForm(
+            "instantx-sd3", ("sd3",), r".*", AdaptiveKV, taps=("to_q", "to_k", "to_v"), time=1
         ),
     )
 }

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.adapter import ImageStates, add_image_attention
+from imprompt.adapter import ImageStates, add_image_attention, for_batch
+from imprompt.errors import MismatchError
 from imprompt.families.forms import AttentionForm, head_normed
 
 Layout = Literal["BLHd", "BHLd", "BLD"]
@@ -31,12 +32,14 @@ class LayerConditioning(NamedTuple):
     weights  (P, B or 1, 1, L or 1, 1)
     rows     rows of the query that are conditioned: a slice, or indices (B, picture's rows)
     form     way to attend; None: that of new adapters without a norm
+    norms    weights (d,) of the adapter's own norms of the query, and of keys if it reads those
     """
 
     images: tuple[ImageStates, ...]
     weights: Tensor
     rows: slice | Tensor
     form: AttentionForm | None = None
+    norms: tuple[Tensor, ...] = ()
 
 
 class Taps(NamedTuple):
@@ -99,27 +102,35 @@ class ImageProcessor:
         """Compute the attention, and add the image prompts' attention if there is one."""
         if self.conditioning is None:
             return self.original(attention, *args, **kwargs)
-        taps, layer = self.taps, getattr(attention, self.taps.query)
+        taps = self.taps
         before, after = (
             [one for one in self.conditioning if after_block(one) is late] for late in (False, True)
         )
-        recorded: list[Tensor] = []
+        recorded: dict[str, Tensor] = {}
 
-        def record(x: Tensor) -> Tensor:
-            recorded.append(query := layer(x))
-            return query
+        def recording(name: str) -> Callable[[Tensor], Tensor]:
+            def record(x: Tensor) -> Tensor:
+                recorded[name] = result = getattr(attention, name)(x)
+                return result
+
+            return record
+
+        def read(one: LayerConditioning) -> list[Tensor]:
+            if one.norms:
+                return own_states(recorded, one, self.heads)
+            return [rotated(as_heads(recorded[taps.query], taps.layout, self.heads), one, kwargs)]
 
         def added(x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
             self.added = True
-            query = as_heads(recorded[-1], taps.layout, self.heads)
             for one in conditioning:
-                x = with_image(x, rotated(query, one.form, kwargs), one)
+                x = with_image(x, read(one), one)
             return x
 
         def add(x: Tensor) -> Tensor:
             return added(x, before) if before else x
 
-        replaced: dict[str, Any] = {taps.query: record}
+        names = {taps.query, *(name for one in self.conditioning for name in own_taps(one))}
+        replaced: dict[str, Any] = {name: recording(name) for name in names}
         if taps.out is not None:
             replaced[taps.out] = OutputTap(getattr(attention, taps.out), add)
         out = self.original(AttentionView(attention, replaced), *args, **kwargs)
@@ -136,8 +147,35 @@ def after_block(conditioning: LayerConditioning) -> bool:
     return conditioning.form is not None and conditioning.form.after_block
 
 
-def rotated(query: Tensor, form: AttentionForm | None, kwargs: Mapping[str, Any]) -> Tensor:
+def own_taps(conditioning: LayerConditioning) -> tuple[str, ...]:
+    """Return the projections whose results the form reads; none if it reads the family's query."""
+    return conditioning.form.taps if conditioning.form is not None else ()
+
+
+def own_states(
+    recorded: Mapping[str, Tensor], conditioning: LayerConditioning, heads: int
+) -> list[Tensor]:
+    """Return query, and if the form reads them keys and values, each (B, H, L, d).
+
+    Query and keys pass the adapter's own norms. Raise MismatchError if the layer did not compute
+    them one by one.
+    """
+    form = conditioning.form
+    assert form is not None
+    if missed := [name for name in form.taps if name not in recorded]:
+        raise MismatchError(
+            f"adapters of the {form.name} kind read {missed[0]} of each attention, which this "
+            "model does not compute by itself: call unfuse_qkv_projections() first"
+        )
+    states = [as_heads(recorded[name], "BLD", heads) for name in form.taps]
+    count = len(conditioning.norms)
+    normed = map(form.states.normed, states[:count], conditioning.norms)  # pyright: ignore
+    return [*normed, *states[count:]]
+
+
+def rotated(query: Tensor, conditioning: LayerConditioning, kwargs: Mapping[str, Any]) -> Tensor:
     """Return a query (B, H, L, d), rotated by its places if the form has it so."""
+    form = conditioning.form
     if form is None or not form.rotary or kwargs.get(form.rotary) is None:
         return query
     from diffusers.models.embeddings import apply_rotary_emb
@@ -152,13 +190,16 @@ def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
     return query if layout == "BHLd" else query.transpose(1, 2)
 
 
-def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Tensor:
+def with_image(x: Tensor, states: Sequence[Tensor], conditioning: LayerConditioning) -> Tensor:
     """Add the image prompts' attention to the picture's rows of x.
 
-    query  (B, H, L, d)
-    x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
+    states  query, and for one softmax the picture's keys and values, each (B, H, L, d)
+    x       (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
-    images, weights, rows, form = conditioning
+    images, weights, rows, form = conditioning[:4]
+    query, *own = states
+    if own:
+        images = tuple(after_own(own, image) for image in images)
     picture = picture_rows(query, rows).to(images[0][0].dtype)
     if form is not None and form.normed:
         picture = head_normed(picture)
@@ -176,6 +217,19 @@ def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Ten
     if (start, after) != (0, 0):
         added = F.pad(added, (0, 0) * (x.ndim - 2) + (start, after))
     return x + added
+
+
+def after_own(own: Sequence[Tensor], image: ImageStates) -> ImageStates:
+    """Return an image's K' and V', and its bias, after the picture's own keys and values.
+
+    They are for one softmax over both.
+
+    own  keys and values of the picture (B, H, L, d)
+    """
+    key, value, *bias = for_batch(image, len(own[0]))
+    length = own[0].shape[2]
+    joined = (torch.cat(pair, 2) for pair in zip(own, (key, value), strict=True))
+    return *joined, *(F.pad(one, (length, 0)) for one in bias)
 
 
 def picture_rows(query: Tensor, rows: slice | Tensor) -> Tensor:

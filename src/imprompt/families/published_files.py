@@ -5,8 +5,8 @@ reads, checks and writes all of them.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -16,6 +16,8 @@ class PublishedLayout:
 
     signature   patterns that all occur among the keys
     projection  prefix in the file -> prefix in the projection's module
+    spelling    parts of names in the file, below that prefix -> in the projection's module; {layer}
+                is a number
     states      names in a layer's module -> key in the file, where {layer} is the layer's number;
                 names joined by "+" are one tensor there, one after the other
     layer       name of the layer of a number in the base model; "" if the number alone does not
@@ -29,6 +31,19 @@ class PublishedLayout:
     projection: Mapping[str, str]
     states: Mapping[str, str]
     layer: str = ""
+    spelling: Mapping[str, str] = field(default_factory=dict)
+
+    def module_name(self, key: str) -> str:
+        """Return the name in the projection's module of a tensor in the file."""
+        outer = next(outer for outer in self.projection if key.startswith(outer))
+        name = key.removeprefix(outer)
+        return self.projection[outer] + respelt(name, self.spelling.items())
+
+    def file_key(self, name: str) -> str:
+        """Return the key in the file of a tensor of the projection's module."""
+        outer, inner = next(pair for pair in self.projection.items() if name.startswith(pair[1]))
+        swapped = ((ours, theirs) for theirs, ours in self.spelling.items())
+        return outer + respelt(name.removeprefix(inner), swapped)
 
     def count(self, keys: Mapping[str, Any]) -> int:
         """Return the number of layers that a file with these keys should have."""
@@ -43,6 +58,15 @@ class PublishedLayout:
                 yield layer, names, key.format(layer=layer)
 
 
+def respelt(name: str, spelling: Iterable[tuple[str, str]]) -> str:
+    """Return a name whose beginning is spelt in another way, by the first pair that fits."""
+    for before, after in spelling:
+        pattern = re.escape(before).replace(r"\{layer\}", r"(\d{1,3})")
+        if match := re.match(rf"{pattern}(?=\.)", name):
+            return after.format(layer=match[1]) + name[match.end() :]
+    return name
+
+
 def kv_names(key: str, *tensors: str) -> dict[str, str]:
     """Return the names of W'_k and W'_v, whose key has {part} for k or v and {tensor}."""
     return {
@@ -55,6 +79,24 @@ def kv_names(key: str, *tensors: str) -> dict[str, str]:
 XLABS = "double_blocks.{layer}.processor.ip_adapter_double_stream_{part}_proj.{tensor}"
 DOUBLE = "transformer_blocks.{}.attn"
 NUMBERED = "ip_adapter.{layer}.to_{part}_ip.{tensor}"
+RESAMPLER = {  # diffusers' names of a resampler's parts that is told the time -> the original's
+    "layers.{layer}.ln0": "layers.{layer}.0.norm1",
+    "layers.{layer}.ln1": "layers.{layer}.0.norm2",
+    "layers.{layer}.attn.to_q": "layers.{layer}.0.to_q",
+    "layers.{layer}.attn.to_kv": "layers.{layer}.0.to_kv",
+    "layers.{layer}.attn.to_out.0": "layers.{layer}.0.to_out",
+    "layers.{layer}.adaln_norm": "layers.{layer}.1.0",
+    "layers.{layer}.ff.net.0.proj": "layers.{layer}.1.1",
+    "layers.{layer}.ff.net.2": "layers.{layer}.1.3",
+    "layers.{layer}.adaln_proj": "layers.{layer}.2.1",
+}
+SD3_STATES = kv_names(NUMBERED, "weight") | {
+    "modulation.weight": "ip_adapter.{layer}.norm_ip.linear.weight",
+    "modulation.bias": "ip_adapter.{layer}.norm_ip.linear.bias",
+    "norm_q.weight": "ip_adapter.{layer}.norm_q.weight",
+    "norm_k.weight": "ip_adapter.{layer}.norm_k.weight",
+    "norm_image.weight": "ip_adapter.{layer}.norm_ip_k.weight",
+}
 # In the order in which they are tried: with biases before those without.
 PUBLISHED_LAYOUTS = (
     PublishedLayout(
@@ -104,5 +146,24 @@ PUBLISHED_LAYOUTS = (
             "norm_k.bias": "blocks.{layer}.attn2.k_norm_ip_adapter.bias",
         },
         "blocks.{}.attn2",
+    ),
+    PublishedLayout(
+        "instantx-sd3",
+        "instantx-sd3",
+        "instantx-sd3",
+        (r"^ip_adapter\.\d+\.norm_ip\.linear\.", r"^image_proj\.layers\.\d+\.2\.1\."),
+        {"image_proj.": ""},
+        SD3_STATES,
+        DOUBLE,
+    ),
+    PublishedLayout(
+        "diffusers-sd3",
+        "instantx-sd3",
+        "instantx-sd3",
+        (r"^ip_adapter\.\d+\.norm_ip\.linear\.", r"^image_proj\.layers\.\d+\.adaln_proj\."),
+        {"image_proj.": ""},
+        SD3_STATES,
+        DOUBLE,
+        RESAMPLER,
     ),
 )

@@ -15,7 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imprompt.attention.conditioning import check_widths, images_of, masks_at, weights_at
+from imprompt.attention.conditioning import (
+    check_rows,
+    check_widths,
+    images_of,
+    masks_at,
+    weights_at,
+)
 from imprompt.attention.injection import Arguments, ModelInjection
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError, SettingError
@@ -38,6 +44,7 @@ from imprompt.families.processor import (
     processor_for,
     unreached,
 )
+from imprompt.families.timed import at_time, norms_of
 from imprompt.prompt import KEY, ImagePrompt
 
 QUERIES, KEYS, VALUES = ("to_q", "to_query"), ("to_k", "to_key"), ("to_v", "to_value")
@@ -219,20 +226,26 @@ class TransformerInjection(ModelInjection):
                   grid: tuple[int, ...], rows: Mapping[str, slice | Tensor]) -> None:  # fmt: skip
         """Set the conditioning of the layers of a form by its prompts."""
         sizes = self.sizes_of(form)
+        if form is not None and form.timed:
+            timestep = call.given[self.family.arguments[1]]
+            prompts = [at_time(prompt, timestep, sizes, self.dtype) for prompt in prompts]
         for prompt in prompts:
+            check_rows(prompt, call.rows)
             check_widths(prompt, sizes)
         dtype = prompts[0].keys[0].dtype
         masks = masks_at([prompt.mask for prompt in prompts], [grid], dtype)
         scales = [prompt.scale for prompt in prompts]
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
-        images = images_of(prompts)
+        images, norms = images_of(prompts), norms_of(form, self.dtype)
         whole = form is not None and form.all_rows and not masks
         for number, name in enumerate(sizes):
             if block_number(name) in (call.given.get(self.row.skips) or ()):
                 continue
             own = slice(None) if whole else rows[name]
             processor = self.processors[name]
-            made = LayerConditioning(images[number], weights[number], own, form)
+            made = LayerConditioning(
+                images[number], weights[number], own, form, norms[number] if norms else ()
+            )
             processor.conditioning = (*(processor.conditioning or ()), made)
             processor.added = False
 

@@ -184,13 +184,20 @@ def concat(tokens: Tensor, weights: Sequence[float] | None = None) -> tuple[Tens
     """
     given = checked_weights(len(tokens), weights, signed=False, of="concat")
     present = [i for i, weight in enumerate(given) if weight]
-    left = tokens.new_tensor([math.log(given[i]) for i in present])
-    bias = (
-        left.repeat_interleave(tokens.shape[1])[None]
-        if len({given[i] for i in present}) > 1
-        else None
-    )
-    return tokens[present].flatten(0, 1)[None], bias
+    bias = token_bias([given[i] for i in present], tokens.shape[1])
+    joined = tokens[present].flatten(0, 1)[None]
+    return joined, None if bias is None else bias.to(tokens)
+
+
+def token_bias(weights: Sequence[float], count: int) -> Tensor | None:
+    """Return the bias (1, K·N) of pictures with these weights, each of N = `count` image tokens.
+
+    It is None if all have the same weight.
+    """
+    if len({*weights}) == 1:
+        return None
+    logarithms = torch.tensor([math.log(weight) for weight in weights], dtype=torch.float64)
+    return logarithms.repeat_interleave(count)[None]
 
 
 def checked_weights(

@@ -29,6 +29,7 @@ from imprompt.generation.combine import (
     regions,
     scale_table,
     scaled,
+    token_bias,
     with_negative_layers,
 )
 from imprompt.generation.features import Features, Reader
@@ -63,8 +64,8 @@ class PreparedReference(NamedTuple):
     """
 
     by: "Attached"
-    tokens: Tensor  # (1, N, D)
-    null: Tensor | None  # (1, N, D) that guidance moves away from; None without guidance
+    tokens: Tensor  # (1, N, D), or (1, K, P, W): see `IPAdapter.prompt`
+    null: Tensor | None  # the same of what guidance moves away from; None without guidance
     bias: Tensor | None  # (1, N)
     scale: Tensor  # (layers, 1) or (layers, 1, T)
     negative: Tensor  # (layers,): see `blocks.BlockMap`
@@ -102,7 +103,7 @@ class Attached:
     def prepare(self, reference: Reference, call: CallContext) -> PreparedReference:
         """Encode a reference after its settings are checked; SettingError."""
         block, table = scale_table(
-            list(self.adapter.injection.layers),
+            list(self.adapter.injection.sizes_of(self.adapter.form)),
             call.scale if reference.scale is None else reference.scale,
             reference.blocks,
             reference.boost,
@@ -118,8 +119,10 @@ class Attached:
                 as_mask(plain_picture(reference.mask))[None], call.size, mode="area"
             )[0]
         )
+        if self.adapter.timed:
+            check_without_keys(reference, self.name)
         tokens, bias = self.combined(reference)
-        null = self.null_tokens(reference, call, tokens.shape[1]) if call.guided else None
+        null = self.null_tokens(reference, call, tokens) if call.guided else None
         return PreparedReference(
             self, tokens, null, bias, table, block.negative, mask, reference.embeds_scaling
         )
@@ -127,12 +130,17 @@ class Attached:
     def combined(self, reference: Reference) -> tuple[Tensor, Tensor | None]:
         """Return the image tokens (1, N, D) of one prompt, and their bias (1, N).
 
-        The bias is None if all tokens have the same weight.
+        Where tokens depend on the time, it is what they are made of, (1, K, P, W). The bias is None
+        if all tokens have the same weight.
         """
         features, weights = self.reader.features(reference)
         parts = features if isinstance(features, tuple) else (features,)
         left, weights = combine(tuple(part.float() for part in parts), reference.combine, weights)
-        return concat(self.tokens(left, reference), weights)
+        tokens = self.tokens(left, reference)
+        if not self.adapter.timed:
+            return concat(tokens, weights)
+        bias = token_bias(weights, self.adapter.projection.count)  # pyright: ignore
+        return tokens[None], None if bias is None else bias.to(tokens)
 
     def tokens(self, features: Features, reference: Reference | None = None) -> Tensor:
         """Project features (K, ...) to image tokens (K, N, D)."""
@@ -142,8 +150,8 @@ class Attached:
             parts = *parts, torch.tensor(reference.face_scale)
         return self.adapter.tokens(tuple(part.to(device) for part in parts))
 
-    def null_tokens(self, reference: Reference, call: CallContext, count: int) -> Tensor:
-        """Return `count` image tokens (1, count, D) that guidance moves away from.
+    def null_tokens(self, reference: Reference, call: CallContext, like: Tensor) -> Tensor:
+        """Return as many image tokens as `like` has, that guidance moves away from.
 
         They are those of "no image", or of the reference's negative.
         """
@@ -151,7 +159,7 @@ class Attached:
             which = self, reference.face_scale
             if which not in call.nulls:
                 call.nulls[which] = self.tokens(self.reader.null_features(), reference)
-            return repeated(call.nulls[which], count)
+            return repeated(call.nulls[which], like)
         if isinstance(reference.negative, Noise):
             features = self.reader.noise_features(reference, reference.negative, call.seed)
         else:
@@ -159,12 +167,23 @@ class Attached:
             features = combine(
                 self.reader.features(Reference(images=reference.negative, face=face))[0], "average"
             ).features
-        return repeated(self.tokens(features, reference), count)
+        return repeated(self.tokens(features, reference), like)
 
 
-def repeated(tokens: Tensor, count: int) -> Tensor:
-    """Repeat tokens (1, N, D) to (1, count, D), for prompts with the tokens of several pictures."""
-    return tokens.repeat(1, count // tokens.shape[1], 1)
+def check_without_keys(reference: Reference, name: str) -> None:
+    """Raise SettingError if a reference needs keys and values before the first step."""
+    if reference.embeds_scaling != "V only":
+        raise SettingError(
+            f"embeds_scaling = {reference.embeds_scaling!r}: {name or 'it'} makes its keys and "
+            "values anew at each step, so its scale acts on the result alone: leave it out"
+        )
+
+
+def repeated(tokens: Tensor, like: Tensor) -> Tensor:
+    """Repeat tokens (1, N, D) for prompts (1, K·N, D), or (1, K, N, D), of several pictures."""
+    if like.ndim == 4:
+        return tokens[None].expand_as(like)
+    return tokens.repeat(1, like.shape[1] // tokens.shape[1], 1)
 
 
 def normalise_masks(ready: Sequence[PreparedReference], overlap: str) -> list[PreparedReference]:

@@ -34,9 +34,14 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def forward(self, patches: Tensor, latents: Tensor) -> Tensor:
-        """Compute the attention of latents (B, N, W) to patches (B, P, W) and latents."""
-        patches, latents = self.norm1(patches), self.norm2(latents)
+    def forward(
+        self, patches: Tensor, latents: Tensor, shift: Tensor | float = 0, scale: Tensor | float = 0
+    ) -> Tensor:
+        """Compute the attention of latents (B, N, W) to patches (B, P, W) and latents.
+
+        shift, scale  of the latents after their norm, (B, 1, W)
+        """
+        patches, latents = self.norm1(patches), self.norm2(latents) * (1 + scale) + shift
         query = self.to_q(latents)
         key, value = self.to_kv(torch.cat([patches, latents], 1)).chunk(2, -1)
         query, key, value = (split_heads(x, self.heads) for x in (query, key, value))

@@ -1,0 +1,395 @@
+"""Published adapters whose tokens depend on the time: diffusers' own pictures, step by step.
+
+The reference for SD3.5 is diffusers' implementation, for a step and for a whole pipeline.
+"""
+
+import copy
+import pickle
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from imprompt import ImagePromptPipeline, Reference
+from imprompt.checkpoints.adapters import load_adapter, read_adapter, write_adapter
+from imprompt.errors import CheckpointError, MismatchError, SettingError
+from imprompt.families.base import family_of
+from imprompt.families.processor import LayerConditioning, own_states
+from imprompt.families.timed import at_time
+from imprompt.generation.engine import Engine, SeatCall
+from imprompt.prompt import ImagePrompt, stack_items
+from tests.parity.test_published import CLOSE, PATCHES, E, Kind, sd3
+from tests.tiny import TEXT_TOKENS, seeded, tiny_encoder, tiny_sd3, tiny_sd3_model
+
+TIMES = (900.0, 350.0)
+SIZE = {"width": 24, "height": 32}
+WIDTH = 16  # of the image encoder's hidden states
+
+
+class Timed:
+    """A tiny SD3 with the adapter, and diffusers' own with the same weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "ip-adapter.bin"
+        with seeded(11):
+            self.tensors = sd3(32, 32, 3)
+            self.features = torch.randn(2, PATCHES, E)
+            self.rows = {
+                "hidden_states": torch.randn(2, 4, 8, 8),
+                "encoder_hidden_states": torch.randn(2, 6, 32),
+                "pooled_projections": torch.randn(2, 32),
+            }
+        torch.save(nested(self.tensors), self.path)
+        self.model, self.theirs = tiny_sd3_model(), tiny_sd3_model()
+        self.adapter = load_adapter(self.path, self.model)
+        states = nested(self.tensors)
+        self.theirs._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
+
+    def inputs(self, *items: int) -> dict[str, Tensor]:
+        own = list(items)
+        return {"timestep": torch.tensor(TIMES)[own], **{k: v[own] for k, v in self.rows.items()}}
+
+    def prompt(self, *items: int, null: bool = False, scale: float = 0.7) -> ImagePrompt:
+        """Of those items; with `null` two branches, the negative one of zero features."""
+        made = self.adapter.tokens(self.features[list(items)])
+        zeros = self.adapter.tokens(torch.zeros(1, PATCHES, E)) if null else None
+        return self.adapter.prompt(made, zeros, scale=scale)
+
+    def ours(self, inputs: dict[str, Any], *prompts: ImagePrompt) -> Tensor:
+        with self.adapter.using(*prompts):
+            return self.model(**inputs).sample
+
+    def diffusers(self, inputs: dict[str, Any], features: Tensor, scale: float = 0.7) -> Tensor:
+        for processor in self.theirs.attn_processors.values():
+            processor.scale = scale
+        given = {"ip_adapter_image_embeds": features}
+        return self.theirs(**inputs, joint_attention_kwargs=given).sample
+
+
+def nested(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """As the original file and diffusers hold them."""
+    groups: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in tensors.items():
+        outer, _, inner = key.partition(".")
+        groups[outer][inner] = tensor
+    return groups
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> Any:
+    made = Timed(tmp_path)
+    with torch.no_grad(), made.adapter.attached(made.model):
+        yield made
+
+
+def test_one_step_is_diffusers(timed: Timed) -> None:
+    """Each item has its own timestep."""
+    inputs = timed.inputs(0, 1)
+    out, alone = timed.diffusers(inputs, timed.features), timed.model(**inputs).sample
+    torch.testing.assert_close(timed.ours(inputs, timed.prompt(0, 1)), out, **CLOSE)
+    assert (out - alone).abs().max() > 0.1
+    swapped = inputs | {"timestep": inputs["timestep"].flip(0)}
+    kept = timed.prompt(0, 1)
+    at_other_times = timed.ours(swapped, kept)
+    torch.testing.assert_close(at_other_times, timed.diffusers(swapped, timed.features), **CLOSE)
+    fixed = [at_time(kept, time, timed.adapter.injection.sizes, torch.float32) for time in TIMES]
+    assert not torch.allclose(*(one.keys[0] for one in fixed))  # the tokens follow the time
+
+
+def test_the_original_file_and_diffusers_names_are_one_adapter(
+    timed: Timed, tmp_path: Path
+) -> None:
+    file, inputs = read_adapter(timed.path), timed.inputs(0, 1)
+    assert (file.layout, file.tokens, file.feature_dim) == ("instantx-sd3", 4, E)
+    assert "8-wide penultimate hidden states" in file.suits()
+    ours = timed.ours(inputs, timed.prompt(0, 1))
+    for layout, name in (("instantx-sd3", "a.bin"), ("diffusers-sd3", "a.safetensors")):
+        write_adapter(tmp_path / name, read_adapter(timed.path), layout)
+        again = read_adapter(tmp_path / name)
+        assert again.layout == layout
+        assert again.projection.keys() == file.projection.keys()
+        other = load_adapter(tmp_path / name, timed.model)
+        with other.attached(timed.model):
+            prompt = other.prompt(other.tokens(timed.features), scale=0.7)
+            assert torch.equal(timed.ours(inputs, prompt), ours)
+    back = torch.load(tmp_path / "a.bin")
+    assert {outer: own.keys() for outer, own in back.items()} == {
+        outer: own.keys() for outer, own in nested(timed.tensors).items()
+    }
+    for outer, own in nested(timed.tensors).items():
+        assert all(torch.equal(back[outer][key], tensor) for key, tensor in own.items())
+
+
+def test_diffusers_names_are_those_that_diffusers_holds(timed: Timed, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a.safetensors", read_adapter(timed.path), "diffusers-sd3")
+    from safetensors.torch import load_file
+
+    names = {key for key in load_file(tmp_path / "a.safetensors") if key.startswith("image_proj.")}
+    assert names == {f"image_proj.{key}" for key in timed.theirs.image_proj.state_dict()}
+
+
+def test_prompts_of_one_batch_equal_runs_alone(timed: Timed) -> None:
+    together = timed.ours(timed.inputs(0, 1), timed.prompt(0, 1))
+    for item in (0, 1):
+        alone = timed.ours(timed.inputs(item), timed.prompt(item))
+        torch.testing.assert_close(together[item : item + 1], alone, rtol=0, atol=1e-6)
+
+
+def test_requests_at_other_times_share_a_call(timed: Timed) -> None:
+    family = family_of(timed.model)
+    engine = Engine(timed.model, family, timed.adapter.injection)
+    calls = [SeatCall(timed.inputs(item), 1, [timed.prompt(item)]) for item in (0, 1)]
+    alone = [engine.run([call])[0] for call in calls]
+    for one, other in zip(engine.run(calls), alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    mixed = [calls[0], SeatCall(timed.inputs(1), 1, [])]
+    outs = engine.run(mixed)
+    torch.testing.assert_close(outs[0], alone[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(outs[1], timed.model(**timed.inputs(1)).sample, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_is_data(timed: Timed) -> None:
+    """Copied, pickled, scaled, stacked: as the prompts of other adapters."""
+    inputs, prompt = timed.inputs(0, 1), timed.prompt(0, 1)
+    ours = timed.ours(inputs, prompt)
+    assert torch.equal(timed.ours(inputs, copy.deepcopy(prompt)), ours)
+    assert copy.deepcopy(prompt).form.adapter is timed.adapter
+    assert torch.equal(timed.ours(inputs, pickle.loads(pickle.dumps(prompt))), ours)
+    (items,) = stack_items([[timed.prompt(0)], [timed.prompt(1)]], (-1,))
+    assert torch.equal(timed.ours(inputs, items), ours)
+    assert prompt.bytes == prompt.patches.nbytes  # pyright: ignore[reportOptionalMemberAccess]
+    alone = timed.model(**inputs).sample
+    assert torch.equal(timed.ours(inputs, prompt, prompt.with_scale(0.0)), ours)
+    assert not torch.allclose(timed.ours(inputs, prompt, timed.prompt(1, 0)), ours)
+    mask = torch.zeros(1, 4, 4)
+    assert torch.equal(timed.ours(inputs, prompt._replace(mask=mask)), alone)
+    early, layers = torch.ones(3, 1, 100), torch.zeros(3)
+    early[..., 30:] = 0  # the first item is early, the second is not
+    windowed = timed.ours(inputs, prompt.with_scale(early))
+    assert torch.equal(windowed[1], alone[1])
+    assert not torch.allclose(windowed[0], alone[0])
+    for layer in range(3):
+        one = layers.clone()
+        one[layer] = 1
+        assert not torch.equal(timed.ours(inputs, prompt.with_scale(one)), alone)
+
+
+def test_tokens_of_several_pictures_are_joined_in_the_one_softmax(timed: Timed) -> None:
+    inputs, prompt = timed.inputs(0, 1), timed.prompt(0, 1)
+    adapter, made = timed.adapter, timed.adapter.tokens(timed.features)
+    twice = adapter.prompt(torch.stack([made, made], 1), scale=0.7)
+    weighted = prompt._replace(bias=torch.full((1, 4), 2.0).log())  # weight 2: as given twice
+    close = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(timed.ours(inputs, twice), timed.ours(inputs, weighted), **close)
+    assert not torch.allclose(timed.ours(inputs, twice), timed.ours(inputs, prompt))
+    both = adapter.prompt(made[None], scale=0.7)  # two pictures, for all rows
+    turned = adapter.prompt(made.flip(0)[None], scale=0.7)
+    torch.testing.assert_close(timed.ours(inputs, both), timed.ours(inputs, turned), **close)
+    one = both._replace(bias=torch.tensor([[0.0] * 4 + [-1e9] * 4]))
+    alone = timed.prompt(0)
+    torch.testing.assert_close(timed.ours(inputs, one), timed.ours(inputs, alone), **close)
+    with pytest.raises(MismatchError, match=r"bias of shape \[1, 3\]: give \(1 or 2, 4 image"):
+        timed.ours(inputs, prompt._replace(bias=torch.zeros(1, 3)))
+
+
+def test_two_branches_in_a_batch_without_guidance_are_the_positive_one(timed: Timed) -> None:
+    """As in SD3's skip-layer guidance, where diffusers merges both branches into one prompt."""
+    both, inputs = timed.prompt(0, null=True), timed.inputs(0)
+    twice = {name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
+    zeros = torch.zeros(1, PATCHES, E)
+    branches = torch.cat([zeros, timed.features[:1]])
+    torch.testing.assert_close(timed.ours(twice, both), timed.diffusers(twice, branches), **CLOSE)
+    torch.testing.assert_close(
+        timed.ours(inputs, both), timed.diffusers(inputs, timed.features[:1]), **CLOSE
+    )
+    skipped = inputs | {"skip_layers": [1]}
+    out = timed.ours(skipped, both)
+    torch.testing.assert_close(out, timed.diffusers(skipped, timed.features[:1]), **CLOSE)
+    assert not torch.allclose(out, timed.ours(inputs, both))
+    with pytest.raises(MismatchError, match="prepared for a batch of 2, the base model runs a bat"):
+        timed.ours({name: torch.cat([tensor] * 2) for name, tensor in twice.items()}, both)
+
+
+def test_half_precision_is_finite_and_near(timed: Timed) -> None:
+    inputs = timed.inputs(0, 1)
+    whole = timed.ours(inputs, timed.prompt(0, 1))
+    model = tiny_sd3_model().to(torch.bfloat16)
+    adapter = load_adapter(timed.path, model)
+    adapter.image_kv.to(torch.bfloat16)
+    half = {name: tensor.bfloat16() for name, tensor in inputs.items() if name != "timestep"}
+    with adapter.attached(model):
+        prompt = adapter.prompt(adapter.tokens(timed.features), scale=0.7)
+        with adapter.using(prompt):
+            out = model(**half, timestep=inputs["timestep"]).sample
+    assert out.isfinite().all()
+    assert (out.float() - whole).abs().max() < 0.1 * whole.abs().max()
+
+
+def test_what_does_not_fit_is_one_line(timed: Timed, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="norms are for heads 8 wide; those of this model at"):
+        load_adapter(timed.path, tiny_sd3_model(attention_head_dim=16, num_attention_heads=2))
+    prompt = timed.prompt(0)
+    other = Kind("instantx", tmp_path)
+    with (
+        other.adapter.attached(other.model),
+        pytest.raises(MismatchError, match="is of an adapter for sd3; this model is of the flux"),
+        other.adapter.using(prompt),
+    ):
+        other.model(**other.inputs)
+    tensors = timed.tensors | {"ip_adapter.1.norm_ip.linear.weight": torch.zeros(64, 9)}
+    torch.save(nested(tensors), tmp_path / "told.bin")
+    with pytest.raises(
+        CheckpointError, match="layer 1 is told the time in 9 numbers; the projectio"
+    ):
+        read_adapter(tmp_path / "told.bin")
+    timed.model.fuse_qkv_projections()  # it replaces the processors
+    with pytest.raises(MismatchError, match="replaced the adapter's processor"):
+        timed.ours(timed.inputs(0), prompt)
+    with pytest.raises(
+        MismatchError, match=r"read to_q of each attention, which this model does not"
+    ):
+        own_states({}, LayerConditioning((), torch.ones(1), slice(None), prompt.form, ()), 1)
+
+
+# --- The whole pipeline.
+
+
+class Saved:
+    """A pipeline and its image encoder in a folder, and diffusers' own with the adapter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.path = folder / "model", folder / "ip-adapter.bin"
+        with seeded(4):
+            encoder = transformers.SiglipVisionModel(
+                transformers.SiglipVisionConfig(
+                    hidden_size=WIDTH,
+                    intermediate_size=24,
+                    num_hidden_layers=3,
+                    num_attention_heads=2,
+                    image_size=16,
+                    patch_size=4,
+                )
+            ).eval()
+            for parameter in encoder.parameters():
+                parameter.data.normal_(std=0.5)  # so that pictures differ
+        processor = transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+        with seeded(12):
+            torch.save(nested(sd3(32, 32, 3, embedding=WIDTH)), self.path)
+        self.theirs = tiny_sd3()
+        self.theirs.save_pretrained(self.model)
+        encoder.save_pretrained(self.model / "image_encoder")
+        processor.save_pretrained(self.model / "image_encoder")
+        self.theirs.register_modules(image_encoder=encoder, feature_extractor=processor)
+        self.theirs.load_ip_adapter(
+            str(folder), weight_name=self.path.name, image_encoder_folder=None
+        )
+
+    def ours(self, **options: Any) -> ImagePromptPipeline:
+        return ImagePromptPipeline.from_pretrained(
+            str(self.model), adapter=self.path, device="cpu", **options
+        )
+
+    def diffusers(self, picture: Image.Image, scale: float, **call: Any) -> np.ndarray:
+        self.theirs.set_ip_adapter_scale(scale)
+        generator = [torch.Generator().manual_seed(3)]
+        settings = {"num_inference_steps": 5, "max_sequence_length": TEXT_TOKENS, **SIZE, **call}
+        made = self.theirs("a cat", ip_adapter_image=picture, generator=generator, **settings)
+        return np.asarray(made.images[0]).astype(int)  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(tmp_path_factory.mktemp("sd3"))
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+RED = Image.new("RGB", (30, 20), "red")
+
+
+def made(pipe: ImagePromptPipeline, image: Any = NOISE, **call: Any) -> np.ndarray:
+    settings = {"steps": 5, "guidance": 5.0, "seed": 3, "scale": 0.6, **SIZE, **call}
+    return np.asarray(pipe(image, "a cat", **settings).images[0]).astype(int)
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_the_pictures_of_a_pipeline_are_those_of_diffusers(saved: Saved, guidance: float) -> None:
+    """With guidance the negative branch reads zero features."""
+    pipe = saved.ours()
+    pictures = []
+    for picture, scale in ((NOISE, 0.6), (RED, 0.6), (NOISE, 1.0)):
+        wanted = saved.diffusers(picture, scale, guidance_scale=guidance)
+        pictures.append(made(pipe, picture, scale=scale, guidance=guidance))
+        assert np.array_equal(pictures[-1], wanted)
+    least = 3 if guidance > 1 else 0
+    assert all(abs(pictures[0] - other).max() > least for other in pictures[1:])
+
+
+def test_a_pipeline_of_diffusers_with_the_adapter_attached_is_diffusers(saved: Saved) -> None:
+    """Latents after five steps with guidance, without the facade and before any rounding."""
+    call: Any = {"num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent", **SIZE}
+    plain, outs = tiny_sd3(), []
+    file = read_adapter(saved.path)
+    adapter = load_adapter(saved.path, plain.transformer)
+    features = saved.theirs.encode_image(NOISE, torch.device("cpu"))
+    saved.theirs.set_ip_adapter_scale(0.6)
+    with torch.no_grad(), adapter.attached(plain.transformer):
+        null = adapter.tokens(torch.zeros_like(features))
+        prompt = adapter.prompt(adapter.tokens(features), null, scale=0.6)
+        for pipe, more in ((saved.theirs, {"ip_adapter_image": NOISE}), (plain, {})):
+            generator = torch.Generator().manual_seed(3)
+            with adapter.using(prompt) if pipe is plain else nullcontext():
+                outs.append(pipe("a cat", generator=generator, **call, **more).images)
+    assert features.shape == (1, 16, file.feature_dim)
+    torch.testing.assert_close(outs[1], outs[0], **CLOSE)
+
+
+def test_what_the_facade_does_with_other_prompts_it_does_with_these(saved: Saved) -> None:
+    pipe = saved.ours()
+    left = Image.new("L", (24, 32))
+    left.paste(255, (0, 0, 12, 32))
+    several = Reference(images=[NOISE, RED], weights=[1.0, 2.0])
+    items = [NOISE, Reference(images=RED, mask=left, end=0.6), several, [NOISE, several]]
+    settings: Any = {"steps": 3, "guidance": 3.0, "scale": 0.6, **SIZE}
+    together = pipe(items, seed=5, **settings).images
+    for number, item in enumerate(items):
+        alone = pipe([item], seed=5 + number, **settings).images[0]
+        gap = np.asarray(together[number]).astype(int) - np.asarray(alone).astype(int)
+        assert abs(gap).max() <= 1
+    average = Reference(images=[NOISE, RED], combine="average")
+    assert abs(made(pipe, average) - made(pipe)).max() > 0
+    assert abs(made(pipe, several) - made(pipe)).max() > 0
+    same = Reference(images=[NOISE, NOISE], weights=[1.0, 0.0])
+    assert np.array_equal(made(pipe, same), made(pipe))
+    skipped = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 1.0}
+    assert abs(made(pipe, pipeline_options=skipped) - made(pipe)).max() > 0
+    assert abs(made(pipe, image_guidance=5.0) - made(pipe)).max() <= 1
+    assert abs(made(pipe, image_guidance=9.0) - made(pipe)).max() > 1
+
+
+def test_what_the_facade_cannot_do_is_refused_before_a_step(saved: Saved, tmp_path: Path) -> None:
+    pipe = saved.ours()
+    steps: list[int] = []
+    with pytest.raises(SettingError, match=r"embeds_scaling = 'K\+V': .* leave it out"):
+        made(pipe, Reference(images=NOISE, embeds_scaling="K+V"), on_step=steps.append)
+    assert not steps
+    other = tiny_encoder()
+    for part in (other.model, other.processor):
+        part.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(MismatchError, match=r"reads 16-wide penultimate features .* gives 32-wide"):
+        saved.ours(encoder=tmp_path / "encoder")
+
+
+def test_compiled_it_is_one_graph_for_all_times(
+    saved: Saved, counter: CompileCounterWithBackend
+) -> None:
+    fast, plain = saved.ours(compile=True), saved.ours()
+    for call in ({}, {"scale": 0.3}, {"scale": 0.0}, {"image": RED, "steps": 2}):
+        assert abs(made(fast, **call) - made(plain, **call)).max() <= 1
+        assert counter.frame_count == 1
