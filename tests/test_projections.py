@@ -26,7 +26,7 @@ PLUS = {
 FACE = {"face_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT, "hidden": WIDTH}
 SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     **dict.fromkeys(
-        ("base", "hunyuandit"),
+        ("base", "xlabs", "hunyuandit"),
         st.fixed_dictionaries({"embedding_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT}),
     ),
     "full": st.fixed_dictionaries({"feature_dim": WIDTH, "token_dim": WIDTH}),

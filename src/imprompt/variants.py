@@ -81,8 +81,8 @@ class Variant:
                      its box ("square")
     null             what stands for "no image" in guidance and in training's drops: a zero
                      embedding, or the features of an all-zero preprocessed picture (the encoder's
-                     mean colour). A face's embedding is always zero then, and `null` describes the
-                     hidden states of the pair
+                     mean colour) or of a black picture. A face's embedding is always zero then, and
+                     `null` describes the hidden states of the pair
     projection       features -> image tokens
     signature        key in the paper's checkpoints that distinguishes this variant's projection
     feature_key      key whose last dimension is the feature's width; of a pair, the hidden states'
@@ -103,7 +103,7 @@ class Variant:
 
     name: str
     feature: Feature
-    null: Literal["zero embedding", "zero picture"]
+    null: Literal["zero embedding", "zero picture", "black picture"]
     projection: Projection
     signature: str
     feature_key: str
@@ -284,6 +284,16 @@ FACES = (  # they read features of a face
     ),
 )
 TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkpoints.published`
+    Variant(
+        "xlabs",
+        "pooled",
+        "black picture",
+        ImageProjection,
+        "proj.weight",
+        "proj.weight",
+        by_linear,
+        lambda _: False,
+    ),
     Variant(
         "instantx",
         "pooled",

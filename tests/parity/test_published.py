@@ -244,18 +244,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def test_instantx_is_the_official_formula(tmp_path: Path) -> None:
-    kind = Kind("instantx", tmp_path)
-    t, theirs = kind.tensors, specimen("flux")
-    hidden = F.gelu(kind.embedding @ t["image_proj.proj.0.weight"].T + t["image_proj.proj.0.bias"])
+def as_instantx(model: nn.Module, t: dict[str, Tensor], embedding: Tensor, scale: float) -> None:
+    """Let a Flux attend as the original does."""
+    hidden = F.gelu(embedding @ t["image_proj.proj.0.weight"].T + t["image_proj.proj.0.bias"])
     spread = hidden @ t["image_proj.proj.2.weight"].T + t["image_proj.proj.2.bias"]
     norm = t["image_proj.norm.weight"], t["image_proj.norm.bias"]
-    tokens = F.layer_norm(spread.view(2, N, -1), (32,), *norm)
-    for number, layer in enumerate(attentions(theirs, ".attn")):
+    tokens = F.layer_norm(spread.view(len(embedding), N, -1), norm[0].shape, *norm)
+    for number, layer in enumerate(attentions(model, ".attn")):
         pair = [t[f"ip_adapter.{number}.to_{part}_ip.weight"] for part in "kv"]
-        layer.processor = InstantX(tokens, *pair, scale=0.7)
-    with torch.no_grad():
-        torch.testing.assert_close(kind.ours(), answer(theirs, kind.inputs), **CLOSE)
+        layer.processor = InstantX(tokens, *pair, scale=scale)
 
 
 def attentions(model: nn.Module, ending: str) -> list[Any]:
@@ -292,18 +289,27 @@ class HunyuanDiT:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def test_hunyuandit_is_the_official_formula(tmp_path: Path) -> None:
-    kind = Kind("hunyuandit", tmp_path)
-    t, theirs = kind.tensors, specimen("hunyuandit")
-    unit = kind.embedding / kind.embedding.norm(dim=-1, keepdim=True)
+def as_hunyuandit(model: nn.Module, t: dict[str, Tensor], embedding: Tensor, scale: float) -> None:
+    """Let a HunyuanDiT attend as the original does."""
+    unit = F.normalize(embedding, dim=-1)
     block = "ip_adapter_clip_len_trans_block."
     spread = unit @ t[block + "weight"].T + t[block + "bias"]
     norm = t["ip_adapter_img_norm_cond.weight"], t["ip_adapter_img_norm_cond.bias"]
-    tokens = F.layer_norm(spread.reshape(2, 8, N).transpose(1, 2), (8,), *norm)
-    for number, layer in enumerate(attentions(theirs, "attn2")):
+    tokens = F.layer_norm(spread.reshape(len(unit), -1, N).mT, norm[0].shape, *norm)
+    for number, layer in enumerate(attentions(model, "attn2")):
         prefix = f"blocks.{number}.attn2."
         own = {k.removeprefix(prefix): v for k, v in t.items() if k.startswith(prefix)}
-        layer.processor = HunyuanDiT(tokens, own, 0.7)
+        layer.processor = HunyuanDiT(tokens, own, scale)
+
+
+OFFICIAL = {"instantx": as_instantx, "hunyuandit": as_hunyuandit}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_it_is_the_official_formula(name: str, tmp_path: Path) -> None:
+    kind = Kind(name, tmp_path)
+    theirs = specimen(kind.family)
+    OFFICIAL[name](theirs, kind.tensors, kind.embedding, 0.7)
     with torch.no_grad():
         torch.testing.assert_close(kind.ours(), answer(theirs, kind.inputs), **CLOSE)
 

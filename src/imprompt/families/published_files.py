@@ -60,7 +60,7 @@ PUBLISHED_LAYOUTS = (
     PublishedLayout(
         "xlabs",
         "xlabs",
-        "base",
+        "xlabs",
         (r"\.ip_adapter_double_stream_[kv]_proj\.",),
         {"ip_adapter_proj_model.": ""},
         kv_names(XLABS, "weight", "bias"),
@@ -69,7 +69,7 @@ PUBLISHED_LAYOUTS = (
     PublishedLayout(
         "diffusers-xlabs",
         "xlabs",
-        "base",
+        "xlabs",
         (r"^ip_adapter\.\d+\.to_k_ip\.bias$", r"^image_proj\.proj\.weight$"),
         {"image_proj.": ""},
         kv_names(NUMBERED, "weight", "bias"),

@@ -102,7 +102,7 @@ class Attached:
     def prepare(self, reference: Reference, call: CallContext) -> PreparedReference:
         """Encode a reference after its settings are checked; SettingError."""
         block, table = scale_table(
-            list(self.adapter.injection.layers),
+            list(self.adapter.injection.sizes_of(self.adapter.form)),
             call.scale if reference.scale is None else reference.scale,
             reference.blocks,
             reference.boost,
