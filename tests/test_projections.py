@@ -30,7 +30,10 @@ SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         st.fixed_dictionaries({"embedding_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT}),
     ),
     "full": st.fixed_dictionaries({"feature_dim": WIDTH, "token_dim": WIDTH}),
-    **dict.fromkeys(("plus", "portrait-unnorm"), st.fixed_dictionaries(PLUS | {"width": WIDTH})),
+    **dict.fromkeys(
+        ("plus", "portrait-unnorm", "ai-toolkit", "lynx"),
+        st.fixed_dictionaries(PLUS | {"width": WIDTH}),
+    ),
     **dict.fromkeys(("faceid", "portrait", "instantx"), st.fixed_dictionaries(FACE)),
     **dict.fromkeys(
         ("faceid-plus", "faceid-plus-v2", "faceid-plus-kolors"),

@@ -161,7 +161,7 @@ def tiny_projection(name: str, token_dim: int) -> nn.Module:
     64-wide heads for plus.
     """
     feature_dim = FEATURE_DIMS[find_variant(name).feature]
-    if name in ("plus", "portrait-unnorm"):
+    if name in ("plus", "portrait-unnorm", "ai-toolkit", "lynx"):
         return Resampler(feature_dim, token_dim, tokens=5, width=128)
     if name.startswith("faceid-plus"):
         kind = FacePlusProjection if name == "faceid-plus" else FacePlusV2Projection

@@ -182,7 +182,8 @@ class IPAdapter(nn.Module):
         branches = 1 if null_tokens is None else 2
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), -1, -1), tokens])
-        tokens, dtype = injection.widen(tokens), injection.dtype
+        reads: int = self.image_kv[0].to_k.in_features  # pyright: ignore
+        tokens, dtype = injection.widen(tokens, reads), injection.dtype
         keys, values = [], []
         for kv, size in zip(self.image_kv, injection.sizes_of(self.form).values(), strict=True):
             key, value = kv(tokens, size.heads)

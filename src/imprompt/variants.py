@@ -314,6 +314,29 @@ TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkp
         by_linear,
         lambda _: False,
     ),
+    # It was trained with noise of any strength for "no image", of which black is the weakest.
+    Variant(
+        "ai-toolkit",
+        "penultimate",
+        "black picture",
+        Resampler,
+        "latents",
+        "proj_in.weight",
+        by_latents,
+        lambda _: False,
+    ),
+    Variant(
+        "lynx",
+        "face",
+        "zero embedding",
+        Resampler,
+        "latents",
+        "proj_in.weight",
+        by_latents,
+        lambda _: False,
+        faces="facexlib's arcface",
+        tokens=16,
+    ),
 )
 BY_NAME = {row.name: row for row in (*VARIANTS, *FACES, *TRANSFORMERS)}
 # Kolors, whose text projection the tokens of its FaceID pass, is no family that can be trained on.

@@ -69,6 +69,7 @@ class ModelInjection(ABC):
         self.computes_in: torch.dtype = getattr(model, "dtype", torch.float32)
         self.arguments = positional_names(model)
         self.layers = family.layers(model)
+        self.text_projection: Any = None  # the model's own, where it has one
         self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
         self.of_forms: dict[Any, dict[str, LayerSize]] = {}  # sizes by published form
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
@@ -151,9 +152,20 @@ class ModelInjection(ABC):
             self.of_forms[form] = form.of(self.sizes)
         return self.of_forms[form]
 
-    def widen(self, tokens: Tensor) -> Tensor:
-        """Return image tokens (B, N, D) as wide as the text that the layers read."""
-        return tokens
+    def widen(self, tokens: Tensor, width: int) -> Tensor:
+        """Return image tokens (B, N, D) `width` wide, which W' reads.
+
+        Tokens of another width pass the model's own projection of text. Raise MismatchError if it
+        has none for them.
+        """
+        if tokens.shape[-1] == width:
+            return tokens
+        if self.text_projection is None:
+            raise MismatchError(
+                f"the image tokens are {tokens.shape[-1]} wide, the adapter's layers read {width}: "
+                "this model has no projection of text that they could pass"
+            )
+        return self.text_projection(tokens.to(self.dtype))
 
     def cached_bytes(self) -> int:
         """Return the size of the cached text states in bytes."""

@@ -20,6 +20,9 @@ class LayoutName(StrEnum):
     instantx = "instantx"
     diffsynth = "diffsynth"
     hunyuandit = "hunyuandit"
+    ai_toolkit = "ai-toolkit"
+    ai_toolkit_pixart = "ai-toolkit-pixart"
+    lynx = "lynx"
 
 
 Answer = Annotated[

@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imprompt.adapter import KV, ImageKV
+from imprompt.adapter import KV, ImageKV, split_heads
 
 Kept = TypeVar("Kept")
 
@@ -64,6 +64,16 @@ class LayerNormedKV(PublishedKV):
         return self.norm_k(key), value
 
 
+class WidthNormedKV(PublishedKV):
+    """Projections whose keys are normalised over all heads together, without weight."""
+
+    def forward(self, tokens: Tensor, heads: int) -> KV:
+        """Project image tokens (B, N, D) to K' and V', each (B, H, N, d)."""
+        key, value = super().forward(tokens, 1)
+        key = F.rms_norm(key, key.shape[-1:], eps=1e-5)
+        return split_heads(key[:, 0], heads), split_heads(value[:, 0], heads)
+
+
 @dataclass(frozen=True)
 class AttentionForm:
     """One published way to attend to an image.
@@ -73,9 +83,11 @@ class AttentionForm:
     states       module of one layer's W'_k and W'_v
     all_rows     whether rows of the text are conditioned too, in layers that join both; with a mask
                  only rows of the picture are
+    text_stream  whether those of the text are conditioned in layers that keep them apart, too
     after_block  whether the image's attention is added after the whole block, without an output
                  layer; else before the attention's output layer
-    rotary       keyword of the attention's call by which the query is rotated first; "" for none
+    rotary       argument of the attention's call by which the query is rotated first; "" for none
+    widened      whether the tokens pass the base model's own projection of text before W'
     """
 
     name: str
@@ -83,8 +95,10 @@ class AttentionForm:
     layers: str
     states: type[PublishedKV]
     all_rows: bool = False
+    text_stream: bool = False
     after_block: bool = False
     rotary: str = ""
+    widened: bool = False
 
     def of(self, layers: Mapping[str, Kept]) -> dict[str, Kept]:
         """Return those of a family's layers that this form conditions, by name."""
@@ -105,5 +119,17 @@ FORMS = {
         AttentionForm(
             "hunyuandit", ("hunyuandit",), r".*", LayerNormedKV, rotary="image_rotary_emb"
         ),
+        AttentionForm(
+            "ai-toolkit",
+            ("flux",),
+            r".*",
+            PublishedKV,
+            all_rows=True,
+            text_stream=True,
+            rotary="image_rotary_emb",
+        ),
+        AttentionForm("ai-toolkit-pixart", ("pixart",), r".*", PublishedKV, widened=True),
+        # every second block
+        AttentionForm("lynx", ("wan",), r"blocks\.\d*[02468]\.attn2", WidthNormedKV),
     )
 }

@@ -11,6 +11,7 @@ Shape letters: B batch, L rows of the query, H heads, d head width; P image prom
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,12 +32,14 @@ class LayerConditioning(NamedTuple):
     weights  (P, B or 1, 1, L or 1, 1)
     rows     rows of the query that are conditioned: a slice, or indices (B, picture's rows)
     form     published way to attend; None: that of new adapters
+    text     whether rows of a text that the layer keeps apart are conditioned too
     """
 
     images: tuple[ImageStates, ...]
     weights: Tensor
     rows: slice | Tensor
     form: AttentionForm | None = None
+    text: bool = False
 
 
 class Taps(NamedTuple):
@@ -45,11 +48,13 @@ class Taps(NamedTuple):
     query   attribute whose result is the query
     layout  of that query
     out     attribute of the output layer; None if the image's attention is added to the result
+    text    query and output layer of the text's rows, where the layer keeps them apart
     """
 
     query: str
     layout: Layout
     out: str | None
+    text: tuple[str, str] | None = None
 
 
 class AttentionView:
@@ -84,11 +89,43 @@ class OutputTap:
         return self.layer(self.add(x))
 
 
+class Stream:
+    """Rows of an attention, the picture's or the text's, from their query to their output.
+
+    given  arguments of the attention's call, by name
+    first  whether the rows are the first of both: the text's
+    """
+
+    def __init__(self, attention: Any, query: str, layout: Layout, heads: int,
+                 given: Mapping[str, Any], first: bool = False) -> None:  # fmt: skip
+        self.layer, self.heads = getattr(attention, query), heads
+        self.layout: Layout = layout
+        self.given, self.first = given, first
+        self.added = False  # whether anything was
+
+    def record(self, x: Tensor) -> Tensor:
+        """Compute the query and remember it."""
+        self.query = self.layer(x)
+        return self.query
+
+    def add(self, x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
+        """Add the image's attention of several forms to x."""
+        if not conditioning:
+            return x
+        self.added = True
+        query = as_heads(self.query, self.layout, self.heads)
+        for one in conditioning:
+            x = with_image(x, rotated(query, one.form, self.given, self.first), one)
+        return x
+
+
 class ImageProcessor:
     """Processor that runs the original one, and adds the image prompts' attention.
 
     It holds no weights. `conditioning` is set before a call of the model, for that call.
     """
+
+    names: tuple[str, ...] = ()  # of the original's arguments after the attention
 
     def __init__(self, original: Any, taps: Taps, heads: int) -> None:
         self.original, self.taps, self.heads = original, taps, heads
@@ -99,36 +136,35 @@ class ImageProcessor:
         """Compute the attention, and add the image prompts' attention if there is one."""
         if self.conditioning is None:
             return self.original(attention, *args, **kwargs)
-        taps, layer = self.taps, getattr(attention, self.taps.query)
+        taps = self.taps
         before, after = (
             [one for one in self.conditioning if after_block(one) is late] for late in (False, True)
         )
-        recorded: list[Tensor] = []
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        picture = Stream(attention, taps.query, taps.layout, self.heads, given)
+        replaced: dict[str, Any] = {taps.query: picture.record}
 
-        def record(x: Tensor) -> Tensor:
-            recorded.append(query := layer(x))
-            return query
+        def tap(name: str, stream: Stream, conditioning: Sequence[LayerConditioning]) -> None:
+            replaced[name] = OutputTap(
+                getattr(attention, name), lambda x: stream.add(x, conditioning)
+            )
 
-        def added(x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
-            self.added = True
-            query = as_heads(recorded[-1], taps.layout, self.heads)
-            for one in conditioning:
-                x = with_image(x, rotated(query, one.form, kwargs), one)
-            return x
-
-        def add(x: Tensor) -> Tensor:
-            return added(x, before) if before else x
-
-        replaced: dict[str, Any] = {taps.query: record}
         if taps.out is not None:
-            replaced[taps.out] = OutputTap(getattr(attention, taps.out), add)
+            tap(taps.out, picture, before)
+        if taps.text is not None and (both := [one for one in before if one.text]):
+            name, out_name = taps.text
+            text = Stream(attention, name, taps.layout, self.heads, given, first=True)
+            replaced[name] = text.record
+            tap(out_name, text, both)
         out = self.original(AttentionView(attention, replaced), *args, **kwargs)
         if taps.out is None:
-            out = (add(out[0]), *out[1:]) if isinstance(out, tuple) else add(out)
-        if not after:
-            return out
-        whole = out if isinstance(out, tuple) else (out,)
-        return *whole, added(torch.zeros_like(whole[0]), after)  # the block adds its third part
+            changed = picture.add(out[0] if isinstance(out, tuple) else out, before)
+            out = (changed, *out[1:]) if isinstance(out, tuple) else changed
+        if after:
+            whole = out if isinstance(out, tuple) else (out,)
+            out = *whole, picture.add(torch.zeros_like(whole[0]), after)  # the block adds the third
+        self.added = picture.added
+        return out
 
 
 def after_block(conditioning: LayerConditioning) -> bool:
@@ -136,13 +172,23 @@ def after_block(conditioning: LayerConditioning) -> bool:
     return conditioning.form is not None and conditioning.form.after_block
 
 
-def rotated(query: Tensor, form: AttentionForm | None, kwargs: Mapping[str, Any]) -> Tensor:
-    """Return a query (B, H, L, d), rotated by its places if the form has it so."""
-    if form is None or not form.rotary or kwargs.get(form.rotary) is None:
+def rotated(
+    query: Tensor, form: AttentionForm | None, given: Mapping[str, Any], first: bool
+) -> Tensor:
+    """Return a query (B, H, L, d), rotated by its places if the form has it so.
+
+    given  arguments of the attention's call, by name: the rotary embeddings are of the text's rows
+           and then the picture's, or of the picture's alone
+    first  whether the query is of the text's rows
+    """
+    if form is None or not form.rotary or given.get(form.rotary) is None:
         return query
     from diffusers.models.embeddings import apply_rotary_emb
 
-    return apply_rotary_emb(query, kwargs[form.rotary])  # pyright: ignore[reportReturnType]
+    rows = query.shape[2]
+    own = slice(0, rows) if first else slice(-rows, None)
+    places = tuple(part[own] for part in given[form.rotary])
+    return apply_rotary_emb(query, places)  # pyright: ignore[reportReturnType]
 
 
 def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
@@ -158,7 +204,7 @@ def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Ten
     query  (B, H, L, d)
     x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
-    images, weights, rows, _ = conditioning
+    images, weights, rows, *_ = conditioning
     picture = picture_rows(query, rows).to(images[0][0].dtype)
     added = add_image_attention(picture.new_zeros(()).expand_as(picture), picture, images, weights)
     added = added.transpose(1, 2).to(x.dtype)  # (B, H, I, d) -> (B, I, H, d)
@@ -201,7 +247,10 @@ def processor_class(original: type) -> type[ImageProcessor]:
     def call(self: ImageProcessor, attention: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run(attention, *args, **kwargs)
 
-    members = {name: forwarded(name) for name in FORWARDED if hasattr(original, name)}
+    members: dict[str, Any] = {
+        name: forwarded(name) for name in FORWARDED if hasattr(original, name)
+    }
+    members["names"] = tuple(signature(original.__call__).parameters)[2:]  # after self, attention
     return type(f"Image{original.__name__}", (ImageProcessor,), {"__call__": call, **members})
 
 

@@ -74,6 +74,7 @@ class TransformerRow:
     reads              arguments whose values, not shapes, `grid` and `picture` read
     arguments          names of latents, timestep and text in the forward pass
     channel            keyword by which the model passes arguments to its attentions, if it does
+    text_projection    the model's own projection of text, which tokens of some adapters pass
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
     separate_branches  whether pipelines run each branch of guidance in a separate call
     positive_first     whether pipelines that run both in one call put the positive one first
@@ -101,6 +102,7 @@ class TransformerRow:
     reads: tuple[str, ...] = ()
     arguments: tuple[str, str, str] = ("hidden_states", "timestep", "encoder_hidden_states")
     channel: str | None = None
+    text_projection: str = ""
     text_width: Callable[[Any], int] | None = None
     separate_branches: bool = False
     positive_first: bool = False
@@ -128,6 +130,7 @@ class TransformerInjection(ModelInjection):
     def __init__(self, model: nn.Module, family: "TransformerFamily") -> None:
         super().__init__(model, family)
         self.row = family.row
+        self.text_projection = getattr(model, self.row.text_projection, None)
         self.processors: dict[str, ImageProcessor] = {}
         for name, layer in self.layers.items():
             made = processor_for(layer.processor, self.row.taps(layer), self.sizes[name].heads)
@@ -196,10 +199,11 @@ class TransformerInjection(ModelInjection):
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
         images = images_of(prompts)
         whole = form is not None and form.all_rows and not masks
+        text = form is not None and form.text_stream and not masks
         for number, name in enumerate(sizes):
             own = slice(None) if whole else rows[name]
             processor = self.processors[name]
-            made = LayerConditioning(images[number], weights[number], own, form)
+            made = LayerConditioning(images[number], weights[number], own, form, text)
             processor.conditioning = (*(processor.conditioning or ()), made)
             processor.added = False
 
