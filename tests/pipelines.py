@@ -219,7 +219,11 @@ COMMON: dict[str, Any] = {
 
 
 def flux_controlnet() -> Any:
-    config = ZOO["flux"].config | {"pooled_projection_dim": 32, "num_layers": 1, "num_single_layers": 1}
+    config = ZOO["flux"].config | {
+        "pooled_projection_dim": 32,
+        "num_layers": 1,
+        "num_single_layers": 1,
+    }
     return diffusers.FluxControlNetModel(**config)
 
 
@@ -282,7 +286,9 @@ SPRINT = SANA._replace(
     guided=False, changes={"guidance_embeds": True}, parts={"scheduler": diffusers.SCMScheduler}
 )
 WAN, LTX = Case("wan", places=32), Case("ltx", places=128)
-HUNYUANDIT = Case("hunyuandit", parts={"vae": eight_vae}, call={"height": 64, "width": 64}, places=16)
+HUNYUANDIT = Case(
+    "hunyuandit", parts={"vae": eight_vae}, call={"height": 64, "width": 64}, places=16
+)
 CASES: dict[str, Case] = {
     "Flux": FLUX,
     "FluxImg2Img": FLUX,
@@ -298,11 +304,16 @@ CASES: dict[str, Case] = {
     "FluxKontextInpaint": KONTEXT,
     "StableDiffusion3": SD3,
     "StableDiffusion3 with skip-layer guidance": SD3._replace(
-        call={"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0,
-              "skip_layer_guidance_stop": 0.9}
+        call={
+            "skip_guidance_layers": [1],
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 0.9,
+        }
     ),
     "StableDiffusion3Img2Img": SD3,
-    "StableDiffusion3Inpaint": SD3._replace(channels=16, changes={"in_channels": 16, "out_channels": 16}),
+    "StableDiffusion3Inpaint": SD3._replace(
+        channels=16, changes={"in_channels": 16, "out_channels": 16}
+    ),
     "StableDiffusion3ControlNet": SD3._replace(parts={"controlnet": sd3_controlnet()}),
     "StableDiffusion3ControlNetInpainting": SD3._replace(
         parts={"controlnet": sd3_controlnet(extra_conditioning_channels=1)}
@@ -430,4 +441,8 @@ def call(name: str, pipe: Any) -> list[Any]:
     module = sys.modules[type(pipe).__module__]
     with seeded(7), patch.dict(vars(module), case.module), warnings.catch_warnings(action="ignore"):
         made = pipe(**given)
-    return [torch.as_tensor(np.asarray(one)) for one in torch.utils._pytree.tree_leaves(made) if one is not None]
+    return [
+        torch.as_tensor(np.asarray(one))
+        for one in torch.utils._pytree.tree_leaves(made)
+        if one is not None
+    ]

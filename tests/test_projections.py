@@ -26,11 +26,14 @@ PLUS = {
 FACE = {"face_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT, "hidden": WIDTH}
 SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     **dict.fromkeys(
-        ("base", "hunyuandit"),
+        ("base", "xlabs", "hunyuandit"),
         st.fixed_dictionaries({"embedding_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT}),
     ),
     "full": st.fixed_dictionaries({"feature_dim": WIDTH, "token_dim": WIDTH}),
-    **dict.fromkeys(("plus", "portrait-unnorm"), st.fixed_dictionaries(PLUS | {"width": WIDTH})),
+    **dict.fromkeys(
+        ("plus", "portrait-unnorm", "ai-toolkit", "lynx"),
+        st.fixed_dictionaries(PLUS | {"width": WIDTH}),
+    ),
     "instantx-sd3": st.fixed_dictionaries(
         PLUS | {"width": WIDTH, "sinusoids": st.sampled_from((2, 8, 32))}
     ),

@@ -13,10 +13,15 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -28,6 +33,9 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
@@ -154,7 +162,7 @@ def tiny_projection(name: str, token_dim: int) -> nn.Module:
     64-wide heads for plus.
     """
     feature_dim = FEATURE_DIMS[find_variant(name).feature]
-    if name in ("plus", "portrait-unnorm"):
+    if name in ("plus", "portrait-unnorm", "ai-toolkit", "lynx"):
         return Resampler(feature_dim, token_dim, tokens=5, width=128)
     if name == "instantx-sd3":
         return TimeResampler(feature_dim, token_dim, tokens=5, width=128, sinusoids=32)
@@ -165,7 +173,12 @@ def tiny_projection(name: str, token_dim: int) -> nn.Module:
         )
     if name == "portrait":
         return FaceProjection(feature_dim, token_dim, tokens=7)
-    kinds = {"base": ImageProjection, "full": FullProjection, "hunyuandit": TransposedProjection}
+    kinds = {
+        "base": ImageProjection,
+        "xlabs": ImageProjection,
+        "full": FullProjection,
+        "hunyuandit": TransposedProjection,
+    }
     return kinds.get(name, FaceProjection)(feature_dim, token_dim)
 
 
@@ -335,14 +348,14 @@ def tiny_sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def tiny_t5() -> dict[str, Any]:
-    """A T5 encoder, 32 wide, and a tokenizer of letters."""
+def tiny_t5(width: int = 32) -> dict[str, Any]:
+    """A T5 encoder and a tokenizer of letters."""
     letters = [(chr(code), -2.0) for code in range(ord("a"), ord("z") + 1)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_TOKENS)
     config = T5Config(
         vocab_size=len(vocab),
-        d_model=32,
+        d_model=width,
         d_kv=8,
         d_ff=40,
         num_layers=2,
@@ -386,21 +399,53 @@ def tiny_pixart_model(**changes: Any) -> PixArtTransformer2DModel:
         return awake(PixArtTransformer2DModel(**config | changes))
 
 
+# Two double and two single blocks.
+FLUX_BLOCKS: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 4, 8),
+}
+
+
 def tiny_flux_model(**changes: Any) -> FluxTransformer2DModel:
-    """Two double and two single blocks."""
-    config = {
-        "patch_size": 1,
-        "in_channels": 16,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 32,
-        "pooled_projection_dim": POOLED_DIM,
-        "axes_dims_rope": (4, 4, 8),
+    config = FLUX_BLOCKS | {"pooled_projection_dim": POOLED_DIM} | changes
+    with seeded(0):
+        return awake(FluxTransformer2DModel(**config))
+
+
+def tiny_chroma_model(**changes: Any) -> ChromaTransformer2DModel:
+    config = FLUX_BLOCKS | {
+        "approximator_num_channels": 8,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
     }
     with seeded(0):
-        return awake(FluxTransformer2DModel(**config | changes))
+        return awake(ChromaTransformer2DModel(**config | changes))
+
+
+def tiny_hunyuandit_model() -> HunyuanDiT2DModel:
+    """Two blocks; its own pipeline fixes the lengths of the texts."""
+    with seeded(0):
+        return awake(
+            HunyuanDiT2DModel(
+                sample_size=8,
+                patch_size=2,
+                in_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                cross_attention_dim=16,
+                cross_attention_dim_t5=32,
+                pooled_projection_dim=4,
+                hidden_size=16,
+                activation_fn="gelu-approximate",
+            )
+        )
 
 
 def awake(model: Any) -> Any:
@@ -474,8 +519,8 @@ def tiny_kolors() -> Any:
     )
 
 
-def tiny_flux() -> FluxPipeline:
-    t5, tokenizer = tiny_t5(), tiny_tokenizer()
+def tiny_flux(text_dim: int = 32) -> FluxPipeline:
+    t5, tokenizer = tiny_t5(text_dim), tiny_tokenizer()
     return quiet(
         FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -484,7 +529,54 @@ def tiny_flux() -> FluxPipeline:
             tokenizer=tokenizer,
             text_encoder_2=t5["text_encoder"],
             tokenizer_2=t5["tokenizer"],
-            transformer=tiny_flux_model(),
+            transformer=tiny_flux_model(joint_attention_dim=text_dim),
+        )
+    )
+
+
+def tiny_chroma(text_dim: int = 32) -> ChromaPipeline:
+    return quiet(
+        ChromaPipeline(
+            **tiny_t5(text_dim),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift=0.1),
+            transformer=tiny_chroma_model(joint_attention_dim=text_dim),
+        )
+    )
+
+
+def tiny_hunyuandit() -> HunyuanDiTPipeline:
+    """Its VAE has eight pixels a latent, which the pipeline takes for granted."""
+    t5 = tiny_t5()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocab = [*words, *letters, *(f"##{letter}" for letter in letters)]
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=77,
+    )
+    with seeded(8):
+        text_encoder = freeze(BertModel(config))
+    return quiet(
+        HunyuanDiTPipeline(
+            vae=tiny_vae(halvings=3),
+            text_encoder=text_encoder,
+            tokenizer=BertTokenizer(
+                vocab={word: number for number, word in enumerate(vocab)}, model_max_length=77
+            ),
+            transformer=tiny_hunyuandit_model(),
+            scheduler=DDPMScheduler(
+                beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            text_encoder_2=t5["text_encoder"],
+            tokenizer_2=t5["tokenizer"],
         )
     )
 

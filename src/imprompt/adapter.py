@@ -192,7 +192,8 @@ class IPAdapter(nn.Module):
         branches = 1 if null_tokens is None else 2
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), *tokens.shape[1:]), tokens])
-        tokens, dtype = injection.widen(tokens), injection.dtype
+        reads: int = self.image_kv[0].to_k.in_features  # pyright: ignore
+        tokens, dtype = injection.widen(tokens, reads), injection.dtype
         if self.timed:
             return self.form.timed_prompt(self, tokens, branches).with_scale(scale)
         keys, values = [], []

@@ -82,8 +82,8 @@ class Variant:
                      its box ("square")
     null             what stands for "no image" in guidance and in training's drops: a zero
                      embedding, or the features of an all-zero preprocessed picture (the encoder's
-                     mean colour). A face's embedding is always zero then, and `null` describes the
-                     hidden states of the pair
+                     mean colour) or of a black picture. A face's embedding is always zero then, and
+                     `null` describes the hidden states of the pair
     projection       features -> image tokens
     signature        key in the paper's checkpoints that distinguishes this variant's projection
     feature_key      key whose last dimension is the feature's width; of a pair, the hidden states'
@@ -104,7 +104,7 @@ class Variant:
 
     name: str
     feature: Feature
-    null: Literal["zero embedding", "zero picture"]
+    null: Literal["zero embedding", "zero picture", "black picture"]
     projection: Projection
     signature: str
     feature_key: str
@@ -286,6 +286,16 @@ FACES = (  # they read features of a face
 )
 TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkpoints.published`
     Variant(
+        "xlabs",
+        "pooled",
+        "black picture",
+        ImageProjection,
+        "proj.weight",
+        "proj.weight",
+        by_linear,
+        lambda _: False,
+    ),
+    Variant(
         "instantx",
         "pooled",
         "zero embedding",
@@ -304,6 +314,29 @@ TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkp
         "proj.weight",
         by_linear,
         lambda _: False,
+    ),
+    # It was trained with noise of any strength for "no image", of which black is the weakest.
+    Variant(
+        "ai-toolkit",
+        "penultimate",
+        "black picture",
+        Resampler,
+        "latents",
+        "proj_in.weight",
+        by_latents,
+        lambda _: False,
+    ),
+    Variant(
+        "lynx",
+        "face",
+        "zero embedding",
+        Resampler,
+        "latents",
+        "proj_in.weight",
+        by_latents,
+        lambda _: False,
+        faces="facexlib's arcface",
+        tokens=16,
     ),
 )
 TIMED = (  # of those whose tokens depend on the time: see `imprompt.families.timed`

@@ -4,6 +4,7 @@ The reference is diffusers where it has the adapter, else attention written out 
 formula.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import find_family
 from imprompt.families.forms import FORMS
 from imprompt.families.published_files import PUBLISHED_LAYOUTS
+from imprompt.projections.resampler import HEAD_DIM
 from imprompt.variants import find_variant
 from tests.tiny import seeded
 from tests.zoo import answer, inputs_of, specimen
@@ -95,7 +97,7 @@ def hunyuandit(
     return made
 
 
-def resampler(width: int, tokens: int, embedding: int, inner: int, sinusoids: int) -> Any:
+def time_resampler(width: int, tokens: int, embedding: int, inner: int, sinusoids: int) -> Any:
     """A resampler that is told the time, of four layers."""
     made = {
         "latents": noise(1, tokens, inner),
@@ -135,7 +137,7 @@ def sd3(
 
     inside  width of its resampler, and number of the time's sinusoids
     """
-    projection = resampler(width, tokens, embedding, *inside)
+    projection = time_resampler(width, tokens, embedding, *inside)
     made = {f"image_proj.{key}": tensor for key, tensor in projection.items()}
     for layer in range(layers):
         key = f"ip_adapter.{layer}."
@@ -148,26 +150,79 @@ def sd3(
     return made
 
 
-# family, (text width, width of the heads together, layers of the specimen), maker
-KINDS = {
-    "xlabs": ("flux", (32, 32, 2), xlabs),
-    "xlabs on chroma": ("chroma", (32, 32, 2), xlabs),
-    "instantx": ("flux", (32, 32, 4), instantx),
-    "hunyuandit": ("hunyuandit", (8, 16, 2), hunyuandit),
-    "instantx-sd3": ("sd3", (32, 32, 3), sd3),
+def resampler(prefix: str, token_dim: int, width: int = 16, depth: int = 2) -> dict[str, Tensor]:
+    made = {
+        "latents": noise(1, N, width),
+        "proj_in.weight": noise(width, E),
+        "proj_in.bias": noise(width),
+        "proj_out.weight": noise(token_dim, width),
+        "proj_out.bias": noise(token_dim),
+        "norm_out.weight": noise(token_dim),
+        "norm_out.bias": noise(token_dim),
+    }
+    for layer in range(depth):
+        for norm in ("0.norm1", "0.norm2", "1.0"):
+            made[f"layers.{layer}.{norm}.weight"] = noise(width)
+            made[f"layers.{layer}.{norm}.bias"] = noise(width)
+        made[f"layers.{layer}.0.to_q.weight"] = noise(HEAD_DIM, width)
+        made[f"layers.{layer}.0.to_kv.weight"] = noise(2 * HEAD_DIM, width)
+        made[f"layers.{layer}.0.to_out.weight"] = noise(width, HEAD_DIM)
+        made[f"layers.{layer}.1.1.weight"] = noise(4 * width, width)
+        made[f"layers.{layer}.1.3.weight"] = noise(width, 4 * width)
+    return {prefix + key: tensor for key, tensor in made.items()}
+
+
+def numbered(prefix: str, width: int, inner: int, layers: int) -> dict[str, Tensor]:
+    names = [f"{prefix}{layer}.to_{part}_ip.weight" for layer in range(layers) for part in "kv"]
+    return {name: noise(inner, width) for name in names}
+
+
+def ai_toolkit(width: int, inner: int, layers: int) -> dict[str, Tensor]:
+    return resampler("image_proj.", width) | numbered("ip_adapter.", width, inner, layers)
+
+
+def ai_toolkit_pixart(width: int, inner: int, layers: int) -> dict[str, Tensor]:
+    """Tokens as wide as the text before the model's own projection."""
+    return resampler("image_proj.", width) | numbered("ip_adapter.", inner, inner, layers)
+
+
+def lynx(width: int, inner: int, layers: int) -> dict[str, Tensor]:
+    return resampler("resampler.", width) | numbered("ip_layers.", width, inner, layers)
+
+
+# family, (text width, width of the heads together, layers of the specimen), maker, rows of the
+# feature: None for a pooled one
+KINDS: dict[str, tuple[str, tuple[int, ...], Callable[..., Any], int | None]] = {
+    "xlabs": ("flux", (32, 32, 2), xlabs, None),
+    "xlabs on chroma": ("chroma", (32, 32, 2), xlabs, None),
+    "instantx": ("flux", (32, 32, 4), instantx, None),
+    "hunyuandit": ("hunyuandit", (8, 16, 2), hunyuandit, None),
+    "instantx-sd3": ("sd3", (32, 32, 3), sd3, 5),
+    "ai-toolkit": ("flux", (32, 32, 4), ai_toolkit, 5),
+    "ai-toolkit-pixart": ("pixart", (8, 16, 2), ai_toolkit_pixart, 5),
+    "lynx": ("wan", (10, 24, 1), lynx, None),
 }
-PATCHES = 5
+
+
+def saved(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Write a file as it is published: Lynx' is two in a folder."""
+    if "resampler.latents" not in tensors:
+        save_file(tensors, path)
+        return path
+    path.mkdir(exist_ok=True)
+    for name, prefix in (("resampler", "resampler."), ("ip_layers", "ip_layers.")):
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        save_file(own, path / f"{name}.safetensors")
+    return path
 
 
 class Kind:
     def __init__(self, name: str, folder: Path) -> None:
-        self.family, sizes, make = KINDS[name]
-        self.path = folder / "adapter.safetensors"
+        self.family, sizes, make, rows = KINDS[name]
         with seeded(11):
             self.tensors = make(*sizes)
-            save_file(self.tensors, self.path)
-            shape = (2, E) if FORMS[name.split()[0]].time == 0 else (2, PATCHES, E)
-            self.embedding = torch.randn(shape)
+            self.path = saved(folder / "adapter.safetensors", self.tensors)
+            self.embedding = torch.randn(2, E) if rows is None else torch.randn(2, rows, E)
         self.model, self.inputs = specimen(self.family), inputs_of(self.family, 2)
         self.adapter = load_adapter(self.path, self.model)
 
@@ -202,7 +257,7 @@ def test_it_is_read_written_and_converted_without_loss(kind: Kind, tmp_path: Pat
     back, own = tmp_path / "back.safetensors", tmp_path / "own.safetensors"
     write_adapter(back, file, file.layout)
     again = read_adapter(back)
-    assert back.read_bytes() != b""
+    assert again.layout == file.layout
     for one, other in zip(file.tensors, again.tensors, strict=True):
         assert torch.equal(one, other)
     family = find_family(kind.family)
@@ -226,14 +281,15 @@ def test_what_does_not_fit_is_one_line(kind: Kind, tmp_path: Path) -> None:
         read_adapter(kind.path, "full")
     damaged = tmp_path / "damaged.safetensors"
     last = list(kind.tensors)[-1]
-    save_file({key: one for key, one in kind.tensors.items() if key != last}, damaged)
+    saved(damaged, {key: one for key, one in kind.tensors.items() if key != last})
     with pytest.raises(CheckpointError, match=f"lacks .*{last.split('.')[-2]}"):
         read_adapter(damaged)
-    save_file(kind.tensors | {last: torch.zeros(3)}, damaged)
+    saved(damaged, kind.tensors | {last: torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"has shape|do not fit together"):
         read_adapter(damaged)
-    save_file(kind.tensors | {"extra": torch.zeros(3)}, damaged)
-    with pytest.raises(CheckpointError, match="has unexpected extra"):
+    extra = "ip_layers.extra" if damaged.is_dir() else "extra"
+    saved(damaged, kind.tensors | {extra: torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=f"has unexpected {extra}"):
         read_adapter(damaged)
 
 
@@ -306,18 +362,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def test_instantx_is_the_official_formula(tmp_path: Path) -> None:
-    kind = Kind("instantx", tmp_path)
-    t, theirs = kind.tensors, specimen("flux")
-    hidden = F.gelu(kind.embedding @ t["image_proj.proj.0.weight"].T + t["image_proj.proj.0.bias"])
+def as_instantx(model: nn.Module, t: dict[str, Tensor], embedding: Tensor, scale: float) -> None:
+    """Let a Flux attend as the original does."""
+    hidden = F.gelu(embedding @ t["image_proj.proj.0.weight"].T + t["image_proj.proj.0.bias"])
     spread = hidden @ t["image_proj.proj.2.weight"].T + t["image_proj.proj.2.bias"]
     norm = t["image_proj.norm.weight"], t["image_proj.norm.bias"]
-    tokens = F.layer_norm(spread.view(2, N, -1), (32,), *norm)
-    for number, layer in enumerate(attentions(theirs, ".attn")):
+    tokens = F.layer_norm(spread.view(len(embedding), N, -1), norm[0].shape, *norm)
+    for number, layer in enumerate(attentions(model, ".attn")):
         pair = [t[f"ip_adapter.{number}.to_{part}_ip.weight"] for part in "kv"]
-        layer.processor = InstantX(tokens, *pair, scale=0.7)
-    with torch.no_grad():
-        torch.testing.assert_close(kind.ours(), answer(theirs, kind.inputs), **CLOSE)
+        layer.processor = InstantX(tokens, *pair, scale=scale)
 
 
 def attentions(model: nn.Module, ending: str) -> list[Any]:
@@ -354,20 +407,165 @@ class HunyuanDiT:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def test_hunyuandit_is_the_official_formula(tmp_path: Path) -> None:
-    kind = Kind("hunyuandit", tmp_path)
-    t, theirs = kind.tensors, specimen("hunyuandit")
-    unit = kind.embedding / kind.embedding.norm(dim=-1, keepdim=True)
+def as_hunyuandit(model: nn.Module, t: dict[str, Tensor], embedding: Tensor, scale: float) -> None:
+    """Let a HunyuanDiT attend as the original does."""
+    unit = F.normalize(embedding, dim=-1)
     block = "ip_adapter_clip_len_trans_block."
     spread = unit @ t[block + "weight"].T + t[block + "bias"]
     norm = t["ip_adapter_img_norm_cond.weight"], t["ip_adapter_img_norm_cond.bias"]
-    tokens = F.layer_norm(spread.reshape(2, 8, N).transpose(1, 2), (8,), *norm)
-    for number, layer in enumerate(attentions(theirs, "attn2")):
+    tokens = F.layer_norm(spread.reshape(len(unit), -1, N).mT, norm[0].shape, *norm)
+    for number, layer in enumerate(attentions(model, "attn2")):
         prefix = f"blocks.{number}.attn2."
         own = {k.removeprefix(prefix): v for k, v in t.items() if k.startswith(prefix)}
-        layer.processor = HunyuanDiT(tokens, own, 0.7)
+        layer.processor = HunyuanDiT(tokens, own, scale)
+
+
+def tokens_of(t: dict[str, Tensor], prefix: str, features: Tensor) -> Tensor:
+    """The paper's resampler: learned queries read the patches and each other."""
+    t = {key.removeprefix(prefix): tensor for key, tensor in t.items() if key.startswith(prefix)}
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, t[f"{name}.weight"], t.get(f"{name}.bias"))
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], t[f"{name}.weight"], t[f"{name}.bias"])
+
+    x = linear("proj_in", features if features.ndim == 3 else features[:, None])
+    y = t["latents"].expand(len(x), -1, -1)
+    for layer in ("layers.0.", "layers.1."):
+        own = norm(layer + "0.norm2", y)
+        read = torch.cat([norm(layer + "0.norm1", x), own], 1)
+        k, v = linear(layer + "0.to_kv", read).chunk(2, -1)
+        out = attend(*(z[:, :, None] for z in (linear(layer + "0.to_q", own), k, v)))
+        y = y + linear(layer + "0.to_out", out)
+        hidden = F.gelu(linear(layer + "1.1", norm(layer + "1.0", y)))
+        y = y + linear(layer + "1.3", hidden)
+    return norm("norm_out", linear("proj_out", y))
+
+
+class Own:
+    """W'_k and W'_v of one layer, the image tokens that they read, and the scale."""
+
+    def __init__(self, t: dict[str, Tensor], prefix: str, tokens: Tensor, scale: float) -> None:
+        self.key, self.value = (tokens @ t[f"{prefix}.to_{part}_ip.weight"].T for part in "kv")
+        self.scale = scale
+
+
+class AIToolkit(Own):
+    """ai-toolkit's attention for Flux: all rows attend to the image, their query rotated."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 - passed on by its signature
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1))
+
+        q, k, v = (heads(f(hidden_states)) for f in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, text = attn.norm_q(q), attn.norm_k(k), 0
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            tq, tk, tv = (heads(f(encoder_hidden_states)) for f in added)
+            q = torch.cat([attn.norm_added_q(tq), q], 1)
+            k = torch.cat([attn.norm_added_k(tk), k], 1)
+            v = torch.cat([tv, v], 1)
+        q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+        out = attend(q, k, v) + self.scale * attend(q, heads(self.key), heads(self.value))
+        if encoder_hidden_states is None:
+            return out
+        return attn.to_out[0](out[:, text:]), attn.to_add_out(out[:, :text])
+
+
+class CrossAttention(Own):
+    """ai-toolkit's attention for PixArt, and Lynx' for Wan, whose keys are normalised."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 - passed on by its signature
+        rotary_emb: Any = None,  # noqa: ARG002 - Wan's cross-attentions have none
+    ) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1))
+
+        q, key = attn.to_q(hidden_states), self.key
+        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        if attn.norm_q is not None:
+            q, k = attn.norm_q(q), attn.norm_k(k)
+            key = key * (key.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+        q, k, v, key, value = map(heads, (q, k, v, key, self.value))
+        return attn.to_out[0](attend(q, k, v) + self.scale * attend(q, key, value))
+
+
+def as_ai_toolkit(model: nn.Module, t: dict[str, Tensor], features: Tensor, scale: float) -> None:
+    tokens = tokens_of(t, "image_proj.", features)
+    for number, layer in enumerate(attentions(model, ".attn")):
+        layer.processor = AIToolkit(t, f"ip_adapter.{number}", tokens, scale)
+
+
+def as_ai_toolkit_pixart(model: Any, t: dict[str, Tensor], features: Tensor, scale: float) -> None:
+    """The tokens are joined to the text before the model projects it."""
+    tokens = model.caption_projection(tokens_of(t, "image_proj.", features))
+    for number, layer in enumerate(attentions(model, "attn2")):
+        layer.processor = CrossAttention(t, f"ip_adapter.{number}", tokens, scale)
+
+
+def as_lynx(model: nn.Module, t: dict[str, Tensor], features: Tensor, scale: float) -> None:
+    """Every second block attends to the image."""
+    tokens = tokens_of(t, "resampler.", features)
+    for number, layer in enumerate(attentions(model, "attn2")[::2]):
+        layer.processor = CrossAttention(t, f"ip_layers.{number}", tokens, scale)
+
+
+OFFICIAL = {
+    "instantx": as_instantx,
+    "hunyuandit": as_hunyuandit,
+    "ai-toolkit": as_ai_toolkit,
+    "ai-toolkit-pixart": as_ai_toolkit_pixart,
+    "lynx": as_lynx,
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_it_is_the_official_formula(name: str, tmp_path: Path) -> None:
+    kind = Kind(name, tmp_path)
+    theirs = specimen(kind.family)
     with torch.no_grad():
+        OFFICIAL[name](theirs, kind.tensors, kind.embedding, 0.7)
         torch.testing.assert_close(kind.ours(), answer(theirs, kind.inputs), **CLOSE)
+
+
+def test_lynx_is_two_files_of_which_either_names_both(tmp_path: Path) -> None:
+    kind = Kind("lynx", tmp_path)
+    whole = read_adapter(kind.path)
+    for name in ("resampler.safetensors", "ip_layers.safetensors"):
+        for one, other in zip(read_adapter(kind.path / name).tensors, whole.tensors, strict=True):
+            assert torch.equal(one, other)
+    assert whole.layers == ("blocks.0.attn2",)
+    assert read_adapter(kind.path).faces == "facexlib's arcface"
+    (kind.path / "resampler.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"resampler\.safetensors: there is no such file"):
+        read_adapter(kind.path / "ip_layers.safetensors")
+
+
+@pytest.mark.parametrize("more", ["registers", "to_k_ip.bias"])
+def test_the_full_form_of_lynx_is_refused_by_name(more: str, tmp_path: Path) -> None:
+    tensors = Kind("lynx", tmp_path).tensors | {f"ip_layers.0.{more}": torch.zeros(24)}
+    with pytest.raises(CheckpointError, match="full form, whose registers and reference-latent"):
+        read_adapter(saved(tmp_path / "full", tensors))
+
+
+def test_an_adapter_of_ai_toolkit_is_for_flux_or_pixart_by_its_widths(tmp_path: Path) -> None:
+    for name, wrong in (("ai-toolkit", "pixart"), ("ai-toolkit-pixart", "flux")):
+        with pytest.raises(MismatchError, match="this adapter is for base models of the"):
+            load_adapter(Kind(name, tmp_path).path, specimen(wrong))
 
 
 def test_a_copied_prompt_is_heard_as_its_original(kind: Kind) -> None:

@@ -102,6 +102,7 @@ class ModelInjection(ABC):
         self.computes_in: torch.dtype = getattr(model, "dtype", torch.float32)
         self.arguments = positional_names(model)
         self.layers = family.layers(model)
+        self.text_projection: Any = None  # the model's own, where it has one
         self.sizes: dict[str, LayerSize] = {n: family.size(x) for n, x in self.layers.items()}
         self.of_forms: dict[str, dict[str, LayerSize]] = {}  # sizes by a published form's layers
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
@@ -185,9 +186,20 @@ class ModelInjection(ABC):
             self.of_forms[form.layers] = form.of(self.sizes)
         return self.of_forms[form.layers]
 
-    def widen(self, tokens: Tensor) -> Tensor:
-        """Return image tokens (B, N, D) as wide as the text that the layers read."""
-        return tokens
+    def widen(self, tokens: Tensor, width: int) -> Tensor:
+        """Return image tokens (B, N, D) `width` wide, which W' reads.
+
+        Tokens of another width pass the model's own projection of text. Raise MismatchError if it
+        has none for them.
+        """
+        if tokens.shape[-1] == width:
+            return tokens
+        if self.text_projection is None:
+            raise MismatchError(
+                f"the image tokens are {tokens.shape[-1]} wide, the adapter's layers read {width}: "
+                "this model has no projection of text that they could pass"
+            )
+        return self.text_projection(tokens.to(self.dtype))
 
     def cached_bytes(self) -> int:
         """Return the size of the cached text states in bytes."""
@@ -253,16 +265,13 @@ class ModelInjection(ABC):
         call = self.family.call(model, self.by_name(args, kwargs), self.timesteps)
         if changing := [prompt.scale for prompt in prompts if prompt.scale.ndim == 3]:
             self.check_time(call, scope, changing[0])
-        positive = None
-        if self.family.separate_branches:
-            if scope is None and any(prompt.branches > 1 for prompt in prompts):
-                raise MismatchError(
-                    f"a {type(model).__name__} runs the branches of guidance in separate "
-                    "calls: "
-                    "give image prompts by `with adapter.using(prompt):`"
-                )
-        if scope is not None:
-            positive = scope.branch(call, self.family.separate_branches)
+        separate = self.family.separate_branches
+        if separate and scope is None and any(prompt.branches > 1 for prompt in prompts):
+            raise MismatchError(
+                f"a {type(model).__name__} runs the branches of guidance in separate calls: give "
+                "image prompts by `with adapter.using(prompt):`"
+            )
+        positive = None if scope is None else scope.branch(call, separate)
         return self.hand_over(
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )

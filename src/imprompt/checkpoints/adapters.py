@@ -23,8 +23,10 @@ from imprompt.checkpoints import layouts
 from imprompt.checkpoints.integrity import blank_projection, check_whole, shapes_of, text_dim
 from imprompt.checkpoints.layouts import Layout
 from imprompt.checkpoints.published import (
+    by_file,
     check_form,
     file_tensors,
+    files_at,
     form_named,
     module_tensors,
     published_layout,
@@ -233,8 +235,7 @@ def read_adapter(
     `variant` or `head_dim` contradicts the file.
     """
     refuse_url(os.fspath(path))
-    file = _file_at(Path(path))
-    tensors, metadata = read_tensors(file, partial(layouts.adapter_keys, file))
+    file, tensors, metadata = _held(Path(path))
     if published := published_layout(tensors):
         return _read_published(file, published, tensors, variant)
     if METADATA_KEY not in metadata and (kind := layouts.foreign(tensors)):
@@ -276,6 +277,21 @@ def read_adapter(
     return found
 
 
+def _held(path: Path) -> tuple[Path, dict[str, Any], dict[str, str]]:
+    """Return the file to read for `path`, the adapter's tensors and the file's metadata.
+
+    For an adapter that is kept in several files it is the path itself.
+    """
+    if several := files_at(path):
+        found: dict[str, Any] = {}
+        for prefix, file in several.items():
+            tensors, _ = read_tensors(file, partial(layouts.adapter_keys, file))
+            found |= {prefix + key: tensor for key, tensor in tensors.items()}
+        return path, found, {}
+    file = _file_at(path)
+    return file, *read_tensors(file, partial(layouts.adapter_keys, file))
+
+
 def _read_published(
     path: Path, row: PublishedLayout, tensors: dict[str, Tensor], variant: str | None
 ) -> AdapterFile:
@@ -287,7 +303,8 @@ def _read_published(
     found = _of_form(path, row.form, row.variant, projection, layers, row.name)
     if not row.layer:
         return found
-    return replace(found, layers=tuple(row.layer.format(n) for n in range(len(layers))))
+    names = (row.layer.format(row.every * number) for number in range(len(layers)))
+    return replace(found, layers=tuple(names))
 
 
 def _beside_weights(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -351,7 +368,10 @@ def write_adapter(
     if row := next((own for own in PUBLISHED_LAYOUTS if own.name == layout), None):
         if file.form is None or file.form.name != row.form:
             raise CheckpointError(f"the {layout} layout is for other adapters than this one")
-        write_tensors(path, file_tensors(row, file.projection, file.states), {})
+        tensors = file_tensors(row, file.projection, file.states)
+        for place, own in by_file(row, tensors, path).items():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(place, own, {})
         return
     form = layouts.layout_to_write(layout, path.suffix)
     if file.form is not None:

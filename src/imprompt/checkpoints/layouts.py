@@ -152,6 +152,15 @@ FOREIGN = (
         "an InstantCharacter adapter: not supported yet",
         (r"\.norm_ip_q\.",),
     ),
+    (
+        "Lynx' full form, whose registers and reference-latent adapter are not supported: give the "
+        "lite form",
+        (r"^ip_layers\.\d+\.(registers|to_[kv]_ip\.bias)$",),
+    ),
+    (
+        "Lynx' reference-latent adapter, of its full form: not supported; give the lite form",
+        (r"^\d+\.to_[kv]_ref\.",),
+    ),
     ("a Redux model: not supported yet", (r"^redux_(up|down)\.",)),
     ("a PuLID adapter: not supported yet", (r"^pulid_ca\.",)),
     (

@@ -4,8 +4,9 @@ How their tensors are named is a table: see `imprompt.families.published_files`.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,43 @@ from imprompt.variants import Variant
 Tensors = dict[str, Tensor]
 
 
-def published_layout(keys: Collection[str]) -> PublishedLayout | None:
-    """Return the published layout whose signature is among these keys."""
+def published_layout(tensors: Mapping[str, Any]) -> PublishedLayout | None:
+    """Return the published layout of a file with these tensors, by their keys and sizes."""
 
     def occurs(pattern: str) -> bool:
-        return any(re.search(pattern, key) for key in keys)
+        return any(re.search(pattern, key) for key in tensors)
 
-    return next((row for row in PUBLISHED_LAYOUTS if all(map(occurs, row.signature))), None)
+    def fits(row: PublishedLayout) -> bool:
+        return all(map(occurs, row.signature)) and row.where(tensors)
+
+    return next(filter(fits, PUBLISHED_LAYOUTS), None)
+
+
+def files_at(path: Path) -> dict[str, Path]:
+    """Return the files of an adapter that is kept in several, by the prefix of their tensors.
+
+    path  the folder that holds all of them, or one of them; for another one the result is empty
+    """
+    for row in PUBLISHED_LAYOUTS:
+        whole = bool(row.files) and all((path / name).is_file() for name in row.files)
+        if whole or path.name in row.files:
+            folder = path if whole else path.parent
+            return {prefix: folder / name for name, prefix in row.files.items()}
+    return {}
+
+
+def by_file(row: PublishedLayout, tensors: Tensors, path: Path) -> dict[Path, Tensors]:
+    """Return the tensors of every file that an adapter is written to at `path`, by their keys."""
+    if not row.files:
+        return {path: tensors}
+    return {
+        path / name: {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        for name, prefix in row.files.items()
+    }
 
 
 def module_tensors(
@@ -93,7 +124,7 @@ def check_form(path: Path, form: AttentionForm, projection: Tensors, layers: lis
                 )
         if token_dim is None:
             token_dim, time_dim = variant.token_shape(shapes)[1], getattr(blank, "time_dim", None)
-        elif needed["to_k.weight"][1] != token_dim:
+        elif needed["to_k.weight"][1] != token_dim and not form.widened:
             raise CheckpointError(
                 f"{path}: {where} reads tokens {needed['to_k.weight'][1]} wide; the projection's "
                 f"are {token_dim} wide"

@@ -22,6 +22,9 @@ class LayoutName(StrEnum):
     hunyuandit = "hunyuandit"
     instantx_sd3 = "instantx-sd3"
     diffusers_sd3 = "diffusers-sd3"
+    ai_toolkit = "ai-toolkit"
+    ai_toolkit_pixart = "ai-toolkit-pixart"
+    lynx = "lynx"
 
 
 Answer = Annotated[

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
+from PIL.Image import new as new_picture
 from torch import Tensor
 
 from imprompt.checkpoints.tensors import some
@@ -83,6 +84,8 @@ class VisionEncoder:
                 dtype=self.model.dtype,
             )
         side = side_of(self.processor)
+        if variant.null == "black picture":
+            return self.features([new_picture("RGB", (side, side))], variant.feature)
         return self.features_of(
             torch.zeros(1, 3, side, side, device=self.model.device, dtype=self.model.dtype),
             variant.feature,

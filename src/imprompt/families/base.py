@@ -109,8 +109,8 @@ class Injection(Protocol):
         """Return the sizes of the layers that adapters of a published form, or None, condition."""
         ...
 
-    def widen(self, tokens: Tensor) -> Tensor:
-        """Return image tokens (B, N, D) as wide as the text that the layers read."""
+    def widen(self, tokens: Tensor, width: int) -> Tensor:
+        """Return image tokens (B, N, D) `width` wide, by the model's own projection of text."""
         ...
 
     def using(self, prompts: Sequence[ImagePrompt], image_guidance: float | None = None,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imprompt.adapter import KV, ImageKV
+from imprompt.adapter import KV, ImageKV, split_heads
 from imprompt.errors import MismatchError
 from imprompt.families.base import LayerSize
 from imprompt.prompt import ImagePrompt
@@ -75,6 +75,16 @@ class LayerNormedKV(PublishedKV):
         """Project image tokens (B, N, D) to K' and V', each (B, H, N, d)."""
         key, value = super().forward(tokens, heads)
         return self.norm_k(key), value
+
+
+class WidthNormedKV(PublishedKV):
+    """Projections whose keys are normalised over all heads together, without weight."""
+
+    def forward(self, tokens: Tensor, heads: int) -> KV:
+        """Project image tokens (B, N, D) to K' and V', each (B, H, N, d)."""
+        key, value = super().forward(tokens, 1)
+        key = F.rms_norm(key, key.shape[-1:], eps=1e-5)
+        return split_heads(key[:, 0], heads), split_heads(value[:, 0], heads)
 
 
 class TimedKV(PublishedKV):
@@ -139,9 +149,10 @@ class AttentionForm:
     states       module of one layer's W'_k and W'_v
     all_rows     whether rows of the text are conditioned too, in layers that join both; with a mask
                  only rows of the picture are
+    text_stream  whether those of the text are conditioned in layers that keep them apart, too
     after_block  whether the image's attention is added after the whole block, without an output
                  layer; else before the attention's output layer
-    rotary       keyword of the attention's call by which the query is rotated first; "" for none
+    rotary       argument of the attention's call by which the query is rotated first; "" for none
     normed       whether the query is divided by its root mean square in each head
     taps         projections of the layer whose results it reads as they are, before the layer's own
                  norms: of the query, and if there is one softmax over the picture's and the image's
@@ -149,6 +160,7 @@ class AttentionForm:
     time         what a timestep as the model gets it is multiplied by, to be from 1000 to 0; 0: the
                  tokens do not depend on the time
     adapter      adapter that makes keys and values at each step; in the form of its prompts alone
+    widened      whether the tokens pass the base model's own projection of text before W'
     """
 
     name: str
@@ -156,12 +168,14 @@ class AttentionForm:
     layers: str
     states: type[PublishedKV]
     all_rows: bool = False
+    text_stream: bool = False
     after_block: bool = False
     rotary: str = ""
     normed: bool = False
     taps: tuple[str, ...] = ()
     time: float = 0
     adapter: Any = None
+    widened: bool = False
 
     def fits(self, family: str) -> tuple[str, ...]:
         """Return the families of base models that an adapter for `family` fits."""
@@ -222,5 +236,17 @@ FORMS = {
         AttentionForm(
             "instantx-sd3", ("sd3",), r".*", AdaptiveKV, taps=("to_q", "to_k", "to_v"), time=1
         ),
+        AttentionForm(
+            "ai-toolkit",
+            ("flux",),
+            r".*",
+            PublishedKV,
+            all_rows=True,
+            text_stream=True,
+            rotary="image_rotary_emb",
+        ),
+        AttentionForm("ai-toolkit-pixart", ("pixart",), r".*", PublishedKV, widened=True),
+        # every second block
+        AttentionForm("lynx", ("wan",), r"blocks\.\d*[02468]\.attn2", WidthNormedKV),
     )
 }

@@ -11,6 +11,7 @@ Shape letters: B batch, L rows of the query, H heads, d head width; P image prom
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class LayerConditioning(NamedTuple):
     rows     rows of the query that are conditioned: a slice, or indices (B, picture's rows)
     form     way to attend; None: that of new adapters without a norm
     norms    weights (d,) of the adapter's own norms of the query, and of keys if it reads those
+    text     whether rows of a text that the layer keeps apart are conditioned too
     """
 
     images: tuple[ImageStates, ...]
@@ -40,6 +42,7 @@ class LayerConditioning(NamedTuple):
     rows: slice | Tensor
     form: AttentionForm | None = None
     norms: tuple[Tensor, ...] = ()
+    text: bool = False
 
 
 class Taps(NamedTuple):
@@ -48,11 +51,13 @@ class Taps(NamedTuple):
     query   attribute whose result is the query
     layout  of that query
     out     attribute of the output layer; None if the image's attention is added to the result
+    text    query and output layer of the text's rows, where the layer keeps them apart
     """
 
     query: str
     layout: Layout
     out: str | None
+    text: tuple[str, str] | None = None
 
 
 class AttentionView:
@@ -87,11 +92,54 @@ class OutputTap:
         return self.layer(self.add(x))
 
 
+class Stream:
+    """Rows of an attention, the picture's or the text's, from their query to their output.
+
+    query   attribute whose result is the query, in that layout
+    given   arguments of the attention's call, by name
+    first   whether the rows are the first of both: the text's
+    """
+
+    def __init__(self, attention: Any, query: str, layout: Layout, heads: int,
+                 given: Mapping[str, Any], first: bool = False) -> None:  # fmt: skip
+        self.attention, self.query, self.heads = attention, query, heads
+        self.layout: Layout = layout
+        self.given, self.first = given, first
+        self.results: dict[str, Tensor] = {}  # of projections, by name
+        self.added = False  # whether anything was
+
+    def recording(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return a projection of the attention that remembers its result."""
+        layer = getattr(self.attention, name)
+
+        def record(x: Tensor) -> Tensor:
+            self.results[name] = result = layer(x)
+            return result
+
+        return record
+
+    def states(self, one: LayerConditioning) -> list[Tensor]:
+        """Return what a form reads: a query, for one softmax keys and values too (B, H, L, d)."""
+        if one.norms:
+            return own_states(self.results, one, self.heads)
+        query = as_heads(self.results[self.query], self.layout, self.heads)
+        return [rotated(query, one.form, self.given, self.first)]
+
+    def add(self, x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
+        """Add the image's attention of several forms to x."""
+        for one in conditioning:
+            x = with_image(x, self.states(one), one)
+            self.added = True
+        return x
+
+
 class ImageProcessor:
     """Processor that runs the original one, and adds the image prompts' attention.
 
     It holds no weights. `conditioning` is set before a call of the model, for that call.
     """
+
+    names: tuple[str, ...] = ()  # of the original's arguments after the attention
 
     def __init__(self, original: Any, taps: Taps, heads: int) -> None:
         self.original, self.taps, self.heads = original, taps, heads
@@ -106,40 +154,32 @@ class ImageProcessor:
         before, after = (
             [one for one in self.conditioning if after_block(one) is late] for late in (False, True)
         )
-        recorded: dict[str, Tensor] = {}
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        picture = Stream(attention, taps.query, taps.layout, self.heads, given)
+        read = {taps.query, *(name for one in self.conditioning for name in own_taps(one))}
+        replaced: dict[str, Any] = {name: picture.recording(name) for name in read}
 
-        def recording(name: str) -> Callable[[Tensor], Tensor]:
-            def record(x: Tensor) -> Tensor:
-                recorded[name] = result = getattr(attention, name)(x)
-                return result
+        def tap(name: str, stream: Stream, conditioning: Sequence[LayerConditioning]) -> None:
+            replaced[name] = OutputTap(
+                getattr(attention, name), lambda x: stream.add(x, conditioning)
+            )
 
-            return record
-
-        def read(one: LayerConditioning) -> list[Tensor]:
-            if one.norms:
-                return own_states(recorded, one, self.heads)
-            return [rotated(as_heads(recorded[taps.query], taps.layout, self.heads), one, kwargs)]
-
-        def added(x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
-            self.added = True
-            for one in conditioning:
-                x = with_image(x, read(one), one)
-            return x
-
-        def add(x: Tensor) -> Tensor:
-            return added(x, before) if before else x
-
-        names = {taps.query, *(name for one in self.conditioning for name in own_taps(one))}
-        replaced: dict[str, Any] = {name: recording(name) for name in names}
         if taps.out is not None:
-            replaced[taps.out] = OutputTap(getattr(attention, taps.out), add)
+            tap(taps.out, picture, before)
+        if taps.text is not None and (both := [one for one in before if one.text]):
+            name, out_name = taps.text
+            text = Stream(attention, name, taps.layout, self.heads, given, first=True)
+            replaced[name] = text.recording(name)
+            tap(out_name, text, both)
         out = self.original(AttentionView(attention, replaced), *args, **kwargs)
         if taps.out is None:
-            out = (add(out[0]), *out[1:]) if isinstance(out, tuple) else add(out)
-        if not after:
-            return out
-        whole = out if isinstance(out, tuple) else (out,)
-        return *whole, added(torch.zeros_like(whole[0]), after)  # the block adds its third part
+            changed = picture.add(out[0] if isinstance(out, tuple) else out, before)
+            out = (changed, *out[1:]) if isinstance(out, tuple) else changed
+        if after:
+            whole = out if isinstance(out, tuple) else (out,)
+            out = *whole, picture.add(torch.zeros_like(whole[0]), after)  # the block adds the third
+        self.added = picture.added
+        return out
 
 
 def after_block(conditioning: LayerConditioning) -> bool:
@@ -173,14 +213,23 @@ def own_states(
     return [*normed, *states[count:]]
 
 
-def rotated(query: Tensor, conditioning: LayerConditioning, kwargs: Mapping[str, Any]) -> Tensor:
-    """Return a query (B, H, L, d), rotated by its places if the form has it so."""
-    form = conditioning.form
-    if form is None or not form.rotary or kwargs.get(form.rotary) is None:
+def rotated(
+    query: Tensor, form: AttentionForm | None, given: Mapping[str, Any], first: bool
+) -> Tensor:
+    """Return a query (B, H, L, d), rotated by its places if the form has it so.
+
+    given  arguments of the attention's call, by name: the rotary embeddings are of the text's rows
+           and then the picture's, or of the picture's alone
+    first  whether the query is of the text's rows
+    """
+    if form is None or not form.rotary or given.get(form.rotary) is None:
         return query
     from diffusers.models.embeddings import apply_rotary_emb
 
-    return apply_rotary_emb(query, kwargs[form.rotary])  # pyright: ignore[reportReturnType]
+    rows = query.shape[2]
+    own = slice(0, rows) if first else slice(-rows, None)
+    places = tuple(part[own] for part in given[form.rotary])
+    return apply_rotary_emb(query, places)  # pyright: ignore[reportReturnType]
 
 
 def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
@@ -257,7 +306,10 @@ def processor_class(original: type) -> type[ImageProcessor]:
     def call(self: ImageProcessor, attention: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run(attention, *args, **kwargs)
 
-    members = {name: forwarded(name) for name in FORWARDED if hasattr(original, name)}
+    members: dict[str, Any] = {
+        name: forwarded(name) for name in FORWARDED if hasattr(original, name)
+    }
+    members["names"] = tuple(signature(original.__call__).parameters)[2:]  # after self, attention
     return type(f"Image{original.__name__}", (ImageProcessor,), {"__call__": call, **members})
 
 

@@ -5,7 +5,7 @@ reads, checks and writes all of them.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ class PublishedLayout:
                 names joined by "+" are one tensor there, one after the other
     layer       name of the layer of a number in the base model; "" if the number alone does not
                 tell it
+    where       whether a file with that signature, given its tensors, is of this layout
+    every       layers of the base model from one number to the next
+    files       of a folder that holds one adapter -> prefix that its tensors are given
     """
 
     name: str
@@ -31,6 +34,9 @@ class PublishedLayout:
     projection: Mapping[str, str]
     states: Mapping[str, str]
     layer: str = ""
+    where: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    every: int = 1
+    files: Mapping[str, str] = field(default_factory=dict)
     spelling: Mapping[str, str] = field(default_factory=dict)
 
     def module_name(self, key: str) -> str:
@@ -76,6 +82,29 @@ def kv_names(key: str, *tensors: str) -> dict[str, str]:
     }
 
 
+def resampled(tensors: Mapping[str, Any]) -> bool:
+    """Return whether tokens are the same at all times, and layers normalise nothing of their own.
+
+    Other adapters with a resampler differ in that.
+    """
+    return not any(".norm_ip" in key or ".time_embedding." in key for key in tensors)
+
+
+def widened(tensors: Mapping[str, Any]) -> bool:
+    """Return whether a resampler's tokens are of another width than the layers read."""
+
+    def sizes(key: str) -> list[int]:
+        return list(getattr(tensors.get(key), "shape", ()))
+
+    given, read = sizes("image_proj.proj_out.weight"), sizes("ip_adapter.0.to_k_ip.weight")
+    return resampled(tensors) and bool(given and read) and given[0] != read[-1]
+
+
+def lite(tensors: Mapping[str, Any]) -> bool:
+    """Return whether a Lynx' layers are those of its lite form: without registers and biases."""
+    return not any(key.endswith((".registers", ".bias")) for key in tensors if "ip_layers" in key)
+
+
 XLABS = "double_blocks.{layer}.processor.ip_adapter_double_stream_{part}_proj.{tensor}"
 DOUBLE = "transformer_blocks.{}.attn"
 NUMBERED = "ip_adapter.{layer}.to_{part}_ip.{tensor}"
@@ -97,12 +126,13 @@ SD3_STATES = kv_names(NUMBERED, "weight") | {
     "norm_k.weight": "ip_adapter.{layer}.norm_k.weight",
     "norm_image.weight": "ip_adapter.{layer}.norm_ip_k.weight",
 }
+AI_TOOLKIT = r"^ip_adapter\.0\.to_k_ip\.weight$", r"^image_proj\.latents$"
 # In the order in which they are tried: with biases before those without.
 PUBLISHED_LAYOUTS = (
     PublishedLayout(
         "xlabs",
         "xlabs",
-        "base",
+        "xlabs",
         (r"\.ip_adapter_double_stream_[kv]_proj\.",),
         {"ip_adapter_proj_model.": ""},
         kv_names(XLABS, "weight", "bias"),
@@ -111,7 +141,7 @@ PUBLISHED_LAYOUTS = (
     PublishedLayout(
         "diffusers-xlabs",
         "xlabs",
-        "base",
+        "xlabs",
         (r"^ip_adapter\.\d+\.to_k_ip\.bias$", r"^image_proj\.proj\.weight$"),
         {"image_proj.": ""},
         kv_names(NUMBERED, "weight", "bias"),
@@ -164,6 +194,37 @@ PUBLISHED_LAYOUTS = (
         {"image_proj.": ""},
         SD3_STATES,
         DOUBLE,
-        RESAMPLER,
+        spelling=RESAMPLER,
+    ),
+    PublishedLayout(
+        "ai-toolkit-pixart",
+        "ai-toolkit-pixart",
+        "ai-toolkit",
+        AI_TOOLKIT,
+        {"image_proj.": ""},
+        kv_names(NUMBERED, "weight"),
+        "transformer_blocks.{}.attn2",
+        widened,
+    ),
+    PublishedLayout(
+        "ai-toolkit",
+        "ai-toolkit",
+        "ai-toolkit",
+        AI_TOOLKIT,
+        {"image_proj.": ""},
+        kv_names(NUMBERED, "weight"),
+        where=resampled,
+    ),
+    PublishedLayout(
+        "lynx",
+        "lynx",
+        "lynx",
+        (r"^resampler\.latents$", r"^ip_layers\.\d+\.to_k_ip\.weight$"),
+        {"resampler.": ""},
+        kv_names("ip_layers.{layer}.to_{part}_ip.{tensor}", "weight"),
+        "blocks.{}.attn2",
+        lite,
+        every=2,
+        files={"resampler.safetensors": "resampler.", "ip_layers.safetensors": "ip_layers."},
     ),
 )

@@ -197,8 +197,13 @@ def normed(layout: Layout) -> Callable[[Any], Taps]:
 
 
 def flux_taps(layer: Any) -> Taps:
-    """Return Flux's taps: its single blocks have no output layer of their own."""
-    return Taps("norm_q", "BLHd", None if getattr(layer, "pre_only", False) else "to_out")
+    """Return Flux's taps.
+
+    Single blocks have no output layer of their own, double blocks keep the text's rows apart.
+    """
+    if getattr(layer, "pre_only", False):
+        return Taps("norm_q", "BLHd", None)
+    return Taps("norm_q", "BLHd", "to_out", ("norm_added_q", "to_add_out"))
 
 
 JOINT_INPUTS = ("to_q", "to_qkv_mlp_proj", "img_qkv_proj")
@@ -256,6 +261,7 @@ ROWS = {
         grain=2,
         pixel_grain=8,
         call_options={"clean_caption": False, "use_resolution_binning": False},
+        text_projection="caption_projection",
         training=TRAINING["pixart"],
     ),
     "flux": flux_like(

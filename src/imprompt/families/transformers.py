@@ -98,6 +98,7 @@ class TransformerRow:
     skips              argument that holds the numbers of blocks that a call leaves out
     arguments          names of latents, timestep and text in the forward pass
     channel            keyword by which the model passes arguments to its attentions, if it does
+    text_projection    the model's own projection of text, which tokens of some adapters pass
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
     separate_branches  whether pipelines run each branch of guidance in a separate call
     positive_first     whether pipelines that run both in one call put the positive one first
@@ -133,6 +134,7 @@ class TransformerRow:
     skips: str = ""
     arguments: tuple[str, str, str] = ("hidden_states", "timestep", "encoder_hidden_states")
     channel: str | None = None
+    text_projection: str = ""
     text_width: Callable[[Any], int] | None = None
     separate_branches: bool = False
     positive_first: bool = False
@@ -166,6 +168,7 @@ class TransformerInjection(ModelInjection):
     def __init__(self, model: nn.Module, family: "TransformerFamily") -> None:
         super().__init__(model, family)
         self.row = family.row
+        self.text_projection = getattr(model, self.row.text_projection, None)
         self.processors: dict[str, ImageProcessor] = {}
         for name, layer in self.layers.items():
             made = processor_for(layer.processor, self.row.taps(layer), self.sizes[name].heads)
@@ -238,13 +241,14 @@ class TransformerInjection(ModelInjection):
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
         images, norms = images_of(prompts), norms_of(form, self.dtype)
         whole = form is not None and form.all_rows and not masks
+        text = form is not None and form.text_stream and not masks
         for number, name in enumerate(sizes):
             if block_number(name) in (call.given.get(self.row.skips) or ()):
                 continue
             own = slice(None) if whole else rows[name]
             processor = self.processors[name]
             made = LayerConditioning(
-                images[number], weights[number], own, form, norms[number] if norms else ()
+                images[number], weights[number], own, form, norms[number] if norms else (), text
             )
             processor.conditioning = (*(processor.conditioning or ()), made)
             processor.added = False

@@ -166,17 +166,6 @@ class UNetInjection(ModelInjection):
         }
         self.replace(self.every, processors)
 
-    def widen(self, tokens: Tensor) -> Tensor:
-        """Return image tokens (B, N, D) as wide as the text.
-
-        Kolors' tokens are passed through the model's text projection.
-        """
-        text = next(iter(self.sizes.values())).text
-        projection = self.text_projection
-        if tokens.shape[-1] == text or getattr(projection, "in_features", None) != tokens.shape[-1]:
-            return tokens
-        return projection(tokens.to(self.dtype))  # pyright: ignore[reportOptionalCall]
-
     def cached_bytes(self) -> int:
         """Return the size of the cached text states in bytes."""
         return self.cache.bytes

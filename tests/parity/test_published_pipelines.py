@@ -1,0 +1,190 @@
+"""Published adapters in whole pipelines of several steps, on tiny random models.
+
+The reference is diffusers' own `load_ip_adapter` where there is one, else the original's attention
+in the same pipeline.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from imprompt import ImagePromptPipeline
+from imprompt.checkpoints.adapters import load_adapter
+from imprompt.families.base import base_of
+from tests.parity.test_published import OFFICIAL, hunyuandit, instantx, xlabs
+from tests.tiny import (
+    FEATURE_DIMS,
+    paper_layout,
+    pictures,
+    seeded,
+    tiny_adapter,
+    tiny_chroma,
+    tiny_encoder,
+    tiny_flux,
+    tiny_hunyuandit,
+    tiny_kolors,
+)
+
+E = FEATURE_DIMS["pooled"]
+CLOSE = {"rtol": 0, "atol": 1e-5}
+CALL = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+TEXTS = {"prompt": "a cat", "negative_prompt": "a dog"}
+# Options of a call with both branches of guidance, and the pipeline that starts from a picture.
+BASES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "flux": (tiny_flux, {"true_cfg_scale": 3.0}, "FluxImg2ImgPipeline"),
+    "chroma": (tiny_chroma, {"guidance_scale": 3.0}, "ChromaImg2ImgPipeline"),
+}
+VERSIONS = {"v1": (32, 4), "v2": (4096, 16)}  # diffusers knows v2 by 16 tokens of that width
+
+
+class Features(NamedTuple):
+    """Image features and those of no image."""
+
+    own: Tensor
+    null: Tensor
+
+    @classmethod
+    def drawn(cls, *shape: int) -> "Features":
+        with seeded(5):
+            return cls(torch.randn(1, *shape), torch.randn(1, *shape))
+
+
+@torch.no_grad()
+def run(pipeline: Any, height: int = 32, width: int = 24, **options: Any) -> Tensor:
+    """Return the latents of a call from the same noise."""
+    sizes = {"height": height, "width": width, "generator": torch.Generator().manual_seed(1)}
+    return pipeline(**TEXTS | CALL | sizes | options)[0]
+
+
+@torch.no_grad()
+def ours(pipeline: Any, path: Path, features: Features, scale: float, **options: Any) -> Tensor:
+    base = base_of(pipeline)
+    adapter = load_adapter(path, base)
+    with adapter.attached(base):
+        both = adapter.tokens(features.own), adapter.tokens(features.null)
+        with adapter.using(adapter.prompt(*both, scale=scale)):
+            return run(pipeline, **options)
+
+
+def saved(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, path := folder / "adapter.safetensors")
+    return path
+
+
+def xlabs_file(folder: Path, version: str) -> Path:
+    width, tokens = VERSIONS[version]
+    with seeded(11):
+        return saved(folder, xlabs(width, 32, 2, tokens, E))
+
+
+def check(found: Tensor, wanted: Tensor, alone: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert (found - alone).abs().max() > 0.05  # the comparison means something
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["text", "picture"])
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_xlabs_is_diffusers(base: str, version: str, start: bool, tmp_path: Path) -> None:
+    make, options, img2img = BASES[base]
+    path, (width, _) = xlabs_file(tmp_path, version), VERSIONS[version]
+    pipeline = make(width)
+    if start:
+        pipeline = getattr(diffusers, img2img)(**pipeline.components)
+        pipeline.set_progress_bar_config(disable=True)
+        options = options | {"image": pictures(1)[0], "strength": 0.8}
+    features = Features.drawn(E)
+    alone, found = run(pipeline, **options), ours(pipeline, path, features, 0.7, **options)
+    pipeline.load_ip_adapter(
+        str(tmp_path),
+        weight_name=path.name,
+        image_encoder_pretrained_model_name_or_path=None,
+        low_cpu_mem_usage=False,
+    )
+    pipeline.set_ip_adapter_scale(0.7)
+    given = {
+        "ip_adapter_image_embeds": [features.own[:, None]],
+        "negative_ip_adapter_image_embeds": [features.null[:, None]],
+    }
+    check(found, run(pipeline, **options, **given), alone)
+
+
+# Pipeline, tensors of a file, options of the call; with guidance the negative branch comes first.
+WRITTEN_OUT: dict[str, tuple[Callable[..., Any], Callable[[], Any], dict[str, Any]]] = {
+    "instantx": (tiny_flux, lambda: instantx(32, 32, 4, embedding=E), {}),
+    "hunyuandit": (
+        tiny_hunyuandit,
+        lambda: hunyuandit(16, 16, 2, embedding=E),
+        {"height": 64, "width": 48, "guidance_scale": 3.0, "use_resolution_binning": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_attention_written_out(name: str, tmp_path: Path) -> None:
+    make, tensors, options = WRITTEN_OUT[name]
+    with seeded(11):
+        path = saved(tmp_path, held := tensors())
+    pipeline, features = make(), Features(Features.drawn(E).own, torch.zeros(1, E))
+    alone, found = run(pipeline, **options), ours(pipeline, path, features, 0.7, **options)
+    given = torch.cat([features.null, features.own]) if options else features.own
+    OFFICIAL[name](base_of(pipeline), held, given, 0.7)
+    check(found, run(pipeline, **options), alone)
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["text", "picture"])
+def test_kolors_plus_is_diffusers(start: bool, tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    pipeline, options = tiny_kolors(), {"guidance_scale": 3.0, "height": 32, "width": 24}
+    held = paper_layout(tiny_adapter(pipeline.unet, "plus"))
+    flat = {f"{part}.{key}": one for part, own in held.items() for key, one in own.items()}
+    path = saved(tmp_path, {key: tensor.contiguous() for key, tensor in flat.items()})
+    if start:
+        pipeline = diffusers.KolorsImg2ImgPipeline(**pipeline.components)
+        pipeline.set_progress_bar_config(disable=True)
+        options |= {"image": pictures(1)[0], "strength": 0.8}
+    features = Features.drawn(257, FEATURE_DIMS["penultimate"])
+    alone, found = run(pipeline, **options), ours(pipeline, path, features, 0.7, **options)
+    pipeline.load_ip_adapter(
+        str(tmp_path),
+        subfolder="",
+        weight_name=path.name,
+        image_encoder_folder=None,
+        low_cpu_mem_usage=False,
+    )
+    pipeline.set_ip_adapter_scale(0.7)
+    both = torch.cat([features.null, features.own])[:, None]
+    check(found, run(pipeline, **options, ip_adapter_image_embeds=[both]), alone)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_facade_is_diffusers_black_negative_too(tmp_path: Path) -> None:
+    """diffusers takes the picture of no image to be black, as XLabs does."""
+    path, encoder, picture = xlabs_file(tmp_path, "v1"), tiny_encoder(), pictures(1)[0]
+    encoder.model.save_pretrained(tmp_path / "encoder")
+    encoder.processor.save_pretrained(tmp_path / "encoder")
+    pipeline = tiny_flux()
+    facade = ImagePromptPipeline.from_pipeline(pipeline, path, encoder=tmp_path / "encoder")
+    limit = facade.family.call_options(pipeline)  # of the text, by the tiny tokenizer
+    more = {"output_type": "latent", "true_cfg_scale": 3.0}
+    asked = {"seed": 1, "steps": 4, "scale": 0.7, "width": 24, "height": 32}
+    found = facade(picture, "a cat", negative_prompt="a dog", pipeline_options=more, **asked)
+    facade.detach()
+    alone = run(pipeline, true_cfg_scale=3.0, **limit)
+    theirs = diffusers.FluxPipeline(
+        **pipeline.components
+        | {"image_encoder": encoder.model, "feature_extractor": encoder.processor}
+    )
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_ip_adapter(str(tmp_path), weight_name=path.name, low_cpu_mem_usage=False)
+    theirs.set_ip_adapter_scale(0.7)
+    wanted = run(theirs, true_cfg_scale=3.0, ip_adapter_image=picture, **limit)
+    check(torch.stack([*found.images]), wanted, alone)
