@@ -192,10 +192,10 @@ class IPAdapter(nn.Module):
         branches = 1 if null_tokens is None else 2
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), *tokens.shape[1:]), tokens])
-        reads: int = self.image_kv[0].to_k.in_features  # pyright: ignore
-        tokens, dtype = injection.widen(tokens, reads), injection.dtype
         if self.timed:
             return self.form.timed_prompt(self, tokens, branches).with_scale(scale)
+        reads: int = self.image_kv[0].to_k.in_features  # pyright: ignore
+        tokens, dtype = injection.widen(tokens, reads), injection.dtype
         keys, values = [], []
         for kv, size in zip(self.image_kv, injection.sizes_of(self.form).values(), strict=True):
             key, value = kv(tokens, size.heads)

@@ -351,8 +351,9 @@ TIMED = (  # of those whose tokens depend on the time: see `imprompt.families.ti
         lambda _: False,
     ),
 )
+BY_NAME = {row.name: row for row in (*VARIANTS, *FACES, *TRANSFORMERS, *TIMED)}
 # Files of those whose tokens depend on the time bear the signatures of others too.
-BY_NAME = {row.name: row for row in (*TIMED, *VARIANTS, *FACES, *TRANSFORMERS)}
+SIGNED = (*TIMED, *VARIANTS, *FACES, *TRANSFORMERS)
 # Kolors, whose text projection the tokens of its FaceID pass, is no family that can be trained on.
 TRAINABLE = {row.name: row for row in (*VARIANTS, *FACES) if not row.widened}
 
@@ -377,5 +378,5 @@ def bearing(keys: Collection[str]) -> tuple[Variant, ...]:
 
     The first signature that is among the names decides.
     """
-    signature = next((row.signature for row in BY_NAME.values() if row.signature in keys), None)
-    return tuple(row for row in BY_NAME.values() if row.signature == signature)
+    signature = next((row.signature for row in SIGNED if row.signature in keys), None)
+    return tuple(row for row in SIGNED if row.signature == signature)

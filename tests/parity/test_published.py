@@ -190,6 +190,7 @@ def lynx(width: int, inner: int, layers: int) -> dict[str, Tensor]:
     return resampler("resampler.", width) | numbered("ip_layers.", width, inner, layers)
 
 
+PATCHES = 5  # rows of a feature that is not pooled
 # family, (text width, width of the heads together, layers of the specimen), maker, rows of the
 # feature: None for a pooled one
 KINDS: dict[str, tuple[str, tuple[int, ...], Callable[..., Any], int | None]] = {
@@ -197,7 +198,7 @@ KINDS: dict[str, tuple[str, tuple[int, ...], Callable[..., Any], int | None]] = 
     "xlabs on chroma": ("chroma", (32, 32, 2), xlabs, None),
     "instantx": ("flux", (32, 32, 4), instantx, None),
     "hunyuandit": ("hunyuandit", (8, 16, 2), hunyuandit, None),
-    "instantx-sd3": ("sd3", (32, 32, 3), sd3, 5),
+    "instantx-sd3": ("sd3", (32, 32, 3), sd3, PATCHES),
     "ai-toolkit": ("flux", (32, 32, 4), ai_toolkit, 5),
     "ai-toolkit-pixart": ("pixart", (8, 16, 2), ai_toolkit_pixart, 5),
     "lynx": ("wan", (10, 24, 1), lynx, None),

@@ -199,22 +199,27 @@ def test_tokens_of_several_pictures_are_joined_in_the_one_softmax(timed: Timed) 
         timed.ours(inputs, prompt._replace(bias=torch.zeros(1, 3)))
 
 
-def test_two_branches_in_a_batch_without_guidance_are_the_positive_one(timed: Timed) -> None:
+def test_a_further_call_of_half_the_rows_is_the_positive_branch(timed: Timed) -> None:
     """As in SD3's skip-layer guidance, where diffusers merges both branches into one prompt."""
     both, inputs = timed.prompt(0, null=True), timed.inputs(0)
     twice = {name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
     zeros = torch.zeros(1, PATCHES, E)
     branches = torch.cat([zeros, timed.features[:1]])
-    torch.testing.assert_close(timed.ours(twice, both), timed.diffusers(twice, branches), **CLOSE)
-    torch.testing.assert_close(
-        timed.ours(inputs, both), timed.diffusers(inputs, timed.features[:1]), **CLOSE
-    )
     skipped = inputs | {"skip_layers": [1]}
-    out = timed.ours(skipped, both)
-    torch.testing.assert_close(out, timed.diffusers(skipped, timed.features[:1]), **CLOSE)
-    assert not torch.allclose(out, timed.ours(inputs, both))
-    with pytest.raises(MismatchError, match="prepared for a batch of 2, the base model runs a bat"):
-        timed.ours({name: torch.cat([tensor] * 2) for name, tensor in twice.items()}, both)
+    with timed.adapter.using(both):
+        outs = [timed.model(**given).sample for given in (twice, inputs, skipped)]
+    theirs = [
+        timed.diffusers(twice, branches),
+        timed.diffusers(inputs, timed.features[:1]),
+        timed.diffusers(skipped, timed.features[:1]),
+    ]
+    for ours, expected in zip(outs, theirs, strict=True):
+        torch.testing.assert_close(ours, expected, **CLOSE)
+    assert not torch.allclose(outs[1], outs[2])
+    for rows in (1, 4):  # alone, nothing tells that such a call is the positive branch
+        own = {name: torch.cat([tensor] * rows) for name, tensor in inputs.items()}
+        with pytest.raises(MismatchError, match=f"prepared for a batch of 2, .* a batch of {rows}"):
+            timed.ours(own, both)
 
 
 def test_half_precision_is_finite_and_near(timed: Timed) -> None:

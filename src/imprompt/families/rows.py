@@ -63,12 +63,12 @@ def by_ids(ids: Tensor) -> tuple[int, ...]:
     ids = ids[0] if ids.ndim == 3 else ids
     if ids.is_meta:
         return 1, len(ids)  # the values are not known: an estimate needs their number alone
-    own = ids[of_picture(ids)]
+    own = ids[of_first_time(ids)]
     sides = own.amax(0) - own.amin(0) + 1
     return int(sides[1]), int(sides[2])
 
 
-def of_picture(ids: Tensor) -> Tensor:
+def of_first_time(ids: Tensor) -> Tensor:
     """Return which rows (I,) of ids are the picture's: reference pictures have a later time."""
     return ids[:, 0] == ids[:, 0].min()
 
@@ -154,7 +154,7 @@ def after_text(name: str, given: Given, count: int) -> slice:
     """
     ids = given["img_ids"]
     ids = ids[0] if ids.ndim == 3 else ids
-    start = 0 if ids.is_meta else int(of_picture(ids).int().argmax())
+    start = 0 if ids.is_meta else int(of_first_time(ids).int().argmax())
     if not name.startswith("transformer_blocks"):
         start += given["encoder_hidden_states"].shape[1]
     return slice(start, start + count)
