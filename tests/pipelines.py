@@ -147,6 +147,7 @@ VAES: dict[str, Callable[[int], nn.Module]] = {
     "AutoencoderKLWan": video_vae(
         "AutoencoderKLWan", 2, scale_factor_spatial=4, scale_factor_temporal=4
     ),
+    "AutoencoderKLQwenImage21": video_vae("AutoencoderKLQwenImage21", 1, decoder_base_dim=4),
     "AutoencoderKLFlux2": flux2_vae,
     "AutoencoderDC": dc_vae,
     "AutoencoderKLLTXVideo": ltx_vae,
@@ -233,7 +234,7 @@ def eight_vae() -> Any:
 
 
 def rgba_vae() -> nn.Module:
-    return video_vae("AutoencoderKLQwenImage", 1, input_channels=4)(4)
+    return video_vae("AutoencoderKLQwenImage", 1, input_channels=4)(3)
 
 
 def sd3_controlnet(**changes: Any) -> Callable[[], Any]:
@@ -334,7 +335,13 @@ CASES: dict[str, Case] = {
     "QwenImageLayered": EDIT._replace(
         module={"calculate_dimensions": lambda *_: (SIZE, SIZE)},
         parts={"text_encoder": Text, "vae": rgba_vae},
-        changes={"use_additional_t_cond": True, "use_layer3d_rope": True},
+        channels=3,
+        changes={
+            "in_channels": 12,
+            "out_channels": 3,
+            "use_additional_t_cond": True,
+            "use_layer3d_rope": True,
+        },
         call={"prompt": "a", "layers": 2, "image": picture("RGBA"), "output_type": "pt"},
         places=3 * 64,
     ),
@@ -369,10 +376,10 @@ CASES: dict[str, Case] = {
     "LTXCondition": LTX,
     "HunyuanDiT": HUNYUANDIT,
     "HunyuanDiTPAG": HUNYUANDIT,
-    "HunyuanDiTControlNet": HUNYUANDIT._replace(parts={"controlnet": hunyuandit_controlnet}),
-    "LTXI2VLongMultiPrompt": LTX,
-    "QwenImage21": Case("qwen-image-2.1", channels=16),
-    "VisualClozeGeneration": CONTROL._replace(changes={"in_channels": 24, "out_channels": 4}),
+    "HunyuanDiTControlNet": HUNYUANDIT._replace(
+        parts={"vae": eight_vae, "controlnet": hunyuandit_controlnet},
+        call={"height": 64, "width": 64, "control_image": picture(size=64)},
+    ),
     "Lumina2": Case("lumina2", places=4),
     "Lumina": Case("lumina-next", changes={"learn_sigma": True}, places=4),
     "AuraFlow": Case("auraflow"),
