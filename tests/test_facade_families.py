@@ -170,6 +170,32 @@ def test_a_negative_image_is_what_guidance_moves_away_from(opened: Opened) -> No
         opened.make(reference, guidance=opened.family.row.unguided)
 
 
+def test_each_branch_of_guidance_gets_its_own_image_prompt(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with the positive text have the picture's keys, all others those of no picture."""
+    engine, seen = opened.pipe.engine, []
+    model_output, name = engine.model_output, opened.family.arguments[2]
+
+    def output(given: Any, prompts: Any) -> Any:
+        seen.append([*zip(given[name], prompts[0].keys[0], strict=True)])
+        return model_output(given, prompts)
+
+    monkeypatch.setattr(engine, "model_output", output)
+    asked = {"prompt": "a cat", "num_images": 2}
+    opened.make(RED, guidance=opened.family.row.unguided, **asked)
+    text, key = seen[0][0]
+    seen.clear()
+    opened.make(RED, **asked)
+    found = [
+        (own.shape == text.shape and torch.allclose(own, text, atol=1e-4), torch.equal(keys, key))
+        for rows in seen
+        for own, keys in rows
+    ]
+    assert all(positive == has_key for positive, has_key in found)
+    assert len({has_key for _, has_key in found}) == 1 + opened.guided
+
+
 def test_image_guidance_is_applied_or_refused(opened: Opened) -> None:
     if opened.family.separate_branches or opened.family.positive_first:
         with pytest.raises(SettingError, match=r"image_guidance needs .* leave it out"):

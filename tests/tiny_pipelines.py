@@ -5,6 +5,7 @@ Transformers are the specimens of `tests.zoo`, text encoders are of the pipeline
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -158,8 +159,8 @@ def qwen_encoder(width: int) -> Any:
         "hidden_size": width,
         "intermediate_size": 16,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": width // 8,
+        "num_key_value_heads": width // 8,
         "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
         "pad_token_id": 0,
     }
@@ -329,6 +330,90 @@ def cogview4() -> Any:
     )
 
 
+def bria() -> Any:
+    return made(
+        "Bria",
+        vae=vae(),
+        **tiny_t5(),
+        transformer=specimen("bria", in_channels=16),
+    )
+
+
+def ovis() -> Any:
+    return made(
+        "OvisImage",
+        vae=vae(),
+        text_encoder=language("Qwen3Model", "Qwen3Config", 32),
+        tokenizer=letters(None),
+        transformer=specimen("ovis", in_channels=16, out_channels=16),
+    )
+
+
+def longcat() -> Any:
+    return made(
+        "LongCatImage",
+        vae=vae(16),
+        text_encoder=qwen_encoder(32),
+        tokenizer=letters(None),
+        text_processor=letters(None),  # for rewritten prompts alone
+        transformer=specimen("longcat", in_channels=64),
+    )
+
+
+def krea2() -> Any:
+    text: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"},
+        "pad_token_id": 0,
+    }
+    tower = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower)
+    with seeded(10):
+        encoder = transformers.Qwen3VLModel(config)
+        for parameter in encoder.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.5)
+    return made(
+        "Krea2",
+        vae=video_vae(),
+        text_encoder=freeze(encoder),
+        tokenizer=letters(None),
+        transformer=specimen("krea2", in_channels=16),
+        text_encoder_select_layers=(0, 1, 2),
+    )
+
+
+def prx() -> Any:
+    from diffusers.pipelines.prx import pipeline_prx
+
+    if not hasattr(pipeline_prx, "ftfy"):  # not installed; it repairs broken letters
+        vars(pipeline_prx)["ftfy"] = SimpleNamespace(fix_text=str)
+    return made("PRX", vae=vae(), **tiny_t5(), transformer=specimen("prx", context_in_dim=32))
+
+
+def lumina_next() -> Any:
+    return made(
+        "Lumina",
+        vae=vae(blocks=4),
+        text_encoder=language("Gemma2Model", "Gemma2Config", 32),
+        tokenizer=letters(None),
+        transformer=specimen("lumina-next", learn_sigma=True),
+    )
+
+
 # Options of each call, where the default is for larger text encoders.
 OPTIONS: dict[str, dict[str, Any]] = {
     "sana": {"complex_human_instruction": None},
@@ -346,4 +431,10 @@ FAMILY_PIPELINES: dict[str, Callable[[], Any]] = {
     "auraflow": auraflow,
     "hunyuandit": hunyuandit,
     "cogview4": cogview4,
+    "krea2": krea2,
+    "ovis": ovis,
+    "longcat": longcat,
+    "bria": bria,
+    "prx": prx,
+    "lumina-next": lumina_next,
 }

@@ -347,9 +347,27 @@ ROWS = {
         pipelines=three_tasks("Chroma"),
         text_tokens=512,
     ),
-    "bria": flux_like("BriaTransformer2DModel", channel=PLAIN, progress=by_timestep),
-    "ovis": flux_like("OvisImageTransformer2DModel", channel=JOINT),
-    "longcat": flux_like("LongCatImageTransformer2DModel"),
+    "bria": flux_like(
+        "BriaTransformer2DModel",
+        channel=PLAIN,
+        progress=by_timestep,
+        separate_branches=False,
+        pipelines=text_alone("Bria"),
+        text_tokens=128,
+        grain=1,  # its pipelines count two latents as one
+        native_latents=lambda _config: 64,
+    ),
+    "ovis": flux_like(
+        "OvisImageTransformer2DModel",
+        channel=JOINT,
+        pipelines=text_alone("OvisImage"),
+        text_tokens=256,
+    ),
+    "longcat": flux_like(
+        "LongCatImageTransformer2DModel",
+        pipelines=text_alone("LongCatImage"),
+        call_options={"enable_prompt_rewrite": False},  # which the seed does not decide
+    ),
     "flux2": flux_like(
         "Flux2Transformer2DModel",
         channel=JOINT,
@@ -361,6 +379,7 @@ ROWS = {
             ),
         },
         text_tokens=512,
+        distilled="is_distilled",
     ),
     "flux3": flux_like(
         "Flux3Transformer2DModel",
@@ -418,8 +437,13 @@ ROWS = {
         taps=tapped("norm_q", "BLD", None),
         grid=patches,
         progress=by_progress,
+        positive_first=True,
         shared=("image_rotary_emb",),
         text_arguments=("encoder_hidden_states", "encoder_mask"),
+        pipelines=text_alone("Lumina"),
+        text_tokens=256,
+        grain=2,
+        call_options={"clean_caption": False},
     ),
     "auraflow": TransformerRow(
         model="AuraFlowTransformer2DModel",
@@ -570,6 +594,10 @@ ROWS = {
         text_width=own_width,
         separate_branches=True,
         shared=("position_ids",),
+        pipelines=text_alone("Krea2"),
+        text_tokens=512,
+        grain=2,
+        unguided=0.0,
     ),
     "ideogram4": TransformerRow(
         model="Ideogram4Transformer2DModel",
@@ -590,6 +618,11 @@ ROWS = {
         grid=patches,
         progress=by_sigma,
         text_width=own_width,
+        text_arguments=("encoder_hidden_states", "attention_mask"),
+        pipelines=text_alone("PRX"),
+        grain=2,
+        native_latents=lambda _config: 64,
+        call_options={"use_resolution_binning": False},
     ),
     "ltx": TransformerRow(
         model="LTXVideoTransformer3DModel",

@@ -91,8 +91,9 @@ class TransformerRow:
     call_options       what its pipelines are always called with
     guidance           option of a pipeline's call that takes the guidance scale
     negative           option of a pipeline's call that turns on a negative branch when above
-                       `unguided`, in pipelines that take a negative text and are not distilled
+                       `unguided`, in pipelines that take a negative text
     unguided           its largest value without a negative branch
+    distilled          flag of a pipeline's configuration that turns the negative branch off
     one_text           whether pipelines pad the texts of a batch to the longest, and do not mask
                        that, so that a picture depends on the other texts of its batch
     training           what training needs; None if it is not supported
@@ -124,6 +125,7 @@ class TransformerRow:
     guidance: str = "guidance_scale"
     negative: str = "guidance_scale"
     unguided: float = 1.0
+    distilled: str = ""
     one_text: bool = False
     training: Training | None = None
 
@@ -316,7 +318,7 @@ class TransformerFamily(Family):
         takes = {"negative_prompt", "negative_prompt_embeds"} & {
             *signature(pipeline.__call__).parameters
         }
-        if not takes or pipeline.config.get("is_distilled"):
+        if not takes or pipeline.config.get(self.row.distilled):
             return False
         value = {self.row.guidance: guidance, **options}.get(self.row.negative)
         return value is not None and value > self.row.unguided
