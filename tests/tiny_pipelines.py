@@ -3,6 +3,7 @@
 Transformers are the specimens of `tests.zoo`, text encoders are of the pipelines' own classes.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,18 @@ from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.checkpoints.adapters import adapter_file, write_adapter
 from imprompt.families.base import base_of, family_of
 from imprompt.variants import find_variant
-from tests.tiny import FEATURE_DIMS, freeze, quiet, seeded, tiny_encoder, tiny_t5
+from tests.tiny import (
+    FEATURE_DIMS,
+    awake,
+    freeze,
+    quiet,
+    seeded,
+    tiny_encoder,
+    tiny_flux,
+    tiny_sd3,
+    tiny_sd3_model,
+    tiny_t5,
+)
 from tests.zoo import specimen
 
 CHAT = """{% for one in messages if one.role == "user" %}\
@@ -414,8 +426,27 @@ def lumina_next() -> Any:
     )
 
 
+def controlnet(name: str, model: Any) -> Any:
+    """A ControlNet of that class for a transformer, with noise where its weights start at zero."""
+    kind = getattr(diffusers, name)
+    takes = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in model.config.items() if key in takes}
+    config |= dict.fromkeys(("num_layers", "num_single_layers"), 1)
+    with seeded(12):
+        return awake(kind(**{key: value for key, value in config.items() if key in takes}))
+
+
+def sd3() -> Any:
+    """Of 16 channels, which its pipeline for inpainting checks."""
+    pipeline = tiny_sd3()
+    model = tiny_sd3_model(in_channels=16, out_channels=16)
+    pipeline.register_modules(vae=vae(16), transformer=model)
+    return pipeline
+
+
 # Options of each call, where the default is for larger text encoders.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "flux": {"true_cfg_scale": 3.0},
     "sana": {"complex_human_instruction": None},
     "flux2": {"text_encoder_out_layers": (0, 1, 2)},
     "klein": {"text_encoder_out_layers": (0, 1, 2)},
@@ -431,6 +462,8 @@ FAMILY_PIPELINES: dict[str, Callable[[], Any]] = {
     "auraflow": auraflow,
     "hunyuandit": hunyuandit,
     "cogview4": cogview4,
+    "flux": tiny_flux,
+    "sd3": sd3,
     "krea2": krea2,
     "ovis": ovis,
     "longcat": longcat,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.families.base import Conditions, Tasks, TaskTable
+from imprompt.families.base import Conditions, ControlKind, Tasks, TaskTable
 from imprompt.families.processor import Layout, Taps
 from imprompt.families.transformers import (
     Given,
@@ -26,6 +26,7 @@ GUIDANCE = 3.5  # input of guidance-distilled models in training, as in diffuser
 TIMESTEPS = 1000  # into which models that are given sigma divide their time
 # Keywords by which models pass arguments to their attentions.
 JOINT, PLAIN, CROSS = "joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"
+PICTURES = ("Img2Img", "Inpaint")  # diffusers' names of tasks that start from a picture
 PICTURE = 2  # what Ideogram 4 marks the picture's rows with
 
 
@@ -242,16 +243,24 @@ def sd3_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions)
     }
 
 
-def text_alone(*names: str) -> Mapping[str, TaskTable]:
+def tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
+    """Return tasks from text, and of these kinds, that are named in diffusers' usual way."""
+    found = (f"{name}{kind}Pipeline" if kind in kinds else "" for kind in PICTURES)
+    return Tasks(f"{name}Pipeline", *found)
+
+
+def text_alone(*names: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that start from text alone."""
-    return {f"{name}Pipeline": TaskTable(Tasks(f"{name}Pipeline", "", "")) for name in names}
+    return {f"{name}Pipeline": TaskTable(tasks(name, ()), controlled) for name in names}
 
 
-def three_tasks(name: str) -> Mapping[str, TaskTable]:
-    """Return the tasks of pipelines that are named in diffusers' usual way."""
-    kinds = (f"{name}{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
-    return {f"{name}Pipeline": TaskTable(Tasks(*kinds))}
+def three_tasks(name: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
+    """Return the tasks of pipelines that start from text or a picture, and inpaint."""
+    return {f"{name}Pipeline": TaskTable(tasks(name, PICTURES), controlled)}
 
+
+HEADS = ("num_attention_heads", "attention_head_dim")
+JOINT_SIZES = ("in_channels", "joint_attention_dim", *HEADS)
 
 # --- The rows.
 
@@ -302,7 +311,8 @@ ROWS = {
     "flux": flux_like(
         "FluxTransformer2DModel",
         channel=JOINT,
-        pipelines=three_tasks("Flux"),
+        pipelines=three_tasks("Flux", tasks("FluxControlNet", PICTURES)),
+        control=ControlKind("FluxControlNetModel", JOINT_SIZES),
         text_tokens=512,
         tokenizer="tokenizer_2",
         native_latents=lambda _config: 128,
@@ -326,6 +336,7 @@ ROWS = {
         grid=patches,
         progress=by_timestep,
         text_width=own_width,
+        # without ControlNet: its pipelines encode the picture with noise that no seed decides
         pipelines=three_tasks("StableDiffusion3"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
         text_tokens=77 + 256,
@@ -394,7 +405,8 @@ ROWS = {
         taps=normed("BLD"),
         grid=patches,
         progress=by_timestep,
-        pipelines=text_alone("Sana"),
+        pipelines=text_alone("Sana", controlled=tasks("SanaControlNet", ())),
+        control=ControlKind("SanaControlNetModel", ("in_channels", "caption_channels", *HEADS)),
         text_tokens=300,
         pixel_grain=32,
         call_options={"use_resolution_binning": False},
@@ -410,7 +422,7 @@ ROWS = {
             *("encoder_hidden_states", "text_embedding_mask"),
             *("encoder_hidden_states_t5", "text_embedding_mask_t5"),
         ),
-        pipelines=text_alone("HunyuanDiT"),
+        pipelines=text_alone("HunyuanDiT"),  # without ControlNet, as sd3
         grain=2,
         pixel_grain=16,
         call_options={"use_resolution_binning": False},
@@ -472,7 +484,8 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes", "txt_seq_lens"),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
-        pipelines=three_tasks("QwenImage"),
+        pipelines=three_tasks("QwenImage", tasks("QwenImageControlNet", ())),
+        control=ControlKind("QwenImageControlNetModel", JOINT_SIZES),
         text_tokens=512,
         grain=2,
         guidance="true_cfg_scale",

@@ -20,6 +20,7 @@ from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.base import (
     Conditions,
+    ControlKind,
     Family,
     LayerSize,
     ModelCall,
@@ -94,6 +95,7 @@ class TransformerRow:
                        `unguided`, in pipelines that take a negative text
     unguided           its largest value without a negative branch
     distilled          flag of a pipeline's configuration that turns the negative branch off
+    control            its ControlNets
     one_text           whether pipelines pad the texts of a batch to the longest, and do not mask
                        that, so that a picture depends on the other texts of its batch
     training           what training needs; None if it is not supported
@@ -126,6 +128,7 @@ class TransformerRow:
     negative: str = "guidance_scale"
     unguided: float = 1.0
     distilled: str = ""
+    control: ControlKind | None = None
     one_text: bool = False
     training: Training | None = None
 
@@ -253,7 +256,7 @@ class TransformerFamily(Family):
         self.shared, self.lists, self.alone = row.shared, row.lists, row.alone
         self.channel, self.arguments = row.channel, row.arguments
         self.text_arguments = row.text_arguments
-        self.guidance, self.one_text = row.guidance, row.one_text
+        self.guidance, self.one_text, self.control = row.guidance, row.one_text, row.control
         self.separate_branches = row.separate_branches
         self.positive_first = row.positive_first
         self.trains = row.training is not None
