@@ -333,3 +333,13 @@ def test_a_controlnet_where_diffusers_has_a_pipeline(opened: Opened) -> None:
         else:
             with pytest.raises(SettingError, match="own way to start from pictures"):
                 pipe(RED, control_image=LEFT, **start)
+
+
+def test_a_pipeline_that_is_loaded_takes_an_adapter_in_three_lines(opened: Opened) -> None:
+    saved, kind = opened.saved, type(opened.pipe.pipeline)
+    own: Any = kind.from_pretrained(saved.model)
+    own.set_progress_bar_config(disable=True)
+    pipe = ImagePromptPipeline.from_pipeline(own, saved.file, encoder=saved.model / "image_encoder")
+    options = {"output_type": "np", **opened.options}
+    made = pipe(RED, "a cat", scale=0.6, seed=1, **SIZE, **GUIDED, pipeline_options=options).images
+    np.testing.assert_allclose(made, opened.make(RED, prompt="a cat", scale=0.6), atol=1e-5)
