@@ -7,6 +7,7 @@ from inspect import Parameter, signature
 from threading import Barrier
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from imprompt.generation.blocks import block_map
 from imprompt.generation.settings import Settings
 from imprompt.generation.tasks import tasks_of
 from tests.test_engine import together
-from tests.tiny_pipelines import FAMILY_PIPELINES, OPTIONS, Saved
+from tests.tiny_pipelines import FAMILY_PIPELINES, OPTIONS, Saved, controlnet
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of names inside diffusers
 SIZE = {"width": 32, "height": 64, "steps": 2}
@@ -47,9 +48,16 @@ class Opened:
         asked = {"seed": 1, **SIZE, **GUIDED, **settings}
         return np.stack(self.pipe(*image, pipeline_options=options, **asked).images)
 
-    def plain(self, guidance: float = 3.0) -> np.ndarray:
-        """What diffusers' own pipeline makes of the same call."""
+    def plain(self, guidance: float = 3.0, net: Any = None, **controls: Any) -> np.ndarray:
+        """What diffusers' own pipeline makes of the same call, with a ControlNet if one is given.
+
+        controls  the pipeline's options for it
+        """
         pipeline: Any = type(self.pipe.pipeline).from_pretrained(self.saved.model)
+        if net is not None:
+            table = tasks_of(pipeline).controlled
+            assert table is not None
+            pipeline = getattr(diffusers, table.text)(**pipeline.components, controlnet=net)
         pipeline.set_progress_bar_config(disable=True)
         options = {
             **self.family.call_options(pipeline),
@@ -66,8 +74,15 @@ class Opened:
                 generator=[torch.Generator().manual_seed(1)],
                 output_type="np",
                 **options,
+                **controls,
             )
         return result.images if hasattr(result, "images") else result.image
+
+    def unguided(self) -> dict[str, Any]:
+        """Settings without a negative branch."""
+        if self.name == "flux":
+            return {"pipeline_options": {"true_cfg_scale": 1.0}}
+        return {"guidance": self.family.row.unguided}
 
     def takes(self, option: str) -> bool:
         return option in self.parameters()
@@ -167,7 +182,33 @@ def test_a_negative_image_is_what_guidance_moves_away_from(opened: Opened) -> No
     assert differs(made, opened.make(RED))
     assert differs(made, opened.make(Reference(images=RED, negative=GREEN)))
     with pytest.raises(SettingError, match="negative"):
-        opened.make(reference, guidance=opened.family.row.unguided)
+        opened.make(reference, **opened.unguided())
+
+
+def test_each_branch_of_guidance_gets_its_own_image_prompt(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with the positive text have the picture's keys, all others those of no picture."""
+    engine, seen = opened.pipe.engine, []
+    model_output, name = engine.model_output, opened.family.arguments[2]
+
+    def output(given: Any, prompts: Any) -> Any:
+        seen.append([*zip(given[name], prompts[0].keys[0], strict=True)])
+        return model_output(given, prompts)
+
+    monkeypatch.setattr(engine, "model_output", output)
+    asked = {"prompt": "a cat", "num_images": 2}
+    opened.make(RED, **opened.unguided(), **asked)
+    text, key = seen[0][0]
+    seen.clear()
+    opened.make(RED, **asked)
+    found = [
+        (own.shape == text.shape and torch.allclose(own, text, atol=1e-4), torch.equal(keys, key))
+        for rows in seen
+        for own, keys in rows
+    ]
+    assert all(positive == has_key for positive, has_key in found)
+    assert len({has_key for _, has_key in found}) == 1 + opened.guided
 
 
 def test_image_guidance_is_applied_or_refused(opened: Opened) -> None:
@@ -260,3 +301,45 @@ def test_defaults_are_the_pipelines_own(opened: Opened) -> None:
     assert found.guidance == takes[opened.family.guidance].default
     native, unit = opened.family.native_side(pipe.pipeline), opened.family.side_unit(pipe.pipeline)
     assert found.size == (max(native, unit),) * 2
+
+
+def test_a_controlnet_where_diffusers_has_a_pipeline(opened: Opened) -> None:
+    kind, table = opened.family.control, tasks_of(opened.pipe.pipeline)
+    if kind is None or table.controlled is None:
+        with pytest.raises(SettingError, match=r"no ControlNet is known for a \w+: leave"):
+            opened.saved.pipeline(controlnet=str(opened.saved.model))
+        return
+    folder = opened.saved.model.parent / "control"
+    base: Any = opened.pipe.engine.model
+    controlnet(kind.model, base).save_pretrained(folder)
+    pipe = opened.saved.pipeline(controlnet=folder)
+    options = {"output_type": "np", **opened.options}
+    asked = {"seed": 1, **SIZE, **GUIDED, "prompt": "a cat", "pipeline_options": options}
+    lines, flat = (np.stack(pipe(RED, control_image=one, **asked).images) for one in (LEFT, RIGHT))
+    assert differs(lines, flat)
+    assert differs(lines, opened.make(RED, prompt="a cat"))
+    weak = np.stack(pipe(RED, control_image=LEFT, control_scale=0.1, **asked).images)
+    assert differs(weak, lines)
+    none = np.stack(pipe(RED, control_image=LEFT, scale=0.0, **asked).images)
+    assert differs(none, lines)
+    plain = opened.plain(net=pipe.controlnet, control_image=LEFT.convert("RGB"))
+    np.testing.assert_allclose(none, plain, rtol=0, atol=1e-6)  # other weights' places in memory
+    for name, more in (("image", {}), ("inpaint", {"mask_image": LEFT})):
+        start = {"init_image": BLUE, "strength": 0.6, **more, **asked, "steps": 4}
+        start["pipeline_options"] = {}
+        if getattr(table.controlled, name):
+            made = (pipe(RED, control_image=one, **start).images[0] for one in (LEFT, RIGHT))
+            assert differs(*(np.asarray(one) / 255 for one in made))
+        else:
+            with pytest.raises(SettingError, match="own way to start from pictures"):
+                pipe(RED, control_image=LEFT, **start)
+
+
+def test_a_pipeline_that_is_loaded_takes_an_adapter_in_three_lines(opened: Opened) -> None:
+    saved, kind = opened.saved, type(opened.pipe.pipeline)
+    own: Any = kind.from_pretrained(saved.model)
+    own.set_progress_bar_config(disable=True)
+    pipe = ImagePromptPipeline.from_pipeline(own, saved.file, encoder=saved.model / "image_encoder")
+    options = {"output_type": "np", **opened.options}
+    made = pipe(RED, "a cat", scale=0.6, seed=1, **SIZE, **GUIDED, pipeline_options=options).images
+    np.testing.assert_allclose(made, opened.make(RED, prompt="a cat", scale=0.6), atol=1e-5)

@@ -3,8 +3,10 @@
 Transformers are the specimens of `tests.zoo`, text encoders are of the pipelines' own classes.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,7 +20,18 @@ from imprompt.checkpoints.adapters import adapter_file, write_adapter
 from imprompt.families.base import base_of, family_of
 from imprompt.families.forms import NORMED
 from imprompt.variants import find_variant
-from tests.tiny import FEATURE_DIMS, freeze, quiet, seeded, tiny_encoder, tiny_t5
+from tests.tiny import (
+    FEATURE_DIMS,
+    awake,
+    freeze,
+    quiet,
+    seeded,
+    tiny_encoder,
+    tiny_flux,
+    tiny_sd3,
+    tiny_sd3_model,
+    tiny_t5,
+)
 from tests.zoo import specimen
 
 CHAT = """{% for one in messages if one.role == "user" %}\
@@ -161,8 +174,8 @@ def qwen_encoder(width: int) -> Any:
         "hidden_size": width,
         "intermediate_size": 16,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": width // 8,
+        "num_key_value_heads": width // 8,
         "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
         "pad_token_id": 0,
     }
@@ -332,8 +345,111 @@ def cogview4() -> Any:
     )
 
 
+def bria() -> Any:
+    return made(
+        "Bria",
+        vae=vae(),
+        **tiny_t5(),
+        transformer=specimen("bria", in_channels=16),
+    )
+
+
+def ovis() -> Any:
+    return made(
+        "OvisImage",
+        vae=vae(),
+        text_encoder=language("Qwen3Model", "Qwen3Config", 32),
+        tokenizer=letters(None),
+        transformer=specimen("ovis", in_channels=16, out_channels=16),
+    )
+
+
+def longcat() -> Any:
+    return made(
+        "LongCatImage",
+        vae=vae(16),
+        text_encoder=qwen_encoder(32),
+        tokenizer=letters(None),
+        text_processor=letters(None),  # for rewritten prompts alone
+        transformer=specimen("longcat", in_channels=64),
+    )
+
+
+def krea2() -> Any:
+    text: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"},
+        "pad_token_id": 0,
+    }
+    tower = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "deepstack_visual_indexes": [0],
+    }
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower)
+    with seeded(10):
+        encoder = transformers.Qwen3VLModel(config)
+        for parameter in encoder.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=0.5)
+    return made(
+        "Krea2",
+        vae=video_vae(),
+        text_encoder=freeze(encoder),
+        tokenizer=letters(None),
+        transformer=specimen("krea2", in_channels=16),
+        text_encoder_select_layers=(0, 1, 2),
+    )
+
+
+def prx() -> Any:
+    from diffusers.pipelines.prx import pipeline_prx
+
+    if not hasattr(pipeline_prx, "ftfy"):  # not installed; it repairs broken letters
+        vars(pipeline_prx)["ftfy"] = SimpleNamespace(fix_text=str)
+    return made("PRX", vae=vae(), **tiny_t5(), transformer=specimen("prx", context_in_dim=32))
+
+
+def lumina_next() -> Any:
+    return made(
+        "Lumina",
+        vae=vae(blocks=4),
+        text_encoder=language("Gemma2Model", "Gemma2Config", 32),
+        tokenizer=letters(None),
+        transformer=specimen("lumina-next", learn_sigma=True),
+    )
+
+
+def controlnet(name: str, model: Any) -> Any:
+    """A ControlNet of that class for a transformer, with noise where its weights start at zero."""
+    kind = getattr(diffusers, name)
+    takes = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in model.config.items() if key in takes}
+    config |= dict.fromkeys(("num_layers", "num_single_layers"), 1)
+    with seeded(12):
+        return awake(kind(**{key: value for key, value in config.items() if key in takes}))
+
+
+def sd3() -> Any:
+    """Of 16 channels, which its pipeline for inpainting checks."""
+    pipeline = tiny_sd3()
+    model = tiny_sd3_model(in_channels=16, out_channels=16)
+    pipeline.register_modules(vae=vae(16), transformer=model)
+    return pipeline
+
+
 # Options of each call, where the default is for larger text encoders.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "flux": {"true_cfg_scale": 3.0},
     "sana": {"complex_human_instruction": None},
     "flux2": {"text_encoder_out_layers": (0, 1, 2)},
     "klein": {"text_encoder_out_layers": (0, 1, 2)},
@@ -349,4 +465,12 @@ FAMILY_PIPELINES: dict[str, Callable[[], Any]] = {
     "auraflow": auraflow,
     "hunyuandit": hunyuandit,
     "cogview4": cogview4,
+    "flux": tiny_flux,
+    "sd3": sd3,
+    "krea2": krea2,
+    "ovis": ovis,
+    "longcat": longcat,
+    "bria": bria,
+    "prx": prx,
+    "lumina-next": lumina_next,
 }

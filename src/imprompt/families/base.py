@@ -82,6 +82,13 @@ class TaskTable(NamedTuple):
     controlled: Tasks | None = None
 
 
+class ControlKind(NamedTuple):
+    """ControlNets of a family: diffusers' class, and sizes in which they equal the base model."""
+
+    model: str
+    sizes: tuple[str, ...]
+
+
 def schedule_place(progress: Tensor, points: int) -> Tensor:
     """Return the place, see `ModelCall`, for a progress from 0 to 1."""
     return (progress * (points - 1) - ROUNDING).ceil().long()
@@ -162,6 +169,7 @@ class Family(ABC):
     positive_first = False  # whether those that run both in one call put the positive one first
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
+    control: ControlKind | None = None  # its ControlNets
     trains = True  # whether adapters for it can be trained
     compiles = "whole"  # as one graph; else its "blocks" are one each, or it compiles in "parts"
     # classes of saved pipelines that adapters can be trained for, besides those of `pipelines`
@@ -275,6 +283,12 @@ class Family(ABC):
     def guided(self, pipeline: Any, guidance: float, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
         """Return whether the pipeline runs a negative branch with these arguments."""
         return guidance > 1
+
+    def control_sizes(self, net: Any, pipeline: Any) -> dict[str, tuple[Any, Any]]:
+        """Return the sizes in which a ControlNet and the pipeline must agree, by name: of both."""
+        assert self.control is not None
+        own = getattr(pipeline, self.component).config
+        return {name: (net.config[name], own[name]) for name in self.control.sizes}
 
     def quicken(self, model: Any) -> None:  # noqa: B027 - most train as they are
         """Make the model train faster on a CPU; its results are equal up to rounding."""

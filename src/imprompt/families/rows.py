@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from imprompt.families.base import Tasks, TaskTable
+from imprompt.families.base import ControlKind, Tasks, TaskTable
 from imprompt.families.picture import (
     after_history,
     after_own_text,
@@ -40,18 +40,27 @@ from imprompt.families.transformers import TransformerFamily, TransformerRow
 
 # Keywords by which models pass arguments to their attentions.
 JOINT, PLAIN, CROSS = "joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"
+PICTURES = ("Img2Img", "Inpaint")  # diffusers' names of tasks that start from a picture
 
 
-def text_alone(*names: str) -> Mapping[str, TaskTable]:
+def tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
+    """Return tasks from text, and of these kinds, that are named in diffusers' usual way."""
+    found = (f"{name}{kind}Pipeline" if kind in kinds else "" for kind in PICTURES)
+    return Tasks(f"{name}Pipeline", *found)
+
+
+def text_alone(*names: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that start from text alone."""
-    return {f"{name}Pipeline": TaskTable(Tasks(f"{name}Pipeline", "", "")) for name in names}
+    return {f"{name}Pipeline": TaskTable(tasks(name, ()), controlled) for name in names}
 
 
-def three_tasks(name: str) -> Mapping[str, TaskTable]:
-    """Return the tasks of pipelines that are named in diffusers' usual way."""
-    kinds = (f"{name}{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
-    return {f"{name}Pipeline": TaskTable(Tasks(*kinds))}
+def three_tasks(name: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
+    """Return the tasks of pipelines that start from text or a picture, and inpaint."""
+    return {f"{name}Pipeline": TaskTable(tasks(name, PICTURES), controlled)}
 
+
+HEADS = ("num_attention_heads", "attention_head_dim")
+JOINT_SIZES = ("in_channels", "joint_attention_dim", *HEADS)
 
 # --- The rows.
 
@@ -95,7 +104,8 @@ ROWS = {
     "flux": flux_like(
         "FluxTransformer2DModel",
         channel=JOINT,
-        pipelines=three_tasks("Flux"),
+        pipelines=three_tasks("Flux", tasks("FluxControlNet", PICTURES)),
+        control=ControlKind("FluxControlNetModel", JOINT_SIZES),
         text_tokens=512,
         tokenizer="tokenizer_2",
         native_latents=lambda _config: 128,
@@ -111,6 +121,7 @@ ROWS = {
         progress=by_timestep,
         text_width=own_width,
         skips="skip_layers",
+        # without ControlNet: its pipelines encode the picture with noise that no seed decides
         pipelines=three_tasks("StableDiffusion3"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
         text_tokens=77 + 256,
@@ -125,9 +136,27 @@ ROWS = {
         text_tokens=512,
         training=TRAINING["chroma"],
     ),
-    "bria": flux_like("BriaTransformer2DModel", channel=PLAIN, progress=by_timestep),
-    "ovis": flux_like("OvisImageTransformer2DModel", channel=JOINT),
-    "longcat": flux_like("LongCatImageTransformer2DModel"),
+    "bria": flux_like(
+        "BriaTransformer2DModel",
+        channel=PLAIN,
+        progress=by_timestep,
+        separate_branches=False,
+        pipelines=text_alone("Bria"),
+        text_tokens=128,
+        grain=1,  # its pipelines count two latents as one
+        native_latents=lambda _config: 64,
+    ),
+    "ovis": flux_like(
+        "OvisImageTransformer2DModel",
+        channel=JOINT,
+        pipelines=text_alone("OvisImage"),
+        text_tokens=256,
+    ),
+    "longcat": flux_like(
+        "LongCatImageTransformer2DModel",
+        pipelines=text_alone("LongCatImage"),
+        call_options={"enable_prompt_rewrite": False},  # which the seed does not decide
+    ),
     "flux2": flux_like(
         "Flux2Transformer2DModel",
         channel=JOINT,
@@ -139,6 +168,7 @@ ROWS = {
             ),
         },
         text_tokens=512,
+        distilled="is_distilled",
         training=TRAINING["flux2"],
     ),
     "flux3": flux_like(
@@ -155,7 +185,8 @@ ROWS = {
         taps=normed("BLD"),
         grid=patches,
         progress=by_timestep,
-        pipelines=text_alone("Sana"),
+        pipelines=text_alone("Sana", controlled=tasks("SanaControlNet", ())),
+        control=ControlKind("SanaControlNetModel", ("in_channels", "caption_channels", *HEADS)),
         text_tokens=300,
         pixel_grain=32,
         call_options={"use_resolution_binning": False},
@@ -172,7 +203,7 @@ ROWS = {
             *("encoder_hidden_states", "text_embedding_mask"),
             *("encoder_hidden_states_t5", "text_embedding_mask_t5"),
         ),
-        pipelines=text_alone("HunyuanDiT"),
+        pipelines=text_alone("HunyuanDiT"),  # without ControlNet, as sd3
         grain=2,
         pixel_grain=16,
         call_options={"use_resolution_binning": False},
@@ -205,6 +236,10 @@ ROWS = {
         positive_first=True,
         shared=("image_rotary_emb",),
         text_arguments=("encoder_hidden_states", "encoder_mask"),
+        pipelines=text_alone("Lumina"),
+        text_tokens=256,
+        grain=2,
+        call_options={"clean_caption": False},
     ),
     "auraflow": TransformerRow(
         model="AuraFlowTransformer2DModel",
@@ -234,7 +269,8 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes", "txt_seq_lens"),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
-        pipelines=three_tasks("QwenImage"),
+        pipelines=three_tasks("QwenImage", tasks("QwenImageControlNet", ())),
+        control=ControlKind("QwenImageControlNetModel", JOINT_SIZES),
         text_tokens=512,
         grain=2,
         guidance="true_cfg_scale",
@@ -373,6 +409,10 @@ ROWS = {
         text_width=own_width,
         separate_branches=True,
         shared=("position_ids",),
+        pipelines=text_alone("Krea2"),
+        text_tokens=512,
+        grain=2,
+        unguided=0.0,
     ),
     "ideogram4": TransformerRow(
         model="Ideogram4Transformer2DModel",
@@ -393,6 +433,11 @@ ROWS = {
         grid=patches,
         progress=by_sigma,
         text_width=own_width,
+        text_arguments=("encoder_hidden_states", "attention_mask"),
+        pipelines=text_alone("PRX"),
+        grain=2,
+        native_latents=lambda _config: 64,
+        call_options={"use_resolution_binning": False},
     ),
     "ltx": TransformerRow(
         model="LTXVideoTransformer3DModel",

@@ -27,6 +27,7 @@ from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError, SettingError
 from imprompt.families.base import (
     Conditions,
+    ControlKind,
     Family,
     LayerSize,
     ModelCall,
@@ -116,8 +117,10 @@ class TransformerRow:
     call_options       what its pipelines are always called with
     guidance           option of a pipeline's call that takes the guidance scale
     negative           option of a pipeline's call that turns on a negative branch when above
-                       `unguided`, in pipelines that take a negative text and are not distilled
+                       `unguided`, in pipelines that take a negative text
     unguided           its largest value without a negative branch
+    distilled          flag of a pipeline's configuration that turns the negative branch off
+    control            its ControlNets
     one_text           whether pipelines pad the texts of a batch to the longest, and do not mask
                        that, so that a picture depends on the other texts of its batch
     training           what training needs; None if it is not supported
@@ -154,6 +157,8 @@ class TransformerRow:
     guidance: str = "guidance_scale"
     negative: str = "guidance_scale"
     unguided: float = 1.0
+    distilled: str = ""
+    control: ControlKind | None = None
     one_text: bool = False
     training: Training | None = None
     compiles: Literal["whole", "blocks", "parts"] = "whole"
@@ -294,7 +299,7 @@ class TransformerFamily(Family):
         self.shared, self.lists, self.alone = row.shared, row.lists, row.alone
         self.channel, self.arguments = row.channel, row.arguments
         self.text_arguments = row.text_arguments
-        self.guidance, self.one_text = row.guidance, row.one_text
+        self.guidance, self.one_text, self.control = row.guidance, row.one_text, row.control
         self.separate_branches = row.separate_branches
         self.positive_first = row.positive_first
         self.trains, self.compiles = row.training is not None, row.compiles
@@ -365,7 +370,7 @@ class TransformerFamily(Family):
         takes = {"negative_prompt", "negative_prompt_embeds"} & {
             *signature(pipeline.__call__).parameters
         }
-        if not takes or pipeline.config.get("is_distilled"):
+        if not takes or pipeline.config.get(self.row.distilled):
             return False
         value = {self.row.guidance: guidance, **options}.get(self.row.negative)
         return value is not None and value > self.row.unguided

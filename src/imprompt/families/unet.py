@@ -40,6 +40,7 @@ from imprompt.attention.text_cache import (
 from imprompt.errors import MismatchError
 from imprompt.families.base import (
     Conditions,
+    ControlKind,
     Family,
     LayerSize,
     ModelCall,
@@ -288,6 +289,7 @@ class UNetFamily(Family):
         f"{prefix}Pipeline": task_table(prefix)
         for prefix in ("StableDiffusion", "StableDiffusionXL")
     } | {"KolorsPipeline": TaskTable(Tasks("KolorsPipeline", "KolorsImg2ImgPipeline", ""))}
+    control = ControlKind("ControlNetModel", ("cross_attention_dim", "block_out_channels"))
     pixel_grain = 8
     channel = "cross_attention_kwargs"
     arguments = ("sample", "timestep", "encoder_hidden_states")
@@ -326,6 +328,12 @@ class UNetFamily(Family):
         if low_rank:
             injection.inject(injection.every)
         return injection
+
+    def control_sizes(self, net: Any, pipeline: Any) -> dict[str, tuple[Any, Any]]:
+        """Return the sizes in which both must agree, and the pixels a latent of the picture."""
+        shrinks = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
+        pixels = {"pixels a latent": (shrinks, pipeline.vae_scale_factor)}
+        return super().control_sizes(net, pipeline) | pixels
 
     def guided(self, pipeline: Any, guidance: float, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
         """Return whether the pipeline runs a negative branch; guidance-distilled UNets run none."""

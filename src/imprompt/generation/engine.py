@@ -70,11 +70,12 @@ class Seat:
         self.calls += 1
         self.let_others_in()
         engine = self.engine
+        latents, time, _ = engine.family.arguments
+        given[time] = for_each_row(given[time], len(given[latents]))
         call = engine.family.call(engine.model, given, engine.injection.timesteps)
         separate = engine.family.separate_branches
         positive = self.scope.branch(call, separate) if self.scope.prompts else None
-        timestep = given[engine.family.arguments[1]]
-        prompts = [self.progress.at_this_step(one, timestep) for one in self.scope.prompts]
+        prompts = [self.progress.at_this_step(one, given[time]) for one in self.scope.prompts]
         try:
             prompts = [for_rows(prompt, call, positive) for prompt in prompts]
         except MismatchError as error:
@@ -104,7 +105,7 @@ class Seat:
             if name not in family.shared and value.ndim and len(value) == call.rows:
                 return value.dtype, tuple(value.shape[1:])
             kept = self.read.setdefault(name, CachedValue())
-            held = kept.get(lambda _: ([value], None), lambda: tuple(value.flatten().tolist()))
+            held = kept.get(lambda _: ([value], None), lambda: bytes_of(value))
             return value.dtype, tuple(value.shape), held
 
         return (id(self) if family.alone else None, part(call.given, ""))
@@ -125,6 +126,18 @@ class Seat:
         """Leave the engine's batches and take the lock: what follows is after the sampling loop."""
         self.engine.leave(self)
         self.keep_others_out()
+
+
+def bytes_of(value: Tensor) -> bytes:
+    """Return the values of a tensor as bytes."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def for_each_row(timestep: Any, rows: int) -> Any:
+    """Return a timestep for each row, from one for all or one for each branch of guidance."""
+    if isinstance(timestep, Tensor) and timestep.numel() not in (1, rows):
+        return timestep[:1].expand(rows)
+    return timestep
 
 
 def entry_key(value: Any) -> Hashable:

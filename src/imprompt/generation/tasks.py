@@ -95,7 +95,10 @@ def as_pipeline(pipeline: Any, kind: str, controlnet: Any, savers: MemoryOptions
         )
     flags = {flag: value for flag, value in pipeline.config.items() if flag in FLAGS}
     extra = {} if controlnet is None else {"controlnet": controlnet}
-    other = getattr(import_module("diffusers"), name)(**pipeline.components, **flags, **extra)
+    other_kind = getattr(import_module("diffusers"), name)
+    takes = inspect.signature(other_kind.__init__).parameters
+    parts = {part: own for part, own in pipeline.components.items() if part in takes}
+    other = other_kind(**parts, **flags, **extra)
     other.set_progress_bar_config(disable=True)
     savers.again(other)
     return other
@@ -113,10 +116,9 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
     unknown name, CheckpointError if it cannot be loaded, or MismatchError if it was made for
     another base model.
     """
-    from diffusers.models.controlnets.controlnet import ControlNetModel
-
     refuse_url(name)
-    if tasks_of(pipeline).controlled is None:
+    family = family_of(base_of(pipeline))
+    if tasks_of(pipeline).controlled is None or family.control is None:
         raise SettingError(
             f"no ControlNet is known for a {type(pipeline).__name__}: leave controlnet out"
         )
@@ -127,10 +129,11 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
         )
     place = model.controlnets.get(name) or Location(name)
     source, subfolder = place.fetch_folder()
+    kind = getattr(import_module("diffusers"), family.control.model)
     try:
         net: Any = load_weights(
             source,
-            lambda variant: ControlNetModel.from_pretrained(
+            lambda variant: kind.from_pretrained(
                 source, subfolder=subfolder, dtype=dtype, variant=variant
             ),
             (subfolder or "",),
@@ -139,13 +142,7 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
         raise CheckpointError(
             f"no ControlNet can be loaded from {place} ({first_line(error)})"
         ) from error
-    sizes = {
-        what: (net.config[what], base_of(pipeline).config[what])
-        for what in ("cross_attention_dim", "block_out_channels")
-    }
-    shrinks = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
-    sizes["pixels a latent"] = shrinks, pipeline.vae_scale_factor
-    for what, (theirs, ours) in sizes.items():
+    for what, (theirs, ours) in family.control_sizes(net, pipeline).items():
         if listed(theirs) != listed(ours):
             raise MismatchError(
                 f"the ControlNet {name} was made for a base model with {what} {theirs}; this one "
