@@ -3,6 +3,7 @@ published sizes.
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_map_only
 
-from imprompt.adapter import IPAdapter
+from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.checkpoints.adapters import read_adapter
 from imprompt.errors import CheckpointError, SettingError
+from imprompt.families.base import find_family
 from imprompt.families.published import (
     BASES,
     ENCODERS,
@@ -50,6 +52,7 @@ from tests.tiny import (
     tiny_sdxl,
     tiny_unet,
 )
+from tests.zoo import specimen
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -212,6 +215,30 @@ def test_checkpointing_computes_more_and_keeps_less() -> None:
     )
     assert activations(checkpointed) < activations(plain)
     assert 1.2 < checkpointed.flops / plain.flops < 1.5
+
+
+def test_what_checkpointing_computes_again_is_let_go_of() -> None:
+    """At once: a peak must not depend on when Python collects garbage."""
+    gc.disable()
+    try:
+        flops, peaks = zip(
+            *(deep_step(checkpointing) for checkpointing in (False, True)), strict=True
+        )
+    finally:
+        gc.enable()
+    assert peaks[1] < 0.4 * peaks[0]
+    assert flops[1] == pytest.approx(1.5 * flops[0], rel=0.1)
+
+
+def deep_step(checkpointing: bool) -> tuple[int, int]:
+    base: Any = specimen("flux", num_layers=8, num_single_layers=8, in_channels=16).to("meta")
+    adapter = IPAdapter.for_model(base, ImageProjection(24, 32)).to("meta").attach(base)
+    if checkpointing:
+        base.enable_gradient_checkpointing()
+    shapes = find_family("flux").condition_shapes(base.config, 12)
+    return one_step(
+        base, adapter, Sizes((4, 16, 16), {"image": (24,)}, shapes).batch(2), fused=True
+    )
 
 
 def test_processes_and_parts_share_a_step() -> None:

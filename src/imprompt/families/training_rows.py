@@ -64,7 +64,7 @@ def flux_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) ->
     """Return the arguments of Flux's forward pass; the latents (B, C, h, w) are packed by 2 × 2."""
     text = given["text"].to(model.dtype)
     return {
-        "hidden_states": as_rows(latents),
+        "hidden_states": packed_rows(latents),
         "timestep": time,
         "guidance": guidance_input(model, latents),
         "encoder_hidden_states": text,
@@ -92,7 +92,7 @@ def packed_channels(config: Given) -> int:
     return config["in_channels"] // 4
 
 
-def as_rows(latents: Tensor) -> Tensor:
+def packed_rows(latents: Tensor) -> Tensor:
     """Pack latents (B, C, h, w) by 2 × 2: (B, L, 4 · C)."""
     return F.pixel_unshuffle(latents, 2).flatten(2).mT
 
@@ -199,7 +199,7 @@ def qwen_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) ->
     """Return the arguments of Qwen-Image's forward pass."""
     height, width = latents.shape[2:]
     return {
-        "hidden_states": as_rows(latents),
+        "hidden_states": packed_rows(latents),
         "timestep": time,
         "guidance": guidance_input(model, latents),
         "encoder_hidden_states": given["text"].to(model.dtype),
@@ -242,7 +242,7 @@ def chroma_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) 
 
     As in its pipelines, the mask is a number of the text's precision, which attention adds.
     """
-    text, rows = given["text"].to(model.dtype), as_rows(latents)
+    text, rows = given["text"].to(model.dtype), packed_rows(latents)
     return {
         "hidden_states": rows,
         "timestep": time,
@@ -339,7 +339,7 @@ def flux2_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -
     text = given["text"].to(model.dtype)
     places = torch.arange(text.shape[1], device=text.device)[:, None]
     return {
-        "hidden_states": as_rows(latents),
+        "hidden_states": packed_rows(latents),
         "timestep": time,
         "guidance": guidance_input(model, latents),
         "encoder_hidden_states": text,
