@@ -29,7 +29,15 @@ from imprompt.training.recipe import Recipe
 from imprompt.variants import find_variant
 from tests.commands import smallest_model
 from tests.runs import picture_folder, recipe
-from tests.tiny import seeded, smallest_unet, tiny_adapter, tiny_flux_model, tiny_sd3_model
+from tests.tiny import (
+    noise,
+    noise_inputs,
+    seeded,
+    smallest_unet,
+    tiny_adapter,
+    tiny_flux_model,
+    tiny_sd3_model,
+)
 from tests.zoo import answer, inputs_of, specimen
 
 FEATURE = 8
@@ -271,3 +279,44 @@ def test_an_adapter_with_its_own_width_trains_and_is_used(kind: str, tmp_path: P
 def test_a_low_rank_part_has_no_width_of_its_own() -> None:
     with pytest.raises(ValidationError, match="token_width is an option of base, full, plus, "):
         plan(variant="faceid", token_width=64)
+
+
+# The start.
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "sana", "z-image", "qwen-image", "unet"])
+def test_an_adapter_that_cannot_start_from_text_starts_without_effect(name: str) -> None:
+    """Bit for bit; every W'_v has a gradient at once, all else after a step of W'_v."""
+    if name == "unet":
+        model: Any = smallest_unet()
+        inputs = noise_inputs(model, 1)
+    else:
+        model, inputs = specimen(name), inputs_of(name, 1)
+    wider = {"token_width": WIDE} if name in ("unet", "sana") else {}
+    adapter = start_adapter(plan(**wider), model, WIDTHS)
+    run = noise if name == "unet" else answer
+    parts: list[Any] = list(adapter.image_kv)
+    with adapter.attached(model), seeded(5):
+        features = torch.randn(1, FEATURE)
+        with torch.no_grad():
+            alone = run(model, inputs)
+        for step in range(2):
+            with adapter.using(adapter.prompt(adapter.tokens(features))):
+                with torch.no_grad():
+                    assert torch.equal(run(model, inputs), alone) == (step == 0)
+                run(model, inputs).square().sum().backward()
+            assert all(part.to_v.weight.grad.any() for part in parts)
+            others = [adapter.projection.proj.weight, *(part.to_k.weight for part in parts)]
+            assert all(weight.grad.any() for weight in others) == (step == 1)  # type: ignore
+            with torch.no_grad():
+                for part in parts:
+                    part.to_v.weight -= 0.1 * part.to_v.weight.grad.sign()
+
+
+def test_an_adapter_that_reads_text_starts_from_its_weights() -> None:
+    for model in (specimen("pixart"), smallest_unet()):
+        adapter = start_adapter(plan(), model, WIDTHS)
+        layers = family_of(model).layers(model).values()
+        for layer, pair in zip(layers, adapter.image_kv, strict=True):
+            for name in ("to_k", "to_v"):
+                assert torch.equal(getattr(layer, name).weight, getattr(pair, name).weight)
