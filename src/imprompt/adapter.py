@@ -138,36 +138,42 @@ class IPAdapter(nn.Module):
     """
 
     def __init__(self, projection: nn.Module, image_kv: Sequence[ImageKV], family: Family,
-                 low_rank: Any = None, form: Any = None) -> None:  # fmt: skip
+                 low_rank: Any = None, form: Any = None,
+                 own_width: bool = False) -> None:  # fmt: skip
         """Assemble an adapter from its parts.
 
-        family    family of base models that the adapter is for
-        low_rank  low-rank part that FaceID adapters add to every attention:
-                  `imprompt.attention.low_rank.ModelLowRank`
-        form      way to attend, of an adapter that has one: `imprompt.families.forms`
+        family     family of base models that the adapter is for
+        low_rank   low-rank part that FaceID adapters add to every attention:
+                   `imprompt.attention.low_rank.ModelLowRank`
+        form       way to attend, of an adapter that has one: `imprompt.families.forms`
+        own_width  whether its tokens have another width than the text of its base model
         """
         super().__init__()
         self.projection = projection
         self.image_kv = nn.ModuleList(image_kv)
         self.low_rank = low_rank
         self.family, self.form = family, form
+        self.own_width = own_width
         self._injection: Injection | None = None
 
     @classmethod
     def for_model(cls, model: nn.Module, projection: nn.Module, low_rank: Any = None,
-                  form: Any = None) -> Self:  # fmt: skip
+                  form: Any = None, token_dim: int | None = None) -> Self:  # fmt: skip
         """Make a new adapter for `model`; its family initialises W' (section 3.2.2).
 
         low_rank, form  as in `__init__`
+        token_dim       width D of its tokens; that of the text that the layers read if not given
         """
         family = family_of(model)
         states = ImageKV if form is None else form.states
-        image_kv = []
+        image_kv, own_width = [], False
         for layer in family.layers(model).values():
             size = family.size(layer)
-            image_kv.append(new := states(size.text, size.inner))
+            width = token_dim or size.text
+            own_width |= width != size.text
+            image_kv.append(new := states(width, size.inner))
             family.start(layer, new.to_k.weight.data, new.to_v.weight.data)
-        return cls(projection, image_kv, family, low_rank, form)
+        return cls(projection, image_kv, family, low_rank, form, own_width)
 
     def tokens(self, features: Tensor | tuple[Tensor, ...]) -> Tensor:
         """Project image features to image tokens (B, N, D), in the projection's precision.
@@ -268,11 +274,6 @@ class IPAdapter(nn.Module):
         """Return the state without the injection: a copy or pickle is attached to no model."""
         return {**super().__getstate__(), "_injection": None}
 
-    @property
-    def own_width(self) -> bool:
-        """Whether its tokens have a width of their own, as in published forms."""
-        return self.form is not None and bool(self.form.families)
-
     def conditioned(self, layers: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return those of a model's layers that the adapter conditions, by name."""
         return self.form.of(layers) if self.form else layers
@@ -283,7 +284,8 @@ class IPAdapter(nn.Module):
         layers = self.conditioned(family.layers(model))
         sizes = {name: family.size(layer) for name, layer in layers.items()}
         for (name, size), kv in zip(sizes.items(), self.image_kv, strict=False):
-            if not self.own_width:
+            # those of a published form have a width of their own too
+            if not self.own_width and not (self.form and self.form.families):
                 self._check_text(name, size, kv.to_k.in_features)  # pyright: ignore
         if len(sizes) != len(self.image_kv):
             raise MismatchError(

@@ -52,7 +52,7 @@ from imprompt.variants import (
 )
 
 FORMAT = 1
-NEWER = ("feature", "head_dim", "faces", "form")  # fields that the oldest headers lack
+NEWER = ("feature", "head_dim", "faces", "form", "own_width")  # fields that the oldest headers lack
 OURS = "image_kv.{layer}."  # prefix of a layer's tensors in the imprompt layout
 METADATA_KEY = "imprompt"
 TO_Q = "layers.0.0.to_q.weight"  # of a resampler's first attention
@@ -84,6 +84,8 @@ class Header(Origin):
     feature   what it reads of the image encoder, where that is not the variant's own feature
     head_dim  width of a resampler's attention heads, where it is not the published one
     form      way to attend, of an adapter that has one: `imprompt.families.forms`
+
+    own_width  whether its tokens have another width than the text of its base model
     """
 
     format: Literal[1] = FORMAT
@@ -91,6 +93,7 @@ class Header(Origin):
     feature: str = ""
     head_dim: int | None = Field(None, ge=1)
     form: str = ""
+    own_width: bool = False
     family: str
     tokens: int | None  # None: one per patch
     token_dim: int
@@ -182,6 +185,11 @@ class AdapterFile:
         return self.variant.token_shape(shapes_of(self.projection))[1]
 
     @property
+    def own_width(self) -> bool:
+        """Whether the header states that D is another width than that of the base's text."""
+        return self.header is not None and self.header.own_width
+
+    @property
     def ranks(self) -> list[int]:
         """Lowest and highest rank of the low-rank parts; empty if there are none."""
         found = [
@@ -215,6 +223,11 @@ class AdapterFile:
             return (
                 f"base models of the {bases} family with {len(self.kv)} conditioned layers; image "
                 f"encoder: one with {self.feature_dim}-wide {feature}"
+            )
+        if self.header is not None and self.own_width:
+            return (
+                f"base models of the {self.header.family} family with {len(self.kv)} conditioned "
+                f"layers; image encoder: one with {self.feature_dim}-wide features"
             )
         return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
 
@@ -380,6 +393,11 @@ def write_adapter(
             others = " or ".join(["imprompt", *own])
             raise CheckpointError(f"the {form.name} layout cannot hold it: write {others}")
         layers = layers and [*file.form.of(dict.fromkeys(layers))]
+    if file.own_width and form.numbered:
+        raise CheckpointError(
+            f"the {form.name} layout cannot hold it: its readers take the image tokens to be as "
+            f"wide as the text, these are {file.token_dim} wide; write imprompt"
+        )
     header = file.header if form.numbered else _named_header(file, layers)
     labels = header.layers if header and not form.numbered else numbered_layers(len(file.kv))
     tensors = {form.projection + key: tensor for key, tensor in file.projection.items()}
@@ -436,7 +454,7 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
     for module, parts in zip(lora, file.lora or (), strict=True):
         _fill(module, parts)
     low_rank = ModelLowRank(lora) if lora else None
-    return IPAdapter(projection, image_kv, family, low_rank, file.form)
+    return IPAdapter(projection, image_kv, family, low_rank, file.form, file.own_width)
 
 
 def adapter_file(
@@ -470,6 +488,7 @@ def adapter_file(
         feature="" if variant == find_variant(variant.name) else variant.feature,
         head_dim=bare.head_dim,
         form=adapter.form.name if adapter.form else "",
+        own_width=adapter.own_width,
         family=adapter.family.name,
         layers=tuple(layers),
         **(origin or Origin()).model_dump(),

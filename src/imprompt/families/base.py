@@ -89,6 +89,21 @@ class ControlKind(NamedTuple):
     sizes: tuple[str, ...]
 
 
+def start_states(own: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor) -> None:
+    """Start W'_k and W'_v, each (inner, text), from a layer's own W_k and W_v if these are as wide.
+
+    Else W'_v is zero: the new adapter adds nothing, to the bit, and its first steps cannot disturb
+    the base. W'_v has a gradient all the same, which the keys choose; after one step W'_k and the
+    projection have theirs. Small random values would save a few steps of W'_v only: AdamW moves
+    each weight by the learning rate in every step.
+    """
+    if own is not None and own[0].shape == key.shape:
+        key.copy_(own[0])
+        value.copy_(own[1])
+    else:
+        value.zero_()
+
+
 def schedule_place(progress: Tensor, points: int) -> Tensor:
     """Return the place, see `ModelCall`, for a progress from 0 to 1."""
     return (progress * (points - 1) - ROUNDING).ceil().long()

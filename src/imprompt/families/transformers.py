@@ -36,6 +36,7 @@ from imprompt.families.base import (
     nested_shapes,
     original,
     schedule_place,
+    start_states,
 )
 from imprompt.families.forms import AttentionForm
 from imprompt.families.processor import (
@@ -338,13 +339,10 @@ class TransformerFamily(Family):
         return all("norm" in self.row.taps(layer).query for layer in self.layers(model).values())
 
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
-        """Start from the layer's own W_k and W_v if it reads text, else with a small W'_v."""
-        own = None if self.row.text_width else projection_of(layer, KEYS).weight.data
-        if own is not None and key.shape == own.shape:
-            key.copy_(own)
-            value.copy_(projection_of(layer, VALUES).weight.data)
-        else:
-            value.mul_(1e-2)
+        """Start from the layer's own W_k and W_v if it reads text, else without effect."""
+        own = (projection_of(layer, names) for names in (KEYS, VALUES))
+        reads_text = self.row.text_width is None
+        start_states(tuple(one.weight.data for one in own) if reads_text else None, key, value)
 
     def inject(self, model: nn.Module, low_rank: bool) -> TransformerInjection:
         """Inject one more adapter; MismatchError if it has a low-rank part."""

@@ -47,6 +47,7 @@ from imprompt.families.base import (
     Tasks,
     TaskTable,
     schedule_place,
+    start_states,
 )
 from imprompt.prompt import KEY, ImagePrompt
 
@@ -318,9 +319,8 @@ class UNetFamily(Family):
         return LayerSize(layer.to_k.in_features, layer.to_k.out_features, layer.heads)
 
     def start(self, layer: Any, key: Tensor, value: Tensor) -> None:
-        """Start from the layer's own W_k and W_v, which read the text."""
-        key.copy_(layer.to_k.weight.data)
-        value.copy_(layer.to_v.weight.data)
+        """Start from the layer's own W_k and W_v, which read the text, if tokens are as wide."""
+        start_states((layer.to_k.weight.data, layer.to_v.weight.data), key, value)
 
     def inject(self, model: nn.Module, low_rank: bool) -> UNetInjection:
         """Inject one more adapter; with `low_rank` it acts on self-attentions too."""

@@ -129,14 +129,14 @@ def start_adapter(recipe: Recipe, base: Any, widths: Mapping[str, int]) -> IPAda
     face_dim = widths["face"] if row.image_feature and row.faces else None
     layers = family.layers(base)
     if recipe.start is None:
-        token_dim = family.size(next(iter(layers.values()))).text
+        token_dim = recipe.token_width or family.size(next(iter(layers.values()))).text
         given = {"tokens": recipe.tokens or row.tokens, "depth": recipe.depth, "face_dim": face_dim}
         sizes: Any = {key: value for key, value in given.items() if value is not None}
         torch.manual_seed(recipe.seed)
         projection = row.projection(feature_dim, token_dim, **sizes)
         low_rank = new_low_rank(family, base, recipe.rank or RANK) if row.lora else None
         form = form_for(recipe, family, base)
-        return IPAdapter.for_model(base, projection, low_rank, form).float()
+        return IPAdapter.for_model(base, projection, low_rank, form, recipe.token_width).float()
     file = read_adapter(find_adapter(find_model(recipe.model), recipe.start)[0])
     if (file.variant, file.feature_dim) != (row, feature_dim):
         raise MismatchError(
@@ -154,6 +154,11 @@ def start_adapter(recipe: Recipe, base: Any, widths: Mapping[str, int]) -> IPAda
         raise MismatchError(
             f"start = {recipe.start!r} has a low-rank part of rank {file.ranks[-1]}; the recipe "
             f"asks for rank {recipe.rank}: leave rank out to keep it"
+        )
+    if recipe.token_width not in (None, file.token_dim):
+        raise MismatchError(
+            f"start = {recipe.start!r} has {file.token_dim}-wide image tokens; the recipe asks for "
+            f"token_width = {recipe.token_width}: leave it out to keep them"
         )
     if recipe.qk_norm not in (None, file.form is NORMED):
         kind = "with" if file.form is NORMED else "without"

@@ -186,6 +186,8 @@ class Recipe(Part):
     # face encoder (FaceID): insightface's package of weights or a folder of one, or a .safetensors
     # file of embeddings as `imprompt embed` writes them; the variant's own package if not given
     faces: str | None = None
+    # width of the image tokens; that of the text that the base's layers read if not given
+    token_width: Count | None = None
     # whether the image's queries and keys are normed in each head, for transformers; if not given,
     # where the base does not norm its own
     qk_norm: bool | None = None
@@ -235,6 +237,7 @@ class Recipe(Part):
         options = {
             "depth": lambda row: issubclass(row.projection, Perceiver | FacePlusProjection),
             "rank": lambda row: row.lora,
+            "token_width": lambda row: not row.lora,  # which reads the text too
             "faces": lambda row: bool(row.faces),
             "encoder": lambda row: row.image_feature is not None,
         }

@@ -33,6 +33,7 @@ FIXED = (
         "encoder",
         "feature",
         "faces",
+        "token_width",
         "qk_norm",
         "rank",
         "start",
