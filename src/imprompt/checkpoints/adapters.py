@@ -212,8 +212,8 @@ class AdapterFile:
         if self.form is not None:
             bases = " and ".join(self.form.families)
             return (
-                f"base models of the {bases} family with {len(self.kv)} conditioned layers; image "
-                f"encoder: one with {self.feature_dim}-wide pooled embedding"
+                f"base models of the {bases} family with {len(self.kv)} conditioned layers; "
+                + layouts.encoder_of(self.variant, self.feature_dim)
             )
         return layouts.suits(self.variant, self.feature_dim, self.token_dim, len(self.kv))
 

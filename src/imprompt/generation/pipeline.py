@@ -412,7 +412,8 @@ class ImagePromptPipeline:
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Return the settings with every default filled in; SettingError.
 
-        Defaults are the model's steps, guidance and size, and a random seed.
+        Defaults are the scale, steps and guidance that are usual for the first adapter, the model's
+        steps, guidance and size, and a random seed.
         """
         unit = self.family.side_unit(self.pipeline)
         native = self.family.native_side(self.pipeline)
@@ -422,9 +423,11 @@ class ImagePromptPipeline:
             min(max(unit, round(native * side / unit) * unit), MAX_SIDE // unit * unit)
             for side in (ratio, 1 / ratio)
         )
+        usual, scales = self.first.usual, {one.usual.scale for one in self.adapters.values()}
         own = {
-            "steps": self.model.steps,
-            "guidance": self.model.guidance,
+            "scale": usual.scale if len(scales) == 1 else None,
+            "steps": usual.steps or self.model.steps,
+            "guidance": self.model.guidance if usual.guidance is None else usual.guidance,
             "width": width,
             "height": height,
         }
