@@ -28,7 +28,7 @@ from imprompt.families.published import (
     published_encoder,
 )
 from imprompt.families.unet import UNET
-from imprompt.models import MODELS, KnownModel, Location
+from imprompt.models import CLIP_L_336, MODELS, KnownModel, Location
 from imprompt.projections.resampler import Resampler
 from imprompt.training import estimate as module
 from imprompt.training.estimate import (
@@ -358,7 +358,7 @@ def test_published_structures_name_known_models_and_encoders() -> None:
         for adapter in model.adapters.values()
         if adapter.encoder and adapter.encoder.repo
     }
-    assert used <= {row.place for row in ENCODERS if row.alone}
+    assert used <= {row.place for row in ENCODERS} | {CLIP_L_336}
     assert len(set(places)) == len(places)
     for row in ENCODERS:
         assert published_encoder("pooled", row.structure.pooled) == row

@@ -28,7 +28,7 @@ from imprompt.families.unet import UNET
 from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.prepare import LoadedAdapter
 from imprompt.generation.references import AdapterChoice
-from imprompt.models import MODELS, KnownAdapter, KnownModel, Location, find_adapter
+from imprompt.models import MODELS, KnownAdapter, KnownModel, Location, Usual, find_adapter
 from imprompt.projections.mlp import FaceProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.variants import BY_NAME, FACES, CheckpointEvidence, find_variant, of_kolors
@@ -494,12 +494,13 @@ def test_known_faceid_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {"faceid", "faceid-plus-v2", "portrait"} <= known.keys() <= BY_NAME.keys()
         for name, row in known.items():
             found = find_adapter(model, name)
-            assert found == (Path(row.file.path), row.encoder, name)
+            assert found == (Path(row.file.path), row.encoder, name, row.usual)
             assert (row.encoder is not None) == (find_variant(name).image_feature is not None)
             assert "non-commercial" in row.licence
             assert find_adapter(MODELS["emoji"], f"{row.file.repo}/{row.file.path}") == found
     assert find_adapter(MODELS["sd15"], "base").variant == ""
-    assert find_adapter(MODELS["sd15"], "some/repository/file.bin") == (Path("file.bin"), None, "")
+    other = (Path("file.bin"), None, "", Usual())
+    assert find_adapter(MODELS["sd15"], "some/repository/file.bin") == other
 
 
 def test_every_variant_is_made_here() -> None:

@@ -116,17 +116,37 @@ def hub_answers(_minute: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Usual:
+    """Settings that an adapter is used with where none are given; None: the base model's."""
+
+    scale: float = 1.0
+    steps: int | None = None
+    guidance: float | None = None
+
+    def __str__(self) -> str:
+        steps = None if self.steps is None else f"{self.steps} steps"
+        guidance = None if self.guidance is None else f"guidance {self.guidance:g}"
+        return ", ".join(filter(None, (f"scale {self.scale:g}", steps, guidance)))
+
+
+@dataclass(frozen=True)
 class KnownAdapter:
     """A named adapter: its file, and the image encoder that it was trained with, if it reads one.
 
-    variant  where the tensors do not determine it
-    licence  of its weights, where that is narrower than Apache-2.0
+    variant   where the tensors do not determine it
+    licence   of its weights, where that is narrower than Apache-2.0
+    usual     as its authors use it
+    tokens    number of its image tokens, where it is stated
+    prepares  how its encoder prepares a picture, where it is stated
     """
 
     file: Location
     encoder: Location | None
     variant: str = ""
     licence: str = ""
+    usual: Usual = Usual()
+    tokens: int | None = None
+    prepares: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,6 +197,25 @@ def _faces(base: str, **variants: tuple[str, Location | None]) -> dict[str, Know
         )
         for name, (file, encoder) in variants.items()
     }
+
+
+CLIP_L = Location("openai/clip-vit-large-patch14")
+SIGLIP = Location("google/siglip-so400m-patch14-384")
+CLIP_L_336 = Location("Kwai-Kolors/Kolors-IP-Adapter-Plus", "image_encoder")
+CUT, SQUASHED = "{} px: the short side, then the middle", "{} px: the whole picture, squashed"
+FLUX_LICENCE = "FLUX.1-dev non-commercial"
+OTHER_LICENCE = "see the repository"
+
+
+def _xlabs(repo: str, tokens: int, licence: str) -> KnownAdapter:
+    return KnownAdapter(
+        Location(repo, "ip_adapter.safetensors"),
+        CLIP_L,
+        licence=licence,
+        usual=Usual(1.0, 50, 4.0),
+        tokens=tokens,
+        prepares=CUT.format(224),
+    )
 
 
 MODELS = {
@@ -239,6 +278,106 @@ MODELS = {
             steps=50,
             guidance=7.5,
         ),
+        KnownModel(
+            "flux",
+            "FLUX.1-dev, 1024 px",
+            Location("black-forest-labs/FLUX.1-dev"),
+            {
+                "xlabs-v2": _xlabs("XLabs-AI/flux-ip-adapter-v2", 16, ""),
+                "xlabs": _xlabs("XLabs-AI/flux-ip-adapter", 4, FLUX_LICENCE),
+                "instantx": KnownAdapter(
+                    Location("InstantX/FLUX.1-dev-IP-Adapter", "ip-adapter.bin"),
+                    SIGLIP,
+                    licence=FLUX_LICENCE,
+                    usual=Usual(0.7, 24, 3.5),
+                    tokens=128,
+                    prepares=SQUASHED.format(384),
+                ),
+            },
+            steps=28,
+            guidance=3.5,
+        ),
+        KnownModel(
+            "sd35-large",
+            "Stable Diffusion 3.5 large, 1024 px",
+            Location("stabilityai/stable-diffusion-3.5-large"),
+            {
+                "instantx": KnownAdapter(
+                    Location("InstantX/SD3.5-Large-IP-Adapter", "ip-adapter.bin"),
+                    SIGLIP,
+                    licence="Stability AI community",
+                    usual=Usual(0.5, 24, 5.0),
+                    tokens=64,
+                    prepares=SQUASHED.format(384),
+                )
+            },
+            steps=28,
+            guidance=7.0,
+        ),
+        KnownModel(
+            "sd35-medium",
+            "Stable Diffusion 3.5 medium, 1024 px",
+            Location("stabilityai/stable-diffusion-3.5-medium"),
+            steps=28,
+            guidance=7.0,
+        ),
+        KnownModel(
+            "kolors",
+            "Kolors, 1024 px",
+            Location("Kwai-Kolors/Kolors-diffusers"),
+            {
+                "plus": KnownAdapter(
+                    Location("Kwai-Kolors/Kolors-IP-Adapter-Plus", "ip_adapter_plus_general.bin"),
+                    CLIP_L_336,
+                    licence=OTHER_LICENCE,
+                    usual=Usual(0.5, 50, 5.0),
+                    tokens=16,
+                    prepares=CUT.format(336),
+                ),
+                "faceid-plus": KnownAdapter(
+                    Location("Kwai-Kolors/Kolors-IP-Adapter-FaceID-Plus", "ipa-faceid-plus.bin"),
+                    CLIP_L_336,
+                    licence=OTHER_LICENCE,
+                    usual=Usual(0.8, 25, 5.0),
+                    tokens=6,
+                    prepares="336 px: the square around the face",
+                ),
+            },
+            steps=50,
+            guidance=5.0,
+        ),
+        KnownModel(
+            "hunyuandit",
+            "HunyuanDiT 1.2, 1024 px",
+            Location("Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"),
+            {
+                "base": KnownAdapter(
+                    Location("Tencent-Hunyuan/IP-Adapter", "ipa.pt"),
+                    None,
+                    variant="hunyuandit",
+                    licence="Tencent Hunyuan community",
+                    usual=Usual(1.0, 100),
+                    tokens=8,
+                    prepares="its own CLIP ViT-H/14, which encoder= gives; " + SQUASHED.format(224),
+                )
+            },
+            steps=50,
+            guidance=5.0,
+        ),
+        KnownModel(
+            "pixart-sigma",
+            "PixArt-Sigma XL, 1024 px",
+            Location("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+            steps=20,
+            guidance=4.5,
+        ),
+        KnownModel(
+            "chroma",
+            "Chroma1-HD, 1024 px",
+            Location("lodestones/Chroma1-HD"),
+            steps=35,
+            guidance=5.0,
+        ),
     )
 }
 
@@ -279,7 +418,7 @@ def find_model(name: str) -> KnownModel:
 
 
 class FoundAdapter(NamedTuple):
-    """File of an adapter, and what its name determines: its image encoder and its variant.
+    """File of an adapter, and what its name determines: its image encoder, variant and settings.
 
     An encoder of None or an empty variant means that the name does not determine it.
     """
@@ -287,10 +426,16 @@ class FoundAdapter(NamedTuple):
     path: Path
     encoder: Location | None = None
     variant: str = ""
+    usual: Usual = Usual()
+
+    @classmethod
+    def of(cls, known: KnownAdapter) -> Self:
+        """Return the file of a known adapter, downloaded if necessary."""
+        return cls(known.file.fetch_file(), known.encoder, known.variant, known.usual)
 
 
 def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
-    """Return an adapter's file, and its image encoder and variant if the name determines them.
+    """Return an adapter's file, and what its name determines.
 
     `name` is one of the model's adapters (None: its first), a file, a folder with a training state
     or run, or a file on the Hub as owner/repository/path.safetensors. Raises SettingError if it is
@@ -304,8 +449,7 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
             "owner/repository/file.safetensors on the Hub"
         )
     if name in model.adapters:
-        known = model.adapters[name]
-        return FoundAdapter(known.file.fetch_file(), known.encoder, known.variant)
+        return FoundAdapter.of(model.adapters[name])
     refuse_url(name)
     if (place := state_at(Path(name))).exists():
         return FoundAdapter(place)
@@ -313,18 +457,9 @@ def find_adapter(model: KnownModel, name: str | None) -> FoundAdapter:
     repository, _, path = rest.partition("/")
     if path and not name.startswith((".", "/")) and not Path(owner, repository).is_dir():
         place = Location(f"{owner}/{repository}", path)
-        known = next(
-            (
-                one
-                for each in MODELS.values()
-                for one in each.adapters.values()
-                if one.file == place
-            ),
-            None,
-        )
-        return FoundAdapter(
-            place.fetch_file(), known.encoder if known else None, known.variant if known else ""
-        )
+        every = (one for each in MODELS.values() for one in each.adapters.values())
+        known = next((one for one in every if one.file == place), KnownAdapter(place, None))
+        return FoundAdapter.of(known)
     named = f"one of {', '.join(model.adapters)}, " if model.adapters else ""
     raise SettingError(
         f"no adapter {name!r} for {model.name}: give {named}a file, a folder, or "

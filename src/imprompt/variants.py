@@ -100,6 +100,8 @@ class Variant:
     faces            insightface's package of weights whose embedding it was trained with
     tokens           number of image tokens of the published files, where it is not the projection's
                      default
+    own_encoder      image encoder that it was trained with, where that is no known one although
+                     another has its widths
     """
 
     name: str
@@ -116,6 +118,7 @@ class Variant:
     ambiguous_with: tuple[str, ...] = ()
     faces: str = ""
     tokens: int | None = None
+    own_encoder: str = ""
 
     @property
     def image_feature(self) -> Feature | None:
@@ -314,6 +317,7 @@ TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkp
         "proj.weight",
         by_linear,
         lambda _: False,
+        own_encoder="HunyuanDiT's own CLIP ViT-H/14",
     ),
     # It was trained with noise of any strength for "no image", of which black is the weakest.
     Variant(

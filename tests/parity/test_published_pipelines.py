@@ -165,26 +165,57 @@ def test_kolors_plus_is_diffusers(start: bool, tmp_path: Path) -> None:
     check(found, run(pipeline, **options, ip_adapter_image_embeds=[both]), alone)
 
 
+class Facade:
+    """A facade over a tiny pipeline with a published adapter, and its picture's features."""
+
+    def __init__(self, pipeline: Any, path: Path, options: dict[str, Any]) -> None:
+        self.encoder, self.picture = tiny_encoder(), pictures(1)[0]
+        for part in (self.encoder.model, self.encoder.processor):
+            part.save_pretrained(path.parent / "encoder")
+        self.pipeline = pipeline
+        self.facade = ImagePromptPipeline.from_pipeline(
+            pipeline, path, encoder=path.parent / "encoder"
+        )
+        self.limit = self.facade.family.call_options(pipeline)  # of the text, among others
+        self.options = {"output_type": "latent"} | options
+
+    def made(self, **asked: Any) -> Tensor:
+        """Return the latents of one call, and restore the base."""
+        call = {"seed": 1, "steps": 4, "scale": 0.7, "width": 24, "height": 32} | asked
+        images = self.facade(
+            self.picture, "a cat", negative_prompt="a dog", pipeline_options=self.options, **call
+        ).images
+        self.facade.detach()
+        return torch.stack([*images])
+
+
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_facade_is_diffusers_black_negative_too(tmp_path: Path) -> None:
+def test_the_facade_is_diffusers_black_negative_too(base: str, tmp_path: Path) -> None:
     """diffusers takes the picture of no image to be black, as XLabs does."""
-    path, encoder, picture = xlabs_file(tmp_path, "v1"), tiny_encoder(), pictures(1)[0]
-    encoder.model.save_pretrained(tmp_path / "encoder")
-    encoder.processor.save_pretrained(tmp_path / "encoder")
-    pipeline = tiny_flux()
-    facade = ImagePromptPipeline.from_pipeline(pipeline, path, encoder=tmp_path / "encoder")
-    limit = facade.family.call_options(pipeline)  # of the text, by the tiny tokenizer
-    more = {"output_type": "latent", "true_cfg_scale": 3.0}
-    asked = {"seed": 1, "steps": 4, "scale": 0.7, "width": 24, "height": 32}
-    found = facade(picture, "a cat", negative_prompt="a dog", pipeline_options=more, **asked)
-    facade.detach()
-    alone = run(pipeline, true_cfg_scale=3.0, **limit)
-    theirs = diffusers.FluxPipeline(
-        **pipeline.components
-        | {"image_encoder": encoder.model, "feature_extractor": encoder.processor}
-    )
+    make, options, _ = BASES[base]
+    path, pipeline = xlabs_file(tmp_path, "v1"), make()
+    one = Facade(pipeline, path, options if base == "flux" else {})
+    found = one.made(**({} if base == "flux" else {"guidance": 3.0}))
+    alone = run(pipeline, **options, **one.limit)
+    parts = {"image_encoder": one.encoder.model, "feature_extractor": one.encoder.processor}
+    theirs = type(pipeline)(**pipeline.components | parts)
     theirs.set_progress_bar_config(disable=True)
     theirs.load_ip_adapter(str(tmp_path), weight_name=path.name, low_cpu_mem_usage=False)
     theirs.set_ip_adapter_scale(0.7)
-    wanted = run(theirs, true_cfg_scale=3.0, ip_adapter_image=picture, **limit)
-    check(torch.stack([*found.images]), wanted, alone)
+    wanted = run(theirs, **options, ip_adapter_image=one.picture, **one.limit)
+    check(found, wanted, alone)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_facade_opens_hunyuandit(tmp_path: Path) -> None:
+    make, tensors, options = WRITTEN_OUT["hunyuandit"]
+    with seeded(11):
+        path = saved(tmp_path, tensors())
+    one = Facade(make(), path, {})
+    sizes = {name: options[name] for name in ("height", "width")}
+    found = one.made(guidance=3.0, **sizes)
+    feature = one.encoder.features([one.picture], "pooled")
+    features = Features(feature, torch.zeros_like(feature))
+    wanted = ours(one.pipeline, path, features, 0.7, **options)
+    check(found, wanted, run(one.pipeline, **options))

@@ -219,10 +219,9 @@ class AdapterFile:
         """
         if self.form is not None and self.form.families:
             bases = " and ".join(self.form.families)
-            feature = layouts.FEATURES[self.variant.feature]
             return (
-                f"base models of the {bases} family with {len(self.kv)} conditioned layers; image "
-                f"encoder: one with {self.feature_dim}-wide {feature}"
+                f"base models of the {bases} family with {len(self.kv)} conditioned layers; "
+                + layouts.encoder_of(self.variant, self.feature_dim)
             )
         if self.header is not None and self.own_width:
             return (

@@ -20,7 +20,7 @@ from imprompt.families.unet_layers import (
     numbered_layers,
     with_self_attentions,
 )
-from imprompt.variants import Feature, Variant
+from imprompt.variants import PACKS, Feature, Variant
 
 
 @dataclass(frozen=True)
@@ -325,14 +325,16 @@ def suits(row: Variant, feature_dim: int | None, token_dim: int | None, layers: 
         f"{'Kolors' if row.widened else model} with {token_dim or '?'}-wide text and {layers} "
         "cross-attentions"
     )
-    if feature_dim is None:
-        return text
-    known = published_encoder(row.feature, feature_dim)
+    return text if feature_dim is None else f"{text}; {encoder_of(row, feature_dim)}"
+
+
+def encoder_of(row: Variant, feature_dim: int) -> str:
+    """Return which encoder an adapter was probably made for, as a phrase for messages."""
+    known = None if row.own_encoder else published_encoder(row.feature, feature_dim)
     kind = "image" if row.image_feature else "face"
-    name = known.name if known else "one"
+    name = row.own_encoder or (known.name if known else "one")
     feature = FEATURES.get(row.feature, f"hidden states ({row.feature})")
-    text += f"; {kind} encoder: {name} with {feature_dim}-wide {feature}"
-    places = ([f"{known.place.repo} {known.place.path}".rstrip()] if known else []) + (
-        [f"insightface's {row.faces}"] if row.faces else []
-    )
+    places = [f"{known.place.repo} {known.place.path}".rstrip()] if known else []
+    places += [f"insightface's {row.faces}" if row.faces in PACKS else row.faces] * bool(row.faces)
+    text = f"{kind} encoder: {name} with {feature_dim}-wide {feature}"
     return text + (f", e.g. {' and '.join(places)}" if places else "")

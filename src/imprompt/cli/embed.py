@@ -88,7 +88,7 @@ def open_reader(request: "Request", device: str | None) -> Any:
     place = check_device(device) if device else default_device()
     dtype = request.dtype or ("float16" if place.startswith("cuda") else "float32")
     known = find_model(request.model)
-    path, location, named = find_adapter(known, request.adapter)
+    path, location, named, _ = find_adapter(known, request.adapter)
     file = read_adapter(path, request.variant or named or None)
     return Reader(
         load_encoder(file, location, known, request.encoder, place, getattr(torch, dtype)),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from imprompt.generation.pipeline import OnStep
     from imprompt.generation.references import Reference
     from imprompt.generation.request import Request
+    from imprompt.models import KnownAdapter
 
 
 WITHOUT_FLAG = {  # fields that cannot be given on the command line, and why
@@ -299,25 +300,38 @@ def carry_out(request: "Request", place: ResultPlace, **machine: Any) -> list[Pa
     return [path for path, _ in written]
 
 
+def encoder_text(known: "KnownAdapter") -> str:
+    """Return which image encoder an adapter reads, and how that prepares a picture."""
+    parts = [str(known.encoder or ""), known.prepares]
+    return "; ".join(filter(None, parts)) or "none: a face encoder"
+
+
+def model_rows() -> Iterator[tuple[str, ...]]:
+    """Yield a row of the list for every known model, and for every adapter after it."""
+    from imprompt.models import MODELS
+
+    for model in MODELS.values():
+        usual = f"{model.steps} steps, guidance {model.guidance:g}"
+        yield model.name, "", str(model.base), model.about, "", usual, ""
+        for name, known in model.adapters.items():
+            tokens = str(known.tokens or "")
+            yield (
+                *("", name, str(known.file), encoder_text(known)),
+                *(tokens, str(known.usual), known.licence),
+            )
+
+
 def models() -> None:
     """List the models and adapters that can be named, and where they come from."""
     from rich.console import Console
     from rich.table import Table
 
-    from imprompt.models import MODELS
-
-    table = Table("model", "adapter", "file", "image encoder", "licence", box=None, pad_edge=False)
-    for model in MODELS.values():
-        table.add_row(model.name, "", str(model.base), model.about)
-        for name, known in model.adapters.items():
-            table.add_row(
-                "",
-                name,
-                str(known.file),
-                str(known.encoder or "none: a face encoder"),
-                known.licence,
-            )
-    width: dict[str, Any] = {} if os.isatty(1) else {"width": 200}
+    table = Table(box=None, pad_edge=False)
+    for head in ("model", "adapter", "file", "image encoder", "tokens", "usual", "licence"):
+        table.add_column(head, overflow="fold")
+    for row in model_rows():
+        table.add_row(*row)
+    width: dict[str, Any] = {} if os.isatty(1) else {"width": 400}
     Console(**width).print(table)
 
 

@@ -123,6 +123,11 @@ def place_of(file: Any, model: KnownModel) -> Location:
                 f"this adapter reads the image encoder {file.header.encoder}, a folder that is not "
                 "here: give it with encoder="
             )
+    if file.variant.own_encoder:
+        raise MismatchError(
+            f"this adapter reads {file.variant.own_encoder}, which no known place has as a folder: "
+            "give it with encoder="
+        )
     base, _ = model.base.fetch_folder()
     if (Path(base) / IN_BASE).is_dir():
         return Location(str(Path(base) / IN_BASE))

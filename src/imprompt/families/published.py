@@ -12,7 +12,16 @@ from imprompt.encoders.vision import describe_encoder
 from imprompt.errors import SettingError
 from imprompt.families.autoencoders import find_autoencoder
 from imprompt.families.base import Family, pipeline_family
-from imprompt.models import BIG_G, VIT_H, KnownModel, Location, index_of, part_config
+from imprompt.models import (
+    BIG_G,
+    CLIP_L,
+    SIGLIP,
+    VIT_H,
+    KnownModel,
+    Location,
+    index_of,
+    part_config,
+)
 from imprompt.variants import Feature, image_feature
 
 # Settings of the published UNets that differ from diffusers' defaults.
@@ -70,7 +79,7 @@ ENCODERS = (
     # Another encoder for pictures of 336 px has these widths.
     PublishedEncoder(
         "CLIP ViT-L/14",
-        Location("openai/clip-vit-large-patch14"),
+        CLIP_L,
         EncoderStructure(768, 1024, 24),
         alone=False,
     ),
@@ -79,7 +88,7 @@ ENCODERS = (
     # There are others for pictures of 224 px, and SigLIP 2.
     PublishedEncoder(
         "SigLIP so400m/14",
-        Location("google/siglip-so400m-patch14-384"),
+        SIGLIP,
         EncoderStructure(1152, 1152, 27, 729, "SigLIP"),
         alone=False,
     ),

@@ -134,6 +134,7 @@ ROWS = {
         channel=JOINT,
         pipelines=three_tasks("Chroma"),
         text_tokens=512,
+        native_latents=lambda _config: 128,
         training=TRAINING["chroma"],
     ),
     "bria": flux_like(

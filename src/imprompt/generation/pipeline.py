@@ -431,8 +431,8 @@ class ImagePromptPipeline:
     def resolve(self, settings: Settings, start: Image.Image | None = None) -> Resolved:
         """Return the settings with every default filled in; SettingError.
 
-        Defaults are the model's steps and guidance, else its pipeline's, its size, and a random
-        seed.
+        Defaults are the scale, steps and guidance that are usual for the first adapter, the model's
+        steps and guidance, else its pipeline's, its size, and a random seed.
         """
         unit = self.family.side_unit(self.pipeline)
         native = self.family.native_side(self.pipeline)
@@ -442,20 +442,22 @@ class ImagePromptPipeline:
             min(max(unit, round(native * side / unit) * unit), MAX_SIDE // unit * unit)
             for side in (ratio, 1 / ratio)
         )
+        usual, scales = self.first.usual, {one.usual.scale for one in self.adapters.values()}
         own = {
-            "steps": self.model.steps,
-            "guidance": self.model.guidance,
+            "scale": usual.scale if len(scales) == 1 else None,
+            "steps": usual.steps or self.model.steps,
+            "guidance": self.model.guidance if usual.guidance is None else usual.guidance,
             "width": width,
             "height": height,
         }
         takes = inspect.signature(self.pipeline.__call__).parameters
-        usual = {
+        plain = {
             "seed": randbelow(2**31),
             "steps": takes["num_inference_steps"].default,
             "guidance": takes[self.family.guidance].default,
         }
         chosen: dict[str, Any] = {}
-        for values in (usual, own, settings.model_dump()):
+        for values in (plain, own, settings.model_dump()):
             chosen |= {name: value for name, value in values.items() if value is not None}
         resolved = Resolved.model_validate(chosen)
         for name, value in (("width", resolved.width), ("height", resolved.height)):

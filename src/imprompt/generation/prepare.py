@@ -6,7 +6,7 @@ Shape letters as in `imprompt.adapter`; K pictures.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -35,21 +35,21 @@ from imprompt.generation.combine import (
 from imprompt.generation.features import Features, Reader
 from imprompt.generation.memory import MemoryOptions
 from imprompt.generation.references import AdapterChoice, Reference, plain_picture
-from imprompt.models import KnownModel, find_adapter
+from imprompt.models import KnownModel, Usual, find_adapter
 from imprompt.prompt import ImagePrompt
 
 
 class CallContext(NamedTuple):
     """Values that all references of a call share.
 
-    scale    of references that give none
+    scale    of references that give none; None: each adapter's usual one
     size     rows and columns of the latents
     seed     of noise that is made from a picture
     nulls    image tokens (1, N, D) of "no image", by adapter and `face_scale`: encoded once
     """
 
     guided: bool
-    scale: float
+    scale: float | None
     overlap: str
     size: tuple[int, int]
     timesteps: int
@@ -90,10 +90,11 @@ class PreparedReference(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """One adapter of a pipeline, with the reader of its features."""
+    """One adapter of a pipeline, with the reader of its features and its usual settings."""
 
     adapter: IPAdapter
     reader: Reader
+    usual: Usual = field(default_factory=Usual)
 
     @property
     def name(self) -> str:
@@ -104,7 +105,7 @@ class Attached:
         """Encode a reference after its settings are checked; SettingError."""
         block, table = scale_table(
             list(self.adapter.injection.sizes_of(self.adapter.form)),
-            call.scale if reference.scale is None else reference.scale,
+            next(one for one in (reference.scale, call.scale, self.usual.scale) if one is not None),
             reference.blocks,
             reference.boost,
             reference.start,
@@ -204,6 +205,7 @@ class LoadedAdapter(NamedTuple):
     file: AdapterFile
     encoder: Any
     name: str
+    usual: Usual = Usual()
 
     @classmethod
     def read(
@@ -220,7 +222,7 @@ class LoadedAdapter(NamedTuple):
 
         `ImagePromptPipeline.from_pretrained` lists the errors.
         """
-        path, location, variant = find_adapter(model, choice.adapter)
+        path, location, variant, usual = find_adapter(model, choice.adapter)
         file = read_adapter(path, choice.variant or variant or None)
         encoder = load_encoder(
             file,
@@ -233,7 +235,8 @@ class LoadedAdapter(NamedTuple):
             memory.offload_encoder,
             faces,
         )
-        return cls(choice, file, encoder, choice.known_as or next(iter(model.adapters), ""))
+        name = choice.known_as or next(iter(model.adapters), "")
+        return cls(choice, file, encoder, name, usual)
 
     def attach(self, model: Any, dtype: torch.dtype) -> Attached:
         """Build the adapter and attach it to the base model `model`, in precision `dtype`."""
@@ -242,9 +245,8 @@ class LoadedAdapter(NamedTuple):
         live.image_kv.to(dtype)
         if live.low_rank is not None:
             live.low_rank.to(dtype).strength = self.choice.lora_scale
-        return Attached(
-            live, Reader(self.encoder, self.file.variant, self.name, FeatureSpec.of(self.file))
-        )
+        reader = Reader(self.encoder, self.file.variant, self.name, FeatureSpec.of(self.file))
+        return Attached(live, reader, self.usual)
 
 
 @contextmanager

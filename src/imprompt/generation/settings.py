@@ -67,7 +67,8 @@ OWN_NAMES = {  # argument of a diffusers pipeline's call -> its name here
 class Settings(Validated, frozen=True):
     """Numbers and texts of one call, each with its flag of `imprompt generate`.
 
-    `steps`, `guidance`, `width` and `height` of None are the model's own. `prompt` is one text for
+    `steps` and `guidance` of None are usual for the adapter, else for the model, as `scale` is for
+    the adapter; `width` and `height` of None are the model's own. `prompt` is one text for
     all results, or one for each image prompt.
     """
 
@@ -78,9 +79,14 @@ class Settings(Validated, frozen=True):
         Text, Flag("--negative"), Field(description="Text that guidance moves away from.")
     ] = ""
     scale: Annotated[
-        float,
-        Field(ge=-10, le=10, description="Strength of the image prompt; about 0.5 with a text."),
-    ] = 1.0
+        float | None,
+        Field(
+            ge=-10,
+            le=10,
+            description="Strength of the image prompt, about 0.5 with a text; if not given, the "
+            "adapter's usual one, mostly 1.",
+        ),
+    ] = None
     num_images: Annotated[
         int, Flag(short="-n"), Field(ge=1, le=10_000, description="Results per image prompt.")
     ] = 1
@@ -131,7 +137,7 @@ class SettingValues(TypedDict, total=False):
     """Types of the fields of `Settings` other than `prompt`, for editors and type checkers."""
 
     negative_prompt: str
-    scale: float
+    scale: float | None
     num_images: int
     steps: int | None
     guidance: float | None
@@ -146,7 +152,10 @@ class SettingValues(TypedDict, total=False):
 
 
 class Resolved(Settings, frozen=True):
-    """Settings with every default filled in."""
+    """Settings with every default filled in.
+
+    A scale of None is that of each adapter, where several have different ones.
+    """
 
     steps: int = 50
     guidance: float = 7.5

@@ -182,7 +182,7 @@ def similarities(
     """
     wanted = unit(measure.images(prompts))
     got = torch.stack([unit(measure.images(column)) for column in made])  # (columns, prompts, E)
-    scales = [column.scale for column in columns]
+    scales = [1.0 if column.scale is None else column.scale for column in columns]
     scores = by_scale(
         measure.name, scales, (got @ wanted.mT).diagonal(dim1=1, dim2=2).mean(1).tolist()
     )
