@@ -4,6 +4,7 @@ A family is a row of `FAMILIES`. Its module is imported when a model may belong 
 neither this file nor `imprompt.adapter` depends on diffusers.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -159,6 +160,7 @@ class Family(ABC):
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     trains = True  # whether adapters for it can be trained
+    blocks: re.Pattern[str]  # names of what is inside the blocks that hold the attentions
     compiles = "whole"  # as one graph; else its "blocks" are one each, or it compiles in "parts"
     grain = 1  # a picture's side, in latents, must be a multiple of it
     pixel_grain = 1  # and, in pixels, of this, whatever the VAE: so its pipelines check it

@@ -38,6 +38,7 @@ from imprompt.families.processor import (
 from imprompt.prompt import KEY, ImagePrompt
 
 QUERIES, KEYS, VALUES = ("to_q", "to_query"), ("to_k", "to_key"), ("to_v", "to_value")
+NUMBER = r"\.\d+"  # of a block in its list, in the pattern of a row's layers
 Given = Mapping[str, Any]  # arguments of a call of the model, by name
 
 
@@ -249,6 +250,7 @@ class TransformerFamily(Family):
         self.positive_first = row.positive_first
         self.trains, self.compiles = row.training is not None, row.compiles
         self.pattern = re.compile(row.layers)
+        self.blocks = re.compile(row.layers.partition(NUMBER)[0] + NUMBER + r"\..+")
 
     @property
     def training(self) -> Training:
