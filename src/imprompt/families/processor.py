@@ -9,7 +9,7 @@ effect.
 Shape letters: B batch, L rows of the query, H heads, d head width; P image prompts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.adapter import ImageStates, add_image_attention
+from imprompt.adapter import ImageStates, attention, for_batch
 from imprompt.families.forms import AttentionForm
 
 Layout = Literal["BLHd", "BHLd", "BLD"]
@@ -109,15 +109,14 @@ class ImageProcessor:
             recorded.append(query := layer(x))
             return query
 
-        def added(x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
+        def query_of(one: LayerConditioning) -> Tensor:
             self.added = True
-            query = as_heads(recorded[-1], taps.layout, self.heads)
-            for one in conditioning:
-                x = with_image(x, rotated(query, one.form, kwargs), one)
-            return x
+            return rotated(as_heads(recorded[-1], taps.layout, self.heads), one.form, kwargs)
 
         def add(x: Tensor) -> Tensor:
-            return added(x, before) if before else x
+            for one in before:
+                x = with_image(x, query_of(one), one)
+            return x
 
         replaced: dict[str, Any] = {taps.query: record}
         if taps.out is not None:
@@ -128,7 +127,8 @@ class ImageProcessor:
         if not after:
             return out
         whole = out if isinstance(out, tuple) else (out,)
-        return *whole, added(torch.zeros_like(whole[0]), after)  # the block adds its third part
+        parts = [image_part(whole[0], query_of(one), one) for one in after]
+        return *whole, sum(parts[1:], parts[0])  # the block adds its third part
 
 
 def after_block(conditioning: LayerConditioning) -> bool:
@@ -158,22 +158,61 @@ def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Ten
     query  (B, H, L, d)
     x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
-    images, weights, rows, _ = conditioning
-    picture = picture_rows(query, rows).to(images[0][0].dtype)
-    added = add_image_attention(picture.new_zeros(()).expand_as(picture), picture, images, weights)
-    added = added.transpose(1, 2).to(x.dtype)  # (B, H, I, d) -> (B, I, H, d)
-    added = added if x.ndim == 4 else added.flatten(2)
-    if wider := x.shape[-1] - added.shape[-1]:  # in fused layers: first the heads' columns
-        added = F.pad(added, (0, wider))
-    whole = x.shape[1] == query.shape[2]  # else x is the picture's rows, then perhaps references
+    rows = conditioning.rows
     if isinstance(rows, Tensor):
+        added = image_attention(query, conditioning, x)
         index = rows[..., *(None,) * (x.ndim - 2)].expand_as(added)
         return x.scatter_add(1, index, added)
-    start = rows.indices(query.shape[2])[0] if whole else 0
+    if torch.is_grad_enabled():
+        return x + image_part(x, query, conditioning)
+    part = x[:, picture_start(x, query, rows) :]
+    for weight, attended in image_terms(query, conditioning, x):
+        # in place: x is the base's own result, which nothing else reads
+        part[:, : attended.shape[1], ..., : attended.shape[-1]].addcmul_(weight, attended)
+    return x
+
+
+def image_terms(query: Tensor, conditioning: LayerConditioning, x: Tensor
+                ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Yield every image prompt's weight λ and Attention(Q, K', V'), shaped as x.
+
+    I picture's rows: (B or 1, I or 1, 1) and (B, I, H·d), or with the heads apart
+    (B or 1, I or 1, 1, 1) and (B, I, H, d), as they are in x.
+    """
+    images, weights, rows, _ = conditioning
+    picture = picture_rows(query, rows).to(images[0][0].dtype)
+    for image, weight in zip(images, weights, strict=True):
+        key, value, *bias = for_batch(image, len(picture))
+        attended = attention(picture, key, value, *bias).transpose(1, 2).to(x.dtype)
+        weight = weight.transpose(1, 2).to(x.dtype)
+        yield (weight, attended) if x.ndim == 4 else (weight.flatten(2), attended.flatten(2))
+
+
+def image_attention(query: Tensor, conditioning: LayerConditioning, x: Tensor) -> Tensor:
+    """Return Σ λ ∘ Attention(Q, K', V') of the picture's rows, as wide as x."""
+    (weight, attended), *others = image_terms(query, conditioning, x)
+    total = weight * attended
+    for weight, attended in others:
+        total = torch.addcmul(total, weight, attended)
+    wider = x.shape[-1] - total.shape[-1]  # in fused layers: first the heads' columns
+    return F.pad(total, (0, wider)) if wider else total
+
+
+def image_part(x: Tensor, query: Tensor, conditioning: LayerConditioning) -> Tensor:
+    """Return what is added to x: the picture's rows as in `image_attention`, zeros in others."""
+    rows = conditioning.rows
+    assert isinstance(rows, slice)
+    added, start = image_attention(query, conditioning, x), picture_start(x, query, rows)
     after = x.shape[1] - start - added.shape[1]
-    if (start, after) != (0, 0):
-        added = F.pad(added, (0, 0) * (x.ndim - 2) + (start, after))
-    return x + added
+    return F.pad(added, (0, 0) * (x.ndim - 2) + (start, after)) if start or after else added
+
+
+def picture_start(x: Tensor, query: Tensor, rows: slice) -> int:
+    """Return the first of the picture's rows in x, which may have all rows of the query or not.
+
+    Else x is the picture's rows, then perhaps references.
+    """
+    return rows.indices(query.shape[2])[0] if x.shape[1] == query.shape[2] else 0
 
 
 def picture_rows(query: Tensor, rows: slice | Tensor) -> Tensor:
