@@ -1041,7 +1041,10 @@ def specimen(name: str, **changes: Any) -> nn.Module:
     kind, config, _ = ZOO[name]
     with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names inside diffusers
-        return awake(getattr(diffusers, kind)(**config | changes))
+        model = getattr(diffusers, kind)(**config | changes)
+        if hasattr(model, "pad_token"):  # Lumina-Next leaves it without contents
+            nn.init.zeros_(model.pad_token)
+        return awake(model)
 
 
 def inputs_of(name: str, batch: int, seed: int = 1) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
+from torch.utils._pytree import tree_leaves
 
 from imprompt.attention.conditioning import (
     check_low_rank,
@@ -46,6 +47,11 @@ def outside_graphs(hook: Callable[..., Any]) -> Callable[..., Any]:
 
     skip_code(run.__code__)
     return wraps(hook)(run)
+
+
+def device_of(latents: Tensor | Sequence[Tensor]) -> torch.device:
+    """Return the device of latents, which some models take as a list."""
+    return (latents if isinstance(latents, Tensor) else latents[0]).device
 
 
 class Scope:
@@ -116,6 +122,7 @@ class ModelInjection(ABC):
         self.originals: dict[str, Any] = {}  # of the attentions that are injected
         self.hooks: list[Any] = []
         self.local = threading.local()
+        self.moved = CachedValue()  # prompts that were made on another device than a call's
         self.hook(model)
 
     @classmethod
@@ -270,7 +277,9 @@ class ModelInjection(ABC):
             given = self.by_name(args, kwargs)
             args, kwargs = (), in_thirds(self.family, given, scope.text_in_thirds)
             prompts = tuple(prompt.with_branches(BRANCHES) for prompt in prompts)
-        call = self.family.call(model, self.by_name(args, kwargs), self.timesteps)
+        given = self.by_name(args, kwargs)
+        prompts = self.on_device(prompts, device_of(given[self.family.arguments[0]]))
+        call = self.family.call(model, given, self.timesteps)
         if changing := [prompt.scale for prompt in prompts if prompt.scale.ndim == 3]:
             self.check_time(call, scope, changing[0])
         positive = None
@@ -283,6 +292,21 @@ class ModelInjection(ABC):
             )
         return self.hand_over(
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
+        )
+
+    def on_device(self, prompts: tuple[ImagePrompt, ...], device: torch.device
+                  ) -> tuple[ImagePrompt, ...]:  # fmt: skip
+        """Return the prompts on the device of a call, where offloaded layers compute.
+
+        Prompts from elsewhere are copied in the first call, and the copies used until another
+        prompt is given.
+        """
+        if all(prompt.keys[0].device == device for prompt in prompts):
+            return prompts
+        parts = [part for prompt in prompts for part in tree_leaves(prompt._replace(low_rank=()))]
+        return self.moved.get(
+            lambda _: (parts, device),
+            lambda: tuple(prompt.map_rows(lambda part, _: part.to(device)) for prompt in prompts),
         )
 
     def check_time(self, call: ModelCall, scope: Scope | None, scale: Tensor) -> None:

@@ -4,6 +4,7 @@ A family is a row of `FAMILIES`. Its module is imported when a model may belong 
 neither this file nor `imprompt.adapter` depends on diffusers.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -186,6 +187,7 @@ class Family(ABC):
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     control: ControlKind | None = None  # its ControlNets
     trains = True  # whether adapters for it can be trained
+    blocks: re.Pattern[str]  # names of what is inside the blocks that hold the attentions
     compiles = "whole"  # as one graph; else its "blocks" are one each, or it compiles in "parts"
     # classes of saved pipelines that adapters can be trained for, besides those of `pipelines`
     trained_pipelines: tuple[str, ...] = ()

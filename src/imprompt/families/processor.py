@@ -9,7 +9,7 @@ effect.
 Shape letters: B batch, L rows of the query, H heads, d head width; P image prompts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, wraps
 from inspect import signature
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.adapter import ImageStates, add_image_attention, for_batch
+from imprompt.adapter import ImageStates, attention, for_batch
 from imprompt.errors import MismatchError
 from imprompt.families.forms import AttentionForm, head_normed
 
@@ -132,6 +132,12 @@ class Stream:
             self.added = True
         return x
 
+    def parts(self, x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
+        """Return the image's attention of several forms, shaped as x."""
+        self.added = True
+        first, *others = (image_part(x, self.states(one), one) for one in conditioning)
+        return sum(others, first)
+
 
 class ImageProcessor:
     """Processor that runs the original one, and adds the image prompts' attention.
@@ -177,7 +183,7 @@ class ImageProcessor:
             out = (changed, *out[1:]) if isinstance(out, tuple) else changed
         if after:
             whole = out if isinstance(out, tuple) else (out,)
-            out = *whole, picture.add(torch.zeros_like(whole[0]), after)  # the block adds the third
+            out = *whole, picture.parts(whole[0], after)  # the block adds the third
         self.added = picture.added
         return out
 
@@ -245,27 +251,64 @@ def with_image(x: Tensor, states: Sequence[Tensor], conditioning: LayerCondition
     states  query, and for one softmax the picture's keys and values, each (B, H, L, d)
     x       (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
+    rows = conditioning.rows
+    if isinstance(rows, Tensor):
+        added = image_attention(states, conditioning, x)
+        index = rows[..., *(None,) * (x.ndim - 2)].expand_as(added)
+        return x.scatter_add(1, index, added)
+    if torch.is_grad_enabled():
+        return x + image_part(x, states, conditioning)
+    part = x[:, picture_start(x, states[0], rows) :]
+    for weight, attended in image_terms(states, conditioning, x):
+        # in place: x is the base's own result, which nothing else reads
+        part[:, : attended.shape[1], ..., : attended.shape[-1]].addcmul_(weight, attended)
+    return x
+
+
+def image_terms(states: Sequence[Tensor], conditioning: LayerConditioning, x: Tensor
+                ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Yield every image prompt's weight λ and Attention(Q, K', V'), shaped as x.
+
+    I picture's rows: (B or 1, I or 1, 1) and (B, I, H·d), or with the heads apart
+    (B or 1, I or 1, 1, 1) and (B, I, H, d), as they are in x.
+    """
     images, weights, rows, form = conditioning[:4]
     query, *own = states
-    if own:
-        images = tuple(after_own(own, image) for image in images)
     picture = picture_rows(query, rows).to(images[0][0].dtype)
     if form is not None and form.normed:
         picture = head_normed(picture)
-    added = add_image_attention(picture.new_zeros(()).expand_as(picture), picture, images, weights)
-    added = added.transpose(1, 2).to(x.dtype)  # (B, H, I, d) -> (B, I, H, d)
-    added = added if x.ndim == 4 else added.flatten(2)
-    if wider := x.shape[-1] - added.shape[-1]:  # in fused layers: first the heads' columns
-        added = F.pad(added, (0, wider))
-    whole = x.shape[1] == query.shape[2]  # else x is the picture's rows, then perhaps references
-    if isinstance(rows, Tensor):
-        index = rows[..., *(None,) * (x.ndim - 2)].expand_as(added)
-        return x.scatter_add(1, index, added)
-    start = rows.indices(query.shape[2])[0] if whole else 0
+    for image, weight in zip(images, weights, strict=True):
+        key, value, *bias = after_own(own, image) if own else for_batch(image, len(picture))
+        attended = attention(picture, key, value, *bias).transpose(1, 2).to(x.dtype)
+        weight = weight.transpose(1, 2).to(x.dtype)
+        yield (weight, attended) if x.ndim == 4 else (weight.flatten(2), attended.flatten(2))
+
+
+def image_attention(states: Sequence[Tensor], conditioning: LayerConditioning, x: Tensor) -> Tensor:
+    """Return Σ λ ∘ Attention(Q, K', V') of the picture's rows, as wide as x."""
+    (weight, attended), *others = image_terms(states, conditioning, x)
+    total = weight * attended
+    for weight, attended in others:
+        total = torch.addcmul(total, weight, attended)
+    wider = x.shape[-1] - total.shape[-1]  # in fused layers: first the heads' columns
+    return F.pad(total, (0, wider)) if wider else total
+
+
+def image_part(x: Tensor, states: Sequence[Tensor], conditioning: LayerConditioning) -> Tensor:
+    """Return what is added to x: the picture's rows as in `image_attention`, zeros in others."""
+    rows = conditioning.rows
+    assert isinstance(rows, slice)
+    added, start = image_attention(states, conditioning, x), picture_start(x, states[0], rows)
     after = x.shape[1] - start - added.shape[1]
-    if (start, after) != (0, 0):
-        added = F.pad(added, (0, 0) * (x.ndim - 2) + (start, after))
-    return x + added
+    return F.pad(added, (0, 0) * (x.ndim - 2) + (start, after)) if start or after else added
+
+
+def picture_start(x: Tensor, query: Tensor, rows: slice) -> int:
+    """Return the first of the picture's rows in x, which may have all rows of the query or not.
+
+    Else x is the picture's rows, then perhaps references.
+    """
+    return rows.indices(query.shape[2])[0] if x.shape[1] == query.shape[2] else 0
 
 
 def after_own(own: Sequence[Tensor], image: ImageStates) -> ImageStates:

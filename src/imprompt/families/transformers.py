@@ -50,6 +50,7 @@ from imprompt.families.timed import at_time, norms_of
 from imprompt.prompt import KEY, ImagePrompt
 
 QUERIES, KEYS, VALUES = ("to_q", "to_query"), ("to_k", "to_key"), ("to_v", "to_value")
+NUMBER = r"\.\d+"  # of a block in its list, in the pattern of a row's layers
 Given = Mapping[str, Any]  # arguments of a call of the model, by name
 
 
@@ -307,6 +308,7 @@ class TransformerFamily(Family):
         self.trained_pipelines = row.training.pipelines if row.training else ()
         self.unlike = row.training.unlike if row.training else ()
         self.pattern = re.compile(row.layers)
+        self.blocks = re.compile(row.layers.partition(NUMBER)[0] + NUMBER + r"\..+")
 
     @property
     def training(self) -> Training:

@@ -7,6 +7,7 @@ image attention together where it is faster.
 Shape letters as in `imprompt.adapter`; C is the width of the hidden states.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -297,6 +298,7 @@ class UNetFamily(Family):
     text_arguments = (
         "encoder_hidden_states", "added_cond_kwargs", "encoder_attention_mask", "class_labels"
     )  # fmt: skip
+    blocks = re.compile(r"(.+\.)?attentions\..+")
     text_widths: Mapping[int, str] = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 
     def attentions(self, model: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ them is used for which part, and in which order: open the pipeline on the CPU, c
 `quantize_and_tile`, attach the adapter, then `place` both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from imprompt.errors import SettingError, first_line
-from imprompt.families.base import base_of
+from imprompt.families.base import base_of, family_of
 
 GROUP = (
     64  # weights that share an int8 scale; every width of the published models is a multiple of it
@@ -141,24 +141,32 @@ class MemoryOptions:
 
 
 def quantize(model: nn.Module, how: str, device: str | None = None) -> None:
-    """Convert the matrices of a base model's attention layers to 8 bits.
+    """Convert the matrices of a base model's attention blocks to 8 bits.
 
-    Each goes to `device`, if one is given, before it is rounded. These matrices are 86 % of SDXL's
-    weights and 28 % of SD 1.5's; convolutions and the layers of the timestep stay as they are. A
-    matrix reports the precision that it computes in as its dtype.
+    Each goes to `device`, if one is given, before it is rounded. These matrices are nearly all
+    weights of a large transformer, 86 % of SDXL's and 28 % of SD 1.5's; convolutions and the layers
+    outside these blocks, such as those of the timestep, stay as they are. A matrix reports the
+    precision that it computes in as its dtype. Raise SettingError if no matrix can be converted.
     """
     from torchao.quantization import quantize_
 
-    quantize_(model, QUANTIZERS[how](), in_attentions, device=device)
+    chosen = {name for name, _ in quantizable(model)}
+    if not chosen:
+        raise SettingError(
+            f"quantize = {how!r} converts matrices whose width is a multiple of {GROUP}, and the "
+            f"blocks of this {type(model).__name__} have none: leave it out"
+        )
+    quantize_(model, QUANTIZERS[how](), lambda _, name: name in chosen, device=device)
 
 
-def in_attentions(module: nn.Module, name: str) -> bool:
-    """Return whether a module is a matrix of an attention layer that can be quantized."""
-    return (
-        isinstance(module, nn.Linear)
-        and "attentions" in name.split(".")
-        and module.in_features % GROUP == 0
-    )
+def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the matrices, by name, of a base model's attention blocks that can be quantized."""
+    blocks = family_of(model).blocks
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not blocks.fullmatch(name):
+            continue
+        if module.in_features % GROUP == 0:
+            yield name, module
 
 
 def check_quantizer(how: str, device: str) -> None:
