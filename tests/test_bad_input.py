@@ -577,7 +577,7 @@ BAD_MODELS = [
     (
         "model unknown",
         WITHOUT + "--model emojii",
-        "unknown model 'emojii'; known: emoji, sd15, sdxl, flux, ",
+        "unknown model 'emojii'; known: emoji, sd15, sdxl, flux-dev, ",
     ),
     (
         "model folder bare",

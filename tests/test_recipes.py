@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from imprompt.families.base import find_family
 from imprompt.families.published import BASES, ENCODERS
+from imprompt.models import find_model
+from imprompt.projections.resampler import Resampler
 from imprompt.training import estimate as module
-from imprompt.training.estimate import Estimate, estimate_rows, estimate_run
+from imprompt.training.estimate import Estimate, blank_base, estimate_rows, estimate_run
 from imprompt.training.recipe import RECIPES, Recipe, read_recipe
 from imprompt.variants import FACE_DIM, TRAINABLE
 
@@ -22,6 +25,13 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.toml"))
 TRAINED = {
     "emoji-base": 640_128,
     "emoji-plus": 1_416_192,
+    "flux-dev": 1_159_971_072,
+    "pixart-sigma": 140_723_712,
+    "qwen-image": 1_216_594_176,
+    "sana-06b": 140_723_712,
+    "sd35-medium": 195_407_616,
+    "wan-13b": 223_719_168,
+    "z-image": 969_853_440,
     "sd15-base": 22_319_616,
     "sd15-faceid": 48_354_816,
     "sd15-faceid-plus-v2": 78_260_736,
@@ -32,7 +42,19 @@ TRAINED = {
     "sdxl-plus-1024": 423_748_864,
     "sdxl-plus-512": 423_748_864,
 }
-PUBLISHED = [name for name in NAMES if not name.startswith("emoji")]
+# bases: weights of the published files, sites of an adapter and their width
+TRANSFORMERS = {
+    "flux-dev": (11.90e9, 19 + 38, 3072),
+    "pixart-sigma": (0.611e9, 28, 1152),
+    "qwen-image": (20.43e9, 60, 3072),
+    "sana-06b": (0.590e9, 28, 1152),
+    "sd35-medium": (2.47e9, 24, 1536),
+    "wan-13b": (1.42e9, 30, 1536),
+    "z-image": (6.15e9, 30, 3840),
+}
+LARGEST = ("flux-dev", "qwen-image")  # that take ten seconds and more
+PUBLISHED = [name for name in NAMES if not name.startswith("emoji") and name not in TRANSFORMERS]
+QUICK = [pytest.param(name, marks=pytest.mark.slow if name in LARGEST else ()) for name in NAMES]
 VIT_H = ENCODERS[1].structure
 KEYS = {  # widths of the text cross-attentions' keys
     "sd15": [320] * 2 + [640] * 2 + [1280] * 2 + [1280] * 3 + [640] * 3 + [320] * 3 + [1280],
@@ -57,8 +79,12 @@ def a_known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @lru_cache
-def on_gpus(recipe: Recipe, processes: int = 1) -> Estimate:
+def estimated(recipe: Recipe, processes: int) -> Estimate:
     return estimate_run(recipe, torch.device("cuda"), processes)
+
+
+def on_gpus(recipe: Recipe, processes: int = 1) -> Estimate:
+    return estimated(recipe, processes)
 
 
 def gigabytes(recipe: Recipe, processes: int = 1) -> float:
@@ -91,7 +117,7 @@ def test_all_recipes_are_tested() -> None:
     assert sorted(TRAINED) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_a_recipe_trains_what_it_says(name: str) -> None:
     recipe = read(name)
     assert recipe.data.features is not None
@@ -116,6 +142,52 @@ def test_comments_are_true(name: str) -> None:
         r"optimization.accumulate=(\d+)",
     )
     assert one - 1 < gigabytes(read(name)) <= one
+
+
+@pytest.mark.parametrize("name", [one for one in QUICK if one.values[0] in TRANSFORMERS])
+def test_comments_on_transformers_are_true(name: str) -> None:
+    recipe = read(name)
+    found = on_gpus(recipe)
+    assert told(name, r"([\d,]+) trained parameters") == [found.trained]
+    assert told(name, r"(\d+) image tokens") == [recipe.tokens]
+    assert told(name, r"# (\d+) kB a sample") == [round((found.encoded or 0) / 1000)]
+    one, parts = told(name, r"One GPU needs (\d+) GB; .*accumulate=(\d+)\.")
+    assert one - 1 < gigabytes(recipe) <= one
+    plan = recipe.optimization
+    assert parts * 8 == plan.accumulate
+    assert told(name, r"accumulate = \d+ # (\d+) at once") == [plan.batch_size // plan.accumulate]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_bases_and_adapters_have_the_published_sizes(name: str) -> None:
+    """Weights as published within 2 %, with fixed embeddings of places as in the files; an adapter
+    has W'_k and W'_v at every site.
+    """
+    published, sites, width = TRANSFORMERS[name]
+    structure = BASES[name]
+    base = blank_base(structure, torch.bfloat16)
+    held = sum(value.numel() for value in base.state_dict().values())
+    assert held == pytest.approx(published, rel=0.02)
+    family = find_family(structure.family)
+    sizes = [family.size(layer) for layer in family.layers(base).values()]
+    assert [(size.text, size.inner) for size in sizes] == [(width, width)] * sites
+    resampler = Resampler(ENCODERS[3].structure.penultimate, width, tokens=read(name).tokens)
+    tensors = sum(weight.numel() for weight in resampler.parameters())
+    assert TRAINED[name] == 2 * sites * width**2 + tensors
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_recipes_of_transformers_keep_to_what_is_known_to_work(name: str) -> None:
+    recipe = read(name)
+    plan, data = recipe.optimization, recipe.data
+    assert (plan.precision, plan.clip, plan.optimizer) == ("bf16", 1.0, "adamw")
+    assert (data.drop_text, data.drop_image, data.drop_both) == (0.05,) * 3
+    assert plan.learning_rate <= (1e-4 if TRAINED[name] < 5e8 else 2e-5)
+    assert (recipe.variant, recipe.encoder) == ("plus", str(ENCODERS[3].place))
+    assert 16 <= (recipe.tokens or 0) <= 64
+    assert data.size == BASES[name].side
+    assert find_model(recipe.model).base.on_hub
+    assert recipe.noise.shift == ("dynamic" if name in ("flux-dev", "qwen-image") else "static")
 
 
 @pytest.mark.slow

@@ -378,6 +378,55 @@ MODELS = {
             steps=35,
             guidance=5.0,
         ),
+        KnownModel(
+            "flux-dev",
+            "FLUX.1 dev, 1024 px",
+            Location("black-forest-labs/FLUX.1-dev"),
+            steps=28,
+            guidance=3.5,
+        ),
+        KnownModel(
+            "sd35-medium",
+            "Stable Diffusion 3.5 medium, 1024 px",
+            Location("stabilityai/stable-diffusion-3.5-medium"),
+            steps=40,
+            guidance=4.5,
+        ),
+        KnownModel(
+            "pixart-sigma",
+            "PixArt-Σ XL, 1024 px",
+            Location("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+            steps=20,
+            guidance=4.5,
+        ),
+        KnownModel(
+            "sana-06b",
+            "Sana 0.6B, 1024 px",
+            Location("Efficient-Large-Model/Sana_600M_1024px_diffusers"),
+            steps=20,
+            guidance=4.5,
+        ),
+        KnownModel(
+            "z-image",
+            "Z-Image, 1024 px",
+            Location("Tongyi-MAI/Z-Image"),
+            steps=50,
+            guidance=5.0,
+        ),
+        KnownModel(
+            "qwen-image",
+            "Qwen-Image, 1024 px",
+            Location("Qwen/Qwen-Image"),
+            steps=50,
+            guidance=4.0,
+        ),
+        KnownModel(
+            "wan-13b",
+            "Wan 2.1 1.3B, a video model, 480p",
+            Location("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+            steps=50,
+            guidance=5.0,
+        ),
     )
 }
 

@@ -47,6 +47,30 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 6 * 256 + 1280,
 }
+# Settings of published transformers that differ from diffusers' defaults.
+SD35_MEDIUM: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+PIXART_SIGMA: dict[str, Any] = {
+    "caption_channels": 4096,
+    "cross_attention_dim": 1152,
+    "use_additional_conditions": False,
+}
+SANA_06B: dict[str, Any] = {
+    "num_layers": 28,
+    "num_attention_heads": 36,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+WAN_13B: dict[str, Any] = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
 
 
 @dataclass(frozen=True)
@@ -74,7 +98,17 @@ class PublishedEncoder:
     alone: bool = True
 
 
-BASES = {"sd15": BaseStructure(SD1, 512), "sdxl": BaseStructure(SDXL, 1024)}
+BASES = {
+    "sd15": BaseStructure(SD1, 512),
+    "sdxl": BaseStructure(SDXL, 1024),
+    "flux-dev": BaseStructure({"guidance_embeds": True}, 1024, 8, 512, "flux"),
+    "sd35-medium": BaseStructure(SD35_MEDIUM, 1024, 8, 77 + 256, "sd3"),
+    "pixart-sigma": BaseStructure(PIXART_SIGMA, 1024, 8, 300, "pixart"),
+    "sana-06b": BaseStructure(SANA_06B, 1024, 32, 300, "sana"),
+    "z-image": BaseStructure({}, 1024, 8, 512, "z-image"),
+    "qwen-image": BaseStructure({}, 1024, 8, 512, "qwen-image"),
+    "wan-13b": BaseStructure(WAN_13B, 640, 8, 512, "wan"),
+}
 ENCODERS = (
     # Another encoder for pictures of 336 px has these widths.
     PublishedEncoder(
