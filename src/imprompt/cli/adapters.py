@@ -22,6 +22,7 @@ class LayoutName(StrEnum):
     hunyuandit = "hunyuandit"
     instantx_sd3 = "instantx-sd3"
     diffusers_sd3 = "diffusers-sd3"
+    instantcharacter = "instantcharacter"
 
 
 Answer = Annotated[

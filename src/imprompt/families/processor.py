@@ -123,7 +123,8 @@ class ImageProcessor:
         def added(x: Tensor, conditioning: Sequence[LayerConditioning]) -> Tensor:
             self.added = True
             for one in conditioning:
-                x = with_image(x, read(one), one)
+                query, *own = read(one)
+                x = with_image(x, query, one, own)
             return x
 
         def add(x: Tensor) -> Tensor:
@@ -190,14 +191,15 @@ def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
     return query if layout == "BHLd" else query.transpose(1, 2)
 
 
-def with_image(x: Tensor, states: Sequence[Tensor], conditioning: LayerConditioning) -> Tensor:
+def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning,
+               own: Sequence[Tensor] = ()) -> Tensor:  # fmt: skip
     """Add the image prompts' attention to the picture's rows of x.
 
-    states  query, and for one softmax the picture's keys and values, each (B, H, L, d)
-    x       (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
+    query  (B, H, L, d)
+    x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
+    own    the picture's keys and values (B, H, L, d), if there is one softmax over these too
     """
     images, weights, rows = conditioning[:3]
-    query, *own = states
     if own:
         images = tuple(after_own(own, image) for image in images)
     picture = picture_rows(query, rows).to(images[0][0].dtype)
