@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -30,8 +31,16 @@ from imprompt.families.processor import LayerConditioning, own_states
 from imprompt.families.timed import at_time
 from imprompt.generation.engine import Engine, SeatCall
 from imprompt.prompt import ImagePrompt, stack_items
-from tests.parity.test_published import CLOSE, PATCHES, E, Kind, sd3
-from tests.tiny import TEXT_TOKENS, seeded, tiny_encoder, tiny_flux, tiny_sd3, tiny_sd3_model
+from tests.parity.test_published import CLOSE, PATCHES, E, Kind, sd3, xlabs
+from tests.tiny import (
+    FEATURE_DIMS,
+    TEXT_TOKENS,
+    seeded,
+    tiny_encoder,
+    tiny_flux,
+    tiny_sd3,
+    tiny_sd3_model,
+)
 from tests.zoo import answer, specimen
 
 TIMES = (900.0, 350.0)
@@ -597,3 +606,19 @@ def test_a_pipeline_says_that_instantcharacter_reads_two_encoders(tmp_path: Path
         MismatchError, match="reads SigLIP and DINOv2 together, and a pipeline load"
     ):
         ImagePromptPipeline.from_pretrained(str(tmp_path / "flux"), adapter=kind.path, device="cpu")
+
+
+def test_an_adapter_of_some_layers_goes_through_a_pipeline(tmp_path: Path) -> None:
+    """XLabs' conditions the double blocks alone: its scales are for these."""
+    with seeded(13):
+        save_file(xlabs(32, 32, 2, embedding=FEATURE_DIMS["pooled"]), tmp_path / "a.safetensors")
+    tiny_flux().save_pretrained(tmp_path / "model")
+    encoder = tiny_encoder()
+    for part in (encoder.model, encoder.processor):
+        part.save_pretrained(tmp_path / "model" / "image_encoder")
+    pipe = ImagePromptPipeline.from_pretrained(
+        str(tmp_path / "model"), adapter=tmp_path / "a.safetensors", device="cpu"
+    )
+    alone = made(pipe, scale=0.0, guidance=1.0)
+    assert abs(made(pipe, guidance=1.0) - alone).max() > 0
+    assert np.array_equal(made(pipe, Reference(images=NOISE, blocks=0.0), guidance=1.0), alone)
