@@ -34,6 +34,16 @@ SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         ("plus", "portrait-unnorm", "ai-toolkit", "lynx"),
         st.fixed_dictionaries(PLUS | {"width": WIDTH}),
     ),
+    "instantcharacter": st.fixed_dictionaries(
+        PLUS
+        | {
+            "feature_dim": st.just(64),
+            "inner": st.just(64),
+            "width": WIDTH,
+            "mlp": WIDTH,
+            "layers": st.sampled_from([(1, 1), (2, 1)]),
+        }
+    ),
     "instantx-sd3": st.fixed_dictionaries(
         PLUS | {"width": WIDTH, "sinusoids": st.sampled_from((2, 8, 32))}
     ),
@@ -53,6 +63,7 @@ TINY: dict[str, dict[str, int]] = {
     "raw face": {"feature_dim": FACE_DIM},
     "face and crop": BOTH,
     "raw face and square": BOTH,
+    "character": {"feature_dim": 64},
 }
 
 
@@ -61,6 +72,8 @@ def random_features(
 ) -> tuple[torch.Tensor, ...]:
     """In the order in which the projection takes them."""
     flat, states = sizes.get("face_dim") or sizes.get("embedding_dim"), sizes.get("feature_dim")
+    if row.feature == "character":
+        return tuple(torch.randn(batch, count * patches, states or 0) for count in (3, 1, 4))
     if row.name == "portrait-unnorm":
         flat, states = states, None
     return (

@@ -55,7 +55,7 @@ from imprompt.families.base import family_of
 from imprompt.families.published import SD1, SD2, SDXL
 from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
-from imprompt.projections.timed import TimeResampler
+from imprompt.projections.timed import CharacterProjection, TimeResampler
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import find_variant
 
@@ -88,6 +88,7 @@ FEATURE_DIMS: dict[str, int] = {
     "raw face": FACE_DIM,
     "face and crop": 32,
     "raw face and square": 32,
+    "character": 64,
 }
 
 
@@ -166,6 +167,10 @@ def tiny_projection(name: str, token_dim: int) -> nn.Module:
         return Resampler(feature_dim, token_dim, tokens=5, width=128)
     if name == "instantx-sd3":
         return TimeResampler(feature_dim, token_dim, tokens=5, width=128, sinusoids=32)
+    if name == "instantcharacter":
+        return CharacterProjection(
+            feature_dim, token_dim, tokens=5, width=128, sinusoids=32, layers=(1, 2)
+        )
     if name.startswith("faceid-plus"):
         kind = FacePlusProjection if name == "faceid-plus" else FacePlusV2Projection
         return kind(

@@ -9,10 +9,11 @@ from imprompt.adapter import ImageProjection
 from imprompt.errors import SettingError
 from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
-from imprompt.projections.timed import TimeResampler
+from imprompt.projections.timed import CharacterProjection, TimeResampler
 from imprompt.validation import suggestions
 
-# Of pictures "pooled", "penultimate", "last" or "levels 7,13,26"; of faces a key of BESIDE_A_FACE.
+# Of pictures "pooled", "penultimate", "last" or "levels 7,13,26"; of faces a key of BESIDE_A_FACE;
+# "character": of two encoders, see `imprompt.encoders.character`.
 Feature = str
 Shapes = Mapping[str, Sequence[int]]
 Projection = (
@@ -21,6 +22,8 @@ Projection = (
     | type[Resampler]
     | type[FaceProjection]
     | type[TransposedProjection]
+    | type[TimeResampler]
+    | type[CharacterProjection]
     | type[FacePlusProjection]
     | type[FacePlusV2Projection]
 )
@@ -352,6 +355,19 @@ TIMED = (  # of those whose tokens depend on the time: see `imprompt.families.ti
         "time_embedding.linear_1.weight",
         "proj_in.weight",
         by_latents,
+        lambda _: False,
+    ),
+    Variant(
+        "instantcharacter",
+        "character",
+        "zero embedding",
+        CharacterProjection,
+        "proj_cross_layer.fc1.weight",
+        "proj.fc1.weight",
+        lambda shapes: (
+            shapes["resampler.latents"][1],
+            shapes["resampler.norm_out.weight"][0],
+        ),
         lambda _: False,
     ),
 )

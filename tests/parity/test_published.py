@@ -190,18 +190,72 @@ def lynx(width: int, inner: int, layers: int) -> dict[str, Tensor]:
     return resampler("resampler.", width) | numbered("ip_layers.", width, inner, layers)
 
 
+def character(
+    width: int,
+    inner: int,
+    layers: int,
+    tokens: int = N,
+    embedding: int = 64,
+    head: int = 16,
+    inside: tuple[int, int] = (16, 8),
+    blocks: int = 2,
+) -> Any:
+    """A file as InstantCharacter is published.
+
+    blocks  number of each of the two kinds in its projection
+    """
+    read = time_resampler(width, tokens, embedding, *inside)
+    made = {f"resampler.{key}": tensor for key, tensor in read.items()}
+    for name in ("proj", "proj_cross_layer", "proj_cross_scale"):
+        made |= linear(f"{name}.fc1", 2 * embedding, embedding)
+        made |= linear(f"{name}.fc2", embedding, 2 * embedding)
+    for number in range(blocks):
+        for key in (f"cross_layer_blocks.{number}.", f"cross_scale_blocks.{number}."):
+            for norm in ("norm1", "norm2", "norm3"):
+                made[f"{key}{norm}.weight"] = noise(embedding) + 1
+                made[f"{key}{norm}.bias"] = noise(embedding)
+            for attention in ("attn1", "attn2"):
+                for part in ("to_q", "to_k", "to_v"):
+                    made[f"{key}{attention}.{part}.weight"] = noise(embedding, embedding)
+                made |= linear(f"{key}{attention}.to_out.0", embedding, embedding)
+            made |= linear(f"{key}ff.net.0.proj", 8 * embedding, embedding)
+            made |= linear(f"{key}ff.net.2", embedding, 4 * embedding)
+    made = {f"image_proj.{key}": tensor for key, tensor in made.items()}
+    for layer in range(layers):
+        key = f"ip_adapter.{layer}."
+        for part in "kv":
+            made |= linear(f"{key}to_{part}_ip", inner, width)
+        made[key + "norm_ip_q.scale"] = noise(head) + 1
+        made[key + "norm_ip_k.scale"] = noise(head) + 1
+    return made
+
+
+def linear(name: str, rows: int, columns: int) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": noise(rows, columns) * columns**-0.5,
+        f"{name}.bias": noise(rows),
+    }
+
+
 PATCHES = 5  # rows of a feature that is not pooled
-# family, (text width, width of the heads together, layers of the specimen), maker, rows of the
-# feature: None for a pooled one
-KINDS: dict[str, tuple[str, tuple[int, ...], Callable[..., Any], int | None]] = {
-    "xlabs": ("flux", (32, 32, 2), xlabs, None),
-    "xlabs on chroma": ("chroma", (32, 32, 2), xlabs, None),
-    "instantx": ("flux", (32, 32, 4), instantx, None),
-    "hunyuandit": ("hunyuandit", (8, 16, 2), hunyuandit, None),
-    "instantx-sd3": ("sd3", (32, 32, 3), sd3, PATCHES),
-    "ai-toolkit": ("flux", (32, 32, 4), ai_toolkit, 5),
-    "ai-toolkit-pixart": ("pixart", (8, 16, 2), ai_toolkit_pixart, 5),
-    "lynx": ("wan", (10, 24, 1), lynx, None),
+POOLED, HIDDEN = [(2, E)], [(2, PATCHES, E)]
+# family, (text width, width of the heads together, layers of the specimen), maker, shapes of the
+# features
+KINDS: dict[str, tuple[str, tuple[int, ...], Callable[..., Any], list[tuple[int, ...]]]] = {
+    "xlabs": ("flux", (32, 32, 2), xlabs, POOLED),
+    "xlabs on chroma": ("chroma", (32, 32, 2), xlabs, POOLED),
+    "instantx": ("flux", (32, 32, 4), instantx, POOLED),
+    "hunyuandit": ("hunyuandit", (8, 16, 2), hunyuandit, POOLED),
+    "instantx-sd3": ("sd3", (32, 32, 3), sd3, HIDDEN),
+    "instantcharacter": (
+        "flux",
+        (32, 32, 4),
+        character,
+        [(2, 3 * PATCHES, 64), (2, PATCHES, 64), (2, 4 * PATCHES, 64)],
+    ),
+    "ai-toolkit": ("flux", (32, 32, 4), ai_toolkit, HIDDEN),
+    "ai-toolkit-pixart": ("pixart", (8, 16, 2), ai_toolkit_pixart, HIDDEN),
+    "lynx": ("wan", (10, 24, 1), lynx, POOLED),
 }
 
 
@@ -219,11 +273,12 @@ def saved(path: Path, tensors: dict[str, Tensor]) -> Path:
 
 class Kind:
     def __init__(self, name: str, folder: Path) -> None:
-        self.family, sizes, make, rows = KINDS[name]
+        self.family, sizes, make, features = KINDS[name]
         with seeded(11):
             self.tensors = make(*sizes)
             self.path = saved(folder / "adapter.safetensors", self.tensors)
-            self.embedding = torch.randn(2, E) if rows is None else torch.randn(2, rows, E)
+            parts = tuple(map(torch.randn, features))
+            self.embedding: Any = parts if len(parts) > 1 else parts[0]
         self.model, self.inputs = specimen(self.family), inputs_of(self.family, 2)
         self.adapter = load_adapter(self.path, self.model)
 
@@ -647,6 +702,14 @@ SIZES = [
         (2432, 2432, 38, 64, 1152, 64, (1280, 320)),
         797_925_888,
     ),
+    (
+        "InstantCharacter",
+        FluxTransformer2DModel,
+        {},
+        character,
+        (4096, 3072, 57, 1024, 2688, 128, (1280, 320), 4),
+        1_434_816_768 + 1_360_116_096,  # of its layers, and of its projection; the file has 5.59 GB
+    ),
 ]
 
 
@@ -668,6 +731,13 @@ def test_sizes_are_those_of_the_published_files(
     assert len(found) == len(layers)
     for layer, states in zip(found.values(), layers, strict=True):
         assert family.size(layer).inner == states["to_k.weight"].shape[0]
+
+
+def test_the_layers_of_instantcharacter_are_as_many_as_published() -> None:
+    with torch.device("meta"):
+        tensors = character(4096, 3072, 57, 1, 64, 128)
+    own = [tensor for key, tensor in tensors.items() if key.startswith("ip_adapter.")]
+    assert sum(tensor.numel() for tensor in own) == 1_434_816_768
 
 
 def test_every_layout_and_form_is_tested() -> None:

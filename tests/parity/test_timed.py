@@ -12,21 +12,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from imprompt import ImagePromptPipeline, Reference
 from imprompt.checkpoints.adapters import load_adapter, read_adapter, write_adapter
+from imprompt.encoders.character import character_features
+from imprompt.encoders.kinds import IMAGENET, dinov2_settings
+from imprompt.encoders.vision import VisionEncoder
 from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import family_of
 from imprompt.families.processor import LayerConditioning, own_states
 from imprompt.families.timed import at_time
 from imprompt.generation.engine import Engine, SeatCall
 from imprompt.prompt import ImagePrompt, stack_items
-from tests.parity.test_published import CLOSE, PATCHES, E, Kind, sd3
-from tests.tiny import TEXT_TOKENS, seeded, tiny_encoder, tiny_sd3, tiny_sd3_model
+from tests.parity.test_published import CLOSE, PATCHES, E, Kind, sd3, xlabs
+from tests.tiny import (
+    FEATURE_DIMS,
+    TEXT_TOKENS,
+    seeded,
+    tiny_encoder,
+    tiny_flux,
+    tiny_sd3,
+    tiny_sd3_model,
+)
+from tests.zoo import answer, specimen
 
 TIMES = (900.0, 350.0)
 SIZE = {"width": 24, "height": 32}
@@ -398,3 +413,217 @@ def test_compiled_it_is_one_graph_for_all_times(
     for call in ({}, {"scale": 0.3}, {"scale": 0.0}, {"image": RED, "steps": 2}):
         assert abs(made(fast, **call) - made(plain, **call)).max() <= 1
         assert counter.frame_count == 1
+
+
+# --- InstantCharacter: its attention and projection, written out from the original's.
+
+
+def heads_of(x: Tensor, width: int) -> Tensor:
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+class Original:
+    """What the original computes, of the tensors in its file."""
+
+    def __init__(self, tensors: dict[str, Tensor], prefix: str) -> None:
+        self.t = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.t[f"{name}.weight"], self.t.get(f"{name}.bias"))
+
+    def norm(self, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.t[f"{name}.weight"], self.t[f"{name}.bias"], eps)
+
+    def block(self, key: str, x: Tensor, other: Tensor) -> Tensor:
+        """diffusers' BasicTransformerBlock: itself, the other features, GEGLU."""
+        for number in (1, 2):
+            own = self.norm(f"{key}norm{number}", x, 1e-6)
+            read, name = (own, other)[number - 1], f"{key}attn{number}."
+            q, k, v = (
+                heads_of(self.linear(f"{name}to_{part}", given), 64)
+                for part, given in (("q", own), ("k", read), ("v", read))
+            )
+            x = x + self.linear(f"{name}to_out.0", attend(q, k, v))
+        gated = self.linear(f"{key}ff.net.0.proj", self.norm(f"{key}norm3", x, 1e-6))
+        value, gate = gated.chunk(2, -1)
+        return x + self.linear(f"{key}ff.net.2", value * F.gelu(gate))
+
+    def mlp(self, name: str, x: Tensor) -> Tensor:
+        return self.linear(f"{name}.fc2", F.gelu(self.linear(f"{name}.fc1", x), approximate="tanh"))
+
+    def resample(self, x: Tensor, time: Tensor) -> Tensor:
+        half = self.t["time_embedding.linear_1.weight"].shape[1] // 2
+        angle = time[:, None] * 10000 ** (-torch.arange(half) / half)
+        moment = self.linear("time_embedding.linear_1", torch.cat([angle.cos(), angle.sin()], 1))
+        moment = self.linear("time_embedding.linear_2", F.silu(moment))[:, None]
+        x = self.linear("proj_in", x) + moment
+        latents = self.t["latents"].expand(len(x), -1, -1)
+        for layer in range(4):
+            key = f"layers.{layer}."
+            shift, scale, late, more = self.linear(f"{key}2.1", F.silu(moment)).chunk(4, -1)
+            own = self.norm(f"{key}0.norm2", latents) * (1 + scale) + shift
+            both = torch.cat([self.norm(f"{key}0.norm1", x), own], 1)
+            k, v = self.linear(f"{key}0.to_kv", both).chunk(2, -1)
+            q = self.linear(f"{key}0.to_q", own)
+            out = attend(*(heads_of(part, 64) for part in (q, k, v)))
+            latents = latents + self.linear(f"{key}0.to_out", out)
+            fed = self.norm(f"{key}1.0", latents) * (1 + more) + late
+            latents = latents + self.linear(f"{key}1.3", F.gelu(self.linear(f"{key}1.1", fed)))
+        return self.norm("norm_out", self.linear("proj_out", latents))
+
+    def project(self, shallow: Tensor, deep: Tensor, tiles: Tensor) -> Tensor:
+        layers = scales = deep
+        for number in range(2):
+            layers = self.block(f"cross_layer_blocks.{number}.", layers, shallow)
+            scales = self.block(f"cross_scale_blocks.{number}.", scales, tiles)
+        layers, scales = self.mlp("proj_cross_layer", layers), self.mlp("proj_cross_scale", scales)
+        return torch.cat([self.mlp("proj", deep) + scales, layers], 1)
+
+
+class Character:
+    """The official attention for Flux: a query of its own, no rotary, the picture's rows alone."""
+
+    def __init__(self, own: Original, tokens: Tensor, text: int, scale: float) -> None:
+        self.own, self.tokens, self.text, self.scale = own, tokens, text, scale
+
+    def normed(self, name: str, x: Tensor) -> Tensor:
+        rms = x.norm(2, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        return self.own.t[f"{name}.scale"] * (x / (rms + 1e-6))
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002 - passed on by its signature
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        plain: Any = FluxAttnProcessor()
+        query = attn.to_q(hidden_states)
+        start = self.text if encoder_hidden_states is None else 0
+        width = attn.head_dim
+        key, value = (self.own.linear(f"to_{part}_ip", self.tokens) for part in "kv")
+        image = self.scale * attend(
+            self.normed("norm_ip_q", heads_of(query[:, start:], width)),
+            self.normed("norm_ip_k", heads_of(key, width)),
+            heads_of(value, width),
+        )
+        out = plain(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
+        if encoder_hidden_states is None:
+            return torch.cat([out[:, :start], out[:, start:] + image], 1)
+        # the output layer is linear: what is added before it is added after it by its weight
+        return out[0] + F.linear(image, attn.to_out[0].weight), out[1]
+
+
+def test_instantcharacter_is_the_official_formula(tmp_path: Path) -> None:
+    """At two times: the items' own timesteps."""
+    kind, theirs = Kind("instantcharacter", tmp_path), specimen("flux")
+    kind.inputs["timestep"] = torch.tensor(TIMES) / 1000
+    projection = Original(kind.tensors, "image_proj.")
+    patches = projection.project(*kind.embedding)
+    tokens = Original(kind.tensors, "image_proj.resampler.").resample(
+        patches, kind.inputs["timestep"] * 1000
+    )
+    text = kind.inputs["encoder_hidden_states"].shape[1]
+    names = [name for name, module in theirs.named_modules() if name.endswith(".attn")]
+    for number, name in enumerate(names):
+        own = Original(kind.tensors, f"ip_adapter.{number}.")
+        theirs.get_submodule(name).processor = Character(own, tokens, text, 0.7)
+    with torch.no_grad():
+        out, ours = answer(theirs, kind.inputs), kind.ours()
+        at_one_time = kind.inputs | {"timestep": torch.full((2,), TIMES[0] / 1000)}
+        torch.testing.assert_close(ours, out, **CLOSE)
+        made = kind.adapter.tokens(kind.embedding)
+        read = kind.adapter.projection.at(made, torch.tensor(TIMES))[0]  # pyright: ignore
+    torch.testing.assert_close(read, tokens, rtol=0, atol=1e-4)
+    assert len(names) == 4
+    assert not torch.equal(answer(theirs, at_one_time), out)
+
+
+def tiny_vision(kind: str, patch: int = 4) -> VisionEncoder:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 16}
+    more = {"intermediate_size": 24} if kind == "Siglip" else {"mlp_ratio": 2}
+    config = getattr(transformers, f"{kind}VisionConfig" if kind == "Siglip" else f"{kind}Config")
+    model = getattr(transformers, f"{kind}VisionModel" if kind == "Siglip" else f"{kind}Model")
+    with seeded(21):
+        made = model(config(patch_size=patch, **sizes, **more))
+    if kind == "Siglip":
+        return VisionEncoder(
+            made, transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+        )
+    return VisionEncoder(made, transformers.BitImageProcessorPil(**dinov2_settings(made.config)))
+
+
+def test_features_of_instantcharacter_are_the_official_ones(tmp_path: Path) -> None:
+    """SigLIP's and DINOv2's, of the whole picture at several levels and of four tiles."""
+    siglip, dinov2 = tiny_vision("Siglip"), tiny_vision("Dinov2")
+    levels = ("levels 1,2,4", "levels 0,2,3")
+    shallow, deep, tiles = character_features(NOISE, siglip, dinov2, levels)
+    square = NOISE.resize((30, 30))
+    small, large = square.resize((16, 16)), square.resize((32, 32))
+    corners = [(0, 0), (16, 0), (0, 16), (16, 16)]
+    cut = [large.crop((x, y, x + 16, y + 16)) for x, y in corners]
+    mean, std = (torch.tensor(IMAGENET[f"image_{name}"]).view(3, 1, 1) for name in ("mean", "std"))
+
+    def of(pictures: list[Image.Image]) -> list[Any]:
+        raw = torch.stack([torch.tensor(np.asarray(one)) for one in pictures]).permute(0, 3, 1, 2)
+        raw = raw / 255
+        with torch.no_grad():
+            return [
+                siglip.model((raw - 0.5) / 0.5, output_hidden_states=True),
+                dinov2.model((raw - mean) / std, output_hidden_states=True),
+            ]
+
+    one, other = of([small])
+    wanted = torch.cat([one.last_hidden_state, other.last_hidden_state[:, 1:]], 2)
+    torch.testing.assert_close(deep, wanted, **CLOSE)
+    pairs = zip((1, 2, 4), (0, 2, 3), strict=True)
+    by_level = [
+        torch.cat([one.hidden_states[a], other.hidden_states[b][:, 1:]], 2) for a, b in pairs
+    ]
+    torch.testing.assert_close(shallow, torch.cat(by_level, 1), **CLOSE)
+    one, other = of(cut)
+    wanted = torch.cat([one.last_hidden_state, other.last_hidden_state[:, 1:]], 2).reshape(
+        1, 64, 64
+    )
+    torch.testing.assert_close(tiles, wanted, **CLOSE)
+    with pytest.raises(MismatchError, match="SigLIP gives 16 patches and DINOv2 4: InstantCharac"):
+        character_features(NOISE, siglip, tiny_vision("Dinov2", 8), levels)
+    kind = Kind("instantcharacter", tmp_path)
+    with torch.no_grad(), kind.adapter.attached(kind.model):
+        prompt = kind.adapter.prompt(kind.adapter.tokens((shallow, deep, tiles)))
+        assert prompt.patches is not None
+        assert prompt.patches.shape == (1, 1, 32, 16)
+        with kind.adapter.using(prompt):
+            assert answer(kind.model, kind.inputs).isfinite().all()
+
+
+def test_a_pipeline_says_that_instantcharacter_reads_two_encoders(tmp_path: Path) -> None:
+    kind = Kind("instantcharacter", tmp_path)
+    tiny_flux().save_pretrained(tmp_path / "flux")
+    assert "64-wide features of SigLIP and DINOv2 together" in read_adapter(kind.path).suits()
+    with pytest.raises(
+        MismatchError, match="reads SigLIP and DINOv2 together, and a pipeline load"
+    ):
+        ImagePromptPipeline.from_pretrained(str(tmp_path / "flux"), adapter=kind.path, device="cpu")
+
+
+def test_an_adapter_of_some_layers_goes_through_a_pipeline(tmp_path: Path) -> None:
+    """XLabs' conditions the double blocks alone: its scales are for these."""
+    with seeded(13):
+        save_file(xlabs(32, 32, 2, embedding=FEATURE_DIMS["pooled"]), tmp_path / "a.safetensors")
+    tiny_flux().save_pretrained(tmp_path / "model")
+    encoder = tiny_encoder()
+    for part in (encoder.model, encoder.processor):
+        part.save_pretrained(tmp_path / "model" / "image_encoder")
+    pipe = ImagePromptPipeline.from_pretrained(
+        str(tmp_path / "model"), adapter=tmp_path / "a.safetensors", device="cpu"
+    )
+    alone = made(pipe, scale=0.0, guidance=1.0)
+    assert abs(made(pipe, guidance=1.0) - alone).max() > 0
+    assert np.array_equal(made(pipe, Reference(images=NOISE, blocks=0.0), guidance=1.0), alone)

@@ -149,7 +149,7 @@ FOREIGN = (
         (r"time_embedding\.linear_1\.|layers\.\d+\.2\.1\.|\.norm_ip\.",),
     ),
     (
-        "an InstantCharacter adapter: not supported yet",
+        "an InstantCharacter adapter, but not complete as its authors published it",
         (r"\.norm_ip_q\.",),
     ),
     (
@@ -202,6 +202,7 @@ FEATURES: dict[Feature, str] = {
     "pooled": "pooled embedding",
     "penultimate": "penultimate hidden states",
     "last": "last hidden states",
+    "character": "features of SigLIP and DINOv2 together",
     "face": "face embedding (ArcFace, of unit length)",
     "raw face": "face embedding (ArcFace, not normalised)",
     "face and crop": (

@@ -25,6 +25,7 @@ class LayoutName(StrEnum):
     ai_toolkit = "ai-toolkit"
     ai_toolkit_pixart = "ai-toolkit-pixart"
     lynx = "lynx"
+    instantcharacter = "instantcharacter"
 
 
 Answer = Annotated[

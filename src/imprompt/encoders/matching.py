@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from imprompt.encoders.character import CHARACTER
 from imprompt.encoders.face import FaceEncoder, FaceFeatures
 from imprompt.encoders.face_sources import UnknownFaces, face_encoder
 from imprompt.encoders.feature_cache import CachedFeatures, Store
@@ -42,6 +43,12 @@ def load_encoder(
     checked. Raise MismatchError, with both widths, if they differ, or if the encoder's weights are
     not those that the adapter was trained with.
     """
+    if file.variant.feature == CHARACTER:
+        raise MismatchError(
+            f"a {file.variant.name} adapter reads SigLIP and DINOv2 together, and a pipeline loads "
+            "one image encoder: make its features by imprompt.encoders.character, and give the "
+            "prompt by `with adapter.using(prompt):`"
+        )
     clip = (
         clip_encoder(file, location, model, given, device, dtype, keep, prepare)
         if file.variant.image_feature

@@ -107,6 +107,43 @@ class TimedKV(PublishedKV):
         return (x * torch.rsqrt(mean_square + 1e-6)).to(weight.dtype) * weight
 
 
+class HeadScale(nn.Module):
+    """Weight (d,) of a norm over each head, named as InstantCharacter's class names it."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(head_dim))
+
+
+class CharacterKV(TimedKV):
+    """Projections of InstantCharacter: the layer's query and the image's keys pass own norms."""
+
+    norms = ("norm_q.scale",)
+
+    def __init__(self, token_dim: int, inner_dim: int, head_dim: int) -> None:
+        super().__init__(token_dim, inner_dim, bias=True)
+        self.head_dim = head_dim
+        self.norm_q, self.norm_image = HeadScale(head_dim), HeadScale(head_dim)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build the projections for tensors of these shapes, by their names in this module."""
+        inner_dim, token_dim = shapes["to_k.weight"]
+        (head_dim,) = shapes["norm_q.scale"]
+        return cls(token_dim, inner_dim, head_dim)
+
+    @staticmethod
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        """Divide heads (B, H, L, d) by their root mean square, and multiply by a weight (d,)."""
+        root_mean_square = x.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+        return weight * (x / (root_mean_square + 1e-6))
+
+    def forward(self, tokens: Tensor, heads: int) -> KV:
+        """Project image tokens (B, N, D) to K' and V', each (B, H, N, d)."""
+        key, value = super().forward(tokens, heads)
+        return self.normed(key, self.norm_image.scale), value
+
+
 class AdaptiveKV(TimedKV):
     """Projections of InstantX' adapter for SD3: tokens pass a norm that the time modulates.
 
@@ -248,5 +285,6 @@ FORMS = {
         AttentionForm("ai-toolkit-pixart", ("pixart",), r".*", PublishedKV, widened=True),
         # every second block
         AttentionForm("lynx", ("wan",), r"blocks\.\d*[02468]\.attn2", WidthNormedKV),
+        AttentionForm("instantcharacter", ("flux",), r".*", CharacterKV, taps=("to_q",), time=1000),
     )
 }

@@ -227,4 +227,21 @@ PUBLISHED_LAYOUTS = (
         every=2,
         files={"resampler.safetensors": "resampler.", "ip_layers.safetensors": "ip_layers."},
     ),
+    PublishedLayout(
+        "instantcharacter",
+        "instantcharacter",
+        "instantcharacter",
+        (r"^ip_adapter\.\d+\.norm_ip_q\.scale$", r"^image_proj\.cross_layer_blocks\."),
+        {"image_proj.": ""},
+        kv_names(NUMBERED, "weight", "bias")
+        | {
+            "norm_q.scale": "ip_adapter.{layer}.norm_ip_q.scale",
+            "norm_image.scale": "ip_adapter.{layer}.norm_ip_k.scale",
+        },
+        spelling={
+            f"cross_{kind}_blocks.{{layer}}.{theirs}": f"cross_{kind}_blocks.{{layer}}.{ours}"
+            for kind in ("layer", "scale")
+            for theirs, ours in (("attn1", "of_own"), ("attn2", "of_others"))
+        },
+    ),
 )
