@@ -6,6 +6,7 @@ places.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import torch
@@ -172,6 +173,23 @@ JOINT_INPUTS = ("to_q", "to_qkv_mlp_proj", "img_qkv_proj")
 def own_width(layer: Any) -> int:
     """Return the width of the rows that a joint attention reads, picture and text."""
     return projection_of(layer, JOINT_INPUTS).in_features
+
+
+# --- Sizes of pictures.
+
+
+def own_area(pipeline: Any, width: int, height: int) -> tuple[int, int]:
+    """Return the size nearest to the pipeline's own area, as HiDream's computes it."""
+    unit, side = 2 * pipeline.vae_scale_factor, pipeline.default_sample_size
+    factor = sqrt((side * pipeline.vae_scale_factor) ** 2 / (width * height))
+    return int(width * factor // unit * unit), int(height * factor // unit * unit)
+
+
+def own_sizes(pipeline: Any, width: int, height: int) -> tuple[int, int]:
+    """Return the pipeline's own size with the nearest aspect ratio, as Kandinsky's chooses it."""
+    if (width, height) in pipeline.resolutions:
+        return width, height
+    return min(pipeline.resolutions, key=lambda size: abs(size[0] / size[1] - width / height))
 
 
 # --- Training.
@@ -542,10 +560,16 @@ ROWS = {
         picture=first,
         arguments=("hidden_states", "timesteps", "encoder_hidden_states_t5"),
         text_width=own_width,
-        alone=True,
+        axes={"encoder_hidden_states_llama3": 1},  # after those of the text encoder's layers
         text_arguments=(
             *("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"),
         ),
+        pipelines=text_alone("HiDreamImage"),
+        text_tokens=128,
+        tokenizer="tokenizer_3",
+        grain=2,
+        made_size=own_area,
+        native_latents=lambda _config: 128,
     ),
     "cogview4": TransformerRow(
         model="CogView4Transformer2DModel",
@@ -594,6 +618,12 @@ ROWS = {
         separate_branches=True,
         shared=("visual_rope_pos", "text_rope_pos"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
+        pipelines=text_alone("Kandinsky5T2I"),
+        text_tokens=512,
+        grain=2,
+        latent_pixels="vae_scale_factor_spatial",
+        made_size=own_sizes,
+        one_text=True,
     ),
     "krea2": TransformerRow(
         model="Krea2Transformer2DModel",
