@@ -214,9 +214,6 @@ def test_requests_share_a_call_of_the_model(joined: Joined) -> None:
         seats = [Seat(engine, call.prompts) for call in calls]
         groups = {engine.group(seat, call) for seat, call in zip(seats, calls, strict=True)}
         alone = [engine.run([call])[0] for call in calls]
-        if family.alone:
-            assert len(groups) == 2
-            return
         assert len(groups) == 1
         together = engine.run(calls)
         for one, other in zip(together, alone, strict=True):

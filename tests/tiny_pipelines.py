@@ -31,6 +31,8 @@ from tests.tiny import (
     tiny_sd3,
     tiny_sd3_model,
     tiny_t5,
+    tiny_text_encoder,
+    tiny_tokenizer,
 )
 from tests.zoo import specimen
 
@@ -429,6 +431,55 @@ def lumina_next() -> Any:
     )
 
 
+def kandinsky5() -> Any:
+    from diffusers.pipelines.kandinsky5 import pipeline_kandinsky_t2i
+
+    if not hasattr(pipeline_kandinsky_t2i, "ftfy"):  # not installed; it repairs broken letters
+        vars(pipeline_kandinsky_t2i)["ftfy"] = SimpleNamespace(fix_text=str)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 77
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with seeded(10):
+        pooled = freeze(transformers.CLIPTextModel(config))
+    return made(
+        "Kandinsky5T2I",
+        vae=vae(blocks=4),
+        text_encoder=qwen_encoder(16),
+        tokenizer=letters(None),
+        text_encoder_2=pooled,
+        tokenizer_2=tokenizer,
+        transformer=specimen("kandinsky5"),
+    )
+
+
+def hidream() -> Any:
+    tokenizer, t5 = tiny_tokenizer(), tiny_t5()
+    first, second = (
+        tiny_text_encoder(transformers.CLIPTextModelWithProjection, tokenizer, 16, seed=seed)
+        for seed in (8, 9)
+    )
+    return made(
+        "HiDreamImage",
+        vae=vae(),
+        text_encoder=first,
+        tokenizer=tokenizer,
+        text_encoder_2=second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5["text_encoder"],
+        tokenizer_3=t5["tokenizer"],
+        text_encoder_4=language("LlamaForCausalLM", "LlamaConfig", 16),
+        tokenizer_4=letters(),
+        transformer=specimen("hidream", text_emb_dim=32, caption_channels=[32, 16]),
+    )
+
+
 def controlnet(name: str, model: Any) -> Any:
     """A ControlNet of that class for a transformer, with noise where its weights start at zero."""
     kind = getattr(diffusers, name)
@@ -454,6 +505,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "flux2": {"text_encoder_out_layers": (0, 1, 2)},
     "klein": {"text_encoder_out_layers": (0, 1, 2)},
 }
+# What a pipeline says of its pictures' sizes, where it makes no others; here they are tiny.
+SIZES: dict[str, dict[str, Any]] = {
+    "kandinsky5": {"resolutions": [(32, 64), (64, 32)]},
+    "hidream": {"default_sample_size": 23},
+}
 FAMILY_PIPELINES: dict[str, Callable[[], Any]] = {
     "sana": sana,
     "qwen-image": qwen_image,
@@ -472,5 +528,7 @@ FAMILY_PIPELINES: dict[str, Callable[[], Any]] = {
     "longcat": longcat,
     "bria": bria,
     "prx": prx,
+    "kandinsky5": kandinsky5,
+    "hidream": hidream,
     "lumina-next": lumina_next,
 }

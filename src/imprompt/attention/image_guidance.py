@@ -46,13 +46,16 @@ def in_thirds(family: Family, given: Mapping[str, Any], kept: CachedValue) -> di
         )
 
     def three(name: str, value: Any) -> Any:
+        axis = family.axes.get(name, 0)
+
         def parts(tensor: Tensor) -> Tensor:
-            if tensor.ndim == 0 or len(tensor) % rows:  # some tensors of a video are per frame
+            # some tensors of a video are per frame
+            if tensor.ndim <= axis or tensor.shape[axis] % rows:
                 return tensor
-            half = len(tensor) // 2
+            negative, positive = tensor.chunk(2, axis)
             # The middle third is the negative text, and the positive half of any other argument.
-            middle = 0 if name in family.text_arguments else half
-            return torch.cat([tensor[:half], tensor[middle : middle + half], tensor[half:]])
+            middle = negative if name in family.text_arguments else positive
+            return torch.cat([negative, middle, positive], axis)
 
         if name in family.shared:
             return value

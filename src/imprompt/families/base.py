@@ -180,7 +180,9 @@ class Family(ABC):
     shared: tuple[str, ...] = ()  # arguments that are for all rows
     text_arguments: tuple[str, ...] = ()  # those that hold the text, which guidance leaves empty
     lists: tuple[str, ...] = ()  # arguments that are lists with one entry for each row
-    alone = False  # whether its calls cannot be merged with those of other requests
+    axes: Mapping[
+        str, int
+    ] = {}  # of the rows in arguments that have them on another than the first
     separate_branches = False  # whether pipelines run each branch of guidance in a separate call
     positive_first = False  # whether those that run both in one call put the positive one first
     text_widths: Mapping[int, str] = {}  # of known models -> their name
@@ -291,11 +293,19 @@ class Family(ABC):
     def native_side(self, pipeline: Any) -> int:
         """Return the side, in pixels, of the pictures that the pipeline's model was made for."""
         model = getattr(pipeline, self.component)
-        return self.native_latents(model.config) * pipeline.vae_scale_factor
+        return self.native_latents(model.config) * self.latent_pixels(pipeline)
+
+    def latent_pixels(self, pipeline: Any) -> int:
+        """Return the number of pixels along a side of one latent."""
+        return pipeline.vae_scale_factor
+
+    def made_size(self, pipeline: Any, width: int, height: int) -> tuple[int, int]:  # noqa: ARG002
+        """Return the width and height that the pipeline makes where it is asked for these."""
+        return width, height
 
     def side_unit(self, pipeline: Any) -> int:
         """Return what the sides of a picture, in pixels, must be multiples of."""
-        return lcm(pipeline.vae_scale_factor * self.grain, self.pixel_grain)
+        return lcm(self.latent_pixels(pipeline) * self.grain, self.pixel_grain)
 
     def guided(self, pipeline: Any, guidance: float, options: Mapping[str, Any]) -> bool:  # noqa: ARG002
         """Return whether the pipeline runs a negative branch with these arguments."""

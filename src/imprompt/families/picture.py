@@ -6,7 +6,7 @@ Rows of the table, in `imprompt.families.rows`, are made of these functions. Sha
 
 from collections.abc import Callable
 from itertools import pairwise
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -227,3 +227,20 @@ JOINT_INPUTS = ("to_q", "to_qkv_mlp_proj", "img_qkv_proj", "img_attn_qkv")
 def own_width(layer: Any) -> int:
     """Return the width of the rows that a joint attention reads, picture and text."""
     return projection_of(layer, JOINT_INPUTS).in_features
+
+
+# --- Sizes of pictures.
+
+
+def own_area(pipeline: Any, width: int, height: int) -> tuple[int, int]:
+    """Return the size nearest to the pipeline's own area, as HiDream's computes it."""
+    unit, side = 2 * pipeline.vae_scale_factor, pipeline.default_sample_size
+    factor = sqrt((side * pipeline.vae_scale_factor) ** 2 / (width * height))
+    return int(width * factor // unit * unit), int(height * factor // unit * unit)
+
+
+def own_sizes(pipeline: Any, width: int, height: int) -> tuple[int, int]:
+    """Return the pipeline's own size with the nearest aspect ratio, as Kandinsky's chooses it."""
+    if (width, height) in pipeline.resolutions:
+        return width, height
+    return min(pipeline.resolutions, key=lambda size: abs(size[0] / size[1] - width / height))

@@ -245,13 +245,11 @@ def as_heads(query: Tensor, layout: Layout, heads: int) -> Tensor:
     return query if layout == "BHLd" else query.transpose(1, 2)
 
 
-def with_image(x: Tensor, query: Tensor, conditioning: LayerConditioning,
-               own: Sequence[Tensor] = ()) -> Tensor:  # fmt: skip
+def with_image(x: Tensor, states: Sequence[Tensor], conditioning: LayerConditioning) -> Tensor:
     """Add the image prompts' attention to the picture's rows of x.
 
-    query  (B, H, L, d)
-    x      (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
-    own    the picture's keys and values (B, H, L, d), if there is one softmax over these too
+    states  query, and for one softmax the picture's keys and values, each (B, H, L, d)
+    x       (B, L, width of the heads or more), (B, L, H, d), or the picture's rows of that alone
     """
     rows = conditioning.rows
     if isinstance(rows, Tensor):

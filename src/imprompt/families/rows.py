@@ -29,7 +29,9 @@ from imprompt.families.picture import (
     list_patches,
     marked,
     normed,
+    own_area,
     own_places,
+    own_sizes,
     own_width,
     patches,
     tapped,
@@ -43,7 +45,7 @@ JOINT, PLAIN, CROSS = "joint_attention_kwargs", "attention_kwargs", "cross_atten
 PICTURES = ("Img2Img", "Inpaint")  # diffusers' names of tasks that start from a picture
 
 
-def tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
+def named_tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
     """Return tasks from text, and of these kinds, that are named in diffusers' usual way."""
     found = (f"{name}{kind}Pipeline" if kind in kinds else "" for kind in PICTURES)
     return Tasks(f"{name}Pipeline", *found)
@@ -51,12 +53,12 @@ def tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
 
 def text_alone(*names: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that start from text alone."""
-    return {f"{name}Pipeline": TaskTable(tasks(name, ()), controlled) for name in names}
+    return {f"{name}Pipeline": TaskTable(named_tasks(name, ()), controlled) for name in names}
 
 
 def three_tasks(name: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that start from text or a picture, and inpaint."""
-    return {f"{name}Pipeline": TaskTable(tasks(name, PICTURES), controlled)}
+    return {f"{name}Pipeline": TaskTable(named_tasks(name, PICTURES), controlled)}
 
 
 HEADS = ("num_attention_heads", "attention_head_dim")
@@ -104,7 +106,7 @@ ROWS = {
     "flux": flux_like(
         "FluxTransformer2DModel",
         channel=JOINT,
-        pipelines=three_tasks("Flux", tasks("FluxControlNet", PICTURES)),
+        pipelines=three_tasks("Flux", named_tasks("FluxControlNet", PICTURES)),
         control=ControlKind("FluxControlNetModel", JOINT_SIZES),
         text_tokens=512,
         tokenizer="tokenizer_2",
@@ -186,7 +188,7 @@ ROWS = {
         taps=normed("BLD"),
         grid=patches,
         progress=by_timestep,
-        pipelines=text_alone("Sana", controlled=tasks("SanaControlNet", ())),
+        pipelines=text_alone("Sana", controlled=named_tasks("SanaControlNet", ())),
         control=ControlKind("SanaControlNetModel", ("in_channels", "caption_channels", *HEADS)),
         text_tokens=300,
         pixel_grain=32,
@@ -270,7 +272,7 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes", "txt_seq_lens"),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
-        pipelines=three_tasks("QwenImage", tasks("QwenImageControlNet", ())),
+        pipelines=three_tasks("QwenImage", named_tasks("QwenImageControlNet", ())),
         control=ControlKind("QwenImageControlNetModel", JOINT_SIZES),
         text_tokens=512,
         grain=2,
@@ -343,10 +345,16 @@ ROWS = {
         picture=first,
         arguments=("hidden_states", "timesteps", "encoder_hidden_states_t5"),
         text_width=own_width,
-        alone=True,
+        axes={"encoder_hidden_states_llama3": 1},  # after those of the text encoder's layers
         text_arguments=(
             *("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"),
         ),
+        pipelines=text_alone("HiDreamImage"),
+        text_tokens=128,
+        tokenizer="tokenizer_3",
+        grain=2,
+        made_size=own_area,
+        native_latents=lambda _config: 128,
         compiles="parts",
     ),
     "cogview4": TransformerRow(
@@ -397,6 +405,12 @@ ROWS = {
         separate_branches=True,
         shared=("visual_rope_pos", "text_rope_pos"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
+        pipelines=text_alone("Kandinsky5T2I"),
+        text_tokens=512,
+        grain=2,
+        latent_pixels="vae_scale_factor_spatial",
+        made_size=own_sizes,
+        one_text=True,
     ),
     "krea2": TransformerRow(
         model="Krea2Transformer2DModel",

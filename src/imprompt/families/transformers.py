@@ -108,13 +108,15 @@ class TransformerRow:
     positive_first     whether pipelines that run both in one call put the positive one first
     shared             arguments that are for all rows of a batch
     lists              arguments that are lists with one entry for each row
-    alone              whether its calls cannot be merged with those of other requests
+    axes               the axis of the rows in arguments where it is not the first
     text_arguments     those that hold the text
     pipelines          tasks by the class of a saved pipeline
     text_tokens        that its pipelines encode, or fewer where the tokenizer takes fewer
     tokenizer          name, in a pipeline, of the tokenizer of that text
     grain              a picture's side, in latents, must be a multiple of it
     pixel_grain        and, in pixels, of this, whatever the VAE
+    made_size          (pipeline, width, height) -> those that it makes where it is asked for these
+    latent_pixels      name of a pipeline's number of pixels along a side of one latent
     native_latents     of a configuration: side, in latents, of the pictures that it was made for
     call_options       what its pipelines are always called with
     guidance           option of a pipeline's call that takes the guidance scale
@@ -147,7 +149,7 @@ class TransformerRow:
     positive_first: bool = False
     shared: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
-    alone: bool = False
+    axes: Mapping[str, int] = field(default_factory=dict)
     text_arguments: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask")
     pipelines: Mapping[str, TaskTable] = field(default_factory=dict)
     text_tokens: int | None = None
@@ -155,6 +157,8 @@ class TransformerRow:
     grain: int = 1
     pixel_grain: int = 1
     native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
+    made_size: Callable[[Any, int, int], tuple[int, int]] = lambda _pipeline, *size: size
+    latent_pixels: str = "vae_scale_factor"
     call_options: Mapping[str, Any] = field(default_factory=dict)
     guidance: str = "guidance_scale"
     negative: str = "guidance_scale"
@@ -298,7 +302,7 @@ class TransformerFamily(Family):
         self.classes, self.pipelines, self.no_words = (row.model, *row.alike), row.pipelines, ""
         self.grain, self.pixel_grain = row.grain, row.pixel_grain
         self.text_tokens = row.text_tokens
-        self.shared, self.lists, self.alone = row.shared, row.lists, row.alone
+        self.shared, self.lists, self.axes = row.shared, row.lists, row.axes
         self.channel, self.arguments = row.channel, row.arguments
         self.text_arguments = row.text_arguments
         self.guidance, self.one_text, self.control = row.guidance, row.one_text, row.control
@@ -427,6 +431,14 @@ class TransformerFamily(Family):
     def latent_channels(self, config: Given) -> int:
         """Return C of the latents (B, C, h, w), as the row states it."""
         return self.training.latent_channels(config)
+
+    def latent_pixels(self, pipeline: Any) -> int:
+        """Return the number of pixels along a side of one latent, by the row's name for it."""
+        return getattr(pipeline, self.row.latent_pixels)
+
+    def made_size(self, pipeline: Any, width: int, height: int) -> tuple[int, int]:
+        """Return the size that the pipeline makes, as the row states it."""
+        return self.row.made_size(pipeline, width, height)
 
     def native_latents(self, config: Given) -> int:
         """Return the side of the pictures in latents, as the row states it."""

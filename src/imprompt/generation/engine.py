@@ -102,13 +102,14 @@ class Seat:
                 return tuple(part(own, name) for own in value)
             if not isinstance(value, Tensor):
                 return value if isinstance(value, Hashable) else id(value)
-            if name not in family.shared and value.ndim and len(value) == call.rows:
-                return value.dtype, tuple(value.shape[1:])
+            axis = family.axes.get(name, 0)
+            if name not in family.shared and value.ndim and value.shape[axis] == call.rows:
+                return value.dtype, (*value.shape[:axis], *value.shape[axis + 1 :])
             kept = self.read.setdefault(name, CachedValue())
             held = kept.get(lambda _: ([value], None), lambda: bytes_of(value))
             return value.dtype, tuple(value.shape), held
 
-        return (id(self) if family.alone else None, part(call.given, ""))
+        return part(call.given, "")
 
     def keep_others_out(self) -> None:
         """Take the lock for encoding and decoding, which one request at a time may do."""
@@ -310,7 +311,8 @@ class Engine:
             times = [torch.as_tensor(v, device=self.device) for v in values]
             return torch.cat([t.reshape(-1).expand(n) for t, n in zip(times, rows, strict=True)])
         if isinstance(first, Tensor):
-            return self.keep(path, list(values), lambda: torch.cat(list(values)))
+            axis = self.family.axes.get(argument, 0)
+            return self.keep(path, list(values), lambda: torch.cat(list(values), axis))
         return first
 
     def keep(self, path: str, sources: list[Any], compute: Callable[[], Any]) -> Any:

@@ -385,7 +385,7 @@ class ImagePromptPipeline:
 
     def _call(self, settings: Resolved, guided: bool) -> CallContext:
         unit, timesteps = (
-            self.pipeline.vae_scale_factor,
+            self.family.latent_pixels(self.pipeline),
             self.pipeline.scheduler.config.num_train_timesteps,
         )
         size = settings.height // unit, settings.width // unit
@@ -467,6 +467,12 @@ class ImagePromptPipeline:
                 raise SettingError(
                     f"{name} = {value}: this model takes multiples of {unit}, such as {sizes}"
                 )
+        made = self.family.made_size(self.pipeline, *resolved.size)
+        if made != resolved.size:
+            raise SettingError(
+                f"width = {resolved.width}, height = {resolved.height}: a "
+                f"{type(self.pipeline).__name__} makes {made[0]} × {made[1]} of it: give these"
+            )
         if resolved.steps > (most := self.pipeline.scheduler.config.num_train_timesteps):
             raise SettingError(
                 f"steps = {resolved.steps}: this model's noise schedule has {most}, give fewer"
