@@ -372,8 +372,6 @@ TIMED = (  # of those whose tokens depend on the time: see `imprompt.families.ti
     ),
 )
 BY_NAME = {row.name: row for row in (*VARIANTS, *FACES, *TRANSFORMERS, *TIMED)}
-# Files of those whose tokens depend on the time bear the signatures of others too.
-SIGNED = (*TIMED, *VARIANTS, *FACES, *TRANSFORMERS)
 # Kolors, whose text projection the tokens of its FaceID pass, is no family that can be trained on.
 TRAINABLE = {row.name: row for row in (*VARIANTS, *FACES) if not row.widened}
 
@@ -396,7 +394,9 @@ def find_variant(name: str) -> Variant:
 def bearing(keys: Collection[str]) -> tuple[Variant, ...]:
     """Return the variants whose projection has tensors of these names.
 
-    The first signature that is among the names decides.
+    The first signature that is among the names decides; projections that depend on the time come
+    first, because they have tensors of others' names too.
     """
-    signature = next((row.signature for row in SIGNED if row.signature in keys), None)
-    return tuple(row for row in SIGNED if row.signature == signature)
+    rows = (*TIMED, *BY_NAME.values())
+    signature = next((row.signature for row in rows if row.signature in keys), None)
+    return tuple(row for row in BY_NAME.values() if row.signature == signature)
