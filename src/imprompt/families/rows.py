@@ -261,7 +261,7 @@ def sd3_inputs(model: Any, latents: Tensor, timestep: Tensor, given: Conditions)
     }
 
 
-def tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
+def named_tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
     """Return tasks from text, and of these kinds, that are named in diffusers' usual way."""
     found = (f"{name}{kind}Pipeline" if kind in kinds else "" for kind in PICTURES)
     return Tasks(f"{name}Pipeline", *found)
@@ -269,12 +269,12 @@ def tasks(name: str, kinds: tuple[str, ...]) -> Tasks:
 
 def text_alone(*names: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that start from text alone."""
-    return {f"{name}Pipeline": TaskTable(tasks(name, ()), controlled) for name in names}
+    return {f"{name}Pipeline": TaskTable(named_tasks(name, ()), controlled) for name in names}
 
 
 def three_tasks(name: str, controlled: Tasks | None = None) -> Mapping[str, TaskTable]:
     """Return the tasks of pipelines that start from text or a picture, and inpaint."""
-    return {f"{name}Pipeline": TaskTable(tasks(name, PICTURES), controlled)}
+    return {f"{name}Pipeline": TaskTable(named_tasks(name, PICTURES), controlled)}
 
 
 HEADS = ("num_attention_heads", "attention_head_dim")
@@ -329,7 +329,7 @@ ROWS = {
     "flux": flux_like(
         "FluxTransformer2DModel",
         channel=JOINT,
-        pipelines=three_tasks("Flux", tasks("FluxControlNet", PICTURES)),
+        pipelines=three_tasks("Flux", named_tasks("FluxControlNet", PICTURES)),
         control=ControlKind("FluxControlNetModel", JOINT_SIZES),
         text_tokens=512,
         tokenizer="tokenizer_2",
@@ -423,7 +423,7 @@ ROWS = {
         taps=normed("BLD"),
         grid=patches,
         progress=by_timestep,
-        pipelines=text_alone("Sana", controlled=tasks("SanaControlNet", ())),
+        pipelines=text_alone("Sana", controlled=named_tasks("SanaControlNet", ())),
         control=ControlKind("SanaControlNetModel", ("in_channels", "caption_channels", *HEADS)),
         text_tokens=300,
         pixel_grain=32,
@@ -502,7 +502,7 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes", "txt_seq_lens"),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
-        pipelines=three_tasks("QwenImage", tasks("QwenImageControlNet", ())),
+        pipelines=three_tasks("QwenImage", named_tasks("QwenImageControlNet", ())),
         control=ControlKind("QwenImageControlNetModel", JOINT_SIZES),
         text_tokens=512,
         grain=2,
