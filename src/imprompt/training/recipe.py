@@ -136,8 +136,8 @@ class Validation(Part):
     """
 
     every: Count | None = None  # steps; none is made if not given
-    # steps between measurements of the loss with own and with shuffled references; None: never
-    shuffled_every: Count | None = 500
+    # steps between measurements of the loss with own and with shuffled references; 0: never
+    shuffled_every: Annotated[int, Field(ge=0)] = 500
     images: tuple[Path, ...] = ()  # image prompts; the first held-out references if not given
     texts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
     scales: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
