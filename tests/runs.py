@@ -88,7 +88,7 @@ def recipe(source: Path | str, output: Path, steps: int = 6, **changes: Any) -> 
             "learning_rate": 1e-3,
             "precision": "fp32",
         },
-        "validation": {"shuffled_every": None},
+        "validation": {"shuffled_every": 0},
         "logging": {"every": 1, "to": []},
     }
     for key, change in changes.items():

@@ -11,6 +11,7 @@ from imprompt.cli.recipes import AllowPipe, open_recipe
 from imprompt.errors import ImpromptError, SettingError
 
 if TYPE_CHECKING:
+    from imprompt.training.feature_size import FeatureSize
     from imprompt.training.recipe import Recipe
 
 PATIENCE = timedelta(days=7)  # how long a process waits for those with more to encode
@@ -97,9 +98,13 @@ def fill(plan: "Recipe", folder: Path) -> None:
         def on_done(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
+        def on_size(size: "FeatureSize") -> None:
+            if processes.is_main_process:
+                progress.console.print(f"{folder}  {size}", soft_wrap=True, markup=False)
+
         share = RankSlice(processes.process_index, processes.num_processes)
         with locked_features(folder, processes):
-            encode_features(plan, source, frozen, share, on_done)
+            encode_features(plan, source, frozen, share, on_done, on_size)
     if processes.is_main_process:
         totals = read_manifest(folder)["totals"]
         rows = (

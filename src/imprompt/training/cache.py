@@ -4,7 +4,7 @@
                         has one plan
     nulls.safetensors   features that replace dropped images and captions
     shard-000012.tar    NUMBER.safetensors and NUMBER.json of each sample, as the webdataset library
-                        reads them
+                        reads them; without the text's masked rows
     shard-000012.json   where each sample lies in the tar, and which are bad; a shard is complete
                         when both its files exist
     manifest.json       the plan, all shards and all bad samples; written when every shard is
@@ -30,6 +30,7 @@ from safetensors.torch import load, load_file
 from imprompt.errors import SettingError, first_line
 from imprompt.files import sha256
 from imprompt.training.augmented import FeatureContent
+from imprompt.training.features import padded_text
 from imprompt.training.samples import BadSample
 from imprompt.untrusted import StoredTable, read_json
 from imprompt.variants import PARTS
@@ -300,7 +301,7 @@ class FeatureReader:
                 f"{shard_file(self.folder, number, '.tar')} is damaged or cut short",
                 "damaged",
             )
-        tensors = load(held)
+        tensors = padded_text(load(held))
         side = "_flip" if flip else ""
         mask = tensors.pop("mask", None)
         references = {part: tensors.pop(part) for part in PARTS if part in tensors}

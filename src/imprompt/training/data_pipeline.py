@@ -33,6 +33,7 @@ from imprompt.training.cache import (
 from imprompt.training.contents import edited_samples
 from imprompt.training.encoding import encode_set, source_origin
 from imprompt.training.examples import Examples
+from imprompt.training.feature_size import FeatureSize
 from imprompt.training.features import FeatureEncoder, wanted_identity
 from imprompt.training.model import Measures, encoder_place
 from imprompt.training.order import Order, SampleIndex
@@ -85,8 +86,9 @@ def encode_features(
     frozen: FeatureEncoder,
     share: RankSlice,
     on_done: Callable[[int, int], None],
+    on_size: Callable[[FeatureSize], None] = lambda _size: None,
 ) -> None:
-    """Encode this process's part of the recipe's features folder."""
+    """Encode this process's part of the recipe's features folder; see `encode_set`."""
     assert recipe.data.features is not None
     sizes = bucket_sizes(recipe.data, frozen.size(recipe.data))
     examples = Examples(source, sizes, frozen.unit, frozen.references)
@@ -99,6 +101,7 @@ def encode_features(
         rank=share.rank,
         ranks=share.ranks,
         on_done=on_done,
+        on_size=on_size,
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,7 +39,8 @@ from imprompt.training.cache import (
 )
 from imprompt.training.contents import digest_of, edited_samples, stamp_of
 from imprompt.training.examples import Example, bucket_of
-from imprompt.training.features import FeatureEncoder
+from imprompt.training.feature_size import FeatureSize, check_budget, feature_size
+from imprompt.training.features import FeatureEncoder, packed_text
 from imprompt.training.recipe import Data
 from imprompt.training.samples import BadSample, Source
 from imprompt.untrusted import read_json
@@ -61,6 +62,7 @@ def encode_set(
     rank: int = 0,
     ranks: int = 1,
     on_done: Callable[[int, int], None] = lambda _done, _total: None,
+    on_size: Callable[[FeatureSize], None] = lambda _size: None,
     shard: int = SHARD,
 ) -> None:
     """Encode this process's shards that are not in `folder` yet, or whose samples were edited.
@@ -70,9 +72,11 @@ def encode_set(
     examples  returns the sample of a number or raises BadSample; it is sent to `data.workers`
               reading processes
     on_done   (samples done, samples in all) of this process
+    on_size   receives the size of the features, before any is encoded
     shard     samples in a shard
 
-    Raise SettingError if the folder holds features of another plan; ImpromptError if it is finished
+    Raise SettingError if the folder holds features of another plan, or would be larger than
+    `data.features_gb`; what is encoded by then stays. Raise ImpromptError if it is finished
     and more of its samples are bad than `data.max_bad` allows.
     """
     plan = plan_of(source, encoder, data, shard)
@@ -88,7 +92,11 @@ def encode_set(
         if (table := shard_table(folder, number)) is None or edited_samples(source, samples, table)
     }
     if absent:
+        size = feature_size(plan, load_file(folder / "nulls.safetensors"), data)
+        on_size(size)
+        check_budget(folder, size.least, data.features_gb)
         (folder / "manifest.json").unlink(missing_ok=True)
+    written = [0, 0]  # samples and bytes
     total = sum(map(len, own.values()))
     done = total - sum(map(len, absent.values()))
     on_done(done, total)
@@ -109,7 +117,9 @@ def encode_set(
             "stamps": [stamp_of(source, index) for index in samples],
             "digests": [digest_of(source, index) for index in samples],
         }
-        write_shard(folder, number, names, islice(rows, len(samples)), marks, rank)
+        held = write_shard(folder, number, names, islice(rows, len(samples)), marks, rank)
+        written = [written[0] + len(samples), written[1] + held]
+        check_budget(folder, written[1] * plan["samples"] // written[0], data.features_gb)
     if manifest := finish_folder(folder, plan, rank):
         check_bad(folder, manifest, data.max_bad)
 
@@ -269,8 +279,8 @@ def write_shard(
     rows: Iterable[EncodedRow],
     marks: Table,
     rank: int,
-) -> None:
-    """Write a shard's tar, then its table.
+) -> int:
+    """Write a shard's tar, then its table; return the tar's bytes.
 
     `names` are those of all its samples, in order, `marks` their stamps and digests. The rows may
     come in any order.
@@ -306,6 +316,7 @@ def write_shard(
     }
     table["seal"] = seal(table)
     write_table(shard_file(folder, number, ".json"), table, rank)
+    return table["bytes"]
 
 
 def append(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -458,7 +469,7 @@ def encoded(read: Read, encoder: FeatureEncoder, data: Data) -> Iterator[dict[st
     if data.columns.mask:
         rows["mask"] = read.tensors["mask"].unbind()
     for values in zip(*rows.values(), strict=True):
-        yield dict(zip(rows, values, strict=True))
+        yield packed_text(dict(zip(rows, values, strict=True)))
 
 
 def stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

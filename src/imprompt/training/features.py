@@ -4,7 +4,7 @@ Shape letters as in `imprompt.adapter`; C latent channels, h and w their height 
 encoder's input side, P the width of a pooled text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -146,6 +146,31 @@ class FeatureEncoder:
             **of_faces,
             "text_fingerprint": " ".join(fingerprint(part) for part in texts if part is not None),
         }
+
+
+def packed_text(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a sample's features without the text's masked rows, which no attention reads.
+
+    Text (T, D) becomes (rows of the caption, D) where the family has a "text_mask" (T,).
+    """
+    held = dict(features)
+    if "text_mask" in held:
+        held["text"] = held["text"][held["text_mask"].bool()]
+    return held
+
+
+def padded_text(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a sample's features with zeros as the text's masked rows: undo `packed_text`.
+
+    Texts that hold all rows, as older versions stored them, stay what they are.
+    """
+    held = dict(features)
+    mask = held.get("text_mask")
+    if mask is not None and len(held["text"]) < len(mask):
+        text = held["text"]
+        held["text"] = text.new_zeros(len(mask), text.shape[1])
+        held["text"][mask.bool()] = text
+    return held
 
 
 def parts_of(variant: Variant) -> tuple[str, ...]:

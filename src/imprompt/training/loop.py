@@ -74,7 +74,7 @@ def due(step: int, every: int | None, last: bool = False) -> bool:
 
     last  whether it is done now in any case
     """
-    return every is not None and (last or step % every == 0)
+    return bool(every) and (last or step % every == 0)
 
 
 class Run:

@@ -59,6 +59,8 @@ class Data(Part):
     captions: Literal["required", "optional"] = "required"
     # folder of encoded features: encoded first if necessary, then read instead of the pictures
     features: Path | None = None
+    # largest size of that folder in GB, 1e9 bytes; more is not encoded. None: no limit
+    features_gb: Annotated[float, Field(gt=0)] | None = None
     # pixels a side, or a side of the square with a bucket's area; the model's own if not given
     size: Annotated[int, Field(ge=8)] | None = None
     # keep the aspect ratio, in steps of `bucket_step`, at the area of size × size
@@ -152,8 +154,8 @@ class Validation(Part):
     """
 
     every: Count | None = None  # steps; none is made if not given
-    # steps between measurements of the loss with own and with shuffled references; None: never
-    shuffled_every: Count | None = 500
+    # steps between measurements of the loss with own and with shuffled references; 0: never
+    shuffled_every: Annotated[int, Field(ge=0)] = 500
     images: tuple[Path, ...] = ()  # image prompts; the first held-out references if not given
     texts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
     scales: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0,)
