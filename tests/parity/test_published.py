@@ -30,7 +30,7 @@ from imprompt.checkpoints.adapters import (
     write_adapter,
 )
 from imprompt.checkpoints.published import check_form, module_tensors, published_layout
-from imprompt.cli.adapters import LayoutName
+from imprompt.cli.adapters import LayoutName, convert
 from imprompt.errors import CheckpointError, MismatchError, SettingError
 from imprompt.families.base import find_family
 from imprompt.families.forms import FORMS
@@ -609,6 +609,19 @@ def test_lynx_is_two_files_of_which_either_names_both(tmp_path: Path) -> None:
     (kind.path / "resampler.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"resampler\.safetensors: there is no such file"):
         read_adapter(kind.path / "ip_layers.safetensors")
+
+
+def test_convert_writes_lynx_as_a_folder_and_replaces_nothing(tmp_path: Path) -> None:
+    kind, own, folder = Kind("lynx", tmp_path), tmp_path / "own.safetensors", tmp_path / "folder"
+    convert(kind.path, own)
+    convert(own, folder, LayoutName.lynx)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in kind.path.iterdir()}
+    for one, other in zip(read_adapter(folder).tensors, read_adapter(own).tensors, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(SettingError, match=r"resampler\.safetensors exists"):
+        convert(own, folder, LayoutName.lynx)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        convert(own, own / "inside", LayoutName.lynx)
 
 
 @pytest.mark.parametrize("more", ["registers", "to_k_ip.bias"])

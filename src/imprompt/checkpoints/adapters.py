@@ -34,7 +34,7 @@ from imprompt.checkpoints.published import (
 from imprompt.checkpoints.spellings import original_spelling
 from imprompt.checkpoints.states import state_at
 from imprompt.checkpoints.tensors import INDEX, check_plain, read_tensors, some, write_tensors
-from imprompt.errors import CheckpointError, MismatchError, SettingError
+from imprompt.errors import CheckpointError, MismatchError, SettingError, first_line
 from imprompt.families.base import Family, family_of
 from imprompt.families.forms import AttentionForm
 from imprompt.families.published_files import PUBLISHED_LAYOUTS, PublishedLayout
@@ -382,7 +382,10 @@ def write_adapter(
             raise CheckpointError(f"the {layout} layout is for other adapters than this one")
         tensors = file_tensors(row, file.projection, file.states)
         for place, own in by_file(row, tensors, path).items():
-            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CheckpointError(f"cannot write {place}: {first_line(error)}") from error
             write_tensors(place, own, {})
         return
     form = layouts.layout_to_write(layout, path.suffix)

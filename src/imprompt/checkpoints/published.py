@@ -46,6 +46,12 @@ def files_at(path: Path) -> dict[str, Path]:
     return {}
 
 
+def places_of(layout: str, target: Path) -> list[Path]:
+    """Return the files that an adapter is written to in that layout: `target`, or files in it."""
+    row = next((own for own in PUBLISHED_LAYOUTS if own.name == layout), None)
+    return [target / name for name in row.files] if row and row.files else [target]
+
+
 def by_file(row: PublishedLayout, tensors: Tensors, path: Path) -> dict[Path, Tensors]:
     """Return the tensors of every file that an adapter is written to at `path`, by their keys."""
     if not row.files:

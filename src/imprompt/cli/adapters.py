@@ -70,7 +70,9 @@ def convert(
     source: Annotated[Path, typer.Argument(help="An adapter file in any known layout.")],
     target: Annotated[
         Path,
-        typer.Argument(help="The file to write: .safetensors, or .bin for the paper's layout."),
+        typer.Argument(
+            help="The file to write: .safetensors, .bin for the paper's layout, a folder for lynx."
+        ),
     ],
     to: Annotated[
         LayoutName, typer.Option("--to", help="The layout to write.")
@@ -88,9 +90,11 @@ def convert(
     A .bin has no place for the header; .safetensors keeps it.
     """
     from imprompt.checkpoints.adapters import read_adapter, write_adapter
+    from imprompt.checkpoints.published import places_of
     from imprompt.files import check_output
 
-    check_output(target, [source], force)
+    for place in places_of(to.value, target):
+        check_output(place, [source], force)
     file = read_adapter(source, variant, head_dim)
     write_adapter(target, file, to.value, layers_of(model) if model else None)
     print(f"{target}  {to.value} layout")

@@ -29,7 +29,8 @@ Text = Annotated[str, AfterValidator(_text)]
 Prompt = Annotated[Any, PlainValidator(_prompt)]  # a text, or several as a tuple
 ADAPTER = "base, plus, a file, a training run's state, or a Hub file."
 ModelName = Annotated[
-    str, Field(description="emoji, sd15, sdxl, a folder or a Hub id: see `imprompt models`.")
+    str,
+    Field(description="emoji, sd15, flux or another of `imprompt models`, a folder or a Hub id."),
 ]
 EncoderName = Annotated[
     str | None,
