@@ -247,14 +247,14 @@ class ModelInjection(ABC):
         if changing := [prompt.scale for prompt in prompts if prompt.scale.ndim == 3]:
             self.check_time(call, scope, changing[0])
         positive = None
-        if self.family.separate_branches:
-            if scope is None and any(prompt.branches > 1 for prompt in prompts):
+        if self.family.separate_branches and any(prompt.branches > 1 for prompt in prompts):
+            if scope is None:
                 raise MismatchError(
                     f"a {type(model).__name__} runs the branches of guidance in separate "
                     "calls: "
                     "give image prompts by `with adapter.using(prompt):`"
                 )
-            positive = scope.positive(call) if scope is not None else None
+            positive = scope.positive(call)
         return self.hand_over(
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )
