@@ -1,4 +1,4 @@
-"""Operators and arithmetic of a guided UNet step: what an image prompt adds on any machine.
+"""Operators and arithmetic of a step: what an image prompt adds on any machine.
 
     python -m benchmarks.operators
 
@@ -10,7 +10,7 @@ on a GPU, and so is our own kernel.
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from math import prod
@@ -34,12 +34,15 @@ from benchmarks.implementations import (
 from benchmarks.random_models import RANDOM_MODELS
 from benchmarks.record import Bar, Record, join, left_out, note, options, parsed, table, verdicts
 from benchmarks.setting import PromptedSetting
+from benchmarks.transformer_models import OURS_AS_PEER, TransformerScene
 from imprompt.attention.low_rank import PARTS, AttentionLowRank, LowRank, ModelLowRank
 from imprompt.families.base import family_of
 from imprompt.training.estimate import flash
 
 TITLE = "Operators and arithmetic of a step"
 MODELS = ("sd15", "sdxl")
+TRANSFORMERS = ("flux-dev", "sd3.5-medium", "pixart-sigma")
+ADDED = 2  # operators of ours for each layer of a transformer: the attention, and its sum
 LARGEST = {"sd15": 711, "sdxl": 1793}  # operators of ours with one image prompt
 FUSED = "ours, fused kernel"  # used on GPUs where it is faster
 RANK = 128  # of the published FaceID adapters
@@ -91,8 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = Record("operators", arguments, "cpu", args.record)
     if not find_spec("triton"):
         record.skip(FUSED, "Triton is not installed")
-    for found in run(args.model or MODELS):
+    models = args.model or (*MODELS, *TRANSFORMERS)
+    for found in run([model for model in models if model in MODELS]):
         record.add(found, bars_of(found))
+    for model in models:
+        if model in TRANSFORMERS:
+            found = transformer_counts(model)
+            record.add(found, transformer_bars(found))
     record.show(section(record.rows))
     return 0
 
@@ -102,7 +110,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options("operators", __doc__)
     parser.set_defaults(device="cpu")  # even with a GPU: nothing is timed
     parser.add_argument(
-        "--model", choices=MODELS, nargs="+", help="models to count (default: both)"
+        "--model",
+        choices=(*MODELS, *TRANSFORMERS),
+        nargs="+",
+        help="models to count (default: all)",
     )
     return parsed(parser, arguments, narrows=("model",))
 
@@ -123,6 +134,30 @@ def run(models: Sequence[str]) -> Iterator[dict[str, Any]]:
                 model, case.name, *(f"{name} {count['operators']}" for name, count in found.items())
             )
             yield {"model": model, "case": asdict(case), "counts": found}
+
+
+def transformer_counts(model: str) -> dict[str, Any]:
+    """Count operators and FLOPs of a transformer's step, for each implementation.
+
+    The image prompt of ours is made before; diffusers' adapters project theirs in every step.
+    """
+    scene, found = TransformerScene(model, "meta", torch.bfloat16), {}
+    layers = len(family_of(scene.base).layers(scene.base))
+    with mock.patch.object(F, "scaled_dot_product_attention", flash):
+        for name, make in scene.calls().items():
+            step = make()
+            first, later = (counting(Operators(), step).count for _ in range(2))
+            flops = counting(FlopCounterMode(display=False), step).get_total_flops()
+            found[name] = {"first": first, "operators": later, "flops": flops}
+            note(model, f"{name} {later}")
+    return {"model": model, "layers": layers, "rows": scene.of.batch, "counts": found}
+
+
+def counting(mode: Any, step: Callable[[], Any]) -> Any:
+    """Take a step under a counting mode, and return the mode."""
+    with mode:
+        step()
+    return mode
 
 
 def counted(case: Case) -> dict[str, str]:
@@ -265,13 +300,51 @@ def bars_of(found: Mapping[str, Any]) -> list[Bar]:
     ]
 
 
+def transformer_bars(found: Mapping[str, Any]) -> list[Bar]:
+    """Return the bars on the operators that our adapters add to a transformer's step."""
+    counts_of, layers = found["counts"], found["layers"]
+    return [
+        Bar(
+            f"operators that {name} adds to a step, {found['model']}, {layers} layers",
+            counts_of[name]["operators"] - counts_of[TEXT]["operators"],
+            ADDED * layers,
+            most=True,
+        )
+        for name in (IMPROMPT, OURS_AS_PEER)
+        if name in counts_of
+    ]
+
+
 def section(rows: Mapping[str, Any]) -> str:
     """Return a record's tables in Markdown."""
     parts = [
         model_table(model, [row for row in rows["outcomes"] if row["model"] == model])
         for model in MODELS
     ]
-    return join(*parts, verdicts(rows), left_out(rows))
+    transformers = [row for row in rows["outcomes"] if row["model"] in TRANSFORMERS]
+    return join(*parts, transformer_table(transformers), verdicts(rows), left_out(rows))
+
+
+def transformer_table(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of the transformers in Markdown, empty if none was counted."""
+    lines = []
+    for row in outcomes:
+        bare = row["counts"][TEXT]
+        for name, count in row["counts"].items():
+            more = count["operators"] - bare["operators"]
+            lines.append(
+                (
+                    f"{row['model']}, {row['layers']} layers, batch {row['rows']}",
+                    name,
+                    f"{count['operators']:,}",
+                    "-" if name == TEXT else f"{more:+,} ({more / row['layers']:.2f} a layer)",
+                    f"{count['flops'] / 1e12:.3f} ({count['flops'] / bare['flops'] - 1:+.2%})",
+                )
+            )
+    if not lines:
+        return ""
+    heads = ("transformer", "who", "operators a step", "more than text only", "TFLOP a step")
+    return f"Transformers, 1024 pixels, one image prompt\n\n{table(heads, lines)}"
 
 
 def model_table(model: str, outcomes: Sequence[Mapping[str, Any]]) -> str:

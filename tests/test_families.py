@@ -292,7 +292,7 @@ def test_the_image_is_added_to_the_picture_after_a_text(text: int, whole: bool) 
     conditioning = LayerConditioning(
         ((key, value),), torch.full((1, 1, 1, 1, 1), 0.5), slice(text, None)
     )
-    torch.testing.assert_close(with_image(x, query, conditioning), expected)
+    torch.testing.assert_close(with_image(x, [query], conditioning), expected)
 
 
 def test_rows_have_prompts_of_their_own(tiny: Tiny) -> None:

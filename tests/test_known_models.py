@@ -22,7 +22,7 @@ from tests.parity.test_published import hunyuandit, instantx, xlabs
 from tests.tiny import FEATURE_DIMS, pictures, seeded, tiny_encoder, tiny_flux
 
 PIPELINES = {
-    "flux": "FluxPipeline",
+    "flux-dev": "FluxPipeline",
     "sd35-large": "StableDiffusion3Pipeline",
     "sd35-medium": "StableDiffusion3Pipeline",
     "kolors": "KolorsPipeline",
@@ -69,7 +69,7 @@ def test_the_list_says_what_a_user_must_know(capsys: pytest.CaptureFixture[str])
 def test_a_hub_file_of_a_known_adapter_is_that_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Location, "fetch_file", lambda self: Path(self.path))
     found = find_adapter(MODELS["chroma"], "XLabs-AI/flux-ip-adapter-v2/ip_adapter.safetensors")
-    assert found == find_adapter(MODELS["flux"], None)
+    assert found == find_adapter(MODELS["flux-dev"], None)
     assert (found.encoder, found.usual) == (
         Location("openai/clip-vit-large-patch14"),
         Usual(1.0, 50, 4.0),

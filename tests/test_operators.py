@@ -32,6 +32,8 @@ from benchmarks.operators import (
     setting_of,
 )
 from benchmarks.setting import PromptedSetting
+from benchmarks.transformer_models import OURS_AS_PEER
+from benchmarks.transformer_models import PEER as TRANSFORMER_PEER
 
 LAYERS = {"sd15": 16, "sdxl": 70}
 
@@ -107,3 +109,51 @@ def test_width_and_contents_do_not_matter(name: str) -> None:
     joined, timestep = IMPLEMENTATIONS[name](of), torch.tensor([5])
     joined(of.latents, timestep)
     assert operators.seen_by(Operators(), joined, of, timestep).count == steps(name, "sd15", BASE)
+
+
+# what diffusers' adapter adds to a step, in which its image is projected anew
+TRANSFORMER_PEERS = {
+    "flux-tiny": 16,
+    "sd3-tiny": 216,
+    "pixart-tiny": None,
+    "flux-dev": 135,
+    "sd3.5-medium": 1008,
+    "pixart-sigma": None,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(name for name in TRANSFORMER_PEERS if name.endswith("-tiny")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in operators.TRANSFORMERS),
+    ],
+)
+def test_a_transformer_s_layer_has_the_attention_and_its_sum_more(model: str) -> None:
+    """Nothing is added to a step but that, and nothing is left to its first one."""
+    found = operators.transformer_counts(model)
+    count, layers = found["counts"], found["layers"]
+    text = count[TEXT]["operators"]
+    assert count[IMPROMPT] == count[IMPROMPT] | {
+        "operators": text + 2 * layers,
+        "first": text + 2 * layers,
+    }
+    assert all(bar.met for bar in operators.transformer_bars(found))
+    more = TRANSFORMER_PEERS[model]
+    assert (TRANSFORMER_PEER in count) == (more is not None)
+    if more is not None:
+        assert count[TRANSFORMER_PEER]["operators"] - text == more
+        assert count[IMPROMPT]["operators"] < count[TRANSFORMER_PEER]["operators"]
+    if OURS_AS_PEER in count:  # XLabs' is for the double blocks alone
+        form = {"flux-tiny": 2, "flux-dev": 19}[model]
+        assert count[OURS_AS_PEER]["operators"] - text == 3 * form  # the block sums a third part
+
+
+def test_the_table_of_transformers() -> None:
+    one = {"operators": 10, "first": 10, "flops": 2e12}
+    row = {"model": "flux-dev", "layers": 4, "rows": 1}
+    more = one | {"operators": 18, "flops": 2.01e12}
+    made = operators.transformer_table([row | {"counts": {TEXT: one, IMPROMPT: more}}])
+    assert (
+        "| flux-dev, 4 layers, batch 1 | ours | 18 | +8 (2.00 a layer) | 2.010 (+0.50%) |" in made
+    )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from imprompt.errors import MismatchError
 from imprompt.families.base import Family, Injection, LayerSize, family_of
-from imprompt.prompt import ImagePrompt
+from imprompt.prompt import ImagePrompt, check_batch
 
 
 class ImageProjection(nn.Module):
@@ -59,6 +59,14 @@ class ImageKV(nn.Module):
         """Project image tokens (B, N, D) to K' and V', each (B, H, N, d), in the weights' dtype."""
         tokens = tokens.to(self.to_k.weight.dtype)
         return split_heads(self.to_k(tokens), heads), split_heads(self.to_v(tokens), heads)
+
+    def check_fits(self, layer: str, size: LayerSize) -> None:
+        """Raise MismatchError, with both widths, unless the keys fit a layer of that size."""
+        if (ours := self.to_k.out_features) != size.inner:
+            raise MismatchError(
+                f"this adapter was trained for {ours}-wide keys at {layer}; "
+                f"this model's are {size.inner} wide"
+            )
 
 
 KV = tuple[Tensor, Tensor]  # keys and values of one cross-attention, each (B, H, N, d)
@@ -118,16 +126,6 @@ def for_batch(image: ImageStates, batch: int) -> ImageStates:
     if len(key) == batch:
         return image
     return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1), *bias
-
-
-def check_batch(prepared: int, batch: int) -> None:
-    """Raise MismatchError unless what has `prepared` rows can be expanded to a batch."""
-    if prepared not in (1, batch):
-        raise MismatchError(
-            f"the image prompt was prepared for a batch of {prepared}, the base model runs a batch "
-            f"of {batch}; with guidance the batch holds every unconditional item, then every "
-            "conditional one"
-        )
 
 
 class IPAdapter(nn.Module):
@@ -274,14 +272,11 @@ class IPAdapter(nn.Module):
         """Return the state without the injection: a copy or pickle is attached to no model."""
         return {**super().__getstate__(), "_injection": None}
 
-    def conditioned(self, layers: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return those of a model's layers that the adapter conditions, by name."""
-        return self.form.of(layers) if self.form else layers
-
     def check_fits(self, model: nn.Module) -> None:
         """Raise MismatchError, with both sizes, unless the adapter fits the layers of `model`."""
         family = family_of(model)
-        layers = self.conditioned(family.layers(model))
+        layers = family.layers(model)
+        layers = self.form.of(layers) if self.form else layers
         sizes = {name: family.size(layer) for name, layer in layers.items()}
         for (name, size), kv in zip(sizes.items(), self.image_kv, strict=False):
             # those of a published form have a width of their own too
@@ -293,13 +288,7 @@ class IPAdapter(nn.Module):
                 f"this model has {len(sizes)}"
             )
         for (name, size), kv in zip(sizes.items(), self.image_kv, strict=True):
-            if (ours := kv.to_k.out_features) != size.inner:  # pyright: ignore
-                raise MismatchError(
-                    f"this adapter was trained for {ours}-wide keys at {name}; "
-                    f"this model's are {size.inner} wide"
-                )
-            if self.form is not None:
-                self.form.check_heads(kv, name, size)
+            kv.check_fits(name, size)  # pyright: ignore
 
     def _check_text(self, name: str, size: LayerSize, ours: int) -> None:
         if ours != size.text:

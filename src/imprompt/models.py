@@ -279,7 +279,7 @@ MODELS = {
             guidance=7.5,
         ),
         KnownModel(
-            "flux",
+            "flux-dev",
             "FLUX.1-dev, 1024 px",
             Location("black-forest-labs/FLUX.1-dev"),
             {
@@ -377,27 +377,6 @@ MODELS = {
             Location("lodestones/Chroma1-HD"),
             steps=35,
             guidance=5.0,
-        ),
-        KnownModel(
-            "flux-dev",
-            "FLUX.1 dev, 1024 px",
-            Location("black-forest-labs/FLUX.1-dev"),
-            steps=28,
-            guidance=3.5,
-        ),
-        KnownModel(
-            "sd35-medium",
-            "Stable Diffusion 3.5 medium, 1024 px",
-            Location("stabilityai/stable-diffusion-3.5-medium"),
-            steps=40,
-            guidance=4.5,
-        ),
-        KnownModel(
-            "pixart-sigma",
-            "PixArt-Σ XL, 1024 px",
-            Location("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
-            steps=20,
-            guidance=4.5,
         ),
         KnownModel(
             "sana-06b",

@@ -109,6 +109,16 @@ class ImagePrompt(NamedTuple):
         return self.map_rows(part)._replace(branches=len(order))
 
 
+def check_batch(prepared: int, batch: int) -> None:
+    """Raise MismatchError unless what has `prepared` rows can be expanded to a batch."""
+    if prepared not in (1, batch):
+        raise MismatchError(
+            f"the image prompt was prepared for a batch of {prepared}, the base model runs a batch "
+            f"of {batch}; with guidance the batch holds every unconditional item, then every "
+            "conditional one"
+        )
+
+
 def branches(tensor: Tensor, count: int, axis: int) -> tuple[Tensor, ...]:
     """Split a tensor into the rows of each branch; a single row is used for every branch."""
     return (tensor,) * count if tensor.shape[axis] == 1 else tensor.chunk(count, axis)

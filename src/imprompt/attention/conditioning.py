@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imprompt.adapter import ImageStates, check_batch
+from imprompt.adapter import ImageStates
 from imprompt.attention.low_rank import LowRank, summed
 from imprompt.errors import MismatchError
 from imprompt.families.base import LayerSize, ModelCall
-from imprompt.prompt import KEY, ImagePrompt
+from imprompt.prompt import KEY, ImagePrompt, check_batch
 
 Masks = dict[int, list[Tensor | None]]  # by L, of each prompt: (R or 1, 1, L, 1)
 Weights = dict[int, Tensor]  # (layers, P, R or 1, 1, L or 1, 1) by L; without masks, only key 0

@@ -66,17 +66,16 @@ class Scope:
         self.place: Tensor | None = None  # of the picture's first call
         self.rows = 0  # of the largest call
 
-    def branch(self, call: ModelCall, separate: bool) -> bool | None:
-        """Return whether a call with one branch of guidance is the positive one.
+    def branch(self, call: ModelCall, family: Family) -> bool | None:
+        """Return whether a call with one branch of guidance is the positive one; None if unknown.
 
-        separate  whether pipelines of the family run each branch in a separate call; else None
-                  is returned, but for a call with half the rows of one with both branches: that is
-                  the positive branch alone, where guidance ended early or a layer is skipped
+        Where pipelines run both branches in one call, and the positive one alone where guidance
+        ended early or a layer is skipped, that call has half the rows of the largest.
         """
-        if separate:
+        if family.separate_branches:
             return self.positive(call)
         self.rows = max(self.rows, call.rows)
-        return True if 2 * call.rows == self.rows else None
+        return True if family.positive_alone and 2 * call.rows == self.rows else None
 
     def positive(self, call: ModelCall) -> bool:
         """Return whether a call with one branch of guidance is the positive one.
@@ -283,13 +282,14 @@ class ModelInjection(ABC):
         if changing := [prompt.scale for prompt in prompts if prompt.scale.ndim == 3]:
             self.check_time(call, scope, changing[0])
         positive = None
-        if scope is not None:
-            positive = scope.branch(call, self.family.separate_branches)
-        elif self.family.separate_branches and any(prompt.branches > 1 for prompt in prompts):
-            raise MismatchError(
-                f"a {type(model).__name__} runs the branches of guidance in separate calls: "
-                "give image prompts by `with adapter.using(prompt):`"
-            )
+        if any(prompt.branches > 1 for prompt in prompts):
+            if scope is not None:
+                positive = scope.branch(call, self.family)
+            elif self.family.separate_branches:
+                raise MismatchError(
+                    f"a {type(model).__name__} runs the branches of guidance in separate calls: "
+                    "give image prompts by `with adapter.using(prompt):`"
+                )
         return self.hand_over(
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )

@@ -185,6 +185,7 @@ class Family(ABC):
     ] = {}  # of the rows in arguments that have them on another than the first
     separate_branches = False  # whether pipelines run each branch of guidance in a separate call
     positive_first = False  # whether those that run both in one call put the positive one first
+    positive_alone = False  # whether those also run the positive one alone, and no other
     text_widths: Mapping[int, str] = {}  # of known models -> their name
     text_tokens: int | None = None  # that its pipelines encode; None: the text encoder's number
     control: ControlKind | None = None  # its ControlNets

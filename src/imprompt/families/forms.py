@@ -36,6 +36,15 @@ class PublishedKV(ImageKV):
             self.to_k = nn.Linear(token_dim, inner_dim)
             self.to_v = nn.Linear(token_dim, inner_dim)
 
+    def check_fits(self, layer: str, size: LayerSize) -> None:
+        """Raise MismatchError unless the keys, and norms of its own, fit a layer of that size."""
+        super().check_fits(layer, size)
+        if self.head_dim not in (None, size.inner // size.heads):
+            raise MismatchError(
+                f"this adapter's norms are for heads {self.head_dim} wide; those of this model at "
+                f"{layer} are {size.inner // size.heads} wide"
+            )
+
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
         """Build the projections for tensors of these shapes, by their names in this module."""
@@ -232,15 +241,6 @@ class AttentionForm:
         patches = patches if patches.ndim == 4 else patches[:, None]
         form = replace(self, adapter=adapter)
         return ImagePrompt((), (), ones, branches=branches, form=form, patches=patches)
-
-    @staticmethod
-    def check_heads(kv: Any, layer: str, size: LayerSize) -> None:
-        """Raise MismatchError unless the adapter's own norms fit the heads of a layer."""
-        if kv.head_dim not in (None, size.inner // size.heads):
-            raise MismatchError(
-                f"this adapter's norms are for heads {kv.head_dim} wide; those of this model at "
-                f"{layer} are {size.inner // size.heads} wide"
-            )
 
     def __deepcopy__(self, _: Any) -> Self:
         """Return the form itself: it does not change, and copied prompts share their adapter."""

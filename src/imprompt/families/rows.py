@@ -123,6 +123,7 @@ ROWS = {
         progress=by_timestep,
         text_width=own_width,
         skips="skip_layers",
+        positive_alone=True,
         # without ControlNet: its pipelines encode the picture with noise that no seed decides
         pipelines=three_tasks("StableDiffusion3"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),

@@ -106,6 +106,7 @@ class TransformerRow:
     text_width         what W' of a new adapter reads; None: what the layer's own W_k reads
     separate_branches  whether pipelines run each branch of guidance in a separate call
     positive_first     whether pipelines that run both in one call put the positive one first
+    positive_alone     whether those also run the positive one alone, and no other
     shared             arguments that are for all rows of a batch
     lists              arguments that are lists with one entry for each row
     axes               the axis of the rows in arguments where it is not the first
@@ -147,6 +148,7 @@ class TransformerRow:
     text_width: Callable[[Any], int] | None = None
     separate_branches: bool = False
     positive_first: bool = False
+    positive_alone: bool = False
     shared: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
     axes: Mapping[str, int] = field(default_factory=dict)
@@ -307,7 +309,7 @@ class TransformerFamily(Family):
         self.text_arguments = row.text_arguments
         self.guidance, self.one_text, self.control = row.guidance, row.one_text, row.control
         self.separate_branches = row.separate_branches
-        self.positive_first = row.positive_first
+        self.positive_first, self.positive_alone = row.positive_first, row.positive_alone
         self.trains, self.compiles = row.training is not None, row.compiles
         self.trained_pipelines = row.training.pipelines if row.training else ()
         self.unlike = row.training.unlike if row.training else ()

@@ -73,8 +73,7 @@ class Seat:
         latents, time, _ = engine.family.arguments
         given[time] = for_each_row(given[time], len(given[latents]))
         call = engine.family.call(engine.model, given, engine.injection.timesteps)
-        separate = engine.family.separate_branches
-        positive = self.scope.branch(call, separate) if self.scope.prompts else None
+        positive = self.scope.branch(call, engine.family) if self.scope.prompts else None
         prompts = [self.progress.at_this_step(one, given[time]) for one in self.scope.prompts]
         try:
             prompts = [for_rows(prompt, call, positive) for prompt in prompts]

@@ -129,11 +129,11 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
         )
     place = model.controlnets.get(name) or Location(name)
     source, subfolder = place.fetch_folder()
-    kind = getattr(import_module("diffusers"), family.control.model)
+    network = getattr(import_module("diffusers"), family.control.model)
     try:
         net: Any = load_weights(
             source,
-            lambda variant: kind.from_pretrained(
+            lambda variant: network.from_pretrained(
                 source, subfolder=subfolder, dtype=dtype, variant=variant
             ),
             (subfolder or "",),
