@@ -147,6 +147,7 @@ VAES: dict[str, Callable[[int], nn.Module]] = {
     "AutoencoderKLWan": video_vae(
         "AutoencoderKLWan", 2, scale_factor_spatial=4, scale_factor_temporal=4
     ),
+    "AutoencoderKLQwenImage21": video_vae("AutoencoderKLQwenImage21", 1, decoder_base_dim=4),
     "AutoencoderKLFlux2": flux2_vae,
     "AutoencoderDC": dc_vae,
     "AutoencoderKLLTXVideo": ltx_vae,
@@ -219,7 +220,11 @@ COMMON: dict[str, Any] = {
 
 
 def flux_controlnet() -> Any:
-    config = ZOO["flux"].config | {"pooled_projection_dim": 32, "num_layers": 1, "num_single_layers": 1}
+    config = ZOO["flux"].config | {
+        "pooled_projection_dim": 32,
+        "num_layers": 1,
+        "num_single_layers": 1,
+    }
     return diffusers.FluxControlNetModel(**config)
 
 
@@ -229,7 +234,7 @@ def eight_vae() -> Any:
 
 
 def rgba_vae() -> nn.Module:
-    return video_vae("AutoencoderKLQwenImage", 1, input_channels=4)(4)
+    return video_vae("AutoencoderKLQwenImage", 1, input_channels=4)(3)
 
 
 def sd3_controlnet(**changes: Any) -> Callable[[], Any]:
@@ -282,7 +287,9 @@ SPRINT = SANA._replace(
     guided=False, changes={"guidance_embeds": True}, parts={"scheduler": diffusers.SCMScheduler}
 )
 WAN, LTX = Case("wan", places=32), Case("ltx", places=128)
-HUNYUANDIT = Case("hunyuandit", parts={"vae": eight_vae}, call={"height": 64, "width": 64}, places=16)
+HUNYUANDIT = Case(
+    "hunyuandit", parts={"vae": eight_vae}, call={"height": 64, "width": 64}, places=16
+)
 CASES: dict[str, Case] = {
     "Flux": FLUX,
     "FluxImg2Img": FLUX,
@@ -298,11 +305,16 @@ CASES: dict[str, Case] = {
     "FluxKontextInpaint": KONTEXT,
     "StableDiffusion3": SD3,
     "StableDiffusion3 with skip-layer guidance": SD3._replace(
-        call={"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0,
-              "skip_layer_guidance_stop": 0.9}
+        call={
+            "skip_guidance_layers": [1],
+            "skip_layer_guidance_start": 0.0,
+            "skip_layer_guidance_stop": 0.9,
+        }
     ),
     "StableDiffusion3Img2Img": SD3,
-    "StableDiffusion3Inpaint": SD3._replace(channels=16, changes={"in_channels": 16, "out_channels": 16}),
+    "StableDiffusion3Inpaint": SD3._replace(
+        channels=16, changes={"in_channels": 16, "out_channels": 16}
+    ),
     "StableDiffusion3ControlNet": SD3._replace(parts={"controlnet": sd3_controlnet()}),
     "StableDiffusion3ControlNetInpainting": SD3._replace(
         parts={"controlnet": sd3_controlnet(extra_conditioning_channels=1)}
@@ -323,7 +335,13 @@ CASES: dict[str, Case] = {
     "QwenImageLayered": EDIT._replace(
         module={"calculate_dimensions": lambda *_: (SIZE, SIZE)},
         parts={"text_encoder": Text, "vae": rgba_vae},
-        changes={"use_additional_t_cond": True, "use_layer3d_rope": True},
+        channels=3,
+        changes={
+            "in_channels": 12,
+            "out_channels": 3,
+            "use_additional_t_cond": True,
+            "use_layer3d_rope": True,
+        },
         call={"prompt": "a", "layers": 2, "image": picture("RGBA"), "output_type": "pt"},
         places=3 * 64,
     ),
@@ -358,10 +376,10 @@ CASES: dict[str, Case] = {
     "LTXCondition": LTX,
     "HunyuanDiT": HUNYUANDIT,
     "HunyuanDiTPAG": HUNYUANDIT,
-    "HunyuanDiTControlNet": HUNYUANDIT._replace(parts={"controlnet": hunyuandit_controlnet}),
-    "LTXI2VLongMultiPrompt": LTX,
-    "QwenImage21": Case("qwen-image-2.1", channels=16),
-    "VisualClozeGeneration": CONTROL._replace(changes={"in_channels": 24, "out_channels": 4}),
+    "HunyuanDiTControlNet": HUNYUANDIT._replace(
+        parts={"vae": eight_vae, "controlnet": hunyuandit_controlnet},
+        call={"height": 64, "width": 64, "control_image": picture(size=64)},
+    ),
     "Lumina2": Case("lumina2", places=4),
     "Lumina": Case("lumina-next", changes={"learn_sigma": True}, places=4),
     "AuraFlow": Case("auraflow"),
@@ -430,4 +448,8 @@ def call(name: str, pipe: Any) -> list[Any]:
     module = sys.modules[type(pipe).__module__]
     with seeded(7), patch.dict(vars(module), case.module), warnings.catch_warnings(action="ignore"):
         made = pipe(**given)
-    return [torch.as_tensor(np.asarray(one)) for one in torch.utils._pytree.tree_leaves(made) if one is not None]
+    return [
+        torch.as_tensor(np.asarray(one))
+        for one in torch.utils._pytree.tree_leaves(made)
+        if one is not None
+    ]

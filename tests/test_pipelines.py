@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.families.base import family_of

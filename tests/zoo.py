@@ -1,4 +1,4 @@
-"""A tiny random model of every class of transformers that has a row, and inputs for it.
+"""A tiny random model of every class of transformers that a row is for, and inputs for it.
 
 Inputs are of 4 × 4 places of the picture (videos: two frames) and 6 text tokens, as the class's
 pipelines give them.
@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from imprompt.families.rows import PICTURE
+from imprompt.families.picture import PICTURE
 from tests.tiny import awake, seeded
 
 SIDE, TEXT = 4, 6
@@ -200,10 +200,165 @@ def flux3(batch: int) -> dict[str, Any]:
     return flux_inputs(batch, img_ids=ids(0, 4), txt_ids=torch.zeros(TEXT, 4))
 
 
+def vace(batch: int) -> dict[str, Any]:
+    control = noise(batch, 6, 2, SIDE * 2, SIDE * 2)
+    return video(16)(batch) | {"control_hidden_states": control}
+
+
+def animate(batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(batch, 12, 2, SIDE * 2, SIDE * 2),
+        "timestep": at(500, batch),
+        **text(batch, 16),
+        "encoder_hidden_states_image": noise(batch, 2, 8),
+        "pose_hidden_states": noise(batch, 4, 1, SIDE * 2, SIDE * 2),
+        "face_pixel_values": noise(batch, 3, 4, 16, 16),
+    }
+
+
+def cogvideox(batch: int) -> dict[str, Any]:
+    frames = noise(batch, 2, 4, SIDE * 2, SIDE * 2)
+    angle = noise(2 * SIDE * SIDE, 8)
+    turned = (angle.cos(), angle.sin())
+    return {"hidden_states": frames, "timestep": at(500, batch), "image_rotary_emb": turned} | text(
+        batch, 8
+    )
+
+
+def consisid(batch: int) -> dict[str, Any]:
+    return {name: value for name, value in cogvideox(batch).items() if "rotary" not in name}
+
+
+def framepack(batch: int) -> dict[str, Any]:
+    def history(frames: int) -> dict[str, Tensor]:
+        return {
+            "latents": noise(batch, 4, frames, SIDE * 2, SIDE * 2),
+            "indices": torch.arange(frames),
+        }
+
+    past = {"clean": history(2), "history_2x": history(2), "history_4x": history(4)}
+    return {
+        **video(16, **MASK)(batch),
+        "encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.long),
+        "pooled_projections": noise(batch, 8),
+        "image_embeds": noise(batch, 3, 6),
+        "indices_latents": torch.arange(2),
+        "guidance": at(1000, batch),
+        **{f"latents_{name}": own["latents"] for name, own in past.items()},
+        **{f"indices_latents_{name}": own["indices"] for name, own in past.items()},
+    }
+
+
+def hunyuan_video15(batch: int) -> dict[str, Any]:
+    return {
+        **video(16, 1)(batch),
+        "encoder_attention_mask": torch.ones(batch, TEXT),
+        "encoder_hidden_states_2": noise(batch, 2, 8),
+        "encoder_attention_mask_2": torch.ones(batch, 2),
+        "image_embeds": torch.zeros(batch, 2, 8),
+    }
+
+
+def bria_fibo(batch: int) -> dict[str, Any]:
+    layers = [noise(batch, TEXT, 12) for _ in range(4)]
+    return flux_inputs(batch, timestep=at(500, batch), text_encoder_layers=layers)
+
+
+def nucleus(batch: int) -> dict[str, Any]:
+    mask = torch.ones(batch, TEXT, dtype=torch.bool)
+    return qwen(batch) | {"encoder_hidden_states_mask": mask}
+
+
+def glm(batch: int) -> dict[str, Any]:
+    return {
+        **plain(8, 500)(batch),
+        "prior_token_id": torch.arange(SIDE * SIDE).expand(batch, -1) % 8,
+        "prior_token_drop": torch.zeros(batch, SIDE * SIDE, dtype=torch.bool),
+        "target_size": torch.full((batch, 2), 64.0),
+        "crop_coords": torch.zeros(batch, 2),
+    }
+
+
+def ernie(batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": latents(batch, 1),
+        "timestep": at(500, batch),
+        "text_bth": noise(batch, TEXT, 8),
+        "text_lens": torch.full((batch,), TEXT),
+    }
+
+
+def ltx2(batch: int) -> dict[str, Any]:
+    return {
+        **ltx(batch),
+        "audio_hidden_states": noise(batch, 5, 4),
+        "audio_encoder_hidden_states": noise(batch, TEXT, 12),
+        "audio_encoder_attention_mask": torch.ones(batch, TEXT),
+        "audio_num_frames": 5,
+    }
+
+
+def kandinsky6(batch: int) -> dict[str, Any]:
+    return {
+        "hidden_states": noise(batch, 2, SIDE * 2, SIDE * 2, 4),
+        **text(batch, 16),
+        "timestep": at(500, batch),
+        "pooled_projections": noise(batch, 8),
+        "audio_hidden_states": noise(batch, 5, 4),
+    }
+
+
 JOINT = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 32}
 DOUBLE: dict[str, Any] = {"patch_size": 1, "in_channels": 4, "num_layers": 2, **JOINT}
 FLUX = DOUBLE | {"num_single_layers": 2, "axes_dims_rope": (4, 4, 8)}
 MASK = {"encoder_attention_mask": lambda batch: torch.ones(batch, TEXT)}
+WAN: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 256,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
+}
+HUNYUAN_VIDEO: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "guidance_embeds": True,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (2, 4, 4),
+}
+COGVIDEO: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 8,
+    "num_layers": 2,
+    "sample_width": SIDE * 2,
+    "sample_height": SIDE * 2,
+    "sample_frames": 5,
+    "max_text_seq_length": TEXT,
+}
+SIZES = {
+    "original_size": lambda batch: torch.full((batch, 2), 64),
+    "target_size": lambda batch: torch.full((batch, 2), 64),
+    "crop_coords": lambda batch: torch.zeros(batch, 2, dtype=torch.long),
+}
 ZOO = {
     "pixart": Specimen(
         "PixArtTransformer2DModel",
@@ -438,24 +593,7 @@ ZOO = {
         },
         z_image,
     ),
-    "wan": Specimen(
-        "WanTransformer3DModel",
-        {
-            "patch_size": (1, 2, 2),
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 256,
-            "ffn_dim": 32,
-            "num_layers": 2,
-            "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads",
-            "rope_max_seq_len": 32,
-        },
-        video(16),
-    ),
+    "wan": Specimen("WanTransformer3DModel", WAN, video(16)),
     "hidream": Specimen(
         "HiDreamImageTransformer2DModel",
         {
@@ -490,13 +628,7 @@ ZOO = {
             "time_embed_dim": 8,
             "condition_dim": 4,
         },
-        plain(
-            8,
-            500,
-            original_size=lambda batch: torch.full((batch, 2), 64),
-            target_size=lambda batch: torch.full((batch, 2), 64),
-            crop_coords=lambda batch: torch.zeros(batch, 2, dtype=torch.long),
-        ),
+        plain(8, 500, **SIZES),
     ),
     "hunyuan-image": Specimen(
         "HunyuanImageTransformer2DModel",
@@ -521,21 +653,7 @@ ZOO = {
     ),
     "hunyuan-video": Specimen(
         "HunyuanVideoTransformer3DModel",
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 10,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "num_refiner_layers": 1,
-            "patch_size": 1,
-            "patch_size_t": 1,
-            "guidance_embeds": True,
-            "text_embed_dim": 16,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (2, 4, 4),
-        },
+        HUNYUAN_VIDEO,
         video(
             16,
             1,
@@ -646,6 +764,274 @@ ZOO = {
             attention_mask=lambda batch: torch.ones(batch, TEXT),
             padding_mask=lambda _: torch.zeros(1, 1, SIDE * 2, SIDE * 2),
         ),
+    ),
+    "skyreels-v2": Specimen("SkyReelsV2Transformer3DModel", WAN, video(16)),
+    "chronoedit": Specimen("ChronoEditTransformer3DModel", WAN, video(16)),
+    "wan-vace": Specimen(
+        "WanVACETransformer3DModel", WAN | {"vace_layers": [0], "vace_in_channels": 6}, vace
+    ),
+    "wan-animate": Specimen(
+        "WanAnimateTransformer3DModel",
+        WAN
+        | {
+            "in_channels": 12,
+            "latent_channels": 4,
+            "image_dim": 8,
+            "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+            "motion_encoder_size": 16,
+            "motion_style_dim": 8,
+            "motion_dim": 2,
+            "motion_encoder_dim": 8,
+            "face_encoder_hidden_dim": 8,
+            "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        },
+        animate,
+    ),
+    "helios": Specimen(
+        "HeliosTransformer3DModel",
+        {name: value for name, value in WAN.items() if name != "rope_max_seq_len"}
+        | {"rope_dim": (4, 4, 4), "has_multi_term_memory_patch": False},
+        video(16),
+    ),
+    "sana-video": Specimen(
+        "SanaVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 12,
+            "num_attention_heads": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "caption_channels": 8,
+            "sample_size": 8,
+            "rope_max_seq_len": 32,
+        },
+        video(8),
+    ),
+    "cogvideox": Specimen(
+        "CogVideoXTransformer3DModel",
+        COGVIDEO | {"use_rotary_positional_embeddings": True},
+        cogvideox,
+    ),
+    "consisid": Specimen("ConsisIDTransformer3DModel", COGVIDEO, consisid),
+    "cogview3plus": Specimen(
+        "CogView3PlusTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 4,
+            "num_attention_heads": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+            "pos_embed_max_size": 8,
+            "sample_size": 8,
+        },
+        plain(8, 500, **SIZES),
+    ),
+    "mochi": Specimen(
+        "MochiTransformer3DModel",
+        {
+            "patch_size": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "pooled_projection_dim": 8,
+            "in_channels": 4,
+            "text_embed_dim": 16,
+            "time_embed_dim": 8,
+            "max_sequence_length": TEXT,
+        },
+        video(16, encoder_attention_mask=lambda batch: torch.ones(batch, TEXT, dtype=torch.bool)),
+    ),
+    "allegro": Specimen(
+        "AllegroTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 24,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "cross_attention_dim": 48,
+            "sample_height": 8,
+            "sample_width": 8,
+            "sample_frames": 2,
+            "caption_channels": 16,
+        },
+        video(16, **MASK),
+    ),
+    "framepack": Specimen(
+        "HunyuanVideoFramepackTransformer3DModel",
+        HUNYUAN_VIDEO
+        | {
+            "patch_size": 2,
+            "image_condition_type": None,
+            "has_image_proj": True,
+            "image_proj_dim": 6,
+            "has_clean_x_embedder": True,
+        },
+        framepack,
+    ),
+    "hunyuan-video-1.5": Specimen(
+        "HunyuanVideo15Transformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 10,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "text_embed_dim": 16,
+            "text_embed_2_dim": 8,
+            "image_embed_dim": 8,
+            "rope_axes_dim": (2, 4, 4),
+        },
+        hunyuan_video15,
+    ),
+    "motif-video": Specimen(
+        "MotifVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 1,
+            "num_single_layers": 3,
+            "num_decoder_layers": 1,
+            "patch_size": 2,
+            "text_embed_dim": 16,
+            "rope_axes_dim": (4, 4, 4),
+            "enable_text_cross_attention_dual": True,
+            "enable_text_cross_attention_single": True,
+        },
+        video(16, **MASK),
+    ),
+    "bria-fibo": Specimen(
+        "BriaFiboTransformer2DModel",
+        FLUX | {"axes_dims_rope": [0, 4, 12], "text_encoder_dim": 12},
+        bria_fibo,
+    ),
+    "nucleus": Specimen(
+        "NucleusMoEImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (8, 4, 4),
+            "moe_enabled": False,
+        },
+        nucleus,
+    ),
+    "glm-image": Specimen(
+        "GlmImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "text_embed_dim": 8,
+            "time_embed_dim": 16,
+            "condition_dim": 4,
+            "prior_vq_quantizer_codebook_size": 8,
+        },
+        glm,
+    ),
+    "joyimage": Specimen(
+        "JoyImageEditTransformer3DModel",
+        {
+            "in_channels": 4,
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "text_dim": 16,
+            "num_layers": 2,
+            "rope_dim_list": [4, 4, 4],
+        },
+        video(16),
+    ),
+    "easyanimate": Specimen(
+        "EasyAnimateTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "patch_size": 2,
+            "num_layers": 2,
+            "mmdit_layers": 1,
+            "time_embed_dim": 8,
+            "text_embed_dim": 16,
+        },
+        video(16),
+    ),
+    "ernie-image": Specimen(
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_in_dim": 8,
+            "rope_axes_dim": (4, 4, 8),
+        },
+        ernie,
+    ),
+    "ltx2": Specimen(
+        "LTX2VideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
+            "num_layers": 2,
+            "caption_channels": 12,
+            "rope_double_precision": False,
+        },
+        ltx2,
+    ),
+    "kandinsky6": Specimen(
+        "Kandinsky6Transformer3DModel",
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 8,
+            "time_dim": 16,
+            "model_dim": 32,
+            "ff_dim": 32,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 6, 6),
+            "visual_cond": False,
+            "in_audio_dim": 4,
+            "out_audio_dim": 4,
+            "model_dim_a": 16,
+            "time_dim_a": 16,
+            "ff_dim_a": 16,
+            "axes_dims_a": (8,),
+        },
+        kandinsky6,
     ),
 }
 

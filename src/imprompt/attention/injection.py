@@ -71,6 +71,14 @@ class Scope:
         return True
 
 
+def set_processor(attention: Any, processor: object) -> None:
+    """Give an attention another processor; a few classes have no method for that."""
+    if hasattr(attention, "set_processor"):
+        attention.set_processor(processor)
+    else:
+        attention.processor = processor
+
+
 class ModelInjection(ABC):
     """Injection that is common to all families: see `imprompt.families.base.Injection`.
 
@@ -111,7 +119,7 @@ class ModelInjection(ABC):
         for name, processor in processors.items():
             if name not in self.originals:
                 self.originals[name] = attentions[name].processor
-                attentions[name].set_processor(processor)
+                set_processor(attentions[name], processor)
 
     @abstractmethod
     def attentions(self) -> dict[str, Any]:
@@ -140,7 +148,7 @@ class ModelInjection(ABC):
             for name, original in self.originals.items():
                 if type(attentions[name].processor) in self.classes():
                     # a processor of another tool stays
-                    attentions[name].set_processor(original)
+                    set_processor(attentions[name], original)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,15 +240,13 @@ class ModelInjection(ABC):
         if changing := [prompt.scale for prompt in prompts if prompt.scale.ndim == 3]:
             self.check_time(call, scope, changing[0])
         positive = None
-        if self.family.separate_branches:
-            if scope is None and any(prompt.branches > 1 for prompt in prompts):
-                raise MismatchError(
-                    f"a {type(model).__name__} runs the branches of guidance in separate "
-                    "calls: "
-                    "give image prompts by `with adapter.using(prompt):`"
-                )
         if scope is not None:
             positive = scope.branch(call, self.family.separate_branches)
+        elif self.family.separate_branches and any(prompt.branches > 1 for prompt in prompts):
+            raise MismatchError(
+                f"a {type(model).__name__} runs the branches of guidance in separate calls: "
+                "give image prompts by `with adapter.using(prompt):`"
+            )
         return self.hand_over(
             (args, kwargs), call, tuple(for_rows(prompt, call, positive) for prompt in prompts)
         )

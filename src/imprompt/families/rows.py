@@ -4,10 +4,8 @@ Shape letters as in `imprompt.adapter`; C channels, h and w of latents, F frames
 places.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
-from math import prod
 from typing import Any
 
 import torch
@@ -15,201 +13,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imprompt.families.base import Conditions, Tasks, TaskTable
-from imprompt.families.processor import Layout, Taps
-from imprompt.families.transformers import (
-    Given,
-    Training,
-    TransformerFamily,
-    TransformerRow,
-    projection_of,
+from imprompt.families.picture import (
+    after_history,
+    after_own_text,
+    after_text,
+    by_frames,
+    by_last_shape,
+    by_progress,
+    by_shapes,
+    by_sigma,
+    by_sizes,
+    by_timestep,
+    first,
+    flux_taps,
+    image_ids,
+    joint_ids,
+    last,
+    last_channels,
+    list_patches,
+    marked,
+    normed,
+    own_places,
+    own_width,
+    patches,
+    tapped,
+    where_marked,
 )
+from imprompt.families.transformers import Given, Training, TransformerFamily, TransformerRow
 
 GUIDANCE = 3.5  # input of guidance-distilled models in training, as in diffusers' scripts
 TIMESTEPS = 1000  # into which models that are given sigma divide their time
 # Keywords by which models pass arguments to their attentions.
 JOINT, PLAIN, CROSS = "joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"
-PICTURE = 2  # what Ideogram 4 marks the picture's rows with
-
-
-# --- Progress, of the timestep that the model gets.
-
-
-def by_timestep(timestep: Tensor, timesteps: int) -> Tensor:
-    """Return the progress for a model that gets the training timestep."""
-    return 1 - timestep / (timesteps - 1)
-
-
-def by_sigma(sigma: Tensor, _timesteps: int) -> Tensor:
-    """Return the progress for a model that gets sigma, from 1 to 0."""
-    return 1 - sigma
-
-
-def by_progress(time: Tensor, _timesteps: int) -> Tensor:
-    """Return the progress for a model that gets it: from 0, noise, to 1, the picture."""
-    return time
-
-
-# --- Grids: rows and columns of the picture's places, in videos the number of frames before them.
-
-
-def patches(model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of latents (B, C, h, w) or (B, C, F, h, w) that are cut into patches."""
-    config, sizes = model.config, list(given["hidden_states"].shape[2:])
-    side = config.patch_size
-    frames = config.get("patch_size_t") or 1
-    cut = [frames, side, side] if isinstance(side, int) else list(side)
-    return tuple(size // part for size, part in zip(sizes, cut[-len(sizes) :], strict=True))
-
-
-def by_ids(ids: Tensor) -> tuple[int, ...]:
-    """Return the grid from the ids (I, 3 or 4) of rows: time, row, column."""
-    ids = ids[0] if ids.ndim == 3 else ids
-    if ids.is_meta:
-        return 1, len(ids)  # the values are not known: an estimate needs their number alone
-    own = ids[of_picture(ids)]
-    sides = own.amax(0) - own.amin(0) + 1
-    return int(sides[1]), int(sides[2])
-
-
-def of_picture(ids: Tensor) -> Tensor:
-    """Return which rows (I,) of ids are the picture's: reference pictures have a later time."""
-    return ids[:, 0] == ids[:, 0].min()
-
-
-def image_ids(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of packed latents (B, I, C) from their own ids."""
-    return by_ids(given["img_ids"])
-
-
-def joint_ids(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of packed latents (B, I, C) from ids (T + I, 3) of text and picture."""
-    return by_ids(given["position_ids"][given["encoder_hidden_states"].shape[1] :])
-
-
-def marked(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid from ids (B, T + I, 3), where an indicator marks the picture's rows."""
-    return by_ids(given["position_ids"][0][given["indicator"][0] == PICTURE])
-
-
-def by_shapes(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of packed latents from the sizes (F, h, w) of each item's pictures.
-
-    The first is made and the others are references; where layers are made, all but the last are.
-    """
-    own = given["img_shapes"][0]
-    if not isinstance(own, list):
-        return tuple(own)
-    layers = len(own) - 1 if given.get("additional_t_cond") is not None else 1
-    return layers * own[0][0], *own[0][1:]
-
-
-def list_patches(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of latents that are a list of (C, F, h, w), cut into patches."""
-    side = given.get("patch_size", 2)
-    _, frames, height, width = given["x"][0].shape
-    return frames // given.get("f_patch_size", 1), height // side, width // side
-
-
-def last_channels(model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of latents (B, F, h, w, C) that are cut into patches."""
-    sizes = given["hidden_states"].shape[1:4]
-    return tuple(size // part for size, part in zip(sizes, model.config.patch_size, strict=True))
-
-
-def by_sizes(_model: Any, given: Given) -> tuple[int, ...]:
-    """Return the grid of a packed video (B, F·h·w, C) from its coordinates, else its sizes."""
-    if given.get("video_coords") is None:
-        return given["num_frames"], given["height"], given["width"]
-    return own_frames(given["video_coords"])[1]
-
-
-def own_frames(coordinates: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Return where a video's own places begin, and their grid, from coordinates (B, 3, places).
-
-    Frames that it is conditioned on stand before or after its own: the longest run of frames in
-    order of time is the video.
-    """
-    frame = [len(one.unique()) for one in coordinates[0, 1:]]
-    times = coordinates[0, 0, :: prod(frame)]
-    breaks = (times.diff() <= 0).nonzero().flatten() + 1
-    bounds = [0, *breaks.tolist(), len(times)]
-    count, begin = max((end - start, start) for start, end in pairwise(bounds))
-    return begin * prod(frame), (count, *frame)
-
-
-# --- Which rows of a query belong to the picture; `count` is the number of its places.
-
-
-def first(_name: str, _given: Given, count: int) -> slice:
-    """Return the first rows, before references or a text."""
-    return slice(0, count)
-
-
-def last(_name: str, _given: Given, count: int) -> slice:
-    """Return the last rows, after a text."""
-    return slice(-count, None)
-
-
-def after_text(name: str, given: Given, count: int) -> slice:
-    """Return the rows after the text in blocks of one stream, else the first.
-
-    References follow, or stand before them.
-    """
-    ids = given["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    start = 0 if ids.is_meta else int(of_picture(ids).int().argmax())
-    if not name.startswith("transformer_blocks"):
-        start += given["encoder_hidden_states"].shape[1]
-    return slice(start, start + count)
-
-
-def after_own_text(_name: str, given: Given, count: int) -> Tensor:
-    """Return the indices (B, I) of rows after each item's own text, whose mask tells its length."""
-    lengths = given["encoder_attention_mask"].sum(1, keepdim=True).long()
-    return lengths + torch.arange(count, device=lengths.device)
-
-
-def own_places(_name: str, given: Given, count: int) -> slice:
-    """Return the rows of a video's own places: see `own_frames`."""
-    coordinates = given.get("video_coords")
-    start = 0 if coordinates is None else own_frames(coordinates)[0]
-    return slice(start, start + count)
-
-
-def where_marked(_name: str, given: Given, count: int) -> Tensor:
-    """Return the indices (B, I) of rows that the indicator marks."""
-    return (given["indicator"] == PICTURE).nonzero()[:, 1].view(-1, count)
-
-
-# --- Taps.
-
-
-def tapped(query: str, layout: Layout, out: str | None = "to_out") -> Callable[[Any], Taps]:
-    """Return taps that are the same for all layers."""
-    return lambda _layer: Taps(query, layout, out)
-
-
-def normed(layout: Layout) -> Callable[[Any], Taps]:
-    """Return taps at the norm of the query, or at its projection in models without that norm."""
-
-    def of(layer: Any) -> Taps:
-        has_norm = getattr(layer, "norm_q", None) is not None
-        return Taps("norm_q", layout, "to_out") if has_norm else Taps("to_q", "BLD", "to_out")
-
-    return of
-
-
-def flux_taps(layer: Any) -> Taps:
-    """Return Flux's taps: its single blocks have no output layer of their own."""
-    return Taps("norm_q", "BLHd", None if getattr(layer, "pre_only", False) else "to_out")
-
-
-JOINT_INPUTS = ("to_q", "to_qkv_mlp_proj", "img_qkv_proj")
-
-
-def own_width(layer: Any) -> int:
-    """Return the width of the rows that a joint attention reads, picture and text."""
-    return projection_of(layer, JOINT_INPUTS).in_features
 
 
 # --- Training.
@@ -392,6 +227,7 @@ ROWS = {
     ),
     "sana": TransformerRow(
         model="SanaTransformer2DModel",
+        alike=("SanaVideoTransformer3DModel",),
         channel=PLAIN,
         layers=r"transformer_blocks\.\d+\.attn2",
         taps=normed("BLD"),
@@ -462,7 +298,7 @@ ROWS = {
         channel=PLAIN,
         layers=r"transformer_blocks\.\d+\.attn",
         taps=tapped("norm_q", "BLHd"),
-        grid=by_shapes,
+        grid=by_last_shape,
         progress=by_sigma,
         picture=last,
         reads=("img_shapes",),
@@ -488,10 +324,18 @@ ROWS = {
     "wan": TransformerRow(
         model="WanTransformer3DModel",
         channel=PLAIN,
+        alike=(
+            "SkyReelsV2Transformer3DModel",
+            "WanVACETransformer3DModel",
+            "WanAnimateTransformer3DModel",
+            "ChronoEditTransformer3DModel",
+            "HeliosTransformer3DModel",
+        ),
         layers=r"blocks\.\d+\.attn2",
         taps=tapped("norm_q", "BLD"),
         grid=patches,
         progress=by_timestep,
+        picture=last,
         separate_branches=True,
     ),
     "hidream": TransformerRow(
@@ -533,6 +377,7 @@ ROWS = {
     ),
     "hunyuan-video": TransformerRow(
         model="HunyuanVideoTransformer3DModel",
+        alike=("HunyuanVideo15Transformer3DModel", "MotifVideoTransformer3DModel"),
         channel=PLAIN,
         layers=SINGLE,
         taps=flux_taps,
@@ -602,6 +447,147 @@ ROWS = {
         grid=patches,
         progress=by_timestep,
         separate_branches=True,
+    ),
+    "cogvideox": TransformerRow(
+        model="CogVideoXTransformer3DModel",
+        alike=("ConsisIDTransformer3DModel",),
+        channel=PLAIN,
+        layers=r"transformer_blocks\.\d+\.attn1",
+        taps=tapped("norm_q", "BHLd"),
+        grid=by_frames,
+        progress=by_timestep,
+        picture=last,
+        text_width=own_width,
+        shared=("image_rotary_emb",),
+    ),
+    "cogview3plus": TransformerRow(
+        model="CogView3PlusTransformer2DModel",
+        layers=r"transformer_blocks\.\d+\.attn1",
+        taps=tapped("norm_q", "BHLd"),
+        grid=patches,
+        progress=by_timestep,
+        picture=last,
+        text_width=own_width,
+    ),
+    "mochi": TransformerRow(
+        model="MochiTransformer3DModel",
+        channel=PLAIN,
+        layers=r"transformer_blocks\.\d+\.attn1",
+        taps=tapped("norm_q", "BLHd"),
+        grid=patches,
+        progress=by_timestep,
+        picture=first,
+        text_width=own_width,
+    ),
+    "allegro": TransformerRow(
+        model="AllegroTransformer3DModel",
+        layers=r"transformer_blocks\.\d+\.attn2",
+        taps=tapped("to_q", "BLD"),
+        grid=patches,
+        progress=by_timestep,
+        shared=("image_rotary_emb",),
+    ),
+    "framepack": TransformerRow(
+        model="HunyuanVideoFramepackTransformer3DModel",
+        channel=PLAIN,
+        layers=SINGLE,
+        taps=flux_taps,
+        grid=patches,
+        progress=by_timestep,
+        picture=after_history,
+        text_width=own_width,
+        separate_branches=True,
+        shared=(
+            *("indices_latents", "indices_latents_clean"),
+            *("indices_latents_history_2x", "indices_latents_history_4x"),
+        ),
+    ),
+    "bria-fibo": flux_like(
+        "BriaFiboTransformer2DModel",
+        channel=JOINT,
+        progress=by_timestep,
+        separate_branches=False,
+        text_arguments=("encoder_hidden_states", "text_encoder_layers"),
+    ),
+    "nucleus": TransformerRow(
+        model="NucleusMoEImageTransformer2DModel",
+        channel=PLAIN,
+        layers=r"transformer_blocks\.\d+\.attn",
+        taps=tapped("norm_q", "BLHd"),
+        grid=by_shapes,
+        progress=by_sigma,
+        picture=first,
+        reads=("img_shapes",),
+        text_width=own_width,
+        separate_branches=True,
+        lists=("img_shapes",),
+        text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
+    ),
+    "glm-image": TransformerRow(
+        model="GlmImageTransformer2DModel",
+        channel=PLAIN,
+        layers=r"transformer_blocks\.\d+\.attn1",
+        taps=tapped("norm_q", "BLHd"),
+        grid=patches,
+        progress=by_timestep,
+        picture=last,
+        text_width=own_width,
+        separate_branches=True,
+    ),
+    "joyimage": TransformerRow(
+        model="JoyImageEditTransformer3DModel",
+        layers=r"double_blocks\.\d+\.attn",
+        taps=tapped("img_attn_q_norm", "BLHd", "img_attn_proj"),
+        grid=patches,
+        progress=by_timestep,
+        picture=first,
+        text_width=own_width,
+        separate_branches=True,
+    ),
+    "easyanimate": TransformerRow(
+        model="EasyAnimateTransformer3DModel",
+        layers=r"transformer_blocks\.\d+\.attn1",
+        taps=tapped("norm_q", "BHLd"),
+        grid=patches,
+        progress=by_timestep,
+        picture=last,
+        text_width=own_width,
+        text_arguments=("encoder_hidden_states", "encoder_hidden_states_t5"),
+    ),
+    "ernie-image": TransformerRow(
+        model="ErnieImageTransformer2DModel",
+        layers=r"layers\.\d+\.self_attention",
+        taps=tapped("norm_q", "BLHd"),
+        grid=patches,
+        progress=by_timestep,
+        picture=first,
+        arguments=("hidden_states", "timestep", "text_bth"),
+        text_width=own_width,
+        text_arguments=("text_bth", "text_lens"),
+    ),
+    "ltx2": TransformerRow(
+        model="LTX2VideoTransformer3DModel",
+        channel=PLAIN,
+        layers=r"transformer_blocks\.\d+\.attn2",
+        taps=tapped("norm_q", "BLD"),
+        grid=by_sizes,
+        progress=by_timestep,
+        picture=own_places,
+        reads=("video_coords",),
+        text_arguments=(
+            *("encoder_hidden_states", "encoder_attention_mask"),
+            *("audio_encoder_hidden_states", "audio_encoder_attention_mask"),
+        ),
+    ),
+    "kandinsky6": TransformerRow(
+        model="Kandinsky6Transformer3DModel",
+        layers=r"visual_transformer_blocks\.\d+\.video_dec_block\.cross_attention",
+        taps=tapped("query_norm", "BLHd", "out_layer"),
+        grid=last_channels,
+        progress=by_timestep,
+        separate_branches=True,
+        shared=("visual_rope_pos",),
+        text_arguments=("encoder_hidden_states", "pooled_projections", "encoder_attention_mask"),
     ),
 }
 FAMILIES = {name: TransformerFamily(name, row) for name, row in ROWS.items()}

@@ -64,6 +64,7 @@ class TransformerRow:
     """What is particular to one class of transformers.
 
     model              name of the class
+    alike              names of other classes to which all else applies
     layers             pattern of the names of the attentions that are conditioned on image prompts
     taps               (layer) -> where its query is recorded and the image's attention is added
     grid               (model, arguments) -> rows and columns of the picture's places, in videos
@@ -99,6 +100,7 @@ class TransformerRow:
     grid: Callable[[Any, Given], tuple[int, ...]]
     progress: Callable[[Tensor, int], Tensor]
     picture: Callable[[str, Given, int], slice | Tensor] = lambda *_: slice(None)
+    alike: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     skips: str = ""
     arguments: tuple[str, str, str] = ("hidden_states", "timestep", "encoder_hidden_states")
@@ -240,7 +242,7 @@ class TransformerFamily(Family):
 
     def __init__(self, name: str, row: TransformerRow) -> None:
         self.name, self.row, self.component = name, row, "transformer"
-        self.classes, self.pipelines, self.no_words = (row.model,), row.pipelines, ""
+        self.classes, self.pipelines, self.no_words = (row.model, *row.alike), row.pipelines, ""
         self.grain, self.pixel_grain = row.grain, row.pixel_grain
         self.text_tokens = row.text_tokens
         self.shared, self.lists, self.alone = row.shared, row.lists, row.alone
@@ -265,7 +267,7 @@ class TransformerFamily(Family):
         return {
             name: module
             for name, module in original(model).named_modules()
-            if self.pattern.fullmatch(name) and hasattr(module, "set_processor")
+            if self.pattern.fullmatch(name) and hasattr(module, "processor")
         }
 
     def size(self, layer: Any) -> LayerSize:
@@ -273,7 +275,7 @@ class TransformerFamily(Family):
         width = self.row.text_width
         heads = getattr(layer, "heads", None) or layer.num_heads
         query = projection_of(layer, QUERIES)
-        inner = layer.inner_dim if query is None else query.out_features
+        inner = heads * layer.head_dim if query is None else query.out_features
         text = projection_of(layer, KEYS).in_features if width is None else width(layer)
         return LayerSize(text, inner, heads)
 
