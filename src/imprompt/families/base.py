@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt.errors import MismatchError, SettingError
+from imprompt.families.refusals import MODELS
 from imprompt.prompt import KEY, ImagePrompt
 
 ROUNDING = 1e-2  # tolerance in points: progress is computed in float32
@@ -31,7 +32,7 @@ FAMILIES = {  # name -> module that holds it in a table of its `FAMILIES`
             *("hunyuan-video", "kandinsky5", "krea2", "ideogram4", "prx", "ltx", "cosmos"),
             *("cogvideox", "cogview3plus", "mochi", "allegro", "framepack", "bria-fibo"),
             *("nucleus", "glm-image", "joyimage", "easyanimate", "ernie-image", "ltx2"),
-            "kandinsky6",
+            *("anyflow", "kandinsky6"),
         ),
         ROWS,
     ),
@@ -309,8 +310,11 @@ def family_of(model: nn.Module) -> Family:
     for name in FAMILIES:
         if (found := find_family(name)).matches(model):
             return found
+    name = type(original(model)).__name__
+    if name in MODELS:
+        raise MismatchError(f"{name} takes no image prompts: {MODELS[name]}")
     raise MismatchError(
-        f"{type(original(model)).__name__} is not of a known family ({', '.join(FAMILIES)}), or it "
+        f"{name} is not of a known family ({', '.join(FAMILIES)}), or it "
         "has no text cross-attention for image prompts: `imprompt families` prints the table, and "
         "docs/families.md says how to add a row"
     )

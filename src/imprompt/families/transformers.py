@@ -302,7 +302,7 @@ class TransformerFamily(Family):
             given,
             len(latents),
             text,
-            lambda points: schedule_place(progress(of_rows(timestep), timesteps), points),
+            lambda points: schedule_place(progress(time_of_rows(timestep), timesteps), points),
             lambda: [self.row.grid(original(model), given)],
             self.row.positive_first,
         )
@@ -347,7 +347,7 @@ class TransformerFamily(Family):
         return self.row.native_latents(config)
 
 
-def of_rows(timestep: Any) -> Tensor:
+def time_of_rows(timestep: Any) -> Tensor:
     """Return the time () or (B,) of a call from a timestep that may be given for every place.
 
     Places of a picture that is given, such as a video's first frame, are told an earlier time than
