@@ -438,7 +438,10 @@ EDIT = QWEN._replace(module={"calculate_dimensions": lambda *_: (SIZE, SIZE, Non
 REFERENCE = {"image": picture(size=64)}
 SANA = Case("sana", places=256)
 SPRINT = SANA._replace(
-    guided=False, changes={"guidance_embeds": True}, parts={"scheduler": diffusers.SCMScheduler}
+    timed=False,
+    guided=False,
+    changes={"guidance_embeds": True},
+    parts={"scheduler": diffusers.SCMScheduler},
 )
 WAN, LTX = Case("wan", places=32), Case("ltx", places=128)
 HUNYUANDIT = Case(

@@ -158,10 +158,12 @@ def test_each_branch_hears_its_own_image_prompt(name: str) -> None:
     assert spy.images == spy.texts
     assert set(spy.texts) == ({True, False} if case.guided else {True})
     assert spy.places == {case.places}, spy.places
+    window = prompt.with_scale(torch.ones(len(prompt.keys), 1, 100))
     if case.timed:
         assert sorted(spy.progress) == spy.progress
         assert -0.01 < spy.progress[0] < spy.progress[-1] < 1
+        with adapter.using(window):
+            assert all(map(torch.equal, call(pipe, case), made))
         return
-    window = prompt.with_scale(torch.ones(len(prompt.keys), 1, 100))
     with adapter.using(window), pytest.raises(MismatchError, match="a scale that changes over tim"):
         call(pipe, case)

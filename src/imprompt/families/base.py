@@ -88,6 +88,16 @@ def schedule_place(progress: Tensor, points: int) -> Tensor:
     return (progress * (points - 1) - ROUNDING).ceil().long()
 
 
+def time_of_rows(timestep: Any) -> Tensor:
+    """Return the time () or (B,) of a call from a timestep that may be given for every place.
+
+    Places of a picture that is given, such as a video's first frame, are told an earlier time than
+    those that are made: a row's time is that of its noisiest place, which has the largest value.
+    """
+    time = torch.as_tensor(timestep)
+    return time.flatten(1).amax(1) if time.ndim > 1 else time
+
+
 Conditions = Mapping[str, Tensor]
 """Inputs of a model in training other than latents and timestep.
 

@@ -26,6 +26,7 @@ from imprompt.families.base import (
     nested_shapes,
     original,
     schedule_place,
+    time_of_rows,
 )
 from imprompt.families.forms import AttentionForm
 from imprompt.families.processor import (
@@ -345,16 +346,6 @@ class TransformerFamily(Family):
     def native_latents(self, config: Given) -> int:
         """Return the side of the pictures in latents, as the row states it."""
         return self.row.native_latents(config)
-
-
-def time_of_rows(timestep: Any) -> Tensor:
-    """Return the time () or (B,) of a call from a timestep that may be given for every place.
-
-    Places of a picture that is given, such as a video's first frame, are told an earlier time than
-    those that are made: a row's time is that of its noisiest place, which has the largest value.
-    """
-    time = torch.as_tensor(timestep)
-    return time.flatten(1).amax(1) if time.ndim > 1 else time
 
 
 def block_number(name: str) -> int:
