@@ -207,12 +207,12 @@ def vace(batch: int) -> dict[str, Any]:
 
 def animate(batch: int) -> dict[str, Any]:
     return {
-        "hidden_states": noise(batch, 12, 2, SIDE * 2, SIDE * 2),
+        "hidden_states": noise(batch, 12, 3, SIDE * 2, SIDE * 2),
         "timestep": at(500, batch),
         **text(batch, 16),
         "encoder_hidden_states_image": noise(batch, 2, 8),
-        "pose_hidden_states": noise(batch, 4, 1, SIDE * 2, SIDE * 2),
-        "face_pixel_values": noise(batch, 3, 4, 16, 16),
+        "pose_hidden_states": noise(batch, 4, 2, SIDE * 2, SIDE * 2),
+        "face_pixel_values": noise(batch, 3, 8, 16, 16),
     }
 
 
@@ -296,6 +296,12 @@ def ltx2(batch: int) -> dict[str, Any]:
         "audio_encoder_attention_mask": torch.ones(batch, TEXT),
         "audio_num_frames": 5,
     }
+
+
+def anyflow(batch: int) -> dict[str, Any]:
+    times = torch.full((batch, 2), 500.0)
+    frames = noise(batch, 2, 4, SIDE * 2, SIDE * 2)
+    return {"hidden_states": frames, "timestep": times, "r_timestep": times} | text(batch, 16)
 
 
 def kandinsky6(batch: int) -> dict[str, Any]:
@@ -761,6 +767,7 @@ ZOO = {
         },
         video(
             16,
+            timestep=lambda batch: at(0.5, batch),
             attention_mask=lambda batch: torch.ones(batch, TEXT),
             padding_mask=lambda _: torch.zeros(1, 1, SIDE * 2, SIDE * 2),
         ),
@@ -1010,6 +1017,11 @@ ZOO = {
         },
         ltx2,
     ),
+    "anyflow": Specimen(
+        "AnyFlowTransformer3DModel",
+        {name: value for name, value in WAN.items() if name not in ("qk_norm", "rope_max_seq_len")},
+        anyflow,
+    ),
     "kandinsky6": Specimen(
         "Kandinsky6Transformer3DModel",
         {
@@ -1036,10 +1048,10 @@ ZOO = {
 }
 
 
-def specimen(name: str, **changes: Any) -> nn.Module:
+def specimen(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     """The tiny frozen model of that family."""
     kind, config, _ = ZOO[name]
-    with seeded(0), warnings.catch_warnings():
+    with seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names inside diffusers
         model = getattr(diffusers, kind)(**config | changes)
         if hasattr(model, "pad_token"):  # Lumina-Next leaves it without contents

@@ -25,7 +25,13 @@ from imprompt.attention.conditioning import (
 from imprompt.attention.image_guidance import BRANCHES, in_halves, in_thirds
 from imprompt.attention.text_cache import CachedValue
 from imprompt.errors import MismatchError
-from imprompt.families.base import Family, LayerSize, ModelCall, positional_names
+from imprompt.families.base import (
+    Family,
+    LayerSize,
+    ModelCall,
+    positional_names,
+    time_of_rows,
+)
 from imprompt.prompt import KEY, ImagePrompt
 
 SLACK = 2  # timesteps by which the first and the last of a schedule may differ from the model's
@@ -316,7 +322,7 @@ class ModelInjection(ABC):
         device. A real number that stands for the schedule's end is then taken for a scheduler's
         own.
         """
-        timestep = torch.as_tensor(call.given[self.family.arguments[1]])
+        timestep = time_of_rows(call.given[self.family.arguments[1]])
         known = scope.timed if scope is not None else getattr(self.local, "timed", None) is scale
         if known or timestep.is_meta:
             return

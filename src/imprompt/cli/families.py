@@ -12,7 +12,7 @@ def families_command(
 ) -> None:
     """List the base models that take image prompts, and how each is used."""
     from imprompt.cli.console import print_rows, quiet
-    from imprompt.families.table import as_markdown, family_lines
+    from imprompt.families.table import as_markdown, family_lines, refusal_lines
 
     quiet()
     if markdown:
@@ -20,8 +20,13 @@ def families_command(
         return
     print_rows(
         [
-            (line.family, f"{line.model}; guidance in {line.guidance}; trains: {line.train}; "
-             f"pipelines: {len(line.whole)} whole, {len(line.attached)} by adapter.using")
+            (
+                line.family,
+                f"{line.model}; guidance in {line.guidance}; trains: {line.train}; "
+                f"pipelines: {len(line.whole)} whole, {len(line.attached)} by adapter.using, "
+                f"{len(line.not_run)} not run, {len(line.refused)} refused",
+            )
             for line in family_lines()
         ]
-    )  # fmt: skip
+    )
+    print_rows([(name.strip("`"), why) for name, why in refusal_lines()])  # fmt: skip

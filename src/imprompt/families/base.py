@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from imprompt.errors import MismatchError, SettingError
+from imprompt.families.refusals import MODELS
 from imprompt.prompt import KEY, ImagePrompt
 
 ROUNDING = 1e-2  # tolerance in points: progress is computed in float32
@@ -32,7 +33,7 @@ FAMILIES = {  # name -> module that holds it in a table of its `FAMILIES`
             *("hunyuan-video", "kandinsky5", "krea2", "ideogram4", "prx", "ltx", "cosmos"),
             *("cogvideox", "cogview3plus", "mochi", "allegro", "framepack", "bria-fibo"),
             *("nucleus", "glm-image", "joyimage", "easyanimate", "ernie-image", "ltx2"),
-            "kandinsky6",
+            *("anyflow", "kandinsky6"),
         ),
         ROWS,
     ),
@@ -108,6 +109,16 @@ def start_states(own: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor) 
 def schedule_place(progress: Tensor, points: int) -> Tensor:
     """Return the place, see `ModelCall`, for a progress from 0 to 1."""
     return (progress * (points - 1) - ROUNDING).ceil().long()
+
+
+def time_of_rows(timestep: Any) -> Tensor:
+    """Return the time () or (B,) of a call from a timestep that may be given for every place.
+
+    Places of a picture that is given, such as a video's first frame, are told an earlier time than
+    those that are made: a row's time is that of its noisiest place, which has the largest value.
+    """
+    time = torch.as_tensor(timestep)
+    return time.flatten(1).amax(1) if time.ndim > 1 else time
 
 
 Conditions = Mapping[str, Tensor]
@@ -384,8 +395,11 @@ def family_of(model: nn.Module) -> Family:
     for name in FAMILIES:
         if (found := find_family(name)).matches(model):
             return found
+    name = type(original(model)).__name__
+    if name in MODELS:
+        raise MismatchError(f"{name} takes no image prompts: {MODELS[name]}")
     raise MismatchError(
-        f"{type(original(model)).__name__} is not of a known family ({', '.join(FAMILIES)}), or it "
+        f"{name} is not of a known family ({', '.join(FAMILIES)}), or it "
         "has no text cross-attention for image prompts: `imprompt families` prints the table, and "
         "docs/families.md says how to add a row"
     )

@@ -48,11 +48,19 @@ def patches(model: Any, given: Given) -> tuple[int, ...]:
     return tuple(size // part for size, part in zip(sizes, cut[-len(sizes) :], strict=True))
 
 
+def new_frames(model: Any, given: Given) -> tuple[int, ...]:
+    """Return the grid of latents (B, C, F, h, w): without the reference, where poses are given."""
+    frames, *sides = patches(model, given)
+    poses = given.get("pose_hidden_states")
+    return frames if poses is None else poses.shape[2], *sides
+
+
 def by_frames(model: Any, given: Given) -> tuple[int, ...]:
     """Return the grid of latents (B, F, C, h, w) that are cut into patches."""
     _, frames, _, height, width = given["hidden_states"].shape
     side = model.config.patch_size
-    return frames // (model.config.get("patch_size_t") or 1), height // side, width // side
+    cut = (model.config.get("patch_size_t") or 1, side, side) if isinstance(side, int) else side
+    return frames // cut[0], height // cut[1], width // cut[2]
 
 
 def by_ids(ids: Tensor) -> tuple[int, ...]:
@@ -125,11 +133,13 @@ def by_sizes(_model: Any, given: Given) -> tuple[int, ...]:
 def own_frames(coordinates: Tensor) -> tuple[int, tuple[int, ...]]:
     """Return where a video's own places begin, and their grid, from coordinates (B, 3, places).
 
+    They may be (B, 3, places, 2): of where each place begins and ends.
     Frames that it is conditioned on stand before or after its own: the longest run of frames in
     order of time is the video.
     """
-    frame = [len(one.unique()) for one in coordinates[0, 1:]]
-    times = coordinates[0, 0, :: prod(frame)]
+    time, *sides = coordinates[0] if coordinates.ndim == 3 else coordinates[0, ..., 0]
+    frame = [len(one.unique()) for one in sides]
+    times = time[:: prod(frame)]
     breaks = (times.diff() <= 0).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), len(times)]
     count, begin = max((end - start, start) for start, end in pairwise(bounds))

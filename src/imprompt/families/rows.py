@@ -28,6 +28,7 @@ from imprompt.families.picture import (
     last_channels,
     list_patches,
     marked,
+    new_frames,
     normed,
     own_area,
     own_places,
@@ -327,7 +328,7 @@ ROWS = {
         ),
         layers=r"blocks\.\d+\.attn2",
         taps=tapped("norm_q", "BLD"),
-        grid=patches,
+        grid=new_frames,
         progress=by_timestep,
         picture=last,
         separate_branches=True,
@@ -440,6 +441,7 @@ ROWS = {
         picture=where_marked,
         reads=("position_ids", "indicator"),
         text_width=own_width,
+        separate_branches=True,  # the negative one has a model of its own
     ),
     "prx": TransformerRow(
         model="PRXTransformer2DModel",
@@ -470,7 +472,7 @@ ROWS = {
         layers=r"transformer_blocks\.\d+\.attn2",
         taps=tapped("norm_q", "BHLd"),
         grid=patches,
-        progress=by_timestep,
+        progress=by_sigma,
         separate_branches=True,
     ),
     "cogvideox": TransformerRow(
@@ -603,6 +605,15 @@ ROWS = {
             *("encoder_hidden_states", "encoder_attention_mask"),
             *("audio_encoder_hidden_states", "audio_encoder_attention_mask"),
         ),
+    ),
+    "anyflow": TransformerRow(
+        model="AnyFlowTransformer3DModel",
+        channel=PLAIN,
+        layers=r"blocks\.\d+\.attn2",
+        taps=tapped("norm_q", "BLD"),
+        grid=by_frames,
+        progress=by_timestep,
+        picture=last,
     ),
     "kandinsky6": TransformerRow(
         model="Kandinsky6Transformer3DModel",

@@ -10,15 +10,11 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from imprompt.families.base import Family, families
+from imprompt.families.refusals import MODELS, NOT_RUN, PIPELINES
 
 HEAD = (
-    "family",
-    "class",
-    "guidance",
-    "train",
-    "compiles",
-    "ImagePromptPipeline",
-    "with adapter.using",
+    *("family", "class", "guidance", "train", "compiles", "ImagePromptPipeline"),
+    *("with adapter.using", "not run", "refused"),
 )
 KINDS = ("text", "image", "inpaint")
 
@@ -31,6 +27,8 @@ class FamilyLine(NamedTuple):
     compiles  what `torch.compile` makes one graph of
     whole     pipelines that `ImagePromptPipeline` takes
     attached  pipelines of the class that are called by the user, in `with adapter.using(...)`
+    not_run   those of them that no test runs
+    refused   pipelines of the class that do not go with image prompts
     """
 
     family: str
@@ -40,6 +38,8 @@ class FamilyLine(NamedTuple):
     compiles: str
     whole: tuple[str, ...]
     attached: tuple[str, ...]
+    not_run: tuple[str, ...]
+    refused: tuple[str, ...]
 
 
 def family_lines() -> Iterator[FamilyLine]:
@@ -49,14 +49,18 @@ def family_lines() -> Iterator[FamilyLine]:
         whole = tuple(whole_pipelines(family))
         for model in family.classes:
             others = [name for name in found.get(model, ()) if name not in whole]
+            refused = tuple(name for name in others if name in PIPELINES)
+            not_run = tuple(name for name in others if name in NOT_RUN or family.name == "unet")
             yield FamilyLine(
                 family.name,
                 model,
                 guidance_of(family),
-                "yes" if family.trains else "not yet",
+                "yes" if family.trains and model == family.classes[0] else "not yet",
                 family.compiles,
                 tuple(name for name in whole if name in found.get(model, ())),
-                tuple(others),
+                tuple(name for name in others if name not in (*refused, *not_run)),
+                not_run,
+                refused,
             )
 
 
@@ -113,11 +117,24 @@ def as_markdown() -> str:
             line.compiles,
             named(line.whole),
             named(line.attached),
+            named(line.not_run),
+            named(line.refused),
         )
         for line in family_lines()
     ]
     head = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    reasons = "\n".join(f"| {name} | {why} |" for name, why in refusal_lines())
+    table = "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
+    return f"{table}\n\n| no image prompts, or not run | why |\n|---|---|\n{reasons}\n"
+
+
+def refusal_lines() -> Iterator[tuple[str, str]]:
+    """Yield the name of each class of models and pipelines that is refused or not run, and why."""
+    yield from ((f"`{name}`", why) for name, why in MODELS.items())
+    for name, why in PIPELINES.items():
+        yield name.removesuffix("Pipeline"), f"refused: {why}"
+    for name, why in NOT_RUN.items():
+        yield name.removesuffix("Pipeline"), f"not run: {why}"
 
 
 def named(pipelines: tuple[str, ...]) -> str:

@@ -37,6 +37,7 @@ from imprompt.families.base import (
     original,
     schedule_place,
     start_states,
+    time_of_rows,
 )
 from imprompt.families.forms import AttentionForm
 from imprompt.families.processor import (
@@ -366,7 +367,7 @@ class TransformerFamily(Family):
             given,
             len(latents),
             text,
-            lambda points: schedule_place(progress(row_times(timestep), timesteps), points),
+            lambda points: schedule_place(progress(time_of_rows(timestep), timesteps), points),
             lambda: [self.row.grid(original(model), given)],
             self.row.positive_first,
         )
@@ -445,16 +446,6 @@ class TransformerFamily(Family):
     def native_latents(self, config: Given) -> int:
         """Return the side of the pictures in latents, as the row states it."""
         return self.row.native_latents(config)
-
-
-def row_times(timestep: Any) -> Tensor:
-    """Return the time () or (B,) of a call from a timestep that may be given for every place.
-
-    Places of a picture that is given, such as a video's first frame, are told an earlier time than
-    those that are made: a row's time is that of its noisiest place, which has the largest value.
-    """
-    time = torch.as_tensor(timestep)
-    return time.flatten(1).amax(1) if time.ndim > 1 else time
 
 
 def block_number(name: str) -> int:

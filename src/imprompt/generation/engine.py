@@ -306,7 +306,8 @@ class Engine:
         if isinstance(first, list | tuple):
             several = zip(*values, strict=True)
             return [self.merged(f"{path}.{n}", own, rows) for n, own in enumerate(several)]
-        if argument == self.family.arguments[1]:  # each row has its own timestep
+        if argument == self.family.arguments[1] and torch.as_tensor(first).ndim < 2:
+            # each row has its own timestep
             times = [torch.as_tensor(v, device=self.device) for v in values]
             return torch.cat([t.reshape(-1).expand(n) for t, n in zip(times, rows, strict=True)])
         if isinstance(first, Tensor):
