@@ -21,10 +21,11 @@ from benchmarks.record import RESULTS, about, note
 # Question, limit in seconds, and its further options. The most important come first.
 STAGES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
     "cuda": (
-        ("step", 220, ()),
-        ("growth", 60, ()),
-        ("memory", 150, ()),
-        ("training", 90, ("--rounds", "3", "--steps", "5")),
+        ("step", 170, ()),
+        ("transformers", 120, ("--rounds", "3")),
+        ("growth", 50, ()),
+        ("memory", 110, ()),
+        ("training", 80, ("--rounds", "3", "--steps", "5")),
         ("cold", 30, ("--rounds", "2")),
         ("profile", 30, ()),
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from benchmarks import cold, growth, memory, operators, profile, step, training
+from benchmarks import cold, growth, memory, operators, profile, step, training, transformers
 from benchmarks.record import RESULTS, about, join
 
 PAGE = Path(__file__).parents[1] / "docs" / "reports" / "benchmarks.md"
@@ -19,7 +19,10 @@ QUESTIONS: dict[str, ModuleType] = {
     "growth": growth,
     "training": training,
     "profile": profile,
+    "transformers": transformers,
 }
+# operators are the same on every device, and transformers are too large for a CPU
+ONLY = {"operators": "cpu", "transformers": "cuda"}
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 HEAD = """# Benchmarks
 
@@ -58,7 +61,7 @@ def chapter(question: str, results: Path) -> str:
         if path.exists():
             rows = json.loads(path.read_text())
             parts += [origin(rows), module.section(rows)]
-        elif question != "operators" or device == "cpu":  # operators are the same on every device
+        elif ONLY.get(question, device) == device:
             parts.append(
                 f"{name}: not measured yet; run `python -m benchmarks.{question} --device "
                 f"{device}`."

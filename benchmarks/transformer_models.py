@@ -22,6 +22,7 @@ from benchmarks.random_models import frozen
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.families.base import family_of, find_family
 from imprompt.families.forms import FORMS, AttentionForm
+from imprompt.generation.compile import compile_base
 
 PEER = "diffusers' adapter"
 OURS_AS_PEER = "ours, in the form of diffusers' adapter"
@@ -99,15 +100,23 @@ class TransformerScene:
         shared = [*self.base.parameters(), *self.base.buffers()]
         return copy.deepcopy(self.base, {id(weight): weight for weight in shared})
 
-    def calls(self) -> dict[str, Callable[[], Call]]:
-        """Return by name what makes the call of each implementation: one step without gradients."""
-        made: dict[str, Callable[[], Call]] = {TEXT: lambda: self.call(self.model())}
+    def calls(self) -> dict[str, Callable[..., Call]]:
+        """Return by name what makes the call of each implementation: one step without gradients.
+
+        Their argument tells whether the model's forward pass is compiled, as the package does it.
+        """
+        made: dict[str, Callable[[], tuple[Any, Call]]] = {TEXT: self.alone}
         if self.of.family in PEERS:
             made[PEER] = partial(PEERS[self.of.family], self)
-        made[IMPROMPT] = lambda: self.ours(None)
+        made[IMPROMPT] = partial(self.ours, None)
         if self.of.form is not None:
-            made[OURS_AS_PEER] = lambda: self.ours(self.of.form)
-        return made
+            made[OURS_AS_PEER] = partial(self.ours, self.of.form)
+        return {name: partial(made_call, make) for name, make in made.items()}
+
+    def alone(self) -> tuple[Any, Call]:
+        """Return the base model and its call."""
+        model = self.model()
+        return model, self.call(model)
 
     def call(self, model: Any, using: Callable[[], Any] = nullcontext, **given: Any) -> Call:
         """Return a call that computes a step; `given` makes more arguments anew in each call."""
@@ -121,13 +130,24 @@ class TransformerScene:
         return step
 
     @torch.no_grad()
-    def ours(self, form: AttentionForm | None) -> Call:
-        """Return a call with our adapter, of a published form or None; its prompt is made once."""
+    def ours(self, form: AttentionForm | None) -> tuple[Any, Call]:
+        """Return a model with our adapter, of a published form or None, and its call.
+
+        The prompt is made once.
+        """
         model = self.model()
         with torch.device(self.device):
             adapter = adapter_for(model, form).requires_grad_(False).to(self.dtype).attach(model)
             prompt = adapter.prompt(adapter.tokens(self.noise(self.of.batch, EMBEDDING)))
-        return self.call(model, lambda: adapter.using(prompt))
+        return model, self.call(model, lambda: adapter.using(prompt))
+
+
+def made_call(make: Callable[[], tuple[Any, Call]], compiled: bool = False) -> Call:
+    """Return the call that `make` gives, with its model compiled or not."""
+    model, call = make()
+    if compiled:
+        compile_base(model)
+    return call
 
 
 def adapter_for(model: Any, form: AttentionForm | None) -> IPAdapter:
@@ -188,8 +208,8 @@ INPUTS: dict[str, Callable[[TransformerScene], dict[str, Any]]] = {
 
 
 @torch.no_grad()
-def xlabs_of_diffusers(scene: TransformerScene) -> Call:
-    """Return a call with diffusers' form of XLabs' adapter for Flux."""
+def xlabs_of_diffusers(scene: TransformerScene) -> tuple[Any, Call]:
+    """Return a model and its call with diffusers' form of XLabs' adapter for Flux."""
     model, width = scene.model(), scene.base.config.joint_attention_dim
     with torch.device(scene.device):
         projection = embeddings.ImageProjection(EMBEDDING, width, TOKENS)
@@ -205,14 +225,13 @@ def xlabs_of_diffusers(scene: TransformerScene) -> Call:
         }
     model.set_attn_processor(made)
     # the model takes the embeddings out of the dictionary that it is given
-    return scene.call(
-        model, joint_attention_kwargs=lambda: {"ip_adapter_image_embeds": [embedding]}
-    )
+    given = {"ip_adapter_image_embeds": [embedding]}
+    return model, scene.call(model, joint_attention_kwargs=given.copy)
 
 
 @torch.no_grad()
-def instantx_of_diffusers(scene: TransformerScene) -> Call:
-    """Return a call with diffusers' form of InstantX' adapter for Stable Diffusion 3.
+def instantx_of_diffusers(scene: TransformerScene) -> tuple[Any, Call]:
+    """Return a model and its call with diffusers' form of InstantX' adapter for Stable Diffusion 3.
 
     The second attentions of SD3.5-medium keep their processors: no file has weights for them.
     """
@@ -233,10 +252,13 @@ def instantx_of_diffusers(scene: TransformerScene) -> Call:
             for name, processor in model.attn_processors.items()
         }
     model.set_attn_processor(made)
-    return scene.call(model, joint_attention_kwargs=lambda: {"ip_adapter_image_embeds": patches})
+    given = {"ip_adapter_image_embeds": patches}
+    return model, scene.call(model, joint_attention_kwargs=given.copy)
 
 
-PEERS: dict[str, Callable[[TransformerScene], Call]] = {  # PixArt: diffusers has no adapter
+PEERS: dict[
+    str, Callable[[TransformerScene], tuple[Any, Call]]
+] = {  # PixArt: diffusers has no adapter
     "flux": xlabs_of_diffusers,
     "sd3": instantx_of_diffusers,
 }

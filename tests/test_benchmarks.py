@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import cold, growth, memory, page, profile, step, training
+from benchmarks import cold, growth, memory, page, profile, step, training, transformers
 from benchmarks.implementations import IMPLEMENTATIONS, IMPROMPT, PEER, TEXT, scene
 from benchmarks.interleave import InThisProcess, Loop, Measured, Worker, interleave, ratios
 from benchmarks.our_loop import OurLoop
@@ -397,3 +397,34 @@ def test_a_loop_that_is_killed() -> None:
         worker._process.join()
         with pytest.raises(ImpromptError, match="killed"):
             worker.run(1)
+
+
+def test_a_step_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tiny ones, of which no bar is asked; diffusers has no adapter for PixArt."""
+    path = tmp_path / "transformers.json"
+    assert (
+        transformers.main(["--device", "cpu", "--dry", "--rounds", "1", "--record", str(path)]) == 0
+    )
+    rows = json.loads(path.read_text())
+    who = {row["setting"]["model"]: [*row["loops"]] for row in rows["outcomes"]}
+    assert list(who) == list(transformers.TINY)
+    assert transformers.PEER in who["flux-tiny"]
+    assert transformers.PEER in who["sd3-tiny"]
+    assert who["pixart-tiny"] == [TEXT, IMPROMPT]
+    assert rows["bars"] == []
+    assert (
+        "- not measured: peak memory: tensors are counted on a GPU only" in capsys.readouterr().out
+    )
+
+
+def test_bars_of_transformers() -> None:
+    setting = {"device": "cuda", "model": "flux-dev", "what": transformers.STEP}
+    loops = {
+        name: Measured([seconds] * 3)
+        for name, seconds in ((TEXT, 2.0), (transformers.PEER, 2.2), (IMPROMPT, 2.05))
+    }
+    over_text, over_peer = transformers.bars_of(Outcome(setting, loops))
+    assert (over_text.met, over_peer.met) == (True, True)
+    assert over_text.value == pytest.approx(1.025)
+    assert over_peer.value == pytest.approx(2.05 / 2.2)
+    assert transformers.bars_of(Outcome(setting | {"device": "cpu"}, loops)) == []
