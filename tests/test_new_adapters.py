@@ -78,14 +78,14 @@ def test_queries_and_keys_of_the_image_are_normed_in_each_head(
     family = family_of(model)
     layer = next(iter(family.layers(model).values()))
     size, taps = family.size(layer), family.row.taps(layer)
-    seen: list[tuple[Tensor, Any]] = []
-    add = processor.add_image_attention
+    seen: list[tuple[Tensor, ...]] = []
+    attend = processor.attention
 
-    def recorded(out: Tensor, query: Tensor, images: Any, weights: Tensor) -> Tensor:
-        seen.append((query, images[0]))
-        return add(out, query, images, weights)
+    def recorded(*states: Tensor) -> Tensor:
+        seen.append(states)
+        return attend(*states)
 
-    monkeypatch.setattr(processor, "add_image_attention", recorded)
+    monkeypatch.setattr(processor, "attention", recorded)
     adapter = awake(start_adapter(plan(qk_norm=True), model, WIDTHS))
     assert adapter.form is NORMED
     plain = IPAdapter(adapter.projection, adapter.image_kv, adapter.family)  # type: ignore
@@ -93,7 +93,7 @@ def test_queries_and_keys_of_the_image_are_normed_in_each_head(
     hook = getattr(layer, taps.query).register_forward_hook(lambda *args: queries.append(args[-1]))
     normed = effect(adapter, model, inputs)
     hook.remove()
-    query, (key, value) = seen[0]
+    query, key, value = seen[0]
     whole = processor.as_heads(queries[0], taps.layout, size.heads)
     wanted = whole / (whole.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     rows = query.shape[2]
@@ -103,8 +103,7 @@ def test_queries_and_keys_of_the_image_are_normed_in_each_head(
     scores = (query @ key.mT) / query.shape[-1] ** 0.5
     assert scores.abs().max() <= query.shape[-1] ** 0.5 + 1e-3
     out = F.scaled_dot_product_attention(query, key, value)
-    weights = torch.ones(1, 1, 1, 1, 1)
-    torch.testing.assert_close(add(torch.zeros_like(out), query, [(key, value)], weights), out)
+    torch.testing.assert_close(attend(query, key, value), out)
     adapter.image_kv.apply(lambda part: part.to_k.weight.mul_(9) if hasattr(part, "to_k") else None)
     torch.testing.assert_close(effect(adapter, model, inputs), normed, rtol=1e-4, atol=1e-5)
     assert not torch.equal(effect(plain, model, inputs), normed)

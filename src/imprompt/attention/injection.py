@@ -307,7 +307,7 @@ class ModelInjection(ABC):
         Prompts from elsewhere are copied in the first call, and the copies used until another
         prompt is given.
         """
-        if all(prompt.keys[0].device == device for prompt in prompts):
+        if all(prompt.scale.device == device for prompt in prompts):
             return prompts
         parts = [part for prompt in prompts for part in tree_leaves(prompt._replace(low_rank=()))]
         return self.moved.get(

@@ -299,6 +299,7 @@ ROWS = {
     ),
     "z-image": TransformerRow(
         model="ZImageTransformer2DModel",
+        positive_alone=True,
         channel=JOINT,
         layers=r"layers\.\d+\.attention",
         taps=tapped("norm_q", "BLHd"),
@@ -594,6 +595,7 @@ ROWS = {
     ),
     "ltx2": TransformerRow(
         model="LTX2VideoTransformer3DModel",
+        positive_alone=True,
         channel=PLAIN,
         layers=r"transformer_blocks\.\d+\.attn2",
         taps=tapped("norm_q", "BLD"),
