@@ -22,6 +22,11 @@ from tests.zoo import answer, inputs_of, specimen
 WHOLE = [name for name, row in ROWS.items() if row.compiles == "whole"]
 QUICK = ("flux", "lumina2", "z-image")  # the others are slow
 Compiled = Callable[[nn.Module], Any]
+# Of base models, with or without an adapter: Mochi's norms, and a cache that Dynamo looks into.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
+]
 
 
 def of_quick(names: list[str]) -> list[Any]:

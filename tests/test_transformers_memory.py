@@ -26,9 +26,15 @@ Change = Callable[[Any], object]
 needs_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 # What the class itself cannot: its pooling reads weights of a layer that it does not call.
 WITHOUT_LAYERS = {"hunyuandit"}
+# What accelerate cannot: it rebuilds an output from its parts one by one, and this class has two.
+WITHOUT_HOOKS = {"ltx2"}
 WITHOUT_CONTENTS = {  # classes that read values, so that they cannot run without
-    *("lumina2", "qwen-image-2.1", "hidream", "ideogram4")
+    *("lumina2", "qwen-image-2.1", "hidream", "ideogram4", "framepack", "glm-image", "ernie-image"),
+    "mochi",  # asks for autocast on its device
+    *WITHOUT_HOOKS,
 }
+# Mochi's norms ask for float32, which autocast on a CPU has not.
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +97,7 @@ def group(kind: str, folder: Path) -> Change:
 
 
 @pytest.mark.parametrize("first", ["attach", "change"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in WITHOUT_HOOKS])
 def test_under_offload_it_is_the_same(name: str, first: str, tmp_path: Path) -> None:
     changes: list[Change] = [whole, group("block_level", tmp_path)]
     if name not in WITHOUT_LAYERS:

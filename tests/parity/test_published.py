@@ -317,7 +317,7 @@ def test_it_is_read_written_and_converted_without_loss(kind: Kind, tmp_path: Pat
     for one, other in zip(file.tensors, again.tensors, strict=True):
         assert torch.equal(one, other)
     family = find_family(kind.family)
-    layers = [*kind.adapter.conditioned(family.layers(kind.model))]
+    layers = [*kind.adapter.form.of(family.layers(kind.model))]
     write_adapter(own, file, layers=layers)
     converted = load_adapter(own, kind.model)
     assert torch.equal(kind.ours(adapter=converted), kind.ours())
