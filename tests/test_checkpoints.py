@@ -560,7 +560,6 @@ FOREIGN = {
     ],
     "an adapter for Flux": ["image_proj.proj.weight", "ip_adapter.0.to_k_ip.weight"],
     "Lynx' reference-latent adapter": ["0.to_k_ref.weight", "0.to_v_ref.weight"],
-    "a Redux model": ["redux_up.weight", "redux_down.weight"],
     "a LoRA": ["unet.down_blocks.0.attn1.processor.to_q_lora.down.weight"],
     "an image encoder": ["vision_model.embeddings.class_embedding", "visual_projection.weight"],
     "a base model": ["model.diffusion_model.input_blocks.0.0.weight"],

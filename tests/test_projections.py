@@ -30,6 +30,7 @@ SIZES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         st.fixed_dictionaries({"embedding_dim": WIDTH, "token_dim": WIDTH, "tokens": COUNT}),
     ),
     "full": st.fixed_dictionaries({"feature_dim": WIDTH, "token_dim": WIDTH}),
+    "redux": st.fixed_dictionaries({"feature_dim": WIDTH, "token_dim": WIDTH, "hidden": WIDTH}),
     **dict.fromkeys(
         ("plus", "portrait-unnorm", "ai-toolkit", "lynx"),
         st.fixed_dictionaries(PLUS | {"width": WIDTH}),
@@ -59,6 +60,7 @@ BOTH = {"face_dim": FACE_DIM, "feature_dim": FEATURE_DIMS["penultimate"]}
 TINY: dict[str, dict[str, int]] = {
     "pooled": {"embedding_dim": FEATURE_DIMS["pooled"]},
     "penultimate": {"feature_dim": FEATURE_DIMS["penultimate"]},
+    "last": {"feature_dim": FEATURE_DIMS["last"]},
     "face": {"face_dim": FACE_DIM},
     "raw face": {"feature_dim": FACE_DIM},
     "face and crop": BOTH,

@@ -53,7 +53,12 @@ from imprompt.attention.low_rank import PARTS, AttentionLowRank, ModelLowRank
 from imprompt.encoders.vision import VisionEncoder
 from imprompt.families.base import family_of
 from imprompt.families.published import SD1, SD2, SDXL
-from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
+from imprompt.projections.mlp import (
+    FaceProjection,
+    FullProjection,
+    TextProjection,
+    TransposedProjection,
+)
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.projections.timed import CharacterProjection, TimeResampler
 from imprompt.prompt import ImagePrompt
@@ -84,6 +89,7 @@ FACE_DIM = 20
 FEATURE_DIMS: dict[str, int] = {
     "pooled": 24,
     "penultimate": 32,
+    "last": 32,
     "face": FACE_DIM,
     "raw face": FACE_DIM,
     "face and crop": 32,
@@ -182,6 +188,7 @@ def tiny_projection(name: str, token_dim: int) -> nn.Module:
         "base": ImageProjection,
         "xlabs": ImageProjection,
         "full": FullProjection,
+        "redux": TextProjection,
         "hunyuandit": TransposedProjection,
     }
     return kinds.get(name, FaceProjection)(feature_dim, token_dim)

@@ -196,8 +196,8 @@ class IPAdapter(nn.Module):
         branches = 1 if null_tokens is None else 2
         if null_tokens is not None:
             tokens = torch.cat([null_tokens.expand(len(tokens), *tokens.shape[1:]), tokens])
-        if self.timed:
-            return self.form.timed_prompt(self, tokens, branches).with_scale(scale)
+        if self.keyless:
+            return self.form.keyless_prompt(self, tokens, branches).with_scale(scale)
         reads: int = self.image_kv[0].to_k.in_features  # pyright: ignore
         tokens, dtype = injection.widen(tokens, reads), injection.dtype
         keys, values = [], []
@@ -212,9 +212,9 @@ class IPAdapter(nn.Module):
         return prompt.with_scale(scale)
 
     @property
-    def timed(self) -> bool:
-        """Whether its image tokens depend on the time: see `imprompt.families.timed`."""
-        return self.form is not None and self.form.timed
+    def keyless(self) -> bool:
+        """Whether its prompts hold no keys and values: see `AttentionForm.keyless`."""
+        return self.form is not None and self.form.keyless
 
     @property
     def injection(self) -> Injection:

@@ -29,8 +29,9 @@ class ImagePrompt(NamedTuple):
     branches      of guidance in R: 1, or 2 with all negative rows before all positive ones
     form          of a published adapter for a transformer: see `imprompt.families.forms`; its keys
                   are those of the layers that the form conditions
-    patches       (R or 1, K, P, W) what keys and values are made of at each step, of K pictures,
-                  where they depend on the time: see `imprompt.families.timed`; else None
+    patches       (R or 1, K, P, W) of K pictures, in prompts without keys: what these are made of
+                  at each step, where they depend on the time (`imprompt.families.timed`), or rows
+                  of the text (`imprompt.families.text_rows`); else None
     """
 
     keys: tuple[Tensor, ...]
@@ -65,6 +66,12 @@ class ImagePrompt(NamedTuple):
                 f"or {layers} rows of items"
             )
         return self._replace(scale=table.expand(layers, *table.shape[1:]).contiguous())
+
+    def positive_alone(self) -> "ImagePrompt":
+        """Return a prompt of one branch with a negative branch beside it, where it is inactive."""
+        scale = torch.cat([torch.zeros_like(self.scale), self.scale], 1)
+        doubled = self.map_rows(lambda part, axis: torch.cat([part] * 2, axis))
+        return doubled._replace(scale=scale, branches=2)
 
     @property
     def rows(self) -> int:

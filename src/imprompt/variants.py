@@ -7,7 +7,12 @@ from typing import Literal, NamedTuple
 
 from imprompt.adapter import ImageProjection
 from imprompt.errors import SettingError
-from imprompt.projections.mlp import FaceProjection, FullProjection, TransposedProjection
+from imprompt.projections.mlp import (
+    FaceProjection,
+    FullProjection,
+    TextProjection,
+    TransposedProjection,
+)
 from imprompt.projections.resampler import FacePlusProjection, FacePlusV2Projection, Resampler
 from imprompt.projections.timed import CharacterProjection, TimeResampler
 from imprompt.validation import suggestions
@@ -22,6 +27,7 @@ Projection = (
     | type[Resampler]
     | type[FaceProjection]
     | type[TransposedProjection]
+    | type[TextProjection]
     | type[TimeResampler]
     | type[CharacterProjection]
     | type[FacePlusProjection]
@@ -85,8 +91,8 @@ class Variant:
                      its box ("square")
     null             what stands for "no image" in guidance and in training's drops: a zero
                      embedding, or the features of an all-zero preprocessed picture (the encoder's
-                     mean colour) or of a black picture. A face's embedding is always zero then, and
-                     `null` describes the hidden states of the pair
+                     mean colour) or of a black picture, or no tokens at all. A face's embedding is
+                     always zero then, and `null` describes the hidden states of the pair
     projection       features -> image tokens
     signature        key in the paper's checkpoints that distinguishes this variant's projection
     feature_key      key whose last dimension is the feature's width; of a pair, the hidden states'
@@ -109,7 +115,7 @@ class Variant:
 
     name: str
     feature: Feature
-    null: Literal["zero embedding", "zero picture", "black picture"]
+    null: Literal["zero embedding", "zero picture", "black picture", "no tokens"]
     projection: Projection
     signature: str
     feature_key: str
@@ -344,6 +350,16 @@ TRANSFORMERS = (  # of published adapters for transformers: see `imprompt.checkp
         lambda _: False,
         faces="facexlib's arcface",
         tokens=16,
+    ),
+    Variant(
+        "redux",
+        "last",
+        "no tokens",
+        TextProjection,
+        "up.weight",
+        "up.weight",
+        lambda shapes: (None, shapes["down.weight"][0]),
+        lambda _: False,
     ),
 )
 TIMED = (  # of those whose tokens depend on the time: see `imprompt.families.timed`

@@ -38,6 +38,7 @@ from imprompt.errors import CheckpointError, MismatchError, SettingError, first_
 from imprompt.families.base import Family, family_of
 from imprompt.families.forms import AttentionForm
 from imprompt.families.published_files import PUBLISHED_LAYOUTS, PublishedLayout
+from imprompt.families.text_rows import TextRowsAdapter
 from imprompt.families.unet_layers import OLDEST, known_layers, numbered_layers
 from imprompt.models import refuse_url
 from imprompt.projections.resampler import HEAD_DIM, PUBLISHED, head_dim_of
@@ -171,8 +172,8 @@ class AdapterFile:
 
     @property
     def token_dim(self) -> int:
-        """Token width D, which the added projections read."""
-        return self.kv[0][0].shape[1]
+        """Token width D, which the added projections read; without these, the tokens' own."""
+        return self.kv[0][0].shape[1] if self.kv else self.token_width
 
     @property
     def tokens(self) -> int | None:
@@ -219,9 +220,13 @@ class AdapterFile:
         """
         if self.form is not None and self.form.families:
             bases = " and ".join(self.form.families)
-            return (
-                f"base models of the {bases} family with {len(self.kv)} conditioned layers; "
-                + layouts.encoder_of(self.variant, self.feature_dim)
+            sizes = (
+                f"{self.token_width}-wide text"
+                if self.form.text_rows
+                else f"{len(self.kv)} conditioned layers"
+            )
+            return f"base models of the {bases} family with {sizes}; " + layouts.encoder_of(
+                self.variant, self.feature_dim
             )
         if self.header is not None and self.own_width:
             return (
@@ -390,9 +395,9 @@ def write_adapter(
         return
     form = layouts.layout_to_write(layout, path.suffix)
     if file.form is not None:
-        if form.numbered:
+        if form.numbered or file.form.text_rows:
             own = [row.name for row in PUBLISHED_LAYOUTS if row.form == file.form.name]
-            others = " or ".join(["imprompt", *own])
+            others = " or ".join([*["imprompt"] * (not file.form.text_rows), *own])
             raise CheckpointError(f"the {form.name} layout cannot hold it: write {others}")
         layers = layers and [*file.form.of(dict.fromkeys(layers))]
     if file.own_width and form.numbered:
@@ -456,7 +461,8 @@ def build_adapter(file: AdapterFile, family: Family) -> IPAdapter:
     for module, parts in zip(lora, file.lora or (), strict=True):
         _fill(module, parts)
     low_rank = ModelLowRank(lora) if lora else None
-    return IPAdapter(projection, image_kv, family, low_rank, file.form, file.own_width)
+    kind = TextRowsAdapter if file.form is not None and file.form.text_rows else IPAdapter
+    return kind(projection, image_kv, family, low_rank, file.form, file.own_width)
 
 
 def adapter_file(

@@ -161,7 +161,6 @@ FOREIGN = (
         "Lynx' reference-latent adapter, of its full form: not supported; give the lite form",
         (r"^\d+\.to_[kv]_ref\.",),
     ),
-    ("a Redux model: not supported yet", (r"^redux_(up|down)\.",)),
     ("a PuLID adapter: not supported yet", (r"^pulid_ca\.",)),
     (
         "an adapter for Flux or another transformer model: not supported yet",

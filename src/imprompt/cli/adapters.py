@@ -26,6 +26,7 @@ class LayoutName(StrEnum):
     ai_toolkit_pixart = "ai-toolkit-pixart"
     lynx = "lynx"
     instantcharacter = "instantcharacter"
+    redux = "redux"
 
 
 Answer = Annotated[

@@ -207,6 +207,9 @@ class AttentionForm:
                  tokens do not depend on the time
     adapter      adapter that makes keys and values at each step; in the form of its prompts alone
     widened      whether the tokens pass the base model's own projection of text before W'
+    text_rows    setting of the base model for the width of its text, after whose rows the tokens
+                 are appended instead of being attended to: see `imprompt.families.text_rows`; "" if
+                 they are not
     """
 
     name: str
@@ -222,6 +225,7 @@ class AttentionForm:
     time: float = 0
     adapter: Any = None
     widened: bool = False
+    text_rows: str = ""
 
     def fits(self, family: str) -> tuple[str, ...]:
         """Return the families of base models that an adapter for `family` fits."""
@@ -232,14 +236,21 @@ class AttentionForm:
         """Whether image tokens depend on the time."""
         return self.time > 0
 
-    def timed_prompt(self, adapter: Any, patches: Tensor, branches: int) -> ImagePrompt:
-        """Return a prompt whose keys and values the adapter makes at each step.
+    @property
+    def keyless(self) -> bool:
+        """Whether prompts hold patches instead of keys and values."""
+        return self.timed or bool(self.text_rows)
 
-        patches  (R, P, W), or (R, K, P, W) of K pictures: see `imprompt.families.timed`
+    def keyless_prompt(self, adapter: Any, patches: Tensor, branches: int) -> ImagePrompt:
+        """Return a prompt that holds patches: the adapter makes its keys and values at each step.
+
+        Of rows of the text none are made.
+
+        patches  (R, P, W), or (R, K, P, W) of K pictures
         """
-        ones = patches.new_ones(len(adapter.image_kv), 1)
+        ones = patches.new_ones(len(adapter.injection.sizes_of(self)), 1)
         patches = patches if patches.ndim == 4 else patches[:, None]
-        form = replace(self, adapter=adapter)
+        form = replace(self, adapter=adapter) if self.timed else self
         return ImagePrompt((), (), ones, branches=branches, form=form, patches=patches)
 
     def __deepcopy__(self, _: Any) -> Self:
@@ -286,5 +297,6 @@ FORMS = {
         # every second block
         AttentionForm("lynx", ("wan",), r"blocks\.\d*[02468]\.attn2", WidthNormedKV),
         AttentionForm("instantcharacter", ("flux",), r".*", CharacterKV, taps=("to_q",), time=1000),
+        AttentionForm("redux", ("flux",), r".*", PublishedKV, text_rows="joint_attention_dim"),
     )
 }

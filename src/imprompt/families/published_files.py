@@ -19,7 +19,8 @@ class PublishedLayout:
     spelling    parts of names in the file, below that prefix -> in the projection's module; {layer}
                 is a number
     states      names in a layer's module -> key in the file, where {layer} is the layer's number;
-                names joined by "+" are one tensor there, one after the other
+                names joined by "+" are one tensor there, one after the other; none if layers have
+                no tensors
     layer       name of the layer of a number in the base model; "" if the number alone does not
                 tell it
     where       whether a file with that signature, given its tensors, is of this layout
@@ -53,7 +54,8 @@ class PublishedLayout:
 
     def count(self, keys: Mapping[str, Any]) -> int:
         """Return the number of layers that a file with these keys should have."""
-        pattern = re.escape(next(iter(self.states.values()))).replace(r"\{layer\}", r"(\d{1,3})")
+        key = next(iter(self.states.values()), "")
+        pattern = re.escape(key).replace(r"\{layer\}", r"(\d{1,3})")
         found = [int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))]
         return max(found, default=-1) + 1
 
@@ -244,4 +246,5 @@ PUBLISHED_LAYOUTS = (
             for theirs, ours in (("attn1", "of_own"), ("attn2", "of_others"))
         },
     ),
+    PublishedLayout("redux", "redux", "redux", (r"^redux_(up|down)\.",), {"redux_": ""}, {}),
 )

@@ -47,6 +47,7 @@ from imprompt.families.processor import (
     processor_for,
     unreached,
 )
+from imprompt.families.text_rows import weights_of, with_bias, with_rows
 from imprompt.families.timed import at_time, norms_of
 from imprompt.prompt import KEY, ImagePrompt
 
@@ -192,6 +193,7 @@ class TransformerInjection(ModelInjection):
         self.replace(self.layers, dict(self.processors))
         self.busy = threading.RLock()  # the processors hold the conditioning of a call
         self.seen = CachedValue()  # the picture's places, which no step changes
+        self.weights = CachedValue()  # of rows of the text
 
     def attentions(self) -> dict[str, Any]:
         """Return the cross-attention layers: no others are injected."""
@@ -234,12 +236,35 @@ class TransformerInjection(ModelInjection):
                   prompts: tuple[ImagePrompt, ...]) -> Arguments:  # fmt: skip
         """Set every layer's conditioning for this call."""
         arguments = self.idle(arguments)
+        if rows_of_text := [one for one in prompts if one.form and one.form.text_rows]:
+            call = self.append(call._replace(given=self.by_name(*arguments)), rows_of_text)
+            arguments = (), {**call.given}
+            prompts = tuple(one for one in prompts if not (one.form and one.form.text_rows))
         if not prompts:
             return arguments
         grid, rows = self.picture(call)
         for form in dict.fromkeys(prompt.form for prompt in prompts):
             self.condition([one for one in prompts if one.form == form], form, call, grid, rows)
         return arguments
+
+    def append(self, call: ModelCall, prompts: Sequence[ImagePrompt]) -> ModelCall:
+        """Return a call whose text goes on with the prompts' rows: see `families.text_rows`."""
+        grid = call.grids()[0]
+        sources = [x for one in prompts for x in (one.scale, one.mask) if x is not None]
+        if any(prompt.scale.ndim == 3 for prompt in prompts):  # it changes with time
+            found = weights_of(prompts, call, grid)
+        else:
+            found = self.weights.get(
+                lambda _: (sources, grid), lambda: weights_of(prompts, call, grid)
+            )
+        pairs = [pair for pair in zip(prompts, found, strict=True) if pair[1].active]
+        if not pairs:
+            return call
+        prompts, weights = zip(*pairs, strict=True)
+        given = with_rows(call.given, prompts)
+        picture = self.row.picture("", given, prod(grid))  # as in blocks of one stream
+        assert isinstance(picture, slice)
+        return call._replace(given=with_bias(given, prompts, weights, picture, self.dtype))
 
     def condition(self, prompts: Sequence[ImagePrompt], form: AttentionForm | None, call: ModelCall,
                   grid: tuple[int, ...], rows: Mapping[str, slice | Tensor]) -> None:  # fmt: skip

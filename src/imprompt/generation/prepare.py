@@ -65,12 +65,13 @@ class PreparedReference(NamedTuple):
 
     by: "Attached"
     tokens: Tensor  # (1, N, D), or (1, K, P, W): see `IPAdapter.prompt`
-    null: Tensor | None  # the same of what guidance moves away from; None without guidance
+    null: Tensor | None  # the same of what guidance moves away from; None: nothing
     bias: Tensor | None  # (1, N)
     scale: Tensor  # (layers, 1) or (layers, 1, T)
     negative: Tensor  # (layers,): see `blocks.BlockMap`
     mask: Tensor | None  # (1, h, w)
     embeds_scaling: str
+    guided: bool
 
     @property
     def active(self) -> bool:
@@ -83,9 +84,10 @@ class PreparedReference(NamedTuple):
         made = scaled(prompt.with_scale(self.scale), self.embeds_scaling)
         bias = self.bias if self.bias is None or self.null is None else self.bias.expand(2, -1)
         mask = None if self.mask is None else self.mask.to(self.tokens.device)
-        return with_negative_layers(
-            made._replace(bias=bias, mask=mask), self.negative, self.null is not None
-        )
+        made = made._replace(bias=bias, mask=mask)
+        if self.guided and self.null is None:
+            return made.positive_alone()
+        return with_negative_layers(made, self.negative, self.guided)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,27 +122,37 @@ class Attached:
                 as_mask(plain_picture(reference.mask))[None], call.size, mode="area"
             )[0]
         )
-        if self.adapter.timed:
+        if self.adapter.keyless:
             check_without_keys(reference, self.name)
+        if self.adapter.form is not None and self.adapter.form.text_rows:
+            check_weight(table, self.name)
         tokens, bias = self.combined(reference)
         null = self.null_tokens(reference, call, tokens) if call.guided else None
         return PreparedReference(
-            self, tokens, null, bias, table, block.negative, mask, reference.embeds_scaling
+            self,
+            tokens,
+            null,
+            bias,
+            table,
+            block.negative,
+            mask,
+            reference.embeds_scaling,
+            call.guided,
         )
 
     def combined(self, reference: Reference) -> tuple[Tensor, Tensor | None]:
         """Return the image tokens (1, N, D) of one prompt, and their bias (1, N).
 
-        Where tokens depend on the time, it is what they are made of, (1, K, P, W). The bias is None
-        if all tokens have the same weight.
+        For prompts without keys they are (1, K, P, W): see `IPAdapter.prompt`. The bias is None if
+        all tokens have the same weight.
         """
         features, weights = self.reader.features(reference)
         parts = features if isinstance(features, tuple) else (features,)
         left, weights = combine(tuple(part.float() for part in parts), reference.combine, weights)
         tokens = self.tokens(left, reference)
-        if not self.adapter.timed:
+        if not self.adapter.keyless:
             return concat(tokens, weights)
-        bias = token_bias(weights, self.adapter.projection.count)  # pyright: ignore
+        bias = token_bias(weights, getattr(self.adapter.projection, "count", tokens.shape[1]))
         return tokens[None], None if bias is None else bias.to(tokens)
 
     def tokens(self, features: Features, reference: Reference | None = None) -> Tensor:
@@ -151,11 +163,13 @@ class Attached:
             parts = *parts, torch.tensor(reference.face_scale)
         return self.adapter.tokens(tuple(part.to(device) for part in parts))
 
-    def null_tokens(self, reference: Reference, call: CallContext, like: Tensor) -> Tensor:
+    def null_tokens(self, reference: Reference, call: CallContext, like: Tensor) -> Tensor | None:
         """Return as many image tokens as `like` has, that guidance moves away from.
 
-        They are those of "no image", or of the reference's negative.
+        They are those of "no image", or of the reference's negative; None if "no image" has none.
         """
+        if reference.negative is None and self.reader.variant.null == "no tokens":
+            return None
         if reference.negative is None:
             which = self, reference.face_scale
             if which not in call.nulls:
@@ -175,8 +189,17 @@ def check_without_keys(reference: Reference, name: str) -> None:
     """Raise SettingError if a reference needs keys and values before the first step."""
     if reference.embeds_scaling != "V only":
         raise SettingError(
-            f"embeds_scaling = {reference.embeds_scaling!r}: {name or 'it'} makes its keys and "
-            "values anew at each step, so its scale acts on the result alone: leave it out"
+            f"embeds_scaling = {reference.embeds_scaling!r}: {name or 'it'} has no keys and values "
+            "before a step, so its scale acts on the result alone: leave it out"
+        )
+
+
+def check_weight(table: Tensor, name: str) -> None:
+    """Raise SettingError if a scale (layers, ...) cannot be the weight of rows of the text."""
+    if (table < 0).any() or (table != table[:1]).any():
+        raise SettingError(
+            f"{name or 'the adapter'} appends rows to the text: its weight is at least 0 and the "
+            "same in all layers, so leave blocks out, and give no scale below 0"
         )
 
 

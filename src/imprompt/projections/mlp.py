@@ -38,6 +38,29 @@ class FullProjection(nn.Module):
         return self.proj(features)
 
 
+class TextProjection(nn.Module):
+    """Projection of FLUX.1 Redux: every patch becomes a row of the text, (B, P, E) -> (B, P, D).
+
+    It reads the last layer. Parameters are named as in the published file, without the prefix.
+    """
+
+    def __init__(self, feature_dim: int, token_dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = hidden or 3 * token_dim
+        self.up = nn.Linear(feature_dim, hidden)
+        self.down = nn.Linear(hidden, token_dim)
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Build a projection for tensors of these shapes, by their names in a checkpoint."""
+        hidden, feature_dim = shapes["up.weight"]
+        return cls(feature_dim, shapes["down.weight"][0], hidden)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project patches (B, P, E) to image tokens (B, P, D)."""
+        return self.down(F.silu(self.up(features)))
+
+
 class TransposedProjection(ImageProjection):
     """Projection of HunyuanDiT's adapter: an image embedding (B, E) to N image tokens (B, N, D).
 
