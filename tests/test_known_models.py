@@ -51,6 +51,9 @@ def test_the_list_says_what_a_user_must_know(capsys: pytest.CaptureFixture[str])
         "XLabs-AI/flux-ip-adapter-v2:ip_adapter.safetensors": (
             *("clip-vit-large-patch14", "224 px", "16", "scale 1, 50 steps, guidance 4"),
         ),
+        "black-forest-labs/FLUX.1-Redux-dev:flux1-redux-dev.safetensors": (
+            *("siglip", "384 px", "729", "scale 1, 50 steps, guidance 2.5", "non-commercial"),
+        ),
         "Tencent-Hunyuan/IP-Adapter:ipa.pt": (
             *("encoder= gives", "scale 1, 100 steps", "Tencent Hunyuan community"),
         ),

@@ -16,6 +16,7 @@ from diffusers.pipelines.flux.pipeline_flux_prior_redux import FluxPriorReduxPip
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from imprompt import ImagePromptPipeline, Reference
 from imprompt.adapter import ImageProjection, IPAdapter
@@ -477,3 +478,16 @@ def test_what_the_facade_cannot_do_is_refused_before_a_step(whole: Whole) -> Non
     pipe.detach()
     assert not steps
     assert np.isfinite(whole.made(ONE).numpy()).all()
+
+
+def test_compiled_weight_1_other_weights_and_0_are_a_graph_each(
+    tmp_path: Path, counter: CompileCounterWithBackend
+) -> None:
+    own = Whole(tmp_path)
+    plain, calls = own.ours(), [(1.0, 1), (0.4, 2), (0.7, 2), (0.0, 3), (1.0, 3), (0.2, 3)]
+    wanted = [own.made(ONE, plain, scale=scale) for scale, _ in calls]
+    fast = ImagePromptPipeline(own.pipeline, plain.first, compile=True)
+    for (scale, graphs), latents in zip(calls, wanted, strict=True):
+        made = own.made(ONE, fast, scale=scale)
+        torch.testing.assert_close(made, latents, rtol=0, atol=1e-4)
+        assert counter.frame_count == graphs
