@@ -244,6 +244,7 @@ TEXTS: dict[str, dict[str, tuple[int, ...]]] = {
         "prompt_embeds_2": (2, 8),
         "prompt_embeds_mask_2": (2,),
     },
+    "bria-fibo2": {"prompt_embeds": (2, TEXT, 16), "prompt_embeds_mask": MASK},
     "motif-video": {"prompt_embeds": (TEXT, 16), "prompt_attention_mask": MASK},
     "nucleus": {"prompt_embeds": (TEXT, 16), "prompt_embeds_mask": MASK},
     "glm-image": {"prompt_embeds": (TEXT, 8)},
@@ -267,7 +268,7 @@ TEXTS: dict[str, dict[str, tuple[int, ...]]] = {
     "anyflow": {"prompt_embeds": (TEXT, 16)},
     "ltx2": {"prompt_embeds": (TEXT, 12), "prompt_attention_mask": MASK},
 }
-BOOL_MASKS = ("chroma", "mochi", "nucleus", "krea2")
+BOOL_MASKS = ("chroma", "mochi", "nucleus", "krea2", "bria-fibo2")
 
 
 def texts(family: str) -> dict[str, Any]:
@@ -663,6 +664,8 @@ CASES: dict[str, Case] = {
         call={"prompt": "a"},
         places=4,
     ),
+    "BriaFibo2": Case("bria-fibo2", call={"image": None}),
+    "BriaFibo2 with a reference": Case("bria-fibo2", call=REFERENCE),
     "LTX2ImageToVideo": LTX2._replace(call={"image_crf": 0}),
     "LTX2Condition": LTX2,
     "LTXI2VLongMultiPrompt": LTX._replace(

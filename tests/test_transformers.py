@@ -28,6 +28,11 @@ WITHOUT_CHECKPOINTS = {  # why the class itself cannot
     "hunyuan-image": "its own call of a block lacks an argument",
 }
 WITHOUT_HALVES = {"kandinsky5"}  # it mixes precisions, and needs autocast
+# Rows that the latents reach and that are not the picture's.
+MIXED = {
+    "z-image": "a refiner mixes the picture and its padding",
+    "wan-animate": "a self-attention mixes the video and its reference",
+}
 # Their batches differ by rounding: the routing of experts, and padding to the longest text.
 ROUNDED = {"hidream": 1e-5, "lumina2": 1e-5}
 
@@ -128,6 +133,20 @@ class Rows:
         return first, any(one.any() for one in rest)
 
 
+class Reads:
+    """Rows that an attention reads, and which of them changed."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.read: list[Tensor] = []
+        layer.register_forward_pre_hook(self.called, with_kwargs=True)
+
+    def called(self, _layer: nn.Module, args: Any, kwargs: Any) -> None:
+        self.read.append(args[0] if args else kwargs["hidden_states"])
+
+    def changed(self) -> Tensor:
+        return (self.read[0] != self.read[1]).flatten(2).any(-1)
+
+
 def test_only_rows_of_the_picture_change_and_of_a_mask_only_its_own(joined: Joined) -> None:
     inputs, name = inputs_of(joined.name, 2), next(iter(joined.layers))
     frames = 2 if "3D" in type(joined.model).__name__ else 1
@@ -152,6 +171,24 @@ def test_only_rows_of_the_picture_change_and_of_a_mask_only_its_own(joined: Join
             changed, _ = rows.changed()
             for item, own in zip(changed, places, strict=True):
                 assert torch.equal(item.nonzero()[:, 0], own[only_left])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_rows_that_change_are_those_that_the_latents_reach(joined: Joined, batch: int) -> None:
+    """The first layer reads them before they are mixed with the text's."""
+    layer = next(iter(joined.layers.values()))
+    latents, inputs = family_of(joined.model).arguments[0], inputs_of(joined.name, batch)
+    rows, reads = Rows(layer), Reads(layer)
+    scale = torch.zeros(len(joined.layers))
+    scale[0] = 1
+    with joined.adapter.attached(joined.model):
+        answer(joined.model, inputs | {latents: inputs_of(joined.name, batch, 2)[latents]})
+        answer(joined.model, inputs)
+        joined.answer(inputs, joined.prompt(batch).with_scale(scale))
+    changed, reached = rows.changed()[0], reads.changed()
+    assert not (changed & ~reached).any(), "the row's `picture` names rows of the text"
+    same = torch.equal(changed, reached)
+    assert same == (joined.name not in MIXED), "the row's `picture` names too few rows"
 
 
 def test_a_window_follows_progress(joined: Joined) -> None:

@@ -264,6 +264,17 @@ def bria_fibo(batch: int) -> dict[str, Any]:
     return flux_inputs(batch, timestep=at(500, batch), text_encoder_layers=layers)
 
 
+def bria_fibo2(batch: int) -> dict[str, Any]:
+    """States of two layers; in a batch of texts that become four and two tokens, else no mask."""
+    lengths = torch.tensor([TEXT, TEXT // 2] * batch)[:batch]
+    return {
+        "hidden_states": latents(batch),
+        "timestep": at(0.5, batch),
+        "encoder_hidden_states": noise(batch, 2, TEXT, 16),
+        "encoder_attention_mask": torch.arange(TEXT) < lengths[:, None] if batch > 1 else None,
+    }
+
+
 def nucleus(batch: int) -> dict[str, Any]:
     mask = torch.ones(batch, TEXT, dtype=torch.bool)
     return qwen(batch) | {"encoder_hidden_states_mask": mask}
@@ -924,6 +935,27 @@ ZOO = {
         "BriaFiboTransformer2DModel",
         FLUX | {"axes_dims_rope": [0, 4, 12], "text_encoder_dim": 12},
         bria_fibo,
+    ),
+    "bria-fibo2": Specimen(
+        "BriaFibo2Transformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "cap_feat_dim": 16,
+            "injection_layer_ids": (1,),
+            "perceiver_num_layers": 1,
+            "min_num_gist_tokens": 2,
+            "max_num_gist_tokens": 4,
+            "gist_step": 2,
+            "gist_min_text_len": TEXT // 2,
+            "gist_max_text_len": TEXT,
+            "axes_dims": (4, 6, 6),
+            "axes_lens": (32, 32, 32),
+        },
+        bria_fibo2,
     ),
     "nucleus": Specimen(
         "NucleusMoEImageTransformer2DModel",

@@ -32,8 +32,8 @@ FAMILIES = {  # name -> module that holds it in a table of its `FAMILIES`
             *("qwen-image-2.1", "z-image", "wan", "hidream", "cogview4", "hunyuan-image"),
             *("hunyuan-video", "kandinsky5", "krea2", "ideogram4", "prx", "ltx", "cosmos"),
             *("cogvideox", "cogview3plus", "mochi", "allegro", "framepack", "bria-fibo"),
-            *("nucleus", "glm-image", "joyimage", "easyanimate", "ernie-image", "ltx2"),
-            *("anyflow", "kandinsky6"),
+            *("bria-fibo2", "nucleus", "glm-image", "joyimage", "easyanimate", "ernie-image"),
+            *("ltx2", "anyflow", "kandinsky6"),
         ),
         ROWS,
     ),
@@ -59,6 +59,7 @@ class ModelCall(NamedTuple):
     grids     gives the sizes, rows and columns, in which layers see the latents; of a video the
               number of frames stands before them
     positive_first  whether a call with both branches of guidance has the positive one first
+    model     the model itself
     """
 
     given: Mapping[str, Any]
@@ -67,6 +68,7 @@ class ModelCall(NamedTuple):
     place: Callable[[int], Tensor]
     grids: Callable[[], Sequence[tuple[int, ...]]]
     positive_first: bool = False
+    model: Any = None
 
 
 class Tasks(NamedTuple):

@@ -149,17 +149,17 @@ def own_frames(coordinates: Tensor) -> tuple[int, tuple[int, ...]]:
 # --- Which rows of a query belong to the picture; `count` is the number of its places.
 
 
-def first(_name: str, _given: Given, count: int) -> slice:
+def first(_model: Any, _name: str, _given: Given, count: int) -> slice:
     """Return the first rows, before references or a text."""
     return slice(0, count)
 
 
-def last(_name: str, _given: Given, count: int) -> slice:
+def last(_model: Any, _name: str, _given: Given, count: int) -> slice:
     """Return the last rows, after a text."""
     return slice(-count, None)
 
 
-def after_text(name: str, given: Given, count: int) -> slice:
+def after_text(_model: Any, name: str, given: Given, count: int) -> slice:
     """Return the rows after the text in blocks of one stream, else the first.
 
     References follow, or stand before them.
@@ -172,13 +172,13 @@ def after_text(name: str, given: Given, count: int) -> slice:
     return slice(start, start + count)
 
 
-def after_own_text(_name: str, given: Given, count: int) -> Tensor:
+def after_own_text(_model: Any, _name: str, given: Given, count: int) -> Tensor:
     """Return the indices (B, I) of rows after each item's own text, whose mask tells its length."""
     lengths = given["encoder_attention_mask"].sum(1, keepdim=True).long()
     return lengths + torch.arange(count, device=lengths.device)
 
 
-def after_history(_name: str, given: Given, count: int) -> Tensor:
+def after_history(_model: Any, _name: str, given: Given, count: int) -> Tensor:
     """Return the indices (B, I) of rows after those of earlier frames (B, C, F, h, w)."""
     past = ((given.get(f"latents_{name}"), cut) for name, cut in HISTORY.items())
     start = sum(
@@ -191,14 +191,35 @@ def after_history(_name: str, given: Given, count: int) -> Tensor:
     return rows.expand(len(latents), -1)
 
 
-def own_places(_name: str, given: Given, count: int) -> slice:
+def after_gist(model: Any, _name: str, given: Given, count: int) -> slice:
+    """Return the rows after those of a text that Bria FIBO 2 condenses to a gist.
+
+    Where the gists of a batch differ in length, they stand last.
+    """
+    from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
+
+    text, mask = given["encoder_hidden_states"], given.get("encoder_attention_mask")
+    config = model.config
+    gists = compute_gist_count(
+        [text.shape[2]] if mask is None else mask.sum(1).tolist(),
+        min_gist=config.min_num_gist_tokens,
+        max_gist=config.max_num_gist_tokens,
+        gist_step=config.gist_step,
+        min_text_len=config.gist_min_text_len,
+        max_text_len=config.gist_max_text_len,
+    )
+    start = gists[0] if min(gists) == max(gists) else 0
+    return slice(start, start + count)
+
+
+def own_places(_model: Any, _name: str, given: Given, count: int) -> slice:
     """Return the rows of a video's own places: see `own_frames`."""
     coordinates = given.get("video_coords")
     start = 0 if coordinates is None else own_frames(coordinates)[0]
     return slice(start, start + count)
 
 
-def where_marked(_name: str, given: Given, count: int) -> Tensor:
+def where_marked(_model: Any, _name: str, given: Given, count: int) -> Tensor:
     """Return the indices (B, I) of rows that the indicator marks."""
     return (given["indicator"] == PICTURE).nonzero()[:, 1].view(-1, count)
 

@@ -26,7 +26,6 @@ MODELS = {  # class of models -> why it takes no image prompts
     "WanAnimate2Transformer3DModel": "its latents are a list, and its calls fill a cache",
     "AnyFlowFARTransformer3DModel": "it makes a video in chunks, with a cache of those before",
     "SanaWMTransformer3DModel": "no row is written yet: it makes a video in chunks",
-    "BriaFibo2Transformer2DModel": "no row is written yet: its text is condensed inside the model",
     "JoyImageEditPlusTransformer3DModel": "no row is written yet: its latents are patches, padded",
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from imprompt.families.base import ControlKind, Tasks, TaskTable
 from imprompt.families.picture import (
+    after_gist,
     after_history,
     after_own_text,
     after_text,
@@ -536,6 +537,17 @@ ROWS = {
         progress=by_timestep,
         separate_branches=False,
         text_arguments=("encoder_hidden_states", "text_encoder_layers"),
+    ),
+    "bria-fibo2": TransformerRow(
+        model="BriaFibo2Transformer2DModel",
+        layers=r"layers\.\d+\.attention",
+        taps=tapped("norm_q", "BLHd"),
+        grid=patches,
+        progress=by_sigma,
+        picture=after_gist,
+        reads=("encoder_attention_mask",),
+        text_width=own_width,
+        separate_branches=True,
     ),
     "nucleus": TransformerRow(
         model="NucleusMoEImageTransformer2DModel",

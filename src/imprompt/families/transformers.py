@@ -98,8 +98,8 @@ class TransformerRow:
     grid               (model, arguments) -> rows and columns of the picture's places, in videos
                        the number of frames before them
     progress           timestep, as the model gets it, and timesteps -> progress
-    picture            (layer's name, arguments, number of the picture's places) -> which rows of
-                       the query belong to the picture
+    picture            (model, layer's name, arguments, number of the picture's places) -> which
+                       rows of the query belong to the picture
     reads              arguments whose values, not shapes, `grid` and `picture` read
     skips              argument that holds the numbers of blocks that a call leaves out
     arguments          names of latents, timestep and text in the forward pass
@@ -140,7 +140,7 @@ class TransformerRow:
     taps: Callable[[Any], Taps]
     grid: Callable[[Any, Given], tuple[int, ...]]
     progress: Callable[[Tensor, int], Tensor]
-    picture: Callable[[str, Given, int], slice | Tensor] = lambda *_: slice(None)
+    picture: Callable[[Any, str, Given, int], slice | Tensor] = lambda *_: slice(None)
     alike: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     skips: str = ""
@@ -227,8 +227,9 @@ class TransformerInjection(ModelInjection):
         shapes = nested_shapes([given[name] for name in row.arguments])
 
         def compute() -> tuple[tuple[int, ...], dict[str, slice | Tensor]]:
-            grid = call.grids()[0]
-            return grid, {name: row.picture(name, given, prod(grid)) for name in self.processors}
+            grid, model = call.grids()[0], call.model
+            rows = {n: row.picture(model, n, given, prod(grid)) for n in self.processors}
+            return grid, rows
 
         return self.seen.get(lambda _: (read, shapes), compute)
 
@@ -395,6 +396,7 @@ class TransformerFamily(Family):
             lambda points: schedule_place(progress(time_of_rows(timestep), timesteps), points),
             lambda: [self.row.grid(original(model), given)],
             self.row.positive_first,
+            original(model),
         )
 
     def guided(self, pipeline: Any, guidance: float, options: Given) -> bool:
