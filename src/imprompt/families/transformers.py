@@ -263,7 +263,7 @@ class TransformerInjection(ModelInjection):
             return call
         prompts, weights = zip(*pairs, strict=True)
         given = with_rows(call.given, prompts)
-        picture = self.row.picture("", given, prod(grid))  # as in blocks of one stream
+        picture = self.row.picture(call.model, "", given, prod(grid))  # as in blocks of one stream
         assert isinstance(picture, slice)
         return call._replace(given=with_bias(given, prompts, weights, picture, self.dtype))
 
