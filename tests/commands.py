@@ -15,10 +15,8 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline
 from transformers import (
     CLIPImageProcessorPil,
-    CLIPTextModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
@@ -27,7 +25,8 @@ from imprompt.cli import main
 from imprompt.training import loop, setup
 from imprompt.training.recipe import Recipe
 from tests.ranks import CONTEXT, PATIENCE
-from tests.tiny import OTHERS, pipeline_parts, quiet, seeded, smallest_unet, tiny_text_encoder
+from tests.tiny import SMALLEST, seeded
+from tests.tiny_pipelines import tiny_pipeline
 
 # What a command imports as it runs, and pytest, which every process under it imports.
 CONTEXT.set_forkserver_preload(
@@ -48,19 +47,7 @@ def smallest_model(folder: Path, kind: str = "unet") -> Path:
     A UNet has four cross-attentions.
     """
     encoder, processor = smallest_encoder()
-    if kind == "unet":
-        parts = pipeline_parts("sd1") | {"unet": smallest_unet()}
-        text_encoder = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 32, seed=7)
-        pipeline: Any = quiet(
-            StableDiffusionPipeline(
-                **parts,
-                text_encoder=text_encoder,
-                safety_checker=None,
-                requires_safety_checker=False,
-            )
-        )
-    else:
-        pipeline = OTHERS[kind]()
+    pipeline = tiny_pipeline("sd1", **SMALLEST) if kind == "unet" else tiny_pipeline(kind)
     pipeline.save_pretrained(folder)
     for part in (encoder, processor):
         part.save_pretrained(folder / "image_encoder")

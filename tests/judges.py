@@ -15,7 +15,8 @@ from transformers import (
     ViTModel,
 )
 
-from tests.tiny import seeded, tiny_tokenizer
+from tests.parts import tiny_tokenizer
+from tests.tiny import seeded
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 

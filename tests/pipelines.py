@@ -24,7 +24,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imprompt.families.picture import PICTURE
-from tests.tiny import freeze, quiet, seeded, tiny_vae
+from tests.parts import VAES, qwen_vae, wan_vae
+from tests.tiny import freeze, quiet, seeded
+from tests.tiny_pipelines import DEEP, controlnet
 from tests.zoo import TEXT, ZOO, specimen
 
 SIZE = 32
@@ -76,68 +78,6 @@ def embedding(shape: tuple[int, ...], sign: int) -> Tensor:
         return sign + 0.3 * torch.randn(shape)
 
 
-# --- VAEs, by class: (channels) -> the model.
-
-
-def video_vae(kind: str, halvings: int, **more: Any) -> Callable[[int], nn.Module]:
-    """Wan's and what follows it: every halving is of the sides and of the frames."""
-
-    def make(channels: int) -> nn.Module:
-        return getattr(diffusers, kind)(
-            base_dim=4,
-            z_dim=channels,
-            dim_mult=[1] * (halvings + 1),
-            num_res_blocks=1,
-            temperal_downsample=[True] * halvings,
-            latents_mean=[0.0] * channels,
-            latents_std=[1.0] * channels,
-            **more,
-        )
-
-    return make
-
-
-def flux2_vae(channels: int) -> nn.Module:
-    vae: Any = diffusers.AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=channels,
-    )
-    return vae
-
-
-def dc_vae(channels: int) -> nn.Module:
-    return diffusers.AutoencoderDC(
-        latent_channels=channels,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock",) * 2,
-        decoder_block_types=("ResBlock",) * 2,
-        encoder_block_out_channels=(4, 8),
-        decoder_block_out_channels=(4, 8),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        scaling_factor=0.5,
-    )
-
-
-def ltx_vae(channels: int) -> nn.Module:
-    return diffusers.AutoencoderKLLTXVideo(
-        latent_channels=channels,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False),
-        patch_size=1,
-    )
-
-
 class PlainVAE(Part):
     """A VAE of no class: four pixels a latent, in time too; it encodes to their means."""
 
@@ -172,29 +112,13 @@ class PlainVAE(Part):
         return AutoencoderKLOutput(latent_dist=made)
 
 
-def plain_vae(channels: int) -> nn.Module:
-    return PlainVAE(channels)
-
-
-VAES: dict[str, Callable[[int], nn.Module]] = {
-    "AutoencoderKL": lambda channels: tiny_vae(shift=0.1, channels=channels),
-    "AutoencoderKLQwenImage": video_vae("AutoencoderKLQwenImage", 1),
-    "AutoencoderKLWan": video_vae(
-        "AutoencoderKLWan", 2, scale_factor_spatial=4, scale_factor_temporal=4
-    ),
-    "AutoencoderKLQwenImage21": video_vae("AutoencoderKLQwenImage21", 1, decoder_base_dim=4),
-    "AutoencoderKLFlux2": flux2_vae,
-    "AutoencoderDC": dc_vae,
-    "AutoencoderKLLTXVideo": ltx_vae,
-}
-
 # --- What a call is given, by family: names of embeddings and their shapes without the batch.
 
 MASK = (TEXT,)
 TEXTS: dict[str, dict[str, tuple[int, ...]]] = {
     "pixart": {"prompt_embeds": (TEXT, 8), "prompt_attention_mask": MASK},
     "flux": {"prompt_embeds": (TEXT, 32), "pooled_prompt_embeds": (32,)},
-    "sd3": {"prompt_embeds": (TEXT, 32), "pooled_prompt_embeds": (64,)},
+    "sd3": {"prompt_embeds": (TEXT, 32), "pooled_prompt_embeds": (32,)},
     "chroma": {"prompt_embeds": (TEXT, 32), "prompt_attention_mask": MASK},
     "flux2": {"prompt_embeds": (TEXT, 32)},
     "sana": {"prompt_embeds": (TEXT, 8), "prompt_attention_mask": MASK},
@@ -208,7 +132,6 @@ TEXTS: dict[str, dict[str, tuple[int, ...]]] = {
     "lumina-next": {"prompt_embeds": (TEXT, 32), "prompt_attention_mask": MASK},
     "auraflow": {"prompt_embeds": (TEXT, 32), "prompt_attention_mask": MASK},
     "qwen-image": {"prompt_embeds": (TEXT, 16), "prompt_embeds_mask": MASK},
-    "qwen-image-2.1": {"prompt_embeds": (TEXT, 16), "prompt_embeds_mask": MASK},
     "z-image": {"prompt_embeds": (TEXT, 16)},
     "wan": {"prompt_embeds": (TEXT, 16)},
     "hidream": {
@@ -308,18 +231,9 @@ COMMON: dict[str, Any] = {
 }
 
 
-def flux_controlnet() -> Any:
-    config = ZOO["flux"].config | {
-        "pooled_projection_dim": 32,
-        "num_layers": 1,
-        "num_single_layers": 1,
-    }
-    return diffusers.FluxControlNetModel(**config)
-
-
-def eight_vae() -> Any:
-    """As published: eight pixels a latent."""
-    return tiny_vae(halvings=3)
+def controlled(name: str, family: str, **changes: Any) -> Mapping[str, Callable[[], Any]]:
+    """A ControlNet of that class, for the family's specimen."""
+    return {"controlnet": lambda: controlnet(name, ZOO[family].config, **changes)}
 
 
 def karras() -> Any:
@@ -359,10 +273,6 @@ def ltx_text(**_: Any) -> tuple[Tensor, ...]:
     return embedding((1, TEXT, 12), 1), mask, embedding((1, TEXT, 12), -1), mask
 
 
-def wan_vae() -> nn.Module:
-    return VAES["AutoencoderKLWan"](4)
-
-
 class Safe(Part):
     """A safety checker that lets everything pass."""
 
@@ -388,49 +298,15 @@ class AudioVAE(Part):
     config = SimpleNamespace(sample_rate=16000, mel_hop_length=160, mel_bins=4, latent_channels=4)
 
 
-def rgba_vae() -> nn.Module:
-    return video_vae("AutoencoderKLQwenImage", 1, input_channels=4)(3)
-
-
-def sd3_controlnet(**changes: Any) -> Callable[[], Any]:
-    config = {**ZOO["sd3"].config, "num_layers": 1, "dual_attention_layers": ()}
-    return lambda: diffusers.SD3ControlNetModel(**config | changes)
-
-
-def sana_controlnet() -> Any:
-    config = {k: v for k, v in ZOO["sana"].config.items() if k != "num_layers"}
-    return diffusers.SanaControlNetModel(**config, num_layers=1)
-
-
-def hunyuandit_controlnet() -> Any:
-    known = inspect.signature(diffusers.HunyuanDiT2DControlNetModel.__init__).parameters
-    config = {k: v for k, v in ZOO["hunyuandit"].config.items() if k in known}
-    return diffusers.HunyuanDiT2DControlNetModel(
-        **config, transformer_num_layers=2, use_style_cond_and_image_meta_size=True
-    )
-
-
-def z_image_controlnet(**changes: Any) -> Any:
-    config = {
-        "control_layers_places": [0],
-        "control_refiner_layers_places": [0],
-        "control_in_dim": 16,
-        "dim": 32,
-        "n_refiner_layers": 1,
-        "n_heads": 2,
-        "n_kv_heads": 2,
-    }
-    return diffusers.ZImageControlNetModel(**config | changes)
-
-
-def qwen_controlnet(**changes: Any) -> Callable[[], Any]:
-    config = {**ZOO["qwen-image"].config, "num_layers": 1}
-    return lambda: diffusers.QwenImageControlNetModel(**config | changes)
-
-
-FLUX, SD3, CHROMA = Case("flux", channels=1), Case("sd3", places=256), Case("chroma", channels=1)
+PLAIN: dict[str, Any] = {"dual_attention_layers": ()}
+PLACES: dict[str, Any] = {
+    "control_layers_places": [0],
+    "control_refiner_layers_places": [0],
+    "control_in_dim": 16,
+}
+FLUX, SD3, CHROMA = Case("flux", channels=1), Case("sd3"), Case("chroma", channels=1)
 CONTROL = FLUX._replace(guided=False, changes={"in_channels": 8, "out_channels": 4})
-CONTROLNET = FLUX._replace(guided=False, parts={"controlnet": flux_controlnet})
+CONTROLNET = FLUX._replace(guided=False, parts=controlled("FluxControlNetModel", "flux"))
 KONTEXT = FLUX._replace(
     call={"max_area": SIZE * SIZE}, module={"PREFERRED_KONTEXT_RESOLUTIONS": [(SIZE, SIZE)]}
 )
@@ -445,16 +321,14 @@ SPRINT = SANA._replace(
     parts={"scheduler": diffusers.SCMScheduler},
 )
 WAN, LTX = Case("wan", places=32), Case("ltx", places=128)
-HUNYUANDIT = Case(
-    "hunyuandit", parts={"vae": eight_vae}, call={"height": 64, "width": 64}, places=16
-)
+HUNYUANDIT = Case("hunyuandit", parts={"vae": DEEP}, call={"height": 64, "width": 64}, places=16)
 GUIDER = {"guider": diffusers.ClassifierFreeGuidance}
 SAFE = {"safety_checker": Safe}
 LTX2 = Case("ltx2", parts={"connectors": Connectors, "audio_vae": AudioVAE}, places=128)
 SEEN = {"image_dim": 8, "added_kv_proj_dim": 24}
 SEES = {"encode_image": lambda *_: torch.ones(1, 2, 8)}
 KANDINSKY5 = Case(
-    "kandinsky5", parts={"vae": eight_vae}, settings={"resolutions": [(SIZE, SIZE)]}, places=4
+    "kandinsky5", parts={"vae": DEEP}, settings={"resolutions": [(SIZE, SIZE)]}, places=4
 )
 HELIOS = Case(
     "helios",
@@ -489,9 +363,11 @@ CASES: dict[str, Case] = {
     "StableDiffusion3Inpaint": SD3._replace(
         channels=16, changes={"in_channels": 16, "out_channels": 16}
     ),
-    "StableDiffusion3ControlNet": SD3._replace(parts={"controlnet": sd3_controlnet()}),
+    "StableDiffusion3ControlNet": SD3._replace(
+        parts=controlled("SD3ControlNetModel", "sd3", **PLAIN)
+    ),
     "StableDiffusion3ControlNetInpainting": SD3._replace(
-        parts={"controlnet": sd3_controlnet(extra_conditioning_channels=1)}
+        parts=controlled("SD3ControlNetModel", "sd3", **PLAIN, extra_conditioning_channels=1)
     ),
     "Chroma": CHROMA,
     "ChromaImg2Img": CHROMA,
@@ -499,16 +375,18 @@ CASES: dict[str, Case] = {
     "QwenImage": QWEN,
     "QwenImageImg2Img": QWEN,
     "QwenImageInpaint": QWEN,
-    "QwenImageControlNet": QWEN._replace(parts={"controlnet": qwen_controlnet()}),
+    "QwenImageControlNet": QWEN._replace(
+        parts=controlled("QwenImageControlNetModel", "qwen-image")
+    ),
     "QwenImageControlNetInpaint": QWEN._replace(
-        parts={"controlnet": qwen_controlnet(extra_condition_channels=4)}
+        parts=controlled("QwenImageControlNetModel", "qwen-image", extra_condition_channels=4)
     ),
     "QwenImageEdit": EDIT,
     "QwenImageEditPlus": EDIT._replace(module={"calculate_dimensions": lambda *_: (SIZE, SIZE)}),
     "QwenImageEditInpaint": EDIT,
     "QwenImageLayered": EDIT._replace(
         module={"calculate_dimensions": lambda *_: (SIZE, SIZE)},
-        parts={"text_encoder": Part, "vae": rgba_vae},
+        parts={"text_encoder": Part, "vae": lambda: qwen_vae(3, input_channels=4)},
         channels=3,
         changes={
             "in_channels": 12,
@@ -523,9 +401,11 @@ CASES: dict[str, Case] = {
     "ZImage with guidance that ends early": Z_IMAGE._replace(call={"cfg_truncation": 0.3}),
     "ZImageImg2Img": Z_IMAGE,
     "ZImageInpaint": Z_IMAGE,
-    "ZImageControlNet": Z_IMAGE._replace(parts={"controlnet": z_image_controlnet}),
+    "ZImageControlNet": Z_IMAGE._replace(
+        parts=controlled("ZImageControlNetModel", "z-image", **PLACES)
+    ),
     "ZImageControlNetInpaint": Z_IMAGE._replace(
-        parts={"controlnet": lambda: z_image_controlnet(control_in_dim=33)}
+        parts=controlled("ZImageControlNetModel", "z-image", **PLACES | {"control_in_dim": 33})
     ),
     "Flux2": FLUX2._replace(guided=False, call={"image": None}),
     "Flux2 with a reference": FLUX2._replace(guided=False, call=REFERENCE),
@@ -537,7 +417,7 @@ CASES: dict[str, Case] = {
     "SanaSprint": SPRINT,
     "SanaSprintImg2Img": SPRINT._replace(call={"strength": 1.0, "num_inference_steps": 2}),
     "SanaPAG": SANA,
-    "SanaControlNet": SANA._replace(parts={"controlnet": sana_controlnet}),
+    "SanaControlNet": SANA._replace(parts=controlled("SanaControlNetModel", "sana")),
     "PixArtAlpha": Case("pixart"),
     "PixArtSigma": Case("pixart"),
     "PixArtSigmaPAG": Case("pixart"),
@@ -551,7 +431,15 @@ CASES: dict[str, Case] = {
     "HunyuanDiT": HUNYUANDIT,
     "HunyuanDiTPAG": HUNYUANDIT,
     "HunyuanDiTControlNet": HUNYUANDIT._replace(
-        parts={"vae": eight_vae, "controlnet": hunyuandit_controlnet},
+        parts={
+            "vae": DEEP,
+            **controlled(
+                "HunyuanDiT2DControlNetModel",
+                "hunyuandit",
+                transformer_num_layers=2,
+                use_style_cond_and_image_meta_size=True,
+            ),
+        },
         call={"height": 64, "width": 64, "control_image": picture(size=64)},
     ),
     "Lumina2": Case("lumina2", places=4),
@@ -566,9 +454,7 @@ CASES: dict[str, Case] = {
         channels=16,
         changes={"in_channels": 64},
         call={"enable_prompt_rewrite": False},
-        settings={
-            "encode_prompt": lambda prompt_embeds, **_: (prompt_embeds, torch.zeros(TEXT, 3))
-        },
+        settings={"encode_prompt": longcat_text},
     ),
     "PRX": Case("prx"),
     "PRXPixel": Case("prx", places=256),
@@ -707,7 +593,7 @@ def part(case: Case, name: str, annotation: Any) -> Any:
         made.register_to_config(**case.config)
         return made
     if name == "vae":
-        return VAES.get(kinds[0], plain_vae)(case.channels)
+        return VAES.get(kinds[0], PlainVAE)(case.channels)
     if name == "scheduler":
         kind = SCHEDULERS.get(kinds[0], kinds[0]) or "FlowMatchEulerDiscreteScheduler"
         return getattr(diffusers, kind)()

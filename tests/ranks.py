@@ -31,7 +31,7 @@ Change = Callable[[int], None]  # what befalls a process, told its rank, before 
 
 # Processes are forked from one that has imported everything, and knows nothing of the tests before.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.ranks", "tests.tiny", "accelerate", "pytest"])
+CONTEXT.set_forkserver_preload(["tests.ranks", "tests.tiny_pipelines", "accelerate", "pytest"])
 PATIENCE = 120  # seconds after which a run hangs
 
 

@@ -19,7 +19,7 @@ from imprompt.training.recipe import Recipe
 from imprompt.training.setup import set_up
 from imprompt.training.watch import Metrics, Watcher
 from imprompt.variants import TRAINABLE
-from tests.tiny import PIPELINES
+from tests.tiny_pipelines import PIPELINES
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "orange")
 

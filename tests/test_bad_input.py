@@ -31,7 +31,8 @@ from imprompt.generation.request import Request
 from imprompt.models import PACKAGED, hub_answers
 from imprompt.training.state import save_state
 from imprompt.variants import find_variant
-from tests.tiny import FEATURE_DIMS, tiny_adapter, tiny_encoder, tiny_sd
+from tests.tiny import FEATURE_DIMS, tiny_adapter, tiny_encoder
+from tests.tiny_pipelines import PIPELINES
 
 LOGS = (diffusers_log, transformers_log)
 SIDE = 16  # pixels of the tiny model's pictures
@@ -61,7 +62,7 @@ class Code:
 
 
 def save_model(at: Path) -> Any:
-    pipe = tiny_sd()
+    pipe = PIPELINES["sd1"]()
     pipe.unet.register_to_config(sample_size=SIDE // 2)
     pipe.save_pretrained(at)
     return pipe

@@ -45,7 +45,8 @@ from imprompt.training.recipe import Columns, Data
 from imprompt.training.references import Parts, PictureReferences
 from imprompt.training.samples import BadSample, Sample
 from imprompt.variants import find_variant
-from tests.tiny import OTHERS, PIPELINES, tiny_encoder
+from tests.tiny import tiny_encoder
+from tests.tiny_pipelines import PIPELINES, tiny_pipeline
 
 SIZES = ((40, 56), (64, 32), (32, 64), (48, 48), (90, 40))
 BAD = {3: "is empty", 11: "is empty", 12: "is no picture"}
@@ -414,7 +415,9 @@ class Short(Noise):
 @cache
 def masked_texts() -> FeatureEncoder:
     """A tiny PixArt, whose texts are padded and have a mask."""
-    return FeatureEncoder(OTHERS["pixart"](), tiny_encoder(), find_variant("base"), "tiny pixart")
+    return FeatureEncoder(
+        tiny_pipeline("pixart"), tiny_encoder(), find_variant("base"), "tiny pixart"
+    )
 
 
 def test_masked_rows_of_texts_are_not_stored_and_change_nothing(

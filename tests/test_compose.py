@@ -31,7 +31,6 @@ from imprompt.generation.settings import Settings
 from imprompt.projections.mlp import FaceProjection
 from imprompt.variants import find_variant
 from tests.tiny import (
-    PIPELINES,
     freeze,
     noise,
     noise_inputs,
@@ -42,6 +41,7 @@ from tests.tiny import (
     tiny_encoder,
     tiny_unet,
 )
+from tests.tiny_pipelines import PIPELINES
 from tests.ways import as_pipeline
 
 BLUE, YELLOW, RED = (

@@ -42,16 +42,8 @@ from imprompt.training.estimate import (
 from imprompt.training.model import best_device
 from imprompt.training.recipe import Recipe
 from imprompt.variants import TRAINABLE
-from tests.tiny import (
-    FACE_DIM,
-    FEATURE_DIMS,
-    smallest_unet,
-    tiny_adapter,
-    tiny_encoder,
-    tiny_sd,
-    tiny_sdxl,
-    tiny_unet,
-)
+from tests.tiny import FACE_DIM, FEATURE_DIMS, smallest_unet, tiny_adapter, tiny_encoder, tiny_unet
+from tests.tiny_pipelines import PIPELINES
 from tests.zoo import specimen
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -333,9 +325,9 @@ def test_what_cannot_be_known_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("kind", "make"), [("sd1", tiny_sd), ("sdxl", tiny_sdxl)])
-def test_a_folder_says_its_structure(kind: str, make: Any, tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_folder_says_its_structure(kind: str, tmp_path: Path) -> None:
+    PIPELINES[kind]().save_pretrained(tmp_path)
     found = base_structure(KnownModel("mine", "", Location(str(tmp_path))))
     assert (found.unit, found.text_tokens, found.config["cross_attention_dim"]) == (2, 11, 32)
     encoder = tiny_encoder()

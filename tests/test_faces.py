@@ -41,16 +41,8 @@ from imprompt.generation.pipeline import ImagePromptPipeline
 from imprompt.generation.references import Reference
 from imprompt.models import MODELS, PACKAGED, Location
 from imprompt.variants import FACES, find_variant
-from tests.tiny import (
-    FACE_DIM,
-    PIPELINES,
-    noise,
-    noise_inputs,
-    pictures,
-    seeded,
-    smallest_unet,
-    tiny_adapter,
-)
+from tests.tiny import FACE_DIM, noise, noise_inputs, pictures, seeded, smallest_unet, tiny_adapter
+from tests.tiny_pipelines import PIPELINES
 
 WIDE = 512
 POINTS = TEMPLATE * 2 + np.array([30.0, 20.0])  # upright, 224 pixels, off the corner

@@ -18,8 +18,9 @@ from imprompt.adapter import ImageProjection, IPAdapter, attention
 from imprompt.errors import MismatchError
 from imprompt.families.base import FAMILIES, family_of, find_family
 from imprompt.families.processor import LayerConditioning, with_image
-from tests.tiny import noise_inputs, seeded, smallest_unet, tiny_flux_model, tiny_pixart_model
-from tests.tiny_trained import TRAINED
+from tests.tiny import noise_inputs, seeded, smallest_unet
+from tests.tiny_pipelines import TRAINED
+from tests.zoo import inputs_of, specimen
 
 FEATURES = 12
 
@@ -37,14 +38,13 @@ def unet() -> Tiny:
 
 
 def pixart() -> Tiny:
+    """Two texts of other lengths."""
     inputs = {
         "hidden_states": torch.randn(2, 4, 12, 8),
-        "encoder_hidden_states": torch.randn(2, 6, 8),
         "timestep": torch.tensor([500, 700]),
         "encoder_attention_mask": torch.tensor([[1] * 5 + [0], [1] * 6]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
-    return Tiny(tiny_pixart_model(caption_channels=8), inputs)
+    return Tiny(specimen("pixart"), inputs_of("pixart", 2) | inputs)
 
 
 def flux() -> Tiny:
@@ -52,13 +52,10 @@ def flux() -> Tiny:
     places = torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1)
     inputs = {
         "hidden_states": torch.randn(2, 24, 4),
-        "encoder_hidden_states": torch.randn(2, 6, 32),
-        "pooled_projections": torch.randn(2, 32),
         "img_ids": places.float(),
-        "txt_ids": torch.zeros(6, 3),
         "timestep": torch.tensor([0.5, 0.7]),
     }
-    return Tiny(tiny_flux_model(in_channels=4, pooled_projection_dim=32), inputs)
+    return Tiny(specimen("flux"), inputs_of("flux", 2) | inputs)
 
 
 TINY: dict[str, Callable[[], Tiny]] = {"unet": unet, "pixart": pixart, "flux": flux}

@@ -19,7 +19,8 @@ from imprompt.families.base import pipeline_family
 from imprompt.generation.references import AdapterChoice
 from imprompt.models import MODELS, KnownAdapter, KnownModel, Location, Usual, find_adapter
 from tests.parity.test_published import hunyuandit, instantx, xlabs
-from tests.tiny import FEATURE_DIMS, pictures, seeded, tiny_encoder, tiny_flux
+from tests.tiny import FEATURE_DIMS, pictures, seeded, tiny_encoder
+from tests.tiny_pipelines import tiny_pipeline
 
 PIPELINES = {
     "flux-dev": "FluxPipeline",
@@ -104,7 +105,8 @@ def latents(pipe: ImagePromptPipeline, image: Any, **asked: Any) -> tuple[torch.
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_adapter_is_used_as_is_usual_where_nothing_is_said(model: str) -> None:
-    pipe, picture = ImagePromptPipeline.from_pipeline(tiny_flux(), model=model), pictures(1)[0]
+    pipe = ImagePromptPipeline.from_pipeline(tiny_pipeline("flux"), model=model)
+    picture = pictures(1)[0]
     found, settings = latents(pipe, picture)
     assert (settings.scale, settings.steps, settings.guidance) == (0.4, 3, 2.0)
     said, _ = latents(pipe, picture, scale=0.4, steps=3, guidance=2.0)
@@ -117,7 +119,7 @@ def test_an_adapter_is_used_as_is_usual_where_nothing_is_said(model: str) -> Non
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_each_of_several_adapters_has_its_own_usual_scale(model: str) -> None:
     both = [AdapterChoice(adapter=name, name=name) for name in ("xlabs", "instantx")]
-    pipe = ImagePromptPipeline.from_pipeline(tiny_flux(), both, model=model)
+    pipe = ImagePromptPipeline.from_pipeline(tiny_pipeline("flux"), both, model=model)
     one, other = pictures(2)
 
     def pair(*scales: float | None) -> list[Reference]:

@@ -35,8 +35,6 @@ from tests.tiny import (
     seeded,
     smallest_unet,
     tiny_adapter,
-    tiny_flux_model,
-    tiny_sd3_model,
 )
 from tests.zoo import answer, inputs_of, specimen
 
@@ -112,10 +110,10 @@ def test_queries_and_keys_of_the_image_are_normed_in_each_head(
 @pytest.fixture(
     params=[
         ("pixart", lambda: specimen("pixart"), True),
-        ("sd3 medium", lambda: tiny_sd3_model(qk_norm=None), True),
-        ("sd3.5", tiny_sd3_model, False),
+        ("sd3 medium", lambda: specimen("sd3", qk_norm=None), True),
+        ("sd3.5", lambda: specimen("sd3"), False),
         ("sana 1.6B", lambda: specimen("sana"), True),
-        ("flux", tiny_flux_model, False),
+        ("flux", lambda: specimen("flux"), False),
         ("unet", smallest_unet, False),
     ],
     ids=lambda case: case[0],
@@ -158,7 +156,7 @@ def test_it_is_stored_read_and_refused_where_it_cannot_be(tmp_path: Path) -> Non
     with pytest.raises(MismatchError, match="trained with qk_norm: leave qk_norm out"):
         start_adapter(given, model, WIDTHS)
     with pytest.raises(MismatchError, match="is for base models of the pixart family"):
-        again.attach(tiny_flux_model())
+        again.attach(specimen("flux"))
 
 
 def test_unets_refuse_it_in_one_line() -> None:
@@ -201,7 +199,11 @@ def test_parameters_of_the_layers_by_width() -> None:
 
 
 WIDE = 24  # no text of these models is that wide
-WITH_WIDTH = {"pixart": lambda: specimen("pixart"), "flux": tiny_flux_model, "unet": smallest_unet}
+WITH_WIDTH = {
+    "pixart": lambda: specimen("pixart"),
+    "flux": lambda: specimen("flux"),
+    "unet": smallest_unet,
+}
 
 
 @pytest.mark.parametrize("name", WITH_WIDTH)
@@ -232,7 +234,7 @@ def test_an_adapter_with_its_own_width_says_so(name: str, tmp_path: Path) -> Non
         start_adapter(plan(start=str(path), token_width=16, model="emoji"), model, WIDTHS)
     assert start_adapter(plan(start=str(path), model="emoji"), model, WIDTHS).own_width
     with pytest.raises(MismatchError, match=r"cross-attentions; this model has|for base models of"):
-        again.attach(tiny_sd3_model(num_layers=5))
+        again.attach(specimen("sd3", num_layers=5))
 
 
 def test_text_of_another_width_is_refused_all_the_same(tmp_path: Path) -> None:

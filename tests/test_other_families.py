@@ -23,9 +23,9 @@ from imprompt.training.estimate import estimate_run
 from imprompt.training.loop import train
 from tests.judges import tiny_clip
 from tests.runs import losses, picture_folder, recipe
-from tests.tiny import OTHERS
-from tests.tiny_pipelines import Saved
+from tests.tiny_pipelines import Saved, tiny_pipeline
 
+OTHERS = ("pixart", "flux", "sd3", "kolors")
 SIZE = {"width": 24, "height": 32, "steps": 3}
 RED, BLUE = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
 
@@ -34,7 +34,7 @@ RED, BLUE = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     if request.param == "kolors":
         pytest.importorskip("sentencepiece")
-    return Saved(tmp_path_factory.mktemp(request.param), request.param, OTHERS[request.param]())
+    return Saved(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def guided(saved: Saved) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def test_the_facade_follows_an_image_prompt(saved: Saved) -> None:
         assert difference(red, blue) > 2
         assert difference(red, unconditioned) > 2
         assert difference(text, unconditioned) > 0
-    plain = OTHERS[saved.name]()
+    plain = tiny_pipeline(saved.name)
     call = {"num_inference_steps": 3, "width": 24, "height": 32, "guidance_scale": 1.0}
     options = pipe.family.call_options(plain)
     bare = plain("", **call, **options, generator=torch.Generator().manual_seed(1)).images[0]

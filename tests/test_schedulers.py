@@ -20,8 +20,6 @@ from imprompt.generation.references import Reference
 from imprompt.variants import find_variant
 from tests.tiny import (
     FEATURE_DIMS,
-    OTHERS,
-    PIPELINES,
     noise_inputs,
     pictures,
     random_prompt,
@@ -30,6 +28,7 @@ from tests.tiny import (
     tiny_adapter,
     tiny_encoder,
 )
+from tests.tiny_pipelines import PIPELINES, tiny_pipeline
 from tests.ways import as_pipeline
 
 STEPS = 8
@@ -95,7 +94,7 @@ def flux() -> ImagePromptPipeline:
 
 
 def of_another_family(name: str) -> ImagePromptPipeline:
-    pipeline = OTHERS[name]()
+    pipeline = tiny_pipeline(name)
     base = base_of(pipeline)
     width = family_of(base).size(next(iter(family_of(base).layers(base).values()))).text
     with seeded(3):

@@ -42,8 +42,8 @@ from imprompt.training.validation import (
     wrapped,
 )
 from imprompt.variants import find_variant
+from tests.parts import tiny_tokenizer
 from tests.tiny import (
-    PIPELINES,
     noise,
     noise_inputs,
     pictures,
@@ -51,8 +51,8 @@ from tests.tiny import (
     smallest_unet,
     tiny_adapter,
     tiny_encoder,
-    tiny_tokenizer,
 )
+from tests.tiny_pipelines import PIPELINES
 
 CPU = torch.device("cpu")
 SCALES = (0.5, 1.0)

@@ -1,51 +1,22 @@
-"""Tiny, seeded stand-ins for the models that the tests need.
+"""Tiny, seeded UNets, image encoders, projections and adapters, with inputs and prompts for them.
 
-Their structure is that of the real ones; only widths shrink.
+Their structure is that of the real ones; only widths shrink. Transformers are in `tests.zoo`,
+autoencoders and texts in `tests.parts`, whole pipelines in `tests.tiny_pipelines`.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ChromaPipeline,
-    ChromaTransformer2DModel,
-    DDIMScheduler,
-    DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    HunyuanDiT2DModel,
-    HunyuanDiTPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizer,
     CLIPImageProcessorPil,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 
 from imprompt.adapter import ImageProjection, IPAdapter
@@ -108,6 +79,19 @@ def seeded(seed: int) -> Iterator[None]:
 
 def freeze(module: Any) -> Any:
     return module.eval().requires_grad_(False)
+
+
+def awake(model: Any) -> Any:
+    """The frozen model, with noise where weights start at zero, which would hide what happens."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.05)
+    return freeze(model)
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tiny_unet(base: str = "sd1", seed: int = 0, **overrides: Any) -> UNet2DConditionModel:
@@ -287,357 +271,3 @@ def paper_layout(adapter: IPAdapter) -> dict[str, dict[str, Tensor]]:
         for name, weight in parts.state_dict().items():
             ip_adapter[f"{number}.{name.replace('.', '_lora.', 1)}"] = weight.detach()
     return {"image_proj": dict(adapter.projection.state_dict()), "ip_adapter": ip_adapter}
-
-
-def tiny_tokenizer() -> CLIPTokenizer:
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)},
-        merges=[],
-        model_max_length=TEXT_TOKENS,
-    )
-
-
-def tiny_text_encoder(
-    kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection],
-    tokenizer: CLIPTokenizer,
-    width: int,
-    seed: int,
-) -> Any:
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=40,
-        projection_dim=POOLED_DIM,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TEXT_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with seeded(seed):
-        return freeze(kind(config))
-
-
-def pipeline_parts(base: str) -> dict[str, Any]:
-    """What the pipelines of both kinds need; the text is 32 wide."""
-    encoder = tiny_encoder()
-    return {
-        "vae": tiny_vae(),
-        "unet": tiny_unet(base, cross_attention_dim=32),
-        "tokenizer": tiny_tokenizer(),
-        "scheduler": DDIMScheduler(
-            beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
-        ),
-        "image_encoder": encoder.model,
-        "feature_extractor": encoder.processor,
-    }
-
-
-def tiny_sd() -> StableDiffusionPipeline:
-    parts = pipeline_parts("sd1")
-    text_encoder = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 32, seed=7)
-    return quiet(
-        StableDiffusionPipeline(
-            **parts, text_encoder=text_encoder, safety_checker=None, requires_safety_checker=False
-        )
-    )
-
-
-def tiny_sdxl() -> StableDiffusionXLPipeline:
-    parts = pipeline_parts("sdxl")
-    first = tiny_text_encoder(CLIPTextModel, parts["tokenizer"], 16, seed=8)
-    second = tiny_text_encoder(CLIPTextModelWithProjection, parts["tokenizer"], 16, seed=9)
-    return quiet(
-        StableDiffusionXLPipeline(
-            **parts,
-            tokenizer_2=parts["tokenizer"],
-            text_encoder=first,
-            text_encoder_2=second,
-            add_watermarker=False,
-        )
-    )
-
-
-def tiny_t5(width: int = 32) -> dict[str, Any]:
-    """A T5 encoder and a tokenizer of letters."""
-    letters = [(chr(code), -2.0) for code in range(ord("a"), ord("z") + 1)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *letters]
-    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_TOKENS)
-    config = T5Config(
-        vocab_size=len(vocab),
-        d_model=width,
-        d_kv=8,
-        d_ff=40,
-        num_layers=2,
-        num_heads=4,
-        decoder_start_token_id=0,
-    )
-    with seeded(10):
-        return {"tokenizer": tokenizer, "text_encoder": freeze(T5EncoderModel(config))}
-
-
-def tiny_vae(shift: float | None = None, channels: int = 4, halvings: int = 1) -> AutoencoderKL:
-    """Two pixels a latent, or twice that for each further halving."""
-    with seeded(6):
-        return freeze(
-            AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
-                up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
-                block_out_channels=(8,) * halvings + (16,),
-                norm_num_groups=4,
-                latent_channels=channels,
-                shift_factor=shift,
-            )
-        )
-
-
-def tiny_pixart_model(**changes: Any) -> PixArtTransformer2DModel:
-    """Two cross-attentions and a learned variance."""
-    config = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 2,
-        "cross_attention_dim": 16,
-        "sample_size": 16,
-        "patch_size": 2,
-        "caption_channels": 32,
-        "use_additional_conditions": False,
-    }
-    with seeded(0):
-        return awake(PixArtTransformer2DModel(**config | changes))
-
-
-# Two double and two single blocks.
-FLUX_BLOCKS: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "axes_dims_rope": (4, 4, 8),
-}
-
-
-def tiny_flux_model(**changes: Any) -> FluxTransformer2DModel:
-    config = FLUX_BLOCKS | {"pooled_projection_dim": POOLED_DIM} | changes
-    with seeded(0):
-        return awake(FluxTransformer2DModel(**config))
-
-
-def tiny_chroma_model(**changes: Any) -> ChromaTransformer2DModel:
-    config = FLUX_BLOCKS | {
-        "approximator_num_channels": 8,
-        "approximator_hidden_dim": 16,
-        "approximator_layers": 1,
-    }
-    with seeded(0):
-        return awake(ChromaTransformer2DModel(**config | changes))
-
-
-def tiny_hunyuandit_model() -> HunyuanDiT2DModel:
-    """Two blocks; its own pipeline fixes the lengths of the texts."""
-    with seeded(0):
-        return awake(
-            HunyuanDiT2DModel(
-                sample_size=8,
-                patch_size=2,
-                in_channels=4,
-                num_layers=2,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                cross_attention_dim=16,
-                cross_attention_dim_t5=32,
-                pooled_projection_dim=4,
-                hidden_size=16,
-                activation_fn="gelu-approximate",
-            )
-        )
-
-
-def awake(model: Any) -> Any:
-    """The frozen model, with noise where weights start at zero, which would hide what happens."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            parameter.data.normal_(std=0.05)
-    return freeze(model)
-
-
-def tiny_pixart() -> PixArtSigmaPipeline:
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
-    return quiet(
-        PixArtSigmaPipeline(
-            **tiny_t5(), vae=tiny_vae(), transformer=tiny_pixart_model(), scheduler=scheduler
-        )
-    )
-
-
-def tiny_kolors() -> Any:
-    """A UNet as SDXL's that projects its text; ChatGLM's tokenizer needs sentencepiece."""
-    import sentencepiece
-
-    with warnings.catch_warnings(action="ignore"):  # it runs torch.jit
-        from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer, KolorsPipeline
-        from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
-
-    width = 48
-    letters = " ".join(chr(code) for code in range(ord("a"), ord("z") + 1))
-    vocab = mkdtemp()  # it stays: the tokenizer copies the file when it is saved
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([letters] * 3),
-        model_prefix=f"{vocab}/tokenizer",
-        model_type="char",
-        vocab_size=30,
-        minloglevel=2,
-    )
-    config = ChatGLMConfig(
-        num_layers=2,
-        padded_vocab_size=64,
-        hidden_size=width,
-        ffn_hidden_size=40,
-        kv_channels=12,
-        num_attention_heads=4,
-        multi_query_attention=True,
-        multi_query_group_num=2,
-        add_qkv_bias=True,
-        original_rope=True,
-        use_cache=True,
-    )
-    with seeded(10):
-        text_encoder = freeze(ChatGLMModel(config, empty_init=False))
-        for parameter in text_encoder.parameters():
-            parameter.data.normal_(std=0.2)  # diffusers leaves some of them uninitialised
-    parts = pipeline_parts("sdxl")
-    unet = tiny_unet(
-        "sdxl",
-        cross_attention_dim=32,
-        encoder_hid_dim=width,
-        encoder_hid_dim_type="text_proj",
-        projection_class_embeddings_input_dim=6 * 8 + width,
-    )
-    return quiet(
-        KolorsPipeline(
-            vae=parts["vae"],
-            text_encoder=text_encoder,
-            tokenizer=ChatGLMTokenizer(f"{vocab}/tokenizer.model"),
-            unet=unet,
-            scheduler=parts["scheduler"],
-        )
-    )
-
-
-def tiny_flux(text_dim: int = 32) -> FluxPipeline:
-    t5, tokenizer = tiny_t5(text_dim), tiny_tokenizer()
-    return quiet(
-        FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=tiny_vae(shift=0.1),
-            text_encoder=tiny_text_encoder(CLIPTextModel, tokenizer, POOLED_DIM, seed=8),
-            tokenizer=tokenizer,
-            text_encoder_2=t5["text_encoder"],
-            tokenizer_2=t5["tokenizer"],
-            transformer=tiny_flux_model(joint_attention_dim=text_dim),
-        )
-    )
-
-
-def tiny_chroma(text_dim: int = 32) -> ChromaPipeline:
-    return quiet(
-        ChromaPipeline(
-            **tiny_t5(text_dim),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=tiny_vae(shift=0.1),
-            transformer=tiny_chroma_model(joint_attention_dim=text_dim),
-        )
-    )
-
-
-def tiny_hunyuandit() -> HunyuanDiTPipeline:
-    """Its VAE has eight pixels a latent, which the pipeline takes for granted."""
-    t5 = tiny_t5()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocab = [*words, *letters, *(f"##{letter}" for letter in letters)]
-    config = BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=77,
-    )
-    with seeded(8):
-        text_encoder = freeze(BertModel(config))
-    return quiet(
-        HunyuanDiTPipeline(
-            vae=tiny_vae(halvings=3),
-            text_encoder=text_encoder,
-            tokenizer=BertTokenizer(
-                vocab={word: number for number, word in enumerate(vocab)}, model_max_length=77
-            ),
-            transformer=tiny_hunyuandit_model(),
-            scheduler=DDPMScheduler(
-                beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1
-            ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            text_encoder_2=t5["text_encoder"],
-            tokenizer_2=t5["tokenizer"],
-        )
-    )
-
-
-def tiny_sd3_model(**changes: Any) -> SD3Transformer2DModel:
-    """Three joint blocks, of which the last has no text after it."""
-    config = {
-        "sample_size": 16,
-        "patch_size": 2,
-        "in_channels": 4,
-        "num_layers": 3,
-        "attention_head_dim": 8,
-        "num_attention_heads": 4,
-        "caption_projection_dim": 32,
-        "joint_attention_dim": 32,
-        "pooled_projection_dim": 2 * POOLED_DIM,
-        "out_channels": 4,
-        "pos_embed_max_size": 32,
-        "qk_norm": "rms_norm",
-    }
-    with seeded(0):
-        return awake(SD3Transformer2DModel(**config | changes))
-
-
-def tiny_sd3() -> StableDiffusion3Pipeline:
-    t5, tokenizer = tiny_t5(), tiny_tokenizer()
-    first, second = (
-        tiny_text_encoder(CLIPTextModelWithProjection, tokenizer, 16, seed=seed) for seed in (8, 9)
-    )
-    return quiet(
-        StableDiffusion3Pipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=tiny_vae(shift=0.1),
-            text_encoder=first,
-            tokenizer=tokenizer,
-            text_encoder_2=second,
-            tokenizer_2=tokenizer,
-            text_encoder_3=t5["text_encoder"],
-            tokenizer_3=t5["tokenizer"],
-            transformer=tiny_sd3_model(),
-        )
-    )
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-PIPELINES = {"sd1": tiny_sd, "sdxl": tiny_sdxl}
-# of other families, and Kolors
-OTHERS = {"pixart": tiny_pixart, "flux": tiny_flux, "sd3": tiny_sd3, "kolors": tiny_kolors}

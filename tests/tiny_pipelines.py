@@ -1,18 +1,19 @@
-"""A tiny random text-to-image pipeline of diffusers for every family of transformers.
+"""A tiny random pipeline of diffusers for every family that generates or trains in one: a table.
 
-Transformers are the specimens of `tests.zoo`, text encoders are of the pipelines' own classes.
+Transformers are the specimens of `tests.zoo`, UNets those of `tests.tiny`, the rest is of
+`tests.parts`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
-import transformers
-from diffusers import AutoencoderDC, AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from transformers import T5Tokenizer
+from transformers import CLIPTextModelWithProjection
 
 from imprompt import ImagePromptPipeline
 from imprompt.adapter import ImageProjection, IPAdapter
@@ -20,35 +21,320 @@ from imprompt.checkpoints.adapters import adapter_file, write_adapter
 from imprompt.families.base import base_of, family_of
 from imprompt.families.forms import NORMED
 from imprompt.variants import find_variant
-from tests.tiny import (
-    FEATURE_DIMS,
-    awake,
-    freeze,
-    quiet,
-    seeded,
-    tiny_encoder,
-    tiny_flux,
-    tiny_sd3,
-    tiny_sd3_model,
+from tests.parts import (
+    Text,
+    bert_text,
+    chatglm,
+    clip_text,
+    dc_vae,
+    flux2_vae,
+    language,
+    numbered,
+    qwen_vae,
     tiny_t5,
-    tiny_text_encoder,
-    tiny_tokenizer,
+    tiny_vae,
+    two_clips,
+    wan_vae,
 )
+from tests.tiny import FEATURE_DIMS, awake, quiet, seeded, tiny_encoder, tiny_unet
 from tests.zoo import specimen
 
-CHAT = """{% for one in messages if one.role == "user" %}\
-{{ one.content if one.content is string else one.content[0].text }}{% endfor %}"""
+LONG = 256  # for pipelines that put a sentence of their own around a prompt
+
+
+def flow(**changes: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | changes)
+
+
+def dynamic_flow() -> Any:
+    """Its shift depends on the picture's size."""
+    return flow(shift=1.0, use_dynamic_shifting=True)
+
+
+def solver(kind: str) -> Any:
+    """A solver that follows a flow."""
+    return getattr(diffusers, kind)(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+
+
+def ddim(**changes: Any) -> Any:
+    usual = {"beta_schedule": "scaled_linear", "clip_sample": False, "steps_offset": 1}
+    return diffusers.DDIMScheduler(**usual | changes)
+
+
+def v_prediction() -> Any:
+    return diffusers.DDPMScheduler(
+        beta_end=0.018,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+class Tiny(NamedTuple):
+    """What the tiny pipeline of a family is made of.
+
+    pipeline   its class in diffusers, without "Pipeline"
+    vae        makes the autoencoder
+    parts      makes the texts, and what else the pipeline has
+    changes    of the model's configuration
+    scheduler  makes it
+    model      the specimen's name, if it is not the pipeline's
+    unet       the structure of the UNet that it has instead
+    config     entries of the model's configuration that its class does not have
+    """
+
+    pipeline: str
+    vae: Callable[[], Any]
+    parts: Callable[[], Mapping[str, Any]]
+    changes: Mapping[str, Any] = {}
+    scheduler: Callable[[], Any] = flow
+    model: str = ""
+    unet: str = ""
+    config: Mapping[str, Any] = {}
+
+
+def with_encoder(texts: Text, **more: Any) -> Text:
+    """The parts of a pipeline that has an encoder of pictures."""
+    encoder = tiny_encoder()
+    return {
+        **texts,
+        "image_encoder": encoder.model,
+        "feature_extractor": encoder.processor,
+        **more,
+    }
+
+
+def sd_parts() -> Text:
+    return with_encoder(clip_text(32, 7), safety_checker=None, requires_safety_checker=False)
+
+
+def sdxl_parts() -> Text:
+    texts = clip_text(16, 8), clip_text(16, 9, CLIPTextModelWithProjection)
+    return with_encoder(numbered(*texts), add_watermarker=False)
+
+
+def hunyuandit_parts() -> Text:
+    return {
+        **numbered(bert_text(8), tiny_t5()),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def longcat_parts() -> Text:
+    """The processor is for rewritten prompts alone."""
+    text = language("Qwen2_5_VLForConditionalGeneration", 32, limit=LONG)
+    return {**text, "text_processor": text["tokenizer"]}
+
+
+def krea2_parts() -> Text:
+    return {
+        **language("Qwen3VLModel", 16, limit=LONG),
+        "text_encoder_select_layers": (0, 1, 2),
+    }
+
+
+def without_ftfy(module: str, texts: Text) -> Text:
+    """The texts of a pipeline that repairs broken letters by a package that is not installed."""
+    names = vars(import_module(f"diffusers.pipelines.{module}"))
+    names.setdefault("ftfy", SimpleNamespace(fix_text=str))
+    return texts
+
+
+def prx_parts() -> Text:
+    return without_ftfy("prx.pipeline_prx", tiny_t5())
+
+
+def kandinsky5_parts() -> Text:
+    texts = (
+        language("Qwen2_5_VLForConditionalGeneration", 16, limit=LONG),
+        clip_text(8, 10, limit=77),
+    )
+    return without_ftfy("kandinsky5.pipeline_kandinsky_t2i", numbered(*texts))
+
+
+SHIFTED = partial(tiny_vae, 0.1)
+DEEP = partial(tiny_vae, halvings=3)  # eight pixels a latent, which some pipelines take for granted
+TINY: dict[str, Tiny] = {
+    "sd1": Tiny(
+        "StableDiffusion",
+        tiny_vae,
+        sd_parts,
+        {"cross_attention_dim": 32},
+        partial(ddim, set_alpha_to_one=False),
+        unet="sd1",
+    ),
+    "sdxl": Tiny(
+        "StableDiffusionXL",
+        tiny_vae,
+        sdxl_parts,
+        {"cross_attention_dim": 32},
+        partial(ddim, set_alpha_to_one=False),
+        unet="sdxl",
+    ),
+    "kolors": Tiny(
+        "Kolors",
+        tiny_vae,
+        lambda: chatglm(48),
+        {
+            "cross_attention_dim": 32,
+            "projection_class_embeddings_input_dim": 6 * 8 + 48,
+            "encoder_hid_dim": 48,
+            "encoder_hid_dim_type": "text_proj",
+        },
+        partial(ddim, set_alpha_to_one=False),
+        unet="sdxl",
+    ),
+    "pixart": Tiny(
+        "PixArtSigma", tiny_vae, tiny_t5, {"caption_channels": 32, "sample_size": 16}, ddim
+    ),
+    "flux": Tiny(
+        "Flux", SHIFTED, lambda: numbered(clip_text(32, 8), tiny_t5()), {"in_channels": 16}
+    ),
+    "sd3": Tiny(
+        "StableDiffusion3",
+        partial(tiny_vae, 0.1, 16),
+        lambda: numbered(*two_clips(), tiny_t5()),
+        {"in_channels": 16, "out_channels": 16},  # which its pipeline for inpainting checks
+    ),
+    "sana": Tiny(
+        "Sana",
+        dc_vae,
+        lambda: language("Gemma2Model", 8),
+        scheduler=partial(solver, "DPMSolverMultistepScheduler"),
+    ),
+    "qwen-image": Tiny(
+        "QwenImage",
+        partial(qwen_vae, halvings=2),
+        lambda: language("Qwen2_5_VLForConditionalGeneration", 16, limit=LONG),
+        scheduler=dynamic_flow,
+    ),
+    "z-image": Tiny("ZImage", partial(tiny_vae, 0.1, 16), lambda: language("Qwen3Model", 16)),
+    "wan": Tiny(
+        "Wan",
+        wan_vae,
+        tiny_t5,
+        {"text_dim": 32},
+        partial(solver, "UniPCMultistepScheduler"),
+    ),
+    "flux2": Tiny(
+        "Flux2",
+        flux2_vae,
+        lambda: language("Mistral3ForConditionalGeneration", 16),
+        {"in_channels": 16, "joint_attention_dim": 3 * 16},
+        dynamic_flow,
+    ),
+    "klein": Tiny(
+        "Flux2Klein",
+        flux2_vae,
+        # it reads the states of layers 9, 18 and 27
+        lambda: language("Qwen3ForCausalLM", 8, layers=27),
+        {"in_channels": 16, "joint_attention_dim": 3 * 8, "guidance_embeds": False},
+        dynamic_flow,
+        model="flux2",
+    ),
+    "chroma": Tiny(
+        "Chroma",
+        SHIFTED,
+        tiny_t5,
+        {"in_channels": 16},
+        dynamic_flow,
+        config={"guidance_embeds": False},  # which the pipeline for inpainting reads
+    ),
+    "lumina2": Tiny(
+        "Lumina2",
+        partial(DEEP, 0.1),
+        lambda: language("Gemma2Model", 32, limit=LONG),
+        {"axes_lens": (512, 128, 128)},
+        partial(flow, shift=6.0),
+    ),
+    "auraflow": Tiny("AuraFlow", tiny_vae, tiny_t5),
+    "hunyuandit": Tiny(
+        "HunyuanDiT",
+        DEEP,
+        hunyuandit_parts,
+        # its pipelines encode as many tokens, whatever the model
+        {"text_len": 77, "text_len_t5": 256, "cross_attention_dim_t5": 32},
+        v_prediction,
+    ),
+    "cogview4": Tiny("CogView4", SHIFTED, lambda: language("GlmModel", 8)),
+    "krea2": Tiny("Krea2", partial(qwen_vae, halvings=2), krea2_parts, {"in_channels": 16}),
+    "ovis": Tiny(
+        "OvisImage",
+        SHIFTED,
+        lambda: language("Qwen3Model", 32, limit=LONG),
+        {"in_channels": 16, "out_channels": 16},
+    ),
+    "longcat": Tiny("LongCatImage", partial(tiny_vae, 0.1, 16), longcat_parts, {"in_channels": 64}),
+    "bria": Tiny("Bria", SHIFTED, tiny_t5, {"in_channels": 16}),
+    "prx": Tiny("PRX", SHIFTED, prx_parts, {"context_in_dim": 32}),
+    "kandinsky5": Tiny("Kandinsky5T2I", partial(DEEP, 0.1), kandinsky5_parts),
+    "hidream": Tiny(
+        "HiDreamImage",
+        SHIFTED,
+        lambda: numbered(*two_clips(), tiny_t5(), language("LlamaForCausalLM", 16)),
+        {"text_emb_dim": 32, "caption_channels": [32, 16]},
+    ),
+    "lumina-next": Tiny(
+        "Lumina",
+        partial(DEEP, 0.1),
+        lambda: language("Gemma2Model", 32, limit=LONG),
+        {"learn_sigma": True},
+    ),
+}
+
+
+def tiny_pipeline(name: str, **changes: Any) -> Any:
+    """The pipeline of that name in the table, with changes of its model's configuration."""
+    row = TINY[name]
+    parts, changes = row.parts(), {**row.changes, **changes}
+    if row.unet:
+        base: dict[str, Any] = {"unet": tiny_unet(row.unet, **changes)}
+    else:
+        base = {"transformer": specimen(row.model or name, **changes)}
+        base["transformer"].register_to_config(**row.config)
+    kind = getattr(diffusers, f"{row.pipeline}Pipeline")
+    return quiet(kind(**base, **parts, vae=row.vae(), scheduler=row.scheduler()))
+
+
+# The pipelines in which families beside the UNet train, by family.
+TRAINED = {
+    "pixart": "pixart",
+    "flux": "flux",
+    "sd3": "sd3",
+    "sana": "sana",
+    "z-image": "z-image",
+    "qwen-image": "qwen-image",
+    "wan": "wan",
+    "chroma": "chroma",
+    "lumina2": "lumina2",
+    "auraflow": "auraflow",
+    "hunyuandit": "hunyuandit",
+    "flux2": "klein",
+}
+PIPELINES = {base: partial(tiny_pipeline, base) for base in ("sd1", "sdxl")}
+
+
+def save_model(pipeline: Any, folder: Path) -> None:
+    """Save a pipeline with an image encoder, as a user's folder."""
+    encoder = tiny_encoder()
+    pipeline.save_pretrained(folder)
+    for part in (encoder.model, encoder.processor):
+        part.save_pretrained(folder / "image_encoder")
 
 
 class Saved:
     """A model of one family in a folder, its image encoder and an adapter for it."""
 
-    def __init__(self, folder: Path, name: str, pipeline: Any) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self.name, self.model, self.file = name, folder / "model", folder / "adapter.safetensors"
-        pipeline.save_pretrained(self.model)
-        encoder = tiny_encoder()
-        encoder.model.save_pretrained(self.model / "image_encoder")
-        encoder.processor.save_pretrained(self.model / "image_encoder")
+        pipeline = tiny_pipeline(name)
+        save_model(pipeline, self.model)
         base = base_of(pipeline)
         family = family_of(base)
         layers = family.layers(base)
@@ -71,464 +357,13 @@ class Saved:
         )
 
 
-def letters(limit: int | None = 11) -> T5Tokenizer:
-    """A tokenizer of letters that has a template for chats."""
-    tokenizer = tiny_t5()["tokenizer"]
-    tokenizer.chat_template = CHAT
-    if limit is None:
-        tokenizer.model_max_length = 10**9
-    return tokenizer
-
-
-def language(model: str, config: str, width: int, layers: int = 2, **more: Any) -> Any:
-    """A language model of that class; `config` is the class of its configuration."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": width,
-        "intermediate_size": 16,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 2048,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    }
-    with seeded(10):
-        made = getattr(transformers, model)(getattr(transformers, config)(**sizes | more))
-        for parameter in made.parameters():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=0.5)  # so that texts differ
-    return freeze(made)
-
-
-def vae(channels: int = 4, blocks: int = 2, **more: Any) -> AutoencoderKL:
-    """2^(blocks - 1) pixels a latent."""
-    with seeded(6):
-        return freeze(
-            AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * blocks,
-                up_block_types=("UpDecoderBlock2D",) * blocks,
-                block_out_channels=(8,) * blocks,
-                norm_num_groups=4,
-                latent_channels=channels,
-                shift_factor=0.1,
-                **more,
-            )
-        )
-
-
-def video_vae() -> Any:
-    """Qwen-Image's, of three-dimensional convolutions: 4 pixels a latent."""
-    with seeded(6):
-        return freeze(
-            diffusers.AutoencoderKLQwenImage(
-                base_dim=8,
-                z_dim=4,
-                dim_mult=[1, 2, 2],
-                num_res_blocks=1,
-                temperal_downsample=[False, True],
-                latents_mean=[0.1] * 4,
-                latents_std=[0.9] * 4,
-            )
-        )
-
-
-def made(name: str, **parts: Any) -> Any:
-    """The pipeline of that name, with the usual scheduler if none is given."""
-    usual = {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}
-    return quiet(getattr(diffusers, f"{name}Pipeline")(**usual | parts))
-
-
-def sana() -> Any:
-    with seeded(6):
-        deep = AutoencoderDC(
-            latent_channels=4,
-            attention_head_dim=2,
-            encoder_block_types=("ResBlock", "EfficientViTBlock"),
-            decoder_block_types=("ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            encoder_qkv_multiscales=((), (5,)),
-            decoder_qkv_multiscales=((), (5,)),
-            encoder_layers_per_block=(1, 1),
-            decoder_layers_per_block=(1, 1),
-            downsample_block_type="conv",
-            upsample_block_type="interpolate",
-            decoder_norm_types="rms_norm",
-            decoder_act_fns="silu",
-            scaling_factor=0.4,
-        )
-    return made(
-        "Sana",
-        tokenizer=letters(),
-        text_encoder=language("Gemma2Model", "Gemma2Config", 8),
-        vae=freeze(deep),
-        transformer=specimen("sana"),
-    )
-
-
-def qwen_encoder(width: int) -> Any:
-    """Qwen 2.5 VL: a language model with a tower for pictures, which no text needs."""
-    text: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": width,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": width // 8,
-        "num_key_value_heads": width // 8,
-        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-        "pad_token_id": 0,
-    }
-    tower = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": width,
-    }
-    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower)
-    with seeded(10):
-        encoder = transformers.Qwen2_5_VLForConditionalGeneration(config)
-        for parameter in encoder.parameters():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=0.5)
-    return freeze(encoder)
-
-
-def qwen_image() -> Any:
-    return made(
-        "QwenImage",
-        vae=video_vae(),
-        text_encoder=qwen_encoder(16),
-        tokenizer=letters(None),
-        transformer=specimen("qwen-image"),
-    )
-
-
-def z_image() -> Any:
-    return made(
-        "ZImage",
-        vae=vae(16),
-        text_encoder=language("Qwen3Model", "Qwen3Config", 16),
-        tokenizer=letters(),
-        transformer=specimen("z-image"),
-    )
-
-
-def flux2_vae() -> Any:
-    with seeded(6):
-        model = diffusers.AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-        )
-    return freeze(model)
-
-
-def flux2_model() -> Any:
-    return specimen("flux2", in_channels=16, joint_attention_dim=3 * 16)
-
-
-def flux2() -> Any:
-    text = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "model_type": "mistral",
-    }
-    tower = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-        "model_type": "pixtral",
-    }
-    config = transformers.Mistral3Config(text_config=text, vision_config=tower)
-    with seeded(10):
-        encoder = transformers.Mistral3ForConditionalGeneration(config)
-        for parameter in encoder.parameters():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=0.5)
-    return made(
-        "Flux2",
-        vae=flux2_vae(),
-        text_encoder=freeze(encoder),
-        tokenizer=letters(),
-        transformer=flux2_model(),
-    )
-
-
-def klein() -> Any:
-    return made(
-        "Flux2Klein",
-        vae=flux2_vae(),
-        text_encoder=language("Qwen3ForCausalLM", "Qwen3Config", 16),
-        tokenizer=letters(),
-        transformer=flux2_model(),
-    )
-
-
-def chroma() -> Any:
-    model = specimen("chroma", in_channels=16)
-    # read by the pipeline for inpainting, though the class has no such setting of its own
-    model.register_to_config(guidance_embeds=False)
-    return made("Chroma", vae=vae(), **tiny_t5(), transformer=model)
-
-
-def lumina2() -> Any:
-    return made(
-        "Lumina2",
-        vae=vae(blocks=4),
-        text_encoder=language("Gemma2Model", "Gemma2Config", 32),
-        tokenizer=letters(None),
-        transformer=specimen("lumina2", axes_lens=(512, 64, 64)),
-    )
-
-
-def auraflow() -> Any:
-    return made(
-        "AuraFlow",
-        vae=vae(),
-        **tiny_t5(),
-        transformer=specimen("auraflow"),
-    )
-
-
-def hunyuandit() -> Any:
-    bert = transformers.BertConfig(
-        vocab_size=64,
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-    )
-    t5 = tiny_t5()
-    with seeded(10):
-        encoder = freeze(transformers.BertModel(bert))
-    return made(
-        "HunyuanDiT",
-        vae=vae(blocks=4),
-        text_encoder=encoder,
-        tokenizer=letters(),
-        text_encoder_2=t5["text_encoder"],
-        tokenizer_2=t5["tokenizer"],
-        transformer=specimen("hunyuandit", text_len=77, text_len_t5=256, cross_attention_dim_t5=32),
-        scheduler=diffusers.DDIMScheduler(
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            steps_offset=1,
-            prediction_type="v_prediction",
-            timestep_spacing="trailing",
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def cogview4() -> Any:
-    return made(
-        "CogView4",
-        tokenizer=letters(),
-        text_encoder=language("GlmModel", "GlmConfig", 8),
-        vae=vae(),
-        transformer=specimen("cogview4"),
-    )
-
-
-def bria() -> Any:
-    return made(
-        "Bria",
-        vae=vae(),
-        **tiny_t5(),
-        transformer=specimen("bria", in_channels=16),
-    )
-
-
-def ovis() -> Any:
-    return made(
-        "OvisImage",
-        vae=vae(),
-        text_encoder=language("Qwen3Model", "Qwen3Config", 32),
-        tokenizer=letters(None),
-        transformer=specimen("ovis", in_channels=16, out_channels=16),
-    )
-
-
-def longcat() -> Any:
-    return made(
-        "LongCatImage",
-        vae=vae(16),
-        text_encoder=qwen_encoder(32),
-        tokenizer=letters(None),
-        text_processor=letters(None),  # for rewritten prompts alone
-        transformer=specimen("longcat", in_channels=64),
-    )
-
-
-def krea2() -> Any:
-    text: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"},
-        "pad_token_id": 0,
-    }
-    tower = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "deepstack_visual_indexes": [0],
-    }
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower)
-    with seeded(10):
-        encoder = transformers.Qwen3VLModel(config)
-        for parameter in encoder.parameters():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=0.5)
-    return made(
-        "Krea2",
-        vae=video_vae(),
-        text_encoder=freeze(encoder),
-        tokenizer=letters(None),
-        transformer=specimen("krea2", in_channels=16),
-        text_encoder_select_layers=(0, 1, 2),
-    )
-
-
-def prx() -> Any:
-    from diffusers.pipelines.prx import pipeline_prx
-
-    if not hasattr(pipeline_prx, "ftfy"):  # not installed; it repairs broken letters
-        vars(pipeline_prx)["ftfy"] = SimpleNamespace(fix_text=str)
-    return made("PRX", vae=vae(), **tiny_t5(), transformer=specimen("prx", context_in_dim=32))
-
-
-def lumina_next() -> Any:
-    return made(
-        "Lumina",
-        vae=vae(blocks=4),
-        text_encoder=language("Gemma2Model", "Gemma2Config", 32),
-        tokenizer=letters(None),
-        transformer=specimen("lumina-next", learn_sigma=True),
-    )
-
-
-def kandinsky5() -> Any:
-    from diffusers.pipelines.kandinsky5 import pipeline_kandinsky_t2i
-
-    if not hasattr(pipeline_kandinsky_t2i, "ftfy"):  # not installed; it repairs broken letters
-        vars(pipeline_kandinsky_t2i)["ftfy"] = SimpleNamespace(fix_text=str)
-    tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = 77
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with seeded(10):
-        pooled = freeze(transformers.CLIPTextModel(config))
-    return made(
-        "Kandinsky5T2I",
-        vae=vae(blocks=4),
-        text_encoder=qwen_encoder(16),
-        tokenizer=letters(None),
-        text_encoder_2=pooled,
-        tokenizer_2=tokenizer,
-        transformer=specimen("kandinsky5"),
-    )
-
-
-def hidream() -> Any:
-    tokenizer, t5 = tiny_tokenizer(), tiny_t5()
-    first, second = (
-        tiny_text_encoder(transformers.CLIPTextModelWithProjection, tokenizer, 16, seed=seed)
-        for seed in (8, 9)
-    )
-    return made(
-        "HiDreamImage",
-        vae=vae(),
-        text_encoder=first,
-        tokenizer=tokenizer,
-        text_encoder_2=second,
-        tokenizer_2=tokenizer,
-        text_encoder_3=t5["text_encoder"],
-        tokenizer_3=t5["tokenizer"],
-        text_encoder_4=language("LlamaForCausalLM", "LlamaConfig", 16),
-        tokenizer_4=letters(),
-        transformer=specimen("hidream", text_emb_dim=32, caption_channels=[32, 16]),
-    )
-
-
-def controlnet(name: str, model: Any) -> Any:
-    """A ControlNet of that class for a transformer, with noise where its weights start at zero."""
+def controlnet(name: str, config: Mapping[str, Any], **changes: Any) -> Any:
+    """A ControlNet of that class and of one layer for a transformer of that configuration, with
+    noise where its weights start at zero.
+    """
     kind = getattr(diffusers, name)
     takes = inspect.signature(kind.__init__).parameters
-    config = {key: value for key, value in model.config.items() if key in takes}
-    config |= dict.fromkeys(("num_layers", "num_single_layers"), 1)
+    own = {**config, "num_layers": 1, "num_single_layers": 1}
+    own = {key: value for key, value in own.items() if key in takes}
     with seeded(12):
-        return awake(kind(**{key: value for key, value in config.items() if key in takes}))
-
-
-def sd3() -> Any:
-    """Of 16 channels, which its pipeline for inpainting checks."""
-    pipeline = tiny_sd3()
-    model = tiny_sd3_model(in_channels=16, out_channels=16)
-    pipeline.register_modules(vae=vae(16), transformer=model)
-    return pipeline
-
-
-# Options of each call, where the default is for larger text encoders.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "flux": {"true_cfg_scale": 3.0},
-    "sana": {"complex_human_instruction": None},
-    "flux2": {"text_encoder_out_layers": (0, 1, 2)},
-    "klein": {"text_encoder_out_layers": (0, 1, 2)},
-}
-# What a pipeline says of its pictures' sizes, where it makes no others; here they are tiny.
-SIZES: dict[str, dict[str, Any]] = {
-    "kandinsky5": {"resolutions": [(32, 64), (64, 32)]},
-    "hidream": {"default_sample_size": 23},
-}
-FAMILY_PIPELINES: dict[str, Callable[[], Any]] = {
-    "sana": sana,
-    "qwen-image": qwen_image,
-    "z-image": z_image,
-    "flux2": flux2,
-    "klein": klein,
-    "chroma": chroma,
-    "lumina2": lumina2,
-    "auraflow": auraflow,
-    "hunyuandit": hunyuandit,
-    "cogview4": cogview4,
-    "flux": tiny_flux,
-    "sd3": sd3,
-    "krea2": krea2,
-    "ovis": ovis,
-    "longcat": longcat,
-    "bria": bria,
-    "prx": prx,
-    "kandinsky5": kandinsky5,
-    "hidream": hidream,
-    "lumina-next": lumina_next,
-}
+        return awake(kind(**own | changes))

@@ -23,7 +23,8 @@ from imprompt.families.base import family_of
 from imprompt.families.unet import UNET
 from imprompt.generation.tasks import FLAGS
 from imprompt.prompt import ImagePrompt
-from tests.tiny import PIPELINES, pictures, quiet, seeded, smallest_unet, tiny_adapter
+from tests.tiny import pictures, quiet, seeded, smallest_unet, tiny_adapter
+from tests.tiny_pipelines import PIPELINES
 
 SIDE = 32  # pixels; 16 latents
 STEPS = 3

@@ -18,7 +18,6 @@ from imprompt.encoders.vision import VisionEncoder
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import VARIANTS, Variant, find_variant
 from tests.tiny import (
-    PIPELINES,
     TEXT_TOKENS,
     UNETS,
     noise,
@@ -28,6 +27,7 @@ from tests.tiny import (
     tiny_adapter,
     tiny_unet,
 )
+from tests.tiny_pipelines import PIPELINES
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 EFFECT = 1e-2  # an image prompt moves the noise by more than this: the comparisons mean something

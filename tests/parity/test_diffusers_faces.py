@@ -14,16 +14,8 @@ from imprompt.encoders.vision import VisionEncoder
 from imprompt.prompt import ImagePrompt
 from imprompt.variants import FACES, Variant, find_variant
 from tests.parity.test_diffusers import run, set_their_scale, start, with_image
-from tests.tiny import (
-    FACE_DIM,
-    PIPELINES,
-    noise,
-    noise_inputs,
-    paper_layout,
-    pictures,
-    seeded,
-    tiny_adapter,
-)
+from tests.tiny import FACE_DIM, noise, noise_inputs, paper_layout, pictures, seeded, tiny_adapter
+from tests.tiny_pipelines import PIPELINES
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 EFFECT = 1e-2  # what the parts of a prompt move the noise by, at least

@@ -18,27 +18,19 @@ from imprompt import ImagePromptPipeline
 from imprompt.checkpoints.adapters import load_adapter
 from imprompt.families.base import base_of
 from tests.parity.test_published import OFFICIAL, hunyuandit, instantx, xlabs
-from tests.tiny import (
-    FEATURE_DIMS,
-    paper_layout,
-    pictures,
-    seeded,
-    tiny_adapter,
-    tiny_chroma,
-    tiny_encoder,
-    tiny_flux,
-    tiny_hunyuandit,
-    tiny_kolors,
-)
+from tests.parts import tiny_t5
+from tests.tiny import FEATURE_DIMS, paper_layout, pictures, seeded, tiny_adapter, tiny_encoder
+from tests.tiny_pipelines import tiny_pipeline
 
 E = FEATURE_DIMS["pooled"]
 CLOSE = {"rtol": 0, "atol": 1e-5}
 CALL = {"num_inference_steps": 4, "output_type": "latent", "return_dict": False}
 TEXTS = {"prompt": "a cat", "negative_prompt": "a dog"}
-# Options of a call with both branches of guidance, and the pipeline that starts from a picture.
-BASES: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
-    "flux": (tiny_flux, {"true_cfg_scale": 3.0}, "FluxImg2ImgPipeline"),
-    "chroma": (tiny_chroma, {"guidance_scale": 3.0}, "ChromaImg2ImgPipeline"),
+# The name of T5 in the pipeline, options of a call with both branches of guidance, and the pipeline
+# that starts from a picture.
+BASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "flux": ("text_encoder_2", {"true_cfg_scale": 3.0}, "FluxImg2ImgPipeline"),
+    "chroma": ("text_encoder", {"guidance_scale": 3.0}, "ChromaImg2ImgPipeline"),
 }
 VERSIONS = {"v1": (32, 4), "v2": (4096, 16)}  # diffusers knows v2 by 16 tokens of that width
 
@@ -93,9 +85,10 @@ def check(found: Tensor, wanted: Tensor, alone: Tensor) -> None:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_xlabs_is_diffusers(base: str, version: str, start: bool, tmp_path: Path) -> None:
-    make, options, img2img = BASES[base]
+    text_encoder, options, img2img = BASES[base]
     path, (width, _) = xlabs_file(tmp_path, version), VERSIONS[version]
-    pipeline = make(width)
+    pipeline = tiny_pipeline(base, joint_attention_dim=width)
+    pipeline.register_modules(**{text_encoder: tiny_t5(width)["text_encoder"]})
     if start:
         pipeline = getattr(diffusers, img2img)(**pipeline.components)
         pipeline.set_progress_bar_config(disable=True)
@@ -117,11 +110,11 @@ def test_xlabs_is_diffusers(base: str, version: str, start: bool, tmp_path: Path
 
 
 # Pipeline, tensors of a file, options of the call; with guidance the negative branch comes first.
-WRITTEN_OUT: dict[str, tuple[Callable[..., Any], Callable[[], Any], dict[str, Any]]] = {
-    "instantx": (tiny_flux, lambda: instantx(32, 32, 4, embedding=E), {}),
+WRITTEN_OUT: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
+    "instantx": ("flux", lambda: instantx(32, 32, 4, embedding=E), {}),
     "hunyuandit": (
-        tiny_hunyuandit,
-        lambda: hunyuandit(16, 16, 2, embedding=E),
+        "hunyuandit",
+        lambda: hunyuandit(8, 16, 2, embedding=E),
         {"height": 64, "width": 48, "guidance_scale": 3.0, "use_resolution_binning": False},
     ),
 }
@@ -130,10 +123,10 @@ WRITTEN_OUT: dict[str, tuple[Callable[..., Any], Callable[[], Any], dict[str, An
 @pytest.mark.parametrize("name", WRITTEN_OUT)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_attention_written_out(name: str, tmp_path: Path) -> None:
-    make, tensors, options = WRITTEN_OUT[name]
+    base, tensors, options = WRITTEN_OUT[name]
     with seeded(11):
         path = saved(tmp_path, held := tensors())
-    pipeline, features = make(), Features(Features.drawn(E).own, torch.zeros(1, E))
+    pipeline, features = tiny_pipeline(base), Features(Features.drawn(E).own, torch.zeros(1, E))
     alone, found = run(pipeline, **options), ours(pipeline, path, features, 0.7, **options)
     given = torch.cat([features.null, features.own]) if options else features.own
     OFFICIAL[name](base_of(pipeline), held, given, 0.7)
@@ -143,7 +136,7 @@ def test_the_attention_written_out(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", [False, True], ids=["text", "picture"])
 def test_kolors_plus_is_diffusers(start: bool, tmp_path: Path) -> None:
     pytest.importorskip("sentencepiece")
-    pipeline, options = tiny_kolors(), {"guidance_scale": 3.0, "height": 32, "width": 24}
+    pipeline, options = tiny_pipeline("kolors"), {"guidance_scale": 3.0, "height": 32, "width": 24}
     held = paper_layout(tiny_adapter(pipeline.unet, "plus"))
     flat = {f"{part}.{key}": one for part, own in held.items() for key, one in own.items()}
     path = saved(tmp_path, {key: tensor.contiguous() for key, tensor in flat.items()})
@@ -193,8 +186,8 @@ class Facade:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_facade_is_diffusers_black_negative_too(base: str, tmp_path: Path) -> None:
     """diffusers takes the picture of no image to be black, as XLabs does."""
-    make, options, _ = BASES[base]
-    path, pipeline = xlabs_file(tmp_path, "v1"), make()
+    _, options, _ = BASES[base]
+    path, pipeline = xlabs_file(tmp_path, "v1"), tiny_pipeline(base)
     one = Facade(pipeline, path, options if base == "flux" else {})
     found = one.made(**({} if base == "flux" else {"guidance": 3.0}))
     alone = run(pipeline, **options, **one.limit)
@@ -209,10 +202,10 @@ def test_the_facade_is_diffusers_black_negative_too(base: str, tmp_path: Path) -
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_facade_opens_hunyuandit(tmp_path: Path) -> None:
-    make, tensors, options = WRITTEN_OUT["hunyuandit"]
+    base, tensors, options = WRITTEN_OUT["hunyuandit"]
     with seeded(11):
         path = saved(tmp_path, tensors())
-    one = Facade(make(), path, {})
+    one = Facade(tiny_pipeline(base), path, {})
     sizes = {name: options[name] for name in ("height", "width")}
     found = one.made(guidance=3.0, **sizes)
     feature = one.encoder.features([one.picture], "pooled")

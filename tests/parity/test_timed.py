@@ -32,18 +32,12 @@ from imprompt.families.timed import at_time
 from imprompt.generation.engine import Engine, SeatCall
 from imprompt.prompt import ImagePrompt, stack_items
 from tests.parity.test_published import CLOSE, PATCHES, E, Kind, sd3, xlabs
-from tests.tiny import (
-    FEATURE_DIMS,
-    TEXT_TOKENS,
-    seeded,
-    tiny_encoder,
-    tiny_flux,
-    tiny_sd3,
-    tiny_sd3_model,
-)
+from tests.tiny import FEATURE_DIMS, TEXT_TOKENS, seeded, tiny_encoder
+from tests.tiny_pipelines import tiny_pipeline
 from tests.zoo import answer, specimen
 
 TIMES = (900.0, 350.0)
+MEDIUM: dict[str, Any] = {"dual_attention_layers": ()}  # SD 3 medium's blocks
 SIZE = {"width": 24, "height": 32}
 WIDTH = 16  # of the image encoder's hidden states
 
@@ -62,7 +56,7 @@ class Timed:
                 "pooled_projections": torch.randn(2, 32),
             }
         torch.save(nested(self.tensors), self.path)
-        self.model, self.theirs = tiny_sd3_model(), tiny_sd3_model()
+        self.model, self.theirs = specimen("sd3", **MEDIUM), specimen("sd3", **MEDIUM)
         self.adapter = load_adapter(self.path, self.model)
         states = nested(self.tensors)
         self.theirs._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
@@ -240,7 +234,7 @@ def test_a_further_call_of_half_the_rows_is_the_positive_branch(timed: Timed) ->
 def test_half_precision_is_finite_and_near(timed: Timed) -> None:
     inputs = timed.inputs(0, 1)
     whole = timed.ours(inputs, timed.prompt(0, 1))
-    model = tiny_sd3_model().to(torch.bfloat16)
+    model = specimen("sd3", **MEDIUM).to(torch.bfloat16)
     adapter = load_adapter(timed.path, model)
     adapter.image_kv.to(torch.bfloat16)
     half = {name: tensor.bfloat16() for name, tensor in inputs.items() if name != "timestep"}
@@ -254,7 +248,9 @@ def test_half_precision_is_finite_and_near(timed: Timed) -> None:
 
 def test_what_does_not_fit_is_one_line(timed: Timed, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="norms are for heads 8 wide; those of this model at"):
-        load_adapter(timed.path, tiny_sd3_model(attention_head_dim=16, num_attention_heads=2))
+        load_adapter(
+            timed.path, specimen("sd3", **MEDIUM, attention_head_dim=16, num_attention_heads=2)
+        )
     prompt = timed.prompt(0)
     other = Kind("instantx", tmp_path)
     with (
@@ -302,7 +298,7 @@ class Saved:
         processor = transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16})
         with seeded(12):
             torch.save(nested(sd3(32, 32, 3, embedding=WIDTH)), self.path)
-        self.theirs = tiny_sd3()
+        self.theirs = tiny_pipeline("sd3", **MEDIUM)
         self.theirs.save_pretrained(self.model)
         encoder.save_pretrained(self.model / "image_encoder")
         processor.save_pretrained(self.model / "image_encoder")
@@ -354,7 +350,7 @@ def test_the_pictures_of_a_pipeline_are_those_of_diffusers(saved: Saved, guidanc
 def test_a_pipeline_of_diffusers_with_the_adapter_attached_is_diffusers(saved: Saved) -> None:
     """Latents after five steps with guidance, without the facade and before any rounding."""
     call: Any = {"num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent", **SIZE}
-    plain, outs = tiny_sd3(), []
+    plain, outs = tiny_pipeline("sd3", **MEDIUM), []
     file = read_adapter(saved.path)
     adapter = load_adapter(saved.path, plain.transformer)
     features = saved.theirs.encode_image(NOISE, torch.device("cpu"))
@@ -605,7 +601,7 @@ def test_features_of_instantcharacter_are_the_official_ones(tmp_path: Path) -> N
 
 def test_a_pipeline_says_that_instantcharacter_reads_two_encoders(tmp_path: Path) -> None:
     kind = Kind("instantcharacter", tmp_path)
-    tiny_flux().save_pretrained(tmp_path / "flux")
+    tiny_pipeline("flux").save_pretrained(tmp_path / "flux")
     assert "64-wide features of SigLIP and DINOv2 together" in read_adapter(kind.path).suits()
     with pytest.raises(
         MismatchError, match="reads SigLIP and DINOv2 together, and a pipeline load"
@@ -617,7 +613,7 @@ def test_an_adapter_of_some_layers_goes_through_a_pipeline(tmp_path: Path) -> No
     """XLabs' conditions the double blocks alone: its scales are for these."""
     with seeded(13):
         save_file(xlabs(32, 32, 2, embedding=FEATURE_DIMS["pooled"]), tmp_path / "a.safetensors")
-    tiny_flux().save_pretrained(tmp_path / "model")
+    tiny_pipeline("flux").save_pretrained(tmp_path / "model")
     encoder = tiny_encoder()
     for part in (encoder.model, encoder.processor):
         part.save_pretrained(tmp_path / "model" / "image_encoder")
