@@ -100,7 +100,7 @@ class Opened:
         """Settings without a negative branch."""
         if self.name == "flux":
             return {"pipeline_options": {"true_cfg_scale": 1.0}}
-        return {"guidance": self.family.row.unguided}
+        return {"guidance": self.family.row.generation.unguided}
 
     def takes(self, option: str) -> bool:
         return option in self.parameters()

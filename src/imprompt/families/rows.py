@@ -40,7 +40,7 @@ from imprompt.families.picture import (
     where_marked,
 )
 from imprompt.families.training_rows import TRAINING
-from imprompt.families.transformers import TransformerFamily, TransformerRow
+from imprompt.families.transformers import Generation, TransformerFamily, TransformerRow
 
 # Keywords by which models pass arguments to their attentions.
 JOINT, PLAIN, CROSS = "joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"
@@ -84,7 +84,9 @@ def flux_like(model: str, **changes: Any) -> TransformerRow:
         text_width=own_width,
         separate_branches=True,
         shared=("img_ids", "txt_ids"),
-        grain=2,
+        generation=Generation(
+            grain=2,
+        ),
     )
     return replace(row, **changes)
 
@@ -97,23 +99,28 @@ ROWS = {
         taps=tapped("to_q", "BLD"),
         grid=patches,
         progress=by_timestep,
-        pipelines=text_alone("PixArtAlpha", "PixArtSigma"),
-        text_tokens=300,
-        grain=2,
-        pixel_grain=8,
-        call_options={"clean_caption": False, "use_resolution_binning": False},
+        generation=Generation(
+            pipelines=text_alone("PixArtAlpha", "PixArtSigma"),
+            text_tokens=300,
+            grain=2,
+            pixel_grain=8,
+            call_options={"clean_caption": False, "use_resolution_binning": False},
+        ),
         text_projection="caption_projection",
         training=TRAINING["pixart"],
     ),
     "flux": flux_like(
         "FluxTransformer2DModel",
         channel=JOINT,
-        pipelines=three_tasks("Flux", named_tasks("FluxControlNet", PICTURES)),
-        control=ControlKind("FluxControlNetModel", JOINT_SIZES),
-        text_tokens=512,
-        tokenizer="tokenizer_2",
-        native_latents=lambda _config: 128,
-        negative="true_cfg_scale",
+        generation=Generation(
+            pipelines=three_tasks("Flux", named_tasks("FluxControlNet", PICTURES)),
+            control=ControlKind("FluxControlNetModel", JOINT_SIZES),
+            text_tokens=512,
+            tokenizer="tokenizer_2",
+            native_latents=lambda _config: 128,
+            negative="true_cfg_scale",
+            grain=2,
+        ),
         training=TRAINING["flux"],
     ),
     "sd3": TransformerRow(
@@ -126,20 +133,25 @@ ROWS = {
         text_width=own_width,
         skips="skip_layers",
         positive_alone=True,
-        # without ControlNet: its pipelines encode the picture with noise that no seed decides
-        pipelines=three_tasks("StableDiffusion3"),
+        generation=Generation(
+            # without ControlNet: its pipelines encode the picture with noise that no seed decides
+            pipelines=three_tasks("StableDiffusion3"),
+            text_tokens=77 + 256,
+            tokenizer="tokenizer_3",
+            grain=2,
+        ),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
-        text_tokens=77 + 256,
-        tokenizer="tokenizer_3",
-        grain=2,
         training=TRAINING["sd3"],
     ),
     "chroma": flux_like(
         "ChromaTransformer2DModel",
         channel=JOINT,
-        pipelines=three_tasks("Chroma"),
-        text_tokens=512,
-        native_latents=lambda _config: 128,
+        generation=Generation(
+            pipelines=three_tasks("Chroma"),
+            text_tokens=512,
+            native_latents=lambda _config: 128,
+            grain=2,
+        ),
         training=TRAINING["chroma"],
     ),
     "bria": flux_like(
@@ -147,34 +159,45 @@ ROWS = {
         channel=PLAIN,
         progress=by_timestep,
         separate_branches=False,
-        pipelines=text_alone("Bria"),
-        text_tokens=128,
-        grain=1,  # its pipelines count two latents as one
-        native_latents=lambda _config: 64,
+        generation=Generation(
+            pipelines=text_alone("Bria"),
+            text_tokens=128,
+            grain=1,  # its pipelines count two latents as one
+            native_latents=lambda _config: 64,
+        ),
     ),
     "ovis": flux_like(
         "OvisImageTransformer2DModel",
         channel=JOINT,
-        pipelines=text_alone("OvisImage"),
-        text_tokens=256,
+        generation=Generation(
+            pipelines=text_alone("OvisImage"),
+            text_tokens=256,
+            grain=2,
+        ),
     ),
     "longcat": flux_like(
         "LongCatImageTransformer2DModel",
-        pipelines=text_alone("LongCatImage"),
-        call_options={"enable_prompt_rewrite": False},  # which the seed does not decide
+        generation=Generation(
+            pipelines=text_alone("LongCatImage"),
+            call_options={"enable_prompt_rewrite": False},  # which the seed does not decide
+            grain=2,
+        ),
     ),
     "flux2": flux_like(
         "Flux2Transformer2DModel",
         channel=JOINT,
         taps=tapped("norm_q", "BLHd"),
-        pipelines={
-            **text_alone("Flux2"),
-            "Flux2KleinPipeline": TaskTable(
-                Tasks("Flux2KleinPipeline", "", "Flux2KleinInpaintPipeline")
-            ),
-        },
-        text_tokens=512,
-        distilled="is_distilled",
+        generation=Generation(
+            pipelines={
+                **text_alone("Flux2"),
+                "Flux2KleinPipeline": TaskTable(
+                    Tasks("Flux2KleinPipeline", "", "Flux2KleinInpaintPipeline")
+                ),
+            },
+            text_tokens=512,
+            distilled="is_distilled",
+            grain=2,
+        ),
         training=TRAINING["flux2"],
     ),
     "flux3": flux_like(
@@ -191,11 +214,13 @@ ROWS = {
         taps=normed("BLD"),
         grid=patches,
         progress=by_timestep,
-        pipelines=text_alone("Sana", controlled=named_tasks("SanaControlNet", ())),
-        control=ControlKind("SanaControlNetModel", ("in_channels", "caption_channels", *HEADS)),
-        text_tokens=300,
-        pixel_grain=32,
-        call_options={"use_resolution_binning": False},
+        generation=Generation(
+            pipelines=text_alone("Sana", controlled=named_tasks("SanaControlNet", ())),
+            control=ControlKind("SanaControlNetModel", ("in_channels", "caption_channels", *HEADS)),
+            text_tokens=300,
+            pixel_grain=32,
+            call_options={"use_resolution_binning": False},
+        ),
         training=TRAINING["sana"],
     ),
     "hunyuandit": TransformerRow(
@@ -209,10 +234,12 @@ ROWS = {
             *("encoder_hidden_states", "text_embedding_mask"),
             *("encoder_hidden_states_t5", "text_embedding_mask_t5"),
         ),
-        pipelines=text_alone("HunyuanDiT"),  # without ControlNet, as sd3
-        grain=2,
-        pixel_grain=16,
-        call_options={"use_resolution_binning": False},
+        generation=Generation(
+            pipelines=text_alone("HunyuanDiT"),  # without ControlNet, as sd3
+            grain=2,
+            pixel_grain=16,
+            call_options={"use_resolution_binning": False},
+        ),
         training=TRAINING["hunyuandit"],
     ),
     "lumina2": TransformerRow(
@@ -227,9 +254,11 @@ ROWS = {
         text_width=own_width,
         separate_branches=True,
         compiles="blocks",
-        pipelines=text_alone("Lumina2"),
-        text_tokens=256,
-        grain=2,
+        generation=Generation(
+            pipelines=text_alone("Lumina2"),
+            text_tokens=256,
+            grain=2,
+        ),
         training=TRAINING["lumina2"],
     ),
     "lumina-next": TransformerRow(
@@ -242,10 +271,12 @@ ROWS = {
         positive_first=True,
         shared=("image_rotary_emb",),
         text_arguments=("encoder_hidden_states", "encoder_mask"),
-        pipelines=text_alone("Lumina"),
-        text_tokens=256,
-        grain=2,
-        call_options={"clean_caption": False},
+        generation=Generation(
+            pipelines=text_alone("Lumina"),
+            text_tokens=256,
+            grain=2,
+            call_options={"clean_caption": False},
+        ),
     ),
     "auraflow": TransformerRow(
         model="AuraFlowTransformer2DModel",
@@ -256,10 +287,12 @@ ROWS = {
         progress=by_sigma,
         picture=last,
         text_width=own_width,
-        pipelines=text_alone("AuraFlow"),
-        text_tokens=256,
-        grain=2,
-        native_latents=lambda _config: 128,
+        generation=Generation(
+            pipelines=text_alone("AuraFlow"),
+            text_tokens=256,
+            grain=2,
+            native_latents=lambda _config: 128,
+        ),
         training=TRAINING["auraflow"],
     ),
     "qwen-image": TransformerRow(
@@ -275,12 +308,14 @@ ROWS = {
         separate_branches=True,
         lists=("img_shapes", "txt_seq_lens"),
         text_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
-        pipelines=three_tasks("QwenImage", named_tasks("QwenImageControlNet", ())),
-        control=ControlKind("QwenImageControlNetModel", JOINT_SIZES),
-        text_tokens=512,
-        grain=2,
-        guidance="true_cfg_scale",
-        negative="true_cfg_scale",
+        generation=Generation(
+            pipelines=three_tasks("QwenImage", named_tasks("QwenImageControlNet", ())),
+            control=ControlKind("QwenImageControlNetModel", JOINT_SIZES),
+            text_tokens=512,
+            grain=2,
+            guidance="true_cfg_scale",
+            negative="true_cfg_scale",
+        ),
         training=TRAINING["qwen-image"],
     ),
     "qwen-image-2.1": TransformerRow(
@@ -312,10 +347,12 @@ ROWS = {
         positive_first=True,
         lists=("x", "cap_feats"),
         text_arguments=("cap_feats",),
-        pipelines=three_tasks("ZImage"),
-        text_tokens=512,
-        grain=2,
-        unguided=0.0,
+        generation=Generation(
+            pipelines=three_tasks("ZImage"),
+            text_tokens=512,
+            grain=2,
+            unguided=0.0,
+        ),
         training=TRAINING["z-image"],
     ),
     "wan": TransformerRow(
@@ -334,9 +371,11 @@ ROWS = {
         progress=by_timestep,
         picture=last,
         separate_branches=True,
-        text_tokens=512,
-        grain=2,
-        native_latents=lambda _config: 80,  # near the area of 832 × 480
+        generation=Generation(
+            text_tokens=512,
+            grain=2,
+            native_latents=lambda _config: 80,  # near the area of 832 × 480
+        ),
         training=TRAINING["wan"],
     ),
     "hidream": TransformerRow(
@@ -353,12 +392,14 @@ ROWS = {
         text_arguments=(
             *("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"),
         ),
-        pipelines=text_alone("HiDreamImage"),
-        text_tokens=128,
-        tokenizer="tokenizer_3",
-        grain=2,
-        made_size=own_area,
-        native_latents=lambda _config: 128,
+        generation=Generation(
+            pipelines=text_alone("HiDreamImage"),
+            text_tokens=128,
+            tokenizer="tokenizer_3",
+            grain=2,
+            made_size=own_area,
+            native_latents=lambda _config: 128,
+        ),
         compiles="parts",
     ),
     "cogview4": TransformerRow(
@@ -371,11 +412,13 @@ ROWS = {
         picture=last,
         text_width=own_width,
         separate_branches=True,
-        pipelines=text_alone("CogView4"),
-        text_tokens=1024,
-        pixel_grain=16,
-        grain=2,
-        one_text=True,
+        generation=Generation(
+            pipelines=text_alone("CogView4"),
+            text_tokens=1024,
+            pixel_grain=16,
+            grain=2,
+            one_text=True,
+        ),
     ),
     "hunyuan-image": TransformerRow(
         model="HunyuanImageTransformer2DModel",
@@ -409,12 +452,14 @@ ROWS = {
         separate_branches=True,
         shared=("visual_rope_pos", "text_rope_pos"),
         text_arguments=("encoder_hidden_states", "pooled_projections"),
-        pipelines=text_alone("Kandinsky5T2I"),
-        text_tokens=512,
-        grain=2,
-        latent_pixels="vae_scale_factor_spatial",
-        made_size=own_sizes,
-        one_text=True,
+        generation=Generation(
+            pipelines=text_alone("Kandinsky5T2I"),
+            text_tokens=512,
+            grain=2,
+            latent_pixels="vae_scale_factor_spatial",
+            made_size=own_sizes,
+            one_text=True,
+        ),
     ),
     "krea2": TransformerRow(
         model="Krea2Transformer2DModel",
@@ -428,10 +473,12 @@ ROWS = {
         text_width=own_width,
         separate_branches=True,
         shared=("position_ids",),
-        pipelines=text_alone("Krea2"),
-        text_tokens=512,
-        grain=2,
-        unguided=0.0,
+        generation=Generation(
+            pipelines=text_alone("Krea2"),
+            text_tokens=512,
+            grain=2,
+            unguided=0.0,
+        ),
     ),
     "ideogram4": TransformerRow(
         model="Ideogram4Transformer2DModel",
@@ -454,10 +501,12 @@ ROWS = {
         progress=by_sigma,
         text_width=own_width,
         text_arguments=("encoder_hidden_states", "attention_mask"),
-        pipelines=text_alone("PRX"),
-        grain=2,
-        native_latents=lambda _config: 64,
-        call_options={"use_resolution_binning": False},
+        generation=Generation(
+            pipelines=text_alone("PRX"),
+            grain=2,
+            native_latents=lambda _config: 64,
+            call_options={"use_resolution_binning": False},
+        ),
     ),
     "ltx": TransformerRow(
         model="LTXVideoTransformer3DModel",

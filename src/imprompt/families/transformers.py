@@ -88,6 +88,46 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What is particular to the pipelines of one class of transformers.
+
+    pipelines          tasks by the class of a saved pipeline
+    text_tokens        that its pipelines encode, or fewer where the tokenizer takes fewer
+    tokenizer          name, in a pipeline, of the tokenizer of that text
+    grain              a picture's side, in latents, must be a multiple of it
+    pixel_grain        and, in pixels, of this, whatever the VAE
+    made_size          (pipeline, width, height) -> those that it makes where it is asked for these
+    latent_pixels      name of a pipeline's number of pixels along a side of one latent
+    native_latents     of a configuration: side, in latents, of the pictures that it was made for
+    call_options       what its pipelines are always called with
+    guidance           option of a pipeline's call that takes the guidance scale
+    negative           option of a pipeline's call that turns on a negative branch when above
+                       `unguided`, in pipelines that take a negative text
+    unguided           its largest value without a negative branch
+    distilled          flag of a pipeline's configuration that turns the negative branch off
+    control            its ControlNets
+    one_text           whether pipelines pad the texts of a batch to the longest, and do not mask
+                       that, so that a picture depends on the other texts of its batch
+    """
+
+    pipelines: Mapping[str, TaskTable] = field(default_factory=dict)
+    text_tokens: int | None = None
+    tokenizer: str = "tokenizer"
+    grain: int = 1
+    pixel_grain: int = 1
+    made_size: Callable[[Any, int, int], tuple[int, int]] = lambda _pipeline, *size: size
+    latent_pixels: str = "vae_scale_factor"
+    native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
+    call_options: Mapping[str, Any] = field(default_factory=dict)
+    guidance: str = "guidance_scale"
+    negative: str = "guidance_scale"
+    unguided: float = 1.0
+    distilled: str = ""
+    control: ControlKind | None = None
+    one_text: bool = False
+
+
+@dataclass(frozen=True)
 class TransformerRow:
     """What is particular to one class of transformers.
 
@@ -113,23 +153,7 @@ class TransformerRow:
     lists              arguments that are lists with one entry for each row
     axes               the axis of the rows in arguments where it is not the first
     text_arguments     those that hold the text
-    pipelines          tasks by the class of a saved pipeline
-    text_tokens        that its pipelines encode, or fewer where the tokenizer takes fewer
-    tokenizer          name, in a pipeline, of the tokenizer of that text
-    grain              a picture's side, in latents, must be a multiple of it
-    pixel_grain        and, in pixels, of this, whatever the VAE
-    made_size          (pipeline, width, height) -> those that it makes where it is asked for these
-    latent_pixels      name of a pipeline's number of pixels along a side of one latent
-    native_latents     of a configuration: side, in latents, of the pictures that it was made for
-    call_options       what its pipelines are always called with
-    guidance           option of a pipeline's call that takes the guidance scale
-    negative           option of a pipeline's call that turns on a negative branch when above
-                       `unguided`, in pipelines that take a negative text
-    unguided           its largest value without a negative branch
-    distilled          flag of a pipeline's configuration that turns the negative branch off
-    control            its ControlNets
-    one_text           whether pipelines pad the texts of a batch to the longest, and do not mask
-                       that, so that a picture depends on the other texts of its batch
+    generation         what is particular to its pipelines
     training           what training needs; None if it is not supported
     compiles           "whole": `torch.compile` makes one graph of the model; "blocks": of each kind
                        of its blocks; "parts": of neither, because of the class's own code
@@ -155,21 +179,7 @@ class TransformerRow:
     lists: tuple[str, ...] = ()
     axes: Mapping[str, int] = field(default_factory=dict)
     text_arguments: tuple[str, ...] = ("encoder_hidden_states", "encoder_attention_mask")
-    pipelines: Mapping[str, TaskTable] = field(default_factory=dict)
-    text_tokens: int | None = None
-    tokenizer: str = "tokenizer"
-    grain: int = 1
-    pixel_grain: int = 1
-    native_latents: Callable[[Given], int] = lambda config: config.get("sample_size") or 128
-    made_size: Callable[[Any, int, int], tuple[int, int]] = lambda _pipeline, *size: size
-    latent_pixels: str = "vae_scale_factor"
-    call_options: Mapping[str, Any] = field(default_factory=dict)
-    guidance: str = "guidance_scale"
-    negative: str = "guidance_scale"
-    unguided: float = 1.0
-    distilled: str = ""
-    control: ControlKind | None = None
-    one_text: bool = False
+    generation: Generation = Generation()
     training: Training | None = None
     compiles: Literal["whole", "blocks", "parts"] = "whole"
 
@@ -328,13 +338,14 @@ class TransformerFamily(Family):
 
     def __init__(self, name: str, row: TransformerRow) -> None:
         self.name, self.row, self.component = name, row, "transformer"
-        self.classes, self.pipelines, self.no_words = (row.model, *row.alike), row.pipelines, ""
-        self.grain, self.pixel_grain = row.grain, row.pixel_grain
-        self.text_tokens = row.text_tokens
+        made = row.generation
+        self.classes, self.pipelines, self.no_words = (row.model, *row.alike), made.pipelines, ""
+        self.grain, self.pixel_grain = made.grain, made.pixel_grain
+        self.text_tokens = made.text_tokens
         self.shared, self.lists, self.axes = row.shared, row.lists, row.axes
         self.channel, self.arguments = row.channel, row.arguments
         self.text_arguments = row.text_arguments
-        self.guidance, self.one_text, self.control = row.guidance, row.one_text, row.control
+        self.guidance, self.one_text, self.control = made.guidance, made.one_text, made.control
         self.separate_branches = row.separate_branches
         self.positive_first, self.positive_alone = row.positive_first, row.positive_alone
         self.trains, self.compiles = row.training is not None, row.compiles
@@ -404,10 +415,12 @@ class TransformerFamily(Family):
         takes = {"negative_prompt", "negative_prompt_embeds"} & {
             *signature(pipeline.__call__).parameters
         }
-        if not takes or pipeline.config.get(self.row.distilled):
+        if not takes or pipeline.config.get(self.row.generation.distilled):
             return False
-        value = {self.row.guidance: guidance, **options}.get(self.row.negative)
-        return value is not None and value > self.row.unguided
+        value = {self.row.generation.guidance: guidance, **options}.get(
+            self.row.generation.negative
+        )
+        return value is not None and value > self.row.generation.unguided
 
     def encode_text(self, pipeline: Any, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the text part of `Conditions`, as the row encodes it."""
@@ -418,13 +431,16 @@ class TransformerFamily(Family):
 
         It is empty where these are not fewer than the row states.
         """
-        usual, tokenizer = self.row.text_tokens, getattr(pipeline, self.row.tokenizer, None)
+        usual, tokenizer = (
+            self.row.generation.text_tokens,
+            getattr(pipeline, self.row.generation.tokenizer, None),
+        )
         own = getattr(tokenizer, "model_max_length", usual)  # a pipeline may come without one
         return {"max_sequence_length": own} if usual and own and own < usual else {}
 
     def call_options(self, pipeline: Any) -> dict[str, Any]:
         """Return the row's options, and the limit of the pipeline's texts."""
-        return {**self.row.call_options, **self.text_limit(pipeline)}
+        return {**self.row.generation.call_options, **self.text_limit(pipeline)}
 
     def predict(self, model: Any, prompt: ImagePrompt | None, noisy: Tensor, timestep: Tensor,
                 conditions: Conditions) -> Tensor:  # fmt: skip
@@ -464,15 +480,15 @@ class TransformerFamily(Family):
 
     def latent_pixels(self, pipeline: Any) -> int:
         """Return the number of pixels along a side of one latent, by the row's name for it."""
-        return getattr(pipeline, self.row.latent_pixels)
+        return getattr(pipeline, self.row.generation.latent_pixels)
 
     def made_size(self, pipeline: Any, width: int, height: int) -> tuple[int, int]:
         """Return the size that the pipeline makes, as the row states it."""
-        return self.row.made_size(pipeline, width, height)
+        return self.row.generation.made_size(pipeline, width, height)
 
     def native_latents(self, config: Given) -> int:
         """Return the side of the pictures in latents, as the row states it."""
-        return self.row.native_latents(config)
+        return self.row.generation.native_latents(config)
 
 
 def block_number(name: str) -> int:
