@@ -32,7 +32,8 @@ from imprompt.families.text_rows import TextRowsAdapter
 from imprompt.generation.references import AdapterChoice
 from imprompt.prompt import ImagePrompt
 from tests.parity.test_published import CLOSE, instantx, xlabs
-from tests.tiny import FEATURE_DIMS, pictures, seeded, tiny_encoder, tiny_flux, tiny_flux_model
+from tests.tiny import FEATURE_DIMS, pictures, seeded, tiny_encoder
+from tests.tiny_pipelines import tiny_pipeline
 from tests.zoo import SIDE, TEXT, answer, inputs_of, specimen
 
 WIDTH, E, ROWS = 32, 16, 5  # of the text, of the features, patches
@@ -229,7 +230,7 @@ def test_half_precision_is_finite_and_near(scene: Scene) -> None:
 
 def test_what_does_not_fit_is_one_line(scene: Scene) -> None:
     with pytest.raises(MismatchError, match=r"makes rows of 32-wide text; the text .* is 48 wide"):
-        load_adapter(scene.path, tiny_flux_model(joint_attention_dim=48))
+        load_adapter(scene.path, specimen("flux", joint_attention_dim=48))
     with pytest.raises(MismatchError, match="this adapter is for base models of the flux family"):
         load_adapter(scene.path, specimen("chroma"))
     by_layer = torch.tensor([1.0, 1.0, 0.5, 1.0])
@@ -303,7 +304,7 @@ class Whole:
     """A tiny Flux pipeline, Redux' file and its SigLIP, and diffusers' prior of the same parts."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.pipeline = folder, tiny_flux()
+        self.folder, self.pipeline = folder, tiny_pipeline("flux")
         with seeded(4):
             config = transformers.SiglipVisionConfig(
                 hidden_size=E,
