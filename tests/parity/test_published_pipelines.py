@@ -109,6 +109,21 @@ def test_xlabs_is_diffusers(base: str, version: str, start: bool, tmp_path: Path
     check(found, run(pipeline, **options, **given), alone)
 
 
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_two_pictures_of_one_prompt_are_what_they_are_alone(base: str, tmp_path: Path) -> None:
+    """Each branch of guidance is a call of two rows, as many as the prompt has of both branches."""
+    make, options, _ = BASES[base]
+    path, pipeline, features = xlabs_file(tmp_path, "v1"), make(), Features.drawn(E)
+
+    def made(*seeds: int) -> Tensor:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        given = options | {"generator": noise, "num_images_per_prompt": len(seeds)}
+        return ours(pipeline, path, features, 0.7, **given)
+
+    torch.testing.assert_close(made(1, 2), torch.cat([made(1), made(2)]), **CLOSE)
+
+
 # Pipeline, tensors of a file, options of the call; with guidance the negative branch comes first.
 WRITTEN_OUT: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "instantx": ("flux", lambda: instantx(32, 32, 4, embedding=E), {}),

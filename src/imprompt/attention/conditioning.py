@@ -179,7 +179,7 @@ def for_rows(prompt: ImagePrompt, call: ModelCall, positive: bool | None) -> Ima
     positive  whether a call with one branch of guidance is the positive one; None if the family
               does not know
     """
-    alone = prompt.branches == 2 and prompt.rows in (2, 2 * call.rows) and call.rows != prompt.rows
+    alone = prompt.branches == 2 and prompt.rows in (2, 2 * call.rows)
     if positive is not None and alone:
         prompt = prompt.branch(-1 if positive else 0)
     elif call.positive_first and prompt.branches == 2:
