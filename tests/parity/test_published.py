@@ -330,6 +330,17 @@ def test_a_mask_limits_it_to_the_picture(kind: Kind) -> None:
     assert torch.equal(kind.ours(mask=torch.zeros(1, 4, 4)), kind.alone())
 
 
+def test_an_item_without_a_mask_is_the_same_beside_one_with_a_mask(kind: Kind) -> None:
+    """Where text is conditioned too, others in the batch do not change whether it is."""
+    half = torch.ones(4, 4)
+    half[:, 2:] = 0
+    plain, masked = kind.ours(), kind.ours(mask=half[None])
+    both = kind.ours(mask=torch.stack([torch.ones(4, 4), half]))
+    torch.testing.assert_close(both[0], plain[0], **CLOSE)
+    torch.testing.assert_close(both[1], masked[1], **CLOSE)
+    assert not torch.allclose(plain[1], masked[1], atol=1e-4)
+
+
 def test_what_does_not_fit_is_one_line(kind: Kind, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="this adapter is for base models of the"):
         load_adapter(kind.path, specimen("sana"))

@@ -193,8 +193,8 @@ class AttentionForm:
                  trained for. Empty: new adapters attend so, each for its own family
     layers       pattern of the names of the layers that it conditions
     states       module of one layer's W'_k and W'_v
-    all_rows     whether rows of the text are conditioned too, in layers that join both; with a mask
-                 only rows of the picture are
+    all_rows     whether rows of the text are conditioned too, in layers that join both; under a
+                 mask with the least of its weights
     text_stream  whether those of the text are conditioned in layers that keep them apart, too
     after_block  whether the image's attention is added after the whole block, without an output
                  layer; else before the attention's output layer

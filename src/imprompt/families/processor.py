@@ -172,7 +172,7 @@ class ImageProcessor:
 
         if taps.out is not None:
             tap(taps.out, picture, before)
-        if taps.text is not None and (both := [one for one in before if one.text]):
+        if taps.text is not None and (both := [of_text(one) for one in before if one.text]):
             name, out_name = taps.text
             text = Stream(attention, name, taps.layout, self.heads, given, first=True)
             replaced[name] = text.recording(name)
@@ -186,6 +186,12 @@ class ImageProcessor:
             out = *whole, picture.parts(whole[0], after)  # the block adds the third
         self.added = picture.added
         return out
+
+
+def of_text(conditioning: LayerConditioning) -> LayerConditioning:
+    """Return the conditioning of the text's rows: with the least of the weights under a mask."""
+    least = conditioning.weights.amin(3, keepdim=True)
+    return conditioning._replace(weights=least, rows=slice(None))
 
 
 def after_block(conditioning: LayerConditioning) -> bool:

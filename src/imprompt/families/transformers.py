@@ -292,15 +292,16 @@ class TransformerInjection(ModelInjection):
         scales = [prompt.scale for prompt in prompts]
         (weights,) = weights_at(scales, masks, call.place, dtype).values()
         images, norms = images_of(prompts), norms_of(form, self.dtype)
-        whole = form is not None and form.all_rows and not masks
-        text = form is not None and form.text_stream and not masks
+        text = form is not None and form.text_stream
         for number, name in enumerate(sizes):
             if block_number(name) in (call.given.get(self.row.skips) or ()):
                 continue
-            own = slice(None) if whole else rows[name]
+            own, weight = rows[name], weights[number]
+            if form is not None and form.all_rows:
+                own, weight = with_text(own, weight)
             processor = self.processors[name]
             made = LayerConditioning(
-                images[number], weights[number], own, form, norms[number] if norms else (), text
+                images[number], weight, own, form, norms[number] if norms else (), text
             )
             processor.conditioning = (*(processor.conditioning or ()), made)
             processor.added = False
@@ -489,6 +490,22 @@ class TransformerFamily(Family):
     def native_latents(self, config: Given) -> int:
         """Return the side of the pictures in latents, as the row states it."""
         return self.row.generation.native_latents(config)
+
+
+def with_text(rows: slice | Tensor, weight: Tensor) -> tuple[slice, Tensor]:
+    """Return rows and weight of a layer whose text is conditioned too, where it stands first.
+
+    Under a mask, whose weight has the picture's I places, the text has the least of them: an item
+    with a mask that is white everywhere is as one without, whatever others share the batch.
+
+    weight  (P, B or 1, 1, I or 1, 1)
+    """
+    assert isinstance(rows, slice)
+    if weight.shape[3] == 1:
+        return slice(None), weight
+    text = rows.start or 0
+    least = weight.amin(3, keepdim=True).expand(-1, -1, -1, text, -1)
+    return slice(0, text + weight.shape[3]), torch.cat([least, weight], 3)
 
 
 def block_number(name: str) -> int:
