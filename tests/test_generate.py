@@ -343,12 +343,13 @@ def test_the_shipped_adapters_follow_the_picture(name: str) -> None:
 
 def test_sdxl_in_every_task(tmp_path: Path) -> None:
     """A tiny model of SDXL's structure from a folder, with a plus adapter from a file."""
-    from tiny import tiny_adapter, tiny_encoder, tiny_sdxl
+    from tiny import tiny_adapter, tiny_encoder
+    from tiny_pipelines import tiny_pipeline
 
     from imprompt.checkpoints.adapters import Origin, save_adapter
     from imprompt.variants import find_variant
 
-    model, encoder = tiny_sdxl(), tiny_encoder()
+    model, encoder = tiny_pipeline("sdxl"), tiny_encoder()
     model.save_pretrained(tmp_path)
     encoder.model.save_pretrained(tmp_path / "image_encoder")
     layers = list(tiny_adapter(model.unet, "plus").family.layers(model.unet))
