@@ -26,6 +26,7 @@ Compiled = Callable[[nn.Module], Any]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # inductor's own
 ]
 
 
