@@ -22,6 +22,7 @@ from benchmarks.random_models import frozen
 from imprompt.adapter import ImageProjection, IPAdapter
 from imprompt.families.base import family_of, find_family
 from imprompt.families.forms import FORMS, AttentionForm
+from imprompt.families.published import BASES, PIXART_SIGMA, SD35_MEDIUM
 from imprompt.generation.compile import compile_base
 
 PEER = "diffusers' adapter"
@@ -51,32 +52,22 @@ class RandomTransformer:
     form: AttentionForm | None = None
 
 
-SD3_MEDIUM = {
-    "sample_size": 128,
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-PIXART = {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False}
-FLUX = {"guidance_embeds": True}
+FLUX = BASES["flux-dev"].config
 TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 TINY_FLUX = TINY | {"num_single_layers": 2, "axes_dims_rope": (4, 4, 8), "joint_attention_dim": 32}
 TINY_SD3 = TINY | {"dual_attention_layers": (0,), "joint_attention_dim": 32}
 XLABS = FORMS["xlabs"]
 TRANSFORMERS = {
     "flux-dev": RandomTransformer("flux", FLUX, 1, 512, 128, XLABS),
-    "sd3.5-medium": RandomTransformer("sd3", SD3_MEDIUM, 2, 333, 128),
-    "pixart-sigma": RandomTransformer("pixart", PIXART, 2, 300, 128),
+    "sd3.5-medium": RandomTransformer("sd3", SD35_MEDIUM, 2, 333, 128),
+    "pixart-sigma": RandomTransformer("pixart", PIXART_SIGMA, 2, 300, 128),
     # For a CPU and the tests.
     "flux-tiny": RandomTransformer("flux", FLUX | TINY_FLUX, 1, 8, 8, XLABS),
     "sd3-tiny": RandomTransformer(
-        "sd3", SD3_MEDIUM | TINY_SD3 | {"caption_projection_dim": 32}, 2, 8, 8
+        "sd3", SD35_MEDIUM | TINY_SD3 | {"caption_projection_dim": 32}, 2, 8, 8
     ),
     "pixart-tiny": RandomTransformer(
-        "pixart", PIXART | TINY | {"cross_attention_dim": 32, "caption_channels": 32}, 2, 8, 8
+        "pixart", PIXART_SIGMA | TINY | {"cross_attention_dim": 32, "caption_channels": 32}, 2, 8, 8
     ),
 }
 

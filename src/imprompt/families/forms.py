@@ -105,7 +105,7 @@ class TimedKV(PublishedKV):
 
     norms: tuple[str, ...] = ()
 
-    def at(self, tokens: Tensor, heads: int, moment: Tensor) -> KV:  # noqa: ARG002 - some do not need it
+    def at(self, tokens: Tensor, heads: int, _moment: Tensor) -> KV:
         """Project image tokens (B, N, D), at an embedded time (B, W), to K' and V' (B, H, N, d)."""
         return self(tokens, heads)
 

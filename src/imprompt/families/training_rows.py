@@ -43,12 +43,19 @@ def pixart_text(pipeline: Any, captions: list[str], options: Given) -> dict[str,
     return {"text": text, "text_mask": mask}
 
 
-def pixart_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of PixArt's forward pass."""
+def usual_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
+    """Return the arguments that most forward passes have: latents or their rows, time and text."""
     return {
         "hidden_states": latents,
         "timestep": time,
         "encoder_hidden_states": given["text"].to(model.dtype),
+    }
+
+
+def pixart_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
+    """Return the arguments of PixArt's forward pass."""
+    return {
+        **usual_inputs(model, latents, time, given),
         "encoder_attention_mask": given["text_mask"],
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
     }
@@ -114,9 +121,7 @@ def sd3_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Te
 def sd3_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
     """Return the arguments of Stable Diffusion 3's forward pass."""
     return {
-        "hidden_states": latents,
-        "timestep": time,
-        "encoder_hidden_states": given["text"].to(model.dtype),
+        **usual_inputs(model, latents, time, given),
         "pooled_projections": given["pooled"].to(model.dtype),
     }
 
@@ -150,9 +155,7 @@ def sana_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, T
 def sana_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
     """Return the arguments of Sana's forward pass."""
     return {
-        "hidden_states": latents,
-        "timestep": time * model.config.timestep_scale,
-        "encoder_hidden_states": given["text"].to(model.dtype),
+        **usual_inputs(model, latents, time * model.config.timestep_scale, given),
         "encoder_attention_mask": given["text_mask"],
     }
 
@@ -199,10 +202,8 @@ def qwen_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) ->
     """Return the arguments of Qwen-Image's forward pass."""
     height, width = latents.shape[2:]
     return {
-        "hidden_states": packed_rows(latents),
-        "timestep": time,
+        **usual_inputs(model, packed_rows(latents), time, given),
         "guidance": guidance_input(model, latents),
-        "encoder_hidden_states": given["text"].to(model.dtype),
         "encoder_hidden_states_mask": given["text_mask"].bool(),
         "img_shapes": [[(1, height // 2, width // 2)]] * len(latents),
     }
@@ -217,11 +218,7 @@ def wan_text(pipeline: Any, captions: list[str], options: Given) -> dict[str, Te
 
 def wan_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
     """Return the arguments of Wan's forward pass, for a video of one frame."""
-    return {
-        "hidden_states": latents[:, :, None],
-        "timestep": time,
-        "encoder_hidden_states": given["text"].to(model.dtype),
-    }
+    return usual_inputs(model, latents[:, :, None], time, given)
 
 
 def one_frame(out: Tensor, _latents: Tensor) -> Tensor:
@@ -262,9 +259,7 @@ def lumina2_text(pipeline: Any, captions: list[str], options: Given) -> dict[str
 def lumina2_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
     """Return the arguments of Lumina 2's forward pass."""
     return {
-        "hidden_states": latents,
-        "timestep": time,
-        "encoder_hidden_states": given["text"].to(model.dtype),
+        **usual_inputs(model, latents, time, given),
         "encoder_attention_mask": given["text_mask"].long(),
     }
 
@@ -273,15 +268,6 @@ def auraflow_text(pipeline: Any, captions: list[str], options: Given) -> dict[st
     """Return UMT5's states, zero after the caption."""
     text, *_ = pipeline.encode_prompt(captions, None, False, device=pipeline.device, **options)
     return {"text": text}
-
-
-def auraflow_inputs(model: Any, latents: Tensor, time: Tensor, given: Conditions) -> dict[str, Any]:
-    """Return the arguments of AuraFlow's forward pass."""
-    return {
-        "hidden_states": latents,
-        "timestep": time,
-        "encoder_hidden_states": given["text"].to(model.dtype),
-    }
 
 
 def hunyuandit_text(pipeline: Any, captions: list[str], _options: Given) -> dict[str, Tensor]:
@@ -317,9 +303,8 @@ def hunyuandit_inputs(
     )
     original, crop, target = given["time_ids"].split(2, 1)
     return {
-        "hidden_states": latents,
-        "timestep": time.to(model.dtype),  # whole numbers would stay so in its embedding
-        "encoder_hidden_states": given["text"].to(model.dtype),
+        # whole numbers would stay so in the embedding of time
+        **usual_inputs(model, latents, time.to(model.dtype), given),
         "text_embedding_mask": given["text_mask"],
         "encoder_hidden_states_t5": given["text_t5"].to(model.dtype),
         "text_embedding_mask_t5": given["text_t5_mask"],
@@ -395,7 +380,6 @@ TRAINING = {
         inputs=sana_inputs,
         output=first_channels,
         condition_shapes=masked_shapes("caption_channels"),
-        pipelines=("SanaPipeline",),
     ),
     "z-image": Training(
         encode_text=z_image_text,
@@ -404,7 +388,6 @@ TRAINING = {
         condition_shapes=masked_shapes("cap_feat_dim"),
         time=progress_of,
         sign=-1,
-        pipelines=("ZImagePipeline",),
     ),
     "qwen-image": Training(
         encode_text=qwen_text,
@@ -413,7 +396,6 @@ TRAINING = {
         condition_shapes=masked_shapes("joint_attention_dim"),
         latent_channels=packed_channels,
         time=sigma_of,
-        pipelines=("QwenImagePipeline",),
     ),
     "wan": Training(
         encode_text=wan_text,
@@ -430,7 +412,6 @@ TRAINING = {
         condition_shapes=masked_shapes("joint_attention_dim"),
         latent_channels=packed_channels,
         time=sigma_of,
-        pipelines=("ChromaPipeline",),
     ),
     "lumina2": Training(
         encode_text=lumina2_text,
@@ -441,15 +422,13 @@ TRAINING = {
         sign=-1,
         # its pipelines take the number of channels for that of places
         mu=lambda config, latents: linear_mu(config, latents.shape[1]),
-        pipelines=("Lumina2Pipeline",),
     ),
     "auraflow": Training(
         encode_text=auraflow_text,
-        inputs=auraflow_inputs,
+        inputs=usual_inputs,
         output=first_channels,
         condition_shapes=shapes("joint_attention_dim"),
         time=sigma_of,
-        pipelines=("AuraFlowPipeline",),
     ),
     "hunyuandit": Training(
         encode_text=hunyuandit_text,
@@ -462,7 +441,6 @@ TRAINING = {
             "text_t5_mask": (config["text_len_t5"],),
             "time_ids": (6,),
         },
-        pipelines=("HunyuanDiTPipeline",),
     ),
     "flux2": Training(
         encode_text=flux2_text,
@@ -472,6 +450,5 @@ TRAINING = {
         latent_channels=packed_channels,
         time=sigma_of,
         mu=flux2_mu,
-        pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     ),
 }

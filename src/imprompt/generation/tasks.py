@@ -129,6 +129,7 @@ def open_controlnet(name: str, model: KnownModel, pipeline: Any, dtype: torch.dt
         )
     place = model.controlnets.get(name) or Location(name)
     source, subfolder = place.fetch_folder()
+    # a class of diffusers itself, which runs no code of a folder
     network = getattr(import_module("diffusers"), family.control.model)
     try:
         net: Any = load_weights(
